@@ -1,0 +1,134 @@
+@0xc2d7e80b5f91a343;
+# The public protocol of a node's client port. A connection's bootstrap capability is a `Gate`;
+# everything else is obtained from it.
+
+using Types = import "types.capnp";
+using Admin = import "admin.capnp";
+
+interface Gate {
+  # The door. It exists so that credentials and versions are settled before anything else, and so
+  # that later security needs no other protocol.
+
+  open @0 (hello :Hello) -> (welcome :Welcome, kv :Kv, admin :Admin.Admin);
+  # Fails with a Cap'n Proto exception only if no protocol version is shared.
+}
+
+struct Hello {
+  protocol @0 :Types.ProtocolRange;
+  software @1 :Text;         # name and version of the client, for the node's log
+  features @2 :List(Text);   # what the client can do beyond the protocol version; unknown names are ignored
+  credentials @3 :Data;      # reserved: leave empty
+}
+
+struct Welcome {
+  protocol @0 :UInt32;       # the version this connection speaks
+  clusterId @1 :Data;        # 16 bytes
+  node @2 :UInt64;           # NodeId of the node that answers
+  software @3 :Text;
+  features @4 :List(Text);
+}
+
+interface Kv {
+  # Dropping this capability frees nothing but itself; calls under way are still answered.
+
+  map @0 (since :UInt64) -> (delta :Types.MapDelta);
+  # The cluster map as this node knows it: what changed after version `since` (0: everything).
+
+  batch @1 (request :BatchRequest) -> (response :BatchResponse);
+  # Operations on one shard, sent to the node that leads it. They are independent of each other:
+  # each succeeds or fails alone, and no order among them is promised.
+
+  scan @2 (request :ScanRequest) -> (response :ScanResponse);
+  # One page of one shard in key order.
+
+  get @3 (database :Text, key :Data, timeoutMs :UInt32) -> (result :OpResult);
+  put @4 (database :Text, key :Data, value :Data, timeoutMs :UInt32) -> (result :OpResult);
+  delete @5 (database :Text, key :Data, timeoutMs :UInt32) -> (result :OpResult);
+  cas @6 (database :Text, key :Data, expect :Expect, value :Data, timeoutMs :UInt32) -> (result :OpResult);
+  # Plain calls for clients without routing, valid on any node: it finds the leader and forwards, one
+  # hop. `timeoutMs` 0 means the node's default (10,000). A write is tried once: if its
+  # outcome can't be known the answer is an `unknownOutcome` error.
+}
+
+struct Expect {
+  # The condition of a compare-and-set.
+  union {
+    absent @0 :Void;         # the key must not exist
+    value @1 :Data;          # its value must equal this
+    version @2 :UInt64;      # its version must equal this
+  }
+}
+
+struct Operation {
+  key @0 :Data;              # 1 to 4,096 bytes
+  union {
+    get @1 :Void;
+    put @2 :Data;            # the value, at most 8 MiB
+    delete @3 :Void;
+    cas :group {
+      expect @4 :Expect;
+      value @5 :Data;
+    }
+  }
+}
+
+struct BatchRequest {
+  shard @0 :UInt64;
+  rangeVersion @1 :UInt64;   # the shard's epoch.range by which the sender routed
+  operations @2 :List(Operation);
+  timeoutMs @3 :UInt32;      # the sender stops waiting after this; 0: the node's default
+  forwarded @4 :Bool;        # sent by a node for a plain call; never forwarded again
+}
+
+struct BatchResponse {
+  union {
+    results @0 :List(OpResult);  # one per operation, in the order of the request
+    error @1 :Types.Error;       # holds for every operation of the batch
+  }
+  route @2 :Types.MapDelta;  # with notLeader and staleRoute: the records that heal the sender's map
+}
+
+struct OpResult {
+  union {
+    value :group {           # get: found
+      value @0 :Data;
+      version @1 :UInt64;    # the shard's revision that wrote it; grows with every write to the shard
+    }
+    absent @2 :Void;         # get, delete: there is no such key
+    written @3 :UInt64;      # put, cas: done, with the new version
+    deleted @4 :UInt64;      # delete: done, with the version of the deletion
+    mismatch :group {        # cas: the condition didn't hold, nothing was changed
+      found @5 :Bool;        # whether the key exists
+      value @6 :Data;        # its value and version, if it does
+      version @7 :UInt64;
+    }
+    error @8 :Types.Error;
+  }
+}
+
+struct ScanRequest {
+  shard @0 :UInt64;
+  rangeVersion @1 :UInt64;
+  prefix @2 :Data;           # only keys that begin so
+  after @3 :Data;            # only keys greater than this; empty: from the start
+  limit @4 :UInt32;          # at most so many pairs; 0: the node's own bound. A page is bounded in bytes too
+  keysOnly @5 :Bool;
+  timeoutMs @6 :UInt32;
+}
+
+struct ScanResponse {
+  union {
+    page :group {
+      pairs @0 :List(Pair);
+      more @1 :Bool;         # true: ask again with `after` = the last key
+    }
+    error @2 :Types.Error;
+  }
+  route @3 :Types.MapDelta;
+}
+
+struct Pair {
+  key @0 :Data;
+  value @1 :Data;            # empty with keysOnly
+  version @2 :UInt64;
+}

@@ -1,0 +1,41 @@
+//! Between the program's types and their Cap'n Proto forms.
+//!
+//! - [`records`]: nodes, databases, shards, map deltas (wire and disk).
+//! - [`peer`]: frames of the peer port. - [`refusal`]: [`crate::refusal::Refusal`] and `Error`.
+
+pub mod peer;
+pub mod records;
+pub mod refusal;
+
+use raft::eraftpb::Message;
+
+use crate::ids::{Epoch, Index, ShardId};
+
+/// A raft message with its address.
+#[derive(Clone, PartialEq, Debug)]
+pub struct GroupMessage {
+    /// The shard whose group it is for.
+    pub shard: ShardId,
+    /// Epoch of the sender.
+    pub epoch: Epoch,
+    /// From a leader: no replica of the group still needs a log entry up to here. 0: unknown.
+    pub safe_index: Index,
+    /// The message of raft-rs, with ReplicaIds in `to` and `from`.
+    pub message: Message,
+}
+
+/// Bytes from disk or network that don't have the form they should.
+#[derive(Debug, thiserror::Error)]
+pub enum CodecError {
+    /// Not a readable Cap'n Proto message, or beyond its limits.
+    #[error("unreadable message: {0}")]
+    Capnp(#[from] capnp::Error),
+    /// Readable, but a field holds what it can't.
+    #[error("malformed {what}: {detail}")]
+    Malformed {
+        /// Which structure.
+        what: &'static str,
+        /// What is wrong.
+        detail: String,
+    },
+}

@@ -1,0 +1,99 @@
+//! What goes into a group and what comes out.
+
+use crate::codec::GroupMessage;
+use crate::ids::{Incarnation, Index, NodeId, Position, ReplicaId, Term};
+use crate::machine::command::{Answer, Command, Query, Reply};
+use crate::refusal::Refusal;
+use crate::storage::log::LogWrite;
+
+/// One operation asked of a replica.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Operation {
+    /// A write, or for the metadata shard a change of the map: goes through the log.
+    Command(Command),
+    /// A linearizable read: waits for a read index, then reads the state.
+    Query(Query),
+}
+
+/// What an operation comes to.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Output {
+    /// Of a command: committed and applied.
+    Reply(Reply),
+    /// Of a query.
+    Answer(Answer),
+}
+
+/// Everything that came out of one pass over a group.
+pub struct Effects<T> {
+    /// Messages that may leave at once, with the node that holds their receiver.
+    pub messages: Vec<(NodeId, GroupMessage)>,
+    /// Must be made durable; then [`super::driver::Group::on_persisted`] is called with `number`.
+    pub write: Option<NumberedWrite>,
+    /// Operations that came to an end, with the token they were submitted with.
+    pub done: Vec<(T, Result<Output, Refusal>)>,
+    /// Queries that may be answered now from any state at least as new as the current one, because
+    /// their key is not in memory: the shell reads it without blocking the group, and answers.
+    pub reads: Vec<(T, Query)>,
+    /// Log entries to read from the store; then [`super::driver::Group::on_fetched`].
+    pub fetch: Option<Fetch>,
+    /// Leadership as it is now, if it changed.
+    pub leader: Option<LeaderChange>,
+    /// True if committed entries are left for a further pass.
+    pub more: bool,
+    /// Entries up to this position may be compacted from the log, once the state is flushed to there.
+    pub compact: Option<Position>,
+}
+
+/// A log write and the number that acknowledges it.
+pub struct NumberedWrite {
+    /// Grows with every write of one incarnation.
+    pub number: u64,
+    /// The write.
+    pub write: LogWrite,
+}
+
+/// Log entries that left memory and are needed for a lagging follower.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Fetch {
+    /// First index.
+    pub low: Index,
+    /// One past the last index.
+    pub high: Index,
+    /// Bytes of data to read at most (but at least one entry).
+    pub max_bytes: usize,
+}
+
+/// Who leads a group, as one replica sees it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct LeaderChange {
+    /// The term.
+    pub term: Term,
+    /// The leader; `None` while there is none known.
+    pub leader: Option<ReplicaId>,
+    /// Whether it is this replica.
+    pub local: bool,
+}
+
+/// What a replica can tell of itself.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct GroupStatus {
+    /// Its raft role.
+    pub role: raft::StateRole,
+    /// Whether it receives the log without a vote.
+    pub learner: bool,
+    /// The term.
+    pub term: Term,
+    /// The leader it knows.
+    pub leader: Option<ReplicaId>,
+    /// Log positions.
+    pub applied: Index,
+    /// Highest index known to be committed.
+    pub committed: Index,
+    /// Last index in the log.
+    pub last: Index,
+    /// Still re-applying its log after a start.
+    pub recovering: bool,
+    /// Which start of the replica this is.
+    pub incarnation: Incarnation,
+}

@@ -1,0 +1,60 @@
+//! State machines: what a shard does with its committed commands. Deterministic: the result of
+//! applying an entry depends on the entry and the shard's state alone, never on a clock, a random
+//! number, a setting, the build or the machine it runs on.
+//!
+//! - [`command`]: commands, replies, queries, and the format of a log entry.
+//! - [`kv`]: the key-value machine. - [`value`]: the format of a stored value.
+//! - [`meta`]: the metadata shard's machine.
+
+pub mod command;
+pub mod kv;
+pub mod meta;
+pub mod value;
+
+use crate::storage::{StateBatch, StateView, StorageError};
+use command::{Answer, Command, Query, Reply};
+
+/// Why a replica can't go on applying. Every variant stops the replica; a command that is merely
+/// refused (a failed cas, a name taken) is a [`Reply`], since all replicas agree on it.
+#[derive(Debug, thiserror::Error)]
+pub enum ApplyError {
+    /// This node's storage failed; other replicas may be fine.
+    #[error("applying a committed command: {0}")]
+    Storage(#[from] StorageError),
+    /// The entry has a format or a command this version doesn't know. It is never skipped.
+    #[error(
+        "committed entry can't be understood: {0}; this node is older than the cluster's feature level or its log is damaged"
+    )]
+    Format(#[from] command::FormatError),
+}
+
+/// Which machine a shard runs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum MachineKind {
+    /// Keys and values.
+    Kv,
+    /// The metadata shard's.
+    Metadata,
+}
+
+impl MachineKind {
+    /// Applies one command. What it writes goes to `state`, in the order of the calls, and is seen
+    /// by the calls that follow.
+    pub fn apply(self, command: &Command, state: &mut dyn StateBatch) -> Result<Reply, ApplyError> {
+        match (self, command) {
+            (MachineKind::Kv, Command::Kv(command)) => Ok(Reply::Kv(kv::apply(command, state)?)),
+            (MachineKind::Metadata, Command::Meta(command)) => {
+                Ok(Reply::Meta(meta::apply(command, state)?))
+            }
+            _ => Err(command::FormatError::WrongMachine.into()),
+        }
+    }
+
+    /// Answers a query from the state.
+    pub fn query(self, query: &Query, state: &dyn StateView) -> Result<Answer, ApplyError> {
+        match self {
+            MachineKind::Kv => Ok(kv::query(query, state)?),
+            MachineKind::Metadata => Err(command::FormatError::WrongMachine.into()),
+        }
+    }
+}

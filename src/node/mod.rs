@@ -1,0 +1,2 @@
+//! The composition root and the actors of one node.
+pub mod handle;

@@ -1,0 +1,12 @@
+//! Where keys and shards belong: key → ring position → shard → nodes. Pure functions over plain
+//! data, pinned by golden vectors, since clients in other languages compute the same.
+//!
+//! - [`ring`]: a key's position on the 64-bit ring, and the equal ranges of a new database.
+//! - [`rendezvous`]: which nodes should hold a shard (weighted rendezvous hashing with a load bound).
+//! - [`map`]: the cluster map, its deltas, and lookups in it.
+//! - [`plan`]: the placement of a new database's shards.
+
+pub mod map;
+pub mod plan;
+pub mod rendezvous;
+pub mod ring;

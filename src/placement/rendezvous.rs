@@ -1,0 +1,1 @@
+//! Shard → nodes by weighted rendezvous hashing.

@@ -1,0 +1,79 @@
+//! Why an operation got no result: one vocabulary from the replica to the client's caller. Each
+//! refusal says whether the operation may have had an effect, and whether to try again.
+
+use crate::ids::{NodeId, ShardId};
+
+/// Whether a failed operation may have had an effect.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// Certainly no effect, now or later.
+    NotApplied,
+    /// It may have taken effect, or may yet.
+    Unknown,
+}
+
+/// Why an operation got no output.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Refusal {
+    /// This replica doesn't lead its shard.
+    #[error("this replica of shard {shard} is not its leader")]
+    NotLeader {
+        /// The shard.
+        shard: ShardId,
+        /// Node of the leader, as far as known.
+        leader: Option<NodeId>,
+    },
+    /// The request was routed by an old map, or to a node without this shard.
+    #[error(
+        "shard {shard} is not here under range version {asked}; it is at version {range_version}"
+    )]
+    StaleRoute {
+        /// The shard.
+        shard: ShardId,
+        /// Version in the request.
+        asked: u64,
+        /// Version in force here; 0 if the shard isn't here.
+        range_version: u64,
+    },
+    /// A bounded queue is full.
+    #[error("too much is in flight: {what}")]
+    Busy {
+        /// Which bound was met.
+        what: &'static str,
+        /// When to come back, in milliseconds.
+        retry_after_ms: u32,
+    },
+    /// A limit or a rule is broken; no retry helps.
+    #[error("{0}")]
+    Invalid(String),
+    /// Another entry was committed at its place in the log.
+    #[error("another leader's entry took its place in the log")]
+    Superseded,
+    /// Proposed, but its end can't be seen from here any more.
+    #[error("the outcome can't be known: {0}")]
+    Unknown(&'static str),
+    /// The replica is starting, stopping, or has no leader.
+    #[error("{0}")]
+    Unavailable(&'static str),
+    /// The replica crashed too often and is out of service on this node.
+    #[error("the replica is quarantined after repeated crashes: {0}")]
+    Quarantined(String),
+    /// The time given ran out before the operation was proposed.
+    #[error("the deadline passed before the operation was started")]
+    Deadline,
+}
+
+impl Refusal {
+    /// Whether the operation may have had an effect.
+    pub fn outcome(&self) -> Outcome {
+        match self {
+            Refusal::Unknown(_) => Outcome::Unknown,
+            _ => Outcome::NotApplied,
+        }
+    }
+
+    /// Whether the same operation may succeed later or elsewhere, if repeating it is acceptable.
+    pub fn retryable(&self) -> bool {
+        !matches!(self, Refusal::Invalid(_) | Refusal::Deadline)
+    }
+}

@@ -1,0 +1,1 @@
+//! Cap'n Proto services for clients.

@@ -1,0 +1,1 @@
+//! Whole clusters of the same core under simulated time, network and disk.

@@ -1,0 +1,1 @@
+//! The raft log on raft-engine.

@@ -1,0 +1,1 @@
+//! The raft log in memory, for tests and simulation.

@@ -1,0 +1,100 @@
+//! Storage: the raft log of all replicas of a node, and the state that committed entries make.
+//!
+//! - [`log`]: the trait of the raft log; [`log_disk`] on raft-engine, [`log_memory`] for tests and simulation.
+//! - [`engine`]: the trait of the ordered key-value engine under the state; `engine_sled` and `engine_memory`.
+//! - [`memtable`]: recent applied writes of one replica. [`state`]: one replica's state: memtables over the engine.
+//! - [`flush`]: freezing memtables into redo files and the engine; recovery from redo files.
+//! - [`keys`]: the layout of state keys. [`identity`]: who owns a data directory.
+//!
+//! What is assumed of the disk: data is safe once `fdatasync` on its file (and, for a new or renamed
+//! file, `fsync` on its directory) has returned success; a failed sync tells nothing about what is
+//! on disk and is never retried; anything else may be lost, torn or old after a crash.
+
+pub mod engine;
+pub mod flush;
+pub mod identity;
+pub mod keys;
+pub mod log;
+pub mod log_disk;
+pub mod log_memory;
+pub mod memtable;
+pub mod state;
+
+use std::ops::Bound;
+use std::path::PathBuf;
+
+use bytes::Bytes;
+
+/// What goes wrong with storage. All of it is local to the node: it is never an answer to a client.
+#[derive(Debug, thiserror::Error)]
+pub enum StorageError {
+    /// The operating system refused an operation.
+    #[error("{action} {path}: {source}")]
+    Io {
+        /// What was tried, as "writing", "opening", ….
+        action: &'static str,
+        /// The file or directory.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// A sync failed. What is on disk is unknown: the node must stop, and never retry.
+    #[error("syncing {path}: {reason}; what is on disk is unknown, the node must stop")]
+    SyncFailed {
+        /// The file.
+        path: PathBuf,
+        /// The reason.
+        reason: String,
+    },
+    /// Bytes on disk fail their checksum, contradict each other, or are missing.
+    #[error("{what} is damaged: {detail}")]
+    Damaged {
+        /// What is damaged.
+        what: String,
+        /// How that was seen.
+        detail: String,
+    },
+    /// The directory belongs to another cluster, is newer than this program, or is in use.
+    #[error("{0}")]
+    Identity(#[from] identity::IdentityError),
+    /// The log or the state engine reports an error of its own.
+    #[error("{engine}: {reason}")]
+    Engine {
+        /// Which engine.
+        engine: &'static str,
+        /// Its message.
+        reason: String,
+    },
+    /// The entries asked for were compacted away.
+    #[error("log entries up to {0} are compacted")]
+    Compacted(crate::ids::Index),
+}
+
+/// A shard's state as a state machine reads it: an ordered map from keys to values.
+pub trait StateView {
+    /// The value of `key`.
+    fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StorageError>;
+
+    /// Calls `visit` with each pair from `from` on, in key order, until it returns false.
+    fn scan(
+        &self,
+        from: Bound<&[u8]>,
+        visit: &mut dyn FnMut(&[u8], &Bytes) -> bool,
+    ) -> Result<(), StorageError>;
+
+    /// The shard's revision counter.
+    fn revision(&self) -> u64;
+}
+
+/// A shard's state as a state machine changes it. Changes are visible at once and become part of
+/// the state together with the entry that made them.
+pub trait StateBatch: StateView {
+    /// Sets the value of `key`.
+    fn put(&mut self, key: &[u8], value: Bytes);
+
+    /// Removes `key`.
+    fn delete(&mut self, key: &[u8]);
+
+    /// Increments the shard's revision counter and returns the new revision.
+    fn next_revision(&mut self) -> u64;
+}

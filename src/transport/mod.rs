@@ -1,0 +1,1 @@
+//! Framed Cap'n Proto between nodes.
