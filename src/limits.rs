@@ -45,6 +45,10 @@ pub const NESTING_MAX: i32 = 16;
 pub const UNCOMMITTED_BYTES_MAX: usize = 64 * MIB;
 /// Proposals and reads that wait in one replica; above, requests are `Busy`.
 pub const REPLICA_PENDING_MAX: usize = 16 * 1024;
+/// Rounds of linearizable reads that wait for a quorum at a time; reads that arrive meanwhile share the next.
+pub const READ_ROUNDS_MAX: usize = 1;
+/// Log writes of one group that are not yet durable, above which new commands wait to share an entry.
+pub const WRITES_IN_FLIGHT_MAX: usize = 4;
 /// Bytes of committed entries taken from raft in one pass, so that one group can't hold its thread.
 pub const APPLY_PASS_BYTES: u64 = MIB as u64;
 /// Bytes of recent log entries a group keeps in memory beyond those it must.
