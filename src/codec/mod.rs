@@ -1,8 +1,10 @@
 //! Between the program's types and their Cap'n Proto forms.
 //!
 //! - [`records`]: nodes, databases, shards, map deltas (wire and disk).
+//! - [`meta`]: commands and replies of the metadata shard.
 //! - [`peer`]: frames of the peer port. - [`refusal`]: [`crate::refusal::Refusal`] and `Error`.
 
+pub mod meta;
 pub mod peer;
 pub mod records;
 pub mod refusal;

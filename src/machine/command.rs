@@ -155,6 +155,9 @@ pub enum MetaRefusal {
     /// The cluster isn't formed yet.
     #[error("the cluster is not formed yet")]
     NotFormed,
+    /// A rule of a newer version of the program, in its words. Never made here, only read.
+    #[error("{0}")]
+    Other(String),
 }
 
 /// A read of a shard's state.
