@@ -65,6 +65,14 @@ pub enum StorageError {
         /// Its message.
         reason: String,
     },
+    /// A write contradicts what the log holds, which is a bug in the caller. Nothing was written.
+    #[error("log of replica {replica}: {reason}; nothing was written")]
+    Inconsistent {
+        /// Whose log.
+        replica: crate::ids::ReplicaId,
+        /// What doesn't fit.
+        reason: String,
+    },
     /// The entries asked for were compacted away.
     #[error("log entries up to {0} are compacted")]
     Compacted(crate::ids::Index),
