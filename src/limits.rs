@@ -54,6 +54,13 @@ pub const APPLY_PASS_BYTES: u64 = MIB as u64;
 /// Bytes of recent log entries a group keeps in memory beyond those it must.
 pub const ENTRY_CACHE_BYTES: usize = 2 * MIB;
 
+/// Messages in a replica's mailbox; above, requests are `Busy` and raft messages are dropped.
+pub const REPLICA_MAILBOX_MAX: usize = 4 * 1024;
+/// Batches in the mailbox of a thread that owns replicas; above, raft messages are dropped.
+pub const HUB_MAILBOX_MAX: usize = 16 * 1024;
+/// Ticks between looks whether the log can be compacted further.
+pub const COMPACT_TICKS: u64 = 50;
+
 /// Bytes waiting in the outbox to one peer; above, messages are dropped and raft sends them again.
 pub const OUTBOX_BYTES_MAX: usize = 64 * MIB;
 /// Log writes are gathered into one append of the log engine up to this many bytes.
@@ -78,6 +85,28 @@ pub const ELECTION_TICKS_MIN: usize = 10;
 /// Greatest election timeout in ticks, exclusive.
 pub const ELECTION_TICKS_MAX: usize = 20;
 
+/// Time between heartbeats of a node to every other, in milliseconds.
+pub const NODE_HEARTBEAT_MS: u64 = 500;
+/// Time a stopping node gives its connections to write their last answers, in milliseconds.
+pub const LAST_ANSWERS_MS: u64 = 20;
+/// Time between attempts to become a member, in milliseconds.
+pub const MEMBERSHIP_RETRY_MS: u64 = 200;
+/// Time for one attempt to reach the metadata leader, in milliseconds.
+pub const META_ATTEMPT_MS: u64 = 3_000;
+/// Time between such attempts, in milliseconds.
+pub const META_RETRY_MS: u64 = 20;
+/// Time between measurements of the data directory's size, in milliseconds.
+pub const DISK_MEASURE_MS: u64 = 10_000;
+/// Time for a pull of the cluster map from a peer, in milliseconds.
+pub const MAP_PULL_MS_MAX: u64 = 3_000;
+/// Time for a replica's answer to a status question, in milliseconds.
+pub const STATUS_MS_MAX: u64 = 1_000;
+/// Time for a probe of another node, in milliseconds.
+pub const PROBE_MS_MAX: u64 = 1_000;
+/// Time for a request to join, which waits for the metadata shard, in milliseconds.
+pub const JOIN_MS_MAX: u64 = 3_000;
+/// Time within which leadership is handed over when a node stops, in milliseconds.
+pub const HAND_OVER_MS_MAX: u64 = 1_500;
 /// Crashes of one replica within [`CRASH_WINDOW_MS`] after which it is quarantined.
 pub const CRASHES_MAX: usize = 5;
 /// Window for counting crashes, in milliseconds.
