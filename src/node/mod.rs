@@ -1,6 +1,7 @@
 //! The composition root and the actors of one node.
 
 pub mod handle;
+pub mod log_writer;
 
 use std::net::TcpListener;
 use std::time::Duration;

@@ -37,6 +37,7 @@ use super::StorageError;
 use super::log::{Extent, LogState, LogStore, LogWrite, ReplicaPhase, ReplicaRecord, term_starts};
 use crate::ids::{GROUP_START, Index, Position, ReplicaId, StoreId, Term};
 use guard::EngineGuard;
+pub(crate) use guard::panic_text;
 use record::{CATALOGUE_GROUP, HARD_STATE_KEY, IDENTITY_KEY, MARKER_KEY, TRUNCATED_KEY};
 
 /// Sizes of the log's files.
