@@ -65,6 +65,13 @@ pub const COMPACT_TICKS: u64 = 50;
 pub const OUTBOX_BYTES_MAX: usize = 64 * MIB;
 /// Log writes are gathered into one append of the log engine up to this many bytes.
 pub const LOG_WRITE_TARGET_BYTES: usize = 4 * MIB;
+/// Bytes that may wait for the log writer. What bounds them is each group's own limit of entries in
+/// flight; above this the writer takes them still, since an arbiter must not block, and complains.
+pub const LOG_QUEUE_BYTES_MAX: usize = 256 * MIB;
+/// What a job or a fence in the log writer's queue counts for, in bytes.
+pub const LOG_JOB_BYTES: usize = 256;
+/// Time between purges of the log, in milliseconds.
+pub const LOG_PURGE_MS: u64 = 10_000;
 
 /// Connections a node accepts on its client port; more wait in the listen queue.
 pub const CLIENT_CONNECTIONS_MAX: usize = 4096;
@@ -170,6 +177,9 @@ const _: () = assert!(FRAME_TARGET_BYTES / 40 + MESSAGE_ENTRIES_MAX <= FRAME_ENT
 const _: () = assert!(REQUEST_FRAME_BYTES_MAX <= FRAME_BYTES_MAX);
 const _: () = assert!(OUTBOX_CONTROL_BYTES_MAX <= OUTBOX_BYTES_MAX);
 const _: () = assert!(KEEPALIVE_MS * 3 < PEER_IDLE_MS_MAX);
+const _: () = assert!(UNCOMMITTED_BYTES_MAX <= LOG_QUEUE_BYTES_MAX);
+const _: () = assert!(LOG_WRITE_TARGET_BYTES <= LOG_QUEUE_BYTES_MAX);
+const _: () = assert!(FRAME_TARGET_BYTES <= FRAME_BYTES_MAX);
 const _: () = assert!(FRAME_BYTES_MAX <= TRAVERSAL_BYTES_MAX);
 const _: () = assert!(FRAME_BYTES_MAX <= OUTBOX_BYTES_MAX);
 const _: () = assert!(ENTRY_BYTES_MAX <= UNCOMMITTED_BYTES_MAX);

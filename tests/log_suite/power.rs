@@ -386,3 +386,103 @@ fn two_logs_read_on_one_thread_do_not_mix() {
         }
     }
 }
+
+/// A compaction isn't synced by itself. If the files it freed went before it is durable, the log
+/// would come back with the old truncated position and a gap behind it.
+#[test]
+fn files_are_freed_only_behind_durable_compactions() {
+    for seed in 0..10 {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let fs = LossyFs::default();
+        let log = open(&path, &fs).unwrap();
+        log.create(&[record(1)]).unwrap();
+        for first in (6..=105).step_by(10) {
+            let write = LogWrite {
+                entries: (first..first + 10)
+                    .map(|index| entry(index, 6, 400))
+                    .collect(),
+                ..write(1, first..=first, 6)
+            };
+            log.write(&[write]).unwrap();
+        }
+        let files = || std::fs::read_dir(&path).unwrap().count();
+        let before = files();
+        let to = Position {
+            index: 100,
+            term: 6,
+        };
+        log.compact(ReplicaId(1), to).unwrap();
+        log.purge().unwrap();
+        assert!(
+            files() < before,
+            "no file was freed: the case shows nothing"
+        );
+        fs.power_loss(seed);
+        drop(log);
+        let log = open(&path, &LossyFs::default()).unwrap();
+        let state = log.load(ReplicaId(1)).unwrap();
+        assert_eq!((state.truncated, state.last), (to, 105));
+    }
+}
+
+/// Entries are looked up and read in two steps, and a purge moves them or frees their file in
+/// between. A reader must see them, or that they are compacted, never damage.
+#[test]
+fn reading_beside_writes_and_purges_is_never_damage() {
+    let dir = tempfile::tempdir().unwrap();
+    let fs = LossyFs::default();
+    let log = open(&dir.path().join("log"), &fs).unwrap();
+    let records: Vec<ReplicaRecord> = (1..=4).map(record).collect();
+    log.create(&records).unwrap();
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let (reads, compacted) = std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let mut rng = Rng(1);
+            let mut ends = (0, 0);
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                let replica = ReplicaId(1 + rng.below(4));
+                let state = log.load(replica).unwrap();
+                let (low, high) = (state.truncated.index + 1, state.last + 1);
+                match log.entries(replica, low, high, 2000) {
+                    Ok(entries) => {
+                        for (i, entry) in entries.iter().enumerate() {
+                            assert_eq!(entry.index, low + i as u64);
+                            assert_eq!(entry.data[..], super::entry(entry.index, 6, 300).data[..]);
+                        }
+                        ends.0 += 1;
+                    }
+                    Err(StorageError::Compacted(_)) => ends.1 += 1,
+                    Err(e) => panic!("{e}"),
+                }
+            }
+            ends
+        });
+        let purger = scope.spawn(|| {
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                log.purge().unwrap();
+            }
+        });
+        for round in 0..300 {
+            let writes: Vec<LogWrite> = (1..=4)
+                .map(|replica| LogWrite {
+                    replica: ReplicaId(replica),
+                    entries: vec![entry(6 + round, 6, 300)],
+                    hard_state: None,
+                })
+                .collect();
+            log.write(&writes).unwrap();
+            if round > 20 {
+                let index = round - 20 + round % 5;
+                for replica in 1..=round % 4 {
+                    log.compact(ReplicaId(replica), Position { index, term: 6 })
+                        .unwrap();
+                }
+            }
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        purger.join().unwrap();
+        reader.join().unwrap()
+    });
+    assert!(reads > 10, "{reads} reads, {compacted} of what was gone");
+}

@@ -243,7 +243,7 @@ fn config(dir: &Path, options: DiskLogOptions) -> Result<Config, StorageError> {
 }
 
 /// What a caught panic said.
-pub(super) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
     panic
         .downcast_ref::<&str>()
         .map(|text| (*text).to_owned())

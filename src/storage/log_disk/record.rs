@@ -210,7 +210,7 @@ mod tests {
         }
         let position = Position { index: 77, term: 8 };
         assert_eq!(decode_position(&encode_position(position)), Ok(position));
-        let id = StoreId([9; 16]);
+        let id = crate::ids::RandomId([9; 16]);
         assert_eq!(decode_identity(&encode_identity(id)), Ok(id));
     }
 
