@@ -234,7 +234,7 @@ fn read_root<T>(
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::codec::records::tests::{any_database, any_id, any_node, any_range, any_shard};
     use proptest::prelude::*;
