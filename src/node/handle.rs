@@ -20,7 +20,7 @@ use crate::limits;
 use crate::machine::command::{Command, MetaCommand, MetaReply, Reply};
 use crate::placement::map::ClusterMap;
 use crate::refusal::Refusal;
-use crate::transport::call;
+use crate::transport::call::{HelloConfig, PeerClient};
 
 /// What a service on any thread of the node may do with it. Cheap to clone.
 #[derive(Clone)]
@@ -143,7 +143,9 @@ impl NodeHandle {
     }
 
     fn member(&self) -> Result<&Member, Refusal> {
-        self.inner.member.get().ok_or(Refusal::Unavailable("the node is not yet a member of a cluster"))
+        self.inner.member.get().ok_or(Refusal::Unavailable(
+            "the node is not yet a member of a cluster",
+        ))
     }
 
     /// This node's id; 0 while it isn't a member.
@@ -153,7 +155,10 @@ impl NodeHandle {
 
     /// The cluster map as this node knows it; a cheap snapshot. Empty while it isn't a member.
     pub fn map(&self) -> Arc<ClusterMap> {
-        self.inner.member.get().map_or_else(|| self.inner.empty_map.clone(), |m| m.router.map())
+        self.inner
+            .member
+            .get()
+            .map_or_else(|| self.inner.empty_map.clone(), |m| m.router.map())
     }
 
     /// Hands operations to this node's replica of `shard`, if `range_version` is the one in force,
@@ -171,24 +176,44 @@ impl NodeHandle {
             return Err(Refusal::Unavailable("the node is stopping"));
         }
         let (reply, results) = oneshot::channel();
-        let writes: Vec<bool> = operations.iter().map(|o| matches!(o, Operation::Command(_))).collect();
-        addr.try_send(Submit { range_version, operations, reply }).map_err(|error| match error {
-            SendError::Full(_) => {
-                Refusal::Busy { what: "the shard's mailbox", retry_after_ms: limits::BUSY_RETRY_MS }
+        let writes: Vec<bool> = operations
+            .iter()
+            .map(|o| matches!(o, Operation::Command(_)))
+            .collect();
+        addr.try_send(Submit {
+            range_version,
+            operations,
+            reply,
+        })
+        .map_err(|error| match error {
+            SendError::Full(_) => Refusal::Busy {
+                what: "the shard's mailbox",
+                retry_after_ms: limits::BUSY_RETRY_MS,
+            },
+            SendError::Closed(_) => {
+                Refusal::Unavailable("the replica is being rebuilt after a crash")
             }
-            SendError::Closed(_) => Refusal::Unavailable("the replica is being rebuilt after a crash"),
         })?;
         match tokio::time::timeout(timeout, results).await {
             Ok(Ok(results)) => results,
             // The mailbox was dropped with the message in it: the replica crashed before it saw it.
-            Ok(Err(_)) => Err(Refusal::Unavailable("the replica is being rebuilt after a crash")),
-            Err(_) => Ok(writes.into_iter().map(|writes| Err(timed_out(writes))).collect()),
+            Ok(Err(_)) => Err(Refusal::Unavailable(
+                "the replica is being rebuilt after a crash",
+            )),
+            Err(_) => Ok(writes
+                .into_iter()
+                .map(|writes| Err(timed_out(writes)))
+                .collect()),
         }
     }
 
     /// Has the metadata shard's leader, wherever it is, execute a command. Retried until `timeout`:
     /// the metadata commands are made for that.
-    pub async fn meta(&self, command: MetaCommand, timeout: Duration) -> Result<MetaReply, Refusal> {
+    pub async fn meta(
+        &self,
+        command: MetaCommand,
+        timeout: Duration,
+    ) -> Result<MetaReply, Refusal> {
         let deadline = Instant::now() + timeout;
         let mut last = Refusal::Deadline;
         let mut hint = Some(self.node());
@@ -199,25 +224,38 @@ impl NodeHandle {
             }
             let map = self.map();
             let Some(metadata) = map.shards.get(&METADATA_SHARD) else {
-                return Err(Refusal::Unavailable("the node is not yet a member of a cluster"));
+                return Err(Refusal::Unavailable(
+                    "the node is not yet a member of a cluster",
+                ));
             };
             // The leader, if the last answer named one; else each voter in turn.
-            let target = hint.take().filter(|node| metadata.member_on(*node).is_some());
-            let target = target.unwrap_or_else(|| metadata.members[attempt % metadata.members.len()].node);
+            let target = hint
+                .take()
+                .filter(|node| metadata.member_on(*node).is_some());
+            let target =
+                target.unwrap_or_else(|| metadata.members[attempt % metadata.members.len()].node);
             let patience = left.min(Duration::from_millis(limits::META_ATTEMPT_MS));
             let answer = if target == self.node() {
                 self.meta_here(command.clone(), patience).await
             } else {
                 match map.nodes.get(&target) {
                     Some(node) => meta_there(&node.peer_address, command.clone(), patience).await,
-                    None => Err(Refusal::Unavailable("the address of the metadata leader is not known")),
+                    None => Err(Refusal::Unavailable(
+                        "the address of the metadata leader is not known",
+                    )),
                 }
             };
             match answer {
                 Ok(reply) => return Ok(reply),
-                Err(refusal) if !refusal.retryable() && refusal != Refusal::Deadline => return Err(refusal),
+                Err(refusal) if !refusal.retryable() && refusal != Refusal::Deadline => {
+                    return Err(refusal);
+                }
                 Err(refusal) => {
-                    if let Refusal::NotLeader { leader: Some(leader), .. } = refusal {
+                    if let Refusal::NotLeader {
+                        leader: Some(leader),
+                        ..
+                    } = refusal
+                    {
                         hint = Some(leader);
                     }
                     last = refusal;
@@ -229,10 +267,20 @@ impl NodeHandle {
     }
 
     /// Executes a metadata command if this node leads the metadata shard.
-    pub async fn meta_here(&self, command: MetaCommand, timeout: Duration) -> Result<MetaReply, Refusal> {
+    pub async fn meta_here(
+        &self,
+        command: MetaCommand,
+        timeout: Duration,
+    ) -> Result<MetaReply, Refusal> {
         let operation = Operation::Command(Command::Meta(command));
-        let range_version = self.map().shards.get(&METADATA_SHARD).map_or(0, |s| s.epoch.range);
-        let results = self.submit(METADATA_SHARD, range_version, vec![operation], timeout).await?;
+        let range_version = self
+            .map()
+            .shards
+            .get(&METADATA_SHARD)
+            .map_or(0, |s| s.epoch.range);
+        let results = self
+            .submit(METADATA_SHARD, range_version, vec![operation], timeout)
+            .await?;
         match results.into_iter().next() {
             Some(Ok(Output::Reply(Reply::Meta(reply)))) => Ok(reply),
             Some(Err(refusal)) => Err(refusal),
@@ -258,7 +306,12 @@ impl NodeHandle {
 
     /// Starts moving the leadership of `shard` from this node's replica to the one on `to`, and
     /// waits until it has moved.
-    pub async fn transfer(&self, shard: ShardId, to: NodeId, timeout: Duration) -> Result<(), Refusal> {
+    pub async fn transfer(
+        &self,
+        shard: ShardId,
+        to: NodeId,
+        timeout: Duration,
+    ) -> Result<(), Refusal> {
         let addr = self.member()?.router.replica(shard)?;
         let deadline = Instant::now() + timeout;
         let gone = |_| Refusal::Unavailable("the replica is being rebuilt after a crash");
@@ -273,7 +326,9 @@ impl NodeHandle {
             }
             tokio::time::sleep(Duration::from_millis(limits::META_RETRY_MS)).await;
         }
-        Err(Refusal::Unavailable("leadership didn't move within the time given"))
+        Err(Refusal::Unavailable(
+            "leadership didn't move within the time given",
+        ))
     }
 
     /// Test hook: makes this node's replica of `shard` fail in the named way. A build without the
@@ -288,7 +343,9 @@ impl NodeHandle {
         }
         #[cfg(not(feature = "test-hooks"))]
         {
-            Err(Refusal::Refused(format!("this build has no test hooks: shard {shard} will not `{fault}`")))
+            Err(Refusal::Refused(format!(
+                "this build has no test hooks: shard {shard} will not `{fault}`"
+            )))
         }
     }
 }
@@ -301,14 +358,29 @@ fn timed_out(writes: bool) -> Refusal {
     }
 }
 
-async fn meta_there(address: &str, command: MetaCommand, timeout: Duration) -> Result<MetaReply, Refusal> {
-    match call::call(address, PeerRequest::Meta(command), timeout).await {
+async fn meta_there(
+    address: &str,
+    command: MetaCommand,
+    timeout: Duration,
+) -> Result<MetaReply, Refusal> {
+    match PeerClient::call(
+        address,
+        HelloConfig::default(),
+        PeerRequest::Meta(command),
+        timeout,
+    )
+    .await
+    {
         Ok(PeerResponse::Meta(reply)) => Ok(reply),
         Ok(PeerResponse::Refused(refusal)) => Err(refusal),
-        Ok(_) => Err(Refusal::Unknown("a peer gave an answer to another question")),
+        Ok(_) => Err(Refusal::Unknown(
+            "a peer gave an answer to another question",
+        )),
         Err(error) => {
             tracing::debug!(address, %error, "asking for a metadata command");
-            Err(Refusal::Unknown("the connection to the metadata leader was lost"))
+            Err(Refusal::Unknown(
+                "the connection to the metadata leader was lost",
+            ))
         }
     }
 }

@@ -17,7 +17,7 @@ use super::supervisor::Supervisor;
 use super::ticket::Ticket;
 use crate::codec::GroupMessage;
 use crate::group::driver::{Group, GroupOptions};
-use crate::ids::{Incarnation, Position, ReplicaId, ShardId};
+use crate::ids::{Incarnation, NodeId, Position, ReplicaId, ShardId};
 use crate::limits;
 use crate::storage::flush::FlushStep;
 use crate::storage::log::LogState;
@@ -72,6 +72,11 @@ pub struct FlushedBatch(pub FlushStep, pub Vec<(ReplicaId, Incarnation, Position
 #[rtype(result = "()")]
 pub struct FreezeBatch(pub Arc<Vec<ReplicaId>>);
 
+/// Network → hub: messages to this node were lost.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Unreachable(pub NodeId);
+
 /// The way from the log and flush threads to a hub.
 pub struct HubSink(pub Addr<Hub>);
 
@@ -90,7 +95,13 @@ impl FlushSink for HubSink {
 impl Hub {
     /// A hub without replicas.
     pub fn new(shared: Arc<Shared>, fatal: Fatal) -> Hub {
-        Hub { shared, replicas: HashMap::new(), sink: None, paused: false, _guard: fatal.guard("a hub") }
+        Hub {
+            shared,
+            replicas: HashMap::new(),
+            sink: None,
+            paused: false,
+            _guard: fatal.guard("a hub"),
+        }
     }
 
     fn tick(&mut self) {
@@ -130,12 +141,32 @@ impl Actor for Hub {
 impl Handler<StartReplica> for Hub {
     type Result = Result<Addr<ReplicaActor>, String>;
     fn handle(&mut self, start: StartReplica, ctx: &mut Context<Self>) -> Self::Result {
-        let GroupOptions { shard, replica, incarnation, .. } = start.options;
-        let group: Group<Ticket> = Group::open(start.options, self.shared.log.clone(), start.log, start.state)
-            .map_err(|error| error.to_string())?;
-        let sink = self.sink.get_or_insert_with(|| Arc::new(HubSink(ctx.address()))).clone();
-        let actor =
-            ReplicaActor::new(shard, replica, incarnation, group, self.shared.clone(), sink, start.supervisor);
+        let GroupOptions {
+            shard,
+            replica,
+            incarnation,
+            ..
+        } = start.options;
+        let group: Group<Ticket> = Group::open(
+            start.options,
+            self.shared.log.clone(),
+            start.log,
+            start.state,
+        )
+        .map_err(|error| error.to_string())?;
+        let sink = self
+            .sink
+            .get_or_insert_with(|| Arc::new(HubSink(ctx.address())))
+            .clone();
+        let actor = ReplicaActor::new(
+            shard,
+            replica,
+            incarnation,
+            group,
+            self.shared.clone(),
+            sink,
+            start.supervisor,
+        );
         let addr = actor.start();
         if self.paused {
             addr.do_send(PauseApply(true));
@@ -193,6 +224,18 @@ impl Handler<FlushedBatch> for Hub {
         for (replica, incarnation, position) in batch {
             if let Some(addr) = self.living(replica, incarnation) {
                 addr.do_send(Flushed { step, position });
+            }
+        }
+    }
+}
+
+impl Handler<Unreachable> for Hub {
+    type Result = ();
+    fn handle(&mut self, unreachable: Unreachable, _: &mut Context<Self>) {
+        for (_, addr) in self.replicas.values() {
+            // Only a hint; raft finds out by itself.
+            if addr.try_send(PeerUnreachable(unreachable.0)).is_err() {
+                tracing::trace!("a replica is too busy for a hint");
             }
         }
     }

@@ -37,7 +37,7 @@ use crate::placement::ring::RingRange;
 use crate::refusal::Refusal;
 use crate::settings::ClusterSettings;
 use crate::storage::identity::DataDir;
-use crate::transport::call;
+use crate::transport::call::{HelloConfig, PeerClient};
 
 /// A node on its way into a cluster, or arrived. Shared with the service that answers peers.
 pub struct Applicant {
@@ -58,7 +58,13 @@ impl Applicant {
             (Some(cluster), None) => Membership::Claimed(cluster),
             (Some(cluster), Some(node)) => Membership::Member(cluster, node),
         };
-        Applicant { data_dir, record, settings, stage: watch::Sender::new(stage), recording: Mutex::new(()) }
+        Applicant {
+            data_dir,
+            record,
+            settings,
+            stage: watch::Sender::new(stage),
+            recording: Mutex::new(()),
+        }
     }
 
     /// How far the node is.
@@ -87,7 +93,10 @@ impl Applicant {
 
     /// A peer asks to record its cluster id. Blocks for the disk.
     pub fn claim(&self, cluster: ClusterId) -> Result<(), Refusal> {
-        let _recording = self.recording.lock().unwrap_or_else(PoisonError::into_inner);
+        let _recording = self
+            .recording
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         match self.stage() {
             Membership::Claimed(have) | Membership::Member(have, _) if have == cluster => Ok(()),
             Membership::Claimed(have) | Membership::Member(have, _) => {
@@ -114,9 +123,16 @@ impl Applicant {
 
     /// A peer makes this node one of the first voters. Blocks for the disk.
     pub fn form(&self, formation: &Formation) -> Result<(), Refusal> {
-        let _recording = self.recording.lock().unwrap_or_else(PoisonError::into_inner);
+        let _recording = self
+            .recording
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         match self.stage() {
-            Membership::Member(cluster, node) if (cluster, node) == (formation.cluster_id, formation.node) => Ok(()),
+            Membership::Member(cluster, node)
+                if (cluster, node) == (formation.cluster_id, formation.node) =>
+            {
+                Ok(())
+            }
             Membership::Claimed(cluster) if cluster == formation.cluster_id => {
                 self.record_member(&first_map(formation), formation.node)
             }
@@ -129,9 +145,14 @@ impl Applicant {
 
     /// The map first, then the identity: a member always has a map to start from.
     fn record_member(&self, map: &ClusterMap, node: NodeId) -> Result<(), Refusal> {
-        self.data_dir.save_map(&map_cache::encode(map)).map_err(cant_record)?;
-        self.data_dir.record_member(map.cluster_id, node).map_err(cant_record)?;
-        self.stage.send_replace(Membership::Member(map.cluster_id, node));
+        self.data_dir
+            .save_map(&map_cache::encode(map))
+            .map_err(cant_record)?;
+        self.data_dir
+            .record_member(map.cluster_id, node)
+            .map_err(cant_record)?;
+        self.stage
+            .send_replace(Membership::Member(map.cluster_id, node));
         Ok(())
     }
 
@@ -162,13 +183,25 @@ impl Applicant {
     async fn attempt(self: &Arc<Self>) -> Option<String> {
         let own = self.record.peer_address.as_str();
         let mut addresses: Vec<&str> = Vec::new();
-        for address in self.settings.initial.iter().chain(&self.settings.join).map(String::as_str) {
+        for address in self
+            .settings
+            .initial
+            .iter()
+            .chain(&self.settings.join)
+            .map(String::as_str)
+        {
             if address != own && !addresses.contains(&address) {
                 addresses.push(address);
             }
         }
-        let answers: BTreeMap<&str, Result<ProbeAnswer, String>> =
-            join_all(addresses.iter().map(|&address| async move { (address, probe(address).await) })).await.into_iter().collect();
+        let answers: BTreeMap<&str, Result<ProbeAnswer, String>> = join_all(
+            addresses
+                .iter()
+                .map(|&address| async move { (address, probe(address).await) }),
+        )
+        .await
+        .into_iter()
+        .collect();
         let claimed = match self.stage() {
             Membership::Claimed(cluster) => Some(cluster),
             _ => None,
@@ -176,9 +209,17 @@ impl Applicant {
         // A cluster that exists comes first: whoever was wiped joins it as a new node.
         let mut obstacle = None;
         for (address, answer) in &answers {
-            let Ok(ProbeAnswer { membership: Membership::Member(cluster, _), .. }) = answer else { continue };
+            let Ok(ProbeAnswer {
+                membership: Membership::Member(cluster, _),
+                ..
+            }) = answer
+            else {
+                continue;
+            };
             if claimed.is_some_and(|claimed| claimed != *cluster) {
-                obstacle = Some(format!("{address} belongs to cluster {cluster}, this node has recorded another"));
+                obstacle = Some(format!(
+                    "{address} belongs to cluster {cluster}, this node has recorded another"
+                ));
                 continue;
             }
             match self.join(address, *cluster).await {
@@ -189,18 +230,28 @@ impl Applicant {
         if obstacle.is_some() {
             return obstacle;
         }
-        if self.forms() { self.lead_formation(&answers).await.err() } else { Some("no member answers yet".into()) }
+        if self.forms() {
+            self.lead_formation(&answers).await.err()
+        } else {
+            Some("no member answers yet".into())
+        }
     }
 
     async fn join(self: &Arc<Self>, address: &str, cluster: ClusterId) -> Result<(), String> {
-        let request = PeerRequest::Join { cluster_id: Some(cluster), record: self.record.clone() };
+        let request = PeerRequest::Join {
+            cluster_id: Some(cluster),
+            record: self.record.clone(),
+        };
         let timeout = Duration::from_millis(limits::JOIN_MS_MAX);
         match ask(address, request, timeout).await? {
             PeerResponse::Joined { node, map } => {
                 let mut joined = ClusterMap::default();
                 joined.merge(map);
                 self.off_thread(move |applicant| {
-                    let _recording = applicant.recording.lock().unwrap_or_else(PoisonError::into_inner);
+                    let _recording = applicant
+                        .recording
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner);
                     match applicant.stage() {
                         Membership::Member(..) => Ok(()),
                         _ => applicant.record_member(&joined, node),
@@ -228,7 +279,11 @@ impl Applicant {
                 Some(Ok(answer)) => match answer.membership {
                     Membership::Empty => {}
                     Membership::Claimed(cluster) if Some(cluster) == own_claim => {}
-                    other => return Err(format!("{address} is {other:?}; a new cluster needs empty nodes")),
+                    other => {
+                        return Err(format!(
+                            "{address} is {other:?}; a new cluster needs empty nodes"
+                        ));
+                    }
                 },
                 Some(Err(reason)) => return Err(format!("{address} doesn't answer: {reason}")),
                 None => return Err(format!("{address} was not asked")),
@@ -242,7 +297,10 @@ impl Applicant {
             None => {
                 let cluster = RandomId::random();
                 self.off_thread(move |applicant| {
-                    let _recording = applicant.recording.lock().unwrap_or_else(PoisonError::into_inner);
+                    let _recording = applicant
+                        .recording
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner);
                     applicant.record_claim(cluster)
                 })
                 .await?;
@@ -261,7 +319,10 @@ impl Applicant {
         // From here on the cluster exists: this node starts, and tells the other voters (`spread`)
         // until they have heard.
         self.off_thread(move |applicant| {
-            let _recording = applicant.recording.lock().unwrap_or_else(PoisonError::into_inner);
+            let _recording = applicant
+                .recording
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
             applicant.record_member(&map, formation.node)
         })
         .await
@@ -273,7 +334,8 @@ impl Applicant {
     ) -> Result<(), String> {
         let applicant = self.clone();
         let done = tokio::task::spawn_blocking(move || work(&applicant)).await;
-        done.map_err(|error| error.to_string())?.map_err(|refusal| refusal.to_string())
+        done.map_err(|error| error.to_string())?
+            .map_err(|refusal| refusal.to_string())
     }
 }
 
@@ -283,8 +345,14 @@ fn cant_record(error: impl std::fmt::Display) -> Refusal {
     Refusal::Refused(format!("the node can't record its membership: {error}"))
 }
 
-async fn ask(address: &str, request: PeerRequest, timeout: Duration) -> Result<PeerResponse, String> {
-    call::call(address, request, timeout).await.map_err(|error| error.to_string())
+async fn ask(
+    address: &str,
+    request: PeerRequest,
+    timeout: Duration,
+) -> Result<PeerResponse, String> {
+    PeerClient::call(address, HelloConfig::default(), request, timeout)
+        .await
+        .map_err(|error| error.to_string())
 }
 
 async fn probe(address: &str) -> Result<ProbeAnswer, String> {
@@ -298,11 +366,23 @@ async fn probe(address: &str) -> Result<ProbeAnswer, String> {
 /// The first voters of the metadata shard, in the order of the list: an odd number, at most five.
 fn first_formation(cluster_id: ClusterId, records: Vec<NodeRecord>) -> Formation {
     let voters = records.len().min(limits::METADATA_VOTERS_MAX);
-    let voters = if voters.is_multiple_of(2) { voters - 1 } else { voters };
+    let voters = if voters.is_multiple_of(2) {
+        voters - 1
+    } else {
+        voters
+    };
     let nodes: Vec<_> = (records.into_iter().take(voters).zip(1..))
-        .map(|(record, id)| NodeRecord { id: NodeId(id), changed_at: 1, ..record })
+        .map(|(record, id)| NodeRecord {
+            id: NodeId(id),
+            changed_at: 1,
+            ..record
+        })
         .collect();
-    let member = |node: &NodeRecord| Member { replica: ReplicaId(node.id.0), node: node.id, role: MemberRole::Voter };
+    let member = |node: &NodeRecord| Member {
+        replica: ReplicaId(node.id.0),
+        node: node.id,
+        role: MemberRole::Voter,
+    };
     let metadata = ShardRecord {
         id: METADATA_SHARD,
         database: METADATA_DATABASE,
@@ -312,7 +392,12 @@ fn first_formation(cluster_id: ClusterId, records: Vec<NodeRecord>) -> Formation
         dropped: false,
         changed_at: 1,
     };
-    Formation { cluster_id, node: NodeId(1), nodes, metadata }
+    Formation {
+        cluster_id,
+        node: NodeId(1),
+        nodes,
+        metadata,
+    }
 }
 
 /// The map that a formation amounts to, before the metadata shard has written its own: version 0.
@@ -329,33 +414,48 @@ fn first_map(formation: &Formation) -> ClusterMap {
 /// Tells every first voter of a cluster that it is one, until it has heard. Run by node 1 at each
 /// start while the map is still the first one: it may have crashed halfway.
 pub async fn spread(map: Arc<ClusterMap>) {
-    let Some(metadata) = map.shards.get(&METADATA_SHARD) else { return };
+    let Some(metadata) = map.shards.get(&METADATA_SHARD) else {
+        return;
+    };
     let nodes: Vec<_> = map.nodes.values().cloned().collect();
-    let tell = metadata.members.iter().filter(|m| m.node != NodeId(1)).filter_map(|member| {
-        let address = map.nodes.get(&member.node)?.peer_address.clone();
-        let formation = Formation {
-            cluster_id: map.cluster_id,
-            node: member.node,
-            nodes: nodes.clone(),
-            metadata: metadata.clone(),
-        };
-        Some(async move {
-            let mut told = String::new();
-            loop {
-                let obstacle = match ask(&address, PeerRequest::Form(formation.clone()), PROBE_TIMEOUT).await {
-                    Ok(PeerResponse::Formed) => return,
-                    Ok(PeerResponse::Refused(refusal)) => refusal.to_string(),
-                    Ok(other) => format!("unexpected answer {other:?}"),
-                    Err(error) => error,
-                };
-                if obstacle != told {
-                    tracing::info!("telling {address} that it is node {}: {obstacle}", formation.node);
-                    told = obstacle;
+    let tell = metadata
+        .members
+        .iter()
+        .filter(|m| m.node != NodeId(1))
+        .filter_map(|member| {
+            let address = map.nodes.get(&member.node)?.peer_address.clone();
+            let formation = Formation {
+                cluster_id: map.cluster_id,
+                node: member.node,
+                nodes: nodes.clone(),
+                metadata: metadata.clone(),
+            };
+            Some(async move {
+                let mut told = String::new();
+                loop {
+                    let obstacle = match ask(
+                        &address,
+                        PeerRequest::Form(formation.clone()),
+                        PROBE_TIMEOUT,
+                    )
+                    .await
+                    {
+                        Ok(PeerResponse::Formed) => return,
+                        Ok(PeerResponse::Refused(refusal)) => refusal.to_string(),
+                        Ok(other) => format!("unexpected answer {other:?}"),
+                        Err(error) => error,
+                    };
+                    if obstacle != told {
+                        tracing::info!(
+                            "telling {address} that it is node {}: {obstacle}",
+                            formation.node
+                        );
+                        told = obstacle;
+                    }
+                    tokio::time::sleep(Duration::from_millis(limits::MEMBERSHIP_RETRY_MS)).await;
                 }
-                tokio::time::sleep(Duration::from_millis(limits::MEMBERSHIP_RETRY_MS)).await;
-            }
-        })
-    });
+            })
+        });
     join_all(tell).await;
 }
 
@@ -378,15 +478,29 @@ mod tests {
 
     #[test]
     fn the_metadata_shard_begins_with_an_odd_number_of_voters() {
-        let voters = |n: u16| first_formation(RandomId::default(), (0..n).map(record).collect()).metadata.members.len();
-        assert_eq!((1..=7).map(voters).collect::<Vec<_>>(), [1, 1, 3, 3, 5, 5, 5]);
+        let voters = |n: u16| {
+            first_formation(RandomId::default(), (0..n).map(record).collect())
+                .metadata
+                .members
+                .len()
+        };
+        assert_eq!(
+            (1..=7).map(voters).collect::<Vec<_>>(),
+            [1, 1, 3, 3, 5, 5, 5]
+        );
     }
 
     #[test]
     fn the_first_map_survives_its_cache() {
         let formation = first_formation(RandomId([7; 16]), (0..3).map(record).collect());
         let map = first_map(&formation);
-        assert_eq!(map_cache::decode(&map_cache::encode(&map)).expect("readable"), map);
-        assert_eq!(map.nodes.keys().copied().collect::<Vec<_>>(), [NodeId(1), NodeId(2), NodeId(3)]);
+        assert_eq!(
+            map_cache::decode(&map_cache::encode(&map)).expect("readable"),
+            map
+        );
+        assert_eq!(
+            map.nodes.keys().copied().collect::<Vec<_>>(),
+            [NodeId(1), NodeId(2), NodeId(3)]
+        );
     }
 }

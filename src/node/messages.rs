@@ -69,6 +69,11 @@ pub struct Freeze;
 #[rtype(result = "()")]
 pub struct PauseApply(pub bool);
 
+/// Hub → replica: messages to the replica on this node were lost. Mailbox full: dropped, a hint only.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct PeerUnreachable(pub NodeId);
+
 /// Supervisor → replica: begin an election at once; for a new group's preferred first leader.
 #[derive(Message)]
 #[rtype(result = "()")]
@@ -133,4 +138,3 @@ pub struct MapNews(pub MapDelta);
 #[derive(Message)]
 #[rtype(result = "Vec<ReplicaReport>")]
 pub struct Report;
-

@@ -16,9 +16,10 @@ use super::reader::ReadJob;
 use super::shared::Shared;
 use super::supervisor::Supervisor;
 use super::ticket::{Ticket, tickets};
+use crate::codec::GroupMessage;
 use crate::group::driver::Group;
 use crate::group::types::{Effects, Fetch};
-use crate::ids::{Incarnation, METADATA_SHARD, Position, ReplicaId, ShardId};
+use crate::ids::{Incarnation, METADATA_SHARD, NodeId, Position, ReplicaId, ShardId};
 use crate::limits;
 use crate::machine::meta;
 use crate::refusal::Refusal;
@@ -65,12 +66,18 @@ impl Drop for Guard {
         }
         let reason = match self.reason.take() {
             Some(reason) => reason,
-            None if std::thread::panicking() => super::panics::last().unwrap_or_else(|| "panicked".into()),
+            None if std::thread::panicking() => {
+                super::panics::last().unwrap_or_else(|| "panicked".into())
+            }
             None => "its thread ended".into(),
         };
         // Never full by bound: a replica ends once per incarnation. If the supervisor is gone, so is
         // the node.
-        self.supervisor.do_send(ReplicaDown { replica: self.replica, incarnation: self.incarnation, reason });
+        self.supervisor.do_send(ReplicaDown {
+            replica: self.replica,
+            incarnation: self.incarnation,
+            reason,
+        });
     }
 }
 
@@ -85,7 +92,13 @@ impl ReplicaActor {
         sink: Arc<HubSink>,
         supervisor: Addr<Supervisor>,
     ) -> ReplicaActor {
-        let guard = Guard { replica, incarnation, supervisor: supervisor.clone(), reason: None, ordered: false };
+        let guard = Guard {
+            replica,
+            incarnation,
+            supervisor: supervisor.clone(),
+            reason: None,
+            ordered: false,
+        };
         let flushed = group.state().header().applied;
         ReplicaActor {
             shard,
@@ -129,10 +142,18 @@ impl ReplicaActor {
     }
 
     fn carry_out(&mut self, effects: Effects<Ticket>, ctx: &mut Context<Self>) {
-        let Effects { messages, write, done, reads, fetch, leader, more } = effects;
+        let Effects {
+            messages,
+            write,
+            done,
+            reads,
+            fetch,
+            leader,
+            more,
+        } = effects;
         // Messages of this pass are those that may leave before the write below.
         if !messages.is_empty() {
-            self.shared.network.send(messages);
+            self.shared.network.send(by_node(messages));
         }
         if let Some(numbered) = write {
             self.shared.log_writer.submit(vec![WriteTask {
@@ -146,7 +167,11 @@ impl ReplicaActor {
             ticket.finish(result);
         }
         if !reads.is_empty() {
-            let job = ReadJob { machine: self.group.machine(), reader: self.group.state().reader(), reads };
+            let job = ReadJob {
+                machine: self.group.machine(),
+                reader: self.group.state().reader(),
+                reads,
+            };
             self.shared.reader.submit(job);
         }
         if let Some(fetch) = fetch {
@@ -154,33 +179,47 @@ impl ReplicaActor {
         }
         if let Some(change) = leader {
             metrics::counter!("pontoon_leader_changes_total").increment(1);
-            self.supervisor.do_send(LeaderChanged { shard: self.shard, replica: self.replica, change });
+            self.supervisor.do_send(LeaderChanged {
+                shard: self.shard,
+                replica: self.replica,
+                change,
+            });
         }
         if more {
             // Others on this thread get their turn first.
-            ctx.spawn(fut::wrap_future(tokio::task::yield_now()).map(|(), act: &mut Self, ctx| act.queue_pump(ctx)));
+            ctx.spawn(
+                fut::wrap_future(tokio::task::yield_now())
+                    .map(|(), act: &mut Self, ctx| act.queue_pump(ctx)),
+            );
         }
     }
 
     fn fetch(&mut self, fetch: Fetch, ctx: &mut Context<Self>) {
         let log = self.shared.log.clone();
         let replica = self.replica;
-        let read = tokio::task::spawn_blocking(move || log.entries(replica, fetch.low, fetch.high, fetch.max_bytes));
-        ctx.spawn(fut::wrap_future(read).map(|entries, act: &mut Self, ctx| match entries {
-            Ok(Ok(entries)) => {
-                act.group.on_fetched(entries);
-                act.queue_pump(ctx);
-            }
-            Ok(Err(error)) => act.fail(error.to_string(), ctx),
-            Err(error) => act.fail(format!("reading the raft log: {error}"), ctx),
-        }));
+        let read = tokio::task::spawn_blocking(move || {
+            log.entries(replica, fetch.low, fetch.high, fetch.max_bytes)
+        });
+        ctx.spawn(
+            fut::wrap_future(read).map(|entries, act: &mut Self, ctx| match entries {
+                Ok(Ok(entries)) => {
+                    act.group.on_fetched(entries);
+                    act.queue_pump(ctx);
+                }
+                Ok(Err(error)) => act.fail(error.to_string(), ctx),
+                Err(error) => act.fail(format!("reading the raft log: {error}"), ctx),
+            }),
+        );
     }
 
     /// Ends this replica because of an error; the supervisor rebuilds it from disk.
     fn fail(&mut self, reason: String, ctx: &mut Context<Self>) {
         tracing::error!(shard = %self.shard, replica = %self.replica, reason, "replica stops");
         self.guard.reason = Some(reason);
-        for (ticket, result) in self.group.abandon("the replica stopped because of an error") {
+        for (ticket, result) in self
+            .group
+            .abandon("the replica stopped because of an error")
+        {
             ticket.finish(result);
         }
         ctx.stop();
@@ -202,7 +241,11 @@ impl ReplicaActor {
         if let Some(frozen) = self.group.freeze() {
             self.flushing = true;
             self.account_memory();
-            self.shared.flusher.submit(FlushJob { incarnation: self.incarnation, frozen, done: self.sink.clone() });
+            self.shared.flusher.submit(FlushJob {
+                incarnation: self.incarnation,
+                frozen,
+                done: self.sink.clone(),
+            });
         }
     }
 
@@ -232,6 +275,18 @@ impl ReplicaActor {
     }
 }
 
+/// Messages grouped by receiver, each receiver's in order.
+fn by_node(messages: Vec<(NodeId, GroupMessage)>) -> Vec<(NodeId, Vec<GroupMessage>)> {
+    let mut batches: Vec<(NodeId, Vec<GroupMessage>)> = Vec::new();
+    for (node, message) in messages {
+        match batches.iter_mut().find(|(to, _)| *to == node) {
+            Some((_, batch)) => batch.push(message),
+            None => batches.push((node, vec![message])),
+        }
+    }
+    batches
+}
+
 impl Actor for ReplicaActor {
     type Context = Context<Self>;
 
@@ -257,7 +312,11 @@ impl Handler<Submit> for ReplicaActor {
     fn handle(&mut self, submit: Submit, ctx: &mut Context<Self>) {
         let range_version = self.group.epoch().range;
         if submit.range_version != range_version {
-            let refusal = Refusal::StaleRoute { shard: self.shard, asked: submit.range_version, range_version };
+            let refusal = Refusal::StaleRoute {
+                shard: self.shard,
+                asked: submit.range_version,
+                range_version,
+            };
             if submit.reply.send(Err(refusal)).is_err() {
                 tracing::trace!("nobody waits for a refusal");
             }
@@ -335,6 +394,16 @@ impl Handler<PauseApply> for ReplicaActor {
     }
 }
 
+impl Handler<PeerUnreachable> for ReplicaActor {
+    type Result = ();
+    fn handle(&mut self, unreachable: PeerUnreachable, ctx: &mut Context<Self>) {
+        if let Some(replica) = self.group.replica_on(unreachable.0) {
+            self.group.on_unreachable(replica);
+            self.queue_pump(ctx);
+        }
+    }
+}
+
 impl Handler<Campaign> for ReplicaActor {
     type Result = ();
     fn handle(&mut self, _: Campaign, ctx: &mut Context<Self>) {
@@ -353,9 +422,16 @@ impl Handler<Transfer> for ReplicaActor {
         }
         let to = match transfer.0 {
             Some(node) => self.group.replica_on(node).ok_or_else(|| {
-                Refusal::Refused(format!("node {node} holds no replica of shard {}", self.shard))
+                Refusal::Refused(format!(
+                    "node {node} holds no replica of shard {}",
+                    self.shard
+                ))
             })?,
-            None => *self.group.successors().first().ok_or(Refusal::Unavailable("no other replica is in reach"))?,
+            None => *self
+                .group
+                .successors()
+                .first()
+                .ok_or(Refusal::Unavailable("no other replica is in reach"))?,
         };
         self.group.transfer(to);
         self.queue_pump(ctx);

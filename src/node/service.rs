@@ -20,7 +20,8 @@ use crate::ids::{METADATA_SHARD, NodeId};
 use crate::limits;
 use crate::machine::command::{MetaCommand, MetaReply};
 use crate::refusal::Refusal;
-use crate::transport::call;
+use crate::transport::call::{HelloConfig, PeerClient};
+use crate::transport::handshake::Identity;
 use crate::transport::listener::PeerHandler;
 
 /// Where messages go once the node is a member.
@@ -35,16 +36,29 @@ pub struct Destinations {
 
 /// See the module page. One per node, used by every thread that has peer connections.
 pub struct PeerService {
-    applicant: Arc<Applicant>,
-    handle: NodeHandle,
+    asked: Asked,
+    incarnation: u64,
     destinations: OnceLock<Destinations>,
     pulling: Arc<AtomicBool>,
 }
 
+/// What answers requests; owned by each answer under way.
+#[derive(Clone)]
+struct Asked {
+    applicant: Arc<Applicant>,
+    handle: NodeHandle,
+}
+
 impl PeerService {
     /// A service of a node that may still be on its way into a cluster.
-    pub fn new(applicant: Arc<Applicant>, handle: NodeHandle) -> PeerService {
-        PeerService { applicant, handle, destinations: OnceLock::new(), pulling: Arc::default() }
+    pub fn new(applicant: Arc<Applicant>, handle: NodeHandle, incarnation: u64) -> PeerService {
+        let asked = Asked { applicant, handle };
+        PeerService {
+            asked,
+            incarnation,
+            destinations: OnceLock::new(),
+            pulling: Arc::default(),
+        }
     }
 
     /// The node is a member. Once.
@@ -53,7 +67,9 @@ impl PeerService {
             unreachable!("a node becomes a member once");
         }
     }
+}
 
+impl Asked {
     async fn recorded<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Applicant) -> Result<T, Refusal> + Send + 'static,
@@ -61,7 +77,9 @@ impl PeerService {
         let applicant = self.applicant.clone();
         match tokio::task::spawn_blocking(move || work(&applicant)).await {
             Ok(result) => result,
-            Err(error) => Err(Refusal::Refused(format!("the node can't record its membership: {error}"))),
+            Err(error) => Err(Refusal::Refused(format!(
+                "the node can't record its membership: {error}"
+            ))),
         }
     }
 
@@ -69,23 +87,34 @@ impl PeerService {
         let timeout = Duration::from_millis(limits::JOIN_MS_MAX);
         match request {
             PeerRequest::Probe => Ok(PeerResponse::Probe(self.applicant.answer())),
-            PeerRequest::Claim(cluster) => {
-                self.recorded(move |a| a.claim(cluster)).await.map(|()| PeerResponse::Claimed)
-            }
-            PeerRequest::Form(formation) => {
-                self.recorded(move |a| a.form(&formation)).await.map(|()| PeerResponse::Formed)
-            }
+            PeerRequest::Claim(cluster) => self
+                .recorded(move |a| a.claim(cluster))
+                .await
+                .map(|()| PeerResponse::Claimed),
+            PeerRequest::Form(formation) => self
+                .recorded(move |a| a.form(&formation))
+                .await
+                .map(|()| PeerResponse::Formed),
             PeerRequest::Join { cluster_id, record } => {
                 let own = self.cluster()?;
                 if cluster_id.is_some_and(|asked| asked != own) {
-                    return Err(Refusal::Refused(format!("this node belongs to cluster {own}")));
+                    return Err(Refusal::Refused(format!(
+                        "this node belongs to cluster {own}"
+                    )));
                 }
-                match self.handle.meta(MetaCommand::AddNode(record), timeout).await? {
-                    MetaReply::Node(node) => {
-                        Ok(PeerResponse::Joined { node, map: self.handle.map().delta(0) })
-                    }
+                match self
+                    .handle
+                    .meta(MetaCommand::AddNode(record), timeout)
+                    .await?
+                {
+                    MetaReply::Node(node) => Ok(PeerResponse::Joined {
+                        node,
+                        map: self.handle.map().delta(0),
+                    }),
                     MetaReply::Refused(refusal) => Err(Refusal::Refused(refusal.to_string())),
-                    _ => Err(Refusal::Unknown("the metadata shard answered another question")),
+                    _ => Err(Refusal::Unknown(
+                        "the metadata shard answered another question",
+                    )),
                 }
             }
             PeerRequest::Map { since } => {
@@ -94,7 +123,10 @@ impl PeerService {
             }
             PeerRequest::Meta(command) => {
                 self.cluster()?;
-                self.handle.meta_here(command, timeout).await.map(PeerResponse::Meta)
+                self.handle
+                    .meta_here(command, timeout)
+                    .await
+                    .map(PeerResponse::Meta)
             }
         }
     }
@@ -102,36 +134,49 @@ impl PeerService {
     fn cluster(&self) -> Result<crate::ids::ClusterId, Refusal> {
         match self.applicant.stage() {
             Membership::Member(cluster, _) => Ok(cluster),
-            _ => Err(Refusal::Unavailable("the node is not yet a member of a cluster")),
+            _ => Err(Refusal::Unavailable(
+                "the node is not yet a member of a cluster",
+            )),
         }
     }
 }
 
-impl PeerHandler for PeerService {
-    fn hello(&self, hello: &PeerHello) -> Result<NodeId, String> {
-        let (cluster, node) = match self.applicant.stage() {
+impl PeerHandler for Arc<PeerService> {
+    fn hello(&self, hello: &PeerHello) -> Result<Identity, String> {
+        let identity = |node| {
+            Ok(Identity {
+                node,
+                incarnation: self.incarnation,
+            })
+        };
+        let (cluster, node) = match self.asked.applicant.stage() {
             Membership::Member(cluster, node) => (cluster, node),
-            _ if hello.lane == Lane::Request => return Ok(NodeId(0)),
+            _ if hello.lane == Lane::Request => return identity(NodeId(0)),
             _ => return Err("this node is not yet a member of a cluster".into()),
         };
         // Who asks to join, or to form, need not know the cluster yet.
         if hello.lane == Lane::Request && hello.to_node == NodeId(0) {
-            return Ok(node);
+            return identity(node);
         }
         if hello.cluster_id != Some(cluster) {
             return Err(format!("this node belongs to cluster {cluster}"));
         }
         if hello.to_node != node {
-            return Err(format!("this is node {node}, not {}: its address has changed hands", hello.to_node));
+            return Err(format!(
+                "this is node {node}, not {}: its address has changed hands",
+                hello.to_node
+            ));
         }
         if hello.from_node == node {
             return Err(format!("two processes claim to be node {node}"));
         }
-        Ok(node)
+        identity(node)
     }
 
     fn raft(&self, _from: NodeId, messages: Vec<GroupMessage>) {
-        let Some(to) = self.destinations.get() else { return };
+        let Some(to) = self.destinations.get() else {
+            return;
+        };
         let hubs = to.data_hubs.len();
         let mut metadata = Vec::new();
         let mut data: Vec<Vec<GroupMessage>> = (0..hubs).map(|_| Vec::new()).collect();
@@ -142,7 +187,11 @@ impl PeerHandler for PeerService {
                 data[hub_of(message.shard, hubs)].push(message);
             }
         }
-        let batches = to.data_hubs.iter().zip(data).chain(std::iter::once((&to.control_hub, metadata)));
+        let batches = to
+            .data_hubs
+            .iter()
+            .zip(data)
+            .chain(std::iter::once((&to.control_hub, metadata)));
         for (hub, batch) in batches {
             if !batch.is_empty() && hub.try_send(Deliver(batch)).is_err() {
                 metrics::counter!("pontoon_peer_dropped_total").increment(1);
@@ -151,8 +200,10 @@ impl PeerHandler for PeerService {
     }
 
     fn heartbeat(&self, heartbeat: NodeHeartbeat) {
-        let Some(to) = self.destinations.get() else { return };
-        let map = self.handle.map();
+        let Some(to) = self.destinations.get() else {
+            return;
+        };
+        let map = self.asked.handle.map();
         if heartbeat.map_version <= map.version || self.pulling.swap(true, Ordering::Relaxed) {
             return;
         }
@@ -162,7 +213,9 @@ impl PeerHandler for PeerService {
             if let Some(node) = map.nodes.get(&heartbeat.node) {
                 let request = PeerRequest::Map { since: map.version };
                 let timeout = Duration::from_millis(limits::MAP_PULL_MS_MAX);
-                match call::call(&node.peer_address, request, timeout).await {
+                match PeerClient::call(&node.peer_address, HelloConfig::default(), request, timeout)
+                    .await
+                {
                     Ok(PeerResponse::Map(delta)) => supervisor.do_send(MapNews(delta)),
                     Ok(other) => tracing::debug!(?other, "pulling the cluster map"),
                     Err(error) => tracing::debug!(%error, "pulling the cluster map"),
@@ -172,7 +225,17 @@ impl PeerHandler for PeerService {
         });
     }
 
-    fn request(&self, request: PeerRequest) -> LocalBoxFuture<'_, PeerResponse> {
-        Box::pin(async move { self.answer(request).await.unwrap_or_else(PeerResponse::Refused) })
+    fn request(&self, request: PeerRequest) -> LocalBoxFuture<'static, PeerResponse> {
+        let asked = self.asked.clone();
+        Box::pin(async move {
+            asked
+                .answer(request)
+                .await
+                .unwrap_or_else(PeerResponse::Refused)
+        })
+    }
+
+    fn client_address(&self) -> String {
+        self.asked.applicant.record().client_address.clone()
     }
 }

@@ -1,7 +1,8 @@
 //! Starting and stopping a node: what is made in which order, and taken down in which.
 
 use std::net::TcpListener;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::rc::Rc;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,7 @@ use tokio::sync::{oneshot, watch};
 use super::fatal::Fatal;
 use super::flusher::FlushThread;
 use super::handle::{Member, NodeHandle, NodePhase};
-use super::hub::{FreezeBatch, Hub};
+use super::hub::{FreezeBatch, Hub, Unreachable};
 use super::log_writer::LogWriter;
 use super::membership::{Applicant, spread};
 use super::reader::ReadThread;
@@ -33,7 +34,7 @@ use crate::storage::identity::DataDir;
 use crate::storage::log::LogStore;
 use crate::storage::log_disk::{DiskLog, DiskLogOptions};
 use crate::telemetry::http::HealthView;
-use crate::transport::listener::PeerListener;
+use crate::transport::listener::{PeerHandler, PeerListener};
 use crate::transport::network::{PeerNetwork, PeerNetworkConfig};
 use crate::{rpc, telemetry};
 
@@ -81,11 +82,22 @@ pub async fn start(settings: Settings, listeners: Listeners) -> Result<RunningNo
         store_id: data_dir.identity().store_id,
         changed_at: 0,
     };
-    let applicant = Arc::new(Applicant::new(data_dir.clone(), record, settings.cluster.clone()));
-    let service = Arc::new(PeerService::new(applicant.clone(), handle.clone()));
+    let applicant = Arc::new(Applicant::new(
+        data_dir.clone(),
+        record,
+        settings.cluster.clone(),
+    ));
+    let incarnation = rand::random::<u64>().max(1);
+    let service = Arc::new(PeerService::new(
+        applicant.clone(),
+        handle.clone(),
+        incarnation,
+    ));
     let (shutdown, stopping) = watch::channel(false);
     let (opening_tx, opening) = watch::channel(None);
-    let data: Vec<Arbiter> = (0..data_threads(&settings)).map(|_| Arbiter::new()).collect();
+    let data: Vec<Arbiter> = (0..data_threads(&settings))
+        .map(|_| Arbiter::new())
+        .collect();
     let control = Arbiter::new();
     let running = Arc::new(Mutex::new(None));
 
@@ -96,7 +108,11 @@ pub async fn start(settings: Settings, listeners: Listeners) -> Result<RunningNo
         arbiter.spawn_fn(move || serve_ports(client, peer, handle, service, stopping));
     }
     if let Some(http) = listeners.http {
-        let health = Arc::new(Health { handle: handle.clone(), opening: opening.clone(), fatal: fatal.clone() });
+        let health = Arc::new(Health {
+            handle: handle.clone(),
+            opening: opening.clone(),
+            fatal: fatal.clone(),
+        });
         let stopped = wait_for_stop(stopping.clone());
         control.spawn(async move {
             if let Err(error) = telemetry::http::serve(http, health, stopped).await {
@@ -108,6 +124,7 @@ pub async fn start(settings: Settings, listeners: Listeners) -> Result<RunningNo
         settings,
         handle: handle.clone(),
         fatal: fatal.clone(),
+        incarnation,
         applicant,
         service,
         data_dir: data_dir.clone(),
@@ -127,12 +144,22 @@ pub async fn start(settings: Settings, listeners: Listeners) -> Result<RunningNo
             _ = cancelled.wait_for(|stop| *stop) => {}
         }
     });
-    Ok(RunningNode { handle, fatal, opening, shutdown, data, control, running, data_dir })
+    Ok(RunningNode {
+        handle,
+        fatal,
+        opening,
+        shutdown,
+        data,
+        control,
+        running,
+        data_dir,
+    })
 }
 
 fn data_threads(settings: &Settings) -> usize {
     match settings.node.data_threads {
-        0 => std::thread::available_parallelism().map_or(1, |cores| cores.get().saturating_sub(1).max(1)),
+        0 => std::thread::available_parallelism()
+            .map_or(1, |cores| cores.get().saturating_sub(1).max(1)),
         threads => threads,
     }
 }
@@ -157,10 +184,23 @@ async fn open_stores(settings: &Settings) -> Result<(DataDir, Stores), NodeError
                     .into(),
             });
         }
-        let options = SledOptions { cache_bytes: storage.cache_bytes };
-        let engine: Arc<dyn Engine> = Arc::new(SledEngine::open(&data_dir.state_path(), options, identity.store_id)?);
+        let options = SledOptions {
+            cache_bytes: storage.cache_bytes,
+        };
+        let engine: Arc<dyn Engine> = Arc::new(SledEngine::open(
+            &data_dir.state_path(),
+            options,
+            identity.store_id,
+        )?);
         let flusher = Flusher::open(data_dir.redo_path(), engine.clone())?;
-        Ok((data_dir, Stores { log: Arc::new(log), engine, flusher }))
+        Ok((
+            data_dir,
+            Stores {
+                log: Arc::new(log),
+                engine,
+                flusher,
+            },
+        ))
     };
     let opened = tokio::task::spawn_blocking(open).await;
     Ok(opened.map_err(|error| NodeError::Fatal(format!("opening the stores: {error}")))??)
@@ -171,13 +211,21 @@ fn clone_listener(listener: &TcpListener) -> Result<TcpListener, NodeError> {
         listener.set_nonblocking(true)?;
         listener.try_clone()
     };
-    clone().map_err(|error| NodeError::Fatal(format!("sharing a listening socket between threads: {error}")))
+    clone().map_err(|error| {
+        NodeError::Fatal(format!(
+            "sharing a listening socket between threads: {error}"
+        ))
+    })
 }
 
 fn wait_for_stop(mut stopping: watch::Receiver<bool>) -> impl Future<Output = ()> + Send + 'static {
     async move {
         // An error means that the node is gone, which is a stop too.
-        stopping.wait_for(|stop| *stop).await.map(|_| ()).unwrap_or(())
+        stopping
+            .wait_for(|stop| *stop)
+            .await
+            .map(|_| ())
+            .unwrap_or(())
     }
 }
 
@@ -188,11 +236,12 @@ fn serve_ports(
     service: Arc<PeerService>,
     stopping: watch::Receiver<bool>,
 ) {
-    let listeners = tokio::net::TcpListener::from_std(client).and_then(|c| Ok((c, tokio::net::TcpListener::from_std(peer)?)));
+    let listeners = tokio::net::TcpListener::from_std(client)
+        .and_then(|c| Ok((c, tokio::net::TcpListener::from_std(peer)?)));
     match listeners {
         Ok((client, peer)) => {
             actix::spawn(rpc::serve(client, handle, wait_for_stop(stopping.clone())));
-            let service: Arc<dyn crate::transport::listener::PeerHandler> = service;
+            let service: Rc<dyn PeerHandler> = Rc::new(service);
             actix::spawn(PeerListener::serve(peer, service, wait_for_stop(stopping)));
         }
         Err(error) => tracing::error!(%error, "listening"),
@@ -227,6 +276,7 @@ struct Assembly {
     settings: Settings,
     handle: NodeHandle,
     fatal: Fatal,
+    incarnation: u64,
     applicant: Arc<Applicant>,
     service: Arc<PeerService>,
     data_dir: Arc<DataDir>,
@@ -242,18 +292,37 @@ impl Assembly {
         let map = self.load_map(cluster)?;
         let first_map = (map.version == 0).then(|| Arc::new(map.clone()));
         let router = Arc::new(Router::new(map));
-        let incarnation = rand::random::<u64>().max(1);
+        let incarnation = self.incarnation;
         let catalogue = stores.log.catalogue()?;
         let log: Arc<dyn LogStore> = stores.log;
         let fatal = self.fatal.clone();
-        let (log_writer, mut threads) = (LogWriter::start(log.clone(), Box::new(move |reason| fatal.raise(reason))), Vec::new());
+        let (log_writer, mut threads) = (
+            LogWriter::start(log.clone(), Box::new(move |reason| fatal.raise(reason))),
+            Vec::new(),
+        );
         let fatal = self.fatal.clone();
-        let no_thread = |error: std::io::Error| NodeError::Fatal(format!("starting a thread: {error}"));
-        let (flusher, thread) = FlushThread::start(stores.flusher, Box::new(move |reason| fatal.raise(reason))).map_err(no_thread)?;
+        let no_thread =
+            |error: std::io::Error| NodeError::Fatal(format!("starting a thread: {error}"));
+        let (flusher, thread) =
+            FlushThread::start(stores.flusher, Box::new(move |reason| fatal.raise(reason)))
+                .map_err(no_thread)?;
         threads.push(thread);
         let (reader, thread) = ReadThread::start().map_err(no_thread)?;
         threads.push(thread);
-        let network = PeerNetwork::new(PeerNetworkConfig::new(cluster, node, incarnation));
+        // The hubs come after the network that they send through.
+        let hubs: Arc<OnceLock<Vec<Addr<Hub>>>> = Arc::default();
+        let told = hubs.clone();
+        let on_unreachable = move |node: NodeId| {
+            for hub in told.get().into_iter().flatten() {
+                hub.do_send(Unreachable(node));
+            }
+        };
+        let network = PeerNetwork::new(PeerNetworkConfig::new(
+            cluster,
+            node,
+            incarnation,
+            Arc::new(on_unreachable),
+        ));
         let shared = Arc::new(Shared {
             log,
             log_writer,
@@ -261,16 +330,29 @@ impl Assembly {
             reader,
             network,
             router: router.clone(),
-            memory: MemoryGauge::new(usize::try_from(self.settings.storage.memtable_bytes).unwrap_or(usize::MAX)),
+            memory: MemoryGauge::new(
+                usize::try_from(self.settings.storage.memtable_bytes).unwrap_or(usize::MAX),
+            ),
         });
 
         let mut data_hubs = Vec::new();
         for arbiter in &self.data {
             let (shared, fatal) = (shared.clone(), self.fatal.clone());
-            data_hubs.push(Hub::start_in_arbiter(arbiter, move |_| Hub::new(shared, fatal)));
+            data_hubs.push(Hub::start_in_arbiter(arbiter, move |_| {
+                Hub::new(shared, fatal)
+            }));
         }
         let control_hub = Hub::new(shared.clone(), self.fatal.clone()).start();
-        let site = Site { node, incarnation, data_dir: self.data_dir.clone(), engine: stores.engine };
+        let all_hubs: Vec<_> = data_hubs.iter().chain([&control_hub]).cloned().collect();
+        if hubs.set(all_hubs.clone()).is_err() {
+            unreachable!("hubs are made once");
+        }
+        let site = Site {
+            node,
+            incarnation,
+            data_dir: self.data_dir.clone(),
+            engine: stores.engine,
+        };
         let mut opening = self.opening.subscribe();
         let supervisor = Supervisor::new(
             site,
@@ -285,17 +367,34 @@ impl Assembly {
 
         let links = shared.clone();
         self.data[0].spawn(async move { links.network.run().await });
-        purge_on_timer(&shared, &data_hubs, &control_hub);
-        *self.running.lock().unwrap_or_else(PoisonError::into_inner) =
-            Some(Running { shared: shared.clone(), supervisor: supervisor.clone(), threads });
-        self.service.set_destinations(Destinations { data_hubs, control_hub, supervisor: supervisor.clone() });
-        self.handle.set_member(Member { node, router, supervisor: supervisor.clone() });
+        flush_what_holds_back(&shared, all_hubs);
+        *self.running.lock().unwrap_or_else(PoisonError::into_inner) = Some(Running {
+            shared: shared.clone(),
+            supervisor: supervisor.clone(),
+            threads,
+        });
+        self.service.set_destinations(Destinations {
+            data_hubs,
+            control_hub,
+            supervisor: supervisor.clone(),
+        });
+        self.handle.set_member(Member {
+            node,
+            router,
+            supervisor: supervisor.clone(),
+        });
         supervisor.do_send(OpenAll);
         if let Some(map) = first_map.filter(|_| node == NodeId(1)) {
             actix::spawn(spread(map));
         }
-        actix::spawn(keep_record(self.handle.clone(), self.applicant.record().clone()));
-        actix::spawn(measure_disk(self.handle.clone(), self.settings.node.data_dir.clone()));
+        actix::spawn(keep_record(
+            self.handle.clone(),
+            self.applicant.record().clone(),
+        ));
+        actix::spawn(measure_disk(
+            self.handle.clone(),
+            self.settings.node.data_dir.clone(),
+        ));
         if opening.wait_for(|left| *left == Some(0)).await.is_ok() {
             self.handle.set_phase(NodePhase::Ready);
         }
@@ -310,25 +409,33 @@ impl Assembly {
                 self.settings.node.data_dir.display()
             ))
         };
-        let bytes = self.data_dir.load_map().map_err(|error| damaged(error.to_string()))?;
-        let map = map_cache::decode(&bytes.ok_or_else(|| damaged("it is missing or damaged".into()))?)
+        let bytes = self
+            .data_dir
+            .load_map()
             .map_err(|error| damaged(error.to_string()))?;
+        let map =
+            map_cache::decode(&bytes.ok_or_else(|| damaged("it is missing or damaged".into()))?)
+                .map_err(|error| damaged(error.to_string()))?;
         if map.cluster_id != cluster {
-            return Err(damaged(format!("it is of cluster {}, the node belongs to {cluster}", map.cluster_id)));
+            return Err(damaged(format!(
+                "it is of cluster {}, the node belongs to {cluster}",
+                map.cluster_id
+            )));
         }
         Ok(map)
     }
 }
 
-/// Frees log files, and has the replicas flushed whose old entries hold some back.
-fn purge_on_timer(shared: &Arc<Shared>, data_hubs: &[Addr<Hub>], control_hub: &Addr<Hub>) {
-    let hubs: Vec<_> = data_hubs.iter().chain([control_hub]).cloned().collect();
-    shared.log_writer.on_purge(Box::new(move |replicas: Vec<ReplicaId>| {
-        let batch = FreezeBatch(Arc::new(replicas));
-        for hub in &hubs {
-            hub.do_send(batch.clone());
-        }
-    }));
+/// Has the replicas flushed whose old log entries hold back the most space.
+fn flush_what_holds_back(shared: &Arc<Shared>, hubs: Vec<Addr<Hub>>) {
+    shared
+        .log_writer
+        .on_held_back(Box::new(move |replicas: Vec<ReplicaId>| {
+            let batch = FreezeBatch(Arc::new(replicas));
+            for hub in &hubs {
+                hub.do_send(batch.clone());
+            }
+        }));
 }
 
 /// Tells the metadata shard of this node's addresses, zone and weight, if they changed.
@@ -337,14 +444,26 @@ async fn keep_record(handle: NodeHandle, record: NodeRecord) {
         let map = handle.map();
         if map.version > 0 {
             let same = map.nodes.get(&handle.node()).is_some_and(|known| {
-                NodeRecord { id: NodeId(0), changed_at: 0, ..known.clone() } == record
+                NodeRecord {
+                    id: NodeId(0),
+                    changed_at: 0,
+                    ..known.clone()
+                } == record
             });
             if same {
                 return;
             }
-            match handle.meta(MetaCommand::AddNode(record.clone()), Duration::from_millis(limits::JOIN_MS_MAX)).await {
+            match handle
+                .meta(
+                    MetaCommand::AddNode(record.clone()),
+                    Duration::from_millis(limits::JOIN_MS_MAX),
+                )
+                .await
+            {
                 Ok(_) => return,
-                Err(error) => tracing::debug!(%error, "telling the cluster of this node's addresses"),
+                Err(error) => {
+                    tracing::debug!(%error, "telling the cluster of this node's addresses")
+                }
             }
         }
         tokio::time::sleep(Duration::from_millis(limits::NODE_HEARTBEAT_MS)).await;
@@ -367,7 +486,9 @@ async fn measure_disk(handle: NodeHandle, path: std::path::PathBuf) {
 
 /// Bytes of the files under `path`; files that vanish meanwhile don't count.
 fn bytes_under(path: &std::path::Path) -> u64 {
-    let Ok(entries) = std::fs::read_dir(path) else { return 0 };
+    let Ok(entries) = std::fs::read_dir(path) else {
+        return 0;
+    };
     entries
         .flatten()
         .map(|entry| match entry.metadata() {
@@ -405,7 +526,11 @@ impl RunningNode {
     /// flight, closes the stores; within `deadline`, whatever the rest of the cluster does.
     pub async fn stop(self, deadline: Duration) -> Result<(), NodeError> {
         let end = Instant::now() + deadline;
-        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let running = self
+            .running
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         if let Some(running) = &running {
             hand_over(&running.supervisor, end).await;
         }
@@ -413,13 +538,16 @@ impl RunningNode {
         self.shutdown.send_replace(true);
         let mut threads = Vec::new();
         if let Some(running) = running {
-            if tokio::time::timeout_at(end.into(), running.supervisor.send(StopAll)).await.is_err() {
+            if tokio::time::timeout_at(end.into(), running.supervisor.send(StopAll))
+                .await
+                .is_err()
+            {
                 tracing::warn!("replicas didn't end in time");
             }
             // Connections get a moment to write what they were just answered.
             tokio::time::sleep(Duration::from_millis(limits::LAST_ANSWERS_MS)).await;
             running.shared.flusher.close();
-            running.shared.network.close();
+            running.shared.network.set_peers(&[]);
             threads = running.threads;
             let shared = running.shared;
             threads.push(std::thread::spawn(move || shared.log_writer.stop()));
@@ -445,7 +573,13 @@ impl RunningNode {
         });
         let joined = tokio::time::timeout_at(end.into(), joined).await.is_ok();
         drop(self.data_dir);
-        if joined { Ok(()) } else { Err(NodeError::Fatal(format!("threads were still busy after {deadline:?}"))) }
+        if joined {
+            Ok(())
+        } else {
+            Err(NodeError::Fatal(format!(
+                "threads were still busy after {deadline:?}"
+            )))
+        }
     }
 }
 
@@ -459,7 +593,11 @@ async fn hand_over(supervisor: &Addr<Supervisor>, end: Instant) {
             Ok(Ok(0)) | Ok(Err(_)) | Err(_) => return,
             Ok(Ok(led)) if led < least => (least, progress) = (led, Instant::now()),
             // Nobody takes it: the others are down, or stopping as well.
-            Ok(Ok(_)) if progress.elapsed() > Duration::from_millis(limits::HAND_OVER_MS_MAX / 3) => return,
+            Ok(Ok(_))
+                if progress.elapsed() > Duration::from_millis(limits::HAND_OVER_MS_MAX / 3) =>
+            {
+                return;
+            }
             Ok(Ok(_)) => {}
         }
         tokio::time::sleep(Duration::from_millis(limits::META_RETRY_MS)).await;

@@ -24,15 +24,15 @@ use super::router::Route;
 use super::shared::Shared;
 use crate::codec::peer::NodeHeartbeat;
 use crate::group::driver::GroupOptions;
-use crate::ids::{GROUP_START, METADATA_SHARD, NodeId, ReplicaId, ShardId};
+use crate::ids::{GROUP_START, Incarnation, METADATA_SHARD, NodeId, ReplicaId, ShardId};
 use crate::limits;
 use crate::machine::command::{Command, MetaCommand};
 use crate::placement::map::{ClusterMap, MemberRole};
+use crate::storage::StorageError;
 use crate::storage::engine::Engine;
 use crate::storage::identity::DataDir;
 use crate::storage::log::{LogState, LogStore, ReplicaRecord};
 use crate::storage::state::{ReplicaState, StateHeader};
-use crate::storage::StorageError;
 use crate::telemetry;
 
 /// What a node is and where it keeps things.
@@ -110,12 +110,21 @@ impl Supervisor {
     }
 
     fn hub(&self, shard: ShardId) -> &Addr<Hub> {
-        if shard == METADATA_SHARD { &self.control_hub } else { &self.data_hubs[hub_of(shard, self.data_hubs.len())] }
+        if shard == METADATA_SHARD {
+            &self.control_hub
+        } else {
+            &self.data_hubs[hub_of(shard, self.data_hubs.len())]
+        }
     }
 
     /// Reads log and state of `records` from disk, off this thread, and starts their actors.
     /// `campaign`: those to elect at once.
-    fn open(&mut self, records: Vec<ReplicaRecord>, campaign: HashSet<ReplicaId>, ctx: &mut Context<Self>) {
+    fn open(
+        &mut self,
+        records: Vec<ReplicaRecord>,
+        campaign: HashSet<ReplicaId>,
+        ctx: &mut Context<Self>,
+    ) {
         let log = self.shared.log.clone();
         let engine = self.site.engine.clone();
         let read = tokio::task::spawn_blocking(move || {
@@ -125,16 +134,25 @@ impl Supervisor {
             };
             records.into_iter().map(open).collect::<Vec<_>>()
         });
-        ctx.spawn(fut::wrap_future(read).map(move |opened, act: &mut Self, ctx| match opened {
-            Ok(opened) => act.start(opened, campaign, ctx),
-            Err(error) => tracing::error!(%error, "opening replicas"),
-        }));
+        ctx.spawn(
+            fut::wrap_future(read).map(move |opened, act: &mut Self, ctx| match opened {
+                Ok(opened) => act.start(opened, campaign, ctx),
+                Err(error) => tracing::error!(%error, "opening replicas"),
+            }),
+        );
     }
 
-    fn start(&mut self, opened: Vec<Opened>, campaign: HashSet<ReplicaId>, ctx: &mut Context<Self>) {
+    fn start(
+        &mut self,
+        opened: Vec<Opened>,
+        campaign: HashSet<ReplicaId>,
+        ctx: &mut Context<Self>,
+    ) {
         let mut starts = Vec::new();
         for Opened { record, found } in opened {
-            let Some(slot) = self.replicas.get_mut(record.replica) else { continue };
+            let Some(slot) = self.replicas.get_mut(record.replica) else {
+                continue;
+            };
             slot.incarnation += 1;
             let (shard, replica, incarnation) = (record.shard, record.replica, slot.incarnation);
             let hub = self.hub(shard).clone();
@@ -143,9 +161,22 @@ impl Supervisor {
                 let result = match found {
                     Ok((log, state)) => {
                         let logger = telemetry::log::raft_logger(shard, replica);
-                        let options = GroupOptions { shard, machine: record.machine, replica, incarnation, logger };
-                        let start = StartReplica { options, log, state, supervisor };
-                        hub.send(start).await.unwrap_or_else(|error| Err(format!("its thread has ended: {error}")))
+                        let options = GroupOptions {
+                            shard,
+                            machine: record.machine,
+                            replica,
+                            incarnation,
+                            logger,
+                        };
+                        let start = StartReplica {
+                            options,
+                            log,
+                            state,
+                            supervisor,
+                        };
+                        hub.send(start)
+                            .await
+                            .unwrap_or_else(|error| Err(format!("its thread has ended: {error}")))
                     }
                     Err(error) => Err(error.to_string()),
                 };
@@ -153,7 +184,10 @@ impl Supervisor {
             });
         }
         let all = futures_util::future::join_all(starts);
-        ctx.spawn(fut::wrap_future(all).map(move |started, act: &mut Self, _| act.started_all(started, &campaign)));
+        ctx.spawn(
+            fut::wrap_future(all)
+                .map(move |started, act: &mut Self, _| act.started_all(started, &campaign)),
+        );
     }
 
     fn started_all(
@@ -164,7 +198,9 @@ impl Supervisor {
         let count = started.len();
         let mut routes = Vec::new();
         for (shard, replica, result) in started {
-            let Some(slot) = self.replicas.get_mut(replica) else { continue };
+            let Some(slot) = self.replicas.get_mut(replica) else {
+                continue;
+            };
             let target = match result {
                 Ok(addr) => {
                     slot.health = ReplicaHealth::Serving;
@@ -184,7 +220,8 @@ impl Supervisor {
         }
         self.shared.router.update(|all| all.extend(routes));
         metrics::gauge!("pontoon_replicas").set(self.addrs.len() as f64);
-        self.opening.send_modify(|left| *left = left.map(|left| left.saturating_sub(count)));
+        self.opening
+            .send_modify(|left| *left = left.map(|left| left.saturating_sub(count)));
     }
 
     /// A better map is known: keep it, tell others, do what it orders.
@@ -219,7 +256,12 @@ impl Supervisor {
         let node = self.site.node;
         // The placement lists the preferred leader first; it needn't wait for a timeout.
         let campaign = (records.iter())
-            .filter(|record| record.members.first().is_some_and(|first| first.node == node))
+            .filter(|record| {
+                record
+                    .members
+                    .first()
+                    .is_some_and(|first| first.node == node)
+            })
             .map(|record| record.replica)
             .collect();
         let (done, written) = tokio::sync::oneshot::channel();
@@ -238,7 +280,9 @@ impl Supervisor {
 
     /// Ends a replica of a dropped shard: the tombstone is durable before its data goes.
     fn remove(&mut self, replica: ReplicaId, ctx: &mut Context<Self>) {
-        let Some(slot) = self.replicas.get_mut(replica) else { return };
+        let Some(slot) = self.replicas.get_mut(replica) else {
+            return;
+        };
         let (shard, incarnation) = (slot.record.shard, slot.incarnation);
         tracing::info!(%shard, %replica, "removing the replica of a dropped shard");
         self.replicas.removed(replica);
@@ -255,12 +299,14 @@ impl Supervisor {
             {
                 tracing::debug!(%error, "the replica had ended already");
             }
-            shared.log_writer.fence(replica, incarnation).await;
+            fence(&shared, replica, incarnation).await;
             let flusher = shared.clone();
-            shared.log_writer.run(Box::new(move |log| match log.remove(&[replica]) {
-                Ok(()) => flusher.flusher.destroy(replica),
-                Err(error) => tracing::error!(%replica, %error, "recording a tombstone"),
-            }));
+            shared
+                .log_writer
+                .run(Box::new(move |log| match log.remove(&[replica]) {
+                    Ok(()) => flusher.flusher.destroy(replica),
+                    Err(error) => tracing::error!(%replica, %error, "recording a tombstone"),
+                }));
         }));
     }
 
@@ -299,7 +345,9 @@ impl Supervisor {
     /// The first leader of a new cluster's metadata shard writes what formation agreed on.
     fn form(&self) {
         let map = self.shared.router.map();
-        let Some(metadata) = map.shards.get(&METADATA_SHARD) else { return };
+        let Some(metadata) = map.shards.get(&METADATA_SHARD) else {
+            return;
+        };
         let command = MetaCommand::Form {
             cluster_id: map.cluster_id,
             nodes: map.nodes.values().cloned().collect(),
@@ -308,7 +356,9 @@ impl Supervisor {
         let (reply, results) = tokio::sync::oneshot::channel();
         let submit = Submit {
             range_version: metadata.epoch.range,
-            operations: vec![crate::group::types::Operation::Command(Command::Meta(command))],
+            operations: vec![crate::group::types::Operation::Command(Command::Meta(
+                command,
+            ))],
             reply,
         };
         match self.shared.router.replica(METADATA_SHARD) {
@@ -326,6 +376,15 @@ impl Supervisor {
     }
 }
 
+/// Waits until nothing of a dead incarnation can reach the disk any more.
+async fn fence(shared: &Shared, replica: ReplicaId, incarnation: Incarnation) {
+    if shared.log_writer.fence(replica, incarnation).await.is_err()
+        || shared.flusher.barrier().await.is_err()
+    {
+        tracing::debug!("the node's storage threads have ended");
+    }
+}
+
 /// Reads what the disk has of one replica.
 fn open_stores(
     log: &dyn LogStore,
@@ -333,7 +392,13 @@ fn open_stores(
     record: &ReplicaRecord,
 ) -> Result<(LogState, ReplicaState), StorageError> {
     let log_state = log.load(record.replica)?;
-    let of_role = |role| record.members.iter().filter(move |m| m.role == role).map(|m| m.replica.0);
+    let of_role = |role| {
+        record
+            .members
+            .iter()
+            .filter(move |m| m.role == role)
+            .map(|m| m.replica.0)
+    };
     let conf_state = ConfState {
         voters: of_role(MemberRole::Voter).collect(),
         learners: of_role(MemberRole::Learner).collect(),
@@ -355,7 +420,10 @@ impl Actor for Supervisor {
 
     fn started(&mut self, ctx: &mut Context<Self>) {
         ctx.set_mailbox_capacity(limits::HUB_MAILBOX_MAX);
-        ctx.run_interval(Duration::from_millis(limits::NODE_HEARTBEAT_MS), |act, _| act.heartbeat());
+        ctx.run_interval(
+            Duration::from_millis(limits::NODE_HEARTBEAT_MS),
+            |act, _| act.heartbeat(),
+        );
     }
 }
 
@@ -366,7 +434,11 @@ impl Handler<OpenAll> for Supervisor {
             // A crash may have come between the tombstone and the end of the deletion.
             self.shared.flusher.destroy(replica);
         }
-        let records: Vec<_> = self.replicas.iter().map(|slot| slot.record.clone()).collect();
+        let records: Vec<_> = self
+            .replicas
+            .iter()
+            .map(|slot| slot.record.clone())
+            .collect();
         // Set before anything is started, so that nobody sees "ready" in between.
         self.opening.send_replace(Some(records.len()));
         self.open(records, HashSet::new(), ctx);
@@ -378,8 +450,15 @@ impl Handler<OpenAll> for Supervisor {
 impl Handler<ReplicaDown> for Supervisor {
     type Result = ();
     fn handle(&mut self, down: ReplicaDown, ctx: &mut Context<Self>) {
-        let ReplicaDown { replica, incarnation, reason } = down;
-        let Some((shard, verdict)) = self.replicas.crashed(replica, incarnation, &reason, Instant::now()) else {
+        let ReplicaDown {
+            replica,
+            incarnation,
+            reason,
+        } = down;
+        let Some((shard, verdict)) =
+            self.replicas
+                .crashed(replica, incarnation, &reason, Instant::now())
+        else {
             return;
         };
         tracing::error!(%shard, %replica, incarnation, reason, ?verdict, "replica crashed");
@@ -387,21 +466,22 @@ impl Handler<ReplicaDown> for Supervisor {
         self.addrs.remove(&replica);
         self.led.remove(&shard);
         self.hub(shard).do_send(Forget(replica, incarnation));
-        let Some(slot) = self.replicas.get_mut(replica) else { return };
+        let Some(slot) = self.replicas.get_mut(replica) else {
+            return;
+        };
         let target = Err(slot.health.clone());
         let record = slot.record.clone();
         self.shared.router.update(|routes| {
             routes.insert(shard, Route { replica, target });
         });
-        let Verdict::Restart(after) = verdict else { return };
+        let Verdict::Restart(after) = verdict else {
+            return;
+        };
         slot.restarts += 1;
         let shared = self.shared.clone();
         let fence = async move {
             actix::clock::sleep(after).await;
-            shared.log_writer.fence(replica, incarnation).await;
-            if shared.flusher.barrier().await.is_err() {
-                tracing::debug!("the flush thread has ended");
-            }
+            fence(&shared, replica, incarnation).await;
         };
         ctx.spawn(fut::wrap_future(fence).map(move |(), act: &mut Self, ctx| {
             act.open(vec![record], HashSet::new(), ctx);
@@ -481,7 +561,10 @@ impl Handler<HandOver> for Supervisor {
     fn handle(&mut self, _: HandOver, _: &mut Context<Self>) -> usize {
         let mut led = 0;
         for (replica, addr) in &self.addrs {
-            let leads = self.replicas.get_mut(*replica).is_some_and(|slot| self.led.contains(&slot.record.shard));
+            let leads = self
+                .replicas
+                .get_mut(*replica)
+                .is_some_and(|slot| self.led.contains(&slot.record.shard));
             if leads {
                 led += 1;
                 addr.do_send(Transfer(None));
@@ -494,7 +577,11 @@ impl Handler<HandOver> for Supervisor {
 impl Handler<StopAll> for Supervisor {
     type Result = ResponseFuture<()>;
     fn handle(&mut self, _: StopAll, _: &mut Context<Self>) -> Self::Result {
-        let stops: Vec<_> = self.addrs.values().map(|addr| addr.send(StopReplica)).collect();
+        let stops: Vec<_> = self
+            .addrs
+            .values()
+            .map(|addr| addr.send(StopReplica))
+            .collect();
         self.shared.router.update(|routes| routes.clear());
         self.addrs.clear();
         Box::pin(async move {

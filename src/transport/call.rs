@@ -16,7 +16,7 @@ use crate::ids::{ClusterId, NodeId};
 use crate::limits::FRAME_BYTES_MAX;
 
 /// Who asks.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct HelloConfig {
     /// Its cluster; `None` while it has none.
     pub cluster_id: Option<ClusterId>,
