@@ -13,9 +13,13 @@
 //! A second thread purges the log every [`limits::LOG_PURGE_MS`], so that no write waits for the
 //! rewriting of old entries.
 //!
-//! What goes wrong here (an error, a panic, also of a sink or a job) is the end of the node: what is
-//! on disk is unknown. `on_fatal` hears of it once; nothing is persisted or reported after that,
-//! fences fail, and what is submitted later is dropped.
+//! A write that contradicts its replica's log is that replica's bug and must not harm its neighbours:
+//! the log refuses it before anything is written, so the others of the batch are written without
+//! it, the replica's incarnation is fenced, and [`LogWriter::on_refused`] says which one must end.
+//!
+//! All else that goes wrong here (an error, a panic, also of a sink or a job) is the end of the node:
+//! what is on disk is unknown. `on_fatal` hears of it once; nothing is persisted or reported after
+//! that, fences fail, and what is submitted later is dropped.
 //!
 //! The queue holds [`limits::LOG_QUEUE_BYTES_MAX`]. Beyond that it still takes what comes, and warns
 //! once: the bound that keeps it there is each group's own.
@@ -58,6 +62,7 @@ pub struct WriteTask {
 pub type LogJob = Box<dyn FnOnce(&dyn LogStore) + Send>;
 
 type OnFatal = Box<dyn Fn(String) + Send + Sync>;
+type OnRefused = Box<dyn Fn(ReplicaId, Incarnation, String) + Send + Sync>;
 type OnHeldBack = Box<dyn Fn(Vec<ReplicaId>) + Send + Sync>;
 
 /// The log writer of a node. Stops when dropped.
@@ -74,6 +79,7 @@ struct Shared {
     wake: Condvar,
     /// The purger should end.
     end: Condvar,
+    on_refused: Mutex<Option<OnRefused>>,
     on_held_back: Mutex<Option<OnHeldBack>>,
 }
 
@@ -143,6 +149,7 @@ impl LogWriter {
             queue: Mutex::default(),
             wake: Condvar::new(),
             end: Condvar::new(),
+            on_refused: Mutex::default(),
             on_held_back: Mutex::default(),
         });
         let mut threads = Vec::new();
@@ -178,6 +185,14 @@ impl LogWriter {
             shared,
             threads: Mutex::new(threads),
         }
+    }
+
+    /// Sets who is told of an incarnation whose write contradicts its log, and how: its replica must
+    /// be ended; none of its writes from that one on is made. Called on the writer's thread: it must
+    /// neither block nor panic. As long as nobody is set, such a write is fatal.
+    pub fn on_refused(&self, tell: Box<dyn Fn(ReplicaId, Incarnation, String) + Send + Sync>) {
+        let mut slot = self.shared.on_refused.lock();
+        *slot.as_deref_mut().unwrap_or_else(|e| e.get_mut()) = Some(tell);
     }
 
     /// Sets who is told, after each purge that finds some, which replicas' old entries hold back the
@@ -221,26 +236,7 @@ impl LogWriter {
     pub fn fence(&self, replica: ReplicaId, incarnation: Incarnation) -> oneshot::Receiver<()> {
         let (done, receiver) = oneshot::channel();
         let mut queue = self.shared.queue();
-        let last = queue.fenced.entry(replica).or_default();
-        *last = incarnation.max(*last);
-        let Queue {
-            items,
-            bytes,
-            fenced,
-            ..
-        } = &mut *queue;
-        items.retain(|item| {
-            let keep = match item {
-                Item::Write(task) => fenced
-                    .get(&task.write.replica)
-                    .is_none_or(|last| task.incarnation > *last),
-                Item::Job(_) => true,
-            };
-            if !keep {
-                *bytes -= item.size();
-            }
-            keep
-        });
+        queue.fence(replica, incarnation);
         if queue.phase == Phase::Failed {
             // The sender is dropped.
         } else if queue.busy {
@@ -295,6 +291,26 @@ impl Shared {
         }
     }
 
+    /// A write of `replica` in a batch of `names` contradicts its log: fences the incarnation and
+    /// says so, or fails if there is nobody to tell.
+    fn refuse(
+        &self,
+        replica: ReplicaId,
+        reason: String,
+        names: &[(Name, Arc<dyn PersistSink>)],
+    ) -> Result<(), StorageError> {
+        let incarnation = names.iter().filter(|(name, _)| name.0 == replica);
+        let incarnation = incarnation.map(|(name, _)| name.1).max();
+        let tell = self.on_refused.lock();
+        let tell = tell.unwrap_or_else(PoisonError::into_inner);
+        let (Some(incarnation), Some(tell)) = (incarnation, &*tell) else {
+            return Err(StorageError::Inconsistent { replica, reason });
+        };
+        self.queue().fence(replica, incarnation);
+        tell(replica, incarnation, reason);
+        Ok(())
+    }
+
     /// Ends everything, and says so once.
     fn fail(&self, reason: String) {
         let mut queue = self.queue();
@@ -318,6 +334,21 @@ impl Queue {
         self.fenced
             .get(&task.write.replica)
             .is_some_and(|last| task.incarnation <= *last)
+    }
+
+    /// Drops the tasks of all incarnations of `replica` up to `incarnation`, now and in future.
+    fn fence(&mut self, replica: ReplicaId, incarnation: Incarnation) {
+        let last = self.fenced.entry(replica).or_default();
+        *last = incarnation.max(*last);
+        let last = *last;
+        let bytes = &mut self.bytes;
+        self.items.retain(|item| match item {
+            Item::Write(task) if task.write.replica == replica && task.incarnation <= last => {
+                *bytes -= item.size();
+                false
+            }
+            _ => true,
+        });
     }
 
     fn push(&mut self, item: Item) {
@@ -397,33 +428,44 @@ fn write_all(shared: &Shared, _: Duration) -> Result<(), StorageError> {
     }
 }
 
-/// The tasks of one sink within a batch.
-type Told = (Arc<dyn PersistSink>, Vec<(ReplicaId, Incarnation, u64)>);
+/// What is told of a task, and to whom.
+type Name = (ReplicaId, Incarnation, u64);
 
 fn write_batch(shared: &Shared, batch: Vec<WriteTask>) -> Result<(), StorageError> {
     let mut writes = Vec::with_capacity(batch.len());
-    let mut told: Vec<Told> = Vec::new();
-    let (mut entries, mut bytes) = (0, 0);
+    let mut names: Vec<(Name, Arc<dyn PersistSink>)> = Vec::with_capacity(batch.len());
     for task in batch {
         let name = (task.write.replica, task.incarnation, task.number);
-        entries += task.write.entries.len();
-        bytes += task.write.size();
         writes.push(task.write);
-        // There are as many sinks as arbiters: a few.
-        match told
-            .iter_mut()
-            .find(|(sink, _)| Arc::ptr_eq(sink, &task.done))
-        {
-            Some((_, names)) => names.push(name),
-            None => told.push((task.done, vec![name])),
-        }
+        names.push((name, task.done));
     }
     let begun = Instant::now();
-    shared.log.write(&writes)?;
+    loop {
+        match shared.log.write(&writes) {
+            Ok(()) => break,
+            Err(StorageError::Inconsistent { replica, reason }) => {
+                shared.refuse(replica, reason, &names)?;
+                // Each round takes all writes of a replica out, so this ends.
+                writes.retain(|write| write.replica != replica);
+                names.retain(|(name, _)| name.0 != replica);
+            }
+            Err(e) => return Err(e),
+        }
+    }
     metrics::histogram!("pontoon_log_sync_seconds").record(begun.elapsed().as_secs_f64());
-    metrics::counter!("pontoon_log_entries_total").increment(entries as u64);
+    let entries = writes.iter().map(|w| w.entries.len() as u64).sum();
+    metrics::counter!("pontoon_log_entries_total").increment(entries);
     metrics::histogram!("pontoon_log_batch_writes").record(writes.len() as f64);
+    let bytes: usize = writes.iter().map(LogWrite::size).sum();
     metrics::histogram!("pontoon_log_batch_bytes").record(bytes as f64);
+    // There are as many sinks as arbiters: a few.
+    let mut told: Vec<(Arc<dyn PersistSink>, Vec<Name>)> = Vec::new();
+    for (name, done) in names {
+        match told.iter_mut().find(|(sink, _)| Arc::ptr_eq(sink, &done)) {
+            Some((_, names)) => names.push(name),
+            None => told.push((done, vec![name])),
+        }
+    }
     for (sink, names) in told {
         sink.persisted(&names);
     }

@@ -94,7 +94,8 @@ pub trait LogStore: Send + Sync + 'static {
     fn catalogue(&self) -> Result<Vec<ReplicaRecord>, StorageError>;
 
     /// Makes replicas tombstones, durably, and only then drops their logs. Unknown replicas and
-    /// tombstones are passed over.
+    /// tombstones are passed over. A later write for a removed replica is
+    /// [`StorageError::Inconsistent`]: the caller first makes sure that none is queued.
     fn remove(&self, replicas: &[ReplicaId]) -> Result<(), StorageError>;
 
     /// Hard state and extent of a replica's log. An active replica without a hard state, or with a

@@ -290,6 +290,51 @@ fn an_error_is_fatal_once_and_nothing_follows() {
 }
 
 #[test]
+fn a_write_that_does_not_fit_ends_its_replica_alone() {
+    let setup = setup(true);
+    let permit = setup.permit.as_ref().unwrap();
+    let (sink, heard) = sink();
+    let (sender, refused) = mpsc::channel();
+    setup
+        .writer
+        .on_refused(Box::new(move |replica, incarnation, reason| {
+            let _ = sender.send((replica, incarnation, reason));
+        }));
+    setup.writer.submit(vec![task(4, 1, 1, &sink)]);
+    setup.begun.recv_timeout(LONG).unwrap();
+    setup.writer.submit(vec![
+        task(1, 1, 1, &sink),
+        task(2, 3, 1, &sink),
+        // A gap.
+        task(2, 3, 3, &sink),
+        task(3, 1, 1, &sink),
+    ]);
+    for _ in 0..3 {
+        permit.send(()).unwrap();
+    }
+    let (replica, incarnation, reason) = refused.recv_timeout(LONG).unwrap();
+    assert_eq!((replica, incarnation), (ReplicaId(2), 3), "{reason}");
+    setup.writer.submit(vec![task(2, 3, 2, &sink)]);
+    setup.writer.stop();
+    let told: Batch = heard.try_iter().flatten().collect();
+    assert_eq!(told, [name(4, 1, 1), name(1, 1, 1), name(3, 1, 1)]);
+    assert_eq!(setup.log.load(ReplicaId(2)).unwrap().last, 5);
+    assert!(setup.fatal.try_recv().is_err());
+}
+
+#[test]
+fn a_write_that_does_not_fit_is_fatal_if_nobody_hears_of_it() {
+    let setup = setup(false);
+    let (sink, heard) = sink();
+    setup
+        .writer
+        .submit(vec![task(1, 1, 1, &sink), task(2, 1, 3, &sink)]);
+    let reason = setup.fatal.recv_timeout(LONG).unwrap();
+    assert!(reason.contains("replica 2"), "{reason}");
+    assert!(heard.try_recv().is_err());
+}
+
+#[test]
 fn a_panic_is_fatal_and_fails_the_fences_that_wait() {
     let setup = setup(false);
     let (go, wait) = mpsc::channel::<()>();

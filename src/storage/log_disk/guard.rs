@@ -250,3 +250,42 @@ pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
         .or_else(|| panic.downcast_ref::<String>().cloned())
         .unwrap_or_else(|| "panicked without a message".into())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(spare_files: usize) -> DiskLogOptions {
+        DiskLogOptions {
+            file_bytes: 4096,
+            purge_bytes: 65536,
+            spare_files,
+        }
+    }
+
+    #[test]
+    fn no_more_spare_files_are_prepared_than_allowed() {
+        for (allowed, prepared) in [(0, 0), (1, 1), (2, 1), (3, 3), (5, 4), (6, 6)] {
+            let dir = tempfile::tempdir().unwrap();
+            let file_system = Arc::new(raft_engine::env::DefaultFileSystem);
+            let _engine = EngineGuard::open(dir.path(), options(allowed), file_system).unwrap();
+            let spare = std::fs::read_dir(dir.path())
+                .unwrap()
+                .filter(|file| {
+                    let name = file.as_ref().unwrap().file_name();
+                    name.to_string_lossy().ends_with(".reserved")
+                })
+                .count();
+            assert_eq!(spare, prepared, "of {allowed} allowed");
+        }
+    }
+
+    #[test]
+    fn impossible_options_are_errors() {
+        let mut bad = options(0);
+        bad.purge_bytes = 1;
+        assert!(config(Path::new("log"), bad).is_err());
+        bad.file_bytes = 0;
+        assert!(config(Path::new("log"), bad).is_err());
+    }
+}

@@ -2,7 +2,7 @@
 //! `fdatasync` makes the writes of many groups durable.
 //!
 //! Each replica is a group of the engine; one reserved group holds the catalogue ([`record`] has the
-//! formats). What this module adds to the engine, and why ([`guard`] has the rest):
+//! formats). What this module adds to the engine, and why (`guard` has the rest):
 //!
 //! - *Checks before writes.* The engine panics on a gap between entries. Every write is first held
 //!   against the extent of its log, which is kept here in memory.
