@@ -162,6 +162,38 @@ pub const KEEPALIVE_MS: u64 = 1_000;
 pub const PEER_IDLE_MS_MAX: u64 = 5_000;
 /// Bytes of RPC messages gathered for one write to a client connection; a writer waits above this.
 pub const COALESCE_BYTES_MAX: usize = MIB;
+/// Client library: calls under way for one shard; operations that arrive meanwhile share the next.
+pub const CALLS_PER_SHARD_MAX: usize = 4;
+/// Client library: longest attempt at one node, in milliseconds, so that a hung node is left for another.
+pub const ATTEMPT_MS_MAX: u64 = 2_000;
+/// Client library: bytes for which an attempt is given one further millisecond.
+pub const ATTEMPT_BYTES_PER_MS: u64 = 4 * KIB as u64;
+/// Client library: longest time to connect to a node, its greeting included, in milliseconds.
+pub const DIAL_MS_MAX: u64 = 1_000;
+/// Client library: longest time before a node that couldn't be reached is dialled again, in milliseconds.
+pub const DIAL_BACKOFF_MS_MAX: u64 = 500;
+/// Client library: first and longest delay before an operation is tried again, in milliseconds.
+pub const RETRY_MS_MIN: u64 = 2;
+/// See [`RETRY_MS_MIN`].
+pub const RETRY_MS_MAX: u64 = 200;
+/// Client library: least time between two requests for the cluster map, in milliseconds.
+pub const MAP_REFRESH_MS_MIN: u64 = 20;
+/// Client library: nodes asked at a time for the cluster map.
+pub const MAP_ASKED_MAX: usize = 8;
+/// Client library: time that `close` gives to what is in flight, in milliseconds.
+pub const CLOSE_MS_MAX: u64 = 500;
+
+/// Operations of client calls that one thread of a node works on; above, calls are `Busy`.
+pub const THREAD_OPERATIONS_MAX: usize = 64 * 1024;
+/// Bytes of keys and values of client calls that one thread of a node works on; above, calls are
+/// `Busy`, unless there is nothing else.
+pub const THREAD_BYTES_MAX: usize = 128 * MIB;
+/// Values in the answer to one batch, in bytes; gets beyond are `Busy`. An answer has at least one.
+pub const ANSWER_BYTES_MAX: usize = 16 * MIB;
+/// A connection to the client port that sends nothing for so long at its start is closed, in milliseconds.
+pub const GREETING_MS_MAX: u64 = 10_000;
+/// Time that a stopping node gives to client calls in flight, in milliseconds.
+pub const CLIENT_DRAIN_MS_MAX: u64 = 1_500;
 
 // value ≤ entry ≤ append message ≤ frame ≤ traversal limit.
 const _: () = assert!(KEY_BYTES_MAX + VALUE_BYTES_MAX <= ENTRY_BYTES_MAX);
@@ -188,3 +220,8 @@ const _: () = assert!(HEARTBEAT_TICKS * 2 < ELECTION_TICKS_MIN);
 const _: () = assert!(ELECTION_TICKS_MIN < ELECTION_TICKS_MAX);
 // Distinct election windows, one tick wide, for all replicas of a group.
 const _: () = assert!(ELECTION_TICKS_MAX - ELECTION_TICKS_MIN >= REPLICAS_MAX as usize);
+// An answer fits a message; closing, a second; draining, the time to stop.
+const _: () = assert!(ANSWER_BYTES_MAX + VALUE_BYTES_MAX <= TRAVERSAL_BYTES_MAX / 2);
+const _: () = assert!(2 * VALUE_BYTES_MAX + KEY_BYTES_MAX <= TRAVERSAL_BYTES_MAX / 2);
+const _: () = assert!(CLOSE_MS_MAX < 1_000);
+const _: () = assert!(CLIENT_DRAIN_MS_MAX < STOP_MS_MAX);
