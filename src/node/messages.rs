@@ -94,6 +94,11 @@ pub struct AskStatus;
 #[rtype(result = "()")]
 pub struct StopReplica;
 
+/// Supervisor → replica: end with an error, to be rebuilt from disk.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Fail(pub String);
+
 /// Test hook → replica: fail in the named way.
 #[cfg(feature = "test-hooks")]
 #[derive(Message)]

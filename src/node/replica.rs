@@ -457,6 +457,13 @@ impl Handler<StopReplica> for ReplicaActor {
     }
 }
 
+impl Handler<Fail> for ReplicaActor {
+    type Result = ();
+    fn handle(&mut self, fail: Fail, ctx: &mut Context<Self>) {
+        self.fail(fail.0, ctx);
+    }
+}
+
 #[cfg(feature = "test-hooks")]
 impl Handler<Inject> for ReplicaActor {
     type Result = ();

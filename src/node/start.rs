@@ -19,7 +19,7 @@ use super::reader::ReadThread;
 use super::router::Router;
 use super::service::{Destinations, PeerService};
 use super::shared::{MemoryGauge, Shared};
-use super::supervisor::{HandOver, OpenAll, Site, StopAll, Supervisor};
+use super::supervisor::{EndReplica, HandOver, OpenAll, Site, StopAll, Supervisor};
 use super::{Listeners, NodeError, map_cache, panics};
 use crate::ids::{ClusterId, NodeId, ReplicaId};
 use crate::limits;
@@ -368,6 +368,10 @@ impl Assembly {
         let links = shared.clone();
         self.data[0].spawn(async move { links.network.run().await });
         flush_what_holds_back(&shared, all_hubs);
+        let refused = supervisor.clone();
+        shared.log_writer.on_refused(Box::new(move |replica, incarnation, reason| {
+            refused.do_send(EndReplica { replica, incarnation, reason });
+        }));
         *self.running.lock().unwrap_or_else(PoisonError::into_inner) = Some(Running {
             shared: shared.clone(),
             supervisor: supervisor.clone(),

@@ -73,6 +73,18 @@ pub struct OpenAll;
 #[rtype(result = "usize")]
 pub struct HandOver;
 
+/// Log writer → supervisor: this incarnation's write contradicts its log; rebuild it from disk.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct EndReplica {
+    /// Which.
+    pub replica: ReplicaId,
+    /// Which start of it.
+    pub incarnation: Incarnation,
+    /// What is wrong with the write.
+    pub reason: String,
+}
+
 /// Node → supervisor: end all replicas.
 #[derive(Message)]
 #[rtype(result = "()")]
@@ -486,6 +498,18 @@ impl Handler<ReplicaDown> for Supervisor {
         ctx.spawn(fut::wrap_future(fence).map(move |(), act: &mut Self, ctx| {
             act.open(vec![record], HashSet::new(), ctx);
         }));
+    }
+}
+
+impl Handler<EndReplica> for Supervisor {
+    type Result = ();
+    fn handle(&mut self, end: EndReplica, _: &mut Context<Self>) {
+        let EndReplica { replica, incarnation, reason } = end;
+        let current = self.replicas.get_mut(replica).is_some_and(|slot| slot.incarnation == incarnation);
+        if let Some(addr) = self.addrs.get(&replica).filter(|_| current) {
+            // Its guard then reports its end, with this reason.
+            addr.do_send(Fail(reason));
+        }
     }
 }
 
