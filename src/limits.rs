@@ -123,11 +123,53 @@ pub const GREETING_MS_MAX: u64 = 10_000;
 /// Time that a stopping node gives to client calls in flight, in milliseconds.
 pub const CLIENT_DRAIN_MS_MAX: u64 = 1_500;
 
+/// Raft messages in one peer frame; a sender opens another frame, a receiver closes the connection.
+pub const FRAME_MESSAGES_MAX: usize = 16 * 1024;
+/// Log entries in one raft message; a message with more is not sent, and closes the connection it comes on.
+pub const MESSAGE_ENTRIES_MAX: usize = 160 * 1024;
+/// Log entries in one peer frame, over all its messages; more close the connection.
+pub const FRAME_ENTRIES_MAX: usize = 256 * 1024;
+/// Replicas in each list of a snapshot's membership.
+pub const SNAPSHOT_MEMBERS_MAX: usize = 64;
+/// Greatest frame of a request between nodes, in bytes; a greater one closes the connection.
+pub const REQUEST_FRAME_BYTES_MAX: usize = 8 * MIB;
+/// Greatest first frame of a peer connection, in bytes.
+pub const HELLO_FRAME_BYTES_MAX: usize = 64 * KIB;
+/// Text of a refused peer connection, in bytes; the rest is cut off.
+pub const REFUSAL_BYTES_MAX: usize = 512;
+/// Bytes of control messages (heartbeats, votes, read rounds) waiting for one peer; above, they are dropped.
+pub const OUTBOX_CONTROL_BYTES_MAX: usize = 8 * MIB;
+/// Requests under way on one peer connection; more wait unread.
+pub const PEER_REQUESTS_MAX: usize = 64;
+/// Bytes a read from a peer asks for at least; a larger frame grows the buffer as it arrives.
+pub const READ_CHUNK_BYTES: usize = 64 * KIB;
+/// Time for a peer connection to be made, and to pass its handshake, in milliseconds.
+pub const CONNECT_MS_MAX: u64 = 2_000;
+/// First delay before a lost peer is dialled again, in milliseconds; doubles up to the next.
+pub const REDIAL_MS_MIN: u64 = 50;
+/// Longest delay before a lost peer is dialled again, in milliseconds.
+pub const REDIAL_MS_MAX: u64 = 1_000;
+/// A peer link that had nothing to send for so long sends an empty frame, in milliseconds.
+pub const KEEPALIVE_MS: u64 = 1_000;
+/// A peer connection without progress for so long is closed, in milliseconds, by either side.
+pub const PEER_IDLE_MS_MAX: u64 = 5_000;
+/// Bytes of RPC messages gathered for one write to a client connection; a writer waits above this.
+pub const COALESCE_BYTES_MAX: usize = MIB;
+
 // value ≤ entry ≤ append message ≤ frame ≤ traversal limit.
 const _: () = assert!(KEY_BYTES_MAX + VALUE_BYTES_MAX <= ENTRY_BYTES_MAX);
 const _: () = assert!(ENTRY_TARGET_BYTES <= ENTRY_BYTES_MAX);
 const _: () = assert!(ENTRY_BYTES_MAX + APPEND_TARGET_BYTES <= FRAME_BYTES_MAX);
-const _: () = assert!(FRAME_TARGET_BYTES <= FRAME_BYTES_MAX);
+// A frame is closed once it has reached its target, so it may exceed that by one message.
+const _: () =
+    assert!(FRAME_TARGET_BYTES + ENTRY_BYTES_MAX + APPEND_TARGET_BYTES <= FRAME_BYTES_MAX);
+// An append of the smallest entries (raft counts 8 bytes or more for each) is within a frame's count.
+const _: () = assert!(APPEND_TARGET_BYTES / 8 <= MESSAGE_ENTRIES_MAX);
+// An entry takes 40 bytes or more of a frame, which may exceed its target by one message.
+const _: () = assert!(FRAME_TARGET_BYTES / 40 + MESSAGE_ENTRIES_MAX <= FRAME_ENTRIES_MAX);
+const _: () = assert!(REQUEST_FRAME_BYTES_MAX <= FRAME_BYTES_MAX);
+const _: () = assert!(OUTBOX_CONTROL_BYTES_MAX <= OUTBOX_BYTES_MAX);
+const _: () = assert!(KEEPALIVE_MS * 3 < PEER_IDLE_MS_MAX);
 const _: () = assert!(FRAME_BYTES_MAX <= TRAVERSAL_BYTES_MAX);
 const _: () = assert!(FRAME_BYTES_MAX <= OUTBOX_BYTES_MAX);
 const _: () = assert!(ENTRY_BYTES_MAX <= UNCOMMITTED_BYTES_MAX);
