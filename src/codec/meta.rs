@@ -25,6 +25,9 @@ use crate::schema::store_capnp::{meta_command, meta_refusal, meta_reply, planned
 /// times the message; one that promises more (lists that overlap) is refused.
 const READS_PER_BYTE: usize = 8;
 
+/// A message under the limits of [`read_message`].
+pub(crate) type MessageReader<'a> = capnp::message::Reader<serialize::BufferSegments<&'a [u8]>>;
+
 /// The bytes of a metadata command.
 pub fn encode_command(command: &MetaCommand) -> Vec<u8> {
     let mut message = Builder::new_default();
@@ -68,7 +71,7 @@ pub fn encode_command(command: &MetaCommand) -> Vec<u8> {
 /// Reads a metadata command. Errors: not a message, longer or shorter than it says, an unknown kind of
 /// command, or a malformed field. A command this version doesn't know is an error, never skipped.
 pub fn decode_command(bytes: &[u8]) -> Result<MetaCommand, CodecError> {
-    read_root("MetaCommand", bytes, |message| {
+    read_message("MetaCommand", bytes, |message| {
         match message.get_root::<meta_command::Reader<'_>>()?.which() {
             Ok(meta_command::Form(form)) => Ok(MetaCommand::Form {
                 cluster_id: read_id("clusterId", form.get_cluster_id()?)?,
@@ -115,7 +118,7 @@ pub fn encode_reply(reply: &MetaReply) -> Vec<u8> {
 /// Reads a metadata reply. A refusal of a kind this version doesn't know is read as
 /// [`MetaRefusal::Other`] with its text.
 pub fn decode_reply(bytes: &[u8]) -> Result<MetaReply, CodecError> {
-    read_root("MetaReply", bytes, |message| {
+    read_message("MetaReply", bytes, |message| {
         let root = message.get_root::<meta_reply::Reader<'_>>()?;
         match root.which() {
             Ok(meta_reply::Formed(version)) => Ok(MetaReply::Formed(version)),
@@ -197,12 +200,10 @@ fn read_meta_refusal(
 }
 
 /// Copies `bytes` to aligned words and hands them to `read` as one whole message.
-fn read_root<T>(
+pub(crate) fn read_message<T>(
     what: &'static str,
     bytes: &[u8],
-    read: impl FnOnce(
-        &capnp::message::Reader<serialize::BufferSegments<&[u8]>>,
-    ) -> Result<T, CodecError>,
+    read: impl FnOnce(&MessageReader<'_>) -> Result<T, CodecError>,
 ) -> Result<T, CodecError> {
     if bytes.len() > limits::TRAVERSAL_BYTES_MAX {
         let most = limits::TRAVERSAL_BYTES_MAX;
