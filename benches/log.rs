@@ -20,11 +20,7 @@ const ENTRY_BYTES: usize = 150;
 const KEEP: Index = 20_000;
 
 fn open(dir: &tempfile::TempDir) -> DiskLog {
-    let options = DiskLogOptions {
-        file_bytes: 32 << 20,
-        purge_bytes: 256 << 20,
-        spare_files: 3,
-    };
+    let options = DiskLogOptions { file_bytes: 32 << 20, purge_bytes: 256 << 20, spare_files: 3 };
     let log = DiskLog::open(&dir.path().join("log"), options, RandomId([1; 16])).unwrap();
     let records: Vec<ReplicaRecord> = (1..=GROUPS)
         .map(|replica| ReplicaRecord {
@@ -62,11 +58,7 @@ fn append(log: &DiskLog, extents: &mut [[Index; GROUPS as usize]; 2], entries: u
                     ..Default::default()
                 })
                 .collect(),
-            hard_state: Some(HardState {
-                term: 6,
-                commit: first - 1,
-                ..Default::default()
-            }),
+            hard_state: Some(HardState { term: 6, commit: first - 1, ..Default::default() }),
         });
     }
     log.write(black_box(&writes)).unwrap();
@@ -74,10 +66,7 @@ fn append(log: &DiskLog, extents: &mut [[Index; GROUPS as usize]; 2], entries: u
         let [truncated, last] = [&mut truncated[group as usize], &mut last[group as usize]];
         if *last - *truncated > 2 * KEEP {
             *truncated = *last - KEEP;
-            let to = Position {
-                index: *truncated,
-                term: 6,
-            };
+            let to = Position { index: *truncated, term: 6 };
             log.compact(ReplicaId(group + 1), to).unwrap();
             log.purge().unwrap();
         }
@@ -85,10 +74,8 @@ fn append(log: &DiskLog, extents: &mut [[Index; GROUPS as usize]; 2], entries: u
 }
 
 fn durable_append(criterion: &mut Criterion) {
-    let parent = std::env::var_os("PONTOON_BENCH_DIR").map_or_else(
-        || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/target")),
-        PathBuf::from,
-    );
+    let parent = std::env::var_os("PONTOON_BENCH_DIR")
+        .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/target")), PathBuf::from);
     let dir = tempfile::tempdir_in(parent).unwrap();
     let log = open(&dir);
     let mut extents = [[GROUP_START.index; GROUPS as usize]; 2];

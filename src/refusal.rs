@@ -24,9 +24,7 @@ pub enum Refusal {
         leader: Option<NodeId>,
     },
     /// The request was routed by an old map, or to a node without this shard.
-    #[error(
-        "shard {shard} is not here under range version {asked}; it is at version {range_version}"
-    )]
+    #[error("shard {shard} is not here under range version {asked}; it is at version {range_version}")]
     StaleRoute {
         /// The shard.
         shard: ShardId,
@@ -120,10 +118,9 @@ impl Refusal {
     /// Whether the same operation may succeed later or elsewhere, if repeating it is acceptable.
     pub fn retryable(&self) -> bool {
         match self {
-            Refusal::Invalid(_)
-            | Refusal::Deadline
-            | Refusal::UnknownDatabase(_)
-            | Refusal::Refused(_) => false,
+            Refusal::Invalid(_) | Refusal::Deadline | Refusal::UnknownDatabase(_) | Refusal::Refused(_) => {
+                false
+            }
             Refusal::Other { retryable, .. } => *retryable,
             _ => true,
         }
@@ -132,9 +129,7 @@ impl Refusal {
     /// Milliseconds to wait before trying again; 0: at once.
     pub fn retry_after_ms(&self) -> u32 {
         match self {
-            Refusal::Busy { retry_after_ms, .. } | Refusal::Other { retry_after_ms, .. } => {
-                *retry_after_ms
-            }
+            Refusal::Busy { retry_after_ms, .. } | Refusal::Other { retry_after_ms, .. } => *retry_after_ms,
             _ => 0,
         }
     }

@@ -23,11 +23,7 @@ use raft::eraftpb::{Entry, HardState};
 const STORE: StoreId = pontoon::ids::RandomId([7; 16]);
 
 fn options() -> DiskLogOptions {
-    DiskLogOptions {
-        file_bytes: 64 << 10,
-        purge_bytes: 256 << 10,
-        spare_files: 1,
-    }
+    DiskLogOptions { file_bytes: 64 << 10, purge_bytes: 256 << 10, spare_files: 1 }
 }
 
 fn record(replica: u64) -> ReplicaRecord {
@@ -39,22 +35,13 @@ fn record(replica: u64) -> ReplicaRecord {
         phase: ReplicaPhase::Active,
         range: RingRange { start: 0, end: 9 },
         epoch: Epoch { range: 1, conf: 2 },
-        members: vec![Member {
-            replica: ReplicaId(replica),
-            node: NodeId(1),
-            role: MemberRole::Voter,
-        }],
+        members: vec![Member { replica: ReplicaId(replica), node: NodeId(1), role: MemberRole::Voter }],
         generation: 1,
     }
 }
 
 fn entry(index: Index, term: Term, size: usize) -> Entry {
-    Entry {
-        index,
-        term,
-        data: vec![index as u8 ^ term as u8; size].into(),
-        ..Default::default()
-    }
+    Entry { index, term, data: vec![index as u8 ^ term as u8; size].into(), ..Default::default() }
 }
 
 fn write(replica: u64, indexes: std::ops::RangeInclusive<Index>, term: Term) -> LogWrite {
@@ -66,33 +53,20 @@ fn write(replica: u64, indexes: std::ops::RangeInclusive<Index>, term: Term) -> 
 }
 
 fn hard_state(term: Term, vote: u64, commit: Index) -> HardState {
-    HardState {
-        term,
-        vote,
-        commit,
-        ..Default::default()
-    }
+    HardState { term, vote, commit, ..Default::default() }
 }
 
 fn terms_of(log: &dyn LogStore, replica: u64) -> Vec<(Index, Term)> {
     let state = log.load(ReplicaId(replica)).unwrap();
-    log.entries(
-        ReplicaId(replica),
-        state.truncated.index + 1,
-        state.last + 1,
-        usize::MAX,
-    )
-    .unwrap()
-    .iter()
-    .map(|e| (e.index, e.term))
-    .collect()
+    log.entries(ReplicaId(replica), state.truncated.index + 1, state.last + 1, usize::MAX)
+        .unwrap()
+        .iter()
+        .map(|e| (e.index, e.term))
+        .collect()
 }
 
 fn inconsistent(result: Result<(), StorageError>) {
-    assert!(
-        matches!(result, Err(StorageError::Inconsistent { .. })),
-        "{result:?}"
-    );
+    assert!(matches!(result, Err(StorageError::Inconsistent { .. })), "{result:?}");
 }
 
 /// An implementation under test. `reopen` is what a restart of the node does to it.
@@ -123,10 +97,7 @@ struct Disk {
 
 impl Subject for Disk {
     fn open() -> Disk {
-        let mut disk = Disk {
-            dir: tempfile::tempdir().unwrap(),
-            log: None,
-        };
+        let mut disk = Disk { dir: tempfile::tempdir().unwrap(), log: None };
         disk.reopen();
         disk
     }
@@ -276,10 +247,7 @@ fn compaction_drops_the_prefix(mut subject: impl Subject) {
         assert_eq!((state.truncated, state.last), (to, 15));
         assert_eq!(state.terms, [(11, 6)]);
         let found = log.entries(ReplicaId(1), 10, 12, usize::MAX);
-        assert!(
-            matches!(found, Err(StorageError::Compacted(10))),
-            "{found:?}"
-        );
+        assert!(matches!(found, Err(StorageError::Compacted(10))), "{found:?}");
         inconsistent(log.write(&[write(1, 10..=16, 6)]));
         drop(log);
         subject.reopen();
@@ -320,34 +288,17 @@ fn create_is_idempotent_and_batched(mut subject: impl Subject) {
 
 fn tombstones_never_come_back(mut subject: impl Subject) {
     subject.log().create(&[record(1), record(2)]).unwrap();
-    subject
-        .log()
-        .write(&[write(1, 6..=8, 6), write(2, 6..=8, 6)])
-        .unwrap();
-    subject
-        .log()
-        .remove(&[ReplicaId(1), ReplicaId(77)])
-        .unwrap();
-    let born_dead = ReplicaRecord {
-        phase: ReplicaPhase::Tombstone,
-        ..record(3)
-    };
+    subject.log().write(&[write(1, 6..=8, 6), write(2, 6..=8, 6)]).unwrap();
+    subject.log().remove(&[ReplicaId(1), ReplicaId(77)]).unwrap();
+    let born_dead = ReplicaRecord { phase: ReplicaPhase::Tombstone, ..record(3) };
     subject.log().create(&[born_dead]).unwrap();
     for _ in 0..2 {
         let log = subject.log();
         log.create(&[record(1), record(3)]).unwrap();
         log.remove(&[ReplicaId(1)]).unwrap();
-        let phases: Vec<_> = log
-            .catalogue()
-            .unwrap()
-            .iter()
-            .map(|r| (r.replica.0, r.phase))
-            .collect();
-        let expected = [
-            (1, ReplicaPhase::Tombstone),
-            (2, ReplicaPhase::Active),
-            (3, ReplicaPhase::Tombstone),
-        ];
+        let phases: Vec<_> = log.catalogue().unwrap().iter().map(|r| (r.replica.0, r.phase)).collect();
+        let expected =
+            [(1, ReplicaPhase::Tombstone), (2, ReplicaPhase::Active), (3, ReplicaPhase::Tombstone)];
         assert_eq!(phases, expected);
         for gone in [1, 3] {
             assert!(log.load(ReplicaId(gone)).is_err());
@@ -387,8 +338,7 @@ fn terms_are_found(mut subject: impl Subject) {
     let log = subject.log();
     let terms = log.load(ReplicaId(1)).unwrap().terms;
     assert_eq!(terms, [(6, 6), (41, 8), (42, 9), (60, 12)]);
-    log.compact(ReplicaId(1), Position { index: 45, term: 9 })
-        .unwrap();
+    log.compact(ReplicaId(1), Position { index: 45, term: 9 }).unwrap();
     let terms = log.load(ReplicaId(1)).unwrap().terms;
     assert_eq!(terms, [(46, 9), (60, 12)]);
 }
@@ -397,20 +347,10 @@ fn entries_are_bounded_in_bytes(subject: impl Subject) {
     subject.log().create(&[record(1)]).unwrap();
     let entries: Vec<Entry> = (6..16).map(|index| entry(index, 6, 1000)).collect();
     let size = protobuf::Message::compute_size(&entries[0]) as usize;
-    let written = LogWrite {
-        replica: ReplicaId(1),
-        entries,
-        hard_state: None,
-    };
+    let written = LogWrite { replica: ReplicaId(1), entries, hard_state: None };
     let log = subject.log();
     log.write(&[written]).unwrap();
-    for (max, count) in [
-        (0, 1),
-        (size, 1),
-        (2 * size - 1, 1),
-        (2 * size, 2),
-        (usize::MAX, 10),
-    ] {
+    for (max, count) in [(0, 1), (size, 1), (2 * size - 1, 1), (2 * size, 2), (usize::MAX, 10)] {
         let found = log.entries(ReplicaId(1), 6, 16, max).unwrap();
         assert_eq!(found.len(), count, "with {max} bytes");
     }
@@ -446,18 +386,13 @@ fn purging_loses_nothing(mut subject: impl Subject) {
     for round in 0..120 {
         let written = LogWrite {
             replica: ReplicaId(2),
-            entries: (next..next + 20)
-                .map(|index| entry(index, 6, 1000))
-                .collect(),
+            entries: (next..next + 20).map(|index| entry(index, 6, 1000)).collect(),
             hard_state: Some(hard_state(6, 2, next)),
         };
         next += 20;
         let log = subject.log();
         log.write(&[written]).unwrap();
-        let to = Position {
-            index: next - 10,
-            term: 6,
-        };
+        let to = Position { index: next - 10, term: 6 };
         log.compact(ReplicaId(2), to).unwrap();
         log.purge().unwrap();
         greatest = greatest.max(log.disk_bytes());

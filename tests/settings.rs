@@ -16,9 +16,7 @@ initial = ["127.0.0.1:7201"]
 "#;
 
 fn load(text: &str, environment: &[(&str, &str)]) -> Result<Settings, String> {
-    let environment = environment
-        .iter()
-        .map(|(name, value)| (name.to_string(), value.to_string()));
+    let environment = environment.iter().map(|(name, value)| (name.to_string(), value.to_string()));
     Settings::load_str("f.toml", text, environment).map_err(|errors| errors.to_string())
 }
 
@@ -121,14 +119,8 @@ cache_bytes = "64MB"
 fn each_mistake_has_its_message() {
     let table: &[(&str, &[&str])] = &[
         ("[node", &["f.toml:6: unclosed table, expected `]`"]),
-        (
-            "[log]\nlevel = \"a\nformat = \"text\"",
-            &["f.toml:7: invalid basic string, expected `\"`"],
-        ),
-        (
-            "[log]\nlevel = \"info\"\nlevel = \"debug\"",
-            &["f.toml:8: duplicate key"],
-        ),
+        ("[log]\nlevel = \"a\nformat = \"text\"", &["f.toml:7: invalid basic string, expected `\"`"]),
+        ("[log]\nlevel = \"info\"\nlevel = \"debug\"", &["f.toml:8: duplicate key"]),
         (
             "[http]\nlisten = \"127.0.0.1:7101\"",
             &["f.toml:7: http.listen: 127.0.0.1:7101 is taken by client.listen (127.0.0.1:7101)"],
@@ -139,17 +131,13 @@ fn each_mistake_has_its_message() {
         ),
         (
             "[client]\nadvertise = \"0.0.0.0:7101\"",
-            &[
-                "f.toml:7: client.advertise: \"0.0.0.0:7101\" can't be dialled from elsewhere; write \
-             the address at which others reach the node",
-            ],
+            &["f.toml:7: client.advertise: \"0.0.0.0:7101\" can't be dialled from elsewhere; write \
+             the address at which others reach the node"],
         ),
         (
             "[client]\nadvertise = \"host\"",
-            &[
-                "f.toml:7: client.advertise: \"host\" is not HOST:PORT, as \"node1.example:7201\" or \
-             \"[::1]:7201\"",
-            ],
+            &["f.toml:7: client.advertise: \"host\" is not HOST:PORT, as \"node1.example:7201\" or \
+             \"[::1]:7201\""],
         ),
         (
             "[client]\nadvertise = \"host:0\"",
@@ -157,11 +145,9 @@ fn each_mistake_has_its_message() {
         ),
         (
             "[peer]\nadvertise = \"other:7201\"",
-            &[
-                "f.toml:5: cluster.initial: does not list this node's own peer.advertise \
+            &["f.toml:5: cluster.initial: does not list this node's own peer.advertise \
              \"other:7201\"; add it, or leave cluster.initial empty and name members in \
-             cluster.join",
-            ],
+             cluster.join"],
         ),
         (
             "[peer]\nlisten = \"127.0.0.2:7201\"\nadvertise = \"127.0.0.1:7101\"",
@@ -185,24 +171,13 @@ fn each_mistake_has_its_message() {
                 "f.toml:9: cluster.join: \"c:0\" has no port that can be dialled",
             ],
         ),
-        (
-            "join = \"a:1\"",
-            &["f.toml:6: cluster.join: must be an array of strings, not \"a:1\""],
-        ),
-        (
-            "name = \"\"",
-            &["f.toml:6: cluster.name: must not be empty"],
-        ),
-        (
-            "name = \"a b\"",
-            &["f.toml:6: cluster.name: \"a b\" has spaces or control characters"],
-        ),
+        ("join = \"a:1\"", &["f.toml:6: cluster.join: must be an array of strings, not \"a:1\""]),
+        ("name = \"\"", &["f.toml:6: cluster.name: must not be empty"]),
+        ("name = \"a b\"", &["f.toml:6: cluster.name: \"a b\" has spaces or control characters"]),
         (
             "[storage]\ncache_bytes = 1.5",
-            &[
-                "f.toml:7: storage.cache_bytes: must be a whole number of bytes or a string as \
-             \"64MiB\", not the number 1.5",
-            ],
+            &["f.toml:7: storage.cache_bytes: must be a whole number of bytes or a string as \
+             \"64MiB\", not the number 1.5"],
         ),
         (
             "[storage]\ncache_bytes = -5",
@@ -214,48 +189,29 @@ fn each_mistake_has_its_message() {
         ),
         (
             "[storage]\nlog_bytes = \"64MiB\"",
-            &[
-                "f.toml:7: storage.log_bytes: must be at least 4 times storage.log_file_bytes \
-             (32MiB), that is 128MiB",
-            ],
+            &["f.toml:7: storage.log_bytes: must be at least 4 times storage.log_file_bytes \
+             (32MiB), that is 128MiB"],
         ),
         (
             "[storage]\nlog_spare_files = 9",
-            &[
-                "f.toml:7: storage.log_spare_files: 9 files of 32MiB are more than storage.log_bytes \
-             (256MiB) has room for; at most 8",
-            ],
+            &["f.toml:7: storage.log_spare_files: 9 files of 32MiB are more than storage.log_bytes \
+             (256MiB) has room for; at most 8"],
         ),
         (
             "[storage]\nlog_spare_files = \"2\"",
             &["f.toml:7: storage.log_spare_files: must be a whole number, not \"2\""],
         ),
-        (
-            "[log]\nformat = \"xml\"",
-            &["f.toml:7: log.format: \"xml\" is neither \"text\" nor \"json\""],
-        ),
+        ("[log]\nformat = \"xml\"", &["f.toml:7: log.format: \"xml\" is neither \"text\" nor \"json\""]),
         (
             "[log]\nlevel = \"info,debug\"",
             &["f.toml:7: log.level: \"info,debug\" has two levels without a target"],
         ),
-        (
-            "[log.level]\nx = 1",
-            &["f.toml:6: log.level: must be a string in quotes, not a section"],
-        ),
-        (
-            "[[http]]\nlisten = \"\"",
-            &["f.toml:6: http: is a section; write [http]"],
-        ),
-        (
-            "[tls]\ncertificate = \"x\"\nkey = \"y\"",
-            &["f.toml:6: tls: unknown section"],
-        ),
+        ("[log.level]\nx = 1", &["f.toml:6: log.level: must be a string in quotes, not a section"]),
+        ("[[http]]\nlisten = \"\"", &["f.toml:6: http: is a section; write [http]"]),
+        ("[tls]\ncertificate = \"x\"\nkey = \"y\"", &["f.toml:6: tls: unknown section"]),
         (
             "[http]\n\"li sten\" = \"\"\ntls.on = true",
-            &[
-                "f.toml:7: http.\"li sten\": unknown key",
-                "f.toml:8: http.tls: unknown section",
-            ],
+            &["f.toml:7: http.\"li sten\": unknown key", "f.toml:8: http.tls: unknown section"],
         ),
     ];
     for (more, expected) in table {
@@ -275,11 +231,7 @@ fn each_mistake_has_its_message() {
 
 #[test]
 fn other_ways_to_write_the_same() {
-    let plain = load(
-        &least_with("[log]\nlevel = \"debug\"\nformat = \"json\"\n"),
-        &[],
-    )
-    .unwrap();
+    let plain = load(&least_with("[log]\nlevel = \"debug\"\nformat = \"json\"\n"), &[]).unwrap();
     for text in [
         "log = { level = \"debug\", format = \"json\" }\n".to_owned() + LEAST,
         "log.level = \"debug\"\nlog.format = 'json'\n".to_owned() + LEAST,
@@ -311,28 +263,14 @@ fn the_environment_overrides_the_file_and_the_file_the_defaults() {
     .unwrap();
     assert_eq!(settings.node.id, "007", "text stays text");
     assert_eq!(settings.node.weight, 250);
-    assert_eq!(
-        settings.storage.cache_bytes,
-        16 << 20,
-        "environment over file"
-    );
-    assert_eq!(
-        settings.storage.memtable_bytes,
-        128 << 20,
-        "file over default"
-    );
+    assert_eq!(settings.storage.cache_bytes, 16 << 20, "environment over file");
+    assert_eq!(settings.storage.memtable_bytes, 128 << 20, "file over default");
     assert_eq!(settings.storage.log_bytes, 256 << 20, "default");
     assert_eq!(settings.storage.log_spare_files, 0);
     assert_eq!(settings.cluster.initial, ["127.0.0.1:7201", "other:7201"]);
-    assert_eq!(
-        settings.http_listen,
-        Some("127.0.0.1:7301".parse().unwrap())
-    );
+    assert_eq!(settings.http_listen, Some("127.0.0.1:7301".parse().unwrap()));
     // An empty value sets a key to nothing, it doesn't fall back.
-    let joined = [
-        ("PONTOON__CLUSTER__INITIAL", ""),
-        ("PONTOON__CLUSTER__JOIN", "a:1,b:1"),
-    ];
+    let joined = [("PONTOON__CLUSTER__INITIAL", ""), ("PONTOON__CLUSTER__JOIN", "a:1,b:1")];
     let settings = load(LEAST, &joined).unwrap();
     assert!(settings.cluster.initial.is_empty());
     assert_eq!(settings.cluster.join, ["a:1", "b:1"]);
@@ -387,9 +325,7 @@ fn a_port_left_to_the_system_is_advertised_once_it_is_known() {
 }
 
 fn shipped(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("config")
-        .join(path)
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("config").join(path)
 }
 
 #[test]
@@ -398,21 +334,14 @@ fn the_shipped_cluster_of_three_loads() {
     for n in 1..=3u16 {
         let settings = Settings::load(&shipped(&format!("cluster-3/n{n}.toml"))).unwrap();
         assert_eq!(settings.node.id, format!("n{n}"));
-        assert_eq!(
-            settings.node.data_dir,
-            PathBuf::from(format!("./data/n{n}"))
-        );
+        assert_eq!(settings.node.data_dir, PathBuf::from(format!("./data/n{n}")));
         assert_eq!(settings.client.listen.port(), 7100 + n);
         assert_eq!(settings.peer.listen.port(), 7200 + n);
         assert_eq!(settings.http_listen.unwrap().port(), 7300 + n);
         assert_eq!(settings.cluster.initial.len(), 3);
         initial.insert(settings.cluster.initial);
     }
-    assert_eq!(
-        initial.len(),
-        1,
-        "the same list, in the same order, in each"
-    );
+    assert_eq!(initial.len(), 1, "the same list, in the same order, in each");
 }
 
 /// `section.name` of each key that a text sets, with the line before it.
@@ -462,10 +391,7 @@ fn the_defaults_are_those_of_the_reference() {
         ("log_spare_files", "2"),
         ("level", "\"info\""),
     ] {
-        assert!(
-            DEFAULT_TOML.contains(&format!("\n{key} = {value}\n")),
-            "{key}"
-        );
+        assert!(DEFAULT_TOML.contains(&format!("\n{key} = {value}\n")), "{key}");
     }
 }
 
@@ -478,10 +404,7 @@ fn files_that_cant_be_read_are_told() {
     assert!(errors.starts_with(&expected), "{errors}");
     std::fs::write(&path, b"[node]\nid = \"\xff\"\n").unwrap();
     let errors = Settings::load(&path).unwrap_err();
-    assert_eq!(
-        errors.to_string(),
-        format!("{}: is not UTF-8 text", path.display())
-    );
+    assert_eq!(errors.to_string(), format!("{}: is not UTF-8 text", path.display()));
     assert_eq!(errors.iter().count(), 1);
     std::fs::write(&path, LEAST).unwrap();
     assert_eq!(Settings::load(&path).unwrap(), load(LEAST, &[]).unwrap());
@@ -504,44 +427,23 @@ fn settings_for_a_local_node_are_valid() {
 fn settings() -> impl Strategy<Value = Settings> {
     let label = "[a-zA-Z0-9_.\"'\\\\é-]{1,20}";
     let node = (label, "[^\0]*[^\0 \\s]", label, 1u32..=10_000, 0usize..=256);
-    let ports = (
-        1024u16..20_000,
-        20_000u16..30_000,
-        prop::option::of(30_000u16..40_000),
-    );
+    let ports = (1024u16..20_000, 20_000u16..30_000, prop::option::of(30_000u16..40_000));
     let hosts = (
         prop_oneof![Just("127.0.0.1"), Just("[::1]"), Just("0.0.0.0")],
         "[a-z][a-z0-9]{0,9}(\\.[a-z]{1,5})?",
     );
-    let cluster = (
-        label,
-        prop::collection::btree_set("[a-z]{1,8}:[1-9][0-9]{0,3}", 0..5),
-    );
-    let log = (
-        prop_oneof![Just("info"), Just("warn,pontoon::group=debug"), Just("off")],
-        any::<bool>(),
-    );
-    let storage = (
-        (1u64 << 20)..(64 << 30),
-        (16u64 << 20)..(64 << 30),
-        (1u64 << 20)..(1 << 30),
-        4u64..100,
-        0usize..=4,
-    );
+    let cluster = (label, prop::collection::btree_set("[a-z]{1,8}:[1-9][0-9]{0,3}", 0..5));
+    let log = (prop_oneof![Just("info"), Just("warn,pontoon::group=debug"), Just("off")], any::<bool>());
+    let storage =
+        ((1u64 << 20)..(64 << 30), (16u64 << 20)..(64 << 30), (1u64 << 20)..(1 << 30), 4u64..100, 0usize..=4);
     (node, ports, hosts, cluster, log, storage).prop_map(
         |(node, (client, peer, http), (ip, host), (name, others), (level, json), storage)| {
             let mut text =
                 format!("[peer]\nlisten = \"{ip}:{peer}\"\n[client]\nlisten = \"{ip}:{client}\"\n");
             text += "[cluster]\njoin = [\"seed:1\"]\n[node]\nid = \"x\"\ndata_dir = \"x\"\n";
             let environment = [
-                (
-                    "PONTOON__PEER__ADVERTISE".to_owned(),
-                    format!("{host}:{peer}"),
-                ),
-                (
-                    "PONTOON__CLIENT__ADVERTISE".to_owned(),
-                    format!("{host}:{client}"),
-                ),
+                ("PONTOON__PEER__ADVERTISE".to_owned(), format!("{host}:{peer}")),
+                ("PONTOON__CLIENT__ADVERTISE".to_owned(), format!("{host}:{client}")),
             ];
             let mut settings = Settings::load_str("base", &text, environment.into_iter()).unwrap();
             settings.node.id = node.0;
@@ -553,10 +455,7 @@ fn settings() -> impl Strategy<Value = Settings> {
             settings.cluster.name = name;
             if !others.is_empty() {
                 settings.cluster.initial = others.into_iter().collect();
-                settings
-                    .cluster
-                    .initial
-                    .push(settings.peer.advertise.clone());
+                settings.cluster.initial.push(settings.peer.advertise.clone());
             }
             settings.log.level = level.into();
             if json {

@@ -26,11 +26,7 @@ pub fn write_refusal(refusal: &Refusal, mut to: error::Builder<'_>) {
             not_leader.set_shard(shard.0);
             not_leader.set_leader_node(leader.map_or(0, |node| node.0));
         }
-        Refusal::StaleRoute {
-            shard,
-            asked,
-            range_version,
-        } => {
+        Refusal::StaleRoute { shard, asked, range_version } => {
             let mut stale = to.init_stale_route();
             stale.set_shard(shard.0);
             stale.set_asked(*asked);
@@ -62,9 +58,7 @@ pub fn read_refusal(from: error::Reader<'_>) -> Refusal {
         Err(_) => "(unreadable message)".into(),
     };
     match read_member(from, &message) {
-        Some(refusal)
-            if refusal.outcome() == outcome && refusal.retryable() == from.get_retryable() =>
-        {
+        Some(refusal) if refusal.outcome() == outcome && refusal.retryable() == from.get_retryable() => {
             refusal
         }
         _ => Refusal::Other {
@@ -97,9 +91,9 @@ fn read_member(from: error::Reader<'_>, message: &str) -> Option<Refusal> {
         },
         error::UnknownDatabase(name) => Refusal::UnknownDatabase(read_text(name.ok()?).ok()?),
         error::Invalid(()) => Refusal::Invalid(message.to_owned()),
-        error::UnknownOutcome(()) => Refusal::Unknown(
-            known_reason(message).unwrap_or("the node that was asked lost track of it"),
-        ),
+        error::UnknownOutcome(()) => {
+            Refusal::Unknown(known_reason(message).unwrap_or("the node that was asked lost track of it"))
+        }
         error::Superseded(()) => Refusal::Superseded,
         error::Unavailable(()) => Refusal::Unavailable(
             known_reason(message).unwrap_or("the replica that was asked is not in service"),
@@ -133,10 +127,8 @@ mod tests {
                 asked,
                 range_version,
             }),
-            (reason.clone(), any::<u32>()).prop_map(|(what, retry_after_ms)| Refusal::Busy {
-                what,
-                retry_after_ms
-            }),
+            (reason.clone(), any::<u32>())
+                .prop_map(|(what, retry_after_ms)| Refusal::Busy { what, retry_after_ms }),
             ".{0,40}".prop_map(Refusal::Invalid),
             Just(Refusal::Superseded),
             reason.clone().prop_map(Refusal::Unknown),
@@ -164,10 +156,7 @@ mod tests {
 
     #[test]
     fn a_text_of_ones_own_is_replaced_but_nothing_else_is_lost() {
-        let busy = Refusal::Busy {
-            what: "something new",
-            retry_after_ms: 25,
-        };
+        let busy = Refusal::Busy { what: "something new", retry_after_ms: 25 };
         let read = read_back(|to| write_refusal(&busy, to));
         assert_eq!(read.retry_after_ms(), 25);
         assert!(matches!(read, Refusal::Busy { .. }));

@@ -111,10 +111,7 @@ impl<T> Group<T> {
         if log.last < applied.index {
             return Err(damaged(
                 options.replica,
-                format!(
-                    "the log ends at {}, the state is applied up to {}",
-                    log.last, applied.index
-                ),
+                format!("the log ends at {}, the state is applied up to {}", log.last, applied.index),
             ));
         }
         if applied.index < log.truncated.index {
@@ -129,10 +126,7 @@ impl<T> Group<T> {
         if log.hard_state.commit > log.last {
             return Err(damaged(
                 options.replica,
-                format!(
-                    "entry {} is committed, the log ends at {}",
-                    log.hard_state.commit, log.last
-                ),
+                format!("entry {} is committed, the log ends at {}", log.hard_state.commit, log.last),
             ));
         }
         // The commit index is stored with the next write, not for its own sake: the state may be ahead.
@@ -154,23 +148,14 @@ impl<T> Group<T> {
             max_committed_size_per_ready: limits::APPLY_PASS_BYTES,
             ..Config::default()
         };
-        let log = GroupLog::new(
-            options.replica,
-            store,
-            log,
-            state.header().conf_state.clone(),
-        );
+        let log = GroupLog::new(options.replica, store, log, state.header().conf_state.clone());
         let raft = RawNode::new(&config, log, &options.logger)?;
         let mut group = Group {
             shard: options.shard,
             machine: options.machine,
             replica: options.replica,
             incarnation: options.incarnation,
-            leader: LeaderChange {
-                term: raft.raft.term,
-                leader: None,
-                local: false,
-            },
+            leader: LeaderChange { term: raft.raft.term, leader: None, local: false },
             raft,
             state,
             queued: VecDeque::new(),
@@ -203,18 +188,10 @@ impl<T> Group<T> {
         }
         self.raft.tick();
         self.draw_timeout();
-        if self
-            .stepped_down
-            .is_some_and(|at| self.ticks - at > UNDECIDED_TICKS_MAX)
-        {
+        if self.stepped_down.is_some_and(|at| self.ticks - at > UNDECIDED_TICKS_MAX) {
             self.stepped_down = None;
             self.done.extend(self.proposals.drain().map(|caller| {
-                (
-                    caller,
-                    Err(Refusal::Unknown(
-                        "leadership was lost before the entry was committed",
-                    )),
-                )
+                (caller, Err(Refusal::Unknown("leadership was lost before the entry was committed")))
             }));
         }
     }
@@ -231,21 +208,16 @@ impl<T> Group<T> {
             tracing::error!(shard = %self.shard, replica = %self.replica, from = message.from, kind = ?message.get_msg_type(), reason, "dropped a message of a peer");
             return Ok(());
         }
-        if matches!(
-            message.get_msg_type(),
-            MessageType::MsgAppend | MessageType::MsgHeartbeat
-        ) && message.term >= self.raft.raft.term
+        if matches!(message.get_msg_type(), MessageType::MsgAppend | MessageType::MsgHeartbeat)
+            && message.term >= self.raft.raft.term
         {
             self.safe_index = self.safe_index.max(safe_index);
         }
         match self.raft.step(message) {
             // From a replica that isn't a member (any more), or with nothing to do about it.
             Ok(())
-            | Err(
-                raft::Error::StepPeerNotFound
-                | raft::Error::StepLocalMsg
-                | raft::Error::ProposalDropped,
-            ) => {}
+            | Err(raft::Error::StepPeerNotFound | raft::Error::StepLocalMsg | raft::Error::ProposalDropped) =>
+                {}
             Err(error) => return Err(error.into()),
         }
         self.draw_timeout();
@@ -260,18 +232,10 @@ impl<T> Group<T> {
                 Err("a leader counts on entries that this log has lost")
             }
             MessageType::MsgAppend => {
-                let committed = message
-                    .entries
-                    .iter()
-                    .take_while(|e| e.index <= log.committed);
+                let committed = message.entries.iter().take_while(|e| e.index <= log.committed);
                 for entry in committed {
                     // Compacted entries can't be compared; raft-rs answers those by itself.
-                    if self
-                        .raft
-                        .store()
-                        .term_at(entry.index)
-                        .is_some_and(|term| term != entry.term)
-                    {
+                    if self.raft.store().term_at(entry.index).is_some_and(|term| term != entry.term) {
                         return Err("a leader's entries contradict what is committed here");
                     }
                 }
@@ -300,14 +264,10 @@ impl<T> Group<T> {
     /// Why nothing can be submitted now.
     fn refusal(&self) -> Option<Refusal> {
         if self.recovering() {
-            Some(Refusal::Unavailable(
-                "the replica is re-applying its log after a start",
-            ))
+            Some(Refusal::Unavailable("the replica is re-applying its log after a start"))
         } else if !self.leads() {
             Some(self.not_leader())
-        } else if self.queued.len() + self.proposals.len() + self.reads.len()
-            >= limits::REPLICA_PENDING_MAX
-        {
+        } else if self.queued.len() + self.proposals.len() + self.reads.len() >= limits::REPLICA_PENDING_MAX {
             Some(busy("operations of the shard"))
         } else if self.apply_paused {
             Some(busy("writes of the node on their way to its state store"))
@@ -366,22 +326,11 @@ impl<T> Group<T> {
     /// Ends everything that waits: the replica is going away.
     pub fn abandon(&mut self, reason: &'static str) -> Vec<(T, Result<Output, Refusal>)> {
         let mut done = std::mem::take(&mut self.done);
+        done.extend(self.queued.drain(..).map(|(token, _)| (token, Err(Refusal::Unavailable(reason)))));
         done.extend(
-            self.queued
-                .drain(..)
-                .map(|(token, _)| (token, Err(Refusal::Unavailable(reason)))),
+            self.reads.drain().into_iter().map(|(token, _)| (token, Err(Refusal::Unavailable(reason)))),
         );
-        done.extend(
-            self.reads
-                .drain()
-                .into_iter()
-                .map(|(token, _)| (token, Err(Refusal::Unavailable(reason)))),
-        );
-        done.extend(
-            self.proposals
-                .drain()
-                .map(|token| (token, Err(Refusal::Unknown(reason)))),
-        );
+        done.extend(self.proposals.drain().map(|token| (token, Err(Refusal::Unknown(reason)))));
         done
     }
 
@@ -413,8 +362,7 @@ impl<T> Group<T> {
         effects.fetch = self.start_fetch();
         self.route_messages(&mut effects);
         effects.done = std::mem::take(&mut self.done);
-        effects.more =
-            self.raft.has_ready() || (!self.apply_paused && self.handed > self.applied());
+        effects.more = self.raft.has_ready() || (!self.apply_paused && self.handed > self.applied());
         Ok(effects)
     }
 
@@ -430,8 +378,8 @@ impl<T> Group<T> {
             let mut commands = Vec::new();
             while let Some((_, command)) = self.queued.front() {
                 let size = command.size();
-                let full = bytes + size > limits::ENTRY_TARGET_BYTES
-                    || commands.len() >= limits::ENTRY_COMMANDS_MAX;
+                let full =
+                    bytes + size > limits::ENTRY_TARGET_BYTES || commands.len() >= limits::ENTRY_COMMANDS_MAX;
                 if full && !commands.is_empty() {
                     break;
                 }
@@ -444,18 +392,15 @@ impl<T> Group<T> {
             let data = encode_entry(&commands);
             match self.raft.propose(Vec::new(), data) {
                 Ok(()) => {
-                    let position = Position {
-                        index: self.raft.raft.raft_log.last_index(),
-                        term: self.raft.raft.term,
-                    };
+                    let position =
+                        Position { index: self.raft.raft.raft_log.last_index(), term: self.raft.raft.term };
                     self.proposals.insert(position, tokens);
                 }
                 // Dropped before it entered the log: leadership is moving, or too much is uncommitted.
                 Err(_) => {
                     let refuse = |token| (token, Err(busy("uncommitted entries of the shard")));
                     self.done.extend(tokens.into_iter().map(refuse));
-                    self.done
-                        .extend(self.queued.drain(..).map(|(token, _)| refuse(token)));
+                    self.done.extend(self.queued.drain(..).map(|(token, _)| refuse(token)));
                 }
             }
         }
@@ -482,15 +427,11 @@ impl<T> Group<T> {
         let mut ready = self.raft.ready();
         self.messages.append(&mut ready.take_messages());
         for read_state in ready.take_read_states() {
-            self.reads
-                .confirm(&read_state.request_ctx, read_state.index);
+            self.reads.confirm(&read_state.request_ctx, read_state.index);
         }
         let committed = ready.take_committed_entries();
         let entries = ready.take_entries();
-        let last = entries.last().map(|e| Position {
-            index: e.index,
-            term: e.term,
-        });
+        let last = entries.last().map(|e| Position { index: e.index, term: e.term });
         self.raft.mut_store().append(&entries);
         let number = ready.number();
         let messages = ready.take_persisted_messages();
@@ -501,21 +442,12 @@ impl<T> Group<T> {
             let hard_state = self.raft.raft.hard_state();
             NumberedWrite {
                 number: self.writes,
-                write: LogWrite {
-                    replica: self.replica,
-                    entries,
-                    hard_state: Some(hard_state),
-                },
+                write: LogWrite { replica: self.replica, entries, hard_state: Some(hard_state) },
             }
         });
         self.raft.advance_append_async(ready);
         if write.is_some() || !self.unpersisted.is_empty() {
-            self.unpersisted.push_back(Unpersisted {
-                ready: number,
-                write: self.writes,
-                last,
-                messages,
-            });
+            self.unpersisted.push_back(Unpersisted { ready: number, write: self.writes, last, messages });
         } else {
             self.raft.on_persist_ready(number);
             self.messages.extend(messages);
@@ -527,10 +459,7 @@ impl<T> Group<T> {
     fn apply(&mut self, committed: Vec<Entry>) -> Result<(), GroupError> {
         let caught_up = self.handed == self.applied();
         if let Some(last) = committed.last() {
-            assert!(
-                committed[0].index == self.handed + 1,
-                "raft hands out committed entries in order"
-            );
+            assert!(committed[0].index == self.handed + 1, "raft hands out committed entries in order");
             self.handed = last.index;
         }
         if self.apply_paused {
@@ -540,9 +469,7 @@ impl<T> Group<T> {
             committed
         } else {
             let (low, high) = (self.applied() + 1, self.handed + 1);
-            self.raft
-                .store()
-                .read(low, high, limits::APPLY_PASS_BYTES as usize)?
+            self.raft.store().read(low, high, limits::APPLY_PASS_BYTES as usize)?
         };
         let Some(last) = entries.last().map(|e| e.index) else {
             return Ok(());
@@ -558,10 +485,7 @@ impl<T> Group<T> {
     }
 
     fn apply_entry(&mut self, entry: Entry) -> Result<(), GroupError> {
-        let position = Position {
-            index: entry.index,
-            term: entry.term,
-        };
+        let position = Position { index: entry.index, term: entry.term };
         if entry.get_entry_type() != EntryType::EntryNormal {
             // Never skipped: the group would go on under a configuration that others have left.
             return Err(ApplyError::Format(FormatError::Unknown {
@@ -582,25 +506,12 @@ impl<T> Group<T> {
         self.state.set_applied(position);
         let decided = self.proposals.decide(position);
         if !decided.applied.is_empty() {
-            assert_eq!(
-                decided.applied.len(),
-                replies.len(),
-                "an entry has one reply per command"
-            );
+            assert_eq!(decided.applied.len(), replies.len(), "an entry has one reply per command");
             self.done.extend(
-                decided
-                    .applied
-                    .into_iter()
-                    .zip(replies)
-                    .map(|(t, reply)| (t, Ok(Output::Reply(reply)))),
+                decided.applied.into_iter().zip(replies).map(|(t, reply)| (t, Ok(Output::Reply(reply)))),
             );
         }
-        self.done.extend(
-            decided
-                .superseded
-                .into_iter()
-                .map(|t| (t, Err(Refusal::Superseded))),
-        );
+        self.done.extend(decided.superseded.into_iter().map(|t| (t, Err(Refusal::Superseded))));
         Ok(())
     }
 
@@ -624,11 +535,7 @@ impl<T> Group<T> {
             let refusal = self.not_leader();
             let queued = self.queued.drain(..).map(|(token, _)| token);
             let reads = self.reads.drain().into_iter().map(|(token, _)| token);
-            self.done.extend(
-                queued
-                    .chain(reads)
-                    .map(|token| (token, Err(refusal.clone()))),
-            );
+            self.done.extend(queued.chain(reads).map(|token| (token, Err(refusal.clone()))));
         }
     }
 
@@ -669,12 +576,7 @@ impl<T> Group<T> {
             let to = ReplicaId(message.to);
             match members.iter().find(|m| m.replica == to) {
                 Some(member) => {
-                    let message = GroupMessage {
-                        shard: self.shard,
-                        epoch,
-                        safe_index,
-                        message,
-                    };
+                    let message = GroupMessage { shard: self.shard, epoch, safe_index, message };
                     effects.messages.push((member.node, message));
                 }
                 None => {
@@ -704,10 +606,7 @@ impl<T> Group<T> {
         if index <= log.truncated().index {
             return None;
         }
-        let to = Position {
-            index,
-            term: log.term_at(index)?,
-        };
+        let to = Position { index, term: log.term_at(index)? };
         log.compact(to);
         Some(to)
     }
@@ -715,13 +614,7 @@ impl<T> Group<T> {
     /// The highest index that every replica of the group has on disk, as far as known.
     fn safe_index(&self) -> Index {
         if self.leads() {
-            self.raft
-                .raft
-                .prs()
-                .iter()
-                .map(|(_, progress)| progress.matched)
-                .min()
-                .unwrap_or(0)
+            self.raft.raft.prs().iter().map(|(_, progress)| progress.matched).min().unwrap_or(0)
         } else {
             self.safe_index
         }
@@ -767,22 +660,12 @@ impl<T> Group<T> {
 
     /// The node of a member.
     pub fn node_of(&self, replica: ReplicaId) -> Option<NodeId> {
-        self.state
-            .header()
-            .members
-            .iter()
-            .find(|m| m.replica == replica)
-            .map(|m| m.node)
+        self.state.header().members.iter().find(|m| m.replica == replica).map(|m| m.node)
     }
 
     /// The replica on a node.
     pub fn replica_on(&self, node: NodeId) -> Option<ReplicaId> {
-        self.state
-            .header()
-            .members
-            .iter()
-            .find(|m| m.node == node)
-            .map(|m| m.replica)
+        self.state.header().members.iter().find(|m| m.node == node).map(|m| m.replica)
     }
 
     /// How the replica stands.
@@ -804,13 +687,8 @@ impl<T> Group<T> {
     /// The refusal that sends a caller to the leader.
     pub fn not_leader(&self) -> Refusal {
         let leader = ReplicaId(self.raft.raft.leader_id);
-        let leader = (leader != self.replica)
-            .then(|| self.node_of(leader))
-            .flatten();
-        Refusal::NotLeader {
-            shard: self.shard,
-            leader,
-        }
+        let leader = (leader != self.replica).then(|| self.node_of(leader)).flatten();
+        Refusal::NotLeader { shard: self.shard, leader }
     }
 
     fn applied(&self) -> Index {
@@ -821,31 +699,19 @@ impl<T> Group<T> {
         // raft-rs draws at random whenever it resets, within a term too; ours is put back after every input.
         let term = self.raft.raft.term;
         if self.timeout.0 != term {
-            let rank = election::rank(
-                self.replica,
-                self.state.header().members.iter().map(|m| m.replica),
-            );
+            let rank = election::rank(self.replica, self.state.header().members.iter().map(|m| m.replica));
             self.timeout = (term, election::timeout_ticks(self.shard, term, rank));
         }
         if self.raft.raft.randomized_election_timeout() != self.timeout.1 {
-            self.raft
-                .raft
-                .set_randomized_election_timeout(self.timeout.1);
+            self.raft.raft.set_randomized_election_timeout(self.timeout.1);
         }
     }
 }
 
 fn busy(what: &'static str) -> Refusal {
-    Refusal::Busy {
-        what,
-        retry_after_ms: limits::BUSY_RETRY_MS,
-    }
+    Refusal::Busy { what, retry_after_ms: limits::BUSY_RETRY_MS }
 }
 
 fn damaged(replica: ReplicaId, detail: String) -> GroupError {
-    StorageError::Damaged {
-        what: format!("replica {replica}"),
-        detail,
-    }
-    .into()
+    StorageError::Damaged { what: format!("replica {replica}"), detail }.into()
 }

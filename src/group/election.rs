@@ -15,10 +15,7 @@ pub fn timeout_ticks(shard: ShardId, term: Term, rank: usize) -> usize {
     let slots = ELECTION_TICKS_MAX - ELECTION_TICKS_MIN;
     let mut order: Vec<usize> = (0..slots).collect();
     order.sort_by_key(|&slot| {
-        (
-            xxh3_64_with_seed(&(slot as u64).to_le_bytes(), shard.0 ^ term.rotate_left(32)),
-            slot,
-        )
+        (xxh3_64_with_seed(&(slot as u64).to_le_bytes(), shard.0 ^ term.rotate_left(32)), slot)
     });
     ELECTION_TICKS_MIN + order[rank % slots]
 }
@@ -36,14 +33,9 @@ mod tests {
     fn members_of_a_group_never_share_a_timeout() {
         for shard in 0..50 {
             for term in 5..50 {
-                let mut timeouts: Vec<_> = (0..7)
-                    .map(|rank| timeout_ticks(ShardId(shard), term, rank))
-                    .collect();
-                assert!(
-                    timeouts
-                        .iter()
-                        .all(|t| (ELECTION_TICKS_MIN..ELECTION_TICKS_MAX).contains(t))
-                );
+                let mut timeouts: Vec<_> =
+                    (0..7).map(|rank| timeout_ticks(ShardId(shard), term, rank)).collect();
+                assert!(timeouts.iter().all(|t| (ELECTION_TICKS_MIN..ELECTION_TICKS_MAX).contains(t)));
                 timeouts.sort_unstable();
                 timeouts.dedup();
                 assert_eq!(timeouts.len(), 7, "shard {shard} term {term}");

@@ -76,24 +76,14 @@ impl GroupLog {
     /// the first of them on.
     pub fn append(&mut self, entries: &[Entry]) {
         let Some(first) = entries.first() else { return };
-        assert!(
-            first.index > self.truncated.index,
-            "append below the truncated index"
-        );
-        assert!(
-            first.index <= self.last + 1,
-            "append leaves a gap in the log"
-        );
+        assert!(first.index > self.truncated.index, "append below the truncated index");
+        assert!(first.index <= self.last + 1, "append leaves a gap in the log");
         if first.index <= self.last {
             self.truncate_suffix(first.index);
         }
         for entry in entries {
             debug_assert_eq!(entry.index, self.last + 1);
-            if self
-                .terms
-                .last()
-                .is_none_or(|&(_, term)| term != entry.term)
-            {
+            if self.terms.last().is_none_or(|&(_, term)| term != entry.term) {
                 self.terms.push((entry.index, entry.term));
             }
             self.last = entry.index;
@@ -155,19 +145,13 @@ impl GroupLog {
                 self.cache_bytes -= entry_bytes(&entry);
             }
         }
-        let runs_before = self
-            .terms
-            .partition_point(|&(index, _)| index <= to.index + 1);
+        let runs_before = self.terms.partition_point(|&(index, _)| index <= to.index + 1);
         if runs_before > 0 {
             self.terms.drain(..runs_before - 1);
             self.terms[0].0 = self.terms[0].0.max(to.index + 1);
         }
         self.truncated = to;
-        if self
-            .terms
-            .first()
-            .is_some_and(|&(index, _)| index > self.last)
-        {
+        if self.terms.first().is_some_and(|&(index, _)| index > self.last) {
             self.terms.clear();
         }
     }
@@ -191,20 +175,13 @@ impl GroupLog {
 
     /// Entries in `[low, high)`, from cache or store, at least one, then no more than `max_bytes`.
     /// Reads the disk if they have left memory.
-    pub fn read(
-        &self,
-        low: Index,
-        high: Index,
-        max_bytes: usize,
-    ) -> Result<Vec<Entry>, StorageError> {
+    pub fn read(&self, low: Index, high: Index, max_bytes: usize) -> Result<Vec<Entry>, StorageError> {
         if low <= self.truncated.index {
             return Err(StorageError::Compacted(self.truncated.index));
         }
         match self.cached(low, high, max_bytes) {
             Some(entries) => Ok(entries),
-            None => self
-                .store
-                .entries(self.replica, low, high.min(self.cache_first()), max_bytes),
+            None => self.store.entries(self.replica, low, high.min(self.cache_first()), max_bytes),
         }
     }
 
@@ -219,10 +196,7 @@ impl GroupLog {
         }
         let skip = (low - first) as usize;
         let count = (high - low) as usize;
-        Some(take_bytes(
-            self.cache.iter().skip(skip).take(count),
-            max_bytes,
-        ))
+        Some(take_bytes(self.cache.iter().skip(skip).take(count), max_bytes))
     }
 
     /// The read that raft waits for, if any; handed out once.
@@ -233,9 +207,7 @@ impl GroupLog {
     /// Entries that were fetched from the store; raft asks for them again.
     pub fn set_fetched(&mut self, entries: Vec<Entry>) {
         // They may have been replaced or compacted while the read was under way.
-        let valid = entries
-            .iter()
-            .all(|e| self.term_at(e.index) == Some(e.term));
+        let valid = entries.iter().all(|e| self.term_at(e.index) == Some(e.term));
         *self.fetched.borrow_mut() = if valid { entries } else { Vec::new() };
     }
 
@@ -260,10 +232,7 @@ fn take_bytes<'a>(entries: impl Iterator<Item = &'a Entry>, max_bytes: usize) ->
 
 impl Storage for GroupLog {
     fn initial_state(&self) -> raft::Result<RaftState> {
-        Ok(RaftState::new(
-            self.hard_state.clone(),
-            self.conf_state.clone(),
-        ))
+        Ok(RaftState::new(self.hard_state.clone(), self.conf_state.clone()))
     }
 
     fn entries(
@@ -276,9 +245,7 @@ impl Storage for GroupLog {
         if low <= self.truncated.index {
             return Err(RaftStorageError::Compacted.into());
         }
-        let max_bytes = max_size
-            .into()
-            .map_or(usize::MAX, |m| usize::try_from(m).unwrap_or(usize::MAX));
+        let max_bytes = max_size.into().map_or(usize::MAX, |m| usize::try_from(m).unwrap_or(usize::MAX));
         if let Some(entries) = self.cached(low, high, max_bytes) {
             return Ok(entries);
         }
@@ -295,11 +262,7 @@ impl Storage for GroupLog {
         }
         if context.can_async() {
             let high = high.min(self.cache_first());
-            let fetch = Fetch {
-                low,
-                high,
-                max_bytes: max_bytes.min(limits::APPEND_TARGET_BYTES),
-            };
+            let fetch = Fetch { low, high, max_bytes: max_bytes.min(limits::APPEND_TARGET_BYTES) };
             // One read at a time: raft asks again for the other followers once this one is answered.
             self.wanted.borrow_mut().get_or_insert((fetch, context));
             return Err(RaftStorageError::LogTemporarilyUnavailable.into());
@@ -308,20 +271,17 @@ impl Storage for GroupLog {
         // that spans store and cache is read from the store alone: what is in the cache and was
         // evicted before it is durable. What is not yet durable can't be asked for here with `low`
         // below the cache.
-        self.store
-            .entries(self.replica, low, high.min(self.persisted + 1), max_bytes)
-            .map_err(|error| {
-                self.failure.set(Some(error));
-                RaftStorageError::Unavailable.into()
-            })
+        self.store.entries(self.replica, low, high.min(self.persisted + 1), max_bytes).map_err(|error| {
+            self.failure.set(Some(error));
+            RaftStorageError::Unavailable.into()
+        })
     }
 
     fn term(&self, index: u64) -> raft::Result<u64> {
         if index < self.truncated.index {
             return Err(RaftStorageError::Compacted.into());
         }
-        self.term_at(index)
-            .ok_or_else(|| RaftStorageError::Unavailable.into())
+        self.term_at(index).ok_or_else(|| RaftStorageError::Unavailable.into())
     }
 
     fn first_index(&self) -> raft::Result<u64> {

@@ -26,10 +26,7 @@ pub struct Decided<T> {
 impl<T> Proposals<T> {
     /// None yet.
     pub fn new() -> Proposals<T> {
-        Proposals {
-            waiting: BTreeMap::new(),
-            count: 0,
-        }
+        Proposals { waiting: BTreeMap::new(), count: 0 }
     }
 
     /// How many callers wait.
@@ -45,18 +42,13 @@ impl<T> Proposals<T> {
     /// `callers` proposed the entry at `position`.
     pub fn insert(&mut self, position: Position, callers: Vec<T>) {
         self.count += callers.len();
-        let previous = self
-            .waiting
-            .insert((position.index, position.term), callers);
+        let previous = self.waiting.insert((position.index, position.term), callers);
         assert!(previous.is_none(), "two proposals at one position");
     }
 
     /// The entry at `position` is applied.
     pub fn decide(&mut self, position: Position) -> Decided<T> {
-        let mut decided = Decided {
-            applied: Vec::new(),
-            superseded: Vec::new(),
-        };
+        let mut decided = Decided { applied: Vec::new(), superseded: Vec::new() };
         while let Some(first) = self.waiting.first_entry() {
             let &(index, term) = first.key();
             if index > position.index {
@@ -73,12 +65,8 @@ impl<T> Proposals<T> {
         // Behind the applied entry only those of a lower term are lost. Proposals are few terms deep,
         // and the usual case is none: look at the ends before walking.
         if self.waiting.values().next().is_some() {
-            let lost: Vec<_> = self
-                .waiting
-                .keys()
-                .filter(|&&(_, term)| term < position.term)
-                .copied()
-                .collect();
+            let lost: Vec<_> =
+                self.waiting.keys().filter(|&&(_, term)| term < position.term).copied().collect();
             for key in lost {
                 if let Some(callers) = self.waiting.remove(&key) {
                     self.count -= callers.len();
@@ -116,10 +104,7 @@ mod tests {
         proposals.insert(at(7, 2), vec!['a', 'b']);
         proposals.insert(at(8, 2), vec!['c']);
         let decided = proposals.decide(at(7, 2));
-        assert_eq!(
-            (decided.applied, decided.superseded),
-            (vec!['a', 'b'], vec![])
-        );
+        assert_eq!((decided.applied, decided.superseded), (vec!['a', 'b'], vec![]));
         assert_eq!(proposals.len(), 1);
     }
 

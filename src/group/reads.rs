@@ -30,13 +30,7 @@ pub struct Reads<T> {
 impl<T> Reads<T> {
     /// None yet. The incarnation tells this replica's rounds from those it started before a restart.
     pub fn new(incarnation: Incarnation) -> Reads<T> {
-        Reads {
-            incarnation,
-            arrived: Vec::new(),
-            rounds: VecDeque::new(),
-            next_round: 0,
-            count: 0,
-        }
+        Reads { incarnation, arrived: Vec::new(), rounds: VecDeque::new(), next_round: 0, count: 0 }
     }
 
     /// How many reads wait.
@@ -64,11 +58,7 @@ impl<T> Reads<T> {
         }
         let number = self.next_round;
         self.next_round += 1;
-        self.rounds.push_back(Round {
-            number,
-            index: None,
-            readers: std::mem::take(&mut self.arrived),
-        });
+        self.rounds.push_back(Round { number, index: None, readers: std::mem::take(&mut self.arrived) });
         let mut context = Vec::with_capacity(16);
         context.extend_from_slice(&self.incarnation.to_be_bytes());
         context.extend_from_slice(&number.to_be_bytes());
@@ -95,11 +85,7 @@ impl<T> Reads<T> {
     /// Takes the reads that may be answered from a state that is applied up to `applied`.
     pub fn ready(&mut self, applied: Index) -> Vec<T> {
         let mut ready = Vec::new();
-        while self
-            .rounds
-            .front()
-            .is_some_and(|r| r.index.is_some_and(|index| index <= applied))
-        {
+        while self.rounds.front().is_some_and(|r| r.index.is_some_and(|index| index <= applied)) {
             if let Some(round) = self.rounds.pop_front() {
                 ready.extend(round.readers);
             }

@@ -308,11 +308,7 @@ impl Command {
             Command::Kv(KvCommand::Put { key, value }) => 16 + key.len() + value.len(),
             Command::Kv(KvCommand::Delete { key }) => 16 + key.len(),
             Command::Kv(KvCommand::Cas { key, expect, value }) => {
-                let expected = if let Expect::Value(value) = expect {
-                    value.len()
-                } else {
-                    0
-                };
+                let expected = if let Expect::Value(value) = expect { value.len() } else { 0 };
                 24 + key.len() + value.len() + expected
             }
             Command::Meta(MetaCommand::CreateDatabase { shards, .. }) => 256 + shards.len() * 128,
@@ -333,16 +329,9 @@ mod tests {
     #[test]
     fn limits_are_named_with_what_was_asked() {
         let bytes = |len: usize| Bytes::from(vec![0; len]);
-        let cas = |expect, value| KvCommand::Cas {
-            key: bytes(1),
-            expect,
-            value,
-        };
+        let cas = |expect, value| KvCommand::Cas { key: bytes(1), expect, value };
         let most = bytes(limits::VALUE_BYTES_MAX);
-        let greatest = KvCommand::Put {
-            key: bytes(limits::KEY_BYTES_MAX),
-            value: most.clone(),
-        };
+        let greatest = KvCommand::Put { key: bytes(limits::KEY_BYTES_MAX), value: most.clone() };
         assert_eq!(check(&greatest), Ok(()));
         assert_eq!(check(&cas(Expect::Value(most.clone()), most)), Ok(()));
         assert_eq!(
@@ -362,12 +351,7 @@ mod tests {
             refused(&cas(Expect::Value(over), bytes(0))),
             "the expected value has 8388609 bytes; the limit is 8388608"
         );
-        let scan = Query::Scan {
-            prefix: bytes(5000),
-            after: bytes(0),
-            limit: 1,
-            keys_only: false,
-        };
+        let scan = Query::Scan { prefix: bytes(5000), after: bytes(0), limit: 1, keys_only: false };
         assert_eq!(
             check_query(&scan).unwrap_err().to_string(),
             "the prefix has 5000 bytes; the limit is 4096"

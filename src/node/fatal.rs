@@ -48,10 +48,7 @@ impl Fatal {
 
     /// A guard for `what`.
     pub fn guard(&self, what: &'static str) -> FatalGuard {
-        FatalGuard {
-            fatal: self.clone(),
-            what,
-        }
+        FatalGuard { fatal: self.clone(), what }
     }
 }
 
@@ -65,8 +62,7 @@ impl Drop for FatalGuard {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let reason = super::panics::last().unwrap_or_default();
-            self.fatal
-                .raise(format!("{} panicked: {reason}", self.what));
+            self.fatal.raise(format!("{} panicked: {reason}", self.what));
         }
     }
 }

@@ -52,12 +52,7 @@ impl FlushThread {
         let thread = std::thread::Builder::new()
             .name("pontoon-flush".into())
             .spawn(move || run(flusher, queue, on_fatal))?;
-        Ok((
-            FlushThread {
-                work: Mutex::new(Some(work)),
-            },
-            thread,
-        ))
+        Ok((FlushThread { work: Mutex::new(Some(work)) }, thread))
     }
 
     /// Hands over a frozen memtable.
@@ -79,18 +74,12 @@ impl FlushThread {
 
     /// Takes no more work; the thread ends when it is done with what it has.
     pub fn close(&self) {
-        self.work
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        self.work.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 
     fn send(&self, work: Work) {
         let sender = self.work.lock().unwrap_or_else(PoisonError::into_inner);
-        if sender
-            .as_ref()
-            .is_none_or(|sender| sender.send(work).is_err())
-        {
+        if sender.as_ref().is_none_or(|sender| sender.send(work).is_err()) {
             tracing::debug!("the flush thread has ended");
         }
     }
@@ -108,11 +97,8 @@ fn run(mut flusher: Flusher, queue: mpsc::Receiver<Work>, on_fatal: Box<dyn Fn(S
                 Work::Barrier(done) => barriers.push(done),
             }
         }
-        let result = flush(&mut flusher, &flushes).and_then(|()| {
-            destroy
-                .into_iter()
-                .try_for_each(|replica| flusher.destroy(replica))
-        });
+        let result = flush(&mut flusher, &flushes)
+            .and_then(|()| destroy.into_iter().try_for_each(|replica| flusher.destroy(replica)));
         if let Err(error) = result {
             on_fatal(format!("flushing state to disk: {error}"));
             return;
@@ -133,15 +119,8 @@ fn flush(flusher: &mut Flusher, jobs: &[FlushJob]) -> Result<(), crate::storage:
     flusher.flush(&tables, &mut |step| {
         let mut told: Vec<(&Arc<dyn FlushSink>, Vec<_>)> = Vec::new();
         for job in jobs {
-            let progress = (
-                job.frozen.replica,
-                job.incarnation,
-                job.frozen.header.applied,
-            );
-            match told
-                .iter_mut()
-                .find(|(sink, _)| Arc::ptr_eq(sink, &job.done))
-            {
+            let progress = (job.frozen.replica, job.incarnation, job.frozen.header.applied);
+            match told.iter_mut().find(|(sink, _)| Arc::ptr_eq(sink, &job.done)) {
                 Some((_, batch)) => batch.push(progress),
                 None => told.push((&job.done, vec![progress])),
             }

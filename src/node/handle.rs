@@ -143,9 +143,7 @@ impl NodeHandle {
     }
 
     fn member(&self) -> Result<&Member, Refusal> {
-        self.inner.member.get().ok_or(Refusal::Unavailable(
-            "the node is not yet a member of a cluster",
-        ))
+        self.inner.member.get().ok_or(Refusal::Unavailable("the node is not yet a member of a cluster"))
     }
 
     /// This node's id; 0 while it isn't a member.
@@ -155,10 +153,7 @@ impl NodeHandle {
 
     /// The cluster map as this node knows it; a cheap snapshot. Empty while it isn't a member.
     pub fn map(&self) -> Arc<ClusterMap> {
-        self.inner
-            .member
-            .get()
-            .map_or_else(|| self.inner.empty_map.clone(), |m| m.router.map())
+        self.inner.member.get().map_or_else(|| self.inner.empty_map.clone(), |m| m.router.map())
     }
 
     /// Hands operations to this node's replica of `shard`, if `range_version` is the one in force,
@@ -176,44 +171,24 @@ impl NodeHandle {
             return Err(Refusal::Unavailable("the node is stopping"));
         }
         let (reply, results) = oneshot::channel();
-        let writes: Vec<bool> = operations
-            .iter()
-            .map(|o| matches!(o, Operation::Command(_)))
-            .collect();
-        addr.try_send(Submit {
-            range_version,
-            operations,
-            reply,
-        })
-        .map_err(|error| match error {
-            SendError::Full(_) => Refusal::Busy {
-                what: "the shard's mailbox",
-                retry_after_ms: limits::BUSY_RETRY_MS,
-            },
-            SendError::Closed(_) => {
-                Refusal::Unavailable("the replica is being rebuilt after a crash")
+        let writes: Vec<bool> = operations.iter().map(|o| matches!(o, Operation::Command(_))).collect();
+        addr.try_send(Submit { range_version, operations, reply }).map_err(|error| match error {
+            SendError::Full(_) => {
+                Refusal::Busy { what: "the shard's mailbox", retry_after_ms: limits::BUSY_RETRY_MS }
             }
+            SendError::Closed(_) => Refusal::Unavailable("the replica is being rebuilt after a crash"),
         })?;
         match tokio::time::timeout(timeout, results).await {
             Ok(Ok(results)) => results,
             // The mailbox was dropped with the message in it: the replica crashed before it saw it.
-            Ok(Err(_)) => Err(Refusal::Unavailable(
-                "the replica is being rebuilt after a crash",
-            )),
-            Err(_) => Ok(writes
-                .into_iter()
-                .map(|writes| Err(timed_out(writes)))
-                .collect()),
+            Ok(Err(_)) => Err(Refusal::Unavailable("the replica is being rebuilt after a crash")),
+            Err(_) => Ok(writes.into_iter().map(|writes| Err(timed_out(writes))).collect()),
         }
     }
 
     /// Has the metadata shard's leader, wherever it is, execute a command. Retried until `timeout`:
     /// the metadata commands are made for that.
-    pub async fn meta(
-        &self,
-        command: MetaCommand,
-        timeout: Duration,
-    ) -> Result<MetaReply, Refusal> {
+    pub async fn meta(&self, command: MetaCommand, timeout: Duration) -> Result<MetaReply, Refusal> {
         let deadline = Instant::now() + timeout;
         let mut last = Refusal::Deadline;
         let mut hint = Some(self.node());
@@ -224,25 +199,18 @@ impl NodeHandle {
             }
             let map = self.map();
             let Some(metadata) = map.shards.get(&METADATA_SHARD) else {
-                return Err(Refusal::Unavailable(
-                    "the node is not yet a member of a cluster",
-                ));
+                return Err(Refusal::Unavailable("the node is not yet a member of a cluster"));
             };
             // The leader, if the last answer named one; else each voter in turn.
-            let target = hint
-                .take()
-                .filter(|node| metadata.member_on(*node).is_some());
-            let target =
-                target.unwrap_or_else(|| metadata.members[attempt % metadata.members.len()].node);
+            let target = hint.take().filter(|node| metadata.member_on(*node).is_some());
+            let target = target.unwrap_or_else(|| metadata.members[attempt % metadata.members.len()].node);
             let patience = left.min(Duration::from_millis(limits::META_ATTEMPT_MS));
             let answer = if target == self.node() {
                 self.meta_here(command.clone(), patience).await
             } else {
                 match map.nodes.get(&target) {
                     Some(node) => meta_there(&node.peer_address, command.clone(), patience).await,
-                    None => Err(Refusal::Unavailable(
-                        "the address of the metadata leader is not known",
-                    )),
+                    None => Err(Refusal::Unavailable("the address of the metadata leader is not known")),
                 }
             };
             match answer {
@@ -251,11 +219,7 @@ impl NodeHandle {
                     return Err(refusal);
                 }
                 Err(refusal) => {
-                    if let Refusal::NotLeader {
-                        leader: Some(leader),
-                        ..
-                    } = refusal
-                    {
+                    if let Refusal::NotLeader { leader: Some(leader), .. } = refusal {
                         hint = Some(leader);
                     }
                     last = refusal;
@@ -267,20 +231,10 @@ impl NodeHandle {
     }
 
     /// Executes a metadata command if this node leads the metadata shard.
-    pub async fn meta_here(
-        &self,
-        command: MetaCommand,
-        timeout: Duration,
-    ) -> Result<MetaReply, Refusal> {
+    pub async fn meta_here(&self, command: MetaCommand, timeout: Duration) -> Result<MetaReply, Refusal> {
         let operation = Operation::Command(Command::Meta(command));
-        let range_version = self
-            .map()
-            .shards
-            .get(&METADATA_SHARD)
-            .map_or(0, |s| s.epoch.range);
-        let results = self
-            .submit(METADATA_SHARD, range_version, vec![operation], timeout)
-            .await?;
+        let range_version = self.map().shards.get(&METADATA_SHARD).map_or(0, |s| s.epoch.range);
+        let results = self.submit(METADATA_SHARD, range_version, vec![operation], timeout).await?;
         match results.into_iter().next() {
             Some(Ok(Output::Reply(Reply::Meta(reply)))) => Ok(reply),
             Some(Err(refusal)) => Err(refusal),
@@ -306,12 +260,7 @@ impl NodeHandle {
 
     /// Starts moving the leadership of `shard` from this node's replica to the one on `to`, and
     /// waits until it has moved.
-    pub async fn transfer(
-        &self,
-        shard: ShardId,
-        to: NodeId,
-        timeout: Duration,
-    ) -> Result<(), Refusal> {
+    pub async fn transfer(&self, shard: ShardId, to: NodeId, timeout: Duration) -> Result<(), Refusal> {
         let addr = self.member()?.router.replica(shard)?;
         let deadline = Instant::now() + timeout;
         let gone = |_| Refusal::Unavailable("the replica is being rebuilt after a crash");
@@ -326,9 +275,7 @@ impl NodeHandle {
             }
             tokio::time::sleep(Duration::from_millis(limits::META_RETRY_MS)).await;
         }
-        Err(Refusal::Unavailable(
-            "leadership didn't move within the time given",
-        ))
+        Err(Refusal::Unavailable("leadership didn't move within the time given"))
     }
 
     /// Test hook: makes this node's replica of `shard` fail in the named way. A build without the
@@ -343,9 +290,7 @@ impl NodeHandle {
         }
         #[cfg(not(feature = "test-hooks"))]
         {
-            Err(Refusal::Refused(format!(
-                "this build has no test hooks: shard {shard} will not `{fault}`"
-            )))
+            Err(Refusal::Refused(format!("this build has no test hooks: shard {shard} will not `{fault}`")))
         }
     }
 }
@@ -358,29 +303,14 @@ fn timed_out(writes: bool) -> Refusal {
     }
 }
 
-async fn meta_there(
-    address: &str,
-    command: MetaCommand,
-    timeout: Duration,
-) -> Result<MetaReply, Refusal> {
-    match PeerClient::call(
-        address,
-        HelloConfig::default(),
-        PeerRequest::Meta(command),
-        timeout,
-    )
-    .await
-    {
+async fn meta_there(address: &str, command: MetaCommand, timeout: Duration) -> Result<MetaReply, Refusal> {
+    match PeerClient::call(address, HelloConfig::default(), PeerRequest::Meta(command), timeout).await {
         Ok(PeerResponse::Meta(reply)) => Ok(reply),
         Ok(PeerResponse::Refused(refusal)) => Err(refusal),
-        Ok(_) => Err(Refusal::Unknown(
-            "a peer gave an answer to another question",
-        )),
+        Ok(_) => Err(Refusal::Unknown("a peer gave an answer to another question")),
         Err(error) => {
             tracing::debug!(address, %error, "asking for a metadata command");
-            Err(Refusal::Unknown(
-                "the connection to the metadata leader was lost",
-            ))
+            Err(Refusal::Unknown("the connection to the metadata leader was lost"))
         }
     }
 }

@@ -95,13 +95,7 @@ impl FlushSink for HubSink {
 impl Hub {
     /// A hub without replicas.
     pub fn new(shared: Arc<Shared>, fatal: Fatal) -> Hub {
-        Hub {
-            shared,
-            replicas: HashMap::new(),
-            sink: None,
-            paused: false,
-            _guard: fatal.guard("a hub"),
-        }
+        Hub { shared, replicas: HashMap::new(), sink: None, paused: false, _guard: fatal.guard("a hub") }
     }
 
     fn tick(&mut self) {
@@ -141,23 +135,11 @@ impl Actor for Hub {
 impl Handler<StartReplica> for Hub {
     type Result = Result<Addr<ReplicaActor>, String>;
     fn handle(&mut self, start: StartReplica, ctx: &mut Context<Self>) -> Self::Result {
-        let GroupOptions {
-            shard,
-            replica,
-            incarnation,
-            ..
-        } = start.options;
-        let group: Group<Ticket> = Group::open(
-            start.options,
-            self.shared.log.clone(),
-            start.log,
-            start.state,
-        )
-        .map_err(|error| error.to_string())?;
-        let sink = self
-            .sink
-            .get_or_insert_with(|| Arc::new(HubSink(ctx.address())))
-            .clone();
+        let GroupOptions { shard, replica, incarnation, .. } = start.options;
+        let group: Group<Ticket> =
+            Group::open(start.options, self.shared.log.clone(), start.log, start.state)
+                .map_err(|error| error.to_string())?;
+        let sink = self.sink.get_or_insert_with(|| Arc::new(HubSink(ctx.address()))).clone();
         let actor = ReplicaActor::new(
             shard,
             replica,

@@ -138,11 +138,7 @@ impl LogWriter {
     }
 
     /// [`LogWriter::start`] with another time between purges.
-    pub fn start_with(
-        log: Arc<dyn LogStore>,
-        on_fatal: OnFatal,
-        purge_every: Duration,
-    ) -> LogWriter {
+    pub fn start_with(log: Arc<dyn LogStore>, on_fatal: OnFatal, purge_every: Duration) -> LogWriter {
         let shared = Arc::new(Shared {
             log,
             on_fatal,
@@ -155,25 +151,19 @@ impl LogWriter {
         let mut threads = Vec::new();
         let spawn = |name: &str, body: fn(&Shared, Duration) -> Result<(), StorageError>| {
             let shared = shared.clone();
-            std::thread::Builder::new()
-                .name(name.into())
-                .spawn(move || {
-                    let ended = catch_unwind(AssertUnwindSafe(|| body(&shared, purge_every)));
-                    match ended {
-                        Ok(Ok(())) => {}
-                        Ok(Err(e)) => shared.fail(e.to_string()),
-                        Err(panic) => shared.fail(format!(
-                            "the log's thread panicked: {}",
-                            panic_text(panic.as_ref())
-                        )),
+            std::thread::Builder::new().name(name.into()).spawn(move || {
+                let ended = catch_unwind(AssertUnwindSafe(|| body(&shared, purge_every)));
+                match ended {
+                    Ok(Ok(())) => {}
+                    Ok(Err(e)) => shared.fail(e.to_string()),
+                    Err(panic) => {
+                        shared.fail(format!("the log's thread panicked: {}", panic_text(panic.as_ref())))
                     }
-                })
+                }
+            })
         };
         for (name, body) in [
-            (
-                "log-writer",
-                write_all as fn(&Shared, Duration) -> Result<(), StorageError>,
-            ),
+            ("log-writer", write_all as fn(&Shared, Duration) -> Result<(), StorageError>),
             ("log-purge", purge_all),
         ] {
             match spawn(name, body) {
@@ -181,10 +171,7 @@ impl LogWriter {
                 Err(e) => shared.fail(format!("starting the thread {name}: {e}")),
             }
         }
-        LogWriter {
-            shared,
-            threads: Mutex::new(threads),
-        }
+        LogWriter { shared, threads: Mutex::new(threads) }
     }
 
     /// Sets who is told of an incarnation whose write contradicts its log, and how: its replica must
@@ -331,9 +318,7 @@ impl Shared {
 
 impl Queue {
     fn is_fenced(&self, task: &WriteTask) -> bool {
-        self.fenced
-            .get(&task.write.replica)
-            .is_some_and(|last| task.incarnation <= *last)
+        self.fenced.get(&task.write.replica).is_some_and(|last| task.incarnation <= *last)
     }
 
     /// Drops the tasks of all incarnations of `replica` up to `incarnation`, now and in future.
@@ -415,10 +400,7 @@ fn write_all(shared: &Shared, _: Duration) -> Result<(), StorageError> {
                     return Ok(());
                 }
                 queue.asleep = true;
-                queue = shared
-                    .wake
-                    .wait(queue)
-                    .unwrap_or_else(PoisonError::into_inner);
+                queue = shared.wake.wait(queue).unwrap_or_else(PoisonError::into_inner);
             }
         };
         match work {
@@ -485,10 +467,7 @@ fn purge_all(shared: &Shared, every: Duration) -> Result<(), StorageError> {
             if left.is_zero() {
                 break;
             }
-            (queue, _) = shared
-                .end
-                .wait_timeout(queue, left)
-                .unwrap_or_else(PoisonError::into_inner);
+            (queue, _) = shared.end.wait_timeout(queue, left).unwrap_or_else(PoisonError::into_inner);
         }
         drop(queue);
         match shared.log.purge() {

@@ -28,9 +28,7 @@ use tokio::sync::watch;
 use super::NodeError;
 use super::map_cache;
 use crate::codec::peer::{Formation, Membership, PeerRequest, PeerResponse, ProbeAnswer};
-use crate::ids::{
-    ClusterId, Epoch, METADATA_DATABASE, METADATA_SHARD, NodeId, RandomId, ReplicaId,
-};
+use crate::ids::{ClusterId, Epoch, METADATA_DATABASE, METADATA_SHARD, NodeId, RandomId, ReplicaId};
 use crate::limits;
 use crate::placement::map::{ClusterMap, Member, MemberRole, NodeRecord, ShardRecord};
 use crate::placement::ring::RingRange;
@@ -58,13 +56,7 @@ impl Applicant {
             (Some(cluster), None) => Membership::Claimed(cluster),
             (Some(cluster), Some(node)) => Membership::Member(cluster, node),
         };
-        Applicant {
-            data_dir,
-            record,
-            settings,
-            stage: watch::Sender::new(stage),
-            recording: Mutex::new(()),
-        }
+        Applicant { data_dir, record, settings, stage: watch::Sender::new(stage), recording: Mutex::new(()) }
     }
 
     /// How far the node is.
@@ -93,10 +85,7 @@ impl Applicant {
 
     /// A peer asks to record its cluster id. Blocks for the disk.
     pub fn claim(&self, cluster: ClusterId) -> Result<(), Refusal> {
-        let _recording = self
-            .recording
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let _recording = self.recording.lock().unwrap_or_else(PoisonError::into_inner);
         match self.stage() {
             Membership::Claimed(have) | Membership::Member(have, _) if have == cluster => Ok(()),
             Membership::Claimed(have) | Membership::Member(have, _) => {
@@ -123,10 +112,7 @@ impl Applicant {
 
     /// A peer makes this node one of the first voters. Blocks for the disk.
     pub fn form(&self, formation: &Formation) -> Result<(), Refusal> {
-        let _recording = self
-            .recording
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let _recording = self.recording.lock().unwrap_or_else(PoisonError::into_inner);
         match self.stage() {
             Membership::Member(cluster, node)
                 if (cluster, node) == (formation.cluster_id, formation.node) =>
@@ -145,14 +131,9 @@ impl Applicant {
 
     /// The map first, then the identity: a member always has a map to start from.
     fn record_member(&self, map: &ClusterMap, node: NodeId) -> Result<(), Refusal> {
-        self.data_dir
-            .save_map(&map_cache::encode(map))
-            .map_err(cant_record)?;
-        self.data_dir
-            .record_member(map.cluster_id, node)
-            .map_err(cant_record)?;
-        self.stage
-            .send_replace(Membership::Member(map.cluster_id, node));
+        self.data_dir.save_map(&map_cache::encode(map)).map_err(cant_record)?;
+        self.data_dir.record_member(map.cluster_id, node).map_err(cant_record)?;
+        self.stage.send_replace(Membership::Member(map.cluster_id, node));
         Ok(())
     }
 
@@ -183,25 +164,16 @@ impl Applicant {
     async fn attempt(self: &Arc<Self>) -> Option<String> {
         let own = self.record.peer_address.as_str();
         let mut addresses: Vec<&str> = Vec::new();
-        for address in self
-            .settings
-            .initial
-            .iter()
-            .chain(&self.settings.join)
-            .map(String::as_str)
-        {
+        for address in self.settings.initial.iter().chain(&self.settings.join).map(String::as_str) {
             if address != own && !addresses.contains(&address) {
                 addresses.push(address);
             }
         }
-        let answers: BTreeMap<&str, Result<ProbeAnswer, String>> = join_all(
-            addresses
-                .iter()
-                .map(|&address| async move { (address, probe(address).await) }),
-        )
-        .await
-        .into_iter()
-        .collect();
+        let answers: BTreeMap<&str, Result<ProbeAnswer, String>> =
+            join_all(addresses.iter().map(|&address| async move { (address, probe(address).await) }))
+                .await
+                .into_iter()
+                .collect();
         let claimed = match self.stage() {
             Membership::Claimed(cluster) => Some(cluster),
             _ => None,
@@ -209,17 +181,12 @@ impl Applicant {
         // A cluster that exists comes first: whoever was wiped joins it as a new node.
         let mut obstacle = None;
         for (address, answer) in &answers {
-            let Ok(ProbeAnswer {
-                membership: Membership::Member(cluster, _),
-                ..
-            }) = answer
-            else {
+            let Ok(ProbeAnswer { membership: Membership::Member(cluster, _), .. }) = answer else {
                 continue;
             };
             if claimed.is_some_and(|claimed| claimed != *cluster) {
-                obstacle = Some(format!(
-                    "{address} belongs to cluster {cluster}, this node has recorded another"
-                ));
+                obstacle =
+                    Some(format!("{address} belongs to cluster {cluster}, this node has recorded another"));
                 continue;
             }
             match self.join(address, *cluster).await {
@@ -238,20 +205,14 @@ impl Applicant {
     }
 
     async fn join(self: &Arc<Self>, address: &str, cluster: ClusterId) -> Result<(), String> {
-        let request = PeerRequest::Join {
-            cluster_id: Some(cluster),
-            record: self.record.clone(),
-        };
+        let request = PeerRequest::Join { cluster_id: Some(cluster), record: self.record.clone() };
         let timeout = Duration::from_millis(limits::JOIN_MS_MAX);
         match ask(address, request, timeout).await? {
             PeerResponse::Joined { node, map } => {
                 let mut joined = ClusterMap::default();
                 joined.merge(map);
                 self.off_thread(move |applicant| {
-                    let _recording = applicant
-                        .recording
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner);
+                    let _recording = applicant.recording.lock().unwrap_or_else(PoisonError::into_inner);
                     match applicant.stage() {
                         Membership::Member(..) => Ok(()),
                         _ => applicant.record_member(&joined, node),
@@ -280,9 +241,7 @@ impl Applicant {
                     Membership::Empty => {}
                     Membership::Claimed(cluster) if Some(cluster) == own_claim => {}
                     other => {
-                        return Err(format!(
-                            "{address} is {other:?}; a new cluster needs empty nodes"
-                        ));
+                        return Err(format!("{address} is {other:?}; a new cluster needs empty nodes"));
                     }
                 },
                 Some(Err(reason)) => return Err(format!("{address} doesn't answer: {reason}")),
@@ -297,10 +256,7 @@ impl Applicant {
             None => {
                 let cluster = RandomId::random();
                 self.off_thread(move |applicant| {
-                    let _recording = applicant
-                        .recording
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner);
+                    let _recording = applicant.recording.lock().unwrap_or_else(PoisonError::into_inner);
                     applicant.record_claim(cluster)
                 })
                 .await?;
@@ -319,10 +275,7 @@ impl Applicant {
         // From here on the cluster exists: this node starts, and tells the other voters (`spread`)
         // until they have heard.
         self.off_thread(move |applicant| {
-            let _recording = applicant
-                .recording
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
+            let _recording = applicant.recording.lock().unwrap_or_else(PoisonError::into_inner);
             applicant.record_member(&map, formation.node)
         })
         .await
@@ -334,8 +287,7 @@ impl Applicant {
     ) -> Result<(), String> {
         let applicant = self.clone();
         let done = tokio::task::spawn_blocking(move || work(&applicant)).await;
-        done.map_err(|error| error.to_string())?
-            .map_err(|refusal| refusal.to_string())
+        done.map_err(|error| error.to_string())?.map_err(|refusal| refusal.to_string())
     }
 }
 
@@ -345,11 +297,7 @@ fn cant_record(error: impl std::fmt::Display) -> Refusal {
     Refusal::Refused(format!("the node can't record its membership: {error}"))
 }
 
-async fn ask(
-    address: &str,
-    request: PeerRequest,
-    timeout: Duration,
-) -> Result<PeerResponse, String> {
+async fn ask(address: &str, request: PeerRequest, timeout: Duration) -> Result<PeerResponse, String> {
     PeerClient::call(address, HelloConfig::default(), request, timeout)
         .await
         .map_err(|error| error.to_string())
@@ -366,23 +314,12 @@ async fn probe(address: &str) -> Result<ProbeAnswer, String> {
 /// The first voters of the metadata shard, in the order of the list: an odd number, at most five.
 fn first_formation(cluster_id: ClusterId, records: Vec<NodeRecord>) -> Formation {
     let voters = records.len().min(limits::METADATA_VOTERS_MAX);
-    let voters = if voters.is_multiple_of(2) {
-        voters - 1
-    } else {
-        voters
-    };
+    let voters = if voters.is_multiple_of(2) { voters - 1 } else { voters };
     let nodes: Vec<_> = (records.into_iter().take(voters).zip(1..))
-        .map(|(record, id)| NodeRecord {
-            id: NodeId(id),
-            changed_at: 1,
-            ..record
-        })
+        .map(|(record, id)| NodeRecord { id: NodeId(id), changed_at: 1, ..record })
         .collect();
-    let member = |node: &NodeRecord| Member {
-        replica: ReplicaId(node.id.0),
-        node: node.id,
-        role: MemberRole::Voter,
-    };
+    let member =
+        |node: &NodeRecord| Member { replica: ReplicaId(node.id.0), node: node.id, role: MemberRole::Voter };
     let metadata = ShardRecord {
         id: METADATA_SHARD,
         database: METADATA_DATABASE,
@@ -392,12 +329,7 @@ fn first_formation(cluster_id: ClusterId, records: Vec<NodeRecord>) -> Formation
         dropped: false,
         changed_at: 1,
     };
-    Formation {
-        cluster_id,
-        node: NodeId(1),
-        nodes,
-        metadata,
-    }
+    Formation { cluster_id, node: NodeId(1), nodes, metadata }
 }
 
 /// The map that a formation amounts to, before the metadata shard has written its own: version 0.
@@ -418,44 +350,32 @@ pub async fn spread(map: Arc<ClusterMap>) {
         return;
     };
     let nodes: Vec<_> = map.nodes.values().cloned().collect();
-    let tell = metadata
-        .members
-        .iter()
-        .filter(|m| m.node != NodeId(1))
-        .filter_map(|member| {
-            let address = map.nodes.get(&member.node)?.peer_address.clone();
-            let formation = Formation {
-                cluster_id: map.cluster_id,
-                node: member.node,
-                nodes: nodes.clone(),
-                metadata: metadata.clone(),
-            };
-            Some(async move {
-                let mut told = String::new();
-                loop {
-                    let obstacle = match ask(
-                        &address,
-                        PeerRequest::Form(formation.clone()),
-                        PROBE_TIMEOUT,
-                    )
-                    .await
-                    {
-                        Ok(PeerResponse::Formed) => return,
-                        Ok(PeerResponse::Refused(refusal)) => refusal.to_string(),
-                        Ok(other) => format!("unexpected answer {other:?}"),
-                        Err(error) => error,
-                    };
-                    if obstacle != told {
-                        tracing::info!(
-                            "telling {address} that it is node {}: {obstacle}",
-                            formation.node
-                        );
-                        told = obstacle;
-                    }
-                    tokio::time::sleep(Duration::from_millis(limits::MEMBERSHIP_RETRY_MS)).await;
+    let tell = metadata.members.iter().filter(|m| m.node != NodeId(1)).filter_map(|member| {
+        let address = map.nodes.get(&member.node)?.peer_address.clone();
+        let formation = Formation {
+            cluster_id: map.cluster_id,
+            node: member.node,
+            nodes: nodes.clone(),
+            metadata: metadata.clone(),
+        };
+        Some(async move {
+            let mut told = String::new();
+            loop {
+                let obstacle = match ask(&address, PeerRequest::Form(formation.clone()), PROBE_TIMEOUT).await
+                {
+                    Ok(PeerResponse::Formed) => return,
+                    Ok(PeerResponse::Refused(refusal)) => refusal.to_string(),
+                    Ok(other) => format!("unexpected answer {other:?}"),
+                    Err(error) => error,
+                };
+                if obstacle != told {
+                    tracing::info!("telling {address} that it is node {}: {obstacle}", formation.node);
+                    told = obstacle;
                 }
-            })
-        });
+                tokio::time::sleep(Duration::from_millis(limits::MEMBERSHIP_RETRY_MS)).await;
+            }
+        })
+    });
     join_all(tell).await;
 }
 
@@ -479,28 +399,16 @@ mod tests {
     #[test]
     fn the_metadata_shard_begins_with_an_odd_number_of_voters() {
         let voters = |n: u16| {
-            first_formation(RandomId::default(), (0..n).map(record).collect())
-                .metadata
-                .members
-                .len()
+            first_formation(RandomId::default(), (0..n).map(record).collect()).metadata.members.len()
         };
-        assert_eq!(
-            (1..=7).map(voters).collect::<Vec<_>>(),
-            [1, 1, 3, 3, 5, 5, 5]
-        );
+        assert_eq!((1..=7).map(voters).collect::<Vec<_>>(), [1, 1, 3, 3, 5, 5, 5]);
     }
 
     #[test]
     fn the_first_map_survives_its_cache() {
         let formation = first_formation(RandomId([7; 16]), (0..3).map(record).collect());
         let map = first_map(&formation);
-        assert_eq!(
-            map_cache::decode(&map_cache::encode(&map)).expect("readable"),
-            map
-        );
-        assert_eq!(
-            map.nodes.keys().copied().collect::<Vec<_>>(),
-            [NodeId(1), NodeId(2), NodeId(3)]
-        );
+        assert_eq!(map_cache::decode(&map_cache::encode(&map)).expect("readable"), map);
+        assert_eq!(map.nodes.keys().copied().collect::<Vec<_>>(), [NodeId(1), NodeId(2), NodeId(3)]);
     }
 }

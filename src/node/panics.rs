@@ -17,9 +17,7 @@ pub fn install() {
                 Some(text) => text.to_owned(),
                 None => "panicked".to_owned(),
             };
-            let place = info
-                .location()
-                .map_or(String::new(), |l| format!(" ({}:{})", l.file(), l.line()));
+            let place = info.location().map_or(String::new(), |l| format!(" ({}:{})", l.file(), l.line()));
             LAST.with_borrow_mut(|last| *last = Some(format!("{text}{place}")));
             previous(info);
         }));

@@ -34,10 +34,11 @@ impl ReadThread {
         let thread = std::thread::Builder::new().name("pontoon-read".into()).spawn(move || {
             for job in queue {
                 for (ticket, query) in job.reads {
-                    let result = job.machine.query(&query, &job.reader).map(Output::Answer).map_err(|error| {
-                        tracing::error!(replica = %job.reader.replica, %error, "reading the state store");
-                        Refusal::Unavailable("the node can't read its state store")
-                    });
+                    let result =
+                        job.machine.query(&query, &job.reader).map(Output::Answer).map_err(|error| {
+                            tracing::error!(replica = %job.reader.replica, %error, "reading the state store");
+                            Refusal::Unavailable("the node can't read its state store")
+                        });
                     ticket.finish(result);
                 }
             }

@@ -21,7 +21,8 @@ use crate::group::driver::Group;
 use crate::group::types::{Effects, Fetch};
 use crate::ids::{Incarnation, METADATA_SHARD, NodeId, Position, ReplicaId, ShardId};
 use crate::limits;
-use crate::machine::meta;
+use crate::machine::command::Query;
+use crate::machine::{kv, meta};
 use crate::refusal::Refusal;
 use crate::storage::flush::FlushStep;
 
@@ -66,18 +67,12 @@ impl Drop for Guard {
         }
         let reason = match self.reason.take() {
             Some(reason) => reason,
-            None if std::thread::panicking() => {
-                super::panics::last().unwrap_or_else(|| "panicked".into())
-            }
+            None if std::thread::panicking() => super::panics::last().unwrap_or_else(|| "panicked".into()),
             None => "its thread ended".into(),
         };
         // Never full by bound: a replica ends once per incarnation. If the supervisor is gone, so is
         // the node.
-        self.supervisor.do_send(ReplicaDown {
-            replica: self.replica,
-            incarnation: self.incarnation,
-            reason,
-        });
+        self.supervisor.do_send(ReplicaDown { replica: self.replica, incarnation: self.incarnation, reason });
     }
 }
 
@@ -92,13 +87,8 @@ impl ReplicaActor {
         sink: Arc<HubSink>,
         supervisor: Addr<Supervisor>,
     ) -> ReplicaActor {
-        let guard = Guard {
-            replica,
-            incarnation,
-            supervisor: supervisor.clone(),
-            reason: None,
-            ordered: false,
-        };
+        let guard =
+            Guard { replica, incarnation, supervisor: supervisor.clone(), reason: None, ordered: false };
         let flushed = group.state().header().applied;
         ReplicaActor {
             shard,
@@ -142,15 +132,7 @@ impl ReplicaActor {
     }
 
     fn carry_out(&mut self, effects: Effects<Ticket>, ctx: &mut Context<Self>) {
-        let Effects {
-            messages,
-            write,
-            done,
-            reads,
-            fetch,
-            leader,
-            more,
-        } = effects;
+        let Effects { messages, write, done, reads, fetch, leader, more } = effects;
         // Messages of this pass are those that may leave before the write below.
         if !messages.is_empty() {
             self.shared.network.send(by_node(messages));
@@ -167,11 +149,7 @@ impl ReplicaActor {
             ticket.finish(result);
         }
         if !reads.is_empty() {
-            let job = ReadJob {
-                machine: self.group.machine(),
-                reader: self.group.state().reader(),
-                reads,
-            };
+            let job = ReadJob { machine: self.group.machine(), reader: self.group.state().reader(), reads };
             self.shared.reader.submit(job);
         }
         if let Some(fetch) = fetch {
@@ -179,47 +157,54 @@ impl ReplicaActor {
         }
         if let Some(change) = leader {
             metrics::counter!("pontoon_leader_changes_total").increment(1);
-            self.supervisor.do_send(LeaderChanged {
-                shard: self.shard,
-                replica: self.replica,
-                change,
-            });
+            self.supervisor.do_send(LeaderChanged { shard: self.shard, replica: self.replica, change });
         }
         if more {
             // Others on this thread get their turn first.
             ctx.spawn(
-                fut::wrap_future(tokio::task::yield_now())
-                    .map(|(), act: &mut Self, ctx| act.queue_pump(ctx)),
+                fut::wrap_future(tokio::task::yield_now()).map(|(), act: &mut Self, ctx| act.queue_pump(ctx)),
             );
+        }
+    }
+
+    /// Queries that memory can't answer go to the read thread: gets together, a scan with its own
+    /// copy of what the active memtable adds to its page.
+    fn read_elsewhere(&mut self, mut reads: Vec<(Ticket, Query)>) {
+        let state = self.group.state();
+        let machine = self.group.machine();
+        for (ticket, query) in reads.extract_if(.., |(_, query)| matches!(query, Query::Scan { .. })) {
+            if let Query::Scan { prefix, after, .. } = &query {
+                // One more than fits a page tells whether there are more.
+                let reader =
+                    state.scan_reader(kv::scan_start(prefix, after), &[], limits::SCAN_PAIRS_MAX + 1);
+                self.shared.reader.submit(ReadJob { machine, reader, reads: vec![(ticket, query)] });
+            }
+        }
+        if !reads.is_empty() {
+            self.shared.reader.submit(ReadJob { machine, reader: state.reader(), reads });
         }
     }
 
     fn fetch(&mut self, fetch: Fetch, ctx: &mut Context<Self>) {
         let log = self.shared.log.clone();
         let replica = self.replica;
-        let read = tokio::task::spawn_blocking(move || {
-            log.entries(replica, fetch.low, fetch.high, fetch.max_bytes)
-        });
-        ctx.spawn(
-            fut::wrap_future(read).map(|entries, act: &mut Self, ctx| match entries {
-                Ok(Ok(entries)) => {
-                    act.group.on_fetched(entries);
-                    act.queue_pump(ctx);
-                }
-                Ok(Err(error)) => act.fail(error.to_string(), ctx),
-                Err(error) => act.fail(format!("reading the raft log: {error}"), ctx),
-            }),
-        );
+        let read =
+            tokio::task::spawn_blocking(move || log.entries(replica, fetch.low, fetch.high, fetch.max_bytes));
+        ctx.spawn(fut::wrap_future(read).map(|entries, act: &mut Self, ctx| match entries {
+            Ok(Ok(entries)) => {
+                act.group.on_fetched(entries);
+                act.queue_pump(ctx);
+            }
+            Ok(Err(error)) => act.fail(error.to_string(), ctx),
+            Err(error) => act.fail(format!("reading the raft log: {error}"), ctx),
+        }));
     }
 
     /// Ends this replica because of an error; the supervisor rebuilds it from disk.
     fn fail(&mut self, reason: String, ctx: &mut Context<Self>) {
         tracing::error!(shard = %self.shard, replica = %self.replica, reason, "replica stops");
         self.guard.reason = Some(reason);
-        for (ticket, result) in self
-            .group
-            .abandon("the replica stopped because of an error")
-        {
+        for (ticket, result) in self.group.abandon("the replica stopped because of an error") {
             ticket.finish(result);
         }
         ctx.stop();
@@ -312,11 +297,8 @@ impl Handler<Submit> for ReplicaActor {
     fn handle(&mut self, submit: Submit, ctx: &mut Context<Self>) {
         let range_version = self.group.epoch().range;
         if submit.range_version != range_version {
-            let refusal = Refusal::StaleRoute {
-                shard: self.shard,
-                asked: submit.range_version,
-                range_version,
-            };
+            let refusal =
+                Refusal::StaleRoute { shard: self.shard, asked: submit.range_version, range_version };
             if submit.reply.send(Err(refusal)).is_err() {
                 tracing::trace!("nobody waits for a refusal");
             }
@@ -422,10 +404,7 @@ impl Handler<Transfer> for ReplicaActor {
         }
         let to = match transfer.0 {
             Some(node) => self.group.replica_on(node).ok_or_else(|| {
-                Refusal::Refused(format!(
-                    "node {node} holds no replica of shard {}",
-                    self.shard
-                ))
+                Refusal::Refused(format!("node {node} holds no replica of shard {}", self.shard))
             })?,
             None => *self
                 .group

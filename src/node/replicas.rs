@@ -103,8 +103,7 @@ impl Replicas {
                 if self.slots.contains_key(&member.replica) {
                     orders.remove.push(member.replica);
                 }
-            } else if !self.slots.contains_key(&member.replica)
-                && !self.tombstones.contains(&member.replica)
+            } else if !self.slots.contains_key(&member.replica) && !self.tombstones.contains(&member.replica)
             {
                 orders.create.push(record_of(shard, member.replica));
             }
@@ -140,11 +139,7 @@ impl Replicas {
         }
         let window = Duration::from_millis(limits::CRASH_WINDOW_MS);
         slot.crashes.push_back(now);
-        while slot
-            .crashes
-            .front()
-            .is_some_and(|&at| now.duration_since(at) > window)
-        {
+        while slot.crashes.front().is_some_and(|&at| now.duration_since(at) > window) {
             slot.crashes.pop_front();
         }
         let verdict = if slot.crashes.len() >= limits::CRASHES_MAX {
@@ -153,9 +148,7 @@ impl Replicas {
         } else {
             slot.health = ReplicaHealth::Restarting(reason.to_owned());
             let doublings = slot.crashes.len().saturating_sub(1) as u32;
-            Verdict::Restart(Duration::from_millis(
-                limits::RESTART_BACKOFF_MS << doublings,
-            ))
+            Verdict::Restart(Duration::from_millis(limits::RESTART_BACKOFF_MS << doublings))
         };
         Some((slot.record.shard, verdict))
     }
@@ -163,11 +156,7 @@ impl Replicas {
 
 /// The catalogue entry of a replica that `shard` orders.
 pub fn record_of(shard: &ShardRecord, replica: ReplicaId) -> ReplicaRecord {
-    let machine = if shard.id == METADATA_SHARD {
-        MachineKind::Metadata
-    } else {
-        MachineKind::Kv
-    };
+    let machine = if shard.id == METADATA_SHARD { MachineKind::Metadata } else { MachineKind::Kv };
     ReplicaRecord {
         replica,
         shard: shard.id,
@@ -194,40 +183,24 @@ mod tests {
             database: DatabaseId(1),
             range: RingRange::ALL,
             epoch: Epoch { range: 1, conf: 1 },
-            members: vec![Member {
-                replica: ReplicaId(9),
-                node: NodeId(2),
-                role: MemberRole::Voter,
-            }],
+            members: vec![Member { replica: ReplicaId(9), node: NodeId(2), role: MemberRole::Voter }],
             dropped,
             changed_at: 3,
         };
-        ClusterMap {
-            shards: [(shard.id, shard)].into(),
-            ..ClusterMap::default()
-        }
+        ClusterMap { shards: [(shard.id, shard)].into(), ..ClusterMap::default() }
     }
 
     #[test]
     fn a_started_id_is_never_created_again() {
         let mut replicas = Replicas::default();
-        assert!(
-            replicas.orders(&map(false), NodeId(1)).create.is_empty(),
-            "another node's"
-        );
+        assert!(replicas.orders(&map(false), NodeId(1)).create.is_empty(), "another node's");
         let orders = replicas.orders(&map(false), NodeId(2));
         assert_eq!(orders.create.len(), 1);
         replicas.created(&orders.create);
         assert!(replicas.orders(&map(false), NodeId(2)).create.is_empty());
-        assert_eq!(
-            replicas.orders(&map(true), NodeId(2)).remove,
-            vec![ReplicaId(9)]
-        );
+        assert_eq!(replicas.orders(&map(true), NodeId(2)).remove, vec![ReplicaId(9)]);
         replicas.removed(ReplicaId(9));
-        assert!(
-            replicas.orders(&map(false), NodeId(2)).create.is_empty(),
-            "a tombstone stays one"
-        );
+        assert!(replicas.orders(&map(false), NodeId(2)).create.is_empty(), "a tombstone stays one");
     }
 
     #[test]
@@ -235,34 +208,18 @@ mod tests {
         let mut replicas = Replicas::default();
         replicas.created(&replicas.orders(&map(false), NodeId(2)).create);
         let now = Instant::now();
-        let crash = |replicas: &mut Replicas, at| {
-            replicas
-                .crashed(ReplicaId(9), 0, "boom", at)
-                .map(|(_, v)| v)
-        };
+        let crash =
+            |replicas: &mut Replicas, at| replicas.crashed(ReplicaId(9), 0, "boom", at).map(|(_, v)| v);
         let first = crash(&mut replicas, now);
         let second = crash(&mut replicas, now);
-        assert_eq!(
-            first,
-            Some(Verdict::Restart(Duration::from_millis(
-                limits::RESTART_BACKOFF_MS
-            )))
-        );
-        assert_eq!(
-            second,
-            Some(Verdict::Restart(Duration::from_millis(
-                2 * limits::RESTART_BACKOFF_MS
-            )))
-        );
+        assert_eq!(first, Some(Verdict::Restart(Duration::from_millis(limits::RESTART_BACKOFF_MS))));
+        assert_eq!(second, Some(Verdict::Restart(Duration::from_millis(2 * limits::RESTART_BACKOFF_MS))));
         assert_eq!(replicas.crashed(ReplicaId(9), 7, "boom", now), None);
         for _ in 2..limits::CRASHES_MAX - 1 {
             crash(&mut replicas, now);
         }
         let later = now + Duration::from_millis(limits::CRASH_WINDOW_MS + 1);
-        assert!(
-            matches!(crash(&mut replicas, later), Some(Verdict::Restart(_))),
-            "old crashes don't count"
-        );
+        assert!(matches!(crash(&mut replicas, later), Some(Verdict::Restart(_))), "old crashes don't count");
         for _ in 1..limits::CRASHES_MAX - 1 {
             crash(&mut replicas, later);
         }

@@ -31,10 +31,7 @@ pub struct Router {
 impl Router {
     /// A router without replicas.
     pub fn new(map: ClusterMap) -> Router {
-        Router {
-            routes: ArcSwap::default(),
-            map: ArcSwap::from_pointee(map),
-        }
+        Router { routes: ArcSwap::default(), map: ArcSwap::from_pointee(map) }
     }
 
     /// The cluster map as this node knows it.
@@ -59,27 +56,15 @@ impl Router {
     pub fn replica(&self, shard: ShardId) -> Result<Addr<ReplicaActor>, Refusal> {
         let routes = self.routes.load();
         match routes.get(&shard) {
-            Some(Route {
-                target: Ok(addr), ..
-            }) => Ok(addr.clone()),
-            Some(Route {
-                target: Err(ReplicaHealth::Quarantined(reason)),
-                ..
-            }) => Err(Refusal::Quarantined(reason.clone())),
-            Some(Route {
-                target: Err(ReplicaHealth::Failed(reason)),
-                ..
-            }) => Err(Refusal::Quarantined(format!(
-                "its disk state can't be used: {reason}"
-            ))),
-            Some(_) => Err(Refusal::Unavailable(
-                "the replica is being rebuilt after a crash",
-            )),
-            None => Err(Refusal::StaleRoute {
-                shard,
-                asked: 0,
-                range_version: 0,
-            }),
+            Some(Route { target: Ok(addr), .. }) => Ok(addr.clone()),
+            Some(Route { target: Err(ReplicaHealth::Quarantined(reason)), .. }) => {
+                Err(Refusal::Quarantined(reason.clone()))
+            }
+            Some(Route { target: Err(ReplicaHealth::Failed(reason)), .. }) => {
+                Err(Refusal::Quarantined(format!("its disk state can't be used: {reason}")))
+            }
+            Some(_) => Err(Refusal::Unavailable("the replica is being rebuilt after a crash")),
+            None => Err(Refusal::StaleRoute { shard, asked: 0, range_version: 0 }),
         }
     }
 }

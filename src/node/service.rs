@@ -53,12 +53,7 @@ impl PeerService {
     /// A service of a node that may still be on its way into a cluster.
     pub fn new(applicant: Arc<Applicant>, handle: NodeHandle, incarnation: u64) -> PeerService {
         let asked = Asked { applicant, handle };
-        PeerService {
-            asked,
-            incarnation,
-            destinations: OnceLock::new(),
-            pulling: Arc::default(),
-        }
+        PeerService { asked, incarnation, destinations: OnceLock::new(), pulling: Arc::default() }
     }
 
     /// The node is a member. Once.
@@ -77,9 +72,7 @@ impl Asked {
         let applicant = self.applicant.clone();
         match tokio::task::spawn_blocking(move || work(&applicant)).await {
             Ok(result) => result,
-            Err(error) => Err(Refusal::Refused(format!(
-                "the node can't record its membership: {error}"
-            ))),
+            Err(error) => Err(Refusal::Refused(format!("the node can't record its membership: {error}"))),
         }
     }
 
@@ -87,34 +80,23 @@ impl Asked {
         let timeout = Duration::from_millis(limits::JOIN_MS_MAX);
         match request {
             PeerRequest::Probe => Ok(PeerResponse::Probe(self.applicant.answer())),
-            PeerRequest::Claim(cluster) => self
-                .recorded(move |a| a.claim(cluster))
-                .await
-                .map(|()| PeerResponse::Claimed),
-            PeerRequest::Form(formation) => self
-                .recorded(move |a| a.form(&formation))
-                .await
-                .map(|()| PeerResponse::Formed),
+            PeerRequest::Claim(cluster) => {
+                self.recorded(move |a| a.claim(cluster)).await.map(|()| PeerResponse::Claimed)
+            }
+            PeerRequest::Form(formation) => {
+                self.recorded(move |a| a.form(&formation)).await.map(|()| PeerResponse::Formed)
+            }
             PeerRequest::Join { cluster_id, record } => {
                 let own = self.cluster()?;
                 if cluster_id.is_some_and(|asked| asked != own) {
-                    return Err(Refusal::Refused(format!(
-                        "this node belongs to cluster {own}"
-                    )));
+                    return Err(Refusal::Refused(format!("this node belongs to cluster {own}")));
                 }
-                match self
-                    .handle
-                    .meta(MetaCommand::AddNode(record), timeout)
-                    .await?
-                {
-                    MetaReply::Node(node) => Ok(PeerResponse::Joined {
-                        node,
-                        map: self.handle.map().delta(0),
-                    }),
+                match self.handle.meta(MetaCommand::AddNode(record), timeout).await? {
+                    MetaReply::Node(node) => {
+                        Ok(PeerResponse::Joined { node, map: self.handle.map().delta(0) })
+                    }
                     MetaReply::Refused(refusal) => Err(Refusal::Refused(refusal.to_string())),
-                    _ => Err(Refusal::Unknown(
-                        "the metadata shard answered another question",
-                    )),
+                    _ => Err(Refusal::Unknown("the metadata shard answered another question")),
                 }
             }
             PeerRequest::Map { since } => {
@@ -123,10 +105,7 @@ impl Asked {
             }
             PeerRequest::Meta(command) => {
                 self.cluster()?;
-                self.handle
-                    .meta_here(command, timeout)
-                    .await
-                    .map(PeerResponse::Meta)
+                self.handle.meta_here(command, timeout).await.map(PeerResponse::Meta)
             }
         }
     }
@@ -134,21 +113,14 @@ impl Asked {
     fn cluster(&self) -> Result<crate::ids::ClusterId, Refusal> {
         match self.applicant.stage() {
             Membership::Member(cluster, _) => Ok(cluster),
-            _ => Err(Refusal::Unavailable(
-                "the node is not yet a member of a cluster",
-            )),
+            _ => Err(Refusal::Unavailable("the node is not yet a member of a cluster")),
         }
     }
 }
 
 impl PeerHandler for Arc<PeerService> {
     fn hello(&self, hello: &PeerHello) -> Result<Identity, String> {
-        let identity = |node| {
-            Ok(Identity {
-                node,
-                incarnation: self.incarnation,
-            })
-        };
+        let identity = |node| Ok(Identity { node, incarnation: self.incarnation });
         let (cluster, node) = match self.asked.applicant.stage() {
             Membership::Member(cluster, node) => (cluster, node),
             _ if hello.lane == Lane::Request => return identity(NodeId(0)),
@@ -162,10 +134,7 @@ impl PeerHandler for Arc<PeerService> {
             return Err(format!("this node belongs to cluster {cluster}"));
         }
         if hello.to_node != node {
-            return Err(format!(
-                "this is node {node}, not {}: its address has changed hands",
-                hello.to_node
-            ));
+            return Err(format!("this is node {node}, not {}: its address has changed hands", hello.to_node));
         }
         if hello.from_node == node {
             return Err(format!("two processes claim to be node {node}"));
@@ -187,11 +156,7 @@ impl PeerHandler for Arc<PeerService> {
                 data[hub_of(message.shard, hubs)].push(message);
             }
         }
-        let batches = to
-            .data_hubs
-            .iter()
-            .zip(data)
-            .chain(std::iter::once((&to.control_hub, metadata)));
+        let batches = to.data_hubs.iter().zip(data).chain(std::iter::once((&to.control_hub, metadata)));
         for (hub, batch) in batches {
             if !batch.is_empty() && hub.try_send(Deliver(batch)).is_err() {
                 metrics::counter!("pontoon_peer_dropped_total").increment(1);
@@ -213,9 +178,7 @@ impl PeerHandler for Arc<PeerService> {
             if let Some(node) = map.nodes.get(&heartbeat.node) {
                 let request = PeerRequest::Map { since: map.version };
                 let timeout = Duration::from_millis(limits::MAP_PULL_MS_MAX);
-                match PeerClient::call(&node.peer_address, HelloConfig::default(), request, timeout)
-                    .await
-                {
+                match PeerClient::call(&node.peer_address, HelloConfig::default(), request, timeout).await {
                     Ok(PeerResponse::Map(delta)) => supervisor.do_send(MapNews(delta)),
                     Ok(other) => tracing::debug!(?other, "pulling the cluster map"),
                     Err(error) => tracing::debug!(%error, "pulling the cluster map"),
@@ -227,12 +190,7 @@ impl PeerHandler for Arc<PeerService> {
 
     fn request(&self, request: PeerRequest) -> LocalBoxFuture<'static, PeerResponse> {
         let asked = self.asked.clone();
-        Box::pin(async move {
-            asked
-                .answer(request)
-                .await
-                .unwrap_or_else(PeerResponse::Refused)
-        })
+        Box::pin(async move { asked.answer(request).await.unwrap_or_else(PeerResponse::Refused) })
     }
 
     fn client_address(&self) -> String {

@@ -50,28 +50,19 @@ pub enum Pressure {
 impl MemoryGauge {
     /// A gauge with a bound in bytes.
     pub fn new(limit: usize) -> MemoryGauge {
-        MemoryGauge {
-            active: AtomicUsize::new(0),
-            frozen: AtomicUsize::new(0),
-            limit,
-        }
+        MemoryGauge { active: AtomicUsize::new(0), frozen: AtomicUsize::new(0), limit }
     }
 
     /// A replica's memtables went from `before` to `after` (active, frozen) bytes.
     pub fn update(&self, before: (usize, usize), after: (usize, usize)) {
         // Wrapping, so that one atomic add does both directions; the sums never go below zero.
-        self.active
-            .fetch_add(after.0.wrapping_sub(before.0), Ordering::Relaxed);
-        self.frozen
-            .fetch_add(after.1.wrapping_sub(before.1), Ordering::Relaxed);
+        self.active.fetch_add(after.0.wrapping_sub(before.0), Ordering::Relaxed);
+        self.frozen.fetch_add(after.1.wrapping_sub(before.1), Ordering::Relaxed);
     }
 
     /// Bytes in active and in frozen memtables.
     pub fn bytes(&self) -> (usize, usize) {
-        (
-            self.active.load(Ordering::Relaxed),
-            self.frozen.load(Ordering::Relaxed),
-        )
+        (self.active.load(Ordering::Relaxed), self.frozen.load(Ordering::Relaxed))
     }
 
     /// What the whole node should do.

@@ -82,22 +82,12 @@ pub async fn start(settings: Settings, listeners: Listeners) -> Result<RunningNo
         store_id: data_dir.identity().store_id,
         changed_at: 0,
     };
-    let applicant = Arc::new(Applicant::new(
-        data_dir.clone(),
-        record,
-        settings.cluster.clone(),
-    ));
+    let applicant = Arc::new(Applicant::new(data_dir.clone(), record, settings.cluster.clone()));
     let incarnation = rand::random::<u64>().max(1);
-    let service = Arc::new(PeerService::new(
-        applicant.clone(),
-        handle.clone(),
-        incarnation,
-    ));
+    let service = Arc::new(PeerService::new(applicant.clone(), handle.clone(), incarnation));
     let (shutdown, stopping) = watch::channel(false);
     let (opening_tx, opening) = watch::channel(None);
-    let data: Vec<Arbiter> = (0..data_threads(&settings))
-        .map(|_| Arbiter::new())
-        .collect();
+    let data: Vec<Arbiter> = (0..data_threads(&settings)).map(|_| Arbiter::new()).collect();
     let control = Arbiter::new();
     let running = Arc::new(Mutex::new(None));
 
@@ -108,11 +98,8 @@ pub async fn start(settings: Settings, listeners: Listeners) -> Result<RunningNo
         arbiter.spawn_fn(move || serve_ports(client, peer, handle, service, stopping));
     }
     if let Some(http) = listeners.http {
-        let health = Arc::new(Health {
-            handle: handle.clone(),
-            opening: opening.clone(),
-            fatal: fatal.clone(),
-        });
+        let health =
+            Arc::new(Health { handle: handle.clone(), opening: opening.clone(), fatal: fatal.clone() });
         let stopped = wait_for_stop(stopping.clone());
         control.spawn(async move {
             if let Err(error) = telemetry::http::serve(http, health, stopped).await {
@@ -144,22 +131,12 @@ pub async fn start(settings: Settings, listeners: Listeners) -> Result<RunningNo
             _ = cancelled.wait_for(|stop| *stop) => {}
         }
     });
-    Ok(RunningNode {
-        handle,
-        fatal,
-        opening,
-        shutdown,
-        data,
-        control,
-        running,
-        data_dir,
-    })
+    Ok(RunningNode { handle, fatal, opening, shutdown, data, control, running, data_dir })
 }
 
 fn data_threads(settings: &Settings) -> usize {
     match settings.node.data_threads {
-        0 => std::thread::available_parallelism()
-            .map_or(1, |cores| cores.get().saturating_sub(1).max(1)),
+        0 => std::thread::available_parallelism().map_or(1, |cores| cores.get().saturating_sub(1).max(1)),
         threads => threads,
     }
 }
@@ -184,23 +161,11 @@ async fn open_stores(settings: &Settings) -> Result<(DataDir, Stores), NodeError
                     .into(),
             });
         }
-        let options = SledOptions {
-            cache_bytes: storage.cache_bytes,
-        };
-        let engine: Arc<dyn Engine> = Arc::new(SledEngine::open(
-            &data_dir.state_path(),
-            options,
-            identity.store_id,
-        )?);
+        let options = SledOptions { cache_bytes: storage.cache_bytes };
+        let engine: Arc<dyn Engine> =
+            Arc::new(SledEngine::open(&data_dir.state_path(), options, identity.store_id)?);
         let flusher = Flusher::open(data_dir.redo_path(), engine.clone())?;
-        Ok((
-            data_dir,
-            Stores {
-                log: Arc::new(log),
-                engine,
-                flusher,
-            },
-        ))
+        Ok((data_dir, Stores { log: Arc::new(log), engine, flusher }))
     };
     let opened = tokio::task::spawn_blocking(open).await;
     Ok(opened.map_err(|error| NodeError::Fatal(format!("opening the stores: {error}")))??)
@@ -211,21 +176,13 @@ fn clone_listener(listener: &TcpListener) -> Result<TcpListener, NodeError> {
         listener.set_nonblocking(true)?;
         listener.try_clone()
     };
-    clone().map_err(|error| {
-        NodeError::Fatal(format!(
-            "sharing a listening socket between threads: {error}"
-        ))
-    })
+    clone().map_err(|error| NodeError::Fatal(format!("sharing a listening socket between threads: {error}")))
 }
 
 fn wait_for_stop(mut stopping: watch::Receiver<bool>) -> impl Future<Output = ()> + Send + 'static {
     async move {
         // An error means that the node is gone, which is a stop too.
-        stopping
-            .wait_for(|stop| *stop)
-            .await
-            .map(|_| ())
-            .unwrap_or(())
+        stopping.wait_for(|stop| *stop).await.map(|_| ()).unwrap_or(())
     }
 }
 
@@ -296,13 +253,10 @@ impl Assembly {
         let catalogue = stores.log.catalogue()?;
         let log: Arc<dyn LogStore> = stores.log;
         let fatal = self.fatal.clone();
-        let (log_writer, mut threads) = (
-            LogWriter::start(log.clone(), Box::new(move |reason| fatal.raise(reason))),
-            Vec::new(),
-        );
+        let (log_writer, mut threads) =
+            (LogWriter::start(log.clone(), Box::new(move |reason| fatal.raise(reason))), Vec::new());
         let fatal = self.fatal.clone();
-        let no_thread =
-            |error: std::io::Error| NodeError::Fatal(format!("starting a thread: {error}"));
+        let no_thread = |error: std::io::Error| NodeError::Fatal(format!("starting a thread: {error}"));
         let (flusher, thread) =
             FlushThread::start(stores.flusher, Box::new(move |reason| fatal.raise(reason)))
                 .map_err(no_thread)?;
@@ -317,12 +271,8 @@ impl Assembly {
                 hub.do_send(Unreachable(node));
             }
         };
-        let network = PeerNetwork::new(PeerNetworkConfig::new(
-            cluster,
-            node,
-            incarnation,
-            Arc::new(on_unreachable),
-        ));
+        let network =
+            PeerNetwork::new(PeerNetworkConfig::new(cluster, node, incarnation, Arc::new(on_unreachable)));
         let shared = Arc::new(Shared {
             log,
             log_writer,
@@ -338,21 +288,14 @@ impl Assembly {
         let mut data_hubs = Vec::new();
         for arbiter in &self.data {
             let (shared, fatal) = (shared.clone(), self.fatal.clone());
-            data_hubs.push(Hub::start_in_arbiter(arbiter, move |_| {
-                Hub::new(shared, fatal)
-            }));
+            data_hubs.push(Hub::start_in_arbiter(arbiter, move |_| Hub::new(shared, fatal)));
         }
         let control_hub = Hub::new(shared.clone(), self.fatal.clone()).start();
         let all_hubs: Vec<_> = data_hubs.iter().chain([&control_hub]).cloned().collect();
         if hubs.set(all_hubs.clone()).is_err() {
             unreachable!("hubs are made once");
         }
-        let site = Site {
-            node,
-            incarnation,
-            data_dir: self.data_dir.clone(),
-            engine: stores.engine,
-        };
+        let site = Site { node, incarnation, data_dir: self.data_dir.clone(), engine: stores.engine };
         let mut opening = self.opening.subscribe();
         let supervisor = Supervisor::new(
             site,
@@ -372,33 +315,20 @@ impl Assembly {
         shared.log_writer.on_refused(Box::new(move |replica, incarnation, reason| {
             refused.do_send(EndReplica { replica, incarnation, reason });
         }));
-        *self.running.lock().unwrap_or_else(PoisonError::into_inner) = Some(Running {
-            shared: shared.clone(),
-            supervisor: supervisor.clone(),
-            threads,
-        });
+        *self.running.lock().unwrap_or_else(PoisonError::into_inner) =
+            Some(Running { shared: shared.clone(), supervisor: supervisor.clone(), threads });
         self.service.set_destinations(Destinations {
             data_hubs,
             control_hub,
             supervisor: supervisor.clone(),
         });
-        self.handle.set_member(Member {
-            node,
-            router,
-            supervisor: supervisor.clone(),
-        });
+        self.handle.set_member(Member { node, router, supervisor: supervisor.clone() });
         supervisor.do_send(OpenAll);
         if let Some(map) = first_map.filter(|_| node == NodeId(1)) {
             actix::spawn(spread(map));
         }
-        actix::spawn(keep_record(
-            self.handle.clone(),
-            self.applicant.record().clone(),
-        ));
-        actix::spawn(measure_disk(
-            self.handle.clone(),
-            self.settings.node.data_dir.clone(),
-        ));
+        actix::spawn(keep_record(self.handle.clone(), self.applicant.record().clone()));
+        actix::spawn(measure_disk(self.handle.clone(), self.settings.node.data_dir.clone()));
         if opening.wait_for(|left| *left == Some(0)).await.is_ok() {
             self.handle.set_phase(NodePhase::Ready);
         }
@@ -413,13 +343,9 @@ impl Assembly {
                 self.settings.node.data_dir.display()
             ))
         };
-        let bytes = self
-            .data_dir
-            .load_map()
+        let bytes = self.data_dir.load_map().map_err(|error| damaged(error.to_string()))?;
+        let map = map_cache::decode(&bytes.ok_or_else(|| damaged("it is missing or damaged".into()))?)
             .map_err(|error| damaged(error.to_string()))?;
-        let map =
-            map_cache::decode(&bytes.ok_or_else(|| damaged("it is missing or damaged".into()))?)
-                .map_err(|error| damaged(error.to_string()))?;
         if map.cluster_id != cluster {
             return Err(damaged(format!(
                 "it is of cluster {}, the node belongs to {cluster}",
@@ -432,14 +358,12 @@ impl Assembly {
 
 /// Has the replicas flushed whose old log entries hold back the most space.
 fn flush_what_holds_back(shared: &Arc<Shared>, hubs: Vec<Addr<Hub>>) {
-    shared
-        .log_writer
-        .on_held_back(Box::new(move |replicas: Vec<ReplicaId>| {
-            let batch = FreezeBatch(Arc::new(replicas));
-            for hub in &hubs {
-                hub.do_send(batch.clone());
-            }
-        }));
+    shared.log_writer.on_held_back(Box::new(move |replicas: Vec<ReplicaId>| {
+        let batch = FreezeBatch(Arc::new(replicas));
+        for hub in &hubs {
+            hub.do_send(batch.clone());
+        }
+    }));
 }
 
 /// Tells the metadata shard of this node's addresses, zone and weight, if they changed.
@@ -447,21 +371,15 @@ async fn keep_record(handle: NodeHandle, record: NodeRecord) {
     loop {
         let map = handle.map();
         if map.version > 0 {
-            let same = map.nodes.get(&handle.node()).is_some_and(|known| {
-                NodeRecord {
-                    id: NodeId(0),
-                    changed_at: 0,
-                    ..known.clone()
-                } == record
-            });
+            let same = map
+                .nodes
+                .get(&handle.node())
+                .is_some_and(|known| NodeRecord { id: NodeId(0), changed_at: 0, ..known.clone() } == record);
             if same {
                 return;
             }
             match handle
-                .meta(
-                    MetaCommand::AddNode(record.clone()),
-                    Duration::from_millis(limits::JOIN_MS_MAX),
-                )
+                .meta(MetaCommand::AddNode(record.clone()), Duration::from_millis(limits::JOIN_MS_MAX))
                 .await
             {
                 Ok(_) => return,
@@ -530,11 +448,7 @@ impl RunningNode {
     /// flight, closes the stores; within `deadline`, whatever the rest of the cluster does.
     pub async fn stop(self, deadline: Duration) -> Result<(), NodeError> {
         let end = Instant::now() + deadline;
-        let running = self
-            .running
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(running) = &running {
             hand_over(&running.supervisor, end).await;
         }
@@ -542,10 +456,7 @@ impl RunningNode {
         self.shutdown.send_replace(true);
         let mut threads = Vec::new();
         if let Some(running) = running {
-            if tokio::time::timeout_at(end.into(), running.supervisor.send(StopAll))
-                .await
-                .is_err()
-            {
+            if tokio::time::timeout_at(end.into(), running.supervisor.send(StopAll)).await.is_err() {
                 tracing::warn!("replicas didn't end in time");
             }
             // Connections get a moment to write what they were just answered.
@@ -580,9 +491,7 @@ impl RunningNode {
         if joined {
             Ok(())
         } else {
-            Err(NodeError::Fatal(format!(
-                "threads were still busy after {deadline:?}"
-            )))
+            Err(NodeError::Fatal(format!("threads were still busy after {deadline:?}")))
         }
     }
 }
@@ -597,9 +506,7 @@ async fn hand_over(supervisor: &Addr<Supervisor>, end: Instant) {
             Ok(Ok(0)) | Ok(Err(_)) | Err(_) => return,
             Ok(Ok(led)) if led < least => (least, progress) = (led, Instant::now()),
             // Nobody takes it: the others are down, or stopping as well.
-            Ok(Ok(_))
-                if progress.elapsed() > Duration::from_millis(limits::HAND_OVER_MS_MAX / 3) =>
-            {
+            Ok(Ok(_)) if progress.elapsed() > Duration::from_millis(limits::HAND_OVER_MS_MAX / 3) => {
                 return;
             }
             Ok(Ok(_)) => {}

@@ -131,12 +131,7 @@ impl Supervisor {
 
     /// Reads log and state of `records` from disk, off this thread, and starts their actors.
     /// `campaign`: those to elect at once.
-    fn open(
-        &mut self,
-        records: Vec<ReplicaRecord>,
-        campaign: HashSet<ReplicaId>,
-        ctx: &mut Context<Self>,
-    ) {
+    fn open(&mut self, records: Vec<ReplicaRecord>, campaign: HashSet<ReplicaId>, ctx: &mut Context<Self>) {
         let log = self.shared.log.clone();
         let engine = self.site.engine.clone();
         let read = tokio::task::spawn_blocking(move || {
@@ -146,20 +141,13 @@ impl Supervisor {
             };
             records.into_iter().map(open).collect::<Vec<_>>()
         });
-        ctx.spawn(
-            fut::wrap_future(read).map(move |opened, act: &mut Self, ctx| match opened {
-                Ok(opened) => act.start(opened, campaign, ctx),
-                Err(error) => tracing::error!(%error, "opening replicas"),
-            }),
-        );
+        ctx.spawn(fut::wrap_future(read).map(move |opened, act: &mut Self, ctx| match opened {
+            Ok(opened) => act.start(opened, campaign, ctx),
+            Err(error) => tracing::error!(%error, "opening replicas"),
+        }));
     }
 
-    fn start(
-        &mut self,
-        opened: Vec<Opened>,
-        campaign: HashSet<ReplicaId>,
-        ctx: &mut Context<Self>,
-    ) {
+    fn start(&mut self, opened: Vec<Opened>, campaign: HashSet<ReplicaId>, ctx: &mut Context<Self>) {
         let mut starts = Vec::new();
         for Opened { record, found } in opened {
             let Some(slot) = self.replicas.get_mut(record.replica) else {
@@ -173,19 +161,9 @@ impl Supervisor {
                 let result = match found {
                     Ok((log, state)) => {
                         let logger = telemetry::log::raft_logger(shard, replica);
-                        let options = GroupOptions {
-                            shard,
-                            machine: record.machine,
-                            replica,
-                            incarnation,
-                            logger,
-                        };
-                        let start = StartReplica {
-                            options,
-                            log,
-                            state,
-                            supervisor,
-                        };
+                        let options =
+                            GroupOptions { shard, machine: record.machine, replica, incarnation, logger };
+                        let start = StartReplica { options, log, state, supervisor };
                         hub.send(start)
                             .await
                             .unwrap_or_else(|error| Err(format!("its thread has ended: {error}")))
@@ -197,8 +175,7 @@ impl Supervisor {
         }
         let all = futures_util::future::join_all(starts);
         ctx.spawn(
-            fut::wrap_future(all)
-                .map(move |started, act: &mut Self, _| act.started_all(started, &campaign)),
+            fut::wrap_future(all).map(move |started, act: &mut Self, _| act.started_all(started, &campaign)),
         );
     }
 
@@ -232,8 +209,7 @@ impl Supervisor {
         }
         self.shared.router.update(|all| all.extend(routes));
         metrics::gauge!("pontoon_replicas").set(self.addrs.len() as f64);
-        self.opening
-            .send_modify(|left| *left = left.map(|left| left.saturating_sub(count)));
+        self.opening.send_modify(|left| *left = left.map(|left| left.saturating_sub(count)));
     }
 
     /// A better map is known: keep it, tell others, do what it orders.
@@ -268,12 +244,7 @@ impl Supervisor {
         let node = self.site.node;
         // The placement lists the preferred leader first; it needn't wait for a timeout.
         let campaign = (records.iter())
-            .filter(|record| {
-                record
-                    .members
-                    .first()
-                    .is_some_and(|first| first.node == node)
-            })
+            .filter(|record| record.members.first().is_some_and(|first| first.node == node))
             .map(|record| record.replica)
             .collect();
         let (done, written) = tokio::sync::oneshot::channel();
@@ -285,7 +256,9 @@ impl Supervisor {
         }));
         ctx.spawn(fut::wrap_future(written).map(move |written, act: &mut Self, ctx| match written {
             Ok(Ok(())) => act.open(records, campaign, ctx),
-            Ok(Err(error)) => tracing::error!(%error, "recording new replicas; they are created at the next start"),
+            Ok(Err(error)) => {
+                tracing::error!(%error, "recording new replicas; they are created at the next start")
+            }
             Err(_) => tracing::debug!("the log writer has ended"),
         }));
     }
@@ -313,12 +286,10 @@ impl Supervisor {
             }
             fence(&shared, replica, incarnation).await;
             let flusher = shared.clone();
-            shared
-                .log_writer
-                .run(Box::new(move |log| match log.remove(&[replica]) {
-                    Ok(()) => flusher.flusher.destroy(replica),
-                    Err(error) => tracing::error!(%replica, %error, "recording a tombstone"),
-                }));
+            shared.log_writer.run(Box::new(move |log| match log.remove(&[replica]) {
+                Ok(()) => flusher.flusher.destroy(replica),
+                Err(error) => tracing::error!(%replica, %error, "recording a tombstone"),
+            }));
         }));
     }
 
@@ -368,9 +339,7 @@ impl Supervisor {
         let (reply, results) = tokio::sync::oneshot::channel();
         let submit = Submit {
             range_version: metadata.epoch.range,
-            operations: vec![crate::group::types::Operation::Command(Command::Meta(
-                command,
-            ))],
+            operations: vec![crate::group::types::Operation::Command(Command::Meta(command))],
             reply,
         };
         match self.shared.router.replica(METADATA_SHARD) {
@@ -390,8 +359,7 @@ impl Supervisor {
 
 /// Waits until nothing of a dead incarnation can reach the disk any more.
 async fn fence(shared: &Shared, replica: ReplicaId, incarnation: Incarnation) {
-    if shared.log_writer.fence(replica, incarnation).await.is_err()
-        || shared.flusher.barrier().await.is_err()
+    if shared.log_writer.fence(replica, incarnation).await.is_err() || shared.flusher.barrier().await.is_err()
     {
         tracing::debug!("the node's storage threads have ended");
     }
@@ -404,13 +372,7 @@ fn open_stores(
     record: &ReplicaRecord,
 ) -> Result<(LogState, ReplicaState), StorageError> {
     let log_state = log.load(record.replica)?;
-    let of_role = |role| {
-        record
-            .members
-            .iter()
-            .filter(move |m| m.role == role)
-            .map(|m| m.replica.0)
-    };
+    let of_role = |role| record.members.iter().filter(move |m| m.role == role).map(|m| m.replica.0);
     let conf_state = ConfState {
         voters: of_role(MemberRole::Voter).collect(),
         learners: of_role(MemberRole::Learner).collect(),
@@ -432,10 +394,7 @@ impl Actor for Supervisor {
 
     fn started(&mut self, ctx: &mut Context<Self>) {
         ctx.set_mailbox_capacity(limits::HUB_MAILBOX_MAX);
-        ctx.run_interval(
-            Duration::from_millis(limits::NODE_HEARTBEAT_MS),
-            |act, _| act.heartbeat(),
-        );
+        ctx.run_interval(Duration::from_millis(limits::NODE_HEARTBEAT_MS), |act, _| act.heartbeat());
     }
 }
 
@@ -446,11 +405,7 @@ impl Handler<OpenAll> for Supervisor {
             // A crash may have come between the tombstone and the end of the deletion.
             self.shared.flusher.destroy(replica);
         }
-        let records: Vec<_> = self
-            .replicas
-            .iter()
-            .map(|slot| slot.record.clone())
-            .collect();
+        let records: Vec<_> = self.replicas.iter().map(|slot| slot.record.clone()).collect();
         // Set before anything is started, so that nobody sees "ready" in between.
         self.opening.send_replace(Some(records.len()));
         self.open(records, HashSet::new(), ctx);
@@ -462,14 +417,8 @@ impl Handler<OpenAll> for Supervisor {
 impl Handler<ReplicaDown> for Supervisor {
     type Result = ();
     fn handle(&mut self, down: ReplicaDown, ctx: &mut Context<Self>) {
-        let ReplicaDown {
-            replica,
-            incarnation,
-            reason,
-        } = down;
-        let Some((shard, verdict)) =
-            self.replicas
-                .crashed(replica, incarnation, &reason, Instant::now())
+        let ReplicaDown { replica, incarnation, reason } = down;
+        let Some((shard, verdict)) = self.replicas.crashed(replica, incarnation, &reason, Instant::now())
         else {
             return;
         };
@@ -585,10 +534,8 @@ impl Handler<HandOver> for Supervisor {
     fn handle(&mut self, _: HandOver, _: &mut Context<Self>) -> usize {
         let mut led = 0;
         for (replica, addr) in &self.addrs {
-            let leads = self
-                .replicas
-                .get_mut(*replica)
-                .is_some_and(|slot| self.led.contains(&slot.record.shard));
+            let leads =
+                self.replicas.get_mut(*replica).is_some_and(|slot| self.led.contains(&slot.record.shard));
             if leads {
                 led += 1;
                 addr.do_send(Transfer(None));
@@ -601,11 +548,7 @@ impl Handler<HandOver> for Supervisor {
 impl Handler<StopAll> for Supervisor {
     type Result = ResponseFuture<()>;
     fn handle(&mut self, _: StopAll, _: &mut Context<Self>) -> Self::Result {
-        let stops: Vec<_> = self
-            .addrs
-            .values()
-            .map(|addr| addr.send(StopReplica))
-            .collect();
+        let stops: Vec<_> = self.addrs.values().map(|addr| addr.send(StopReplica)).collect();
         self.shared.router.update(|routes| routes.clear());
         self.addrs.clear();
         Box::pin(async move {

@@ -35,11 +35,7 @@ pub struct Ticket {
 /// Tickets for `operations`, whose results go to `reply` together.
 pub fn tickets(operations: &[Operation], reply: oneshot::Sender<Results>) -> Vec<Ticket> {
     let count = operations.len();
-    let open = Open {
-        results: (0..count).map(|_| None).collect(),
-        missing: count,
-        reply: Some(reply),
-    };
+    let open = Open { results: (0..count).map(|_| None).collect(), missing: count, reply: Some(reply) };
     let batch = Arc::new(Batch(Mutex::new(open)));
     let tickets = operations.iter().zip(0..).map(|(operation, index)| Ticket {
         batch: batch.clone(),
@@ -67,10 +63,7 @@ impl Ticket {
         if open.missing > 0 {
             return;
         }
-        let results = std::mem::take(&mut open.results)
-            .into_iter()
-            .flatten()
-            .collect();
+        let results = std::mem::take(&mut open.results).into_iter().flatten().collect();
         if let Some(reply) = open.reply.take()
             && reply.send(Ok(results)).is_err()
         {

@@ -25,8 +25,7 @@ impl fmt::Display for Address {
 
 /// Reads HOST:PORT; the host is a name, an IPv4 address, or an IPv6 address in brackets.
 pub(super) fn parse_address(text: &str) -> Result<Address, String> {
-    let malformed =
-        || format!("{text:?} is not HOST:PORT, as \"node1.example:7201\" or \"[::1]:7201\"");
+    let malformed = || format!("{text:?} is not HOST:PORT, as \"node1.example:7201\" or \"[::1]:7201\"");
     let (host, port) = text.rsplit_once(':').ok_or_else(malformed)?;
     let digits = !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit());
     let port: u16 = match port.parse() {
@@ -36,9 +35,7 @@ pub(super) fn parse_address(text: &str) -> Result<Address, String> {
     };
     let bracketed = host.strip_prefix('[').and_then(|h| h.strip_suffix(']'));
     let ip = match bracketed {
-        Some(host) => Some(IpAddr::V6(
-            host.parse::<Ipv6Addr>().map_err(|_| malformed())?,
-        )),
+        Some(host) => Some(IpAddr::V6(host.parse::<Ipv6Addr>().map_err(|_| malformed())?)),
         None => host.parse::<Ipv4Addr>().ok().map(IpAddr::V4),
     };
     if ip.is_some_and(|ip| ip.is_unspecified()) {
@@ -60,16 +57,12 @@ fn is_host_name(host: &str) -> bool {
         (1..=63).contains(&label.len())
             && !label.starts_with('-')
             && !label.ends_with('-')
-            && label
-                .bytes()
-                .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
+            && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
     };
     // Digits and dots alone are a misspelt IPv4 address, never a name.
     host.len() <= 253
         && host.split('.').all(label)
-        && !host
-            .bytes()
-            .all(|byte| byte.is_ascii_digit() || byte == b'.')
+        && !host.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.')
 }
 
 #[cfg(test)]

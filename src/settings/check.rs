@@ -7,9 +7,7 @@ use config::ValueKind;
 
 use super::address::{collide, parse_address};
 use super::error::SettingsError;
-use super::keys::{
-    self, ADDRESSES_MAX, Kind, LABEL_BYTES_MAX, LOG_FILES_MIN, parse_size, show_size,
-};
+use super::keys::{self, ADDRESSES_MAX, Kind, LABEL_BYTES_MAX, LOG_FILES_MIN, parse_size, show_size};
 use super::load::Layers;
 use super::*;
 
@@ -83,18 +81,14 @@ impl Reader {
         let key = format!("{section}.advertise");
         let advertise = self.text(&key)?;
         if !advertise.is_empty() {
-            let checked =
-                parse_address(&advertise).and_then(|address| match (address.port, listen) {
-                    (0, Some(listen)) if listen.port() != 0 => {
-                        Err(format!("{advertise:?} has no port that can be dialled"))
-                    }
-                    _ => Ok(address),
-                });
+            let checked = parse_address(&advertise).and_then(|address| match (address.port, listen) {
+                (0, Some(listen)) if listen.port() != 0 => {
+                    Err(format!("{advertise:?} has no port that can be dialled"))
+                }
+                _ => Ok(address),
+            });
             return match checked {
-                Ok(address) => Some(ListenSettings {
-                    listen: listen?,
-                    advertise: address.to_string(),
-                }),
+                Ok(address) => Some(ListenSettings { listen: listen?, advertise: address.to_string() }),
                 Err(reason) => {
                     self.layers.reject(&key, reason);
                     None
@@ -127,11 +121,7 @@ impl Reader {
         }
         let initial = self.addresses("cluster.initial");
         let join = self.addresses("cluster.join");
-        Some(ClusterSettings {
-            name: name?,
-            initial: initial?,
-            join: join?,
-        })
+        Some(ClusterSettings { name: name?, initial: initial?, join: join? })
     }
 
     fn log(&mut self) -> Option<LogSettings> {
@@ -149,10 +139,7 @@ impl Reader {
                 None
             }
         };
-        Some(LogSettings {
-            level: level?,
-            format: format?,
-        })
+        Some(LogSettings { level: level?, format: format? })
     }
 
     fn storage(&mut self) -> Option<StorageSettings> {
@@ -322,15 +309,12 @@ impl Reader {
             ValueKind::I64(number) => Ok(u64::try_from(number).ok()),
             ValueKind::String(text) if is_size => parse_size(&text).map(Some),
             // Whatever comes from the environment is a string.
-            ValueKind::String(text) if self.layers.is_environment(key) => text
-                .trim()
-                .parse()
-                .map(Some)
-                .map_err(|_| format!("{text:?} is not a whole number")),
-            other if is_size => Err(format!(
-                "must be a whole number of bytes or a string as \"64MiB\", not {}",
-                show(&other)
-            )),
+            ValueKind::String(text) if self.layers.is_environment(key) => {
+                text.trim().parse().map(Some).map_err(|_| format!("{text:?} is not a whole number"))
+            }
+            other if is_size => {
+                Err(format!("must be a whole number of bytes or a string as \"64MiB\", not {}", show(&other)))
+            }
             other => Err(format!("must be a whole number, not {}", show(&other))),
         };
         let show = |number| match is_size {
@@ -360,8 +344,7 @@ impl Reader {
                     match value.kind {
                         ValueKind::String(text) => list.push(text),
                         other => {
-                            let reason =
-                                format!("must hold strings in quotes, not {}", show(&other));
+                            let reason = format!("must hold strings in quotes, not {}", show(&other));
                             self.layers.reject_element(key, i, reason);
                         }
                     }
@@ -369,10 +352,7 @@ impl Reader {
                 (list.len() == count).then_some(list)
             }
             ValueKind::String(text) if self.layers.is_environment(key) => Some(
-                text.split(',')
-                    .map(|part| part.trim().to_owned())
-                    .filter(|part| !part.is_empty())
-                    .collect(),
+                text.split(',').map(|part| part.trim().to_owned()).filter(|part| !part.is_empty()).collect(),
             ),
             other => {
                 let reason = format!("must be an array of strings, not {}", show(&other));

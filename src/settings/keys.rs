@@ -43,31 +43,19 @@ pub(super) struct Key {
 }
 
 const fn text(name: &'static str) -> Key {
-    Key {
-        name,
-        kind: Kind::Text,
-    }
+    Key { name, kind: Kind::Text }
 }
 
 const fn list(name: &'static str) -> Key {
-    Key {
-        name,
-        kind: Kind::List,
-    }
+    Key { name, kind: Kind::List }
 }
 
 const fn count(name: &'static str, min: u64, max: u64) -> Key {
-    Key {
-        name,
-        kind: Kind::Count { min, max },
-    }
+    Key { name, kind: Kind::Count { min, max } }
 }
 
 const fn size(name: &'static str, min: u64, max: u64) -> Key {
-    Key {
-        name,
-        kind: Kind::Size { min, max },
-    }
+    Key { name, kind: Kind::Size { min, max } }
 }
 
 /// Every key, in the order of `config/default.toml`.
@@ -105,16 +93,12 @@ pub(super) fn is_section(name: &str) -> bool {
 }
 
 fn sections() -> impl Iterator<Item = &'static str> {
-    KEYS.iter()
-        .filter_map(|key| key.name.split_once('.').map(|(section, _)| section))
+    KEYS.iter().filter_map(|key| key.name.split_once('.').map(|(section, _)| section))
 }
 
 /// The environment variable that overrides a key.
 pub(super) fn environment_name(key: &str) -> String {
-    format!(
-        "{ENVIRONMENT_PREFIX}{}",
-        key.to_uppercase().replace('.', "__")
-    )
+    format!("{ENVIRONMENT_PREFIX}{}", key.to_uppercase().replace('.', "__"))
 }
 
 /// How the name of an environment variable that sets a key begins.
@@ -134,9 +118,10 @@ pub(super) fn suggestion(name: &str) -> Option<&'static str> {
     near.or_else(|| {
         // The right name in the wrong section, or in none.
         let last = name.rsplit('.').next()?;
-        let mut same = KEYS.iter().map(|key| key.name).filter(|known| {
-            known.ends_with(last) && known[..known.len() - last.len()].ends_with('.')
-        });
+        let mut same = KEYS
+            .iter()
+            .map(|key| key.name)
+            .filter(|known| known.ends_with(last) && known[..known.len() - last.len()].ends_with('.'));
         match (same.next(), same.next()) {
             (Some(only), None) => Some(only),
             _ => None,
@@ -165,10 +150,7 @@ fn distance(a: &str, b: &str) -> usize {
 /// Bytes as people write them: `64MiB`, or the plain number where no unit fits.
 pub(super) fn show_size(bytes: u64) -> String {
     let units = [("GiB", GIB), ("MiB", MIB), ("KiB", KIB)];
-    match units
-        .iter()
-        .find(|(_, unit)| bytes >= *unit && bytes.is_multiple_of(*unit))
-    {
+    match units.iter().find(|(_, unit)| bytes >= *unit && bytes.is_multiple_of(*unit)) {
         Some((name, unit)) => format!("{}{name}", bytes / unit),
         None => bytes.to_string(),
     }
@@ -191,9 +173,7 @@ pub(super) fn parse_size(text: &str) -> Result<u64, String> {
             "{text:?} is not a size; write bytes as 67108864, or with a unit of KiB, MiB or GiB as \"64MiB\""
         ));
     };
-    number
-        .checked_mul(factor)
-        .ok_or_else(|| format!("{text:?} is beyond all bounds"))
+    number.checked_mul(factor).ok_or_else(|| format!("{text:?} is beyond all bounds"))
 }
 
 #[cfg(test)]
@@ -224,16 +204,7 @@ mod tests {
         assert_eq!(parse_size(" 1 GiB "), Ok(GIB));
         assert_eq!(parse_size("12"), Ok(12));
         assert_eq!(parse_size("12B"), Ok(12));
-        for bad in [
-            "",
-            "MiB",
-            "64MB",
-            "-1",
-            "1.5GiB",
-            "64mib",
-            "99999999999999999999",
-            "99999999999GiB",
-        ] {
+        for bad in ["", "MiB", "64MB", "-1", "1.5GiB", "64mib", "99999999999999999999", "99999999999GiB"] {
             assert!(parse_size(bad).is_err(), "{bad}");
         }
         for bytes in [0, 1, 1023, 1024, 3 * MIB, GIB, GIB + MIB, u64::MAX] {

@@ -86,26 +86,18 @@ impl Layers {
 
     /// Whether a key comes from the environment.
     pub fn is_environment(&self, key: &str) -> bool {
-        self.origins
-            .get(key)
-            .is_some_and(|origin| matches!(origin.place, Place::Environment(_)))
+        self.origins.get(key).is_some_and(|origin| matches!(origin.place, Place::Environment(_)))
     }
 
     /// Records an error of a key, at the place where the key is set.
     pub fn reject(&mut self, key: &str, reason: impl Into<String>) {
-        let place = self
-            .origins
-            .get(key)
-            .map_or(Place::File, |origin| origin.place.clone());
+        let place = self.origins.get(key).map_or(Place::File, |origin| origin.place.clone());
         self.error(place, key, reason);
     }
 
     /// As [`Layers::reject`], for one element of an array.
     pub fn reject_element(&mut self, key: &str, element: usize, reason: impl Into<String>) {
-        let line = self
-            .origins
-            .get(key)
-            .and_then(|origin| origin.elements.get(element).copied().flatten());
+        let line = self.origins.get(key).and_then(|origin| origin.elements.get(element).copied().flatten());
         match line {
             Some(line) => self.error(Place::Line(line), key, reason),
             None => self.reject(key, reason),
@@ -140,13 +132,7 @@ impl Layers {
             let span = key.and_then(|key| key.span()).or_else(|| item.span());
             let place = span.map_or(Place::File, |span| Place::Line(line_of(text, span.start)));
             if let Some(known) = keys::find(&path) {
-                self.origins.insert(
-                    known.name,
-                    Origin {
-                        elements: element_lines(text, item),
-                        place,
-                    },
-                );
+                self.origins.insert(known.name, Origin { elements: element_lines(text, item), place });
             } else if section.is_empty() && keys::is_section(&path) {
                 match item.as_table_like() {
                     Some(table) => self.walk(text, table, &path),
@@ -156,11 +142,7 @@ impl Layers {
                 let meant = keys::suggestion(&path)
                     .map(|meant| format!("; did you mean {meant}?"))
                     .unwrap_or_default();
-                let what = if item.is_table_like() {
-                    "section"
-                } else {
-                    "key"
-                };
+                let what = if item.is_table_like() { "section" } else { "key" };
                 self.error(place, &path, format!("unknown {what}{meant}"));
             }
         }
@@ -171,23 +153,17 @@ impl Layers {
         &mut self,
         environment: impl Iterator<Item = (String, String)>,
     ) -> config::Map<String, String> {
-        let mut ours: Vec<(String, String)> = environment
-            .filter(|(name, _)| name.starts_with(ENVIRONMENT_PREFIX))
-            .collect();
+        let mut ours: Vec<(String, String)> =
+            environment.filter(|(name, _)| name.starts_with(ENVIRONMENT_PREFIX)).collect();
         ours.sort();
         let mut known = config::Map::new();
         for (variable, value) in ours {
-            let path = variable[ENVIRONMENT_PREFIX.len()..]
-                .replace("__", ".")
-                .to_lowercase();
+            let path = variable[ENVIRONMENT_PREFIX.len()..].replace("__", ".").to_lowercase();
             match keys::find(&path).filter(|key| keys::environment_name(key.name) == variable) {
                 Some(key) => {
                     self.origins.insert(
                         key.name,
-                        Origin {
-                            place: Place::Environment(variable.clone()),
-                            elements: Vec::new(),
-                        },
+                        Origin { place: Place::Environment(variable.clone()), elements: Vec::new() },
                     );
                     known.insert(variable, value);
                 }
@@ -196,11 +172,7 @@ impl Layers {
                         .filter(|meant| meant.contains('.'))
                         .map(|meant| format!("; did you mean {}?", keys::environment_name(meant)))
                         .unwrap_or_default();
-                    self.error(
-                        Place::Environment(variable),
-                        &path,
-                        format!("unknown key{meant}"),
-                    );
+                    self.error(Place::Environment(variable), &path, format!("unknown key{meant}"));
                 }
             }
         }
@@ -218,8 +190,5 @@ fn element_lines(text: &str, item: &Item) -> Vec<Option<usize>> {
     let Some(array) = item.as_array() else {
         return Vec::new();
     };
-    array
-        .iter()
-        .map(|value| value.span().map(|span| line_of(text, span.start)))
-        .collect()
+    array.iter().map(|value| value.span().map(|span| line_of(text, span.start))).collect()
 }

@@ -124,12 +124,7 @@ impl Settings {
         };
         let loaded = text
             .map_err(|reason| {
-                vec![SettingsError {
-                    file: name.clone(),
-                    place: Place::File,
-                    key: String::new(),
-                    reason,
-                }]
+                vec![SettingsError { file: name.clone(), place: Place::File, key: String::new(), reason }]
             })
             .and_then(|text| read(&name, &text, environment.into_iter()));
         match loaded {
@@ -181,15 +176,8 @@ impl Settings {
             client: ListenSettings::at(client),
             peer: ListenSettings::at(peer),
             http_listen: None,
-            cluster: ClusterSettings {
-                name: "local".into(),
-                initial,
-                join: Vec::new(),
-            },
-            log: LogSettings {
-                level: "info".into(),
-                format: LogFormat::Text,
-            },
+            cluster: ClusterSettings { name: "local".into(), initial, join: Vec::new() },
+            log: LogSettings { level: "info".into(), format: LogFormat::Text },
             storage: StorageSettings {
                 cache_bytes: 16 * MIB,
                 memtable_bytes: 32 * MIB,
@@ -218,10 +206,7 @@ impl Settings {
             "node",
             &[
                 ("id", (&self.node.id).into()),
-                (
-                    "data_dir",
-                    self.node.data_dir.to_string_lossy().as_ref().into(),
-                ),
+                ("data_dir", self.node.data_dir.to_string_lossy().as_ref().into()),
                 ("zone", (&self.node.zone).into()),
                 ("weight", i64::from(self.node.weight).into()),
                 ("data_threads", whole(self.node.data_threads as u64)),
@@ -230,10 +215,7 @@ impl Settings {
         for (name, port) in [("client", &self.client), ("peer", &self.peer)] {
             section(
                 name,
-                &[
-                    ("listen", port.listen.to_string().into()),
-                    ("advertise", (&port.advertise).into()),
-                ],
+                &[("listen", port.listen.to_string().into()), ("advertise", (&port.advertise).into())],
             );
         }
         section("http", &[("listen", http.into())]);
@@ -245,13 +227,7 @@ impl Settings {
                 ("join", self.cluster.join.iter().collect()),
             ],
         );
-        section(
-            "log",
-            &[
-                ("level", (&self.log.level).into()),
-                ("format", format.into()),
-            ],
-        );
+        section("log", &[("level", (&self.log.level).into()), ("format", format.into())]);
         section(
             "storage",
             &[
@@ -259,10 +235,7 @@ impl Settings {
                 ("memtable_bytes", whole(self.storage.memtable_bytes)),
                 ("log_file_bytes", whole(self.storage.log_file_bytes)),
                 ("log_bytes", whole(self.storage.log_bytes)),
-                (
-                    "log_spare_files",
-                    whole(self.storage.log_spare_files as u64),
-                ),
+                ("log_spare_files", whole(self.storage.log_spare_files as u64)),
             ],
         );
         out
@@ -272,10 +245,7 @@ impl Settings {
 impl ListenSettings {
     /// Listens on an address and advertises the same.
     pub fn at(listen: SocketAddr) -> ListenSettings {
-        ListenSettings {
-            listen,
-            advertise: listen.to_string(),
-        }
+        ListenSettings { listen, advertise: listen.to_string() }
     }
 
     /// Takes over the address that the socket was really bound to: where the port was left to the

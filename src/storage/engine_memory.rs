@@ -53,9 +53,7 @@ impl MemoryEngine {
                 CrashLoss::Nothing => false,
                 CrashLoss::Everything => true,
                 // A hash, not a generator: the fate of a key doesn't depend on the other keys.
-                CrashLoss::Random(seed) => {
-                    xxhash_rust::xxh3::xxh3_64_with_seed(&key, seed) & 1 == 0
-                }
+                CrashLoss::Random(seed) => xxhash_rust::xxh3::xxh3_64_with_seed(&key, seed) & 1 == 0,
             };
             match durable {
                 _ if !lost => {}
@@ -147,10 +145,7 @@ mod tests {
     use super::*;
 
     fn put(key: &str, value: &str) -> Mutation {
-        (
-            key.as_bytes().to_vec(),
-            Some(Bytes::copy_from_slice(value.as_bytes())),
-        )
+        (key.as_bytes().to_vec(), Some(Bytes::copy_from_slice(value.as_bytes())))
     }
 
     #[test]
@@ -159,9 +154,7 @@ mod tests {
         engine.write(&[put("a", "1"), put("b", "1")]).unwrap();
         engine.sync().unwrap();
         engine.write(&[put("a", "2"), put("c", "2")]).unwrap();
-        engine
-            .write(&[put("a", "3"), (b"b".to_vec(), None)])
-            .unwrap();
+        engine.write(&[put("a", "3"), (b"b".to_vec(), None)]).unwrap();
         engine.crash(CrashLoss::Everything);
         assert_eq!(engine.get(b"a").unwrap().unwrap(), "1");
         assert_eq!(engine.get(b"b").unwrap().unwrap(), "1");

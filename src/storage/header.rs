@@ -48,26 +48,14 @@ impl StateHeader {
         }
         let conf = &self.conf_state;
         // A list of u64 in memory always fits: `set_*` fails only on a foreign reader.
+        set_ids(&mut header.reborrow().init_voters(list_len(conf.voters.len())), &conf.voters);
+        set_ids(&mut header.reborrow().init_learners(list_len(conf.learners.len())), &conf.learners);
         set_ids(
-            &mut header.reborrow().init_voters(list_len(conf.voters.len())),
-            &conf.voters,
-        );
-        set_ids(
-            &mut header
-                .reborrow()
-                .init_learners(list_len(conf.learners.len())),
-            &conf.learners,
-        );
-        set_ids(
-            &mut header
-                .reborrow()
-                .init_voters_outgoing(list_len(conf.voters_outgoing.len())),
+            &mut header.reborrow().init_voters_outgoing(list_len(conf.voters_outgoing.len())),
             &conf.voters_outgoing,
         );
         set_ids(
-            &mut header
-                .reborrow()
-                .init_learners_next(list_len(conf.learners_next.len())),
+            &mut header.reborrow().init_learners_next(list_len(conf.learners_next.len())),
             &conf.learners_next,
         );
         header.set_auto_leave(conf.auto_leave);
@@ -78,18 +66,13 @@ impl StateHeader {
 
     /// Reads what [`StateHeader::encode`] wrote. `what` names the record in an error.
     pub fn decode(bytes: &[u8], what: &str) -> Result<StateHeader, StorageError> {
-        let damaged = |detail: String| StorageError::Damaged {
-            what: what.to_owned(),
-            detail,
-        };
+        let damaged = |detail: String| StorageError::Damaged { what: what.to_owned(), detail };
         let (version, body) = bytes
             .split_first_chunk::<4>()
             .ok_or_else(|| damaged(format!("{} bytes are no header", bytes.len())))?;
         let version = u32::from_be_bytes(*version);
         if version != FORMAT_VERSION {
-            return Err(damaged(format!(
-                "header format {version}; this program reads {FORMAT_VERSION}"
-            )));
+            return Err(damaged(format!("header format {version}; this program reads {FORMAT_VERSION}")));
         }
         read(body).map_err(|error| damaged(error.to_string()))
     }
@@ -122,15 +105,9 @@ fn read(mut body: &[u8]) -> capnp::Result<StateHeader> {
         });
     }
     Ok(StateHeader {
-        applied: Position {
-            index: header.get_applied(),
-            term: header.get_applied_term(),
-        },
+        applied: Position { index: header.get_applied(), term: header.get_applied_term() },
         revision: header.get_revision(),
-        epoch: Epoch {
-            range: epoch.get_range(),
-            conf: epoch.get_conf(),
-        },
+        epoch: Epoch { range: epoch.get_range(), conf: epoch.get_conf() },
         members,
         conf_state: ConfState {
             voters: header.get_voters()?.iter().collect(),
@@ -153,16 +130,8 @@ mod tests {
             revision: 1234,
             epoch: Epoch { range: 3, conf: 8 },
             members: vec![
-                Member {
-                    replica: ReplicaId(11),
-                    node: NodeId(1),
-                    role: MemberRole::Voter,
-                },
-                Member {
-                    replica: ReplicaId(12),
-                    node: NodeId(2),
-                    role: MemberRole::Learner,
-                },
+                Member { replica: ReplicaId(11), node: NodeId(1), role: MemberRole::Voter },
+                Member { replica: ReplicaId(12), node: NodeId(2), role: MemberRole::Learner },
             ],
             conf_state: ConfState {
                 voters: vec![11, 13],
@@ -178,10 +147,7 @@ mod tests {
     #[test]
     fn header_survives_its_bytes() {
         let header = sample();
-        assert_eq!(
-            StateHeader::decode(&header.encode(), "header").unwrap(),
-            header
-        );
+        assert_eq!(StateHeader::decode(&header.encode(), "header").unwrap(), header);
     }
 
     #[test]
@@ -189,10 +155,7 @@ mod tests {
         let bytes = sample().encode();
         for len in 0..bytes.len() {
             assert!(
-                matches!(
-                    StateHeader::decode(&bytes[..len], "header"),
-                    Err(StorageError::Damaged { .. })
-                ),
+                matches!(StateHeader::decode(&bytes[..len], "header"), Err(StorageError::Damaged { .. })),
                 "cut at {len}"
             );
         }

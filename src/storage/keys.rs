@@ -59,10 +59,7 @@ pub fn user_end(replica: ReplicaId, generation: u32) -> [u8; PREFIX_BYTES] {
 /// The range of all keys of a replica, in all generations: from the first (inclusive) to the second
 /// (exclusive; empty: no upper bound).
 pub fn replica_range(replica: ReplicaId) -> (Vec<u8>, Vec<u8>) {
-    let end = replica
-        .0
-        .checked_add(1)
-        .map(|next| next.to_be_bytes().to_vec());
+    let end = replica.0.checked_add(1).map(|next| next.to_be_bytes().to_vec());
     (replica.0.to_be_bytes().to_vec(), end.unwrap_or_default())
 }
 
@@ -90,10 +87,7 @@ mod tests {
     fn layout_is_what_the_table_says() {
         let key = user_key(ReplicaId(0x0102), 3, b"ab");
         assert_eq!(key, [0, 0, 0, 0, 0, 0, 1, 2, 0, 0, 0, 3, 1, b'a', b'b']);
-        assert_eq!(
-            store_id_key(),
-            [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 255, b'i', b'd']
-        );
+        assert_eq!(store_id_key(), [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 255, b'i', b'd']);
     }
 
     #[test]

@@ -23,11 +23,7 @@ pub struct LogWrite {
 impl LogWrite {
     /// Bytes of its entries, about.
     pub fn size(&self) -> usize {
-        64 + self
-            .entries
-            .iter()
-            .map(|e| 32 + e.data.len() + e.context.len())
-            .sum::<usize>()
+        64 + self.entries.iter().map(|e| 32 + e.data.len() + e.context.len()).sum::<usize>()
     }
 }
 
@@ -138,20 +134,12 @@ pub(crate) struct Extent {
 
 impl Extent {
     /// The empty log of a new group.
-    pub const NEW: Extent = Extent {
-        truncated: GROUP_START,
-        last: GROUP_START.index,
-    };
+    pub const NEW: Extent = Extent { truncated: GROUP_START, last: GROUP_START.index };
 
     /// The extent after `write`, or why it doesn't fit: its entries must follow one another and the
     /// log without a gap, their terms must not fall, and nothing may be committed that isn't there.
     pub fn after(self, write: &LogWrite) -> Result<Extent, StorageError> {
-        let refuse = |reason| {
-            Err(StorageError::Inconsistent {
-                replica: write.replica,
-                reason,
-            })
-        };
+        let refuse = |reason| Err(StorageError::Inconsistent { replica: write.replica, reason });
         let mut last = self.last;
         if let Some(first) = write.entries.first() {
             if first.index <= self.truncated.index || first.index - 1 > self.last {
@@ -160,10 +148,7 @@ impl Extent {
                     first.index, self.truncated.index, self.last
                 ));
             }
-            let mut before = Position {
-                index: first.index - 1,
-                term: self.truncated.term,
-            };
+            let mut before = Position { index: first.index - 1, term: self.truncated.term };
             for entry in &write.entries {
                 if before.index.checked_add(1) != Some(entry.index) || entry.term < before.term {
                     return refuse(format!(
@@ -171,46 +156,30 @@ impl Extent {
                         entry.index, entry.term, before.index, before.term
                     ));
                 }
-                before = Position {
-                    index: entry.index,
-                    term: entry.term,
-                };
+                before = Position { index: entry.index, term: entry.term };
             }
             last = before.index;
         }
         if let Some(hard_state) = &write.hard_state
             && hard_state.commit > last
         {
-            return refuse(format!(
-                "commit index {} lies beyond the last entry {last}",
-                hard_state.commit
-            ));
+            return refuse(format!("commit index {} lies beyond the last entry {last}", hard_state.commit));
         }
         Ok(Extent { last, ..self })
     }
 
     /// The extent after compacting up to `to`; `None` if that changes nothing.
-    pub fn compacted(
-        self,
-        replica: ReplicaId,
-        to: Position,
-    ) -> Result<Option<Extent>, StorageError> {
+    pub fn compacted(self, replica: ReplicaId, to: Position) -> Result<Option<Extent>, StorageError> {
         if to.index <= self.truncated.index {
             return Ok(None);
         }
         if to.index > self.last {
             return Err(StorageError::Inconsistent {
                 replica,
-                reason: format!(
-                    "can't compact up to {}, the last entry is {}",
-                    to.index, self.last
-                ),
+                reason: format!("can't compact up to {}, the last entry is {}", to.index, self.last),
             });
         }
-        Ok(Some(Extent {
-            truncated: to,
-            ..self
-        }))
+        Ok(Some(Extent { truncated: to, ..self }))
     }
 }
 
@@ -225,11 +194,7 @@ pub(crate) fn term_starts(
         return Ok(Vec::new());
     }
     let first_term = term_of(first)?;
-    let last_term = if first == last {
-        first_term
-    } else {
-        term_of(last)?
-    };
+    let last_term = if first == last { first_term } else { term_of(last)? };
     let mut starts = vec![(first, first_term)];
     // Ranges yet to be looked into, the leftmost on top.
     let mut ranges = vec![((first, first_term), (last, last_term))];
@@ -268,25 +233,16 @@ mod tests {
             replica: ReplicaId(1),
             entries: indexes
                 .iter()
-                .map(|&(index, term)| Entry {
-                    index,
-                    term,
-                    ..Default::default()
-                })
+                .map(|&(index, term)| Entry { index, term, ..Default::default() })
                 .collect(),
-            hard_state: commit.map(|commit| HardState {
-                commit,
-                ..Default::default()
-            }),
+            hard_state: commit.map(|commit| HardState { commit, ..Default::default() }),
         }
     }
 
     #[test]
     fn writes_that_fit_move_the_end() {
         let extent = Extent::NEW;
-        let extent = extent
-            .after(&write(&[(6, 5), (7, 6), (8, 6)], Some(8)))
-            .unwrap();
+        let extent = extent.after(&write(&[(6, 5), (7, 6), (8, 6)], Some(8))).unwrap();
         assert_eq!(extent.last, 8);
         assert_eq!(extent.after(&write(&[(7, 7)], None)).unwrap().last, 7);
         assert_eq!(extent.after(&write(&[], Some(8))).unwrap().last, 8);
@@ -294,10 +250,7 @@ mod tests {
 
     #[test]
     fn writes_that_do_not_fit_are_refused() {
-        let extent = Extent {
-            last: 8,
-            ..Extent::NEW
-        };
+        let extent = Extent { last: 8, ..Extent::NEW };
         for bad in [
             write(&[(0, 5)], None),
             write(&[(5, 5)], None),
@@ -312,19 +265,13 @@ mod tests {
             write(&[(7, 6)], Some(8)),
         ] {
             let found = extent.after(&bad);
-            assert!(
-                matches!(found, Err(StorageError::Inconsistent { .. })),
-                "{bad:?}: {found:?}"
-            );
+            assert!(matches!(found, Err(StorageError::Inconsistent { .. })), "{bad:?}: {found:?}");
         }
     }
 
     #[test]
     fn compaction_only_moves_forward_and_within_the_log() {
-        let extent = Extent {
-            last: 8,
-            ..Extent::NEW
-        };
+        let extent = Extent { last: 8, ..Extent::NEW };
         let at = |index| Position { index, term: 6 };
         assert!(extent.compacted(ReplicaId(1), at(5)).unwrap().is_none());
         let compacted = extent.compacted(ReplicaId(1), at(8)).unwrap().unwrap();

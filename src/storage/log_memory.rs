@@ -54,9 +54,7 @@ struct ReplicaLog {
 
 impl Clone for MemoryLog {
     fn clone(&self) -> MemoryLog {
-        MemoryLog {
-            content: Mutex::new(self.lock().clone()),
-        }
+        MemoryLog { content: Mutex::new(self.lock().clone()) }
     }
 }
 
@@ -125,10 +123,7 @@ impl Content {
 }
 
 fn unknown(replica: ReplicaId) -> StorageError {
-    StorageError::Inconsistent {
-        replica,
-        reason: "the node has no such replica, or removed it".into(),
-    }
+    StorageError::Inconsistent { replica, reason: "the node has no such replica, or removed it".into() }
 }
 
 impl LogStore for MemoryLog {
@@ -171,16 +166,9 @@ impl LogStore for MemoryLog {
                 }
                 content.catalogue.insert(record.replica, record.clone());
                 if record.phase == ReplicaPhase::Active {
-                    let hard_state = HardState {
-                        term: GROUP_START.term,
-                        commit: GROUP_START.index,
-                        ..Default::default()
-                    };
-                    let log = ReplicaLog {
-                        extent: Extent::NEW,
-                        hard_state,
-                        entries: VecDeque::new(),
-                    };
+                    let hard_state =
+                        HardState { term: GROUP_START.term, commit: GROUP_START.index, ..Default::default() };
+                    let log = ReplicaLog { extent: Extent::NEW, hard_state, entries: VecDeque::new() };
                     content.logs.insert(record.replica, log);
                 }
             }
@@ -251,8 +239,7 @@ impl LogStore for MemoryLog {
         };
         content.durably(|content| {
             if let Some(log) = content.logs.get_mut(&replica) {
-                log.entries
-                    .drain(..(to.index - log.extent.truncated.index) as usize);
+                log.entries.drain(..(to.index - log.extent.truncated.index) as usize);
                 log.extent = after;
             }
         })
@@ -263,12 +250,7 @@ impl LogStore for MemoryLog {
     }
 
     fn disk_bytes(&self) -> u64 {
-        let entries = |log: &ReplicaLog| {
-            log.entries
-                .iter()
-                .map(|e| u64::from(e.compute_size()))
-                .sum::<u64>()
-        };
+        let entries = |log: &ReplicaLog| log.entries.iter().map(|e| u64::from(e.compute_size())).sum::<u64>();
         self.lock().logs.values().map(entries).sum()
     }
 }
@@ -298,16 +280,8 @@ mod tests {
     }
 
     fn append(log: &MemoryLog, index: Index) -> Result<(), StorageError> {
-        let entry = Entry {
-            index,
-            term: 6,
-            ..Default::default()
-        };
-        log.write(&[LogWrite {
-            replica: ReplicaId(7),
-            entries: vec![entry],
-            hard_state: None,
-        }])
+        let entry = Entry { index, term: 6, ..Default::default() };
+        log.write(&[LogWrite { replica: ReplicaId(7), entries: vec![entry], hard_state: None }])
     }
 
     #[test]

@@ -46,25 +46,14 @@ impl Memtable {
         from: Bound<&[u8]>,
         to: &[u8],
     ) -> impl Iterator<Item = (&'a [u8], &'a Option<Bytes>)> + use<'a> {
-        let upper = if to.is_empty() {
-            Bound::Unbounded
-        } else {
-            Bound::Excluded(to)
-        };
+        let upper = if to.is_empty() { Bound::Unbounded } else { Bound::Excluded(to) };
         // The tree panics on a range that ends before it starts.
         let empty = match from {
             Bound::Included(from) | Bound::Excluded(from) => !to.is_empty() && from >= to,
             Bound::Unbounded => false,
         };
-        let range = if empty {
-            None
-        } else {
-            Some(self.entries.range::<[u8], _>((from, upper)))
-        };
-        range
-            .into_iter()
-            .flatten()
-            .map(|(key, value)| (key.as_slice(), value))
+        let range = if empty { None } else { Some(self.entries.range::<[u8], _>((from, upper))) };
+        range.into_iter().flatten().map(|(key, value)| (key.as_slice(), value))
     }
 
     /// Whether nothing was written.

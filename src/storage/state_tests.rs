@@ -31,10 +31,7 @@ fn absorb(engine: &MemoryEngine, frozen: &Frozen) {
         .iter()
         .map(|(key, value)| (keys::user_key(ReplicaId(7), 0, key), value.clone()))
         .collect();
-    batch.push((
-        keys::header_key(ReplicaId(7), 0),
-        Some(frozen.header.encode().into()),
-    ));
+    batch.push((keys::header_key(ReplicaId(7), 0), Some(frozen.header.encode().into())));
     engine.write(&batch).unwrap();
 }
 
@@ -130,9 +127,7 @@ fn replicas_and_generations_share_an_engine_unseen() {
     let engine = Arc::new(MemoryEngine::new());
     for (replica, generation) in [(6, 0), (7, 1), (8, 0)] {
         let key = keys::user_key(ReplicaId(replica), generation, b"x");
-        engine
-            .write(&[(key, Some(Bytes::from_static(b"foreign")))])
-            .unwrap();
+        engine.write(&[(key, Some(Bytes::from_static(b"foreign")))]).unwrap();
     }
     let state = open(&engine);
     assert_eq!(names(&state), "");

@@ -193,11 +193,7 @@ impl AsyncRead for BoundedStream {
 }
 
 impl AsyncWrite for BoundedStream {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         self.check(cx)?;
         let written = ready!(Pin::new(&mut self.stream).poll_write(cx, bytes))?;
         let deadline = Instant::now() + self.idle;
@@ -242,10 +238,7 @@ mod tests {
     }
 
     fn run(test: impl AsyncFnOnce(SocketAddr, Arc<Fixed>), idle: Duration) {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let health = Arc::new(Fixed(Mutex::new((Ok(()), Ok(())))));
             let listener = BoundedListener {
@@ -284,10 +277,7 @@ mod tests {
                 assert!(ask(address, "/").await.starts_with("HTTP/1.1 404"));
                 let answer = ask(address, "/metrics").await;
                 assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
-                assert!(
-                    answer.contains("# TYPE pontoon_build_info gauge"),
-                    "{answer}"
-                );
+                assert!(answer.contains("# TYPE pontoon_build_info gauge"), "{answer}");
             },
             IDLE,
         );
@@ -295,10 +285,7 @@ mod tests {
 
     #[test]
     fn the_listener_of_std_is_taken_over() {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
             let address = listener.local_addr().unwrap();

@@ -65,9 +65,7 @@ where
     W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
 {
     let filter = parse_level(&settings.level).map_err(LogError::Level)?;
-    let lines = tracing_subscriber::fmt::layer()
-        .with_writer(writer)
-        .with_ansi(colours);
+    let lines = tracing_subscriber::fmt::layer().with_writer(writer).with_ansi(colours);
     let registry = tracing_subscriber::registry().with(filter);
     Ok(match settings.format {
         LogFormat::Text => Box::new(registry.with(lines)),
@@ -102,9 +100,7 @@ pub fn parse_level(text: &str) -> Result<Targets, String> {
         let allowed = |c: char| c.is_ascii_alphanumeric() || "_:-".contains(c);
         match target {
             Some(target) if target.is_empty() || !target.chars().all(allowed) => {
-                return Err(format!(
-                    "{target:?} is not a part of the program, as \"pontoon::group\""
-                ));
+                return Err(format!("{target:?} is not a part of the program, as \"pontoon::group\""));
             }
             Some(target) => filter = filter.with_target(target, level),
             None if default.is_some() => {
@@ -184,10 +180,7 @@ struct Line {
 
 impl Line {
     fn of(record: &Record<'_>) -> Line {
-        let mut line = Line {
-            text: String::new(),
-            cut: false,
-        };
+        let mut line = Line { text: String::new(), cut: false };
         let written = write!(line, "{}", record.msg());
         if written.is_err() || record.kv().serialize(record, &mut line).is_err() {
             // The line is full, which ended the formatting early, or a value can't show itself.
@@ -245,10 +238,7 @@ mod tests {
     fn logged(level: &str, format: LogFormat, f: impl FnOnce()) -> Vec<String> {
         let capture = Capture::default();
         let writer = capture.clone();
-        let settings = LogSettings {
-            level: level.into(),
-            format,
-        };
+        let settings = LogSettings { level: level.into(), format };
         let subscriber = subscriber(&settings, move || writer.clone(), false).unwrap();
         tracing::subscriber::with_default(subscriber, f);
         let bytes = capture.0.lock().unwrap().clone();
@@ -271,10 +261,7 @@ mod tests {
         let lines = logged("debug", LogFormat::Json, || {
             let logger = raft_logger(ShardId(7), ReplicaId(9));
             slog::error!(logger, "bad"; "error" => "e");
-            slog::warn!(
-                logger,
-                "stepped down to follower since quorum is not active"
-            );
+            slog::warn!(logger, "stepped down to follower since quorum is not active");
             slog::warn!(logger, "non-follower attempted to restore snapshot");
             slog::warn!(logger, "index({}) is out of range", 1);
             slog::info!(logger, "became leader at term {term}", term = 3);
@@ -293,10 +280,7 @@ mod tests {
             .collect();
         let expected = [
             ("ERROR", "bad error=e"),
-            (
-                "INFO",
-                "stepped down to follower since quorum is not active",
-            ),
+            ("INFO", "stepped down to follower since quorum is not active"),
             ("WARN", "non-follower attempted to restore snapshot"),
             ("DEBUG", "index(1) is out of range"),
             // slog hands a named argument over as a value too.
@@ -315,10 +299,7 @@ mod tests {
         assert!(logged("info", LogFormat::Text, log).is_empty());
         assert_eq!(count.load(Ordering::Relaxed), 0);
         let lines = logged("info,pontoon::raft=debug", LogFormat::Text, log);
-        assert!(
-            lines[0].ends_with("probe value=probe shard=1 replica=1"),
-            "{lines:?}"
-        );
+        assert!(lines[0].ends_with("probe value=probe shard=1 replica=1"), "{lines:?}");
         assert_eq!(count.load(Ordering::Relaxed), 2);
     }
 
@@ -334,25 +315,10 @@ mod tests {
 
     #[test]
     fn levels() {
-        for good in [
-            "info",
-            "INFO",
-            "off",
-            "warn,pontoon::group=debug",
-            "pontoon=trace, sled=error",
-        ] {
+        for good in ["info", "INFO", "off", "warn,pontoon::group=debug", "pontoon=trace, sled=error"] {
             assert!(parse_level(good).is_ok(), "{good}");
         }
-        for bad in [
-            "",
-            "inof",
-            "info,",
-            "info,debug",
-            "=info",
-            "pontoon=",
-            "a b=info",
-            "5",
-        ] {
+        for bad in ["", "inof", "info,", "info,debug", "=info", "pontoon=", "a b=info", "5"] {
             assert!(parse_level(bad).is_err(), "{bad}");
         }
         let filter = parse_level("warn,pontoon::group=debug").unwrap();

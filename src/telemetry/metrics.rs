@@ -101,10 +101,8 @@ metrics_table! {
 }
 
 /// Upper bounds of the buckets of all histograms, in seconds: from a fast disk's sync to a stall.
-const SECONDS_BUCKETS: &[f64] = &[
-    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5,
-    10.0,
-];
+const SECONDS_BUCKETS: &[f64] =
+    &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
 
 /// Samples of histograms are gathered in memory and folded into buckets at this pace.
 const UPKEEP: Duration = Duration::from_secs(5);
@@ -130,9 +128,7 @@ pub fn install() -> Result<PrometheusHandle, MetricsError> {
 }
 
 fn install_once() -> Result<PrometheusHandle, MetricsError> {
-    let recorder = builder()
-        .map_err(|error| MetricsError::Recorder(error.to_string()))?
-        .build_recorder();
+    let recorder = builder().map_err(|error| MetricsError::Recorder(error.to_string()))?.build_recorder();
     let handle = recorder.handle();
     // Before the recorder is in place: without upkeep, samples would pile up in memory until
     // somebody asks for the page.
@@ -152,8 +148,7 @@ fn install_once() -> Result<PrometheusHandle, MetricsError> {
 }
 
 fn builder() -> Result<PrometheusBuilder, BuildError> {
-    PrometheusBuilder::new()
-        .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), SECONDS_BUCKETS)
+    PrometheusBuilder::new().set_buckets_for_metric(Matcher::Suffix("_seconds".into()), SECONDS_BUCKETS)
 }
 
 /// Tells the recorder in force the meaning of every metric.
@@ -165,8 +160,7 @@ fn describe() {
             Kind::Histogram => metrics::describe_histogram!(metric.name, metric.help),
         }
     }
-    metrics::gauge!(BUILD_INFO, "version" => version::SOFTWARE, "commit" => version::COMMIT)
-        .set(1.0);
+    metrics::gauge!(BUILD_INFO, "version" => version::SOFTWARE, "commit" => version::COMMIT).set(1.0);
 }
 
 #[cfg(test)]
@@ -238,14 +232,8 @@ mod tests {
             assert_eq!(kind, expected, "{}", metric.name);
             assert!(*samples > 0, "{}", metric.name);
         }
-        assert!(
-            page.contains("pontoon_log_sync_seconds_bucket{le=\"0.025\"} 1"),
-            "{page}"
-        );
-        assert!(
-            page.contains("pontoon_log_sync_seconds_bucket{le=\"0.01\"} 0"),
-            "{page}"
-        );
+        assert!(page.contains("pontoon_log_sync_seconds_bucket{le=\"0.025\"} 1"), "{page}");
+        assert!(page.contains("pontoon_log_sync_seconds_bucket{le=\"0.01\"} 0"), "{page}");
     }
 
     #[test]
@@ -258,11 +246,7 @@ mod tests {
             assert_eq!(counter, metric.kind == Kind::Counter, "{}", metric.name);
             let seconds = metric.name.ends_with("_seconds");
             assert_eq!(seconds, metric.kind == Kind::Histogram, "{}", metric.name);
-            assert!(
-                metric.help.len() > 10 && metric.help.ends_with('.'),
-                "{}",
-                metric.name
-            );
+            assert!(metric.help.len() > 10 && metric.help.ends_with('.'), "{}", metric.name);
         }
     }
 

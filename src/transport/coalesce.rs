@@ -80,10 +80,7 @@ impl Shared {
 pub fn coalesce<W: tokio::io::AsyncWrite + Unpin + 'static>(
     inner: W,
     cap: usize,
-) -> (
-    CoalescingWriter,
-    impl Future<Output = io::Result<()>> + 'static,
-) {
+) -> (CoalescingWriter, impl Future<Output = io::Result<()>> + 'static) {
     let shared = Rc::new(RefCell::new(Shared {
         buffer: Vec::new(),
         cap: cap.max(1),
@@ -93,9 +90,7 @@ pub fn coalesce<W: tokio::io::AsyncWrite + Unpin + 'static>(
         writer: None,
         flusher: None,
     }));
-    let writer = CoalescingWriter {
-        shared: shared.clone(),
-    };
+    let writer = CoalescingWriter { shared: shared.clone() };
     // Made here, not in the future: one that is dropped before its first poll must tell the writer too.
     let end = End { shared };
     let flusher = async move {
@@ -124,10 +119,7 @@ impl Drop for End {
     }
 }
 
-async fn flush<W: tokio::io::AsyncWrite + Unpin>(
-    mut inner: W,
-    shared: &RefCell<Shared>,
-) -> io::Result<()> {
+async fn flush<W: tokio::io::AsyncWrite + Unpin>(mut inner: W, shared: &RefCell<Shared>) -> io::Result<()> {
     let mut spare = Vec::new();
     let mut expect_more = false;
     while wait_for_bytes(shared).await {
@@ -169,11 +161,7 @@ async fn wait_for_bytes(shared: &RefCell<Shared>) -> bool {
 
 impl futures_util::io::AsyncWrite for CoalescingWriter {
     /// Takes what there is room for; waits while there is none.
-    fn poll_write(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let mut shared = self.shared.borrow_mut();
         if let Some(error) = shared.error() {
             return Poll::Ready(Err(error));

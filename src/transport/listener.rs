@@ -30,9 +30,7 @@ use crate::codec::GroupMessage;
 use crate::codec::hello::{Lane, PeerHello};
 use crate::codec::peer::{NodeHeartbeat, PeerFrame, PeerRequest, PeerResponse, decode, encode};
 use crate::ids::NodeId;
-use crate::limits::{
-    FRAME_BYTES_MAX, PEER_CONNECTIONS_MAX, PEER_REQUESTS_MAX, REQUEST_FRAME_BYTES_MAX,
-};
+use crate::limits::{FRAME_BYTES_MAX, PEER_CONNECTIONS_MAX, PEER_REQUESTS_MAX, REQUEST_FRAME_BYTES_MAX};
 use crate::refusal::Refusal;
 
 /// What a node does with what its peers send. Called on the thread of [`serve`]; must not block.
@@ -66,10 +64,7 @@ pub struct ListenerConfig {
 
 impl Default for ListenerConfig {
     fn default() -> ListenerConfig {
-        ListenerConfig {
-            timings: Timings::default(),
-            connections_max: PEER_CONNECTIONS_MAX,
-        }
+        ListenerConfig { timings: Timings::default(), connections_max: PEER_CONNECTIONS_MAX }
     }
 }
 
@@ -230,8 +225,7 @@ async fn receive(
         // What came before a bad frame was good.
         if !messages.is_empty() {
             let lane = hello.lane.name();
-            counter!("pontoon_peer_received_messages_total", "lane" => lane)
-                .increment(messages.len() as u64);
+            counter!("pontoon_peer_received_messages_total", "lane" => lane).increment(messages.len() as u64);
             handler.raft(hello.from_node, messages);
         }
         frames?;
@@ -300,9 +294,7 @@ async fn answer(
             };
             received(Lane::Request, &payload);
             let PeerFrame::Request(id, request) = decode(payload)? else {
-                return Err(TransportError::Protocol(
-                    "not a request on lane request".into(),
-                ));
+                return Err(TransportError::Protocol("not a request on lane request".into()));
             };
             let response = handler.request(request);
             pending.push(async move { (id, response.await) });

@@ -17,11 +17,7 @@ const CRASHES: u64 = 4;
 const STEPS: u64 = 40;
 
 fn open(dir: &Path, fs: &LossyFs) -> Result<DiskLog<LossyFs>, StorageError> {
-    let options = DiskLogOptions {
-        file_bytes: 4 << 10,
-        purge_bytes: 16 << 10,
-        spare_files: 1,
-    };
+    let options = DiskLogOptions { file_bytes: 4 << 10, purge_bytes: 16 << 10, spare_files: 1 };
     DiskLog::open_with_file_system(dir, options, STORE, Arc::new(fs.clone()))
 }
 
@@ -52,11 +48,7 @@ fn expected() -> Expected {
 /// One random call on the log: how it ended, and the model as it is if the call was carried out.
 fn step(log: &DiskLog<LossyFs>, model: &Model, rng: &mut Rng) -> (Result<(), StorageError>, Model) {
     let mut after = model.clone();
-    let living: Vec<u64> = model
-        .iter()
-        .filter(|(_, e)| !e.removed)
-        .map(|(r, _)| *r)
-        .collect();
+    let living: Vec<u64> = model.iter().filter(|(_, e)| !e.removed).map(|(r, _)| *r).collect();
     let some = living.get(rng.below(living.len().max(1) as u64) as usize);
     let result = match (rng.below(16), some) {
         (0, _) | (_, None) => {
@@ -97,13 +89,11 @@ fn step(log: &DiskLog<LossyFs>, model: &Model, rng: &mut Rng) -> (Result<(), Sto
                     first = floor + 1 + rng.below(e.last - floor + 1);
                 }
                 let count = rng.below(4);
-                let entries: Vec<Entry> = (first..first + count)
-                    .map(|index| entry(index, term, rng.below(700) as usize))
-                    .collect();
+                let entries: Vec<Entry> =
+                    (first..first + count).map(|index| entry(index, term, rng.below(700) as usize)).collect();
                 if count > 0 {
                     e.entries.split_off(&first);
-                    e.entries
-                        .extend(entries.iter().map(|entry| (entry.index, entry.clone())));
+                    e.entries.extend(entries.iter().map(|entry| (entry.index, entry.clone())));
                     e.last = first + count - 1;
                 }
                 let commit = floor.max(e.last.saturating_sub(rng.below(4)));
@@ -138,23 +128,14 @@ fn compare(log: &DiskLog<LossyFs>, model: &Model) -> Result<(), String> {
         }
         let state = log.load(replica).map_err(|e| e.to_string())?;
         let low = state.truncated.index;
-        let found = log
-            .entries(replica, low + 1, state.last + 1, usize::MAX)
-            .map_err(|e| e.to_string())?;
-        let wanted: Vec<Entry> = e
-            .entries
-            .range(low + 1..)
-            .map(|(_, entry)| entry.clone())
-            .collect();
+        let found = log.entries(replica, low + 1, state.last + 1, usize::MAX).map_err(|e| e.to_string())?;
+        let wanted: Vec<Entry> = e.entries.range(low + 1..).map(|(_, entry)| entry.clone()).collect();
         if state.hard_state != e.hard_state
             || state.last != e.last
             || low > e.truncated.index
             || found != wanted
         {
-            return Err(format!(
-                "replica {replica}: {state:?} and {} entries, not {e:?}",
-                found.len()
-            ));
+            return Err(format!("replica {replica}: {state:?} and {} entries, not {e:?}", found.len()));
         }
     }
     Ok(())
@@ -244,8 +225,7 @@ fn each_write_is_one_sync_and_compaction_none() {
     let writes: Vec<LogWrite> = (1..=8).map(|replica| write(replica, 6..=7, 6)).collect();
     log.write(&writes).unwrap();
     assert_eq!(fs.syncs() - before, 1);
-    log.compact(ReplicaId(1), Position { index: 6, term: 6 })
-        .unwrap();
+    log.compact(ReplicaId(1), Position { index: 6, term: 6 }).unwrap();
     assert_eq!(fs.syncs() - before, 1);
     // But before files are freed, what was compacted must be durable.
     log.purge().unwrap();
@@ -263,10 +243,7 @@ fn a_failed_sync_is_an_error_for_ever() {
     log.write(&[write(1, 6..=6, 6)]).unwrap();
     fs.fail_sync_after(0);
     let failed = |result: Result<(), StorageError>| {
-        assert!(
-            matches!(result, Err(StorageError::SyncFailed { .. })),
-            "{result:?}"
-        );
+        assert!(matches!(result, Err(StorageError::SyncFailed { .. })), "{result:?}");
     };
     failed(log.write(&[write(1, 7..=7, 6)]));
     // The disk syncs again, but what it forgot is gone: nothing may be acknowledged any more.
@@ -318,23 +295,15 @@ fn a_lost_tail_is_damage_if_the_commit_index_shows_it() {
     log.write(&[write(1, 6..=6, 6)]).unwrap();
     drop(log);
     // By hand, past the checks: a commit index without its entries.
-    let config = raft_engine::Config {
-        dir: path.to_str().unwrap().into(),
-        ..Default::default()
-    };
+    let config = raft_engine::Config { dir: path.to_str().unwrap().into(), ..Default::default() };
     let engine = raft_engine::Engine::open(config).unwrap();
     let mut batch = raft_engine::LogBatch::default();
-    batch
-        .put_message(1, b"h".to_vec(), &hard_state(6, 1, 7))
-        .unwrap();
+    batch.put_message(1, b"h".to_vec(), &hard_state(6, 1, 7)).unwrap();
     engine.write(&mut batch, true).unwrap();
     drop(engine);
     let log = open(&path, &LossyFs::default()).unwrap();
     let found = log.load(ReplicaId(1));
-    assert!(
-        matches!(found, Err(StorageError::Damaged { .. })),
-        "{found:?}"
-    );
+    assert!(matches!(found, Err(StorageError::Damaged { .. })), "{found:?}");
 }
 
 #[test]
@@ -344,18 +313,12 @@ fn a_directory_that_is_not_this_nodes_is_refused() {
     let log = DiskLog::open(&path, options(), STORE).unwrap();
     assert!(log.is_new());
     let second = DiskLog::open(&path, options(), STORE).map(|_| ());
-    assert!(
-        matches!(second, Err(StorageError::Identity(_))),
-        "{second:?}"
-    );
+    assert!(matches!(second, Err(StorageError::Identity(_))), "{second:?}");
     drop(log);
     assert!(!DiskLog::open(&path, options(), STORE).unwrap().is_new());
     let other = pontoon::ids::RandomId([8; 16]);
     let foreign = DiskLog::open(&path, options(), other).map(|_| ());
-    assert!(
-        matches!(foreign, Err(StorageError::Damaged { .. })),
-        "{foreign:?}"
-    );
+    assert!(matches!(foreign, Err(StorageError::Damaged { .. })), "{foreign:?}");
 }
 
 /// The log engine caches the last block read on a thread without asking whose it is.
@@ -366,15 +329,8 @@ fn two_logs_read_on_one_thread_do_not_mix() {
         .map(|i| {
             let log = DiskLog::open(&dir.path().join(i.to_string()), options(), STORE).unwrap();
             log.create(&[record(1)]).unwrap();
-            let entry = Entry {
-                data: vec![i; 9].into(),
-                ..entry(6, 6, 0)
-            };
-            let write = LogWrite {
-                replica: ReplicaId(1),
-                entries: vec![entry],
-                hard_state: None,
-            };
+            let entry = Entry { data: vec![i; 9].into(), ..entry(6, 6, 0) };
+            let write = LogWrite { replica: ReplicaId(1), entries: vec![entry], hard_state: None };
             log.write(&[write]).unwrap();
             log
         })
@@ -399,25 +355,17 @@ fn files_are_freed_only_behind_durable_compactions() {
         log.create(&[record(1)]).unwrap();
         for first in (6..=105).step_by(10) {
             let write = LogWrite {
-                entries: (first..first + 10)
-                    .map(|index| entry(index, 6, 400))
-                    .collect(),
+                entries: (first..first + 10).map(|index| entry(index, 6, 400)).collect(),
                 ..write(1, first..=first, 6)
             };
             log.write(&[write]).unwrap();
         }
         let files = || std::fs::read_dir(&path).unwrap().count();
         let before = files();
-        let to = Position {
-            index: 100,
-            term: 6,
-        };
+        let to = Position { index: 100, term: 6 };
         log.compact(ReplicaId(1), to).unwrap();
         log.purge().unwrap();
-        assert!(
-            files() < before,
-            "no file was freed: the case shows nothing"
-        );
+        assert!(files() < before, "no file was freed: the case shows nothing");
         fs.power_loss(seed);
         drop(log);
         let log = open(&path, &LossyFs::default()).unwrap();
@@ -475,8 +423,7 @@ fn reading_beside_writes_and_purges_is_never_damage() {
             if round > 20 {
                 let index = round - 20 + round % 5;
                 for replica in 1..=round % 4 {
-                    log.compact(ReplicaId(replica), Position { index, term: 6 })
-                        .unwrap();
+                    log.compact(ReplicaId(replica), Position { index, term: 6 }).unwrap();
                 }
             }
         }

@@ -262,10 +262,7 @@ impl Read for LossyCursor {
 
 impl Write for LossyCursor {
     fn write(&mut self, buf: &[u8]) -> Result<usize> {
-        let change = Change::Write {
-            offset: self.offset,
-            data: buf.to_vec(),
-        };
+        let change = Change::Write { offset: self.offset, data: buf.to_vec() };
         self.handle.fs.lock().change(self.handle.id, change);
         self.offset += buf.len();
         Ok(buf.len())
@@ -312,10 +309,7 @@ impl FileSystem for LossyFs {
     fn create<P: AsRef<Path>>(&self, path: P) -> Result<LossyHandle> {
         let mut disk = self.lock();
         if !disk.names.contains_key(path.as_ref()) && disk.operation() {
-            fs::OpenOptions::new()
-                .create(true)
-                .append(true)
-                .open(path.as_ref())?;
+            fs::OpenOptions::new().create(true).append(true).open(path.as_ref())?;
         }
         let id = disk.add(path.as_ref())?;
         drop(disk);

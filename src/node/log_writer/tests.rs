@@ -113,21 +113,10 @@ fn setup(gated: bool) -> Setup {
         Box::new(move |reason| fatal_sender.send(reason).unwrap()),
         Duration::from_millis(5),
     );
-    Setup {
-        log,
-        writer,
-        begun,
-        permit: gated.then_some(permit),
-        fatal,
-    }
+    Setup { log, writer, begun, permit: gated.then_some(permit), fatal }
 }
 
-fn task(
-    replica: u64,
-    incarnation: Incarnation,
-    number: u64,
-    done: &Arc<dyn PersistSink>,
-) -> WriteTask {
+fn task(replica: u64, incarnation: Incarnation, number: u64, done: &Arc<dyn PersistSink>) -> WriteTask {
     sized(replica, incarnation, number, 10, done)
 }
 
@@ -138,25 +127,12 @@ fn sized(
     bytes: usize,
     done: &Arc<dyn PersistSink>,
 ) -> WriteTask {
-    let entry = Entry {
-        index: 5 + number,
-        term: 6,
-        data: vec![0; bytes].into(),
-        ..Default::default()
-    };
-    let hard_state = HardState {
-        term: 6,
-        commit: 5,
-        ..Default::default()
-    };
+    let entry = Entry { index: 5 + number, term: 6, data: vec![0; bytes].into(), ..Default::default() };
+    let hard_state = HardState { term: 6, commit: 5, ..Default::default() };
     WriteTask {
         incarnation,
         number,
-        write: LogWrite {
-            replica: ReplicaId(replica),
-            entries: vec![entry],
-            hard_state: Some(hard_state),
-        },
+        write: LogWrite { replica: ReplicaId(replica), entries: vec![entry], hard_state: Some(hard_state) },
         done: done.clone(),
     }
 }
@@ -173,25 +149,15 @@ fn what_gathers_behind_a_write_becomes_one_and_each_sink_hears_once() {
     let (two, heard_two) = sink();
     setup.writer.submit(vec![task(1, 1, 1, &one)]);
     assert_eq!(setup.begun.recv_timeout(LONG).unwrap().len(), 1);
-    setup
-        .writer
-        .submit(vec![task(2, 1, 1, &one), task(3, 1, 1, &two)]);
-    setup
-        .writer
-        .submit(vec![task(1, 1, 2, &one), task(4, 7, 1, &two)]);
+    setup.writer.submit(vec![task(2, 1, 1, &one), task(3, 1, 1, &two)]);
+    setup.writer.submit(vec![task(1, 1, 2, &one), task(4, 7, 1, &two)]);
     assert!(heard_one.try_recv().is_err(), "told before it is durable");
     permit.send(()).unwrap();
     assert_eq!(heard_one.recv_timeout(LONG).unwrap(), [name(1, 1, 1)]);
     assert_eq!(setup.begun.recv_timeout(LONG).unwrap().len(), 4);
     permit.send(()).unwrap();
-    assert_eq!(
-        heard_one.recv_timeout(LONG).unwrap(),
-        [name(2, 1, 1), name(1, 1, 2)]
-    );
-    assert_eq!(
-        heard_two.recv_timeout(LONG).unwrap(),
-        [name(3, 1, 1), name(4, 7, 1)]
-    );
+    assert_eq!(heard_one.recv_timeout(LONG).unwrap(), [name(2, 1, 1), name(1, 1, 2)]);
+    assert_eq!(heard_two.recv_timeout(LONG).unwrap(), [name(3, 1, 1), name(4, 7, 1)]);
     setup.writer.stop();
     assert!(heard_one.try_recv().is_err() && heard_two.try_recv().is_err());
     assert_eq!(setup.log.load(ReplicaId(1)).unwrap().last, 7);
@@ -224,23 +190,16 @@ fn a_fence_waits_for_what_is_under_way_and_drops_the_rest() {
     let (sink, heard) = sink();
     setup.writer.submit(vec![task(1, 1, 1, &sink)]);
     setup.begun.recv_timeout(LONG).unwrap();
-    setup
-        .writer
-        .submit(vec![task(1, 1, 2, &sink), task(2, 1, 1, &sink)]);
+    setup.writer.submit(vec![task(1, 1, 2, &sink), task(2, 1, 1, &sink)]);
     let mut fence = setup.writer.fence(ReplicaId(1), 1);
     assert!(fence.try_recv().is_err(), "its write is under way");
     // Late tasks of the dead incarnation are dropped, those of the next one are not.
-    setup
-        .writer
-        .submit(vec![task(1, 1, 3, &sink), task(1, 2, 2, &sink)]);
+    setup.writer.submit(vec![task(1, 1, 3, &sink), task(1, 2, 2, &sink)]);
     permit.send(()).unwrap();
     fence.blocking_recv().unwrap();
     assert_eq!(heard.recv_timeout(LONG).unwrap(), [name(1, 1, 1)]);
     permit.send(()).unwrap();
-    assert_eq!(
-        heard.recv_timeout(LONG).unwrap(),
-        [name(2, 1, 1), name(1, 2, 2)]
-    );
+    assert_eq!(heard.recv_timeout(LONG).unwrap(), [name(2, 1, 1), name(1, 2, 2)]);
     // With nothing under way it is there at once. An older fence doesn't lift a newer one.
     setup.writer.run(Box::new(|_| {}));
     setup.writer.fence(ReplicaId(3), 5).blocking_recv().unwrap();
@@ -295,11 +254,9 @@ fn a_write_that_does_not_fit_ends_its_replica_alone() {
     let permit = setup.permit.as_ref().unwrap();
     let (sink, heard) = sink();
     let (sender, refused) = mpsc::channel();
-    setup
-        .writer
-        .on_refused(Box::new(move |replica, incarnation, reason| {
-            let _ = sender.send((replica, incarnation, reason));
-        }));
+    setup.writer.on_refused(Box::new(move |replica, incarnation, reason| {
+        let _ = sender.send((replica, incarnation, reason));
+    }));
     setup.writer.submit(vec![task(4, 1, 1, &sink)]);
     setup.begun.recv_timeout(LONG).unwrap();
     setup.writer.submit(vec![
@@ -326,9 +283,7 @@ fn a_write_that_does_not_fit_ends_its_replica_alone() {
 fn a_write_that_does_not_fit_is_fatal_if_nobody_hears_of_it() {
     let setup = setup(false);
     let (sink, heard) = sink();
-    setup
-        .writer
-        .submit(vec![task(1, 1, 1, &sink), task(2, 1, 3, &sink)]);
+    setup.writer.submit(vec![task(1, 1, 1, &sink), task(2, 1, 3, &sink)]);
     let reason = setup.fatal.recv_timeout(LONG).unwrap();
     assert!(reason.contains("replica 2"), "{reason}");
     assert!(heard.try_recv().is_err());
@@ -356,14 +311,9 @@ fn a_panic_is_fatal_and_fails_the_fences_that_wait() {
 fn stop_does_what_is_queued_and_accepts_nothing_more() {
     let setup = setup(false);
     let (sink, heard) = sink();
-    setup
-        .writer
-        .submit((1..=100).map(|n| task(1, 1, n, &sink)).collect());
+    setup.writer.submit((1..=100).map(|n| task(1, 1, n, &sink)).collect());
     setup.writer.stop();
-    assert_eq!(
-        heard.try_iter().map(|batch| batch.len()).sum::<usize>(),
-        100
-    );
+    assert_eq!(heard.try_iter().map(|batch| batch.len()).sum::<usize>(), 100);
     setup.writer.submit(vec![task(1, 1, 101, &sink)]);
     setup.writer.fence(ReplicaId(1), 1).blocking_recv().unwrap();
     setup.writer.stop();

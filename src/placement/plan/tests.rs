@@ -114,18 +114,11 @@ fn ten_thousand_shards_are_planned_quickly_and_evenly() {
         let ranked = rendezvous::rank(rendezvous::shard_key("large", shard.range.start), weights);
         // The best three in three zones: what there would be without quotas.
         let mut zones = BTreeSet::new();
-        let best: Vec<_> = ranked
-            .into_iter()
-            .filter(|n| zones.insert(&map.nodes[n].zone))
-            .take(3)
-            .collect();
+        let best: Vec<_> = ranked.into_iter().filter(|n| zones.insert(&map.nodes[n].zone)).take(3).collect();
         shard.nodes.iter().filter(|n| best.contains(n)).count()
     });
     let preferred: usize = preferred.sum();
-    println!(
-        "{} % of replicas are where hashing alone puts them",
-        preferred / 300
-    );
+    println!("{} % of replicas are where hashing alone puts them", preferred / 300);
     assert!(preferred > 27_000);
     add_to(&mut map, &plan);
     for (replicas, leaders) in loads(&map).into_values() {
@@ -147,13 +140,8 @@ fn a_second_database_fills_what_the_first_left() {
         assert_eq!((replicas, leaders), (9, 3));
     }
     // Shards of a dropped database count for nothing.
-    map.shards
-        .values_mut()
-        .for_each(|shard| shard.dropped = true);
-    assert_eq!(
-        plan_database(&map, "two", 3, 10),
-        plan_database(&cluster([("", 100); 5]), "two", 3, 10)
-    );
+    map.shards.values_mut().for_each(|shard| shard.dropped = true);
+    assert_eq!(plan_database(&map, "two", 3, 10), plan_database(&cluster([("", 100); 5]), "two", 3, 10));
 }
 
 proptest! {

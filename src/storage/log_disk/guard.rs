@@ -56,13 +56,9 @@ impl<F: FileSystem + 'static> EngineGuard<F> {
         file_system: Arc<F>,
     ) -> Result<EngineGuard<F>, StorageError> {
         let config = config(dir, options)?;
-        let opened = catch_unwind(AssertUnwindSafe(|| {
-            Engine::open_with_file_system(config, file_system)
-        }));
-        let damaged = |detail| StorageError::Damaged {
-            what: format!("the raft log in {}", dir.display()),
-            detail,
-        };
+        let opened = catch_unwind(AssertUnwindSafe(|| Engine::open_with_file_system(config, file_system)));
+        let damaged =
+            |detail| StorageError::Damaged { what: format!("the raft log in {}", dir.display()), detail };
         let engine = match opened {
             Ok(Ok(engine)) => engine,
             Ok(Err(Error::Corruption(detail))) => return Err(damaged(detail)),
@@ -76,17 +72,12 @@ impl<F: FileSystem + 'static> EngineGuard<F> {
             }
             // The engine has no error of its own for a lock that is held.
             Ok(Err(e)) if e.to_string().contains("lock file") => {
-                return Err(IdentityError::InUse {
-                    path: dir.display().to_string(),
-                    holder: String::new(),
-                }
-                .into());
+                return Err(
+                    IdentityError::InUse { path: dir.display().to_string(), holder: String::new() }.into()
+                );
             }
             Ok(Err(e)) => {
-                return Err(StorageError::Engine {
-                    engine: ENGINE,
-                    reason: e.to_string(),
-                });
+                return Err(StorageError::Engine { engine: ENGINE, reason: e.to_string() });
             }
             Err(panic) => return Err(damaged(panic_text(panic.as_ref()))),
         };
@@ -151,10 +142,7 @@ impl<F: FileSystem + 'static> EngineGuard<F> {
 
     /// An error of the engine that leaves the log as it was.
     pub fn error(&self, error: Error) -> StorageError {
-        StorageError::Engine {
-            engine: ENGINE,
-            reason: format!("{}: {error}", self.dir.display()),
-        }
+        StorageError::Engine { engine: ENGINE, reason: format!("{}: {error}", self.dir.display()) }
     }
 
     fn unless_failed(&self) -> Result<(), StorageError> {
@@ -166,10 +154,7 @@ impl<F: FileSystem + 'static> EngineGuard<F> {
 
     fn fail(&self, reason: String) -> StorageError {
         self.failed.store(true, Ordering::Release);
-        StorageError::SyncFailed {
-            path: self.dir.clone(),
-            reason,
-        }
+        StorageError::SyncFailed { path: self.dir.clone(), reason }
     }
 
     /// Runs `read` on a thread whose block cache belongs to this engine.
@@ -207,16 +192,10 @@ impl<F: FileSystem + 'static> Drop for EngineGuard<F> {
 }
 
 fn config(dir: &Path, options: DiskLogOptions) -> Result<Config, StorageError> {
-    let refuse = |reason: String| StorageError::Engine {
-        engine: ENGINE,
-        reason,
-    };
-    let name = dir.to_str().ok_or_else(|| {
-        refuse(format!(
-            "the path {} isn't UTF-8; choose another",
-            dir.display()
-        ))
-    })?;
+    let refuse = |reason: String| StorageError::Engine { engine: ENGINE, reason };
+    let name = dir
+        .to_str()
+        .ok_or_else(|| refuse(format!("the path {} isn't UTF-8; choose another", dir.display())))?;
     if options.file_bytes == 0 || options.purge_bytes < options.file_bytes {
         return Err(refuse(format!(
             "{} bytes for all files must allow for one of {} bytes",
@@ -225,10 +204,7 @@ fn config(dir: &Path, options: DiskLogOptions) -> Result<Config, StorageError> {
     }
     // The engine prepares half as many files again as the limit has room for.
     let spare_files = options.spare_files as u64;
-    let limit_files = (0..=spare_files)
-        .rev()
-        .find(|files| files * 3 / 2 <= spare_files)
-        .unwrap_or(0);
+    let limit_files = (0..=spare_files).rev().find(|files| files * 3 / 2 <= spare_files).unwrap_or(0);
     Ok(Config {
         dir: name.to_owned(),
         recovery_mode: RecoveryMode::TolerateTailCorruption,
@@ -256,11 +232,7 @@ mod tests {
     use super::*;
 
     fn options(spare_files: usize) -> DiskLogOptions {
-        DiskLogOptions {
-            file_bytes: 4096,
-            purge_bytes: 65536,
-            spare_files,
-        }
+        DiskLogOptions { file_bytes: 4096, purge_bytes: 65536, spare_files }
     }
 
     #[test]

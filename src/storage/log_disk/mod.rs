@@ -95,11 +95,7 @@ impl MessageExt for RaftEntries {
 impl DiskLog<DefaultFileSystem> {
     /// Opens the log in `dir`, or makes one. It must carry `store_id`; another one, or damage that a
     /// torn tail doesn't explain, is [`StorageError::Damaged`].
-    pub fn open(
-        dir: &Path,
-        options: DiskLogOptions,
-        store_id: StoreId,
-    ) -> Result<DiskLog, StorageError> {
+    pub fn open(dir: &Path, options: DiskLogOptions, store_id: StoreId) -> Result<DiskLog, StorageError> {
         DiskLog::open_with_file_system(dir, options, store_id, Arc::new(DefaultFileSystem))
     }
 }
@@ -114,11 +110,7 @@ impl<F: FileSystem + 'static> DiskLog<F> {
     ) -> Result<DiskLog<F>, StorageError> {
         let io = |action, path: &Path| {
             let path = path.to_path_buf();
-            move |source| StorageError::Io {
-                action,
-                path,
-                source,
-            }
+            move |source| StorageError::Io { action, path, source }
         };
         std::fs::create_dir_all(dir).map_err(io("creating", dir))?;
         let engine = EngineGuard::open(dir, options, file_system)?;
@@ -126,19 +118,14 @@ impl<F: FileSystem + 'static> DiskLog<F> {
         for path in [Some(dir), dir.parent()].into_iter().flatten() {
             // A relative path of one component has the empty path for a parent.
             if !path.as_os_str().is_empty() {
-                File::open(path)
-                    .and_then(|directory| directory.sync_all())
-                    .map_err(io("syncing", path))?;
+                File::open(path).and_then(|directory| directory.sync_all()).map_err(io("syncing", path))?;
             }
         }
         let mut log = DiskLog {
             engine,
             dir: dir.to_path_buf(),
             is_new: false,
-            order: Mutex::new(WriteOrder {
-                unsynced: false,
-                purging: false,
-            }),
+            order: Mutex::new(WriteOrder { unsynced: false, purging: false }),
             replicas: RwLock::default(),
         };
         log.check_identity(store_id)?;
@@ -160,30 +147,16 @@ impl<F: FileSystem + 'static> DiskLog<F> {
                 Some(ReplicaPhase::Tombstone) => "the replica was removed",
                 None => "the node has no such replica",
             };
-            StorageError::Inconsistent {
-                replica,
-                reason: reason.into(),
-            }
+            StorageError::Inconsistent { replica, reason: reason.into() }
         })
     }
 
-    fn put(
-        &self,
-        batch: &mut LogBatch,
-        group: u64,
-        key: &[u8],
-        value: Vec<u8>,
-    ) -> Result<(), StorageError> {
-        batch
-            .put(group, key.to_vec(), value)
-            .map_err(|e| self.engine.error(e))
+    fn put(&self, batch: &mut LogBatch, group: u64, key: &[u8], value: Vec<u8>) -> Result<(), StorageError> {
+        batch.put(group, key.to_vec(), value).map_err(|e| self.engine.error(e))
     }
 
     fn damaged(&self, detail: String) -> StorageError {
-        StorageError::Damaged {
-            what: format!("the raft log in {}", self.dir.display()),
-            detail,
-        }
+        StorageError::Damaged { what: format!("the raft log in {}", self.dir.display()), detail }
     }
 
     // No panic can leave these half changed: what panics is caught inside `EngineGuard`.
@@ -196,9 +169,7 @@ impl<F: FileSystem + 'static> DiskLog<F> {
     }
 
     fn replicas_mut(&self) -> RwLockWriteGuard<'_, Replicas> {
-        self.replicas
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.replicas.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -251,11 +222,8 @@ impl<F: FileSystem + 'static> LogStore for DiskLog<F> {
             let key = record::replica_key(replica);
             self.put(&mut batch, CATALOGUE_GROUP, &key, value)?;
             if record.phase == ReplicaPhase::Active {
-                let hard_state = HardState {
-                    term: GROUP_START.term,
-                    commit: GROUP_START.index,
-                    ..Default::default()
-                };
+                let hard_state =
+                    HardState { term: GROUP_START.term, commit: GROUP_START.index, ..Default::default() };
                 batch
                     .put_message(replica.0, HARD_STATE_KEY.to_vec(), &hard_state)
                     .map_err(|e| self.engine.error(e))?;
@@ -286,13 +254,7 @@ impl<F: FileSystem + 'static> LogStore for DiskLog<F> {
                 && record.phase == ReplicaPhase::Active
             {
                 let phase = ReplicaPhase::Tombstone;
-                tombstones.insert(
-                    *replica,
-                    ReplicaRecord {
-                        phase,
-                        ..record.clone()
-                    },
-                );
+                tombstones.insert(*replica, ReplicaRecord { phase, ..record.clone() });
             }
         }
         if tombstones.is_empty() {
@@ -423,8 +385,5 @@ impl<F: FileSystem + 'static> LogStore for DiskLog<F> {
 }
 
 fn damaged_log(replica: ReplicaId, detail: impl ToString) -> StorageError {
-    StorageError::Damaged {
-        what: format!("the raft log of replica {replica}"),
-        detail: detail.to_string(),
-    }
+    StorageError::Damaged { what: format!("the raft log of replica {replica}"), detail: detail.to_string() }
 }

@@ -53,18 +53,12 @@ pub fn encode_identity(store_id: StoreId) -> Vec<u8> {
 
 /// Reads the value under [`IDENTITY_KEY`].
 pub fn decode_identity(value: &[u8]) -> Result<StoreId, RecordError> {
-    StoreId::from_slice(body(value)?)
-        .ok_or_else(|| format!("the store id has {} bytes, not 17", value.len()))
+    StoreId::from_slice(body(value)?).ok_or_else(|| format!("the store id has {} bytes, not 17", value.len()))
 }
 
 /// The value under [`TRUNCATED_KEY`].
 pub fn encode_position(position: Position) -> Vec<u8> {
-    [
-        &[FORMAT][..],
-        &position.index.to_le_bytes(),
-        &position.term.to_le_bytes(),
-    ]
-    .concat()
+    [&[FORMAT][..], &position.index.to_le_bytes(), &position.term.to_le_bytes()].concat()
 }
 
 /// Reads the value under [`TRUNCATED_KEY`].
@@ -149,14 +143,8 @@ fn read_replica(mut bytes: &[u8]) -> capnp::Result<ReplicaRecord> {
             store_capnp::ReplicaPhase::Active => ReplicaPhase::Active,
             store_capnp::ReplicaPhase::Tombstone => ReplicaPhase::Tombstone,
         },
-        range: RingRange {
-            start: from.get_start(),
-            end: from.get_end(),
-        },
-        epoch: Epoch {
-            range: epoch.get_range(),
-            conf: epoch.get_conf(),
-        },
+        range: RingRange { start: from.get_start(), end: from.get_end() },
+        epoch: Epoch { range: epoch.get_range(), conf: epoch.get_conf() },
         members,
         generation: from.get_generation(),
     })
@@ -185,10 +173,7 @@ mod tests {
             database: DatabaseId(2),
             machine: MachineKind::Metadata,
             phase: ReplicaPhase::Tombstone,
-            range: RingRange {
-                start: 5,
-                end: u64::MAX,
-            },
+            range: RingRange { start: 5, end: u64::MAX },
             epoch: Epoch { range: 8, conf: 9 },
             members: (0..members)
                 .map(|i| Member {

@@ -74,10 +74,7 @@ impl<F: FileSystem + 'static> DiskLog<F> {
                     // An entry below the truncated position is left of a compaction whose command
                     // was lost with its file. The engine must forget it, or it sees a gap.
                     if let Ok(extent) = self.read_extent(ReplicaId(group)) {
-                        if engine
-                            .first_index(group)
-                            .is_some_and(|first| first <= extent.truncated.index)
-                        {
+                        if engine.first_index(group).is_some_and(|first| first <= extent.truncated.index) {
                             let index = extent.truncated.index + 1;
                             batch.add_command(group, Command::Compact { index });
                         }
@@ -106,22 +103,14 @@ impl<F: FileSystem + 'static> DiskLog<F> {
         let truncated = engine
             .get(replica.0, TRUNCATED_KEY)
             .ok_or_else(|| damaged_log(replica, "its truncated position is missing"))
-            .and_then(|value| {
-                record::decode_position(&value).map_err(|e| damaged_log(replica, e))
-            })?;
-        let span = engine
-            .first_index(replica.0)
-            .zip(engine.last_index(replica.0));
+            .and_then(|value| record::decode_position(&value).map_err(|e| damaged_log(replica, e)))?;
+        let span = engine.first_index(replica.0).zip(engine.last_index(replica.0));
         let last = match span {
             Some((_, last)) if last <= truncated.index => truncated.index,
             Some((first, _)) if first > truncated.index + 1 => {
                 return Err(damaged_log(
                     replica,
-                    format!(
-                        "entries {} to {} are missing",
-                        truncated.index + 1,
-                        first - 1
-                    ),
+                    format!("entries {} to {} are missing", truncated.index + 1, first - 1),
                 ));
             }
             Some((_, last)) => last,
@@ -142,10 +131,7 @@ impl<F: FileSystem + 'static> DiskLog<F> {
         if hard_state.commit > last {
             return Err(damaged_log(
                 replica,
-                format!(
-                    "entry {} was committed, but its last entry is {last}",
-                    hard_state.commit
-                ),
+                format!("entry {} was committed, but its last entry is {last}", hard_state.commit),
             ));
         }
         let terms = term_starts(truncated.index + 1, last, |index| self.term(replica, index))?;
@@ -154,18 +140,10 @@ impl<F: FileSystem + 'static> DiskLog<F> {
         {
             return Err(damaged_log(
                 replica,
-                format!(
-                    "entry {index} has term {term}, below the truncated term {}",
-                    truncated.term
-                ),
+                format!("entry {index} has term {term}, below the truncated term {}", truncated.term),
             ));
         }
-        Ok(LogState {
-            hard_state,
-            truncated,
-            last,
-            terms,
-        })
+        Ok(LogState { hard_state, truncated, last, terms })
     }
 
     fn term(&self, replica: ReplicaId, index: Index) -> Result<Term, StorageError> {
