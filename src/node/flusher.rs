@@ -104,8 +104,9 @@ fn run(mut flusher: Flusher, queue: mpsc::Receiver<Work>, on_fatal: Box<dyn Fn(S
             return;
         }
         for done in barriers {
-            // Nobody waits any more: the node is stopping.
-            drop(done.send(()));
+            if done.send(()).is_err() {
+                tracing::trace!("nobody waits any more: the node is stopping");
+            }
         }
     }
 }

@@ -148,10 +148,7 @@ impl ReplicaActor {
         for (ticket, result) in done {
             ticket.finish(result);
         }
-        if !reads.is_empty() {
-            let job = ReadJob { machine: self.group.machine(), reader: self.group.state().reader(), reads };
-            self.shared.reader.submit(job);
-        }
+        self.read_elsewhere(reads);
         if let Some(fetch) = fetch {
             self.fetch(fetch, ctx);
         }

@@ -484,7 +484,9 @@ impl RunningNode {
                     tracing::error!("a storage thread panicked");
                 }
             }
-            drop(done.send(()));
+            if done.send(()).is_err() {
+                tracing::debug!("the node's threads ended after its deadline");
+            }
         });
         let joined = tokio::time::timeout_at(end.into(), joined).await.is_ok();
         drop(self.data_dir);
