@@ -355,3 +355,6 @@ fn read_snapshot(from: snapshot_header::Reader<'_>) -> Result<Snapshot, CodecErr
     state.auto_leave = from.get_auto_leave();
     Ok(snapshot)
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

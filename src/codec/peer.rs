@@ -412,3 +412,6 @@ fn read_probe(from: probe_answer::Reader<'_>) -> Result<ProbeAnswer, CodecError>
         },
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -101,9 +101,8 @@ pub async fn serve(
                 let handler = handler.clone();
                 tasks.spawn_local(async move {
                     let _permit = permit;
-                    gauge!("pontoon_peer_connections").increment(1.0);
+                    let _counted = Counted::new();
                     let result = connection(stream, from, &*handler, &config.timings).await;
-                    gauge!("pontoon_peer_connections").decrement(1.0);
                     if let Err(error) = result {
                         report(from, &error);
                     }
@@ -115,6 +114,22 @@ pub async fn serve(
                 }
             }
         }
+    }
+}
+
+/// One connection in the gauge, also if its task is stopped.
+struct Counted;
+
+impl Counted {
+    fn new() -> Counted {
+        gauge!("pontoon_peer_connections").increment(1.0);
+        Counted
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        gauge!("pontoon_peer_connections").decrement(1.0);
     }
 }
 
