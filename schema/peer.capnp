@@ -124,6 +124,7 @@ struct ProbeAnswer {
   zone @6 :Text;
   weight @7 :UInt32;
   label @8 :Text;
+  node @9 :UInt64;           # NodeId of a member; 0 otherwise
 }
 
 struct Formation {

@@ -84,4 +84,25 @@ struct MetaReply {
     refused @3 :Text;
   }
   created @4 :Bool;          # database: false if it was there already
+  refusal @5 :MetaRefusal;   # refused: which rule, for programs; `refused` is the same for persons
+}
+
+struct MetaRefusal {
+  # Why the metadata machine refuses a command. A reader that doesn't know the member shows the text.
+  union {
+    other @0 :Void;
+    otherCluster :group {    # form: this cluster was formed with another identity
+      have @1 :Data;         # 16 bytes
+      asked @2 :Data;        # 16 bytes
+    }
+    nameTaken :group {       # createDatabase: by a database with other numbers, which are
+      name @3 :Text;
+      replicas @4 :UInt32;
+      shards @5 :UInt32;
+    }
+    unknownDatabase @6 :Text;
+    unknownNode @7 :UInt64;  # createDatabase: a planned NodeId that isn't a member
+    invalidPlan @8 :Text;
+    notFormed @9 :Void;
+  }
 }

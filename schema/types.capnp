@@ -93,6 +93,7 @@ struct Error {
     staleRoute :group {      # the request was routed with an old range version, or to a wrong node
       shard @7 :UInt64;
       rangeVersion @8 :UInt64;  # the version in force here; 0: the shard isn't here
+      asked @18 :UInt64;     # the version in the request
     }
     busy @9 :Void;           # a bounded queue is full; retryAfterMs says when to come back
     unknownDatabase @10 :Text;

@@ -24,9 +24,7 @@ pub enum Refusal {
         leader: Option<NodeId>,
     },
     /// The request was routed by an old map, or to a node without this shard.
-    #[error(
-        "shard {shard} is not here under range version {asked}; it is at version {range_version}"
-    )]
+    #[error("shard {shard} is not here under range version {asked}; it is at version {range_version}")]
     StaleRoute {
         /// The shard.
         shard: ShardId,
@@ -56,11 +54,55 @@ pub enum Refusal {
     #[error("{0}")]
     Unavailable(&'static str),
     /// The replica crashed too often and is out of service on this node.
-    #[error("the replica is quarantined after repeated crashes: {0}")]
+    #[error("{QUARANTINED}{0}")]
     Quarantined(String),
     /// The time given ran out before the operation was proposed.
     #[error("the deadline passed before the operation was started")]
     Deadline,
+    /// No database of this name.
+    #[error("there is no database `{0}`; create it with `pontoon db create`")]
+    UnknownDatabase(String),
+    /// The metadata shard refused a change of the cluster; it will refuse it again.
+    #[error("{0}")]
+    Refused(String),
+    /// A refusal of a newer version of the program, in its words. Never made here, only read.
+    #[error("{message}")]
+    Other {
+        /// Whether the operation may have had an effect.
+        outcome: Outcome,
+        /// Whether to try again.
+        retryable: bool,
+        /// When to come back, in milliseconds.
+        retry_after_ms: u32,
+        /// What the other side says.
+        message: String,
+    },
+}
+
+/// How the text of [`Refusal::Quarantined`] begins.
+pub(crate) const QUARANTINED: &str = "the replica is quarantined after repeated crashes: ";
+
+/// Fixed texts of [`Refusal::Busy`], [`Refusal::Unknown`] and [`Refusal::Unavailable`] that survive the
+/// wire word by word. Others are replaced by a general text when read; the kind of refusal is not
+/// affected.
+pub const REASONS: &[&str] = &[
+    "starting",
+    "stopping",
+    "the replica is re-applying its log",
+    "the shard has no leader",
+    "leadership was lost",
+    "the replica crashed",
+    "the node is stopping",
+    "the connection was lost",
+    "uncommitted entries",
+    "pending operations",
+];
+
+/// The fixed text that `message` ends with; the longest, since one may be the end of another.
+pub(crate) fn known_reason(message: &str) -> Option<&'static str> {
+    let ends = |reason: &&'static str| message.ends_with(*reason);
+    let found = REASONS.iter().copied().filter(ends);
+    found.max_by_key(|reason| reason.len())
 }
 
 impl Refusal {
@@ -68,12 +110,27 @@ impl Refusal {
     pub fn outcome(&self) -> Outcome {
         match self {
             Refusal::Unknown(_) => Outcome::Unknown,
+            Refusal::Other { outcome, .. } => *outcome,
             _ => Outcome::NotApplied,
         }
     }
 
     /// Whether the same operation may succeed later or elsewhere, if repeating it is acceptable.
     pub fn retryable(&self) -> bool {
-        !matches!(self, Refusal::Invalid(_) | Refusal::Deadline)
+        match self {
+            Refusal::Invalid(_) | Refusal::Deadline | Refusal::UnknownDatabase(_) | Refusal::Refused(_) => {
+                false
+            }
+            Refusal::Other { retryable, .. } => *retryable,
+            _ => true,
+        }
+    }
+
+    /// Milliseconds to wait before trying again; 0: at once.
+    pub fn retry_after_ms(&self) -> u32 {
+        match self {
+            Refusal::Busy { retry_after_ms, .. } | Refusal::Other { retry_after_ms, .. } => *retry_after_ms,
+            _ => 0,
+        }
     }
 }

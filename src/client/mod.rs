@@ -124,18 +124,12 @@ impl Client {
 
     /// Connects with options of one's own.
     pub async fn connect_with(options: ClientOptions) -> Result<Client, ClientError> {
-        Ok(Client {
-            shared: Arc::new(Shared { options }),
-        })
+        Ok(Client { shared: Arc::new(Shared { options }) })
     }
 
     /// A database by name. Asks nobody: a name that doesn't exist shows at the first operation.
     pub fn database(&self, name: impl Into<String>) -> Database {
-        Database {
-            client: self.clone(),
-            name: name.into(),
-            timeout: self.shared.options.timeout,
-        }
+        Database { client: self.clone(), name: name.into(), timeout: self.shared.options.timeout }
     }
 
     /// The cluster map, freshly asked of a node.
@@ -144,11 +138,7 @@ impl Client {
     }
 
     /// What the node at `address` tells of itself and its replicas, asked of that node alone.
-    pub async fn node_report(
-        &self,
-        address: &str,
-        timeout: Duration,
-    ) -> Result<NodeReport, ClientError> {
+    pub async fn node_report(&self, address: &str, timeout: Duration) -> Result<NodeReport, ClientError> {
         let _ = (address, timeout);
         Err(ClientError::NotApplied(NotApplied::Closed))
     }
@@ -210,10 +200,7 @@ pub struct Database {
 impl Database {
     /// The same database with another deadline per operation.
     pub fn with_timeout(&self, timeout: Duration) -> Database {
-        Database {
-            timeout,
-            ..self.clone()
-        }
+        Database { timeout, ..self.clone() }
     }
 
     /// Reads a key, linearizably.
@@ -223,11 +210,7 @@ impl Database {
     }
 
     /// Sets a key's value; the new version. An unknown outcome is retried: at least once.
-    pub async fn put(
-        &self,
-        key: impl Into<Bytes>,
-        value: impl Into<Bytes>,
-    ) -> Result<u64, ClientError> {
+    pub async fn put(&self, key: impl Into<Bytes>, value: impl Into<Bytes>) -> Result<u64, ClientError> {
         let _ = (key.into(), value.into());
         Ok(0)
     }
@@ -252,10 +235,7 @@ impl Database {
 
     /// Runs independent operations, each with its own result, in the order given. They are grouped by
     /// shard into as few calls as possible; no order among them is promised.
-    pub async fn batch(
-        &self,
-        operations: Vec<Operation>,
-    ) -> Vec<Result<OperationResult, ClientError>> {
+    pub async fn batch(&self, operations: Vec<Operation>) -> Vec<Result<OperationResult, ClientError>> {
         let _ = operations;
         Vec::new()
     }
@@ -263,10 +243,7 @@ impl Database {
     /// Begins a scan over all shards. Pages come shard by shard: keys are ordered within a shard, not
     /// among shards.
     pub fn scan(&self, options: ScanOptions) -> Scan {
-        Scan {
-            database: self.clone(),
-            options,
-        }
+        Scan { database: self.clone(), options }
     }
 }
 

@@ -1,8 +1,14 @@
 //! Between the program's types and their Cap'n Proto forms.
 //!
 //! - [`records`]: nodes, databases, shards, map deltas (wire and disk).
-//! - [`peer`]: frames of the peer port. - [`refusal`]: [`crate::refusal::Refusal`] and `Error`.
+//! - [`meta`]: commands and replies of the metadata shard.
+//! - [`peer`]: frames of the peer port. - [`messages`]: the raft messages in them, and their rules.
+//! - [`hello`]: the first frame each way on a peer connection.
+//! - [`refusal`]: [`crate::refusal::Refusal`] and `Error`.
 
+pub mod hello;
+pub mod messages;
+pub mod meta;
 pub mod peer;
 pub mod records;
 pub mod refusal;
@@ -38,4 +44,10 @@ pub enum CodecError {
         /// What is wrong.
         detail: String,
     },
+}
+
+impl From<capnp::NotInSchema> for CodecError {
+    fn from(unknown: capnp::NotInSchema) -> CodecError {
+        CodecError::Capnp(unknown.into())
+    }
 }

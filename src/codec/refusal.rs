@@ -1,1 +1,193 @@
 //! Refusals and the wire's `Error`.
+//!
+//! The fixed fields of an `Error` (applied, retryable, retryAfterMs, message) decide what a caller may
+//! conclude; its union only adds detail. So reading takes the union's member where it is known and
+//! agrees with the fixed fields, and falls back on [`Refusal::Other`] otherwise. It never fails: an
+//! answer that says "no" in an unreadable way is still a "no".
+
+use super::CodecError;
+use super::records::read_text;
+use crate::ids::{NodeId, ShardId};
+use crate::refusal::{Outcome, QUARANTINED, Refusal, known_reason};
+use crate::schema::types_capnp::{Applied, error};
+
+/// Writes a refusal.
+pub fn write_refusal(refusal: &Refusal, mut to: error::Builder<'_>) {
+    to.set_applied(match refusal.outcome() {
+        Outcome::NotApplied => Applied::No,
+        Outcome::Unknown => Applied::Unknown,
+    });
+    to.set_retryable(refusal.retryable());
+    to.set_retry_after_ms(refusal.retry_after_ms());
+    to.set_message(refusal.to_string().as_str());
+    match refusal {
+        Refusal::NotLeader { shard, leader } => {
+            let mut not_leader = to.init_not_leader();
+            not_leader.set_shard(shard.0);
+            not_leader.set_leader_node(leader.map_or(0, |node| node.0));
+        }
+        Refusal::StaleRoute { shard, asked, range_version } => {
+            let mut stale = to.init_stale_route();
+            stale.set_shard(shard.0);
+            stale.set_asked(*asked);
+            stale.set_range_version(*range_version);
+        }
+        Refusal::Busy { .. } => to.set_busy(()),
+        Refusal::Invalid(_) => to.set_invalid(()),
+        Refusal::Superseded => to.set_superseded(()),
+        Refusal::Unknown(_) => to.set_unknown_outcome(()),
+        Refusal::Unavailable(_) => to.set_unavailable(()),
+        Refusal::Quarantined(_) => to.set_quarantined(()),
+        Refusal::Deadline => to.set_deadline(()),
+        Refusal::UnknownDatabase(name) => to.set_unknown_database(name.as_str()),
+        Refusal::Refused(_) => to.set_refused(()),
+        Refusal::Other { .. } => to.set_other(()),
+    }
+}
+
+/// Reads a refusal. Variants that hold a fixed text keep it if it is one of
+/// [`crate::refusal::REASONS`]; any other text is replaced by a general one.
+pub fn read_refusal(from: error::Reader<'_>) -> Refusal {
+    let outcome = match from.get_applied() {
+        Ok(Applied::No) => Outcome::NotApplied,
+        // An outcome that this version can't name is not one to build on.
+        Ok(Applied::Unknown) | Err(_) => Outcome::Unknown,
+    };
+    let message = match from.get_message().map_err(CodecError::from) {
+        Ok(text) => read_text(text).unwrap_or_else(|_| "(unreadable message)".into()),
+        Err(_) => "(unreadable message)".into(),
+    };
+    match read_member(from, &message) {
+        Some(refusal) if refusal.outcome() == outcome && refusal.retryable() == from.get_retryable() => {
+            refusal
+        }
+        _ => Refusal::Other {
+            outcome,
+            retryable: from.get_retryable(),
+            retry_after_ms: from.get_retry_after_ms(),
+            message,
+        },
+    }
+}
+
+/// The refusal that the union alone stands for, if this version knows its member.
+fn read_member(from: error::Reader<'_>, message: &str) -> Option<Refusal> {
+    Some(match from.which().ok()? {
+        error::NotLeader(not_leader) => {
+            let leader = not_leader.get_leader_node();
+            Refusal::NotLeader {
+                shard: ShardId(not_leader.get_shard()),
+                leader: (leader != 0).then_some(NodeId(leader)),
+            }
+        }
+        error::StaleRoute(stale) => Refusal::StaleRoute {
+            shard: ShardId(stale.get_shard()),
+            asked: stale.get_asked(),
+            range_version: stale.get_range_version(),
+        },
+        error::Busy(()) => Refusal::Busy {
+            what: known_reason(message).unwrap_or("a queue of the node that was asked"),
+            retry_after_ms: from.get_retry_after_ms(),
+        },
+        error::UnknownDatabase(name) => Refusal::UnknownDatabase(read_text(name.ok()?).ok()?),
+        error::Invalid(()) => Refusal::Invalid(message.to_owned()),
+        error::UnknownOutcome(()) => {
+            Refusal::Unknown(known_reason(message).unwrap_or("the node that was asked lost track of it"))
+        }
+        error::Superseded(()) => Refusal::Superseded,
+        error::Unavailable(()) => Refusal::Unavailable(
+            known_reason(message).unwrap_or("the replica that was asked is not in service"),
+        ),
+        error::Quarantined(()) => {
+            let reason = message.strip_prefix(QUARANTINED).unwrap_or(message);
+            Refusal::Quarantined(reason.to_owned())
+        }
+        error::Refused(()) => Refusal::Refused(message.to_owned()),
+        error::Deadline(()) => Refusal::Deadline,
+        error::Other(()) => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::refusal::REASONS;
+    use proptest::prelude::*;
+
+    fn any_refusal() -> impl Strategy<Value = Refusal> {
+        let reason = prop::sample::select(REASONS);
+        let outcome = prop_oneof![Just(Outcome::NotApplied), Just(Outcome::Unknown)];
+        prop_oneof![
+            (any::<u64>(), any::<u64>()).prop_map(|(shard, node)| Refusal::NotLeader {
+                shard: ShardId(shard),
+                leader: (node % 2 == 1).then_some(NodeId(node)),
+            }),
+            any::<[u64; 3]>().prop_map(|[shard, asked, range_version]| Refusal::StaleRoute {
+                shard: ShardId(shard),
+                asked,
+                range_version,
+            }),
+            (reason.clone(), any::<u32>())
+                .prop_map(|(what, retry_after_ms)| Refusal::Busy { what, retry_after_ms }),
+            ".{0,40}".prop_map(Refusal::Invalid),
+            Just(Refusal::Superseded),
+            reason.clone().prop_map(Refusal::Unknown),
+            reason.prop_map(Refusal::Unavailable),
+            ".{0,40}".prop_map(Refusal::Quarantined),
+            Just(Refusal::Deadline),
+            ".{0,40}".prop_map(Refusal::UnknownDatabase),
+            ".{0,40}".prop_map(Refusal::Refused),
+            (outcome, any::<bool>(), any::<u32>(), ".{0,40}").prop_map(
+                |(outcome, retryable, retry_after_ms, message)| Refusal::Other {
+                    outcome,
+                    retryable,
+                    retry_after_ms,
+                    message,
+                }
+            ),
+        ]
+    }
+
+    fn read_back(write: impl FnOnce(error::Builder<'_>)) -> Refusal {
+        let mut message = capnp::message::Builder::new_default();
+        write(message.init_root());
+        read_refusal(message.get_root_as_reader().unwrap())
+    }
+
+    #[test]
+    fn a_text_of_ones_own_is_replaced_but_nothing_else_is_lost() {
+        let busy = Refusal::Busy { what: "something new", retry_after_ms: 25 };
+        let read = read_back(|to| write_refusal(&busy, to));
+        assert_eq!(read.retry_after_ms(), 25);
+        assert!(matches!(read, Refusal::Busy { .. }));
+        let lost = read_back(|to| write_refusal(&Refusal::Unknown("something new"), to));
+        assert_eq!(lost.outcome(), Outcome::Unknown);
+    }
+
+    #[test]
+    fn the_fixed_fields_win_over_the_union() {
+        let read = read_back(|mut to| {
+            to.set_applied(Applied::Unknown);
+            to.set_retryable(true);
+            to.set_retry_after_ms(7);
+            to.set_message("lost in a new way");
+            to.set_superseded(());
+        });
+        let fallback = Refusal::Other {
+            outcome: Outcome::Unknown,
+            retryable: true,
+            retry_after_ms: 7,
+            message: "lost in a new way".into(),
+        };
+        assert_eq!(read, fallback);
+    }
+
+    proptest! {
+        #[test]
+        fn refusals_survive_the_wire(refusal in any_refusal()) {
+            let read = read_back(|to| write_refusal(&refusal, to));
+            prop_assert_eq!(&read, &refusal);
+            prop_assert_eq!(read.to_string(), refusal.to_string());
+        }
+    }
+}

@@ -1,10 +1,15 @@
-//! Commands, replies, queries and answers, and the format of a log entry.
+//! Commands, replies, queries and answers, and their limits. Their form in a log entry is
+//! [`super::entry`]'s.
 
 use bytes::Bytes;
 
 use crate::ids::{ClusterId, NodeId};
+use crate::limits;
 use crate::placement::map::{DatabaseRecord, NodeRecord, ShardRecord};
 use crate::placement::plan::PlannedShard;
+use crate::refusal::Refusal;
+
+pub use super::entry::{decode_entry, encode_entry};
 
 /// What a state machine executes.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -155,6 +160,18 @@ pub enum MetaRefusal {
     /// The cluster isn't formed yet.
     #[error("the cluster is not formed yet")]
     NotFormed,
+    /// A rule of a newer version of the program, in its words. Never made here, only read.
+    #[error("{0}")]
+    Other(String),
+}
+
+impl From<MetaRefusal> for Refusal {
+    fn from(refusal: MetaRefusal) -> Refusal {
+        match refusal {
+            MetaRefusal::UnknownDatabase(name) => Refusal::UnknownDatabase(name),
+            other => Refusal::Refused(other.to_string()),
+        }
+    }
 }
 
 /// A read of a shard's state.
@@ -171,7 +188,7 @@ pub enum Query {
         prefix: Bytes,
         /// Only keys greater than this; empty: from the start.
         after: Bytes,
-        /// At most so many pairs; bounded further by `limits::SCAN_PAIRS_MAX` and `SCAN_BYTES_MAX`.
+        /// At most so many pairs (0: no limit of the caller's); bounded further by `limits::SCAN_PAIRS_MAX` and `SCAN_BYTES_MAX`.
         limit: usize,
         /// Leave out the values.
         keys_only: bool,
@@ -215,6 +232,9 @@ pub enum FormatError {
         /// The number.
         value: u64,
     },
+    /// The metadata command inside can't be read.
+    #[error("unreadable metadata command: {0}")]
+    Metadata(String),
     /// The content contradicts itself.
     #[error("malformed {0}")]
     Malformed(&'static str),
@@ -223,17 +243,78 @@ pub enum FormatError {
     WrongMachine,
 }
 
-/// The payload of one log entry: a batch of commands, applied in order. The bytes begin with a
-/// format version; see the module page for the layout.
-pub fn encode_entry(commands: &[Command]) -> Vec<u8> {
-    let _ = commands;
-    Vec::new()
+/// A command or query breaks a limit; it is refused before it is proposed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum LimitError {
+    /// Keys have at least one byte.
+    #[error("the key is empty; a key has 1 to {most} bytes", most = limits::KEY_BYTES_MAX)]
+    EmptyKey,
+    /// Something is too long.
+    #[error("the {what} has {bytes} bytes; the limit is {most}")]
+    TooLong {
+        /// What.
+        what: &'static str,
+        /// Its length.
+        bytes: usize,
+        /// The greatest length.
+        most: usize,
+    },
 }
 
-/// Reads the payload of a log entry. Keys and values share the buffer of `data`.
-pub fn decode_entry(data: &Bytes) -> Result<Vec<Command>, FormatError> {
-    let _ = data;
-    Err(FormatError::Malformed("entry"))
+impl From<LimitError> for Refusal {
+    fn from(error: LimitError) -> Refusal {
+        Refusal::Invalid(error.to_string())
+    }
+}
+
+/// Checks a key against the limits.
+pub fn check_key(key: &[u8]) -> Result<(), LimitError> {
+    if key.is_empty() {
+        return Err(LimitError::EmptyKey);
+    }
+    check_length("key", key, limits::KEY_BYTES_MAX)
+}
+
+/// Checks a value against the limits.
+pub fn check_value(value: &[u8]) -> Result<(), LimitError> {
+    check_length("value", value, limits::VALUE_BYTES_MAX)
+}
+
+/// Checks a write against the limits. Applying doesn't: whoever proposes a command must have checked it.
+pub fn check(command: &KvCommand) -> Result<(), LimitError> {
+    match command {
+        KvCommand::Put { key, value } => {
+            check_key(key)?;
+            check_value(value)
+        }
+        KvCommand::Delete { key } => check_key(key),
+        KvCommand::Cas { key, expect, value } => {
+            check_key(key)?;
+            if let Expect::Value(expected) = expect {
+                check_length("expected value", expected, limits::VALUE_BYTES_MAX)?;
+            }
+            check_value(value)
+        }
+    }
+}
+
+/// Checks a query against the limits.
+pub fn check_query(query: &Query) -> Result<(), LimitError> {
+    match query {
+        Query::Get { key } => check_key(key),
+        Query::Scan { prefix, after, .. } => {
+            check_length("prefix", prefix, limits::KEY_BYTES_MAX)?;
+            check_length("key to scan after", after, limits::KEY_BYTES_MAX)
+        }
+    }
+}
+
+fn check_length(what: &'static str, bytes: &[u8], most: usize) -> Result<(), LimitError> {
+    if bytes.len() > most {
+        let bytes = bytes.len();
+        return Err(LimitError::TooLong { what, bytes, most });
+    }
+    Ok(())
 }
 
 impl Command {
@@ -243,15 +324,53 @@ impl Command {
             Command::Kv(KvCommand::Put { key, value }) => 16 + key.len() + value.len(),
             Command::Kv(KvCommand::Delete { key }) => 16 + key.len(),
             Command::Kv(KvCommand::Cas { key, expect, value }) => {
-                let expected = if let Expect::Value(value) = expect {
-                    value.len()
-                } else {
-                    0
-                };
-                16 + key.len() + value.len() + expected
+                let expected = if let Expect::Value(value) = expect { value.len() } else { 0 };
+                24 + key.len() + value.len() + expected
             }
             Command::Meta(MetaCommand::CreateDatabase { shards, .. }) => 256 + shards.len() * 128,
-            Command::Meta(_) => 4096,
+            Command::Meta(MetaCommand::Form { nodes, .. }) => 1024 + nodes.len() * 1024,
+            Command::Meta(_) => 1024,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(command: &KvCommand) -> String {
+        check(command).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn limits_are_named_with_what_was_asked() {
+        let bytes = |len: usize| Bytes::from(vec![0; len]);
+        let cas = |expect, value| KvCommand::Cas { key: bytes(1), expect, value };
+        let most = bytes(limits::VALUE_BYTES_MAX);
+        let greatest = KvCommand::Put { key: bytes(limits::KEY_BYTES_MAX), value: most.clone() };
+        assert_eq!(check(&greatest), Ok(()));
+        assert_eq!(check(&cas(Expect::Value(most.clone()), most)), Ok(()));
+        assert_eq!(
+            refused(&KvCommand::Delete { key: bytes(0) }),
+            "the key is empty; a key has 1 to 4096 bytes"
+        );
+        assert_eq!(
+            refused(&KvCommand::Delete { key: bytes(4097) }),
+            "the key has 4097 bytes; the limit is 4096"
+        );
+        let over = bytes(limits::VALUE_BYTES_MAX + 1);
+        assert_eq!(
+            refused(&cas(Expect::Absent, over.clone())),
+            "the value has 8388609 bytes; the limit is 8388608"
+        );
+        assert_eq!(
+            refused(&cas(Expect::Value(over), bytes(0))),
+            "the expected value has 8388609 bytes; the limit is 8388608"
+        );
+        let scan = Query::Scan { prefix: bytes(5000), after: bytes(0), limit: 1, keys_only: false };
+        assert_eq!(
+            check_query(&scan).unwrap_err().to_string(),
+            "the prefix has 5000 bytes; the limit is 4096"
+        );
     }
 }

@@ -2,12 +2,15 @@
 //! applying an entry depends on the entry and the shard's state alone, never on a clock, a random
 //! number, a setting, the build or the machine it runs on.
 //!
-//! - [`command`]: commands, replies, queries, and the format of a log entry.
+//! - [`command`]: commands, replies, queries, limits. - [`entry`]: the format of a log entry.
 //! - [`kv`]: the key-value machine. - [`value`]: the format of a stored value.
 //! - [`meta`]: the metadata shard's machine.
 
 pub mod command;
+pub mod entry;
 pub mod kv;
+#[cfg(any(test, feature = "test-hooks"))]
+pub mod memory;
 pub mod meta;
 pub mod value;
 
@@ -43,9 +46,7 @@ impl MachineKind {
     pub fn apply(self, command: &Command, state: &mut dyn StateBatch) -> Result<Reply, ApplyError> {
         match (self, command) {
             (MachineKind::Kv, Command::Kv(command)) => Ok(Reply::Kv(kv::apply(command, state)?)),
-            (MachineKind::Metadata, Command::Meta(command)) => {
-                Ok(Reply::Meta(meta::apply(command, state)?))
-            }
+            (MachineKind::Metadata, Command::Meta(command)) => Ok(Reply::Meta(meta::apply(command, state)?)),
             _ => Err(command::FormatError::WrongMachine.into()),
         }
     }

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use super::ring::RingRange;
+use super::ring::{self, RingRange};
 use crate::ids::{ClusterId, DatabaseId, Epoch, NodeId, ReplicaId, ShardId, StoreId};
 
 /// One process of the cluster as the metadata shard knows it.
@@ -122,40 +122,28 @@ impl ClusterMap {
             cluster_id: self.cluster_id,
             since,
             version: self.version,
-            nodes: self
-                .nodes
-                .values()
-                .filter(|n| n.changed_at > since)
-                .cloned()
-                .collect(),
-            databases: self
-                .databases
-                .values()
-                .filter(|d| d.changed_at > since)
-                .cloned()
-                .collect(),
-            shards: self
-                .shards
-                .values()
-                .filter(|s| s.changed_at > since)
-                .cloned()
-                .collect(),
+            nodes: self.nodes.values().filter(|n| n.changed_at > since).cloned().collect(),
+            databases: self.databases.values().filter(|d| d.changed_at > since).cloned().collect(),
+            shards: self.shards.values().filter(|s| s.changed_at > since).cloned().collect(),
         }
     }
 
     /// Takes over what `delta` tells, record by record: the one changed later wins. Returns whether
     /// anything changed. The map's version advances only if the delta leaves no gap
-    /// (`delta.since <= self.version`); records of a partial delta are still taken.
+    /// (`delta.since <= self.version`); records of a partial delta are still taken. So deltas may come in
+    /// any order and more than once. A delta of another cluster changes nothing.
     pub fn merge(&mut self, delta: MapDelta) -> bool {
         let mut changed = false;
+        if self.cluster_id == ClusterId::default() {
+            changed |= self.cluster_id != delta.cluster_id;
+            self.cluster_id = delta.cluster_id;
+        } else if self.cluster_id != delta.cluster_id {
+            return false;
+        }
         macro_rules! take {
             ($field:ident) => {
                 for record in delta.$field {
-                    if self
-                        .$field
-                        .get(&record.id)
-                        .is_none_or(|have| have.changed_at < record.changed_at)
-                    {
+                    if self.$field.get(&record.id).is_none_or(|have| have.changed_at < record.changed_at) {
                         self.$field.insert(record.id, record);
                         changed = true;
                     }
@@ -169,40 +157,193 @@ impl ClusterMap {
             self.version = delta.version;
             changed = true;
         }
-        if self.cluster_id == ClusterId::default() {
-            self.cluster_id = delta.cluster_id;
-        }
         changed
     }
 
     /// The living database of this name.
     pub fn database(&self, name: &str) -> Option<&DatabaseRecord> {
-        self.databases
-            .values()
-            .find(|d| !d.dropped && d.name == name)
+        self.databases.values().find(|d| !d.dropped && d.name == name)
     }
 
-    /// The shard of `database` that owns `position`; binary search over its ordered ranges.
+    /// The shard of `database` that owns `position`; binary search over its ordered ranges. `None` if the
+    /// map has no record of it, which may be while only part of a delta has arrived.
     pub fn shard_at(&self, database: &DatabaseRecord, position: u64) -> Option<&ShardRecord> {
-        let at = database
-            .shards
-            .partition_point(|id| self.shards.get(id).is_some_and(|s| s.range.end < position));
-        let shard = self.shards.get(database.shards.get(at)?)?;
-        shard.range.contains(position).then_some(shard)
+        let owner = |id: &ShardId| {
+            let shard = self.shards.get(id)?;
+            shard.range.contains(position).then_some(shard)
+        };
+        let at =
+            database.shards.partition_point(|id| self.shards.get(id).is_some_and(|s| s.range.end < position));
+        // A missing record misleads the search; then every shard is asked.
+        (database.shards.get(at).and_then(owner)).or_else(|| database.shards.iter().find_map(owner))
+    }
+
+    /// The shard of `database` that owns `key`.
+    pub fn shard_of_key(&self, database: &DatabaseRecord, key: &[u8]) -> Option<&ShardRecord> {
+        self.shard_at(database, ring::position(key))
     }
 }
 
 impl ShardRecord {
     /// The node that holds `replica`.
     pub fn node_of(&self, replica: ReplicaId) -> Option<NodeId> {
-        self.members
-            .iter()
-            .find(|m| m.replica == replica)
-            .map(|m| m.node)
+        self.members.iter().find(|m| m.replica == replica).map(|m| m.node)
     }
 
     /// The member on `node`.
     pub fn member_on(&self, node: NodeId) -> Option<&Member> {
         self.members.iter().find(|m| m.node == node)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn node(id: u64, changed_at: u64) -> NodeRecord {
+        NodeRecord {
+            id: NodeId(id),
+            label: format!("n{id} of {changed_at}"),
+            client_address: String::new(),
+            peer_address: String::new(),
+            zone: String::new(),
+            weight: 100,
+            store_id: StoreId::default(),
+            changed_at,
+        }
+    }
+
+    fn database(id: u64, changed_at: u64, shards: Vec<ShardId>) -> DatabaseRecord {
+        DatabaseRecord {
+            id: DatabaseId(id),
+            name: format!("db{id}"),
+            replicas: 1,
+            shards,
+            dropped: false,
+            changed_at,
+        }
+    }
+
+    fn shard(id: u64, changed_at: u64, range: RingRange) -> ShardRecord {
+        ShardRecord {
+            id: ShardId(id),
+            database: DatabaseId(1),
+            range,
+            epoch: Epoch { range: 1, conf: 1 },
+            members: Vec::new(),
+            dropped: false,
+            changed_at,
+        }
+    }
+
+    /// A map whose version 1, 2, … each came from changing the record that `changes` names.
+    fn history(changes: &[u64]) -> Vec<ClusterMap> {
+        let mut map =
+            ClusterMap { cluster_id: ClusterId::from_slice(&[7; 16]).unwrap(), ..ClusterMap::default() };
+        let mut versions = vec![map.clone()];
+        for (version, change) in (1..).zip(changes) {
+            map.version = version;
+            match change % 3 {
+                0 => drop(map.nodes.insert(NodeId(*change), node(*change, version))),
+                1 => {
+                    let record = database(*change, version, vec![ShardId(version)]);
+                    map.databases.insert(DatabaseId(*change), record);
+                }
+                _ => {
+                    let record = shard(*change, version, RingRange::ALL);
+                    map.shards.insert(ShardId(*change), record);
+                }
+            }
+            versions.push(map.clone());
+        }
+        versions
+    }
+
+    fn with_ranges(shards: u32) -> ClusterMap {
+        let mut map = ClusterMap::default();
+        let ids: Vec<_> = (1..=u64::from(shards)).map(ShardId).collect();
+        for (id, range) in ids.iter().zip(ring::equal_ranges(shards)) {
+            map.shards.insert(*id, shard(id.0, 1, range));
+        }
+        map.databases.insert(DatabaseId(1), database(1, 1, ids));
+        map
+    }
+
+    #[test]
+    fn a_delta_of_another_cluster_is_ignored() {
+        let mut map = history(&[3, 4]).pop().unwrap();
+        let mut foreign = history(&[6, 7, 8]).pop().unwrap().delta(0);
+        foreign.cluster_id = ClusterId::from_slice(&[8; 16]).unwrap();
+        let before = map.clone();
+        assert!(!map.merge(foreign));
+        assert_eq!(map, before);
+    }
+
+    #[test]
+    fn a_gap_holds_the_version_back() {
+        let versions = history(&[3, 4, 5]);
+        let mut map = versions[1].clone();
+        assert!(map.merge(versions[3].delta(2)));
+        assert_eq!((map.version, map.shards.len()), (1, 1));
+        assert!(map.merge(versions[3].delta(1)));
+        assert_eq!(map, versions[3]);
+        assert!(!map.merge(versions[3].delta(1)));
+    }
+
+    #[test]
+    fn only_a_living_database_is_found_by_name() {
+        let mut map = with_ranges(1);
+        assert_eq!(map.database("db1").unwrap().id, DatabaseId(1));
+        map.databases.get_mut(&DatabaseId(1)).unwrap().dropped = true;
+        assert_eq!(map.database("db1"), None);
+        let mut again = database(2, 2, vec![]);
+        again.name = "db1".into();
+        map.databases.insert(again.id, again);
+        assert_eq!(map.database("db1").unwrap().id, DatabaseId(2));
+    }
+
+    #[test]
+    fn a_missing_record_hides_only_its_own_range() {
+        for missing in 1..=8 {
+            let mut map = with_ranges(8);
+            map.shards.remove(&ShardId(missing));
+            for (id, range) in (1..).zip(ring::equal_ranges(8)) {
+                let found = map.shard_at(&map.databases[&DatabaseId(1)], range.end);
+                assert_eq!(found.map(|s| s.id.0), (id != missing).then_some(id));
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn each_position_has_the_shard_whose_range_holds_it(shards in 1..300_u32, position: u64) {
+            let map = with_ranges(shards);
+            let found = map.shard_at(&map.databases[&DatabaseId(1)], position).unwrap();
+            let holders = map.shards.values().filter(|s| s.range.contains(position));
+            prop_assert_eq!(holders.map(|s| s.id).collect::<Vec<_>>(), [found.id]);
+        }
+
+        #[test]
+        fn deltas_in_any_order_converge(
+            changes in prop::collection::vec(0..9_u64, 1..30),
+            picks in prop::collection::vec(any::<(prop::sample::Index, prop::sample::Index)>(), 0..20),
+        ) {
+            let versions = history(&changes);
+            let mut map = ClusterMap::default();
+            for (since, version) in picks {
+                let since = since.index(versions.len()) as u64;
+                let before = map.version;
+                map.merge(version.get(&versions).delta(since));
+                // What the map says it knows, it knows: no record is older than its version allows.
+                prop_assert!(map.version >= before);
+                for record in versions[map.version as usize].nodes.values() {
+                    prop_assert!(map.nodes[&record.id].changed_at >= record.changed_at);
+                }
+            }
+            let newest = versions.last().unwrap();
+            map.merge(newest.delta(map.version));
+            prop_assert_eq!(&map, newest);
+        }
     }
 }

@@ -4,9 +4,7 @@
 #[derive(Debug, thiserror::Error)]
 pub enum IdentityError {
     /// Another process holds it.
-    #[error(
-        "{path} is in use by another process{holder}; stop that one first or choose another directory"
-    )]
+    #[error("{path} is in use by another process{holder}; stop that one first or choose another directory")]
     InUse {
         /// The directory.
         path: String,

@@ -1,0 +1,311 @@
+//! What a failed attempt means for an operation: try again, and when, or give up, and with which
+//! error. Sans-I/O: the time left and a random number come from outside.
+//!
+//! | the attempt | read | put, delete | cas, and writes tried once |
+//! |---|---|---|---|
+//! | certainly not applied, may work later | again | again | again |
+//! | outcome unknown | again | again: at least once | fails as unknown |
+//! | certainly not applied, never will | fails | fails | fails |
+//! | no time left | not applied | unknown if any attempt was | not applied |
+//!
+//! A write that fails for good after an earlier attempt with unknown outcome is reported as unknown:
+//! that earlier attempt may have been applied.
+
+use std::time::Duration;
+
+use super::{ClientError, NotApplied};
+use crate::limits::{RETRY_MS_MAX, RETRY_MS_MIN};
+use crate::refusal::{Outcome, Refusal};
+
+/// An attempt isn't begun with less time than this.
+const ATTEMPT_MIN: Duration = Duration::from_millis(1);
+
+/// What may be repeated.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// Has no effect: repeat at will.
+    Read,
+    /// A write that may be repeated after an unknown outcome.
+    Repeatable,
+    /// A write that must not be repeated after an unknown outcome.
+    Once,
+}
+
+/// How an attempt failed.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Failure {
+    /// A node answered so.
+    Refused(Refusal),
+    /// It was never sent: no connection, no route.
+    NotSent(String),
+    /// It was sent, and no answer came or none that can be read.
+    Lost(String),
+}
+
+impl Failure {
+    /// Whether the attempt may have had an effect.
+    pub fn outcome(&self) -> Outcome {
+        match self {
+            Failure::Refused(refusal) => refusal.outcome(),
+            Failure::NotSent(_) => Outcome::NotApplied,
+            Failure::Lost(_) => Outcome::Unknown,
+        }
+    }
+
+    /// Whether another attempt may succeed. The node's own deadline is that of one attempt, so a
+    /// further one is worth the time that is left.
+    fn retryable(&self) -> bool {
+        match self {
+            Failure::Refused(Refusal::Deadline) => true,
+            Failure::Refused(refusal) => refusal.retryable(),
+            Failure::NotSent(_) | Failure::Lost(_) => true,
+        }
+    }
+
+    /// Whether the answer tells where to go instead, so that going there at once makes sense.
+    fn redirects(&self) -> bool {
+        matches!(
+            self,
+            Failure::Refused(
+                Refusal::NotLeader {
+                    leader: Some(_),
+                    ..
+                } | Refusal::StaleRoute { .. }
+            )
+        )
+    }
+
+    fn text(&self) -> String {
+        match self {
+            Failure::Refused(refusal) => refusal.to_string(),
+            Failure::NotSent(text) | Failure::Lost(text) => text.clone(),
+        }
+    }
+}
+
+/// The attempts of one operation so far.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Attempts {
+    /// How many failed.
+    pub failed: u32,
+    /// Whether one of them may have had an effect.
+    pub unknown: bool,
+}
+
+/// What to do after a failed attempt.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Decision {
+    /// Try again after this time, which is less than the time left.
+    Retry(Duration),
+    /// Give up.
+    Fail(ClientError),
+}
+
+/// Notes a failed attempt in `attempts` and says what to do. `left` is the time to the deadline,
+/// `within` the whole time that was given, `entropy` a random number for the jitter.
+pub fn decide(
+    kind: Kind,
+    attempts: &mut Attempts,
+    failure: Failure,
+    left: Duration,
+    within: Duration,
+    entropy: u64,
+) -> Decision {
+    attempts.failed = attempts.failed.saturating_add(1);
+    let unknown = kind != Kind::Read && failure.outcome() == Outcome::Unknown;
+    attempts.unknown |= unknown;
+    if (unknown && kind == Kind::Once) || !failure.retryable() || left <= ATTEMPT_MIN {
+        return Decision::Fail(give_up(attempts.unknown, failure, within));
+    }
+    // Whatever the delay, leave time for one more attempt.
+    let after = delay(attempts.failed, &failure, entropy).min(left * 3 / 4);
+    Decision::Retry(after)
+}
+
+/// The error of an operation that is given up after `failure`.
+pub fn give_up(unknown: bool, failure: Failure, within: Duration) -> ClientError {
+    if unknown {
+        return ClientError::Unknown(failure.text());
+    }
+    match failure {
+        Failure::Refused(Refusal::Invalid(text)) => ClientError::Invalid(text),
+        Failure::Refused(Refusal::UnknownDatabase(name)) => {
+            ClientError::NotApplied(NotApplied::UnknownDatabase(name))
+        }
+        Failure::Refused(refusal) if !refusal.retryable() && refusal != Refusal::Deadline => {
+            ClientError::NotApplied(NotApplied::Refused(refusal))
+        }
+        failure => ClientError::NotApplied(NotApplied::Unavailable {
+            within,
+            last: failure.text(),
+        }),
+    }
+}
+
+/// Time before the next attempt: none for the first two redirects (one from a stale cache, one from a
+/// node that learned of a new leader late), else exponential with jitter, and never less than a busy
+/// node asks for.
+fn delay(failed: u32, failure: &Failure, entropy: u64) -> Duration {
+    if failure.redirects() && failed <= 2 {
+        return Duration::ZERO;
+    }
+    let ceiling = RETRY_MS_MIN
+        .saturating_mul(1 << failed.min(16))
+        .min(RETRY_MS_MAX);
+    // Between half the ceiling and the ceiling, in microseconds.
+    let half = ceiling * 500;
+    let backoff = Duration::from_micros(half + entropy % (half + 1));
+    let asked = match failure {
+        Failure::Refused(refusal) => {
+            Duration::from_millis(u64::from(refusal.retry_after_ms()).min(10 * RETRY_MS_MAX))
+        }
+        _ => Duration::ZERO,
+    };
+    backoff.max(asked)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::{NodeId, ShardId};
+    use proptest::prelude::*;
+
+    const WITHIN: Duration = Duration::from_secs(10);
+
+    fn busy(ms: u32) -> Failure {
+        Failure::Refused(Refusal::Busy {
+            what: "pending operations",
+            retry_after_ms: ms,
+        })
+    }
+
+    fn after(kind: Kind, failure: Failure) -> Decision {
+        decide(kind, &mut Attempts::default(), failure, WITHIN, WITHIN, 0)
+    }
+
+    #[test]
+    fn the_table_on_the_module_page() {
+        use Kind::*;
+        let lost = || Failure::Lost("gone".into());
+        let never = || Failure::Refused(Refusal::Invalid("too long".into()));
+        let unknown = Decision::Fail(ClientError::Unknown("gone".into()));
+        let invalid = Decision::Fail(ClientError::Invalid("too long".into()));
+        let retries = |decision: Decision| matches!(decision, Decision::Retry(_));
+        for kind in [Read, Repeatable, Once] {
+            for failure in [
+                busy(1),
+                Failure::NotSent("down".into()),
+                Failure::Refused(Refusal::Deadline),
+                Failure::Refused(Refusal::Superseded),
+                Failure::Refused(Refusal::Quarantined("poison".into())),
+            ] {
+                assert!(retries(after(kind, failure.clone())), "{kind:?} {failure:?}");
+            }
+            assert_eq!(after(kind, never()), invalid);
+        }
+        assert!(retries(after(Read, lost())));
+        assert!(retries(after(Repeatable, lost())));
+        assert_eq!(after(Once, lost()), unknown);
+        assert_eq!(
+            after(Once, Failure::Refused(Refusal::Unknown("gone"))),
+            Decision::Fail(ClientError::Unknown(
+                "the outcome can't be known: gone".into()
+            ))
+        );
+    }
+
+    #[test]
+    fn an_unknown_attempt_is_not_forgotten() {
+        let mut attempts = Attempts::default();
+        let lost = Failure::Lost("gone".into());
+        assert!(matches!(
+            decide(Kind::Repeatable, &mut attempts, lost, WITHIN, WITHIN, 7),
+            Decision::Retry(_)
+        ));
+        let refused = Failure::Refused(Refusal::UnknownDatabase("db".into()));
+        assert!(matches!(
+            decide(Kind::Repeatable, &mut attempts, refused, WITHIN, WITHIN, 7),
+            Decision::Fail(ClientError::Unknown(_))
+        ));
+        // A read had no effect whatever happened.
+        let mut attempts = Attempts::default();
+        decide(Kind::Read, &mut attempts, Failure::Lost("gone".into()), WITHIN, WITHIN, 7);
+        let end = decide(Kind::Read, &mut attempts, busy(1), Duration::ZERO, WITHIN, 7);
+        assert!(matches!(
+            end,
+            Decision::Fail(ClientError::NotApplied(NotApplied::Unavailable { .. }))
+        ));
+    }
+
+    #[test]
+    fn delays() {
+        let redirect = Failure::Refused(Refusal::NotLeader {
+            shard: ShardId(1),
+            leader: Some(NodeId(2)),
+        });
+        assert_eq!(delay(1, &redirect, 0), Duration::ZERO);
+        assert_eq!(delay(3, &redirect, 0), Duration::from_millis(8));
+        assert_eq!(delay(1, &busy(10), 0), Duration::from_millis(10));
+        assert_eq!(delay(1, &Failure::NotSent(String::new()), 0), Duration::from_millis(2));
+        assert_eq!(
+            delay(40, &Failure::NotSent(String::new()), u64::MAX - 1),
+            Duration::from_millis(100) + Duration::from_micros((u64::MAX - 1) % 100_001)
+        );
+    }
+
+    fn any_failure() -> impl Strategy<Value = Failure> {
+        prop_oneof![
+            any::<u32>().prop_map(busy),
+            Just(Failure::NotSent("down".into())),
+            Just(Failure::Lost("gone".into())),
+            Just(Failure::Refused(Refusal::Unknown("gone"))),
+            Just(Failure::Refused(Refusal::Superseded)),
+            Just(Failure::Refused(Refusal::Deadline)),
+            Just(Failure::Refused(Refusal::Invalid("no".into()))),
+            any::<bool>().prop_map(|known| Failure::Refused(Refusal::NotLeader {
+                shard: ShardId(1),
+                leader: known.then_some(NodeId(1)),
+            })),
+            (any::<bool>(), any::<bool>(), any::<u32>()).prop_map(|(unknown, retryable, ms)| {
+                Failure::Refused(Refusal::Other {
+                    outcome: if unknown { Outcome::Unknown } else { Outcome::NotApplied },
+                    retryable,
+                    retry_after_ms: ms,
+                    message: "new".into(),
+                })
+            }),
+        ]
+    }
+
+    proptest! {
+        /// Attempts that take no time at all, failing in any way until the operation is given up.
+        #[test]
+        fn ends_in_time_and_tells_the_truth(
+            kind in prop::sample::select(vec![Kind::Read, Kind::Repeatable, Kind::Once]),
+            failures in prop::collection::vec((any_failure(), any::<u64>()), 1..8),
+            within_ms in 0u64..20_000,
+        ) {
+            let within = Duration::from_millis(within_ms);
+            let (mut spent, mut attempts, mut may_have_happened) =
+                (Duration::ZERO, Attempts::default(), false);
+            let mut rounds = 0;
+            for (failure, entropy) in failures.iter().cycle() {
+                rounds += 1;
+                prop_assert!(rounds < 50_000, "it never ends");
+                prop_assert!(!(kind == Kind::Once && may_have_happened), "repeated after an unknown outcome");
+                may_have_happened |= failure.outcome() == Outcome::Unknown;
+                match decide(kind, &mut attempts, failure.clone(), within - spent, within, *entropy) {
+                    Decision::Retry(after) => {
+                        prop_assert!(spent + after < within);
+                        spent += after;
+                    }
+                    Decision::Fail(error) => {
+                        let unknown = matches!(error, ClientError::Unknown(_));
+                        prop_assert_eq!(unknown, may_have_happened && kind != Kind::Read);
+                        return Ok(());
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,300 @@
+//! Commands and replies of the metadata shard as Cap'n Proto messages (schema/store.capnp): embedded
+//! in log entries, and carried as opaque bytes between nodes.
+//!
+//! The bytes come from a log or a peer and may begin at any address, while capnp reads aligned words
+//! only. [`decode_command`] and [`decode_reply`] therefore copy the message into words of their own:
+//! such messages are small and rare, and the crate's `unaligned` feature would slow every other
+//! reader of the program down instead.
+
+use capnp::Word;
+use capnp::message::{Builder, ReaderOptions};
+use capnp::serialize;
+
+use super::CodecError;
+use super::records::{
+    length, malformed, read_database, read_id, read_node, read_node_ids, read_nodes, read_range, read_shard,
+    read_text, write_database, write_node, write_shard,
+};
+use crate::ids::NodeId;
+use crate::limits;
+use crate::machine::command::{MetaCommand, MetaRefusal, MetaReply};
+use crate::placement::plan::PlannedShard;
+use crate::schema::store_capnp::{meta_command, meta_refusal, meta_reply, planned_shard};
+
+/// Reading follows no pointer of a message more often than this, so what is read is at most this many
+/// times the message; one that promises more (lists that overlap) is refused.
+const READS_PER_BYTE: usize = 8;
+
+/// A message under the limits of [`read_message`].
+pub(crate) type MessageReader<'a> = capnp::message::Reader<serialize::BufferSegments<&'a [u8]>>;
+
+/// The bytes of a metadata command.
+pub fn encode_command(command: &MetaCommand) -> Vec<u8> {
+    let mut message = Builder::new_default();
+    let root = message.init_root::<meta_command::Builder<'_>>();
+    match command {
+        MetaCommand::Form { cluster_id, nodes, metadata } => {
+            let mut form = root.init_form();
+            form.set_cluster_id(&cluster_id.0);
+            let mut list = form.reborrow().init_nodes(length(nodes.len()));
+            for (at, node) in (0..).zip(nodes) {
+                write_node(node, list.reborrow().get(at));
+            }
+            write_shard(metadata, form.init_metadata());
+        }
+        MetaCommand::AddNode(record) => write_node(record, root.init_add_node()),
+        MetaCommand::CreateDatabase { name, replicas, shards } => {
+            let mut create = root.init_create_database();
+            create.set_name(name.as_str());
+            create.set_replicas(*replicas);
+            let mut list = create.init_shards(length(shards.len()));
+            for (at, shard) in (0..).zip(shards) {
+                write_planned(shard, list.reborrow().get(at));
+            }
+        }
+        MetaCommand::DropDatabase { name } => {
+            let mut root = root;
+            root.set_drop_database(name.as_str());
+        }
+    }
+    serialize::write_message_to_words(&message)
+}
+
+/// Reads a metadata command. Errors: not a message, longer or shorter than it says, an unknown kind of
+/// command, or a malformed field. A command this version doesn't know is an error, never skipped.
+pub fn decode_command(bytes: &[u8]) -> Result<MetaCommand, CodecError> {
+    read_message("MetaCommand", bytes, |message| {
+        match message.get_root::<meta_command::Reader<'_>>()?.which() {
+            Ok(meta_command::Form(form)) => Ok(MetaCommand::Form {
+                cluster_id: read_id("clusterId", form.get_cluster_id()?)?,
+                nodes: read_nodes(form.get_nodes()?)?,
+                metadata: read_shard(form.get_metadata()?)?,
+            }),
+            Ok(meta_command::AddNode(record)) => Ok(MetaCommand::AddNode(read_node(record?)?)),
+            Ok(meta_command::CreateDatabase(create)) => Ok(MetaCommand::CreateDatabase {
+                name: read_text(create.get_name()?)?,
+                replicas: create.get_replicas(),
+                shards: create.get_shards()?.iter().map(read_planned).collect::<Result<_, _>>()?,
+            }),
+            Ok(meta_command::DropDatabase(name)) => Ok(MetaCommand::DropDatabase { name: read_text(name?)? }),
+            Err(unknown) => Err(malformed("MetaCommand", unknown.to_string())),
+        }
+    })
+}
+
+/// The bytes of a metadata reply.
+pub fn encode_reply(reply: &MetaReply) -> Vec<u8> {
+    let mut message = Builder::new_default();
+    let mut root = message.init_root::<meta_reply::Builder<'_>>();
+    match reply {
+        MetaReply::Formed(version) => root.set_formed(*version),
+        MetaReply::Node(node) => root.set_node(node.0),
+        MetaReply::Database { record, created } => {
+            root.set_created(*created);
+            write_database(record, root.init_database());
+        }
+        MetaReply::Refused(refusal) => {
+            root.set_refused(refusal.to_string().as_str());
+            write_meta_refusal(refusal, root.init_refusal());
+        }
+    }
+    serialize::write_message_to_words(&message)
+}
+
+/// Reads a metadata reply. A refusal of a kind this version doesn't know is read as
+/// [`MetaRefusal::Other`] with its text.
+pub fn decode_reply(bytes: &[u8]) -> Result<MetaReply, CodecError> {
+    read_message("MetaReply", bytes, |message| {
+        let root = message.get_root::<meta_reply::Reader<'_>>()?;
+        match root.which() {
+            Ok(meta_reply::Formed(version)) => Ok(MetaReply::Formed(version)),
+            Ok(meta_reply::Node(node)) => Ok(MetaReply::Node(NodeId(node))),
+            Ok(meta_reply::Database(record)) => {
+                Ok(MetaReply::Database { record: read_database(record?)?, created: root.get_created() })
+            }
+            Ok(meta_reply::Refused(text)) => {
+                Ok(MetaReply::Refused(read_meta_refusal(root.get_refusal()?, read_text(text?)?)?))
+            }
+            Err(unknown) => Err(malformed("MetaReply", unknown.to_string())),
+        }
+    })
+}
+
+fn write_planned(shard: &PlannedShard, mut to: planned_shard::Builder<'_>) {
+    to.set_start(shard.range.start);
+    to.set_end(shard.range.end);
+    let mut nodes = to.init_nodes(length(shard.nodes.len()));
+    for (at, node) in (0..).zip(&shard.nodes) {
+        nodes.set(at, node.0);
+    }
+}
+
+fn read_planned(from: planned_shard::Reader<'_>) -> Result<PlannedShard, CodecError> {
+    Ok(PlannedShard {
+        range: read_range(from.get_start(), from.get_end())?,
+        nodes: read_node_ids(from.get_nodes()?),
+    })
+}
+
+fn write_meta_refusal(refusal: &MetaRefusal, mut to: meta_refusal::Builder<'_>) {
+    match refusal {
+        MetaRefusal::OtherCluster { have, asked } => {
+            let mut other = to.init_other_cluster();
+            other.set_have(&have.0);
+            other.set_asked(&asked.0);
+        }
+        MetaRefusal::NameTaken { name, replicas, shards } => {
+            let mut taken = to.init_name_taken();
+            taken.set_name(name.as_str());
+            taken.set_replicas(*replicas);
+            taken.set_shards(length(*shards));
+        }
+        MetaRefusal::UnknownDatabase(name) => to.set_unknown_database(name.as_str()),
+        MetaRefusal::UnknownNode(node) => to.set_unknown_node(node.0),
+        MetaRefusal::InvalidPlan(reason) => to.set_invalid_plan(reason.as_str()),
+        MetaRefusal::NotFormed => to.set_not_formed(()),
+        MetaRefusal::Other(_) => to.set_other(()),
+    }
+}
+
+fn read_meta_refusal(from: meta_refusal::Reader<'_>, text: String) -> Result<MetaRefusal, CodecError> {
+    Ok(match from.which() {
+        Ok(meta_refusal::OtherCluster(other)) => MetaRefusal::OtherCluster {
+            have: read_id("have", other.get_have()?)?,
+            asked: read_id("asked", other.get_asked()?)?,
+        },
+        Ok(meta_refusal::NameTaken(taken)) => MetaRefusal::NameTaken {
+            name: read_text(taken.get_name()?)?,
+            replicas: taken.get_replicas(),
+            shards: taken.get_shards() as usize,
+        },
+        Ok(meta_refusal::UnknownDatabase(name)) => MetaRefusal::UnknownDatabase(read_text(name?)?),
+        Ok(meta_refusal::UnknownNode(node)) => MetaRefusal::UnknownNode(NodeId(node)),
+        Ok(meta_refusal::InvalidPlan(reason)) => MetaRefusal::InvalidPlan(read_text(reason?)?),
+        Ok(meta_refusal::NotFormed(())) => MetaRefusal::NotFormed,
+        Ok(meta_refusal::Other(())) | Err(_) => MetaRefusal::Other(text),
+    })
+}
+
+/// Copies `bytes` to aligned words and hands them to `read` as one whole message.
+pub(crate) fn read_message<T>(
+    what: &'static str,
+    bytes: &[u8],
+    read: impl FnOnce(&MessageReader<'_>) -> Result<T, CodecError>,
+) -> Result<T, CodecError> {
+    if bytes.len() > limits::TRAVERSAL_BYTES_MAX {
+        let most = limits::TRAVERSAL_BYTES_MAX;
+        return Err(malformed(what, format!("{} bytes, more than {most}", bytes.len())));
+    }
+    let mut words = Word::allocate_zeroed_vec(bytes.len().div_ceil(size_of::<Word>()));
+    let aligned = Word::words_to_bytes_mut(&mut words);
+    aligned[..bytes.len()].copy_from_slice(bytes);
+    let traversal = bytes.len().saturating_mul(READS_PER_BYTE).min(limits::TRAVERSAL_BYTES_MAX);
+    let mut options = ReaderOptions::new();
+    options
+        .traversal_limit_in_words(Some(traversal.div_ceil(size_of::<Word>())))
+        .nesting_limit(limits::NESTING_MAX);
+    let mut rest = &aligned[..bytes.len()];
+    let message = serialize::read_message_from_flat_slice(&mut rest, options)?;
+    if !rest.is_empty() {
+        return Err(malformed(what, format!("{} bytes follow its end", rest.len())));
+    }
+    read(&message)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::codec::records::tests::{any_database, any_id, any_node, any_range, any_shard};
+    use proptest::prelude::*;
+
+    pub(crate) fn any_command() -> impl Strategy<Value = MetaCommand> {
+        let planned = (any_range(), prop::collection::vec(any::<u64>().prop_map(NodeId), 0..5))
+            .prop_map(|(range, nodes)| PlannedShard { range, nodes });
+        prop_oneof![
+            (any_id(), prop::collection::vec(any_node(), 0..4), any_shard())
+                .prop_map(|(cluster_id, nodes, metadata)| MetaCommand::Form { cluster_id, nodes, metadata }),
+            any_node().prop_map(MetaCommand::AddNode),
+            (".{0,20}", any::<u32>(), prop::collection::vec(planned, 0..9))
+                .prop_map(|(name, replicas, shards)| MetaCommand::CreateDatabase { name, replicas, shards }),
+            ".{0,20}".prop_map(|name| MetaCommand::DropDatabase { name }),
+        ]
+    }
+
+    fn any_refusal() -> impl Strategy<Value = MetaRefusal> {
+        prop_oneof![
+            (any_id(), any_id()).prop_map(|(have, asked)| MetaRefusal::OtherCluster { have, asked }),
+            (".{0,20}", any::<u32>(), 0..9999_usize)
+                .prop_map(|(name, replicas, shards)| { MetaRefusal::NameTaken { name, replicas, shards } }),
+            ".{0,20}".prop_map(MetaRefusal::UnknownDatabase),
+            any::<u64>().prop_map(|node| MetaRefusal::UnknownNode(NodeId(node))),
+            ".{0,20}".prop_map(MetaRefusal::InvalidPlan),
+            Just(MetaRefusal::NotFormed),
+            ".{0,20}".prop_map(MetaRefusal::Other),
+        ]
+    }
+
+    fn any_reply() -> impl Strategy<Value = MetaReply> {
+        prop_oneof![
+            any::<u64>().prop_map(MetaReply::Formed),
+            any::<u64>().prop_map(|node| MetaReply::Node(NodeId(node))),
+            (any_database(), any::<bool>())
+                .prop_map(|(record, created)| MetaReply::Database { record, created }),
+            any_refusal().prop_map(MetaReply::Refused),
+        ]
+    }
+
+    #[test]
+    fn bytes_after_the_message_are_refused() {
+        let mut bytes = encode_reply(&MetaReply::Formed(3));
+        bytes.extend([0; 8]);
+        let error = decode_reply(&bytes).unwrap_err().to_string();
+        assert_eq!(error, "malformed MetaReply: 8 bytes follow its end");
+        assert!(decode_reply(&bytes[..bytes.len() - 16]).is_err());
+        assert!(decode_reply(&[]).is_err());
+    }
+
+    #[test]
+    fn a_refusal_of_an_unknown_kind_keeps_its_text() {
+        let mut message = Builder::new_default();
+        let mut reply = message.init_root::<meta_reply::Builder<'_>>();
+        reply.set_refused("no, for a new reason");
+        let bytes = serialize::write_message_to_words(&message);
+        assert_eq!(
+            decode_reply(&bytes).unwrap(),
+            MetaReply::Refused(MetaRefusal::Other("no, for a new reason".into()))
+        );
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn commands_survive_at_any_alignment(command in any_command(), shift in 0..8_usize) {
+            let bytes = encode_command(&command);
+            let shifted = [vec![0xff; shift], bytes].concat();
+            prop_assert_eq!(decode_command(&shifted[shift..]).unwrap(), command);
+        }
+
+        #[test]
+        fn replies_survive(reply in any_reply()) {
+            prop_assert_eq!(decode_reply(&encode_reply(&reply)).unwrap(), reply);
+        }
+
+        #[test]
+        fn damaged_commands_never_panic(
+            command in any_command(),
+            damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..8),
+            cut in any::<prop::sample::Index>(),
+        ) {
+            let mut bytes = encode_command(&command);
+            for (at, byte) in damage {
+                let at = at.index(bytes.len());
+                bytes[at] = byte;
+            }
+            let _ = decode_command(&bytes);
+            let _ = decode_reply(&bytes);
+            let _ = decode_command(&bytes[..cut.index(bytes.len())]);
+        }
+    }
+}

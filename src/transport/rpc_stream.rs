@@ -1,0 +1,35 @@
+//! A TCP stream as `capnp_rpc::twoparty::VatNetwork` wants it: `futures` traits, buffered reads,
+//! gathered writes, no Nagle.
+
+use std::io;
+
+use capnp::message::ReaderOptions;
+use futures_util::io::BufReader;
+use tokio::net::TcpStream;
+use tokio::net::tcp::OwnedReadHalf;
+use tokio_util::compat::{Compat, TokioAsyncReadCompatExt};
+
+use super::coalesce::{CoalescingWriter, coalesce};
+use crate::limits::{COALESCE_BYTES_MAX, NESTING_MAX, READ_CHUNK_BYTES, TRAVERSAL_BYTES_MAX};
+
+/// The reading side of an RPC connection. The library reads each message in two steps; the buffer
+/// makes that one system call for all messages that are there.
+pub type RpcReader = BufReader<Compat<OwnedReadHalf>>;
+
+/// Limits for messages from an RPC connection.
+pub fn reader_options() -> ReaderOptions {
+    ReaderOptions { traversal_limit_in_words: Some(TRAVERSAL_BYTES_MAX / 8), nesting_limit: NESTING_MAX }
+}
+
+/// Splits a stream for RPC. The future writes what the writer gathered: spawn it on the same thread.
+/// It ends once the writer is dropped or closed and everything is written, and then closes the
+/// sending direction; or when writing fails, with the error, which the writer gives too.
+pub fn rpc_streams(
+    stream: TcpStream,
+) -> io::Result<(RpcReader, CoalescingWriter, impl Future<Output = io::Result<()>> + 'static)> {
+    stream.set_nodelay(true)?;
+    let (reader, writer) = stream.into_split();
+    let (writer, flusher) = coalesce(writer, COALESCE_BYTES_MAX);
+    let reader = BufReader::with_capacity(READ_CHUNK_BYTES, reader.compat());
+    Ok((reader, writer, flusher))
+}
