@@ -130,6 +130,19 @@ pub const BUSY_RETRY_MS: u32 = 10;
 /// A stopping node exits at the latest after this many milliseconds.
 pub const STOP_MS_MAX: u64 = 5_000;
 
+/// Nodes that `pontoon setup` runs in one process at most.
+pub const LOCAL_NODES_MAX: u32 = 32;
+/// Concurrent clients of `pontoon bench` at most.
+pub const BENCH_CLIENTS_MAX: u32 = 16 * 1024;
+/// Longest line that `pontoon import` reads: the greatest pair with every byte escaped as `\u00XX`.
+pub const IMPORT_LINE_BYTES_MAX: usize = 6 * (KEY_BYTES_MAX + VALUE_BYTES_MAX) + 4 * KIB;
+/// Pairs that `pontoon import` puts into one batch.
+pub const IMPORT_BATCH_PAIRS: usize = 256;
+/// Batches that `pontoon import` has under way; it reads on when one is done.
+pub const IMPORT_BATCHES_IN_FLIGHT: usize = 8;
+/// Failures that `pontoon import` tells one by one; further ones are only counted.
+pub const IMPORT_FAILURES_TOLD: usize = 20;
+
 /// Raft messages in one peer frame; a sender opens another frame, a receiver closes the connection.
 pub const FRAME_MESSAGES_MAX: usize = 16 * 1024;
 /// Log entries in one raft message; a message with more is not sent, and closes the connection it comes on.
@@ -215,6 +228,7 @@ const _: () = assert!(FRAME_BYTES_MAX <= TRAVERSAL_BYTES_MAX);
 const _: () = assert!(FRAME_BYTES_MAX <= OUTBOX_BYTES_MAX);
 const _: () = assert!(ENTRY_BYTES_MAX <= UNCOMMITTED_BYTES_MAX);
 const _: () = assert!(BATCH_OPERATIONS_MAX <= REPLICA_PENDING_MAX);
+const _: () = assert!(IMPORT_BATCH_PAIRS <= BATCH_OPERATIONS_MAX);
 const _: () = assert!(HEARTBEAT_TICKS * 2 < ELECTION_TICKS_MIN);
 const _: () = assert!(ELECTION_TICKS_MIN < ELECTION_TICKS_MAX);
 // Distinct election windows, one tick wide, for all replicas of a group.
