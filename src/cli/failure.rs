@@ -152,7 +152,7 @@ mod tests {
     fn each_client_error_has_its_exit_code() {
         let refused = |refusal| ClientError::NotApplied(NotApplied::Refused(refusal));
         let busy = Refusal::Busy {
-            what: "queue",
+            what: "queue".into(),
             retry_after_ms: 10,
         };
         for (error, exit, code) in [

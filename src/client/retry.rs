@@ -174,7 +174,7 @@ mod tests {
 
     fn busy(ms: u32) -> Failure {
         Failure::Refused(Refusal::Busy {
-            what: "pending operations",
+            what: "pending operations".into(),
             retry_after_ms: ms,
         })
     }
@@ -207,7 +207,7 @@ mod tests {
         assert!(retries(after(Repeatable, lost())));
         assert_eq!(after(Once, lost()), unknown);
         assert_eq!(
-            after(Once, Failure::Refused(Refusal::Unknown("gone"))),
+            after(Once, Failure::Refused(Refusal::Unknown("gone".into()))),
             Decision::Fail(ClientError::Unknown(
                 "the outcome can't be known: gone".into()
             ))
@@ -258,7 +258,7 @@ mod tests {
             any::<u32>().prop_map(busy),
             Just(Failure::NotSent("down".into())),
             Just(Failure::Lost("gone".into())),
-            Just(Failure::Refused(Refusal::Unknown("gone"))),
+            Just(Failure::Refused(Refusal::Unknown("gone".into()))),
             Just(Failure::Refused(Refusal::Superseded)),
             Just(Failure::Refused(Refusal::Deadline)),
             Just(Failure::Refused(Refusal::Invalid("no".into()))),

@@ -191,7 +191,7 @@ impl<T> Group<T> {
         if self.stepped_down.is_some_and(|at| self.ticks - at > UNDECIDED_TICKS_MAX) {
             self.stepped_down = None;
             self.done.extend(self.proposals.drain().map(|caller| {
-                (caller, Err(Refusal::Unknown("leadership was lost before the entry was committed")))
+                (caller, Err(Refusal::Unknown("leadership was lost before the entry was committed".into())))
             }));
         }
     }
@@ -264,7 +264,7 @@ impl<T> Group<T> {
     /// Why nothing can be submitted now.
     fn refusal(&self) -> Option<Refusal> {
         if self.recovering() {
-            Some(Refusal::Unavailable("the replica is re-applying its log after a start"))
+            Some(Refusal::Unavailable("the replica is re-applying its log after a start".into()))
         } else if !self.leads() {
             Some(self.not_leader())
         } else if self.queued.len() + self.proposals.len() + self.reads.len() >= limits::REPLICA_PENDING_MAX {
@@ -326,11 +326,11 @@ impl<T> Group<T> {
     /// Ends everything that waits: the replica is going away.
     pub fn abandon(&mut self, reason: &'static str) -> Vec<(T, Result<Output, Refusal>)> {
         let mut done = std::mem::take(&mut self.done);
-        done.extend(self.queued.drain(..).map(|(token, _)| (token, Err(Refusal::Unavailable(reason)))));
+        done.extend(self.queued.drain(..).map(|(token, _)| (token, Err(Refusal::Unavailable(reason.into())))));
         done.extend(
-            self.reads.drain().into_iter().map(|(token, _)| (token, Err(Refusal::Unavailable(reason)))),
+            self.reads.drain().into_iter().map(|(token, _)| (token, Err(Refusal::Unavailable(reason.into())))),
         );
-        done.extend(self.proposals.drain().map(|token| (token, Err(Refusal::Unknown(reason)))));
+        done.extend(self.proposals.drain().map(|token| (token, Err(Refusal::Unknown(reason.into())))));
         done
     }
 
@@ -709,7 +709,7 @@ impl<T> Group<T> {
 }
 
 fn busy(what: &'static str) -> Refusal {
-    Refusal::Busy { what, retry_after_ms: limits::BUSY_RETRY_MS }
+    Refusal::Busy { what: what.into(), retry_after_ms: limits::BUSY_RETRY_MS }
 }
 
 fn damaged(replica: ReplicaId, detail: String) -> GroupError {

@@ -143,7 +143,7 @@ impl NodeHandle {
     }
 
     fn member(&self) -> Result<&Member, Refusal> {
-        self.inner.member.get().ok_or(Refusal::Unavailable("the node is not yet a member of a cluster"))
+        self.inner.member.get().ok_or(Refusal::Unavailable("the node is not yet a member of a cluster".into()))
     }
 
     /// This node's id; 0 while it isn't a member.
@@ -168,20 +168,20 @@ impl NodeHandle {
     ) -> Result<Vec<Result<Output, Refusal>>, Refusal> {
         let addr = self.member()?.router.replica(shard)?;
         if self.phase() == NodePhase::Stopping {
-            return Err(Refusal::Unavailable("the node is stopping"));
+            return Err(Refusal::Unavailable("the node is stopping".into()));
         }
         let (reply, results) = oneshot::channel();
         let writes: Vec<bool> = operations.iter().map(|o| matches!(o, Operation::Command(_))).collect();
         addr.try_send(Submit { range_version, operations, reply }).map_err(|error| match error {
             SendError::Full(_) => {
-                Refusal::Busy { what: "the shard's mailbox", retry_after_ms: limits::BUSY_RETRY_MS }
+                Refusal::Busy { what: "the shard's mailbox".into(), retry_after_ms: limits::BUSY_RETRY_MS }
             }
-            SendError::Closed(_) => Refusal::Unavailable("the replica is being rebuilt after a crash"),
+            SendError::Closed(_) => Refusal::Unavailable("the replica is being rebuilt after a crash".into()),
         })?;
         match tokio::time::timeout(timeout, results).await {
             Ok(Ok(results)) => results,
             // The mailbox was dropped with the message in it: the replica crashed before it saw it.
-            Ok(Err(_)) => Err(Refusal::Unavailable("the replica is being rebuilt after a crash")),
+            Ok(Err(_)) => Err(Refusal::Unavailable("the replica is being rebuilt after a crash".into())),
             Err(_) => Ok(writes.into_iter().map(|writes| Err(timed_out(writes))).collect()),
         }
     }
@@ -199,7 +199,7 @@ impl NodeHandle {
             }
             let map = self.map();
             let Some(metadata) = map.shards.get(&METADATA_SHARD) else {
-                return Err(Refusal::Unavailable("the node is not yet a member of a cluster"));
+                return Err(Refusal::Unavailable("the node is not yet a member of a cluster".into()));
             };
             // The leader, if the last answer named one; else each voter in turn.
             let target = hint.take().filter(|node| metadata.member_on(*node).is_some());
@@ -210,7 +210,7 @@ impl NodeHandle {
             } else {
                 match map.nodes.get(&target) {
                     Some(node) => meta_there(&node.peer_address, command.clone(), patience).await,
-                    None => Err(Refusal::Unavailable("the address of the metadata leader is not known")),
+                    None => Err(Refusal::Unavailable("the address of the metadata leader is not known".into())),
                 }
             };
             match answer {
@@ -238,7 +238,7 @@ impl NodeHandle {
         match results.into_iter().next() {
             Some(Ok(Output::Reply(Reply::Meta(reply)))) => Ok(reply),
             Some(Err(refusal)) => Err(refusal),
-            _ => Err(Refusal::Unknown("the metadata shard gave no answer")),
+            _ => Err(Refusal::Unknown("the metadata shard gave no answer".into())),
         }
     }
 
@@ -263,7 +263,7 @@ impl NodeHandle {
     pub async fn transfer(&self, shard: ShardId, to: NodeId, timeout: Duration) -> Result<(), Refusal> {
         let addr = self.member()?.router.replica(shard)?;
         let deadline = Instant::now() + timeout;
-        let gone = |_| Refusal::Unavailable("the replica is being rebuilt after a crash");
+        let gone = |_| Refusal::Unavailable("the replica is being rebuilt after a crash".into());
         if to == self.node() {
             return Ok(());
         }
@@ -275,7 +275,7 @@ impl NodeHandle {
             }
             tokio::time::sleep(Duration::from_millis(limits::META_RETRY_MS)).await;
         }
-        Err(Refusal::Unavailable("leadership didn't move within the time given"))
+        Err(Refusal::Unavailable("leadership didn't move within the time given".into()))
     }
 
     /// Test hook: makes this node's replica of `shard` fail in the named way. A build without the
@@ -297,9 +297,9 @@ impl NodeHandle {
 
 fn timed_out(writes: bool) -> Refusal {
     if writes {
-        Refusal::Unknown("the deadline passed while the entry was being replicated")
+        Refusal::Unknown("the deadline passed while the entry was being replicated".into())
     } else {
-        Refusal::Unavailable("the deadline passed while the read waited for a quorum")
+        Refusal::Unavailable("the deadline passed while the read waited for a quorum".into())
     }
 }
 
@@ -307,10 +307,10 @@ async fn meta_there(address: &str, command: MetaCommand, timeout: Duration) -> R
     match PeerClient::call(address, HelloConfig::default(), PeerRequest::Meta(command), timeout).await {
         Ok(PeerResponse::Meta(reply)) => Ok(reply),
         Ok(PeerResponse::Refused(refusal)) => Err(refusal),
-        Ok(_) => Err(Refusal::Unknown("a peer gave an answer to another question")),
+        Ok(_) => Err(Refusal::Unknown("a peer gave an answer to another question".into())),
         Err(error) => {
             tracing::debug!(address, %error, "asking for a metadata command");
-            Err(Refusal::Unknown("the connection to the metadata leader was lost"))
+            Err(Refusal::Unknown("the connection to the metadata leader was lost".into()))
         }
     }
 }

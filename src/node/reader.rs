@@ -37,7 +37,7 @@ impl ReadThread {
                     let result =
                         job.machine.query(&query, &job.reader).map(Output::Answer).map_err(|error| {
                             tracing::error!(replica = %job.reader.replica, %error, "reading the state store");
-                            Refusal::Unavailable("the node can't read its state store")
+                            Refusal::Unavailable("the node can't read its state store".into())
                         });
                     ticket.finish(result);
                 }

@@ -407,7 +407,7 @@ impl Handler<Transfer> for ReplicaActor {
                 .group
                 .successors()
                 .first()
-                .ok_or(Refusal::Unavailable("no other replica is in reach"))?,
+                .ok_or(Refusal::Unavailable("no other replica is in reach".into()))?,
         };
         self.group.transfer(to);
         self.queue_pump(ctx);

@@ -96,7 +96,7 @@ impl Asked {
                         Ok(PeerResponse::Joined { node, map: self.handle.map().delta(0) })
                     }
                     MetaReply::Refused(refusal) => Err(Refusal::Refused(refusal.to_string())),
-                    _ => Err(Refusal::Unknown("the metadata shard answered another question")),
+                    _ => Err(Refusal::Unknown("the metadata shard answered another question".into())),
                 }
             }
             PeerRequest::Map { since } => {
@@ -113,7 +113,7 @@ impl Asked {
     fn cluster(&self) -> Result<crate::ids::ClusterId, Refusal> {
         match self.applicant.stage() {
             Membership::Member(cluster, _) => Ok(cluster),
-            _ => Err(Refusal::Unavailable("the node is not yet a member of a cluster")),
+            _ => Err(Refusal::Unavailable("the node is not yet a member of a cluster".into())),
         }
     }
 }

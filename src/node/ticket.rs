@@ -77,9 +77,9 @@ impl Drop for Ticket {
     fn drop(&mut self) {
         if !self.ended {
             let refusal = if self.writes {
-                Refusal::Unknown("the replica crashed before it could answer")
+                Refusal::Unknown("the replica crashed before it could answer".into())
             } else {
-                Refusal::Unavailable("the replica crashed before it could answer")
+                Refusal::Unavailable("the replica crashed before it could answer".into())
             };
             self.put(Err(refusal));
         }
