@@ -95,9 +95,7 @@ pub enum Command {
     /// Show where a key belongs and who leads there
     Route(RouteArgs),
     /// Ask each node how it is
-    #[command(
-        after_help = "Examples:\n  pontoon health\n  pontoon health --cluster 127.0.0.1:7101"
-    )]
+    #[command(after_help = "Examples:\n  pontoon health\n  pontoon health --cluster 127.0.0.1:7101")]
     Health,
     /// List, create and drop databases
     #[command(subcommand, arg_required_else_help = true)]
@@ -227,9 +225,7 @@ pub struct GetArgs {
 
 /// `delete`
 #[derive(Args, Debug)]
-#[command(
-    after_help = "Examples:\n  pontoon delete testDB bob\n\nExit code 1: no such key."
-)]
+#[command(after_help = "Examples:\n  pontoon delete testDB bob\n\nExit code 1: no such key.")]
 pub struct DeleteArgs {
     /// Database
     #[arg(value_name = "DB")]
@@ -577,10 +573,7 @@ fn duration(text: &str) -> Result<Duration, String> {
 fn database_name(text: &str) -> Result<String, String> {
     let allowed = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
     if text.is_empty() || text.len() > limits::NAME_BYTES_MAX || !text.bytes().all(allowed) {
-        return Err(format!(
-            "a name is 1 to {} of A-Z a-z 0-9 _ -",
-            limits::NAME_BYTES_MAX
-        ));
+        return Err(format!("a name is 1 to {} of A-Z a-z 0-9 _ -", limits::NAME_BYTES_MAX));
     }
     Ok(text.to_owned())
 }
@@ -603,9 +596,7 @@ mod tests {
     #[test]
     fn the_reports_lines_are_subcommands() {
         let cli = parse(&["-setup", "testDB", "3", "5"]).unwrap();
-        let Command::Setup(setup) = cli.command else {
-            panic!("not setup")
-        };
+        let Command::Setup(setup) = cli.command else { panic!("not setup") };
         assert_eq!((setup.name.as_str(), setup.replicas, setup.partitions), ("testDB", 3, 5));
         assert!(matches!(parse(&["-set", "testDB", "bob", "hello"]).unwrap().command, Command::Set(_)));
         assert!(matches!(parse(&["-get", "testDB", "bob"]).unwrap().command, Command::Get(_)));
@@ -646,9 +637,7 @@ mod tests {
         };
         assert_eq!((set.key.to_str(), set.value.unwrap().to_str()), (Some("--json"), Some("-h")));
         let cas = ["cas", "db", "-k", "--expect", "-old", "-new"];
-        let Command::Cas(cas) = parse(&cas).unwrap().command else {
-            panic!("not cas")
-        };
+        let Command::Cas(cas) = parse(&cas).unwrap().command else { panic!("not cas") };
         assert_eq!(cas.key, "-k");
         assert_eq!(cas.condition.expect.unwrap(), "-old");
         assert_eq!(cas.new.unwrap(), "-new");

@@ -51,10 +51,8 @@ pub fn bench(context: &Context, args: &BenchArgs) -> Result<Exit, Failure> {
     block_on(async {
         let addresses = context.addresses()?;
         let timeout = context.timeout();
-        let sessions = try_join_all(
-            (0..args.connections).map(|_| Session::open(addresses.clone(), timeout)),
-        )
-        .await?;
+        let sessions =
+            try_join_all((0..args.connections).map(|_| Session::open(addresses.clone(), timeout))).await?;
         let result = run(context, args, &sessions, &signals).await;
         join_all(sessions.iter().map(|session| session.client.close())).await;
         result
@@ -83,8 +81,7 @@ async fn run(
             DATABASE.to_owned()
         }
     };
-    let databases: Vec<Database> =
-        sessions.iter().map(|session| session.database_for_many(&name)).collect();
+    let databases: Vec<Database> = sessions.iter().map(|session| session.database_for_many(&name)).collect();
     let mut value = vec![0; args.value_bytes as usize];
     SmallRng::seed_from_u64(0).fill_bytes(&mut value);
     let value = Bytes::from(value);
@@ -165,7 +162,7 @@ async fn call(
     random: &mut SmallRng,
     value: &Bytes,
 ) -> (u64, Vec<String>) {
-    let mut draw = |random: &mut SmallRng| {
+    let draw = |random: &mut SmallRng| {
         let key = key(random.random_range(0..args.keys));
         let put = match args.workload {
             Workload::Put => true,
@@ -197,9 +194,7 @@ async fn call(
 /// What is wrong with a result; a get that finds nothing is an error.
 fn problem(result: Result<OperationResult, ClientError>) -> Option<String> {
     match result {
-        Ok(OperationResult::Value(None)) => {
-            Some("a key that was written before is not there".to_owned())
-        }
+        Ok(OperationResult::Value(None)) => Some("a key that was written before is not there".to_owned()),
         Ok(_) => None,
         Err(error) => Some(error.to_string()),
     }
@@ -226,10 +221,7 @@ async fn preload(
         for result in join_all(batches).await.into_iter().flatten() {
             result.map_err(|error| {
                 let failure = Failure::from(error);
-                Failure {
-                    message: format!("writing the keys beforehand: {}", failure.message),
-                    ..failure
-                }
+                Failure { message: format!("writing the keys beforehand: {}", failure.message), ..failure }
             })?;
         }
         bar.set_message(format!("writing keys: {next}/{}", args.keys));

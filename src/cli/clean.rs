@@ -58,11 +58,7 @@ fn question(cluster: &ClusterFile, dir: &LocalDir) -> String {
         "Remove the local cluster in {} ({} nodes; databases: {}) with all its data? [y/N] ",
         dir.path().display(),
         cluster.nodes.len(),
-        if names.is_empty() {
-            "none".to_owned()
-        } else {
-            names.join(", ")
-        }
+        if names.is_empty() { "none".to_owned() } else { names.join(", ") }
     )
 }
 

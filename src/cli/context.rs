@@ -69,10 +69,7 @@ impl Context {
 /// waiting for the deadline would help nobody.
 fn local_addresses(path: PathBuf) -> Result<Vec<String>, Failure> {
     let dir = LocalDir::new(path);
-    let no_cluster = |message: String| Failure {
-        code: "no_cluster",
-        ..Failure::unavailable(message)
-    };
+    let no_cluster = |message: String| Failure { code: "no_cluster", ..Failure::unavailable(message) };
     let Some(cluster) = dir.read()? else {
         return Err(no_cluster(format!(
             "there is no local cluster in {}; start one with `pontoon setup NAME REPLICAS \
@@ -86,8 +83,7 @@ fn local_addresses(path: PathBuf) -> Result<Vec<String>, Failure> {
             "the local cluster in {} is not running; start it again with {}",
             dir.path().display(),
             match cluster.databases.first() {
-                Some(db) =>
-                    format!("`pontoon setup {} {} {}`", db.name, db.replicas, db.shards),
+                Some(db) => format!("`pontoon setup {} {} {}`", db.name, db.replicas, db.shards),
                 None => "`pontoon setup NAME REPLICAS PARTITIONS`".to_owned(),
             }
         )));
@@ -109,10 +105,7 @@ impl Session {
     /// Connects through any of `addresses`; the deadline of the command runs from here.
     pub async fn open(addresses: Vec<String>, timeout: Duration) -> Result<Session, Failure> {
         let deadline = Instant::now() + timeout;
-        let options = ClientOptions {
-            timeout,
-            ..ClientOptions::new(addresses.clone())
-        };
+        let options = ClientOptions { timeout, ..ClientOptions::new(addresses.clone()) };
         let client = Client::connect_with(options).await.map_err(|error| {
             let mut failure = Failure::from(error);
             if failure.exit == Exit::Unavailable {
@@ -120,19 +113,12 @@ impl Session {
             }
             failure
         })?;
-        Ok(Session {
-            client,
-            addresses,
-            deadline,
-            timeout,
-        })
+        Ok(Session { client, addresses, deadline, timeout })
     }
 
     /// Time left for the whole command; never nothing, so that a late step fails by itself.
     pub fn remaining(&self) -> Duration {
-        self.deadline
-            .saturating_duration_since(Instant::now())
-            .max(Duration::from_millis(1))
+        self.deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1))
     }
 
     /// The deadline as it was given.

@@ -32,16 +32,11 @@ pub fn set(context: &Context, args: SetArgs) -> Result<Exit, Failure> {
 /// `get DB KEY`
 pub fn get(context: &Context, args: GetArgs) -> Result<Exit, Failure> {
     let key = encoding::key(args.key)?;
-    let found = with_session(context, async |session| {
-        Ok(session.database(&args.db).get(key.clone()).await?)
-    })?;
+    let found =
+        with_session(context, async |session| Ok(session.database(&args.db).get(key.clone()).await?))?;
     if context.json() {
         output::json(&Record::new(&key, found.as_ref()).json_found())?;
-        return Ok(if found.is_some() {
-            Exit::Done
-        } else {
-            Exit::Negative
-        });
+        return Ok(if found.is_some() { Exit::Done } else { Exit::Negative });
     }
     let Some(found) = found else {
         return Err(absent(&args.db, &key));
@@ -56,19 +51,14 @@ pub fn get(context: &Context, args: GetArgs) -> Result<Exit, Failure> {
 /// `delete DB KEY`
 pub fn delete(context: &Context, args: DeleteArgs) -> Result<Exit, Failure> {
     let key = encoding::key(args.key)?;
-    let deleted = with_session(context, async |session| {
-        Ok(session.database(&args.db).delete(key.clone()).await?)
-    })?;
+    let deleted =
+        with_session(context, async |session| Ok(session.database(&args.db).delete(key.clone()).await?))?;
     if context.json() {
         let mut object = Record::new(&key, None).json();
         object["version"] = deleted.into();
         object["found"] = deleted.is_some().into();
         output::json(&object)?;
-        return Ok(if deleted.is_some() {
-            Exit::Done
-        } else {
-            Exit::Negative
-        });
+        return Ok(if deleted.is_some() { Exit::Done } else { Exit::Negative });
     }
     match deleted {
         Some(version) => {
@@ -136,9 +126,8 @@ pub fn mset(context: &Context, args: MsetArgs) -> Result<Exit, Failure> {
         keys.push(key.clone());
         operations.push(Operation::Put(key, value));
     }
-    let results = with_session(context, async |session| {
-        Ok(session.database(&args.db).batch(operations).await)
-    })?;
+    let results =
+        with_session(context, async |session| Ok(session.database(&args.db).batch(operations).await))?;
     let mut worst = None;
     let mut items = Vec::new();
     for (key, result) in keys.iter().zip(results) {
@@ -161,15 +150,10 @@ pub fn mset(context: &Context, args: MsetArgs) -> Result<Exit, Failure> {
 
 /// `mget DB KEY ...`
 pub fn mget(context: &Context, args: MgetArgs) -> Result<Exit, Failure> {
-    let keys = args
-        .keys
-        .into_iter()
-        .map(encoding::key)
-        .collect::<Result<Vec<Bytes>, _>>()?;
+    let keys = args.keys.into_iter().map(encoding::key).collect::<Result<Vec<Bytes>, _>>()?;
     let operations = keys.iter().cloned().map(Operation::Get).collect();
-    let results = with_session(context, async |session| {
-        Ok(session.database(&args.db).batch(operations).await)
-    })?;
+    let results =
+        with_session(context, async |session| Ok(session.database(&args.db).batch(operations).await))?;
     let mut worst = None;
     let mut items = Vec::new();
     let mut exit = Exit::Done;
@@ -229,11 +213,8 @@ pub fn scan(context: &Context, args: ScanArgs) -> Result<Exit, Failure> {
                     };
                     text.extend_from_slice(record.json().to_string().as_bytes());
                 } else {
-                    let line = if args.keys_only {
-                        output::printable(key)
-                    } else {
-                        pair_line(key, &found.value)
-                    };
+                    let line =
+                        if args.keys_only { output::printable(key) } else { pair_line(key, &found.value) };
                     text.extend_from_slice(line.as_bytes());
                     text.push(b'\n');
                 }
@@ -272,10 +253,7 @@ fn written(context: &Context, key: &[u8], version: u64) -> Result<(), Failure> {
 }
 
 fn absent(db: &str, key: &[u8]) -> Failure {
-    Failure::negative(
-        "absent",
-        format!("there is no key `{}` in database `{db}`", output::printable(key)),
-    )
+    Failure::negative("absent", format!("there is no key `{}` in database `{db}`", output::printable(key)))
 }
 
 /// Why a condition doesn't hold, with what is there instead.
@@ -287,23 +265,17 @@ fn mismatch(expect: &Expect, there: Option<&Versioned>) -> String {
     match expect {
         Expect::Absent => format!("the key exists, at version {}", there.version),
         Expect::Version(asked) => format!("its version is {}, not {asked}", there.version),
-        Expect::Value(_) => format!(
-            "its value at version {} is another; read it with `pontoon get`",
-            there.version
-        ),
+        Expect::Value(_) => {
+            format!("its value at version {} is another; read it with `pontoon get`", there.version)
+        }
     }
 }
 
 /// Keeps the failure that says most: an unknown outcome before one known to have had no effect.
 fn worse(worst: &mut Option<Failure>, key: &[u8], failure: Failure) {
-    let failure = Failure {
-        message: format!("`{}`: {}", output::printable(key), failure.message),
-        ..failure
-    };
-    if worst
-        .as_ref()
-        .is_none_or(|have| have.exit.code() < failure.exit.code())
-    {
+    let failure =
+        Failure { message: format!("`{}`: {}", output::printable(key), failure.message), ..failure };
+    if worst.as_ref().is_none_or(|have| have.exit.code() < failure.exit.code()) {
         if let Some(other) = worst.replace(failure) {
             output::note(other.message);
         }
@@ -313,9 +285,7 @@ fn worse(worst: &mut Option<Failure>, key: &[u8], failure: Failure) {
 }
 
 fn unexpected(result: &OperationResult) -> Failure {
-    Failure::from(ClientError::Unknown(format!(
-        "the answer doesn't fit the question: {result:?}"
-    )))
+    Failure::from(ClientError::Unknown(format!("the answer doesn't fit the question: {result:?}")))
 }
 
 fn condition(condition: CasCondition) -> Result<Expect, Failure> {
@@ -327,10 +297,7 @@ fn condition(condition: CasCondition) -> Result<Expect, Failure> {
 }
 
 /// The value from the command line, a file or stdin, checked before anybody is asked.
-fn read_value(
-    argument: Option<std::ffi::OsString>,
-    source: &ValueSource,
-) -> Result<Bytes, Failure> {
+fn read_value(argument: Option<std::ffi::OsString>, source: &ValueSource) -> Result<Bytes, Failure> {
     if let Some(argument) = argument {
         return encoding::value(encoding::argument(argument));
     }
@@ -388,10 +355,7 @@ mod tests {
 
     #[test]
     fn a_mismatch_says_what_is_there() {
-        let there = Versioned {
-            value: Bytes::from_static(b"x"),
-            version: 7,
-        };
+        let there = Versioned { value: Bytes::from_static(b"x"), version: 7 };
         assert!(mismatch(&Expect::Absent, Some(&there)).contains("version 7"));
         assert!(mismatch(&Expect::Version(3), Some(&there)).contains("7, not 3"));
         assert!(mismatch(&Expect::Version(3), None).contains("doesn't exist"));

@@ -29,11 +29,7 @@ fn list(context: &Context) -> Result<Exit, Failure> {
     }
     let mut table = output::table(&["database", "replicas", "shards"]);
     for db in databases {
-        table.add_row([
-            db.name.clone(),
-            db.replicas.to_string(),
-            db.shards.len().to_string(),
-        ]);
+        table.add_row([db.name.clone(), db.replicas.to_string(), db.shards.len().to_string()]);
     }
     output::line(table.to_string())?;
     Ok(Exit::Done)

@@ -99,9 +99,7 @@ pub fn parse_line(line: &[u8]) -> Result<(Bytes, Bytes), String> {
         Encoding::Utf8 => (record.key.into_bytes(), record.value.into_bytes()),
         Encoding::Base64 => {
             let decode = |what: &str, text: &str| {
-                STANDARD
-                    .decode(text)
-                    .map_err(|error| format!("the {what} is not base64: {error}"))
+                STANDARD.decode(text).map_err(|error| format!("the {what} is not base64: {error}"))
             };
             (decode("key", &record.key)?, decode("value", &record.value)?)
         }
@@ -134,20 +132,14 @@ fn check_key(key: &[u8]) -> Result<(), String> {
         return Err("the key is empty; a key has at least one byte".into());
     }
     if key.len() > KEY_BYTES_MAX {
-        return Err(format!(
-            "the key has {} bytes; the longest key has {KEY_BYTES_MAX}",
-            key.len()
-        ));
+        return Err(format!("the key has {} bytes; the longest key has {KEY_BYTES_MAX}", key.len()));
     }
     Ok(())
 }
 
 fn check_value(value: &[u8]) -> Result<(), String> {
     if value.len() > VALUE_BYTES_MAX {
-        return Err(format!(
-            "the value has {} bytes; the longest value has {VALUE_BYTES_MAX}",
-            value.len()
-        ));
+        return Err(format!("the value has {} bytes; the longest value has {VALUE_BYTES_MAX}", value.len()));
     }
     Ok(())
 }
@@ -159,10 +151,7 @@ mod tests {
     use super::*;
 
     fn versioned(value: &[u8], version: u64) -> Versioned {
-        Versioned {
-            value: Bytes::copy_from_slice(value),
-            version,
-        }
+        Versioned { value: Bytes::copy_from_slice(value), version }
     }
 
     #[test]

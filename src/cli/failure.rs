@@ -69,10 +69,7 @@ impl Failure {
 
     /// Nothing answered in time, and nothing was changed.
     pub fn unavailable(message: impl Into<String>) -> Failure {
-        Failure {
-            retryable: true,
-            ..Failure::new(Exit::Unavailable, "unavailable", message)
-        }
+        Failure { retryable: true, ..Failure::new(Exit::Unavailable, "unavailable", message) }
     }
 
     /// A thread of a node failed.
@@ -91,13 +88,7 @@ impl Failure {
     }
 
     fn new(exit: Exit, code: &'static str, message: impl Into<String>) -> Failure {
-        Failure {
-            exit,
-            code,
-            message: message.into(),
-            retryable: false,
-            outcome: Outcome::NotApplied,
-        }
+        Failure { exit, code, message: message.into(), retryable: false, outcome: Outcome::NotApplied }
     }
 }
 
@@ -121,9 +112,7 @@ impl From<ClientError> for Failure {
             },
             ClientError::Invalid(_) => Failure::usage("invalid", message),
             ClientError::NotApplied(why) => match why {
-                NotApplied::UnknownDatabase(_) => {
-                    Failure::negative("unknown_database", why.to_string())
-                }
+                NotApplied::UnknownDatabase(_) => Failure::negative("unknown_database", why.to_string()),
                 NotApplied::Refused(refusal) if !refusal.retryable() => match refusal {
                     crate::refusal::Refusal::Deadline => Failure::unavailable(refusal.to_string()),
                     _ => Failure::negative("refused", refusal.to_string()),
@@ -151,18 +140,11 @@ mod tests {
     #[test]
     fn each_client_error_has_its_exit_code() {
         let refused = |refusal| ClientError::NotApplied(NotApplied::Refused(refusal));
-        let busy = Refusal::Busy {
-            what: "queue".into(),
-            retry_after_ms: 10,
-        };
+        let busy = Refusal::Busy { what: "queue", retry_after_ms: 10 };
         for (error, exit, code) in [
             (ClientError::Unknown("lost".into()), 4, "outcome_unknown"),
             (ClientError::Invalid("empty key".into()), 2, "invalid"),
-            (
-                ClientError::NotApplied(NotApplied::UnknownDatabase("x".into())),
-                1,
-                "unknown_database",
-            ),
+            (ClientError::NotApplied(NotApplied::UnknownDatabase("x".into())), 1, "unknown_database"),
             (refused(Refusal::Invalid("no".into())), 1, "refused"),
             (refused(Refusal::Deadline), 3, "unavailable"),
             (refused(busy), 3, "unavailable"),

@@ -13,8 +13,8 @@
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::MetadataExt;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -181,9 +181,7 @@ impl LocalDir {
                 ),
             ));
         }
-        serde_json::from_slice(&bytes)
-            .map(Some)
-            .map_err(|e| foreign(e.to_string()))
+        serde_json::from_slice(&bytes).map(Some).map_err(|e| foreign(e.to_string()))
     }
 
     /// Replaces `cluster.json`: after a crash there is the old one or the new one, whole.
@@ -205,8 +203,7 @@ impl LocalDir {
 
     /// Makes the directory if need be and takes the lock. `Ok(Err(holder))`: somebody else has it.
     pub fn lock(&self) -> Result<Result<LocalLock, Holder>, Failure> {
-        fs::create_dir_all(&self.path)
-            .map_err(|error| Failure::io("creating", &self.path, error))?;
+        fs::create_dir_all(&self.path).map_err(|error| Failure::io("creating", &self.path, error))?;
         let path = self.lock_path();
         let failed = |error| Failure::io("locking", &path, error);
         let mut holder = Holder::Process(None);
@@ -227,9 +224,7 @@ impl LocalDir {
                 // this lock excludes nobody.
                 Ok(()) if !is_at(&file, &path) => {}
                 Ok(()) => {
-                    file.set_len(0)
-                        .and_then(|()| write!(file, "{}", std::process::id()))
-                        .map_err(failed)?;
+                    file.set_len(0).and_then(|()| write!(file, "{}", std::process::id())).map_err(failed)?;
                     return Ok(Ok(LocalLock { _file: file }));
                 }
                 Err(TryLockError::WouldBlock) => holder = Holder::Process(read_pid(&mut file)),
@@ -303,14 +298,12 @@ impl LocalDir {
         }
         for name in ["cluster.json.new", "cluster.json", "lock"] {
             let path = self.path.join(name);
-            absent_is_fine(fs::remove_file(&path))
-                .map_err(|error| Failure::io("removing", &path, error))?;
+            absent_is_fine(fs::remove_file(&path)).map_err(|error| Failure::io("removing", &path, error))?;
         }
         drop(lock);
         match fs::remove_dir(&self.path) {
             Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
-            result => absent_is_fine(result)
-                .map_err(|error| Failure::io("removing", &self.path, error)),
+            result => absent_is_fine(result).map_err(|error| Failure::io("removing", &self.path, error)),
         }
     }
 }
@@ -330,10 +323,7 @@ fn read_pid(file: &mut File) -> Option<u32> {
 }
 
 fn is_missing(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
-    )
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }
 
 fn absent_is_fine(result: io::Result<()>) -> io::Result<()> {
@@ -365,11 +355,7 @@ mod tests {
         ClusterFile {
             cluster_id: Some("ab".repeat(16)),
             pid: Some(42),
-            databases: vec![DatabaseEntry {
-                name: "testDB".into(),
-                replicas: 3,
-                shards: 5,
-            }],
+            databases: vec![DatabaseEntry { name: "testDB".into(), replicas: 3, shards: 5 }],
             ..ClusterFile::new(vec![NodeEntry {
                 label: "n1".into(),
                 client: "127.0.0.1:20001".parse().unwrap(),
@@ -391,10 +377,7 @@ mod tests {
         assert_eq!(dir.read().unwrap(), None);
         dir.write(&sample()).unwrap();
         assert_eq!(dir.read().unwrap(), Some(sample()));
-        let other = ClusterFile {
-            pid: None,
-            ..sample()
-        };
+        let other = ClusterFile { pid: None, ..sample() };
         dir.write(&other).unwrap();
         assert_eq!(dir.read().unwrap(), Some(other));
         assert!(dir.check_ours().is_ok());
@@ -450,10 +433,7 @@ mod tests {
         fs::write(dir.path().join("notes"), "mine").unwrap();
         let lock = dir.lock().unwrap().unwrap();
         dir.remove(lock).unwrap();
-        let left: Vec<_> = fs::read_dir(dir.path())
-            .unwrap()
-            .map(|e| e.unwrap().file_name())
-            .collect();
+        let left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(left, ["notes"]);
 
         fs::remove_file(dir.path().join("notes")).unwrap();

@@ -76,12 +76,8 @@ pub fn data_dir(global: &Global, environment: &Environment) -> Result<PathBuf, F
 
 /// Reads `HOST:PORT,...`.
 fn addresses(source: &str, list: &str) -> Result<Vec<String>, Failure> {
-    let addresses: Vec<String> = list
-        .split(',')
-        .map(str::trim)
-        .filter(|address| !address.is_empty())
-        .map(str::to_owned)
-        .collect();
+    let addresses: Vec<String> =
+        list.split(',').map(str::trim).filter(|address| !address.is_empty()).map(str::to_owned).collect();
     if addresses.is_empty() {
         return Err(Failure::usage(
             "usage",
@@ -116,21 +112,12 @@ mod tests {
     use crate::cli::failure::Exit;
 
     fn global(cluster: Option<&str>, data: Option<&str>) -> Global {
-        Global {
-            cluster: cluster.map(Into::into),
-            data: data.map(Into::into),
-            ..Global::default()
-        }
+        Global { cluster: cluster.map(Into::into), data: data.map(Into::into), ..Global::default() }
     }
 
     fn environment(fields: [Option<&str>; 4]) -> Environment {
         let [cluster, data, xdg_data_home, home] = fields.map(|f| f.map(OsString::from));
-        Environment {
-            cluster,
-            data,
-            xdg_data_home,
-            home,
-        }
+        Environment { cluster, data, xdg_data_home, home }
     }
 
     #[test]

@@ -28,8 +28,8 @@ pub mod setup;
 pub mod signals;
 pub mod status;
 pub mod stop;
-pub mod trial;
 pub mod transfer;
+pub mod trial;
 pub mod verify;
 
 use std::ffi::OsString;
@@ -46,20 +46,14 @@ use locate::Environment;
 pub fn run(args: impl IntoIterator<Item = OsString>) -> Exit {
     let args = args::modernise(args.into_iter().collect());
     // Parsing may fail before `--json` is understood; then the word itself must do.
-    let wants_json = args
-        .iter()
-        .take_while(|arg| *arg != "--")
-        .any(|arg| arg == "--json");
+    let wants_json = args.iter().take_while(|arg| *arg != "--").any(|arg| arg == "--json");
     let version = crate::version::version_line();
     let matches = Cli::command().version(version).try_get_matches_from(args);
     let cli = match matches.and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => cli,
         Err(error) => return end_of_parsing(&error, wants_json),
     };
-    let context = Context {
-        global: cli.global,
-        environment: Environment::of_process(),
-    };
+    let context = Context { global: cli.global, environment: Environment::of_process() };
     match dispatch(&context, cli.command) {
         Ok(exit) => exit,
         Err(failure) => {

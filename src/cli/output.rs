@@ -13,9 +13,7 @@ use crate::refusal::Outcome;
 /// Writes bytes to stdout, exactly, and flushes them.
 pub fn bytes(bytes: &[u8]) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
-    out.write_all(bytes)
-        .and_then(|()| out.flush())
-        .map_err(failed)
+    out.write_all(bytes).and_then(|()| out.flush()).map_err(failed)
 }
 
 /// Writes text and a newline to stdout.
@@ -118,11 +116,7 @@ pub fn size(bytes: u64) -> String {
         value /= 1024.0;
         unit += 1;
     }
-    if unit == 0 {
-        format!("{bytes} B")
-    } else {
-        format!("{value:.1} {}", UNITS[unit])
-    }
+    if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
 }
 
 #[cfg(test)]

@@ -202,10 +202,8 @@ impl Overview {
     pub fn shard_table(&self) -> String {
         let mut table = output::table(&["database", "shard", "range", "replicas", "leader", "state"]);
         let metadata = self.metadata.iter().map(|shard| ("(metadata)", shard));
-        let databases = self
-            .databases
-            .iter()
-            .flat_map(|db| db.shards.iter().map(|shard| (db.name.as_str(), shard)));
+        let databases =
+            self.databases.iter().flat_map(|db| db.shards.iter().map(|shard| (db.name.as_str(), shard)));
         for (name, shard) in metadata.chain(databases) {
             table.add_row([
                 name.to_owned(),
@@ -221,12 +219,8 @@ impl Overview {
 
     /// Both tables, the cluster's id, and a line on what is wrong, if anything is.
     pub fn text(&self) -> String {
-        let mut text = format!(
-            "cluster {}\n{}\n{}\n",
-            self.cluster_id,
-            self.node_table(),
-            self.shard_table()
-        );
+        let mut text =
+            format!("cluster {}\n{}\n{}\n", self.cluster_id, self.node_table(), self.shard_table());
         let leaderless = self.shards().filter(|s| s.leader.is_none()).count();
         if leaderless > 0 {
             text.push_str(&format!("{leaderless} shards have no leader\n"));
@@ -240,10 +234,7 @@ impl ShardView {
     pub fn new(map: &ClusterMap, record: &ShardRecord, reports: &Reports) -> ShardView {
         let report_of = |node: NodeId, replica: ReplicaId| -> Option<&ReplicaReport> {
             let report = reports.get(&node)?.as_ref().ok()?;
-            report
-                .replicas
-                .iter()
-                .find(|r| r.shard == record.id && r.replica == replica)
+            report.replicas.iter().find(|r| r.shard == record.id && r.replica == replica)
         };
         // An old leader that is cut off still believes in itself; the newest term is right.
         let leader = record
@@ -279,19 +270,12 @@ impl ShardView {
                     state,
                     message: message.map(str::to_owned),
                     applied,
-                    lag: applied
-                        .zip(committed)
-                        .map(|(applied, committed)| committed.saturating_sub(applied)),
+                    lag: applied.zip(committed).map(|(applied, committed)| committed.saturating_sub(applied)),
                 }
             })
             .collect();
         let leader = leader.map(|(member, _)| member.node);
-        ShardView {
-            record: record.clone(),
-            leader,
-            leader_address: leader.and_then(address),
-            replicas,
-        }
+        ShardView { record: record.clone(), leader, leader_address: leader.and_then(address), replicas }
     }
 
     /// `ok`: led, all replicas serve; `degraded`: led, some don't; `unavailable`: no leader.
@@ -403,11 +387,7 @@ mod tests {
     use crate::placement::ring::RingRange;
 
     fn member(n: u64) -> Member {
-        Member {
-            replica: ReplicaId(10 + n),
-            node: NodeId(n),
-            role: MemberRole::Voter,
-        }
+        Member { replica: ReplicaId(10 + n), node: NodeId(n), role: MemberRole::Voter }
     }
 
     /// Three nodes and a database of one shard on all of them.

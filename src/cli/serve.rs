@@ -29,8 +29,8 @@ const STOP_DEADLINE: Duration = Duration::from_millis(STOP_MS_MAX - 1_000);
 
 /// `serve --config FILE`
 pub fn serve(context: &Context, args: &ServeArgs) -> Result<Exit, Failure> {
-    let mut settings = Settings::load(&args.config)
-        .map_err(|errors| Failure::usage("config", errors.to_string()))?;
+    let mut settings =
+        Settings::load(&args.config).map_err(|errors| Failure::usage("config", errors.to_string()))?;
     if args.print_config {
         output::bytes(settings.to_toml().as_bytes())?;
         return Ok(Exit::Done);
@@ -47,10 +47,7 @@ pub fn serve(context: &Context, args: &ServeArgs) -> Result<Exit, Failure> {
     let listeners = Listeners {
         client: bind("client.listen", settings.client.listen)?,
         peer: bind("peer.listen", settings.peer.listen)?,
-        http: settings
-            .http_listen
-            .map(|address| bind("http.listen", address))
-            .transpose()?,
+        http: settings.http_listen.map(|address| bind("http.listen", address)).transpose()?,
     };
     settings.client.bound(bound_to(&listeners.client)?);
     settings.peer.bound(bound_to(&listeners.peer)?);
@@ -60,12 +57,10 @@ pub fn serve(context: &Context, args: &ServeArgs) -> Result<Exit, Failure> {
     let client = settings.client.advertise.clone();
     let peer = settings.peer.advertise.clone();
     on_system(async move {
-        let start = async {
-            let node = node::start(settings, listeners).await.map_err(failed_node)?;
-            Ok(node)
-        };
-        let Some(node) = until_stopped(&signals, start).await.transpose()? else {
-            return Ok(Exit::Done);
+        let start = node::start(settings, listeners);
+        let node = match until_stopped(&signals, start).await {
+            None => return Ok(Exit::Done),
+            Some(node) => node.map_err(failed_node)?,
         };
         let ready = async {
             tokio::select! {
@@ -98,10 +93,7 @@ pub fn serve(context: &Context, args: &ServeArgs) -> Result<Exit, Failure> {
 }
 
 /// Serves with these nodes until a stop is asked for or one of them fails for good.
-pub async fn run_until_stopped(
-    nodes: Vec<RunningNode>,
-    signals: &Signals,
-) -> Result<Exit, Failure> {
+pub async fn run_until_stopped(nodes: Vec<RunningNode>, signals: &Signals) -> Result<Exit, Failure> {
     let failed = {
         let failures = select_all(nodes.iter().map(|node| Box::pin(node.failed())));
         tokio::select! {
@@ -159,18 +151,13 @@ pub fn bind(what: &str, address: SocketAddr) -> Result<TcpListener, Failure> {
             std::io::ErrorKind::PermissionDenied => "choose a port above 1023",
             _ => "choose another address",
         };
-        Failure::usage(
-            "address",
-            format!("{what} {address} can't be used: {error}; {way_out}"),
-        )
+        Failure::usage("address", format!("{what} {address} can't be used: {error}; {way_out}"))
     })
 }
 
 /// The address a port was bound to.
 pub fn bound_to(listener: &TcpListener) -> Result<SocketAddr, Failure> {
-    listener
-        .local_addr()
-        .map_err(|error| Failure::internal(format!("asking for a bound address: {error}")))
+    listener.local_addr().map_err(|error| Failure::internal(format!("asking for a bound address: {error}")))
 }
 
 /// Starts logging to stderr.
@@ -183,9 +170,7 @@ pub fn start_log(settings: &LogSettings) -> Result<(), Failure> {
 pub fn failed_node(error: NodeError) -> Failure {
     let message = error.to_string();
     match error {
-        NodeError::Storage(StorageError::Identity(_)) => {
-            Failure::usage("directory", message)
-        }
+        NodeError::Storage(StorageError::Identity(_)) => Failure::usage("directory", message),
         NodeError::Storage(StorageError::Io { .. }) => Failure::usage("io", message),
         NodeError::Storage(_) => Failure::internal(message),
         NodeError::Membership(_) => Failure::negative("membership", message),
@@ -195,11 +180,7 @@ pub fn failed_node(error: NodeError) -> Failure {
 
 /// A closed stdout is no failure of a process that serves.
 pub fn ignore_closed_pipe(failure: Failure) -> Result<(), Failure> {
-    if failure == Failure::pipe_closed() {
-        Ok(())
-    } else {
-        Err(failure)
-    }
+    if failure == Failure::pipe_closed() { Ok(()) } else { Err(failure) }
 }
 
 /// Ends the process at once when stdin ends, which it does when the parent dies, however it dies.

@@ -18,14 +18,12 @@ use rustix::process::{Pid, Signal, kill_process};
 use super::args::SetupArgs;
 use super::context::{Context, Session, block_on};
 use super::failure::{Exit, Failure};
-use super::local::{
-    ClusterFile, DatabaseEntry, Holder, LocalDir, LocalLock, NodeEntry, bind_free_port,
-};
+use super::local::{ClusterFile, DatabaseEntry, Holder, LocalDir, LocalLock, NodeEntry, bind_free_port};
 use super::locate::Place;
 use super::output;
 use super::serve::{
-    bind, bound_to, failed_node, ignore_closed_pipe, on_system, run_until_stopped, start_log,
-    stop_all, until_stopped,
+    bind, bound_to, failed_node, ignore_closed_pipe, on_system, run_until_stopped, start_log, stop_all,
+    until_stopped,
 };
 use super::signals::Signals;
 use super::status;
@@ -122,11 +120,7 @@ fn check_numbers(name: &str, asked: (u32, u32), have: (u32, u32)) -> Result<(), 
     ))
 }
 
-fn create_in_running(
-    context: &Context,
-    args: &SetupArgs,
-    dir: &LocalDir,
-) -> Result<Exit, Failure> {
+fn create_in_running(context: &Context, args: &SetupArgs, dir: &LocalDir) -> Result<Exit, Failure> {
     // A cluster that is just starting has the lock a moment before its file.
     let deadline = Instant::now() + context.timeout_or(TIMEOUT);
     let cluster = loop {
@@ -146,11 +140,7 @@ fn create_in_running(
 }
 
 /// Creates the database in a cluster that runs elsewhere.
-fn create_there(
-    context: &Context,
-    args: &SetupArgs,
-    addresses: Vec<String>,
-) -> Result<Exit, Failure> {
+fn create_there(context: &Context, args: &SetupArgs, addresses: Vec<String>) -> Result<Exit, Failure> {
     block_on(async {
         let session = Session::open(addresses, context.timeout_or(TIMEOUT)).await?;
         let result = async {
@@ -192,9 +182,7 @@ pub async fn create_database(
 }
 
 async fn create(client: &Client, args: &SetupArgs, timeout: Duration) -> Result<(), Failure> {
-    create_database(client, &args.name, args.replicas, args.partitions, timeout)
-        .await
-        .map(drop)
+    create_database(client, &args.name, args.replicas, args.partitions, timeout).await.map(drop)
 }
 
 /// Prints addresses, the shard map with leaders, and `ready`, in one write.
@@ -213,23 +201,13 @@ async fn show(
     }
     let place = dir.map_or(String::new(), |dir| format!(" in {}", dir.path().display()));
     output::bytes(
-        format!(
-            "cluster {}{place}\n{}\n{}\nready\n",
-            seen.cluster_id,
-            seen.node_table(),
-            seen.shard_table()
-        )
-        .as_bytes(),
+        format!("cluster {}{place}\n{}\n{}\nready\n", seen.cluster_id, seen.node_table(), seen.shard_table())
+            .as_bytes(),
     )
 }
 
 /// Runs the nodes in this process.
-fn host(
-    context: &Context,
-    args: &SetupArgs,
-    dir: LocalDir,
-    lock: LocalLock,
-) -> Result<Exit, Failure> {
+fn host(context: &Context, args: &SetupArgs, dir: LocalDir, lock: LocalLock) -> Result<Exit, Failure> {
     let signals = Signals::listen(Some(super::serve::STOP_LIMIT))?;
     let (mut cluster, ports) = match dir.read()? {
         Some(cluster) => {
@@ -299,9 +277,8 @@ async fn start_nodes(
 ) -> Result<(), Failure> {
     for (settings, listeners) in settings.into_iter().zip(ports) {
         let label = settings.node.id.clone();
-        let node = node::start(settings, listeners)
-            .await
-            .map_err(|error| named(&label, failed_node(error)))?;
+        let node =
+            node::start(settings, listeners).await.map_err(|error| named(&label, failed_node(error)))?;
         nodes.push(node);
     }
     let ready = try_join_all(nodes.iter().map(async |node| {
@@ -323,10 +300,7 @@ async fn start_nodes(
 }
 
 fn named(label: &str, failure: Failure) -> Failure {
-    Failure {
-        message: format!("node {label}: {}", failure.message),
-        ..failure
-    }
+    Failure { message: format!("node {label}: {}", failure.message), ..failure }
 }
 
 /// Creates the database and tells the world where it is.
@@ -343,9 +317,7 @@ async fn publish(
         let map = session.client.map().await?;
         refresh(cluster, &map);
         dir.write(cluster)?;
-        show(context, &session.client, args, Some(dir))
-            .await
-            .or_else(ignore_closed_pipe)
+        show(context, &session.client, args, Some(dir)).await.or_else(ignore_closed_pipe)
     }
     .await;
     session.client.close().await;
@@ -369,11 +341,7 @@ fn refresh(cluster: &mut ClusterFile, map: &ClusterMap) -> bool {
 }
 
 /// Keeps `cluster.json` in step with the databases. Ends only when it can't.
-async fn keep_current(
-    dir: &LocalDir,
-    cluster: &mut ClusterFile,
-    handle: Option<NodeHandle>,
-) -> Failure {
+async fn keep_current(dir: &LocalDir, cluster: &mut ClusterFile, handle: Option<NodeHandle>) -> Failure {
     let Some(handle) = handle else {
         return std::future::pending().await;
     };
@@ -422,9 +390,8 @@ fn bind_kept(cluster: &ClusterFile, dir: &LocalDir) -> Result<Vec<Listeners>, Fa
 /// Labels and free ports for new nodes.
 fn choose_nodes(count: u32) -> Result<(ClusterFile, Vec<Listeners>), Failure> {
     let free = || {
-        bind_free_port().map_err(|error| {
-            Failure::usage("address", format!("no free port on 127.0.0.1: {error}"))
-        })
+        bind_free_port()
+            .map_err(|error| Failure::usage("address", format!("no free port on 127.0.0.1: {error}")))
     };
     let mut nodes = Vec::new();
     let mut ports = Vec::new();
@@ -435,11 +402,7 @@ fn choose_nodes(count: u32) -> Result<(ClusterFile, Vec<Listeners>), Failure> {
             client: bound_to(&client)?,
             peer: bound_to(&peer)?,
         });
-        ports.push(Listeners {
-            client,
-            peer,
-            http: None,
-        });
+        ports.push(Listeners { client, peer, http: None });
     }
     Ok((ClusterFile::new(nodes), ports))
 }
@@ -473,9 +436,7 @@ fn detach(context: &Context, dir: &LocalDir) -> Result<Exit, Failure> {
         .append(true)
         .open(&err_path)
         .map_err(|error| Failure::io("writing", &err_path, error))?;
-    let err_start = err
-        .seek(SeekFrom::End(0))
-        .map_err(|error| Failure::io("writing", &err_path, error))?;
+    let err_start = err.seek(SeekFrom::End(0)).map_err(|error| Failure::io("writing", &err_path, error))?;
     let program = std::env::current_exe()
         .map_err(|error| Failure::internal(format!("finding this program: {error}")))?;
     let mut child = Command::new(&program)
@@ -517,25 +478,12 @@ fn detach(context: &Context, dir: &LocalDir) -> Result<Exit, Failure> {
 /// The arguments of this process, with `--detach` turned into what tells the child its part.
 fn child_arguments() -> Vec<std::ffi::OsString> {
     let args = super::args::modernise(std::env::args_os().collect());
-    args.into_iter()
-        .skip(1)
-        .map(|arg| {
-            if arg == "--detach" {
-                "--detached".into()
-            } else {
-                arg
-            }
-        })
-        .collect()
+    args.into_iter().skip(1).map(|arg| if arg == "--detach" { "--detached".into() } else { arg }).collect()
 }
 
 /// Whether the child has written all it writes when ready.
 fn is_ready(text: &[u8], json: bool) -> bool {
-    if json {
-        text.ends_with(b"}\n")
-    } else {
-        text.ends_with(b"\nready\n")
-    }
+    if json { text.ends_with(b"}\n") } else { text.ends_with(b"\nready\n") }
 }
 
 /// The child's own error, as it told it.
@@ -587,24 +535,13 @@ mod tests {
     use super::*;
 
     fn wish(name: &str, replicas: u32, partitions: u32, nodes: Option<u32>) -> SetupArgs {
-        SetupArgs {
-            name: name.into(),
-            replicas,
-            partitions,
-            nodes,
-            detach: false,
-            detached: false,
-        }
+        SetupArgs { name: name.into(), replicas, partitions, nodes, detach: false, detached: false }
     }
 
     #[test]
     fn an_existing_cluster_answers_the_wish() {
         let (mut cluster, _ports) = choose_nodes(3).unwrap();
-        cluster.databases.push(DatabaseEntry {
-            name: "a".into(),
-            replicas: 3,
-            shards: 5,
-        });
+        cluster.databases.push(DatabaseEntry { name: "a".into(), replicas: 3, shards: 5 });
         let dir = LocalDir::new("/somewhere".into());
         let check = |wish: SetupArgs| check_against(&cluster, &wish, &dir).map_err(|f| f.exit);
         assert_eq!(check(wish("a", 3, 5, None)), Ok(()));

@@ -23,10 +23,7 @@ impl Signals {
     /// there, with code 0: whatever was acknowledged is on disk without a clean stop too.
     pub fn listen(stop_limit: Option<Duration>) -> Result<Signals, Failure> {
         let failed = |error: std::io::Error| Failure::internal(format!("listening for signals: {error}"));
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .map_err(failed)?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
         let (sender, stop) = watch::channel(false);
         // Registered before this returns: no moment in which a signal kills the process.
         let (mut interrupt, mut terminate) = {

@@ -28,11 +28,8 @@ pub type Reports = BTreeMap<NodeId, Result<NodeReport, ClientError>>;
 
 /// The databases that people made and have not dropped, by name.
 pub fn databases(map: &ClusterMap) -> impl Iterator<Item = &DatabaseRecord> {
-    let mut all: Vec<&DatabaseRecord> = map
-        .databases
-        .values()
-        .filter(|db| !db.dropped && db.id != METADATA_DATABASE)
-        .collect();
+    let mut all: Vec<&DatabaseRecord> =
+        map.databases.values().filter(|db| !db.dropped && db.id != METADATA_DATABASE).collect();
     all.sort_by(|a, b| a.name.cmp(&b.name));
     all.into_iter()
 }
@@ -51,11 +48,7 @@ pub async fn look(client: &Client, db: Option<&str>) -> Result<Overview, Failure
 }
 
 /// Asks nodes of the map for their reports, all at once.
-async fn ask(
-    client: &Client,
-    map: &ClusterMap,
-    nodes: impl IntoIterator<Item = NodeId>,
-) -> Reports {
+async fn ask(client: &Client, map: &ClusterMap, nodes: impl IntoIterator<Item = NodeId>) -> Reports {
     let asked = nodes.into_iter().filter_map(|id| map.nodes.get(&id));
     join_all(asked.map(async |node| {
         let report = client.node_report(&node.client_address, REPORT_TIMEOUT).await;
@@ -92,19 +85,11 @@ pub fn status(context: &Context, args: &StatusArgs) -> Result<Exit, Failure> {
 }
 
 fn exit_of(seen: &Overview) -> Exit {
-    if seen.every_shard_is_led() {
-        Exit::Done
-    } else {
-        Exit::Negative
-    }
+    if seen.every_shard_is_led() { Exit::Done } else { Exit::Negative }
 }
 
 fn print(context: &Context, seen: &Overview) -> Result<(), Failure> {
-    if context.json() {
-        output::json(&seen.json())
-    } else {
-        output::bytes(seen.text().as_bytes())
-    }
+    if context.json() { output::json(&seen.json()) } else { output::bytes(seen.text().as_bytes()) }
 }
 
 /// Shows the status again and again. What goes wrong in between is told and doesn't end it.
@@ -134,8 +119,7 @@ fn watch(context: &Context, db: Option<&str>, interval: Duration) -> Result<Exit
                 tokio::time::sleep(interval).await;
             }
         };
-        let ended: Option<Result<std::convert::Infallible, Failure>> =
-            until_signal(&signals, watching).await;
+        let ended: Option<Result<std::convert::Infallible, Failure>> = until_signal(&signals, watching).await;
         session.client.close().await;
         match ended {
             Some(Err(failure)) => Err(failure),
@@ -150,19 +134,14 @@ async fn until_signal<T>(signals: &Signals, future: impl Future<Output = T>) -> 
 }
 
 /// A look that takes longer than the command's deadline is a cluster that doesn't answer.
-async fn bounded<T>(
-    session: &Session,
-    look: impl Future<Output = Result<T, Failure>>,
-) -> Result<T, Failure> {
-    tokio::time::timeout(session.timeout(), look)
-        .await
-        .unwrap_or_else(|_| {
-            Err(Failure::unavailable(format!(
-                "no node answered within {:?} ({})",
-                session.timeout(),
-                session.addresses.join(", ")
-            )))
-        })
+async fn bounded<T>(session: &Session, look: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    tokio::time::timeout(session.timeout(), look).await.unwrap_or_else(|_| {
+        Err(Failure::unavailable(format!(
+            "no node answered within {:?} ({})",
+            session.timeout(),
+            session.addresses.join(", ")
+        )))
+    })
 }
 
 /// `route DB KEY`
@@ -206,9 +185,10 @@ pub fn route(context: &Context, args: RouteArgs) -> Result<Exit, Failure> {
             .iter()
             .map(|replica| json!({"node": replica.node.0, "address": replica.address}))
             .collect();
-        object["leader"] = seen.leader.map_or(Value::Null, |node| {
-            json!({"node": node.0, "address": map.nodes.get(&node).map(|n| &n.client_address)})
-        });
+        object["leader"] = seen.leader.map_or(
+            Value::Null,
+            |node| json!({"node": node.0, "address": map.nodes.get(&node).map(|n| &n.client_address)}),
+        );
         output::json(&object)?;
         return Ok(Exit::Done);
     }

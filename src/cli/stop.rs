@@ -22,8 +22,7 @@ pub fn stop(context: &Context) -> Result<Exit, Failure> {
         }
         Holder::Process(pid) => pid,
     };
-    let Some((number, pid)) = pid.and_then(|n| Some((n, Pid::from_raw(i32::try_from(n).ok()?)?)))
-    else {
+    let Some((number, pid)) = pid.and_then(|n| Some((n, Pid::from_raw(i32::try_from(n).ok()?)?))) else {
         return Err(Failure::negative(
             "unknown_process",
             format!(

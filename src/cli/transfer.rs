@@ -150,11 +150,7 @@ type Sent = (Batch, Vec<Result<OperationResult, ClientError>>);
 
 async fn send(database: &Database, mut batch: Batch) -> Sent {
     let operations = std::mem::take(&mut batch.operations);
-    let results = if operations.is_empty() {
-        Vec::new()
-    } else {
-        database.batch(operations).await
-    };
+    let results = if operations.is_empty() { Vec::new() } else { database.batch(operations).await };
     (batch, results)
 }
 
@@ -216,25 +212,18 @@ fn read_lines(input: impl Read, sender: &mpsc::Sender<Line>) {
     let mut text = Vec::new();
     for number in 1.. {
         text.clear();
-        let read = (&mut input)
-            .take(IMPORT_LINE_BYTES_MAX as u64)
-            .read_until(b'\n', &mut text);
+        let read = (&mut input).take(IMPORT_LINE_BYTES_MAX as u64).read_until(b'\n', &mut text);
         let bytes = text.len() as u64;
         let (pair, last) = match read {
             Ok(0) => return,
-            Ok(IMPORT_LINE_BYTES_MAX) if text.last() != Some(&b'\n') => (
-                Err("the line is longer than any pair; reading ends here".to_owned()),
-                true,
-            ),
+            Ok(IMPORT_LINE_BYTES_MAX) if text.last() != Some(&b'\n') => {
+                (Err("the line is longer than any pair; reading ends here".to_owned()), true)
+            }
             Ok(_) if text.trim_ascii().is_empty() => continue,
             Ok(_) => (encoding::parse_line(&text), false),
             Err(error) => (Err(format!("reading failed: {error}")), true),
         };
-        let line = Line {
-            number,
-            pair,
-            bytes,
-        };
+        let line = Line { number, pair, bytes };
         if sender.blocking_send(line).is_err() || last {
             return;
         }
@@ -274,12 +263,7 @@ pub fn export(context: &Context, args: ExportArgs) -> Result<Exit, Failure> {
 /// Where an export goes: stdout, or a file that gets its name once it is complete.
 enum Sink {
     Stdout(BufWriter<io::Stdout>),
-    File {
-        writer: BufWriter<File>,
-        staged: PathBuf,
-        path: PathBuf,
-        complete: bool,
-    },
+    File { writer: BufWriter<File>, staged: PathBuf, path: PathBuf, complete: bool },
 }
 
 impl Sink {
@@ -291,12 +275,7 @@ impl Sink {
         staged.push(".part");
         let staged = PathBuf::from(staged);
         let file = File::create(&staged).map_err(|e| Failure::io("writing", &staged, e))?;
-        Ok(Sink::File {
-            writer: BufWriter::new(file),
-            staged,
-            path,
-            complete: false,
-        })
+        Ok(Sink::File { writer: BufWriter::new(file), staged, path, complete: false })
     }
 
     fn line(&mut self, line: &str) -> Result<(), Failure> {
@@ -311,12 +290,7 @@ impl Sink {
     fn finish(&mut self) -> Result<(), Failure> {
         match self {
             Sink::Stdout(writer) => writer.flush().map_err(output::failed),
-            Sink::File {
-                writer,
-                staged,
-                path,
-                complete,
-            } => {
+            Sink::File { writer, staged, path, complete } => {
                 writer
                     .flush()
                     .and_then(|()| writer.get_ref().sync_all())
@@ -331,12 +305,7 @@ impl Sink {
 
 impl Drop for Sink {
     fn drop(&mut self) {
-        if let Sink::File {
-            staged,
-            complete: false,
-            ..
-        } = self
-        {
+        if let Sink::File { staged, complete: false, .. } = self {
             // The failure that cut the export short is the one to tell.
             std::fs::remove_file(staged).ok();
         }
@@ -346,10 +315,7 @@ impl Drop for Sink {
 /// A progress bar in bytes on stderr; hidden where stderr is no terminal.
 fn progress(length: Option<u64>) -> ProgressBar {
     let (bar, template) = match length {
-        Some(length) => (
-            ProgressBar::new(length),
-            "{bar:40} {bytes}/{total_bytes} {bytes_per_sec} {eta}",
-        ),
+        Some(length) => (ProgressBar::new(length), "{bar:40} {bytes}/{total_bytes} {bytes_per_sec} {eta}"),
         None => (ProgressBar::new_spinner(), "{spinner} {bytes} {bytes_per_sec}"),
     };
     match ProgressStyle::with_template(template) {

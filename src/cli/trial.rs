@@ -49,15 +49,14 @@ impl Trial {
         let dir = std::env::temp_dir().join(name);
         fs::create_dir(&dir).map_err(|error| Failure::io("creating", &dir, error))?;
         // From here on, dropping it removes what is there.
-        let mut trial = Trial {
-            dir,
-            nodes: Vec::new(),
-        };
+        let mut trial = Trial { dir, nodes: Vec::new() };
         let mut ports = Vec::new();
         for _ in 0..2 * count {
-            ports.push(bind_free_port().map_err(|error| {
-                Failure::usage("address", format!("no free port on 127.0.0.1: {error}"))
-            })?);
+            ports.push(
+                bind_free_port().map_err(|error| {
+                    Failure::usage("address", format!("no free port on 127.0.0.1: {error}"))
+                })?,
+            );
         }
         let addresses = ports.iter().map(bound_to).collect::<Result<Vec<_>, _>>()?;
         let (clients, peers) = addresses.split_at(count as usize);
@@ -67,8 +66,7 @@ impl Trial {
         for (number, (client, peer)) in clients.iter().zip(peers).enumerate() {
             let label = format!("n{}", number + 1);
             let data = trial.dir.join(&label);
-            let settings =
-                Settings::for_local_node(data, &label, *client, *peer, initial.clone());
+            let settings = Settings::for_local_node(data, &label, *client, *peer, initial.clone());
             let node = TrialNode::spawn(&trial.dir, label, &settings)?;
             trial.nodes.push(node);
         }
@@ -98,9 +96,10 @@ impl Trial {
             return Err(Failure::internal(format!("no node of this test is at {host}")));
         };
         node.alive = false;
-        node.child.kill().await.map_err(|error| {
-            Failure::internal(format!("killing the node at {host}: {error}"))
-        })
+        node.child
+            .kill()
+            .await
+            .map_err(|error| Failure::internal(format!("killing the node at {host}: {error}")))
     }
 
     /// Stops all nodes that live, cleanly where they can, and calls `closed` for each.
@@ -144,8 +143,7 @@ impl TrialNode {
     fn spawn(dir: &Path, label: String, settings: &Settings) -> Result<TrialNode, Failure> {
         let config = dir.join(format!("{label}.toml"));
         let log = dir.join(format!("{label}.log"));
-        fs::write(&config, settings.to_toml())
-            .map_err(|error| Failure::io("writing", &config, error))?;
+        fs::write(&config, settings.to_toml()).map_err(|error| Failure::io("writing", &config, error))?;
         let stderr = File::create(&log).map_err(|e| Failure::io("writing", &log, e))?;
         let program = std::env::current_exe()
             .map_err(|error| Failure::internal(format!("finding this program: {error}")))?;
@@ -167,9 +165,7 @@ impl TrialNode {
                 command.env_remove(name);
             }
         }
-        let mut child = command
-            .spawn()
-            .map_err(|error| Failure::io("starting", &program, error))?;
+        let mut child = command.spawn().map_err(|error| Failure::io("starting", &program, error))?;
         let Some(stdout) = child.stdout.take() else {
             return Err(Failure::internal("a child has no stdout"));
         };

@@ -74,9 +74,7 @@ pub fn test(context: &Context, command: &TestCommand) -> Result<Exit, Failure> {
             }
         });
         let mut closed = Vec::new();
-        trial
-            .close(|host| closed.push(host.to_owned()))
-            .await;
+        trial.close(|host| closed.push(host.to_owned())).await;
         for host in &closed {
             protocol.timed(&format!("Closed server at {host}"))?;
         }
@@ -110,9 +108,7 @@ fn check_nodes(nodes: u32) -> Result<(), Failure> {
 }
 
 fn left(deadline: Instant) -> Duration {
-    deadline
-        .saturating_duration_since(Instant::now())
-        .max(Duration::from_millis(1))
+    deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1))
 }
 
 fn stopped() -> Failure {
@@ -129,9 +125,7 @@ async fn run(
     let session = Session::open(trial.hosts(), left(deadline)).await?;
     let client = &session.client;
     let result = async {
-        client
-            .create_database(DATABASE, nodes, 1, left(deadline))
-            .await?;
+        client.create_database(DATABASE, nodes, 1, left(deadline)).await?;
         match kind {
             Kind::LeaderFailure => leader_failure(client, trial, deadline, protocol).await,
             Kind::Replication => replication(client, trial, deadline, protocol).await,
@@ -187,10 +181,7 @@ async fn replication(
     if text == VALUE {
         Ok(())
     } else {
-        Err(Failure::negative(
-            "test_failed",
-            format!("the cluster returned {text} instead of {VALUE}"),
-        ))
+        Err(Failure::negative("test_failed", format!("the cluster returned {text} instead of {VALUE}")))
     }
 }
 
@@ -275,13 +266,7 @@ impl Protocol {
     }
 
     /// A line for each node on the leader it knows.
-    fn leaders(
-        &mut self,
-        when: &str,
-        field: &str,
-        hosts: &[String],
-        leader: &str,
-    ) -> Result<(), Failure> {
+    fn leaders(&mut self, when: &str, field: &str, hosts: &[String], leader: &str) -> Result<(), Failure> {
         for host in hosts {
             self.timed(&format!("At host {host}, {when} {leader}"))?;
         }
@@ -296,9 +281,7 @@ impl Protocol {
         if kind == Kind::Replication
             && let Some(returned) = self.object["returned"].as_str()
         {
-            self.line(&format!(
-                "The cluster returned (which should be '{VALUE}'): {returned}"
-            ))?;
+            self.line(&format!("The cluster returned (which should be '{VALUE}'): {returned}"))?;
         } else if kind == Kind::LeaderFailure && result.is_ok() {
             self.timed("Leader reelection test is done")?;
         }
