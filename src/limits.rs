@@ -55,6 +55,11 @@ pub const OUTBOX_BYTES_MAX: usize = 64 * MIB;
 /// Log writes are gathered into one append of the log engine up to this many bytes.
 pub const LOG_WRITE_TARGET_BYTES: usize = 4 * MIB;
 
+/// A flush hands the state engine batches of at most so many keys, so that readers get their turn.
+pub const FLUSH_BATCH_KEYS: usize = 256;
+/// A flush batch is closed at this many bytes of keys and values.
+pub const FLUSH_BATCH_BYTES: usize = 64 * KIB;
+
 /// Connections a node accepts on its client port; more wait in the listen queue.
 pub const CLIENT_CONNECTIONS_MAX: usize = 4096;
 /// Connections a node accepts on its peer port.

@@ -82,7 +82,7 @@ pub(super) fn scan(
 }
 
 /// Takes the least key of all layers, if it is not above `limit`, with the first layer's write to it.
-fn next<'a>(
+pub(super) fn next<'a>(
     layers: &mut [Layer<'a>],
     limit: Option<&[u8]>,
 ) -> Option<(&'a [u8], &'a Option<Bytes>)> {

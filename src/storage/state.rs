@@ -366,4 +366,4 @@ fn lookup_frozen(frozen: &[Arc<Frozen>], key: &[u8]) -> Option<Option<Bytes>> {
 
 #[cfg(test)]
 #[path = "state_tests.rs"]
-mod tests;
+pub(super) mod tests;
