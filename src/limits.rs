@@ -73,6 +73,11 @@ pub const LOG_JOB_BYTES: usize = 256;
 /// Time between purges of the log, in milliseconds.
 pub const LOG_PURGE_MS: u64 = 10_000;
 
+/// A flush hands the state engine batches of at most so many keys, so that readers get their turn.
+pub const FLUSH_BATCH_KEYS: usize = 256;
+/// A flush batch is closed at this many bytes of keys and values.
+pub const FLUSH_BATCH_BYTES: usize = 64 * KIB;
+
 /// Connections a node accepts on its client port; more wait in the listen queue.
 pub const CLIENT_CONNECTIONS_MAX: usize = 4096;
 /// Connections a node accepts on its peer port.
