@@ -78,11 +78,6 @@ pub const FLUSH_BATCH_KEYS: usize = 256;
 /// A flush batch is closed at this many bytes of keys and values.
 pub const FLUSH_BATCH_BYTES: usize = 64 * KIB;
 
-/// A flush hands the state engine batches of at most so many keys, so that readers get their turn.
-pub const FLUSH_BATCH_KEYS: usize = 256;
-/// A flush batch is closed at this many bytes of keys and values.
-pub const FLUSH_BATCH_BYTES: usize = 64 * KIB;
-
 /// Connections a node accepts on its client port; more wait in the listen queue.
 pub const CLIENT_CONNECTIONS_MAX: usize = 4096;
 /// Connections a node accepts on its peer port.

@@ -14,7 +14,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 async fn start(count: usize, dir: &std::path::Path) -> Vec<RunningNode> {
     let bind = || TcpListener::bind("127.0.0.1:0").expect("a port");
-    let listeners: Vec<_> = (0..count).map(|_| Listeners { client: bind(), peer: bind(), http: None }).collect();
+    let listeners: Vec<_> =
+        (0..count).map(|_| Listeners { client: bind(), peer: bind(), http: None }).collect();
     let peers: Vec<_> = listeners.iter().map(|l| l.peer.local_addr().expect("an address")).collect();
     let initial: Vec<_> = peers.iter().map(ToString::to_string).collect();
     let mut nodes = Vec::new();
@@ -73,7 +74,9 @@ async fn three_nodes_form_a_cluster_write_read_and_stop() {
     on_leader(&nodes, "db", Operation::Command(Command::Kv(put))).await;
     let answer = on_leader(&nodes, "db", Operation::Query(Query::Get { key: "k".into() })).await;
     match answer {
-        Output::Answer(Answer::Value(Some(found))) => assert_eq!((&found.value[..], found.version), (&b"v"[..], 1)),
+        Output::Answer(Answer::Value(Some(found))) => {
+            assert_eq!((&found.value[..], found.version), (&b"v"[..], 1))
+        }
         other => panic!("{other:?}"),
     }
     for node in nodes {

@@ -56,11 +56,7 @@ impl Connection {
 enum Slot {
     Dialling(Vec<oneshot::Sender<Dialled>>),
     Ready(Rc<Connection>),
-    Failed {
-        why: DialError,
-        delay: Duration,
-        again: Instant,
-    },
+    Failed { why: DialError, delay: Duration, again: Instant },
 }
 
 /// All connections of a client, by address.
@@ -111,15 +107,9 @@ impl Pool {
         let slot = match &dialled {
             Ok(connection) => Slot::Ready(connection.clone()),
             Err(why) => {
-                let delay = (last_delay * 2).clamp(
-                    Duration::from_millis(RETRY_MS_MIN),
-                    Duration::from_millis(DIAL_BACKOFF_MS_MAX),
-                );
-                Slot::Failed {
-                    why: why.clone(),
-                    delay,
-                    again: Instant::now() + delay,
-                }
+                let delay = (last_delay * 2)
+                    .clamp(Duration::from_millis(RETRY_MS_MIN), Duration::from_millis(DIAL_BACKOFF_MS_MAX));
+                Slot::Failed { why: why.clone(), delay, again: Instant::now() + delay }
             }
         };
         let before = self.slots.borrow_mut().insert(address, slot);

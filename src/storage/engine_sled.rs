@@ -37,7 +37,11 @@ impl SledEngine {
             .map_err(failed)?;
         db.flush().map_err(failed)?;
         let path = path.join("db");
-        let file = File::open(&path).map_err(|source| StorageError::Io { action: "opening", path: path.clone(), source })?;
+        let file = File::open(&path).map_err(|source| StorageError::Io {
+            action: "opening",
+            path: path.clone(),
+            source,
+        })?;
         Ok(SledEngine { db, file, path })
     }
 }
@@ -75,7 +79,9 @@ impl Engine for SledEngine {
 
     fn sync(&self) -> Result<(), StorageError> {
         self.db.flush().map_err(failed)?;
-        self.file.sync_data().map_err(|e| StorageError::SyncFailed { path: self.path.clone(), reason: e.to_string() })
+        self.file
+            .sync_data()
+            .map_err(|e| StorageError::SyncFailed { path: self.path.clone(), reason: e.to_string() })
     }
 
     fn disk_bytes(&self) -> u64 {

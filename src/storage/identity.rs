@@ -41,9 +41,7 @@ const MAP_FORMAT_VERSION: u32 = 1;
 #[derive(Debug, thiserror::Error)]
 pub enum IdentityError {
     /// Another process holds it.
-    #[error(
-        "{path} is in use by another process{holder}; stop that one first or choose another directory"
-    )]
+    #[error("{path} is in use by another process{holder}; stop that one first or choose another directory")]
     InUse {
         /// The directory.
         path: String,
@@ -51,9 +49,7 @@ pub enum IdentityError {
         holder: String,
     },
     /// It has content that isn't ours.
-    #[error(
-        "{path} is not empty and not a Pontoon data directory; choose another directory or empty it"
-    )]
+    #[error("{path} is not empty and not a Pontoon data directory; choose another directory or empty it")]
     NotOurs {
         /// The directory.
         path: String,
@@ -154,20 +150,12 @@ impl DataDir {
         let identity = match found.or(survey(path)?) {
             Some(()) => read_identity(path)?,
             None => {
-                let identity = Identity {
-                    store_id: StoreId::random(),
-                    cluster_id: None,
-                    node: None,
-                };
+                let identity = Identity { store_id: StoreId::random(), cluster_id: None, node: None };
                 write_identity(path, &identity)?;
                 identity
             }
         };
-        let dir = DataDir {
-            path: path.to_owned(),
-            identity,
-            _lock: lock,
-        };
+        let dir = DataDir { path: path.to_owned(), identity, _lock: lock };
         for part in [dir.log_path(), dir.state_path(), dir.redo_path()] {
             create_dir(&part)?;
         }
@@ -213,15 +201,10 @@ impl DataDir {
     pub fn record_cluster(&mut self, cluster: ClusterId) -> Result<(), IdentityError> {
         match self.identity.cluster_id {
             Some(recorded) if recorded == cluster => Ok(()),
-            Some(recorded) => Err(IdentityError::OtherCluster {
-                path: show(&self.path),
-                recorded,
-                asked: cluster,
-            }),
-            None => self.record(Identity {
-                cluster_id: Some(cluster),
-                ..self.identity
-            }),
+            Some(recorded) => {
+                Err(IdentityError::OtherCluster { path: show(&self.path), recorded, asked: cluster })
+            }
+            None => self.record(Identity { cluster_id: Some(cluster), ..self.identity }),
         }
     }
 
@@ -230,15 +213,8 @@ impl DataDir {
         self.record_cluster(cluster)?;
         match self.identity.node {
             Some(recorded) if recorded == node => Ok(()),
-            Some(recorded) => Err(IdentityError::OtherNode {
-                path: show(&self.path),
-                recorded,
-                asked: node,
-            }),
-            None => self.record(Identity {
-                node: Some(node),
-                ..self.identity
-            }),
+            Some(recorded) => Err(IdentityError::OtherNode { path: show(&self.path), recorded, asked: node }),
+            None => self.record(Identity { node: Some(node), ..self.identity }),
         }
     }
 
@@ -297,9 +273,7 @@ pub fn set_aside(path: &Path) -> Result<PathBuf, IdentityError> {
         return Err(IdentityError::NotOurs { path: show(path) });
     }
     let _lock = lock(path)?;
-    let seconds = SystemTime::now()
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs());
+    let seconds = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let mut aside = path.as_os_str().to_owned();
     aside.push(format!(".aside-{seconds}"));
     let aside = PathBuf::from(aside);
@@ -321,11 +295,7 @@ fn survey(path: &Path) -> Result<Option<()>, IdentityError> {
             _ => empty = false,
         }
     }
-    if empty {
-        Ok(None)
-    } else {
-        Err(IdentityError::NotOurs { path: show(path) })
-    }
+    if empty { Ok(None) } else { Err(IdentityError::NotOurs { path: show(path) }) }
 }
 
 fn create_dir(path: &Path) -> Result<(), IdentityError> {
@@ -362,11 +332,7 @@ fn lock(path: &Path) -> Result<File, IdentityError> {
             let known = file.read_to_string(&mut text).is_ok() && !text.trim().is_empty();
             return Err(IdentityError::InUse {
                 path: show(path),
-                holder: if known {
-                    format!(" (pid {})", text.trim())
-                } else {
-                    String::new()
-                },
+                holder: if known { format!(" (pid {})", text.trim()) } else { String::new() },
             });
         }
         Err(TryLockError::Error(error)) => return Err(io_error("locking", &lock_path)(error)),
@@ -394,17 +360,10 @@ fn write_identity(path: &Path, identity: &Identity) -> Result<(), IdentityError>
 fn read_identity(path: &Path) -> Result<Identity, IdentityError> {
     let file = path.join(IDENTITY);
     let bytes = fs::read(&file).map_err(io_error("reading", &file))?;
-    let damaged = |detail: String| IdentityError::Damaged {
-        path: show(&file),
-        detail,
-    };
+    let damaged = |detail: String| IdentityError::Damaged { path: show(&file), detail };
     let (version, body) = unseal(IDENTITY_MAGIC, &bytes).map_err(damaged)?;
     if version > FORMAT_VERSION {
-        return Err(IdentityError::Newer {
-            path: show(path),
-            found: version,
-            known: FORMAT_VERSION,
-        });
+        return Err(IdentityError::Newer { path: show(path), found: version, known: FORMAT_VERSION });
     }
     if version != FORMAT_VERSION {
         return Err(damaged(format!("unknown format {version}")));
@@ -425,11 +384,7 @@ fn parse_identity(mut body: &[u8]) -> capnp::Result<Option<Identity>> {
     if cluster_id.is_none() && !cluster.is_empty() {
         return Ok(None);
     }
-    Ok(Some(Identity {
-        store_id,
-        cluster_id,
-        node: (root.get_node() != 0).then(|| NodeId(root.get_node())),
-    }))
+    Ok(Some(Identity { store_id, cluster_id, node: (root.get_node() != 0).then(|| NodeId(root.get_node())) }))
 }
 
 /// Magic, format version, length (8 bytes), body, crc32c of all before; numbers big endian.
@@ -468,24 +423,12 @@ fn show(path: &Path) -> String {
 
 fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> IdentityError + use<> {
     let path = show(path);
-    move |source| IdentityError::Io {
-        action,
-        path,
-        source,
-    }
+    move |source| IdentityError::Io { action, path, source }
 }
 
 fn from_storage(error: StorageError) -> IdentityError {
     match error {
-        StorageError::Io {
-            action,
-            path,
-            source,
-        } => IdentityError::Io {
-            action,
-            path: show(&path),
-            source,
-        },
+        StorageError::Io { action, path, source } => IdentityError::Io { action, path: show(&path), source },
         other => IdentityError::Sync(other.to_string()),
     }
 }

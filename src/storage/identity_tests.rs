@@ -38,10 +38,7 @@ fn a_new_directory_remembers_who_it_is() {
     assert!(matches!(error, IdentityError::OtherCluster { .. }));
     let error = dir.record_member(cluster, NodeId(5)).unwrap_err();
     assert!(matches!(error, IdentityError::OtherNode { .. }));
-    assert_eq!(
-        (dir.cluster_id(), dir.node()),
-        (Some(cluster), Some(NodeId(4)))
-    );
+    assert_eq!((dir.cluster_id(), dir.node()), (Some(cluster), Some(NodeId(4))));
 }
 
 #[test]
@@ -51,10 +48,7 @@ fn one_process_at_a_time() {
     let message = refusal(&path).to_string();
     let pid = format!("in use by another process (pid {})", std::process::id());
     assert!(message.contains(&pid), "{message}");
-    assert!(matches!(
-        check_unused(&path),
-        Err(IdentityError::InUse { .. })
-    ));
+    assert!(matches!(check_unused(&path), Err(IdentityError::InUse { .. })));
     assert!(matches!(set_aside(&path), Err(IdentityError::InUse { .. })));
     drop(dir);
     check_unused(&path).unwrap();
@@ -67,20 +61,14 @@ fn strangers_are_left_alone() {
     fs::create_dir_all(&path).unwrap();
     fs::write(path.join("thesis.tex"), "years of work").unwrap();
     assert!(matches!(refusal(&path), IdentityError::NotOurs { .. }));
-    assert!(matches!(
-        set_aside(&path),
-        Err(IdentityError::NotOurs { .. })
-    ));
+    assert!(matches!(set_aside(&path), Err(IdentityError::NotOurs { .. })));
     assert!(!is_ours(&path));
     assert_eq!(fs::read_dir(&path).unwrap().count(), 1, "nothing was added");
     fs::write(path.join(IDENTITY), "my identity").unwrap();
     assert!(!is_ours(&path), "another program's file of that name");
     assert!(matches!(refusal(&path), IdentityError::Damaged { .. }));
     let file = path.join("thesis.tex");
-    assert!(
-        matches!(refusal(&file), IdentityError::Io { .. }),
-        "not a directory"
-    );
+    assert!(matches!(refusal(&file), IdentityError::Io { .. }), "not a directory");
 }
 
 #[test]
@@ -103,23 +91,14 @@ fn newer_and_damaged_identities_are_refused() {
     let (_, body) = unseal(IDENTITY_MAGIC, &good).unwrap();
     fs::write(&file, seal(IDENTITY_MAGIC, 2, body)).unwrap();
     let message = refusal(&path).to_string();
-    assert!(
-        message.contains("format 2, this program knows up to 1"),
-        "{message}"
-    );
+    assert!(message.contains("format 2, this program knows up to 1"), "{message}");
     for place in 0..good.len() {
         let mut bad = good.clone();
         bad[place] ^= 1;
         fs::write(&file, &bad).unwrap();
-        assert!(
-            matches!(refusal(&path), IdentityError::Damaged { .. }),
-            "flipped at {place}"
-        );
+        assert!(matches!(refusal(&path), IdentityError::Damaged { .. }), "flipped at {place}");
         fs::write(&file, &good[..place]).unwrap();
-        assert!(
-            matches!(refusal(&path), IdentityError::Damaged { .. }),
-            "cut at {place}"
-        );
+        assert!(matches!(refusal(&path), IdentityError::Damaged { .. }), "cut at {place}");
     }
     fs::write(&file, &good).unwrap();
     DataDir::open(&path).unwrap();
