@@ -7,7 +7,7 @@
 //!
 //! | module | what it is |
 //! |---|---|
-//! | [`ids`], [`limits`], [`schema`], [`codec`], [`refusal`], [`settings`], [`telemetry`] | the ground floor |
+//! | [`ids`], [`limits`], [`schema`], [`codec`], [`refusal`], [`settings`], [`telemetry`], [`version`] | the ground floor |
 //! | [`transport`] | framed Cap'n Proto between nodes |
 //! | [`placement`] | key → shard → nodes; the cluster map; plans: pure |
 //! | [`storage`] | raft log and state behind traits |
@@ -39,3 +39,4 @@ pub mod sim;
 pub mod storage;
 pub mod telemetry;
 pub mod transport;
+pub mod version;

@@ -45,15 +45,38 @@ pub const NESTING_MAX: i32 = 16;
 pub const UNCOMMITTED_BYTES_MAX: usize = 64 * MIB;
 /// Proposals and reads that wait in one replica; above, requests are `Busy`.
 pub const REPLICA_PENDING_MAX: usize = 16 * 1024;
+/// Rounds of linearizable reads that wait for a quorum at a time; reads that arrive meanwhile share the next.
+pub const READ_ROUNDS_MAX: usize = 1;
+/// Log writes of one group that are not yet durable, above which new commands wait to share an entry.
+pub const WRITES_IN_FLIGHT_MAX: usize = 4;
 /// Bytes of committed entries taken from raft in one pass, so that one group can't hold its thread.
 pub const APPLY_PASS_BYTES: u64 = MIB as u64;
 /// Bytes of recent log entries a group keeps in memory beyond those it must.
 pub const ENTRY_CACHE_BYTES: usize = 2 * MIB;
 
+/// Messages in a replica's mailbox; above, requests are `Busy` and raft messages are dropped.
+pub const REPLICA_MAILBOX_MAX: usize = 4 * 1024;
+/// Batches in the mailbox of a thread that owns replicas; above, raft messages are dropped.
+pub const HUB_MAILBOX_MAX: usize = 16 * 1024;
+/// Ticks between looks whether the log can be compacted further.
+pub const COMPACT_TICKS: u64 = 50;
+
 /// Bytes waiting in the outbox to one peer; above, messages are dropped and raft sends them again.
 pub const OUTBOX_BYTES_MAX: usize = 64 * MIB;
 /// Log writes are gathered into one append of the log engine up to this many bytes.
 pub const LOG_WRITE_TARGET_BYTES: usize = 4 * MIB;
+/// Bytes that may wait for the log writer. What bounds them is each group's own limit of entries in
+/// flight; above this the writer takes them still, since an arbiter must not block, and complains.
+pub const LOG_QUEUE_BYTES_MAX: usize = 256 * MIB;
+/// What a job or a fence in the log writer's queue counts for, in bytes.
+pub const LOG_JOB_BYTES: usize = 256;
+/// Time between purges of the log, in milliseconds.
+pub const LOG_PURGE_MS: u64 = 10_000;
+
+/// A flush hands the state engine batches of at most so many keys, so that readers get their turn.
+pub const FLUSH_BATCH_KEYS: usize = 256;
+/// A flush batch is closed at this many bytes of keys and values.
+pub const FLUSH_BATCH_BYTES: usize = 64 * KIB;
 
 /// Connections a node accepts on its client port; more wait in the listen queue.
 pub const CLIENT_CONNECTIONS_MAX: usize = 4096;
@@ -74,6 +97,28 @@ pub const ELECTION_TICKS_MIN: usize = 10;
 /// Greatest election timeout in ticks, exclusive.
 pub const ELECTION_TICKS_MAX: usize = 20;
 
+/// Time between heartbeats of a node to every other, in milliseconds.
+pub const NODE_HEARTBEAT_MS: u64 = 500;
+/// Time a stopping node gives its connections to write their last answers, in milliseconds.
+pub const LAST_ANSWERS_MS: u64 = 20;
+/// Time between attempts to become a member, in milliseconds.
+pub const MEMBERSHIP_RETRY_MS: u64 = 200;
+/// Time for one attempt to reach the metadata leader, in milliseconds.
+pub const META_ATTEMPT_MS: u64 = 3_000;
+/// Time between such attempts, in milliseconds.
+pub const META_RETRY_MS: u64 = 20;
+/// Time between measurements of the data directory's size, in milliseconds.
+pub const DISK_MEASURE_MS: u64 = 10_000;
+/// Time for a pull of the cluster map from a peer, in milliseconds.
+pub const MAP_PULL_MS_MAX: u64 = 3_000;
+/// Time for a replica's answer to a status question, in milliseconds.
+pub const STATUS_MS_MAX: u64 = 1_000;
+/// Time for a probe of another node, in milliseconds.
+pub const PROBE_MS_MAX: u64 = 1_000;
+/// Time for a request to join, which waits for the metadata shard, in milliseconds.
+pub const JOIN_MS_MAX: u64 = 3_000;
+/// Time within which leadership is handed over when a node stops, in milliseconds.
+pub const HAND_OVER_MS_MAX: u64 = 1_500;
 /// Crashes of one replica within [`CRASH_WINDOW_MS`] after which it is quarantined.
 pub const CRASHES_MAX: usize = 5;
 /// Window for counting crashes, in milliseconds.
@@ -90,38 +135,18 @@ pub const BUSY_RETRY_MS: u32 = 10;
 /// A stopping node exits at the latest after this many milliseconds.
 pub const STOP_MS_MAX: u64 = 5_000;
 
-/// Client library: calls under way for one shard; operations that arrive meanwhile share the next.
-pub const CALLS_PER_SHARD_MAX: usize = 4;
-/// Client library: longest attempt at one node, in milliseconds, so that a hung node is left for another.
-pub const ATTEMPT_MS_MAX: u64 = 2_000;
-/// Client library: bytes for which an attempt is given one further millisecond.
-pub const ATTEMPT_BYTES_PER_MS: u64 = 4 * KIB as u64;
-/// Client library: longest time to connect to a node, its greeting included, in milliseconds.
-pub const DIAL_MS_MAX: u64 = 1_000;
-/// Client library: longest time before a node that couldn't be reached is dialled again, in milliseconds.
-pub const DIAL_BACKOFF_MS_MAX: u64 = 500;
-/// Client library: first and longest delay before an operation is tried again, in milliseconds.
-pub const RETRY_MS_MIN: u64 = 2;
-/// See [`RETRY_MS_MIN`].
-pub const RETRY_MS_MAX: u64 = 200;
-/// Client library: least time between two requests for the cluster map, in milliseconds.
-pub const MAP_REFRESH_MS_MIN: u64 = 20;
-/// Client library: nodes asked at a time for the cluster map.
-pub const MAP_ASKED_MAX: usize = 8;
-/// Client library: time that `close` gives to what is in flight, in milliseconds.
-pub const CLOSE_MS_MAX: u64 = 500;
-
-/// Operations of client calls that one thread of a node works on; above, calls are `Busy`.
-pub const THREAD_OPERATIONS_MAX: usize = 64 * 1024;
-/// Bytes of keys and values of client calls that one thread of a node works on; above, calls are
-/// `Busy`, unless there is nothing else.
-pub const THREAD_BYTES_MAX: usize = 128 * MIB;
-/// Values in the answer to one batch, in bytes; gets beyond are `Busy`. An answer has at least one.
-pub const ANSWER_BYTES_MAX: usize = 16 * MIB;
-/// A connection to the client port that sends nothing for so long at its start is closed, in milliseconds.
-pub const GREETING_MS_MAX: u64 = 10_000;
-/// Time that a stopping node gives to client calls in flight, in milliseconds.
-pub const CLIENT_DRAIN_MS_MAX: u64 = 1_500;
+/// Nodes that `pontoon setup` runs in one process at most.
+pub const LOCAL_NODES_MAX: u32 = 32;
+/// Concurrent clients of `pontoon bench` at most.
+pub const BENCH_CLIENTS_MAX: u32 = 16 * 1024;
+/// Longest line that `pontoon import` reads: the greatest pair with every byte escaped as `\u00XX`.
+pub const IMPORT_LINE_BYTES_MAX: usize = 6 * (KEY_BYTES_MAX + VALUE_BYTES_MAX) + 4 * KIB;
+/// Pairs that `pontoon import` puts into one batch.
+pub const IMPORT_BATCH_PAIRS: usize = 256;
+/// Batches that `pontoon import` has under way; it reads on when one is done.
+pub const IMPORT_BATCHES_IN_FLIGHT: usize = 8;
+/// Failures that `pontoon import` tells one by one; further ones are only counted.
+pub const IMPORT_FAILURES_TOLD: usize = 20;
 
 /// Raft messages in one peer frame; a sender opens another frame, a receiver closes the connection.
 pub const FRAME_MESSAGES_MAX: usize = 16 * 1024;
@@ -155,14 +180,45 @@ pub const KEEPALIVE_MS: u64 = 1_000;
 pub const PEER_IDLE_MS_MAX: u64 = 5_000;
 /// Bytes of RPC messages gathered for one write to a client connection; a writer waits above this.
 pub const COALESCE_BYTES_MAX: usize = MIB;
+/// Client library: calls under way for one shard; operations that arrive meanwhile share the next.
+pub const CALLS_PER_SHARD_MAX: usize = 4;
+/// Client library: longest attempt at one node, in milliseconds, so that a hung node is left for another.
+pub const ATTEMPT_MS_MAX: u64 = 2_000;
+/// Client library: bytes for which an attempt is given one further millisecond.
+pub const ATTEMPT_BYTES_PER_MS: u64 = 4 * KIB as u64;
+/// Client library: longest time to connect to a node, its greeting included, in milliseconds.
+pub const DIAL_MS_MAX: u64 = 1_000;
+/// Client library: longest time before a node that couldn't be reached is dialled again, in milliseconds.
+pub const DIAL_BACKOFF_MS_MAX: u64 = 500;
+/// Client library: first and longest delay before an operation is tried again, in milliseconds.
+pub const RETRY_MS_MIN: u64 = 2;
+/// See [`RETRY_MS_MIN`].
+pub const RETRY_MS_MAX: u64 = 200;
+/// Client library: least time between two requests for the cluster map, in milliseconds.
+pub const MAP_REFRESH_MS_MIN: u64 = 20;
+/// Client library: nodes asked at a time for the cluster map.
+pub const MAP_ASKED_MAX: usize = 8;
+/// Client library: time that `close` gives to what is in flight, in milliseconds.
+pub const CLOSE_MS_MAX: u64 = 500;
+
+/// Operations of client calls that one thread of a node works on; above, calls are `Busy`.
+pub const THREAD_OPERATIONS_MAX: usize = 64 * 1024;
+/// Bytes of keys and values of client calls that one thread of a node works on; above, calls are
+/// `Busy`, unless there is nothing else.
+pub const THREAD_BYTES_MAX: usize = 128 * MIB;
+/// Values in the answer to one batch, in bytes; gets beyond are `Busy`. An answer has at least one.
+pub const ANSWER_BYTES_MAX: usize = 16 * MIB;
+/// A connection to the client port that sends nothing for so long at its start is closed, in milliseconds.
+pub const GREETING_MS_MAX: u64 = 10_000;
+/// Time that a stopping node gives to client calls in flight, in milliseconds.
+pub const CLIENT_DRAIN_MS_MAX: u64 = 1_500;
 
 // value ≤ entry ≤ append message ≤ frame ≤ traversal limit.
 const _: () = assert!(KEY_BYTES_MAX + VALUE_BYTES_MAX <= ENTRY_BYTES_MAX);
 const _: () = assert!(ENTRY_TARGET_BYTES <= ENTRY_BYTES_MAX);
 const _: () = assert!(ENTRY_BYTES_MAX + APPEND_TARGET_BYTES <= FRAME_BYTES_MAX);
 // A frame is closed once it has reached its target, so it may exceed that by one message.
-const _: () =
-    assert!(FRAME_TARGET_BYTES + ENTRY_BYTES_MAX + APPEND_TARGET_BYTES <= FRAME_BYTES_MAX);
+const _: () = assert!(FRAME_TARGET_BYTES + ENTRY_BYTES_MAX + APPEND_TARGET_BYTES <= FRAME_BYTES_MAX);
 // An append of the smallest entries (raft counts 8 bytes or more for each) is within a frame's count.
 const _: () = assert!(APPEND_TARGET_BYTES / 8 <= MESSAGE_ENTRIES_MAX);
 // An entry takes 40 bytes or more of a frame, which may exceed its target by one message.
@@ -170,10 +226,14 @@ const _: () = assert!(FRAME_TARGET_BYTES / 40 + MESSAGE_ENTRIES_MAX <= FRAME_ENT
 const _: () = assert!(REQUEST_FRAME_BYTES_MAX <= FRAME_BYTES_MAX);
 const _: () = assert!(OUTBOX_CONTROL_BYTES_MAX <= OUTBOX_BYTES_MAX);
 const _: () = assert!(KEEPALIVE_MS * 3 < PEER_IDLE_MS_MAX);
+const _: () = assert!(UNCOMMITTED_BYTES_MAX <= LOG_QUEUE_BYTES_MAX);
+const _: () = assert!(LOG_WRITE_TARGET_BYTES <= LOG_QUEUE_BYTES_MAX);
+const _: () = assert!(FRAME_TARGET_BYTES <= FRAME_BYTES_MAX);
 const _: () = assert!(FRAME_BYTES_MAX <= TRAVERSAL_BYTES_MAX);
 const _: () = assert!(FRAME_BYTES_MAX <= OUTBOX_BYTES_MAX);
 const _: () = assert!(ENTRY_BYTES_MAX <= UNCOMMITTED_BYTES_MAX);
 const _: () = assert!(BATCH_OPERATIONS_MAX <= REPLICA_PENDING_MAX);
+const _: () = assert!(IMPORT_BATCH_PAIRS <= BATCH_OPERATIONS_MAX);
 const _: () = assert!(HEARTBEAT_TICKS * 2 < ELECTION_TICKS_MIN);
 const _: () = assert!(ELECTION_TICKS_MIN < ELECTION_TICKS_MAX);
 // Distinct election windows, one tick wide, for all replicas of a group.

@@ -1,5 +1,5 @@
 //! The `pontoon` binary: arguments to [`pontoon::cli`], and its exit code.
 
 fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+    std::process::ExitCode::from(pontoon::cli::run(std::env::args_os()).code())
 }

@@ -1,6 +1,8 @@
 //! Why an operation got no result: one vocabulary from the replica to the client's caller. Each
 //! refusal says whether the operation may have had an effect, and whether to try again.
 
+use std::borrow::Cow;
+
 use crate::ids::{NodeId, ShardId};
 
 /// Whether a failed operation may have had an effect.
@@ -24,9 +26,7 @@ pub enum Refusal {
         leader: Option<NodeId>,
     },
     /// The request was routed by an old map, or to a node without this shard.
-    #[error(
-        "shard {shard} is not here under range version {asked}; it is at version {range_version}"
-    )]
+    #[error("shard {shard} is not here under range version {asked}; it is at version {range_version}")]
     StaleRoute {
         /// The shard.
         shard: ShardId,
@@ -36,10 +36,10 @@ pub enum Refusal {
         range_version: u64,
     },
     /// A bounded queue is full.
-    #[error("too much is in flight: {what}")]
+    #[error("{BUSY}{what}")]
     Busy {
         /// Which bound was met.
-        what: &'static str,
+        what: Cow<'static, str>,
         /// When to come back, in milliseconds.
         retry_after_ms: u32,
     },
@@ -50,11 +50,11 @@ pub enum Refusal {
     #[error("another leader's entry took its place in the log")]
     Superseded,
     /// Proposed, but its end can't be seen from here any more.
-    #[error("the outcome can't be known: {0}")]
-    Unknown(&'static str),
+    #[error("{UNKNOWN}{0}")]
+    Unknown(Cow<'static, str>),
     /// The replica is starting, stopping, or has no leader.
     #[error("{0}")]
-    Unavailable(&'static str),
+    Unavailable(Cow<'static, str>),
     /// The replica crashed too often and is out of service on this node.
     #[error("{QUARANTINED}{0}")]
     Quarantined(String),
@@ -84,28 +84,11 @@ pub enum Refusal {
 /// How the text of [`Refusal::Quarantined`] begins.
 pub(crate) const QUARANTINED: &str = "the replica is quarantined after repeated crashes: ";
 
-/// Fixed texts of [`Refusal::Busy`], [`Refusal::Unknown`] and [`Refusal::Unavailable`] that survive the
-/// wire word by word. Others are replaced by a general text when read; the kind of refusal is not
-/// affected.
-pub const REASONS: &[&str] = &[
-    "starting",
-    "stopping",
-    "the replica is re-applying its log",
-    "the shard has no leader",
-    "leadership was lost",
-    "the replica crashed",
-    "the node is stopping",
-    "the connection was lost",
-    "uncommitted entries",
-    "pending operations",
-];
+/// How the text of [`Refusal::Busy`] begins.
+pub(crate) const BUSY: &str = "too much is in flight: ";
 
-/// The fixed text that `message` ends with; the longest, since one may be the end of another.
-pub(crate) fn known_reason(message: &str) -> Option<&'static str> {
-    let ends = |reason: &&'static str| message.ends_with(*reason);
-    let found = REASONS.iter().copied().filter(ends);
-    found.max_by_key(|reason| reason.len())
-}
+/// How the text of [`Refusal::Unknown`] begins.
+pub(crate) const UNKNOWN: &str = "the outcome can't be known: ";
 
 impl Refusal {
     /// Whether the operation may have had an effect.
@@ -120,10 +103,9 @@ impl Refusal {
     /// Whether the same operation may succeed later or elsewhere, if repeating it is acceptable.
     pub fn retryable(&self) -> bool {
         match self {
-            Refusal::Invalid(_)
-            | Refusal::Deadline
-            | Refusal::UnknownDatabase(_)
-            | Refusal::Refused(_) => false,
+            Refusal::Invalid(_) | Refusal::Deadline | Refusal::UnknownDatabase(_) | Refusal::Refused(_) => {
+                false
+            }
             Refusal::Other { retryable, .. } => *retryable,
             _ => true,
         }
@@ -132,9 +114,7 @@ impl Refusal {
     /// Milliseconds to wait before trying again; 0: at once.
     pub fn retry_after_ms(&self) -> u32 {
         match self {
-            Refusal::Busy { retry_after_ms, .. } | Refusal::Other { retry_after_ms, .. } => {
-                *retry_after_ms
-            }
+            Refusal::Busy { retry_after_ms, .. } | Refusal::Other { retry_after_ms, .. } => *retry_after_ms,
             _ => 0,
         }
     }

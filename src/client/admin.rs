@@ -22,11 +22,7 @@ use crate::schema::admin_capnp::{database_result, void_result};
 
 impl Client {
     /// What the node at `address` tells of itself and its replicas, asked of that node alone.
-    pub async fn node_report(
-        &self,
-        address: &str,
-        timeout: Duration,
-    ) -> Result<NodeReport, ClientError> {
+    pub async fn node_report(&self, address: &str, timeout: Duration) -> Result<NodeReport, ClientError> {
         let (address, deadline) = (address.to_owned(), bounded(timeout));
         self.run(closed(), move |driver| async move {
             let asked = driver.report_of(&address, deadline).await;
@@ -139,9 +135,8 @@ impl Client {
                     request.set_shard(shard.0);
                     request.set_node(node.0);
                     request.set_timeout_ms(told(left));
-                    let answer = driver
-                        .attempt(shard, &connection, &target, left, call.send().promise)
-                        .await?;
+                    let answer =
+                        driver.attempt(shard, &connection, &target, left, call.send().promise).await?;
                     let result = answer.get().and_then(|a| a.get_result());
                     let result = result.map_err(|e| lost_answer(&target.address, &e))?;
                     let read = read_void_result(&target.address, result);
@@ -157,12 +152,7 @@ impl Client {
     }
 
     /// Test hook: makes the replica of `shard` on the node at `address` fail in the named way.
-    pub async fn inject(
-        &self,
-        address: &str,
-        shard: ShardId,
-        fault: &str,
-    ) -> Result<(), ClientError> {
+    pub async fn inject(&self, address: &str, shard: ShardId, fault: &str) -> Result<(), ClientError> {
         let (address, fault) = (address.to_owned(), fault.to_owned());
         let deadline = bounded(self.shared.options.timeout);
         self.run(lost(), move |driver| async move {
@@ -264,10 +254,7 @@ impl Driver {
     }
 }
 
-fn read_database_result(
-    address: &str,
-    from: database_result::Reader<'_>,
-) -> Result<DatabaseRecord, Failure> {
+fn read_database_result(address: &str, from: database_result::Reader<'_>) -> Result<DatabaseRecord, Failure> {
     match from.which().map_err(|e| lost_answer(address, &e))? {
         database_result::Database(record) => {
             let record = record.map_err(|e| lost_answer(address, &e))?;
@@ -307,10 +294,7 @@ fn bounded(timeout: Duration) -> Deadline {
 }
 
 fn unavailable(deadline: Deadline, last: String) -> ClientError {
-    ClientError::NotApplied(NotApplied::Unavailable {
-        within: deadline.within,
-        last,
-    })
+    ClientError::NotApplied(NotApplied::Unavailable { within: deadline.within, last })
 }
 
 /// The end of a change that was under way when the client was closed.

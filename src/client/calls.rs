@@ -116,9 +116,7 @@ impl Driver {
             self.take_route(response.get_route(), &target.address);
         }
         let results = match response.which() {
-            Ok(batch_response::Results(Ok(results))) if results.len() as usize == batch.len() => {
-                results
-            }
+            Ok(batch_response::Results(Ok(results))) if results.len() as usize == batch.len() => results,
             Ok(batch_response::Error(Ok(error))) => {
                 let refusal = crate::codec::refusal::read_refusal(error);
                 self.refused(shard, target, &refusal);
@@ -188,9 +186,7 @@ impl Driver {
         request.set_limit(page.limit);
         request.set_keys_only(page.keys_only);
         request.set_timeout_ms(told(patience));
-        let answer = self
-            .attempt(shard, &connection, &target, patience, call.send().promise)
-            .await?;
+        let answer = self.attempt(shard, &connection, &target, patience, call.send().promise).await?;
         let read = |error: &dyn std::fmt::Display| Failure::Lost(unreadable(&target, error));
         let response = answer.get().and_then(|a| a.get_response());
         let response = response.map_err(|e| read(&e))?;
@@ -210,10 +206,7 @@ impl Driver {
     }
 
     /// The believed leader of a shard and a connection to it.
-    pub async fn leader(
-        self: &Rc<Driver>,
-        shard: ShardId,
-    ) -> Result<(Target, Rc<Connection>), Failure> {
+    pub async fn leader(self: &Rc<Driver>, shard: ShardId) -> Result<(Target, Rc<Connection>), Failure> {
         let target = self.routing.borrow().target(shard);
         let Some(target) = target else {
             self.refresh_soon();
@@ -252,11 +245,7 @@ impl Driver {
     }
 
     /// A connection to the node that `target` names; another node at its address won't do.
-    async fn connect(
-        self: &Rc<Driver>,
-        target: &Target,
-        patient: bool,
-    ) -> Result<Rc<Connection>, String> {
+    async fn connect(self: &Rc<Driver>, target: &Target, patient: bool) -> Result<Rc<Connection>, String> {
         let connection = self.pool.get(&target.address, patient).await;
         let connection = connection.map_err(|why| why.to_string())?;
         let ours = self.routing.borrow().map().cluster_id;
@@ -292,9 +281,7 @@ impl Driver {
 
     fn unreachable(self: &Rc<Driver>, shard: ShardId, target: &Target) {
         let now = Instant::now();
-        self.routing
-            .borrow_mut()
-            .unreachable(shard, target.node, now);
+        self.routing.borrow_mut().unreachable(shard, target.node, now);
         // Its address may have changed.
         self.refresh_soon();
     }
@@ -361,14 +348,7 @@ where
             Err(_) => Failure::Lost("no answer in the time given".into()),
         };
         let left = deadline.left(Instant::now());
-        match retry::decide(
-            kind,
-            &mut attempts,
-            failure,
-            left,
-            deadline.within,
-            rand::random(),
-        ) {
+        match retry::decide(kind, &mut attempts, failure, left, deadline.within, rand::random()) {
             Decision::Fail(error) => return Err(error),
             Decision::Retry(after) => tokio::time::sleep(after).await,
         }
@@ -411,8 +391,5 @@ fn call_failure(target: &Target, error: &capnp::Error) -> Failure {
 }
 
 fn unreadable(target: &Target, error: &dyn std::fmt::Display) -> String {
-    format!(
-        "node {} at {} gave an unreadable answer: {error}",
-        target.node, target.address
-    )
+    format!("node {} at {} gave an unreadable answer: {error}", target.node, target.address)
 }

@@ -19,11 +19,7 @@ use crate::ids::{ClusterId, NodeId, RandomId};
 use crate::limits::{DIAL_BACKOFF_MS_MAX, DIAL_MS_MAX, RETRY_MS_MIN};
 use crate::schema::{admin_capnp::admin, kv_capnp::gate, kv_capnp::kv};
 use crate::transport::rpc_stream::{reader_options, rpc_streams};
-
-/// Protocol versions this client speaks, both included.
-pub const PROTOCOL_MIN: u32 = 1;
-/// See [`PROTOCOL_MIN`].
-pub const PROTOCOL_MAX: u32 = 1;
+use crate::version::{PROTOCOL_MAX, PROTOCOL_MIN};
 
 /// Why there is no connection. For a person.
 pub type DialError = Rc<str>;
@@ -56,11 +52,7 @@ impl Connection {
 enum Slot {
     Dialling(Vec<oneshot::Sender<Dialled>>),
     Ready(Rc<Connection>),
-    Failed {
-        why: DialError,
-        delay: Duration,
-        again: Instant,
-    },
+    Failed { why: DialError, delay: Duration, again: Instant },
 }
 
 /// All connections of a client, by address.
@@ -111,15 +103,9 @@ impl Pool {
         let slot = match &dialled {
             Ok(connection) => Slot::Ready(connection.clone()),
             Err(why) => {
-                let delay = (last_delay * 2).clamp(
-                    Duration::from_millis(RETRY_MS_MIN),
-                    Duration::from_millis(DIAL_BACKOFF_MS_MAX),
-                );
-                Slot::Failed {
-                    why: why.clone(),
-                    delay,
-                    again: Instant::now() + delay,
-                }
+                let delay = (last_delay * 2)
+                    .clamp(Duration::from_millis(RETRY_MS_MIN), Duration::from_millis(DIAL_BACKOFF_MS_MAX));
+                Slot::Failed { why: why.clone(), delay, again: Instant::now() + delay }
             }
         };
         let before = self.slots.borrow_mut().insert(address, slot);

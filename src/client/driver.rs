@@ -20,13 +20,13 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, oneshot};
 use tokio::task::spawn_local;
 
+use super::Operation;
 use super::connection::Pool;
 use super::lanes::{Lanes, Next};
 use super::refresh::Refresh;
 use super::retry::{self, Decision, Failure};
 use super::routing::Routing;
 use super::ticket::{Deadline, End, Load, Parts, Reply, Ticket};
-use super::Operation;
 use crate::ids::ShardId;
 use crate::limits::CLOSE_MS_MAX;
 use crate::placement::map::ClusterMap;
@@ -61,8 +61,7 @@ pub(super) enum Job {
 }
 
 /// Makes a future on the client's thread.
-pub(super) type Task =
-    Box<dyn FnOnce(Rc<Driver>) -> Pin<Box<dyn Future<Output = ()>>> + Send + 'static>;
+pub(super) type Task = Box<dyn FnOnce(Rc<Driver>) -> Pin<Box<dyn Future<Output = ()>>> + Send + 'static>;
 
 /// Reads the map of the node that a client lives in.
 pub(crate) type MapSource = Box<dyn Fn() -> Arc<ClusterMap> + Send>;
@@ -138,20 +137,10 @@ impl Driver {
 
     fn take(self: &Rc<Driver>, job: Job) {
         match job {
-            Job::One {
-                database,
-                operation,
-                deadline,
-                reply,
-                permit,
-            } => self.accept(operation, database, deadline, Reply::One(reply, Some(permit))),
-            Job::Batch {
-                database,
-                operations,
-                deadline,
-                reply,
-                permit,
-            } => {
+            Job::One { database, operation, deadline, reply, permit } => {
+                self.accept(operation, database, deadline, Reply::One(reply, Some(permit)))
+            }
+            Job::Batch { database, operations, deadline, reply, permit } => {
                 let parts = Parts::new(operations.len(), reply, Some(permit));
                 for (at, operation) in operations.into_iter().enumerate() {
                     let reply = Reply::Part(parts.clone(), at);
@@ -178,9 +167,7 @@ impl Driver {
         reply: Reply,
     ) {
         let once = self.setup.forwarded;
-        self.enqueue(Ticket::new(
-            operation, database, deadline, once, reply, &self.load,
-        ));
+        self.enqueue(Ticket::new(operation, database, deadline, once, reply, &self.load));
     }
 
     /// Adds an operation to the queue of the shard that its key belongs to; without one it waits for a
@@ -286,9 +273,7 @@ impl Driver {
     /// Forgets the queues of shards that the map doesn't have any more.
     pub fn prune(&self) {
         let map = self.routing.borrow().map().clone();
-        self.lanes
-            .borrow_mut()
-            .prune(|shard| map.shards.contains_key(&shard));
+        self.lanes.borrow_mut().prune(|shard| map.shards.contains_key(&shard));
     }
 }
 

@@ -111,8 +111,7 @@ impl Lanes {
 
     /// Forgets the shards that `keep` doesn't name and nothing waits for.
     pub fn prune(&mut self, keep: impl Fn(ShardId) -> bool) {
-        self.lanes
-            .retain(|shard, lane| keep(*shard) || lane.calls > 0 || !lane.queue.is_empty());
+        self.lanes.retain(|shard, lane| keep(*shard) || lane.calls > 0 || !lane.queue.is_empty());
     }
 }
 

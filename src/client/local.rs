@@ -22,23 +22,14 @@ impl LocalClient {
     /// A client on the current `LocalSet`, which reads the node's map from `source`.
     pub fn start(source: MapSource) -> LocalClient {
         LocalClient {
-            driver: Driver::start(Setup {
-                seeds: Vec::new(),
-                source: Some(source),
-                forwarded: true,
-            }),
+            driver: Driver::start(Setup { seeds: Vec::new(), source: Some(source), forwarded: true }),
         }
     }
 
     /// Runs an operation at its shard's leader, wherever that is.
     pub async fn run(&self, database: &str, operation: Operation, within: Duration) -> End {
         let (reply, end) = oneshot::channel();
-        self.driver.accept(
-            operation,
-            database.into(),
-            Deadline::after(within),
-            Reply::One(reply, None),
-        );
+        self.driver.accept(operation, database.into(), Deadline::after(within), Reply::One(reply, None));
         self.driver.flush();
         end.await.unwrap_or_else(|_| Err(closed()))
     }

@@ -163,37 +163,22 @@ impl Client {
         }
         let (jobs, queue) = mpsc::unbounded_channel();
         let (running, ended) = watch::channel(());
-        let setup = Setup {
-            seeds: options.addresses.clone(),
-            source: None,
-            forwarded: false,
-        };
-        let started = std::thread::Builder::new()
-            .name("pontoon-client".into())
-            .spawn(move || {
-                // Dropped at the end of the thread, on unwinding too.
-                let _running = running;
-                run(setup, queue);
-            });
+        let setup = Setup { seeds: options.addresses.clone(), source: None, forwarded: false };
+        let started = std::thread::Builder::new().name("pontoon-client".into()).spawn(move || {
+            // Dropped at the end of the thread, on unwinding too.
+            let _running = running;
+            run(setup, queue);
+        });
         started.map_err(|e| unavailable(&options, format!("starting the client's thread: {e}")))?;
         let permits = options.in_flight_max.clamp(1, Semaphore::MAX_PERMITS);
         Ok(Client {
-            shared: Arc::new(Shared {
-                in_flight: Arc::new(Semaphore::new(permits)),
-                options,
-                jobs,
-                ended,
-            }),
+            shared: Arc::new(Shared { in_flight: Arc::new(Semaphore::new(permits)), options, jobs, ended }),
         })
     }
 
     /// A database by name. Asks nobody: a name that doesn't exist shows at the first operation.
     pub fn database(&self, name: impl Into<String>) -> Database {
-        Database {
-            client: self.clone(),
-            name: Arc::from(name.into()),
-            timeout: self.shared.options.timeout,
-        }
+        Database { client: self.clone(), name: Arc::from(name.into()), timeout: self.shared.options.timeout }
     }
 
     /// The cluster map, freshly asked of a node.
@@ -236,19 +221,14 @@ impl Client {
                 drop(permit);
             })
         });
-        self.shared
-            .jobs
-            .send(Job::Task(job))
-            .map_err(|_| closed())?;
+        self.shared.jobs.send(Job::Task(job)).map_err(|_| closed())?;
         done.await.unwrap_or(Err(lost))
     }
 }
 
 /// The thread of a client.
 fn run(setup: Setup, jobs: mpsc::UnboundedReceiver<Job>) {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = match runtime {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -274,10 +254,7 @@ fn closed() -> ClientError {
 }
 
 fn unavailable(options: &ClientOptions, last: String) -> ClientError {
-    ClientError::NotApplied(NotApplied::Unavailable {
-        within: options.timeout,
-        last,
-    })
+    ClientError::NotApplied(NotApplied::Unavailable { within: options.timeout, last })
 }
 
 /// A database of a cluster. Cheap to clone.
@@ -292,10 +269,7 @@ impl Database {
     /// The same database with another deadline per operation, at most
     /// [`TIMEOUT_MAX_MS`](crate::limits::TIMEOUT_MAX_MS).
     pub fn with_timeout(&self, timeout: Duration) -> Database {
-        Database {
-            timeout,
-            ..self.clone()
-        }
+        Database { timeout, ..self.clone() }
     }
 
     /// Reads a key, linearizably.
@@ -307,11 +281,7 @@ impl Database {
     }
 
     /// Sets a key's value; the new version. An unknown outcome is retried: at least once.
-    pub async fn put(
-        &self,
-        key: impl Into<Bytes>,
-        value: impl Into<Bytes>,
-    ) -> Result<u64, ClientError> {
+    pub async fn put(&self, key: impl Into<Bytes>, value: impl Into<Bytes>) -> Result<u64, ClientError> {
         match self.one(Operation::Put(key.into(), value.into())).await? {
             OperationResult::Written(version) => Ok(version),
             other => Err(mismatched(&other)),
@@ -344,14 +314,9 @@ impl Database {
 
     /// Runs independent operations, each with its own result, in the order given. They are grouped by
     /// shard into as few calls as possible; no order among them is promised.
-    pub async fn batch(
-        &self,
-        operations: Vec<Operation>,
-    ) -> Vec<Result<OperationResult, ClientError>> {
-        let mut ends: Vec<Option<End>> = operations
-            .iter()
-            .map(|operation| check(operation).err().map(Err))
-            .collect();
+    pub async fn batch(&self, operations: Vec<Operation>) -> Vec<Result<OperationResult, ClientError>> {
+        let mut ends: Vec<Option<End>> =
+            operations.iter().map(|operation| check(operation).err().map(Err)).collect();
         let valid: Vec<Operation> = operations
             .into_iter()
             .zip(&ends)
@@ -382,13 +347,7 @@ impl Database {
         let deadline = self.deadline();
         let permit = self.client.admit(1).await?;
         let (reply, end) = oneshot::channel();
-        let job = Job::One {
-            database: self.name.clone(),
-            operation,
-            deadline,
-            reply,
-            permit,
-        };
+        let job = Job::One { database: self.name.clone(), operation, deadline, reply, permit };
         let sent = self.client.shared.jobs.send(job);
         sent.map_err(|_| closed())?;
         // A job that the thread never took is dropped, and so is its end.
@@ -406,13 +365,7 @@ impl Database {
             Err(error) => return all(error),
         };
         let (reply, ends) = oneshot::channel();
-        let job = Job::Batch {
-            database: self.name.clone(),
-            operations,
-            deadline,
-            reply,
-            permit,
-        };
+        let job = Job::Batch { database: self.name.clone(), operations, deadline, reply, permit };
         if self.client.shared.jobs.send(job).is_err() {
             return all(closed());
         }
@@ -432,9 +385,7 @@ pub(crate) fn check(operation: &Operation) -> Result<(), ClientError> {
         0 => return invalid("the key is empty".into()),
         1..=KEY_BYTES_MAX => (),
         n => {
-            return invalid(format!(
-                "the key has {n} bytes; at most {KEY_BYTES_MAX} are allowed"
-            ));
+            return invalid(format!("the key has {n} bytes; at most {KEY_BYTES_MAX} are allowed"));
         }
     }
     let values: [&[u8]; 2] = match operation {
@@ -444,9 +395,9 @@ pub(crate) fn check(operation: &Operation) -> Result<(), ClientError> {
         Operation::Cas(_, _, new) => [new, &[]],
     };
     match values.iter().map(|value| value.len()).max() {
-        Some(n) if n > VALUE_BYTES_MAX => invalid(format!(
-            "the value has {n} bytes; at most {VALUE_BYTES_MAX} are allowed"
-        )),
+        Some(n) if n > VALUE_BYTES_MAX => {
+            invalid(format!("the value has {n} bytes; at most {VALUE_BYTES_MAX} are allowed"))
+        }
         _ => Ok(()),
     }
 }

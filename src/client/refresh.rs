@@ -88,11 +88,7 @@ impl Driver {
             let pause = Duration::from_millis(MAP_REFRESH_MS_MIN);
             tokio::time::sleep_until((last + pause).into()).await;
         }
-        let need = if self.refresh.parked.borrow().is_empty() {
-            Ask::One
-        } else {
-            Ask::All
-        };
+        let need = if self.refresh.parked.borrow().is_empty() { Ask::One } else { Ask::All };
         let round = self.refresh.begun.get() + 1;
         self.refresh.begun.set(round);
         self.refresh.last.set(Some(Instant::now()));
@@ -107,9 +103,7 @@ impl Driver {
             }
             let failure = match &asked {
                 Err(why) => Failure::NotSent(why.clone()),
-                Ok(()) if known => {
-                    Failure::NotSent("no shard of the map owns the key's position".into())
-                }
+                Ok(()) if known => Failure::NotSent("no shard of the map owns the key's position".into()),
                 Ok(()) => {
                     let name = ticket.database.to_string();
                     Failure::Refused(Refusal::UnknownDatabase(name))
@@ -144,8 +138,7 @@ impl Driver {
         self.adopt();
         let mut last = String::from("no address of any node is known");
         for group in self.addresses().chunks(MAP_ASKED_MAX) {
-            let mut asked: FuturesUnordered<_> =
-                group.iter().map(|address| self.ask_node(address)).collect();
+            let mut asked: FuturesUnordered<_> = group.iter().map(|address| self.ask_node(address)).collect();
             let mut answered = false;
             // Once one has answered, a hung one isn't waited for.
             let mut until = tokio::time::Instant::now() + Duration::from_secs(3600);
@@ -224,9 +217,7 @@ impl Driver {
     /// Takes over what the node at `address` tells of the map.
     pub fn learn(&self, delta: MapDelta, address: &str) -> Result<(), String> {
         self.routing.borrow_mut().learn(delta).map_err(|other| {
-            format!(
-                "{address} belongs to cluster {other}, this client to another: check the addresses"
-            )
+            format!("{address} belongs to cluster {other}, this client to another: check the addresses")
         })
     }
 }

@@ -43,15 +43,8 @@ struct Place {
 
 impl Scan {
     pub(super) fn new(database: Database, options: ScanOptions) -> Scan {
-        let place = Some(Place {
-            position: 0,
-            after: Bytes::new(),
-        });
-        Scan {
-            database,
-            options,
-            place,
-        }
+        let place = Some(Place { position: 0, after: Bytes::new() });
+        Scan { database, options, place }
     }
 
     /// The next page of pairs; empty when there are no more. After an error the same page may be asked
@@ -83,14 +76,8 @@ impl Scan {
                 })
                 .await?;
             self.place = match pairs.last() {
-                Some((key, _)) if more => Some(Place {
-                    position,
-                    after: key.clone(),
-                }),
-                _ => end.checked_add(1).map(|position| Place {
-                    position,
-                    after: Bytes::new(),
-                }),
+                Some((key, _)) if more => Some(Place { position, after: key.clone() }),
+                _ => end.checked_add(1).map(|position| Place { position, after: Bytes::new() }),
             };
             if let Some(limit) = &mut self.options.limit {
                 *limit = limit.saturating_sub(pairs.len());
@@ -126,9 +113,7 @@ async fn page(
                 return Err(Failure::Refused(refusal));
             };
             let patience = left.min(Duration::from_millis(ATTEMPT_MS_MAX));
-            let page = driver
-                .scan_page(route.shard, route.range_version, request, patience)
-                .await?;
+            let page = driver.scan_page(route.shard, route.range_version, request, patience).await?;
             Ok((page, route.end))
         }
     })

@@ -61,10 +61,7 @@ pub struct Deadline {
 impl Deadline {
     /// From now on.
     pub fn after(within: Duration) -> Deadline {
-        Deadline {
-            at: Instant::now() + within,
-            within,
-        }
+        Deadline { at: Instant::now() + within, within }
     }
 
     /// What is left at `now`.
@@ -246,17 +243,11 @@ mod tests {
     use super::*;
     use bytes::Bytes;
 
-    fn ticket(
-        operation: Operation,
-        load: &Rc<Load>,
-    ) -> (Ticket, oneshot::Receiver<End>) {
+    fn ticket(operation: Operation, load: &Rc<Load>) -> (Ticket, oneshot::Receiver<End>) {
         let (reply, end) = oneshot::channel();
         let deadline = Deadline::after(Duration::from_secs(1));
         let reply = Reply::One(reply, None);
-        (
-            Ticket::new(operation, "db".into(), deadline, false, reply, load),
-            end,
-        )
+        (Ticket::new(operation, "db".into(), deadline, false, reply, load), end)
     }
 
     fn put() -> Operation {

@@ -52,9 +52,7 @@ pub fn read_result(
         }
         (op_result::Absent(()), Operation::Get(_)) => OperationResult::Value(None),
         (op_result::Absent(()), Operation::Delete(_)) => OperationResult::Deleted(None),
-        (op_result::Deleted(version), Operation::Delete(_)) => {
-            OperationResult::Deleted(Some(version))
-        }
+        (op_result::Deleted(version), Operation::Delete(_)) => OperationResult::Deleted(Some(version)),
         (op_result::Written(version), Operation::Put(..) | Operation::Cas(..)) => {
             OperationResult::Written(version)
         }
@@ -72,10 +70,7 @@ pub fn read_result(
 }
 
 fn versioned(value: &[u8], version: u64) -> Versioned {
-    Versioned {
-        value: Bytes::copy_from_slice(value),
-        version,
-    }
+    Versioned { value: Bytes::copy_from_slice(value), version }
 }
 
 /// Pairs in key order, and whether there are more.
@@ -113,19 +108,14 @@ pub fn read_report(from: node_status::Reader<'_>) -> Result<NodeReport, CodecErr
     let mut replicas = Vec::new();
     for replica in from.get_replicas()?.iter() {
         let message = || text(replica.get_message()?);
-        let health = match replica
-            .get_state()
-            .map_err(|_| unknown("ReplicaStatus.state"))?
-        {
+        let health = match replica.get_state().map_err(|_| unknown("ReplicaStatus.state"))? {
             ReplicaState::Serving => ReplicaHealth::Serving,
             ReplicaState::Recovering => ReplicaHealth::Recovering,
             ReplicaState::Restarting => ReplicaHealth::Restarting(message()?),
             ReplicaState::Quarantined => ReplicaHealth::Quarantined(message()?),
             ReplicaState::Failed => ReplicaHealth::Failed(message()?),
         };
-        let role = replica
-            .get_role()
-            .map_err(|_| unknown("ReplicaStatus.role"))?;
+        let role = replica.get_role().map_err(|_| unknown("ReplicaStatus.role"))?;
         let running = matches!(health, ReplicaHealth::Serving | ReplicaHealth::Recovering);
         let leader = replica.get_leader();
         let group = running.then(|| GroupStatus {
@@ -154,10 +144,7 @@ pub fn read_report(from: node_status::Reader<'_>) -> Result<NodeReport, CodecErr
     Ok(NodeReport {
         node: NodeId(from.get_node()),
         label: text(from.get_label()?)?,
-        phase: match from
-            .get_state()
-            .map_err(|_| unknown("NodeStatus.state"))?
-        {
+        phase: match from.get_state().map_err(|_| unknown("NodeStatus.state"))? {
             NodeState::Starting => NodePhase::Starting,
             NodeState::Ready => NodePhase::Ready,
             NodeState::Stopping => NodePhase::Stopping,

@@ -50,10 +50,7 @@ pub struct ProtocolRange {
 
 impl ProtocolRange {
     /// What this build speaks.
-    pub const OURS: ProtocolRange = ProtocolRange {
-        min: PROTOCOL_MIN,
-        max: PROTOCOL_MAX,
-    };
+    pub const OURS: ProtocolRange = ProtocolRange { min: PROTOCOL_MIN, max: PROTOCOL_MAX };
 
     /// The greatest version that both speak.
     pub fn common(self, other: ProtocolRange) -> Option<u32> {
@@ -122,10 +119,7 @@ impl PeerHello {
             let from = reader.get_root::<peer_hello::Reader<'_>>()?;
             let protocol = from.get_protocol()?;
             let hello = PeerHello {
-                protocol: ProtocolRange {
-                    min: protocol.get_min(),
-                    max: protocol.get_max(),
-                },
+                protocol: ProtocolRange { min: protocol.get_min(), max: protocol.get_max() },
                 cluster_id: match from.get_cluster_id()? {
                     [] => None,
                     bytes => Some(ClusterId::from_slice(bytes).ok_or_else(|| wrong("cluster id"))?),
@@ -140,8 +134,7 @@ impl PeerHello {
                 },
                 incarnation: from.get_incarnation(),
             };
-            let anonymous =
-                hello.cluster_id.is_none() || hello.from_node.0 == 0 || hello.to_node.0 == 0;
+            let anonymous = hello.cluster_id.is_none() || hello.from_node.0 == 0 || hello.to_node.0 == 0;
             if anonymous && hello.lane != Lane::Request {
                 return Err(wrong("the cluster and both nodes must be named"));
             }
@@ -201,15 +194,9 @@ impl PeerWelcome {
             let from = reader.get_root::<peer_welcome::Reader<'_>>()?;
             let outcome = match from.which()? {
                 peer_welcome::Accepted(version) => Ok(version),
-                peer_welcome::Refused(reason) => {
-                    Err(printable(&String::from_utf8_lossy(reason?.as_bytes())))
-                }
+                peer_welcome::Refused(reason) => Err(printable(&String::from_utf8_lossy(reason?.as_bytes()))),
             };
-            Ok(PeerWelcome {
-                outcome,
-                node: NodeId(from.get_node()),
-                incarnation: from.get_incarnation(),
-            })
+            Ok(PeerWelcome { outcome, node: NodeId(from.get_node()), incarnation: from.get_incarnation() })
         })
     }
 }
@@ -220,8 +207,5 @@ fn printable(text: &str) -> String {
     while !text.is_char_boundary(end) {
         end -= 1;
     }
-    text[..end]
-        .chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .collect()
+    text[..end].chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }

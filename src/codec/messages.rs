@@ -40,11 +40,8 @@ const SNAPSHOT_BYTES: usize = 8 * (4 + 4);
 /// Bytes a message takes in a frame; exact but for a few words.
 pub fn wire_size(message: &GroupMessage) -> usize {
     let message = &message.message;
-    let entries: usize = message
-        .entries
-        .iter()
-        .map(|e| ENTRY_BYTES + padded(e.data.len()) + padded(e.context.len()))
-        .sum();
+    let entries: usize =
+        message.entries.iter().map(|e| ENTRY_BYTES + padded(e.data.len()) + padded(e.context.len())).sum();
     let snapshot = message.snapshot.as_ref().map_or(0, |s| {
         let state = s.get_metadata().get_conf_state();
         SNAPSHOT_BYTES
@@ -141,10 +138,7 @@ fn check_entries(m: &Message) -> Result<(), CodecError> {
     for entry in m.entries.iter() {
         index += 1;
         if entry.index != index {
-            return Err(wrong(format!(
-                "entry {} where {index} must follow",
-                entry.index
-            )));
+            return Err(wrong(format!("entry {} where {index} must follow", entry.index)));
         }
         if entry.term < term || entry.term > m.term {
             return Err(wrong(format!(
@@ -162,29 +156,15 @@ fn check_snapshot(m: &Message) -> Result<(), CodecError> {
     if !m.get_snapshot().data.is_empty() {
         return Err(wrong("snapshot data in a message"));
     }
-    if metadata.index == 0
-        || metadata.index > POSITION_MAX
-        || metadata.term == 0
-        || metadata.term > m.term
-    {
-        return Err(wrong(format!(
-            "snapshot at index {} of term {}",
-            metadata.index, metadata.term
-        )));
+    if metadata.index == 0 || metadata.index > POSITION_MAX || metadata.term == 0 || metadata.term > m.term {
+        return Err(wrong(format!("snapshot at index {} of term {}", metadata.index, metadata.term)));
     }
     let state = metadata.get_conf_state();
-    let lists = [
-        &state.voters,
-        &state.learners,
-        &state.voters_outgoing,
-        &state.learners_next,
-    ];
+    let lists = [&state.voters, &state.learners, &state.voters_outgoing, &state.learners_next];
     for list in lists {
         let distinct: HashSet<_> = list.iter().collect();
         if list.len() > SNAPSHOT_MEMBERS_MAX || distinct.len() < list.len() || list.contains(&0) {
-            return Err(wrong(
-                "a snapshot's membership names a replica twice, none, or too many",
-            ));
+            return Err(wrong("a snapshot's membership names a replica twice, none, or too many"));
         }
     }
     let joint = !state.voters_outgoing.is_empty();
@@ -255,13 +235,9 @@ fn write_snapshot(snapshot: &Snapshot, mut to: snapshot_header::Builder<'_>) {
     to.set_term(metadata.term);
     to.set_auto_leave(state.auto_leave);
     let mut list = to.reborrow().init_voters(state.voters.len() as u32);
-    (0..)
-        .zip(&state.voters)
-        .for_each(|(at, id)| list.set(at, *id));
+    (0..).zip(&state.voters).for_each(|(at, id)| list.set(at, *id));
     let mut list = to.reborrow().init_learners(state.learners.len() as u32);
-    (0..)
-        .zip(&state.learners)
-        .for_each(|(at, id)| list.set(at, *id));
+    (0..).zip(&state.learners).for_each(|(at, id)| list.set(at, *id));
     let outgoing = &state.voters_outgoing;
     let mut list = to.reborrow().init_voters_outgoing(outgoing.len() as u32);
     (0..).zip(outgoing).for_each(|(at, id)| list.set(at, *id));
@@ -331,10 +307,7 @@ pub(super) fn read_message(
         bytes += data.len() + context.len();
         parts.push((entry, data, context));
     }
-    let source = Source {
-        frame,
-        copy: bytes * PINNED_FACTOR < frame.len(),
-    };
+    let source = Source { frame, copy: bytes * PINNED_FACTOR < frame.len() };
     m.context = source.take(context);
     let mut list = Vec::with_capacity(parts.len());
     for (entry, data, context) in parts {
@@ -355,10 +328,7 @@ pub(super) fn read_message(
     }
     let message = GroupMessage {
         shard: ShardId(from.get_shard()),
-        epoch: Epoch {
-            range: epoch.get_range(),
-            conf: epoch.get_conf(),
-        },
+        epoch: Epoch { range: epoch.get_range(), conf: epoch.get_conf() },
         safe_index: from.get_safe_index(),
         message: m,
     };
@@ -385,3 +355,6 @@ fn read_snapshot(from: snapshot_header::Reader<'_>) -> Result<Snapshot, CodecErr
     state.auto_leave = from.get_auto_leave();
     Ok(snapshot)
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -12,8 +12,8 @@ use capnp::serialize;
 
 use super::CodecError;
 use super::records::{
-    length, malformed, read_database, read_id, read_node, read_node_ids, read_nodes, read_range,
-    read_shard, read_text, write_database, write_node, write_shard,
+    length, malformed, read_database, read_id, read_node, read_node_ids, read_nodes, read_range, read_shard,
+    read_text, write_database, write_node, write_shard,
 };
 use crate::ids::NodeId;
 use crate::limits;
@@ -33,11 +33,7 @@ pub fn encode_command(command: &MetaCommand) -> Vec<u8> {
     let mut message = Builder::new_default();
     let root = message.init_root::<meta_command::Builder<'_>>();
     match command {
-        MetaCommand::Form {
-            cluster_id,
-            nodes,
-            metadata,
-        } => {
+        MetaCommand::Form { cluster_id, nodes, metadata } => {
             let mut form = root.init_form();
             form.set_cluster_id(&cluster_id.0);
             let mut list = form.reborrow().init_nodes(length(nodes.len()));
@@ -47,11 +43,7 @@ pub fn encode_command(command: &MetaCommand) -> Vec<u8> {
             write_shard(metadata, form.init_metadata());
         }
         MetaCommand::AddNode(record) => write_node(record, root.init_add_node()),
-        MetaCommand::CreateDatabase {
-            name,
-            replicas,
-            shards,
-        } => {
+        MetaCommand::CreateDatabase { name, replicas, shards } => {
             let mut create = root.init_create_database();
             create.set_name(name.as_str());
             create.set_replicas(*replicas);
@@ -82,15 +74,9 @@ pub fn decode_command(bytes: &[u8]) -> Result<MetaCommand, CodecError> {
             Ok(meta_command::CreateDatabase(create)) => Ok(MetaCommand::CreateDatabase {
                 name: read_text(create.get_name()?)?,
                 replicas: create.get_replicas(),
-                shards: create
-                    .get_shards()?
-                    .iter()
-                    .map(read_planned)
-                    .collect::<Result<_, _>>()?,
+                shards: create.get_shards()?.iter().map(read_planned).collect::<Result<_, _>>()?,
             }),
-            Ok(meta_command::DropDatabase(name)) => Ok(MetaCommand::DropDatabase {
-                name: read_text(name?)?,
-            }),
+            Ok(meta_command::DropDatabase(name)) => Ok(MetaCommand::DropDatabase { name: read_text(name?)? }),
             Err(unknown) => Err(malformed("MetaCommand", unknown.to_string())),
         }
     })
@@ -123,14 +109,12 @@ pub fn decode_reply(bytes: &[u8]) -> Result<MetaReply, CodecError> {
         match root.which() {
             Ok(meta_reply::Formed(version)) => Ok(MetaReply::Formed(version)),
             Ok(meta_reply::Node(node)) => Ok(MetaReply::Node(NodeId(node))),
-            Ok(meta_reply::Database(record)) => Ok(MetaReply::Database {
-                record: read_database(record?)?,
-                created: root.get_created(),
-            }),
-            Ok(meta_reply::Refused(text)) => Ok(MetaReply::Refused(read_meta_refusal(
-                root.get_refusal()?,
-                read_text(text?)?,
-            )?)),
+            Ok(meta_reply::Database(record)) => {
+                Ok(MetaReply::Database { record: read_database(record?)?, created: root.get_created() })
+            }
+            Ok(meta_reply::Refused(text)) => {
+                Ok(MetaReply::Refused(read_meta_refusal(root.get_refusal()?, read_text(text?)?)?))
+            }
             Err(unknown) => Err(malformed("MetaReply", unknown.to_string())),
         }
     })
@@ -159,11 +143,7 @@ fn write_meta_refusal(refusal: &MetaRefusal, mut to: meta_refusal::Builder<'_>) 
             other.set_have(&have.0);
             other.set_asked(&asked.0);
         }
-        MetaRefusal::NameTaken {
-            name,
-            replicas,
-            shards,
-        } => {
+        MetaRefusal::NameTaken { name, replicas, shards } => {
             let mut taken = to.init_name_taken();
             taken.set_name(name.as_str());
             taken.set_replicas(*replicas);
@@ -177,10 +157,7 @@ fn write_meta_refusal(refusal: &MetaRefusal, mut to: meta_refusal::Builder<'_>) 
     }
 }
 
-fn read_meta_refusal(
-    from: meta_refusal::Reader<'_>,
-    text: String,
-) -> Result<MetaRefusal, CodecError> {
+fn read_meta_refusal(from: meta_refusal::Reader<'_>, text: String) -> Result<MetaRefusal, CodecError> {
     Ok(match from.which() {
         Ok(meta_refusal::OtherCluster(other)) => MetaRefusal::OtherCluster {
             have: read_id("have", other.get_have()?)?,
@@ -207,18 +184,12 @@ pub(crate) fn read_message<T>(
 ) -> Result<T, CodecError> {
     if bytes.len() > limits::TRAVERSAL_BYTES_MAX {
         let most = limits::TRAVERSAL_BYTES_MAX;
-        return Err(malformed(
-            what,
-            format!("{} bytes, more than {most}", bytes.len()),
-        ));
+        return Err(malformed(what, format!("{} bytes, more than {most}", bytes.len())));
     }
     let mut words = Word::allocate_zeroed_vec(bytes.len().div_ceil(size_of::<Word>()));
     let aligned = Word::words_to_bytes_mut(&mut words);
     aligned[..bytes.len()].copy_from_slice(bytes);
-    let traversal = bytes
-        .len()
-        .saturating_mul(READS_PER_BYTE)
-        .min(limits::TRAVERSAL_BYTES_MAX);
+    let traversal = bytes.len().saturating_mul(READS_PER_BYTE).min(limits::TRAVERSAL_BYTES_MAX);
     let mut options = ReaderOptions::new();
     options
         .traversal_limit_in_words(Some(traversal.div_ceil(size_of::<Word>())))
@@ -226,10 +197,7 @@ pub(crate) fn read_message<T>(
     let mut rest = &aligned[..bytes.len()];
     let message = serialize::read_message_from_flat_slice(&mut rest, options)?;
     if !rest.is_empty() {
-        return Err(malformed(
-            what,
-            format!("{} bytes follow its end", rest.len()),
-        ));
+        return Err(malformed(what, format!("{} bytes follow its end", rest.len())));
     }
     read(&message)
 }
@@ -241,48 +209,23 @@ pub(crate) mod tests {
     use proptest::prelude::*;
 
     pub(crate) fn any_command() -> impl Strategy<Value = MetaCommand> {
-        let planned = (
-            any_range(),
-            prop::collection::vec(any::<u64>().prop_map(NodeId), 0..5),
-        )
+        let planned = (any_range(), prop::collection::vec(any::<u64>().prop_map(NodeId), 0..5))
             .prop_map(|(range, nodes)| PlannedShard { range, nodes });
         prop_oneof![
-            (
-                any_id(),
-                prop::collection::vec(any_node(), 0..4),
-                any_shard()
-            )
-                .prop_map(|(cluster_id, nodes, metadata)| MetaCommand::Form {
-                    cluster_id,
-                    nodes,
-                    metadata
-                }),
+            (any_id(), prop::collection::vec(any_node(), 0..4), any_shard())
+                .prop_map(|(cluster_id, nodes, metadata)| MetaCommand::Form { cluster_id, nodes, metadata }),
             any_node().prop_map(MetaCommand::AddNode),
-            (
-                ".{0,20}",
-                any::<u32>(),
-                prop::collection::vec(planned, 0..9)
-            )
-                .prop_map(|(name, replicas, shards)| MetaCommand::CreateDatabase {
-                    name,
-                    replicas,
-                    shards
-                }),
+            (".{0,20}", any::<u32>(), prop::collection::vec(planned, 0..9))
+                .prop_map(|(name, replicas, shards)| MetaCommand::CreateDatabase { name, replicas, shards }),
             ".{0,20}".prop_map(|name| MetaCommand::DropDatabase { name }),
         ]
     }
 
     fn any_refusal() -> impl Strategy<Value = MetaRefusal> {
         prop_oneof![
-            (any_id(), any_id())
-                .prop_map(|(have, asked)| MetaRefusal::OtherCluster { have, asked }),
-            (".{0,20}", any::<u32>(), 0..9999_usize).prop_map(|(name, replicas, shards)| {
-                MetaRefusal::NameTaken {
-                    name,
-                    replicas,
-                    shards,
-                }
-            }),
+            (any_id(), any_id()).prop_map(|(have, asked)| MetaRefusal::OtherCluster { have, asked }),
+            (".{0,20}", any::<u32>(), 0..9999_usize)
+                .prop_map(|(name, replicas, shards)| { MetaRefusal::NameTaken { name, replicas, shards } }),
             ".{0,20}".prop_map(MetaRefusal::UnknownDatabase),
             any::<u64>().prop_map(|node| MetaRefusal::UnknownNode(NodeId(node))),
             ".{0,20}".prop_map(MetaRefusal::InvalidPlan),

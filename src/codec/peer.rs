@@ -12,8 +12,8 @@ use capnp::serialize::{self, BufferSegments};
 use crate::codec::messages::{self, check, read_message, write_message};
 use crate::codec::meta::{decode_command, decode_reply, encode_command, encode_reply};
 use crate::codec::records::{
-    length, malformed, read_delta, read_id, read_node, read_nodes, read_shard, read_text,
-    write_delta, write_node, write_shard,
+    length, malformed, read_delta, read_id, read_node, read_nodes, read_shard, read_text, write_delta,
+    write_node, write_shard,
 };
 use crate::codec::refusal::{read_refusal, write_refusal};
 use crate::codec::{CodecError, GroupMessage};
@@ -181,9 +181,7 @@ fn write(
     fill: impl FnOnce(peer_frame::Builder<'_>),
 ) -> Result<(), CodecError> {
     // Four words for the root, its pointer and the list's tag, and some to spare.
-    let words = u32::try_from(bytes / 8 + 16)
-        .unwrap_or(u32::MAX)
-        .min(1 << 28);
+    let words = u32::try_from(bytes / 8 + 16).unwrap_or(u32::MAX).min(1 << 28);
     let allocator = HeapAllocator::new().first_segment_words(words);
     let mut message = capnp::message::Builder::new(allocator);
     fill(message.init_root());
@@ -231,10 +229,7 @@ pub(super) fn read_frame_bytes<T>(
     let mut rest = &payload[..];
     let reader = serialize::read_message_from_flat_slice(&mut rest, options)?;
     if rest.len() >= 8 {
-        return Err(malformed(
-            "frame",
-            format!("{} bytes left over", rest.len()),
-        ));
+        return Err(malformed("frame", format!("{} bytes left over", rest.len())));
     }
     read(&reader, &payload)
 }
@@ -417,3 +412,6 @@ fn read_probe(from: probe_answer::Reader<'_>) -> Result<ProbeAnswer, CodecError>
         },
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,9 +8,7 @@ use capnp::{primitive_list, struct_list, text};
 
 use super::CodecError;
 use crate::ids::{DatabaseId, Epoch, NodeId, RandomId, ReplicaId, ShardId};
-use crate::placement::map::{
-    DatabaseRecord, MapDelta, Member, MemberRole, NodeRecord, ShardRecord,
-};
+use crate::placement::map::{DatabaseRecord, MapDelta, Member, MemberRole, NodeRecord, ShardRecord};
 use crate::placement::ring::RingRange;
 use crate::schema::types_capnp::{
     self, database_record, map_delta, member_record, node_record, shard_record,
@@ -103,10 +101,7 @@ pub fn read_shard(from: shard_record::Reader<'_>) -> Result<ShardRecord, CodecEr
         id,
         database: DatabaseId(from.get_database()),
         range: read_range(from.get_start(), from.get_end())?,
-        epoch: Epoch {
-            range: epoch.get_range(),
-            conf: epoch.get_conf(),
-        },
+        epoch: Epoch { range: epoch.get_range(), conf: epoch.get_conf() },
         members,
         dropped: from.get_dropped(),
         changed_at: from.get_changed_at(),
@@ -130,10 +125,7 @@ pub fn read_member(from: member_record::Reader<'_>) -> Result<Member, CodecError
         Ok(types_capnp::MemberRole::Voter) => MemberRole::Voter,
         Ok(types_capnp::MemberRole::Learner) => MemberRole::Learner,
         Err(unknown) => {
-            return Err(malformed(
-                "MemberRecord",
-                format!("unknown role {}", unknown.0),
-            ));
+            return Err(malformed("MemberRecord", format!("unknown role {}", unknown.0)));
         }
     };
     let (replica, node) = (from.get_replica(), from.get_node());
@@ -143,11 +135,7 @@ pub fn read_member(from: member_record::Reader<'_>) -> Result<Member, CodecError
             format!("replica {replica} on node {node}: both ids must be above 0"),
         ));
     }
-    Ok(Member {
-        replica: ReplicaId(replica),
-        node: NodeId(node),
-        role,
-    })
+    Ok(Member { replica: ReplicaId(replica), node: NodeId(node), role })
 }
 
 /// Writes a map delta.
@@ -177,16 +165,8 @@ pub fn read_delta(from: map_delta::Reader<'_>) -> Result<MapDelta, CodecError> {
         since: from.get_since(),
         version: from.get_version(),
         nodes: read_nodes(from.get_nodes()?)?,
-        databases: from
-            .get_databases()?
-            .iter()
-            .map(read_database)
-            .collect::<Result<_, _>>()?,
-        shards: from
-            .get_shards()?
-            .iter()
-            .map(read_shard)
-            .collect::<Result<_, _>>()?,
+        databases: from.get_databases()?.iter().map(read_database).collect::<Result<_, _>>()?,
+        shards: from.get_shards()?.iter().map(read_shard).collect::<Result<_, _>>()?,
     })
 }
 
@@ -211,10 +191,7 @@ pub(super) fn read_id(field: &'static str, bytes: &[u8]) -> Result<RandomId, Cod
 /// Reads both ends of a range.
 pub(super) fn read_range(start: u64, end: u64) -> Result<RingRange, CodecError> {
     if start > end {
-        return Err(malformed(
-            "ring range",
-            format!("it starts at {start:#018x} but ends at {end:#018x}"),
-        ));
+        return Err(malformed("ring range", format!("it starts at {start:#018x} but ends at {end:#018x}")));
     }
     Ok(RingRange { start, end })
 }
@@ -225,10 +202,7 @@ pub(super) fn read_text(from: text::Reader<'_>) -> Result<String, CodecError> {
 }
 
 pub(super) fn malformed(what: &'static str, detail: impl Into<String>) -> CodecError {
-    CodecError::Malformed {
-        what,
-        detail: detail.into(),
-    }
+    CodecError::Malformed { what, detail: detail.into() }
 }
 
 /// The length of a list. Lists beyond `u32` can't arise: Cap'n Proto ends at 2^29 elements, memory and
@@ -247,28 +221,17 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn any_node() -> impl Strategy<Value = NodeRecord> {
-        (
-            any::<u64>(),
-            ".{0,12}",
-            ".{0,20}",
-            ".{0,20}",
-            "[a-z]{0,4}",
-            any::<u32>(),
-            any_id(),
-            any::<u64>(),
-        )
-            .prop_map(
-                |(id, label, client, peer, zone, weight, store_id, at)| NodeRecord {
-                    id: NodeId(id),
-                    label,
-                    client_address: client,
-                    peer_address: peer,
-                    zone,
-                    weight,
-                    store_id,
-                    changed_at: at,
-                },
-            )
+        (any::<u64>(), ".{0,12}", ".{0,20}", ".{0,20}", "[a-z]{0,4}", any::<u32>(), any_id(), any::<u64>())
+            .prop_map(|(id, label, client, peer, zone, weight, store_id, at)| NodeRecord {
+                id: NodeId(id),
+                label,
+                client_address: client,
+                peer_address: peer,
+                zone,
+                weight,
+                store_id,
+                changed_at: at,
+            })
     }
 
     pub(crate) fn any_database() -> impl Strategy<Value = DatabaseRecord> {
@@ -280,58 +243,39 @@ pub(crate) mod tests {
             any::<bool>(),
             any::<u64>(),
         )
-            .prop_map(
-                |(id, name, replicas, shards, dropped, changed_at)| DatabaseRecord {
-                    id: DatabaseId(id),
-                    name,
-                    replicas,
-                    shards,
-                    dropped,
-                    changed_at,
-                },
-            )
+            .prop_map(|(id, name, replicas, shards, dropped, changed_at)| DatabaseRecord {
+                id: DatabaseId(id),
+                name,
+                replicas,
+                shards,
+                dropped,
+                changed_at,
+            })
     }
 
     pub(crate) fn any_range() -> impl Strategy<Value = RingRange> {
-        (any::<u64>(), any::<u64>()).prop_map(|(a, b)| RingRange {
-            start: a.min(b),
-            end: a.max(b),
-        })
+        (any::<u64>(), any::<u64>()).prop_map(|(a, b)| RingRange { start: a.min(b), end: a.max(b) })
     }
 
     pub(crate) fn any_shard() -> impl Strategy<Value = ShardRecord> {
         let member = (1..u64::MAX, any::<bool>()).prop_map(|(node, voter)| {
-            let role = if voter {
-                MemberRole::Voter
-            } else {
-                MemberRole::Learner
-            };
+            let role = if voter { MemberRole::Voter } else { MemberRole::Learner };
             (NodeId(node), role)
         });
-        (
-            any::<[u64; 5]>(),
-            any_range(),
-            prop::collection::vec(member, 0..5),
-            any::<bool>(),
+        (any::<[u64; 5]>(), any_range(), prop::collection::vec(member, 0..5), any::<bool>()).prop_map(
+            |([id, database, range, conf, at], ring, members, dropped)| ShardRecord {
+                id: ShardId(id),
+                database: DatabaseId(database),
+                range: ring,
+                epoch: Epoch { range, conf },
+                members: (1..)
+                    .zip(members)
+                    .map(|(replica, (node, role))| Member { replica: ReplicaId(replica), node, role })
+                    .collect(),
+                dropped,
+                changed_at: at,
+            },
         )
-            .prop_map(
-                |([id, database, range, conf, at], ring, members, dropped)| ShardRecord {
-                    id: ShardId(id),
-                    database: DatabaseId(database),
-                    range: ring,
-                    epoch: Epoch { range, conf },
-                    members: (1..)
-                        .zip(members)
-                        .map(|(replica, (node, role))| Member {
-                            replica: ReplicaId(replica),
-                            node,
-                            role,
-                        })
-                        .collect(),
-                    dropped,
-                    changed_at: at,
-                },
-            )
     }
 
     pub(crate) fn any_delta() -> impl Strategy<Value = MapDelta> {
@@ -342,31 +286,23 @@ pub(crate) mod tests {
             prop::collection::vec(any_database(), 0..4),
             prop::collection::vec(any_shard(), 0..4),
         )
-            .prop_map(|(cluster_id, (since, version), nodes, databases, shards)| {
-                MapDelta {
-                    cluster_id,
-                    since,
-                    version,
-                    nodes,
-                    databases,
-                    shards,
-                }
+            .prop_map(|(cluster_id, (since, version), nodes, databases, shards)| MapDelta {
+                cluster_id,
+                since,
+                version,
+                nodes,
+                databases,
+                shards,
             })
     }
 
-    fn shard_message(
-        change: impl FnOnce(shard_record::Builder<'_>),
-    ) -> Result<ShardRecord, String> {
+    fn shard_message(change: impl FnOnce(shard_record::Builder<'_>)) -> Result<ShardRecord, String> {
         let record = ShardRecord {
             id: ShardId(7),
             database: DatabaseId(1),
             range: RingRange { start: 5, end: 9 },
             epoch: Epoch { range: 1, conf: 1 },
-            members: vec![Member {
-                replica: ReplicaId(1),
-                node: NodeId(1),
-                role: MemberRole::Voter,
-            }],
+            members: vec![Member { replica: ReplicaId(1), node: NodeId(1), role: MemberRole::Voter }],
             dropped: false,
             changed_at: 3,
         };
@@ -394,10 +330,7 @@ pub(crate) mod tests {
                 members.reborrow().get(at).set_node(2);
             }
         });
-        assert_eq!(
-            twice.unwrap_err(),
-            "malformed ShardRecord: shard 7 lists replica 4 twice"
-        );
+        assert_eq!(twice.unwrap_err(), "malformed ShardRecord: shard 7 lists replica 4 twice");
     }
 
     #[test]
@@ -406,10 +339,7 @@ pub(crate) mod tests {
         let mut delta = message.init_root::<map_delta::Builder<'_>>();
         delta.set_cluster_id(&[1; 15]);
         let error = read_delta(delta.into_reader()).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "malformed clusterId: 15 bytes instead of 16"
-        );
+        assert_eq!(error.to_string(), "malformed clusterId: 15 bytes instead of 16");
     }
 
     proptest! {

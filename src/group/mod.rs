@@ -1,3 +1,36 @@
-//! One raft group's replica, sans I/O: inputs go in, one [`Effects`] value comes out.
+//! One raft group's replica, sans I/O: inputs go in, one [`types::Effects`] value comes out.
+//!
+//! [`driver::Group`] wraps raft-rs's `RawNode` and the replica's state. It never sleeps, reads a
+//! clock, draws randomness or opens a socket; the only disk it touches is the raft log, for old
+//! entries, through the [`crate::storage::log::LogStore`] it is given. The actors of
+//! [`crate::node`] and the simulator of [`crate::sim`] are two shells around it.
+//!
+//! ```text
+//!   submit, step, tick, on_persisted, on_fetched      (only enqueue)
+//!                      │
+//!                    pump ──► Effects { messages, write, done, reads, fetch, leader, more }
+//! ```
+//!
+//! What the shell owes the group:
+//! 1. `messages` leave in order, per receiver; any may be lost.
+//! 2. `write` is made durable, in the order of numbers, before `on_persisted(number)`; if it fails,
+//!    the node stops.
+//! 3. `pump` is called after inputs, once per batch of them, and again while `more` is set.
+//! 4. After an error or a panic the group is dropped and rebuilt from disk, never reused.
+//!
+//! What the group promises:
+//! - `compacted ≤ flushed ≤ applied ≤ committed`, and `applied ≤ persisted ≤ last`.
+//! - A reply to a command is given only after its entry is durable at a quorum and applied here.
+//! - An answer to a query reflects everything that was acknowledged before the query arrived.
+//! - Every submitted operation ends exactly once: with an output or a refusal that tells whether it
+//!   may have had an effect.
+//!
+//! Omitted so far: configuration changes (an entry that asks for one stops the replica) and
+//! snapshots to lagging followers (a log entry stays until every replica has it).
 
+pub mod driver;
+pub mod election;
+pub mod log;
+pub mod proposals;
+pub mod reads;
 pub mod types;

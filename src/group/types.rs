@@ -1,7 +1,7 @@
 //! What goes into a group and what comes out.
 
 use crate::codec::GroupMessage;
-use crate::ids::{Incarnation, Index, NodeId, Position, ReplicaId, Term};
+use crate::ids::{Incarnation, Index, NodeId, ReplicaId, Term};
 use crate::machine::command::{Answer, Command, Query, Reply};
 use crate::refusal::Refusal;
 use crate::storage::log::LogWrite;
@@ -41,8 +41,6 @@ pub struct Effects<T> {
     pub leader: Option<LeaderChange>,
     /// True if committed entries are left for a further pass.
     pub more: bool,
-    /// Entries up to this position may be compacted from the log, once the state is flushed to there.
-    pub compact: Option<Position>,
 }
 
 /// A log write and the number that acknowledges it.

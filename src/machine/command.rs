@@ -7,6 +7,7 @@ use crate::ids::{ClusterId, NodeId};
 use crate::limits;
 use crate::placement::map::{DatabaseRecord, NodeRecord, ShardRecord};
 use crate::placement::plan::PlannedShard;
+use crate::refusal::Refusal;
 
 pub use super::entry::{decode_entry, encode_entry};
 
@@ -164,6 +165,15 @@ pub enum MetaRefusal {
     Other(String),
 }
 
+impl From<MetaRefusal> for Refusal {
+    fn from(refusal: MetaRefusal) -> Refusal {
+        match refusal {
+            MetaRefusal::UnknownDatabase(name) => Refusal::UnknownDatabase(name),
+            other => Refusal::Refused(other.to_string()),
+        }
+    }
+}
+
 /// A read of a shard's state.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Query {
@@ -251,6 +261,12 @@ pub enum LimitError {
     },
 }
 
+impl From<LimitError> for Refusal {
+    fn from(error: LimitError) -> Refusal {
+        Refusal::Invalid(error.to_string())
+    }
+}
+
 /// Checks a key against the limits.
 pub fn check_key(key: &[u8]) -> Result<(), LimitError> {
     if key.is_empty() {
@@ -308,11 +324,7 @@ impl Command {
             Command::Kv(KvCommand::Put { key, value }) => 16 + key.len() + value.len(),
             Command::Kv(KvCommand::Delete { key }) => 16 + key.len(),
             Command::Kv(KvCommand::Cas { key, expect, value }) => {
-                let expected = if let Expect::Value(value) = expect {
-                    value.len()
-                } else {
-                    0
-                };
+                let expected = if let Expect::Value(value) = expect { value.len() } else { 0 };
                 24 + key.len() + value.len() + expected
             }
             Command::Meta(MetaCommand::CreateDatabase { shards, .. }) => 256 + shards.len() * 128,
@@ -333,16 +345,9 @@ mod tests {
     #[test]
     fn limits_are_named_with_what_was_asked() {
         let bytes = |len: usize| Bytes::from(vec![0; len]);
-        let cas = |expect, value| KvCommand::Cas {
-            key: bytes(1),
-            expect,
-            value,
-        };
+        let cas = |expect, value| KvCommand::Cas { key: bytes(1), expect, value };
         let most = bytes(limits::VALUE_BYTES_MAX);
-        let greatest = KvCommand::Put {
-            key: bytes(limits::KEY_BYTES_MAX),
-            value: most.clone(),
-        };
+        let greatest = KvCommand::Put { key: bytes(limits::KEY_BYTES_MAX), value: most.clone() };
         assert_eq!(check(&greatest), Ok(()));
         assert_eq!(check(&cas(Expect::Value(most.clone()), most)), Ok(()));
         assert_eq!(
@@ -362,12 +367,7 @@ mod tests {
             refused(&cas(Expect::Value(over), bytes(0))),
             "the expected value has 8388609 bytes; the limit is 8388608"
         );
-        let scan = Query::Scan {
-            prefix: bytes(5000),
-            after: bytes(0),
-            limit: 1,
-            keys_only: false,
-        };
+        let scan = Query::Scan { prefix: bytes(5000), after: bytes(0), limit: 1, keys_only: false };
         assert_eq!(
             check_query(&scan).unwrap_err().to_string(),
             "the prefix has 5000 bytes; the limit is 4096"

@@ -110,18 +110,11 @@ pub fn decode_entry(data: &Bytes) -> Result<Vec<Command>, FormatError> {
 }
 
 fn known(what: &'static str, found: u8, wanted: u8) -> Result<(), FormatError> {
-    if found == wanted {
-        Ok(())
-    } else {
-        Err(unknown(what, found))
-    }
+    if found == wanted { Ok(()) } else { Err(unknown(what, found)) }
 }
 
 fn unknown(what: &'static str, value: u8) -> FormatError {
-    FormatError::Unknown {
-        what,
-        value: value.into(),
-    }
+    FormatError::Unknown { what, value: value.into() }
 }
 
 fn write_varint(to: &mut Vec<u8>, mut number: u64) {
@@ -151,13 +144,8 @@ impl Cursor<'_> {
         }
         known("command flags", flags, 0)?;
         Ok(match kind {
-            PUT => Command::Kv(KvCommand::Put {
-                key: self.bytes("a key")?,
-                value: self.bytes("a value")?,
-            }),
-            DELETE => Command::Kv(KvCommand::Delete {
-                key: self.bytes("a key")?,
-            }),
+            PUT => Command::Kv(KvCommand::Put { key: self.bytes("a key")?, value: self.bytes("a value")? }),
+            DELETE => Command::Kv(KvCommand::Delete { key: self.bytes("a key")? }),
             CAS => Command::Kv(KvCommand::Cas {
                 key: self.bytes("a key")?,
                 expect: self.expect()?,
@@ -197,9 +185,7 @@ impl Cursor<'_> {
             number |= group << shift;
             if byte & 0x80 == 0 {
                 if byte == 0 && shift > 0 {
-                    return Err(FormatError::Malformed(
-                        "varint: it is not in the fewest bytes",
-                    ));
+                    return Err(FormatError::Malformed("varint: it is not in the fewest bytes"));
                 }
                 return Ok(number);
             }
@@ -253,26 +239,15 @@ mod tests {
     #[test]
     fn the_form_is_pinned() {
         let commands = [
-            Command::Kv(KvCommand::Put {
-                key: "k".into(),
-                value: "val".into(),
-            }),
+            Command::Kv(KvCommand::Put { key: "k".into(), value: "val".into() }),
             Command::Kv(KvCommand::Delete { key: "k".into() }),
-            Command::Kv(KvCommand::Cas {
-                key: "k".into(),
-                expect: Expect::Version(300),
-                value: "".into(),
-            }),
+            Command::Kv(KvCommand::Cas { key: "k".into(), expect: Expect::Version(300), value: "".into() }),
             Command::Kv(KvCommand::Cas {
                 key: "k".into(),
                 expect: Expect::Value("a".into()),
                 value: "b".into(),
             }),
-            Command::Kv(KvCommand::Cas {
-                key: "k".into(),
-                expect: Expect::Absent,
-                value: "b".into(),
-            }),
+            Command::Kv(KvCommand::Cas { key: "k".into(), expect: Expect::Absent, value: "b".into() }),
         ];
         let bytes = b"\x01\x00\x05\
             \x01\x00\x01k\x03val\
@@ -289,31 +264,13 @@ mod tests {
         let unknown = |bytes: &[u8]| decode(bytes).unwrap_err().to_string();
         assert_eq!(unknown(b"\x02\x00\x00"), "unknown entry version 2");
         assert_eq!(unknown(b"\x01\x01\x00"), "unknown entry flags 1");
-        assert_eq!(
-            unknown(b"\x01\x00\x01\x09\x00"),
-            "unknown kind of command 9"
-        );
-        assert_eq!(
-            unknown(b"\x01\x00\x01\x02\x01\x00"),
-            "unknown command flags 1"
-        );
-        assert_eq!(
-            unknown(b"\x01\x00\x01\x03\x00\x01k\x07"),
-            "unknown kind of condition 7"
-        );
+        assert_eq!(unknown(b"\x01\x00\x01\x09\x00"), "unknown kind of command 9");
+        assert_eq!(unknown(b"\x01\x00\x01\x02\x01\x00"), "unknown command flags 1");
+        assert_eq!(unknown(b"\x01\x00\x01\x03\x00\x01k\x07"), "unknown kind of condition 7");
         assert_eq!(unknown(b""), "the bytes end within an entry's version");
-        assert_eq!(
-            unknown(b"\x01\x00\x01\x02\x00\x05k"),
-            "the bytes end within a key"
-        );
-        assert_eq!(
-            unknown(b"\x01\x00\x00\x00"),
-            "malformed entry: bytes follow its end"
-        );
-        assert_eq!(
-            unknown(b"\x01\x00\x80\x00"),
-            "malformed varint: it is not in the fewest bytes"
-        );
+        assert_eq!(unknown(b"\x01\x00\x01\x02\x00\x05k"), "the bytes end within a key");
+        assert_eq!(unknown(b"\x01\x00\x00\x00"), "malformed entry: bytes follow its end");
+        assert_eq!(unknown(b"\x01\x00\x80\x00"), "malformed varint: it is not in the fewest bytes");
         assert_eq!(
             unknown(b"\x01\x00\xff\xff\xff\xff\xff\xff\xff\xff\xff\x02"),
             "malformed varint: it has more than 64 bits"
@@ -324,10 +281,7 @@ mod tests {
 
     #[test]
     fn keys_and_values_share_the_buffer() {
-        let command = Command::Kv(KvCommand::Put {
-            key: "key".into(),
-            value: vec![7; 1000].into(),
-        });
+        let command = Command::Kv(KvCommand::Put { key: "key".into(), value: vec![7; 1000].into() });
         let data = Bytes::from(encode_entry(&[command]));
         let Command::Kv(KvCommand::Put { value, .. }) = &decode_entry(&data).unwrap()[0] else {
             panic!("not a put");

@@ -50,12 +50,9 @@ pub fn apply(command: &KvCommand, state: &mut dyn StateBatch) -> Result<KvReply,
 pub fn query(query: &Query, state: &dyn StateView) -> Result<Answer, ApplyError> {
     match query {
         Query::Get { key } => Ok(Answer::Value(get(key, state)?)),
-        Query::Scan {
-            prefix,
-            after,
-            limit,
-            keys_only,
-        } => Ok(scan(prefix, after, *limit, *keys_only, state)?),
+        Query::Scan { prefix, after, limit, keys_only } => {
+            Ok(scan(prefix, after, *limit, *keys_only, state)?)
+        }
     }
 }
 
@@ -78,11 +75,6 @@ fn scan(
     keys_only: bool,
     state: &dyn StateView,
 ) -> Result<Answer, StorageError> {
-    let from = if !after.is_empty() && after >= prefix {
-        Bound::Excluded(after)
-    } else {
-        Bound::Included(prefix)
-    };
     let most = match limit {
         0 => limits::SCAN_PAIRS_MAX,
         limit => limit.min(limits::SCAN_PAIRS_MAX),
@@ -91,7 +83,7 @@ fn scan(
     let mut bytes = 0;
     let mut more = false;
     let mut failed = None;
-    state.scan(from, &mut |key, stored| {
+    state.scan(scan_start(prefix, after), &mut |key, stored| {
         // Keys with the prefix follow each other.
         if !key.starts_with(prefix) {
             return false;
@@ -120,13 +112,15 @@ fn scan(
     }
 }
 
+/// Where a page of a scan begins: after the last key of the page before, or at the prefix.
+pub fn scan_start<'a>(prefix: &'a [u8], after: &'a [u8]) -> Bound<&'a [u8]> {
+    if !after.is_empty() && after >= prefix { Bound::Excluded(after) } else { Bound::Included(prefix) }
+}
+
 fn damaged(key: &[u8], error: &FormatError) -> StorageError {
     let start = &key[..key.len().min(32)];
     StorageError::Damaged {
-        what: format!(
-            "the value of the key that begins `{}`",
-            start.escape_ascii()
-        ),
+        what: format!("the value of the key that begins `{}`", start.escape_ascii()),
         detail: error.to_string(),
     }
 }
@@ -157,12 +151,7 @@ mod tests {
     }
 
     fn all(after: String, limit: usize, keys_only: bool) -> Query {
-        Query::Scan {
-            prefix: Bytes::new(),
-            after: after.into(),
-            limit,
-            keys_only,
-        }
+        Query::Scan { prefix: Bytes::new(), after: after.into(), limit, keys_only }
     }
 
     #[test]
@@ -182,31 +171,20 @@ mod tests {
             put(&mut state, key, &half);
         }
         // Two halves and their keys are more than the bound.
-        assert_eq!(
-            page(&state, all(String::new(), 9, false)),
-            (vec!["a".into()], true)
-        );
+        assert_eq!(page(&state, all(String::new(), 9, false)), (vec!["a".into()], true));
         assert_eq!(page(&state, all(String::new(), 9, true)).0.len(), 3);
         put(&mut state, "a", &vec![0; 2 * limits::SCAN_BYTES_MAX]);
-        assert_eq!(
-            page(&state, all(String::new(), 9, false)),
-            (vec!["a".into()], true)
-        );
+        assert_eq!(page(&state, all(String::new(), 9, false)), (vec!["a".into()], true));
     }
 
     #[test]
     fn a_damaged_value_is_an_error_of_the_storage() {
         let mut state = MemoryState::default();
-        state
-            .pairs
-            .insert(b"k".to_vec(), Bytes::from_static(b"\x09"));
+        state.pairs.insert(b"k".to_vec(), Bytes::from_static(b"\x09"));
         let get = Query::Get { key: "k".into() };
         for query_ in [get, all(String::new(), 1, false)] {
             let error = query(&query_, &state).unwrap_err();
-            assert!(matches!(
-                error,
-                ApplyError::Storage(StorageError::Damaged { .. })
-            ));
+            assert!(matches!(error, ApplyError::Storage(StorageError::Damaged { .. })));
         }
     }
 

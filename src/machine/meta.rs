@@ -14,9 +14,7 @@ use std::collections::BTreeSet;
 use super::ApplyError;
 use super::command::{MetaCommand, MetaRefusal, MetaReply};
 use crate::ids::{ClusterId, DatabaseId, Epoch, METADATA_SHARD, NodeId, ReplicaId, ShardId};
-use crate::placement::map::{
-    ClusterMap, DatabaseRecord, Member, MemberRole, NodeRecord, ShardRecord,
-};
+use crate::placement::map::{ClusterMap, DatabaseRecord, Member, MemberRole, NodeRecord, ShardRecord};
 use crate::placement::plan::PlannedShard;
 use crate::placement::ring;
 use crate::storage::{StateBatch, StateView, StorageError};
@@ -64,17 +62,11 @@ impl From<MetaRefusal> for Stop {
 /// Applies one command. A command that is refused has changed nothing.
 pub fn apply(command: &MetaCommand, state: &mut dyn StateBatch) -> Result<MetaReply, ApplyError> {
     let reply = match command {
-        MetaCommand::Form {
-            cluster_id,
-            nodes,
-            metadata,
-        } => form(*cluster_id, nodes, metadata, state),
+        MetaCommand::Form { cluster_id, nodes, metadata } => form(*cluster_id, nodes, metadata, state),
         MetaCommand::AddNode(record) => add_node(record, state),
-        MetaCommand::CreateDatabase {
-            name,
-            replicas,
-            shards,
-        } => create_database(name, *replicas, shards, state),
+        MetaCommand::CreateDatabase { name, replicas, shards } => {
+            create_database(name, *replicas, shards, state)
+        }
         MetaCommand::DropDatabase { name } => drop_database(name, state),
     };
     match reply {
@@ -134,18 +126,9 @@ fn form(
     let version = state.next_revision();
     for node in nodes {
         let changed_at = version;
-        records::save(
-            &NodeRecord {
-                changed_at,
-                ..node.clone()
-            },
-            state,
-        );
+        records::save(&NodeRecord { changed_at, ..node.clone() }, state);
     }
-    let shard = ShardRecord {
-        changed_at: version,
-        ..metadata.clone()
-    };
+    let shard = ShardRecord { changed_at: version, ..metadata.clone() };
     records::save(&shard, state);
     let node_ids = nodes.iter().map(|node| node.id.0);
     let replica_ids = metadata.members.iter().map(|member| member.replica.0);
@@ -263,14 +246,8 @@ fn create_database(
         };
         records::save(&record, state);
     }
-    let record = DatabaseRecord {
-        id: database,
-        name: name.into(),
-        replicas,
-        shards: ids,
-        dropped: false,
-        changed_at,
-    };
+    let record =
+        DatabaseRecord { id: database, name: name.into(), replicas, shards: ids, dropped: false, changed_at };
     records::save(&record, state);
     records::save_name(&record, state);
     records::save_counters(&counters, changed_at, state);
@@ -295,9 +272,10 @@ fn check_plan(replicas: u32, shards: &[PlannedShard], state: &dyn StateView) -> 
     for (at, shard) in shards.iter().enumerate() {
         let nodes: BTreeSet<_> = shard.nodes.iter().copied().collect();
         if nodes.len() != shard.nodes.len() || shard.nodes.len() != replicas as usize {
-            let list = &shard.nodes;
+            let list: Vec<_> = shard.nodes.iter().map(|node| node.to_string()).collect();
             return invalid(format!(
-                "shard number {at} is on nodes {list:?}, not on {replicas} different ones"
+                "shard number {at} is on nodes {}; it must be on {replicas} different ones",
+                list.join(", ")
             ));
         }
         for node in nodes {
@@ -319,25 +297,13 @@ fn drop_database(name: &str, state: &mut dyn StateBatch) -> Result<MetaReply, St
     let mut shards = Vec::with_capacity(record.shards.len());
     for id in &record.shards {
         let shard: Option<ShardRecord> = records::load(state, id.0)?;
-        let missing = || {
-            records::damaged(
-                &format!("database `{name}`"),
-                format!("shard {id} is missing"),
-            )
-        };
+        let missing = || records::damaged(&format!("database `{name}`"), format!("shard {id} is missing"));
         shards.push(shard.ok_or_else(missing)?);
     }
     let changed_at = state.next_revision();
     for shard in shards {
         let dropped = true;
-        records::save(
-            &ShardRecord {
-                dropped,
-                changed_at,
-                ..shard
-            },
-            state,
-        );
+        records::save(&ShardRecord { dropped, changed_at, ..shard }, state);
     }
     record.dropped = true;
     record.changed_at = changed_at;

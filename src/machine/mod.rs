@@ -46,9 +46,7 @@ impl MachineKind {
     pub fn apply(self, command: &Command, state: &mut dyn StateBatch) -> Result<Reply, ApplyError> {
         match (self, command) {
             (MachineKind::Kv, Command::Kv(command)) => Ok(Reply::Kv(kv::apply(command, state)?)),
-            (MachineKind::Metadata, Command::Meta(command)) => {
-                Ok(Reply::Meta(meta::apply(command, state)?))
-            }
+            (MachineKind::Metadata, Command::Meta(command)) => Ok(Reply::Meta(meta::apply(command, state)?)),
             _ => Err(command::FormatError::WrongMachine.into()),
         }
     }

@@ -30,10 +30,7 @@ pub fn encode(revision: u64, value: &[u8]) -> Bytes {
 /// Reads a stored value. The result shares the buffer of `stored`.
 pub fn decode(stored: &Bytes) -> Result<Versioned, FormatError> {
     let (version, _) = header(stored)?;
-    Ok(Versioned {
-        value: stored.slice(HEADER_BYTES..),
-        version,
-    })
+    Ok(Versioned { value: stored.slice(HEADER_BYTES..), version })
 }
 
 /// Revision and length of a stored value, for those who don't need its bytes.
@@ -42,10 +39,9 @@ pub fn header(stored: &[u8]) -> Result<(u64, usize), FormatError> {
         return Err(FormatError::Truncated("the header of a stored value"));
     };
     let [format, flags, revision @ ..] = *header;
-    for (what, found, wanted) in [
-        ("format of a stored value", format, FORMAT),
-        ("flags of a stored value", flags, 0),
-    ] {
+    for (what, found, wanted) in
+        [("format of a stored value", format, FORMAT), ("flags of a stored value", flags, 0)]
+    {
         if found != wanted {
             let value = found.into();
             return Err(FormatError::Unknown { what, value });
@@ -70,17 +66,8 @@ mod tests {
     #[test]
     fn other_forms_are_refused() {
         let refused = |bytes: &'static [u8]| decode(&bytes.into()).unwrap_err().to_string();
-        assert_eq!(
-            refused(b"\x01\x00\0\0\0\0\0\0\0"),
-            "the bytes end within the header of a stored value"
-        );
-        assert_eq!(
-            refused(b"\x02\x00\0\0\0\0\0\0\0\x01"),
-            "unknown format of a stored value 2"
-        );
-        assert_eq!(
-            refused(b"\x01\x80\0\0\0\0\0\0\0\x01"),
-            "unknown flags of a stored value 128"
-        );
+        assert_eq!(refused(b"\x01\x00\0\0\0\0\0\0\0"), "the bytes end within the header of a stored value");
+        assert_eq!(refused(b"\x02\x00\0\0\0\0\0\0\0\x01"), "unknown format of a stored value 2");
+        assert_eq!(refused(b"\x01\x80\0\0\0\0\0\0\0\x01"), "unknown flags of a stored value 128");
     }
 }

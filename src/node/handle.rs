@@ -1,18 +1,50 @@
 //! A node as its services see it.
 
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
+use actix::Addr;
+use actix::prelude::SendError;
+use tokio::sync::{oneshot, watch};
+
+#[cfg(feature = "test-hooks")]
+use super::messages::Inject;
+use super::messages::{AskStatus, Report, Submit, Transfer};
+use super::router::Router;
+use super::supervisor::Supervisor;
+use crate::codec::peer::{PeerRequest, PeerResponse};
 use crate::group::types::{GroupStatus, Operation, Output};
-use crate::ids::{NodeId, ReplicaId, ShardId};
-use crate::machine::command::{MetaCommand, MetaReply};
+use crate::ids::{METADATA_SHARD, NodeId, ReplicaId, ShardId};
+use crate::limits;
+use crate::machine::command::{Command, MetaCommand, MetaReply, Reply};
 use crate::placement::map::ClusterMap;
 use crate::refusal::Refusal;
+use crate::transport::call::{HelloConfig, PeerClient};
 
 /// What a service on any thread of the node may do with it. Cheap to clone.
 #[derive(Clone)]
 pub struct NodeHandle {
-    map: Arc<ClusterMap>,
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    label: String,
+    started: Instant,
+    phase: watch::Sender<NodePhase>,
+    disk_bytes: AtomicU64,
+    empty_map: Arc<ClusterMap>,
+    member: OnceLock<Member>,
+}
+
+/// What there is once the node belongs to a cluster.
+pub struct Member {
+    /// This node.
+    pub node: NodeId,
+    /// Its replicas, and the map.
+    pub router: Arc<Router>,
+    /// Who watches over them.
+    pub supervisor: Addr<Supervisor>,
 }
 
 /// What a node is doing.
@@ -74,18 +106,62 @@ pub struct NodeReport {
 }
 
 impl NodeHandle {
-    /// This node's id; 0 while it isn't a member.
-    pub fn node(&self) -> NodeId {
-        NodeId(0)
+    /// A node that is starting.
+    pub fn new(label: String) -> NodeHandle {
+        NodeHandle {
+            inner: Arc::new(Inner {
+                label,
+                started: Instant::now(),
+                phase: watch::Sender::new(NodePhase::Starting),
+                disk_bytes: AtomicU64::new(0),
+                empty_map: Arc::default(),
+                member: OnceLock::new(),
+            }),
+        }
     }
 
-    /// The cluster map as this node knows it; a cheap snapshot.
+    /// The node has become a member. Once.
+    pub fn set_member(&self, member: Member) {
+        if self.inner.member.set(member).is_err() {
+            unreachable!("a node becomes a member once");
+        }
+    }
+
+    /// The node goes on to `phase`.
+    pub fn set_phase(&self, phase: NodePhase) {
+        self.inner.phase.send_replace(phase);
+    }
+
+    /// What the node is doing.
+    pub fn phase(&self) -> NodePhase {
+        *self.inner.phase.borrow()
+    }
+
+    /// Bytes in the data directory, as just measured.
+    pub fn set_disk_bytes(&self, bytes: u64) {
+        self.inner.disk_bytes.store(bytes, Ordering::Relaxed);
+    }
+
+    fn member(&self) -> Result<&Member, Refusal> {
+        self.inner
+            .member
+            .get()
+            .ok_or(Refusal::Unavailable("the node is not yet a member of a cluster".into()))
+    }
+
+    /// This node's id; 0 while it isn't a member.
+    pub fn node(&self) -> NodeId {
+        self.inner.member.get().map_or(NodeId(0), |m| m.node)
+    }
+
+    /// The cluster map as this node knows it; a cheap snapshot. Empty while it isn't a member.
     pub fn map(&self) -> Arc<ClusterMap> {
-        self.map.clone()
+        self.inner.member.get().map_or_else(|| self.inner.empty_map.clone(), |m| m.router.map())
     }
 
     /// Hands operations to this node's replica of `shard`, if `range_version` is the one in force,
     /// and waits for their ends. An outer refusal holds for all of them and means none was started.
+    /// When `timeout` passes first, the outcome of each write is unknown.
     pub async fn submit(
         &self,
         shard: ShardId,
@@ -93,48 +169,153 @@ impl NodeHandle {
         operations: Vec<Operation>,
         timeout: Duration,
     ) -> Result<Vec<Result<Output, Refusal>>, Refusal> {
-        let _ = (shard, range_version, operations, timeout);
-        Err(Refusal::Unavailable("starting"))
+        let addr = self.member()?.router.replica(shard)?;
+        if self.phase() == NodePhase::Stopping {
+            return Err(Refusal::Unavailable("the node is stopping".into()));
+        }
+        let (reply, results) = oneshot::channel();
+        let writes: Vec<bool> = operations.iter().map(|o| matches!(o, Operation::Command(_))).collect();
+        addr.try_send(Submit { range_version, operations, reply }).map_err(|error| match error {
+            SendError::Full(_) => {
+                Refusal::Busy { what: "the shard's mailbox".into(), retry_after_ms: limits::BUSY_RETRY_MS }
+            }
+            SendError::Closed(_) => Refusal::Unavailable("the replica is being rebuilt after a crash".into()),
+        })?;
+        match tokio::time::timeout(timeout, results).await {
+            Ok(Ok(results)) => results,
+            // The mailbox was dropped with the message in it: the replica crashed before it saw it.
+            Ok(Err(_)) => Err(Refusal::Unavailable("the replica is being rebuilt after a crash".into())),
+            Err(_) => Ok(writes.into_iter().map(|writes| Err(timed_out(writes))).collect()),
+        }
     }
 
-    /// Has the metadata shard's leader, wherever it is, execute a command.
-    pub async fn meta(
-        &self,
-        command: MetaCommand,
-        timeout: Duration,
-    ) -> Result<MetaReply, Refusal> {
-        let _ = (command, timeout);
-        Err(Refusal::Unavailable("starting"))
+    /// Has the metadata shard's leader, wherever it is, execute a command. Retried until `timeout`:
+    /// the metadata commands are made for that.
+    pub async fn meta(&self, command: MetaCommand, timeout: Duration) -> Result<MetaReply, Refusal> {
+        let deadline = Instant::now() + timeout;
+        let mut last = Refusal::Deadline;
+        let mut hint = Some(self.node());
+        for attempt in 0.. {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(last);
+            }
+            let map = self.map();
+            let Some(metadata) = map.shards.get(&METADATA_SHARD) else {
+                return Err(Refusal::Unavailable("the node is not yet a member of a cluster".into()));
+            };
+            // The leader, if the last answer named one; else each voter in turn.
+            let target = hint.take().filter(|node| metadata.member_on(*node).is_some());
+            let target = target.unwrap_or_else(|| metadata.members[attempt % metadata.members.len()].node);
+            let patience = left.min(Duration::from_millis(limits::META_ATTEMPT_MS));
+            let answer = if target == self.node() {
+                self.meta_here(command.clone(), patience).await
+            } else {
+                match map.nodes.get(&target) {
+                    Some(node) => meta_there(&node.peer_address, command.clone(), patience).await,
+                    None => {
+                        Err(Refusal::Unavailable("the address of the metadata leader is not known".into()))
+                    }
+                }
+            };
+            match answer {
+                Ok(reply) => return Ok(reply),
+                Err(refusal) if !refusal.retryable() && refusal != Refusal::Deadline => {
+                    return Err(refusal);
+                }
+                Err(refusal) => {
+                    if let Refusal::NotLeader { leader: Some(leader), .. } = refusal {
+                        hint = Some(leader);
+                    }
+                    last = refusal;
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(limits::META_RETRY_MS).min(left)).await;
+        }
+        Err(last)
+    }
+
+    /// Executes a metadata command if this node leads the metadata shard.
+    pub async fn meta_here(&self, command: MetaCommand, timeout: Duration) -> Result<MetaReply, Refusal> {
+        let operation = Operation::Command(Command::Meta(command));
+        let range_version = self.map().shards.get(&METADATA_SHARD).map_or(0, |s| s.epoch.range);
+        let results = self.submit(METADATA_SHARD, range_version, vec![operation], timeout).await?;
+        match results.into_iter().next() {
+            Some(Ok(Output::Reply(Reply::Meta(reply)))) => Ok(reply),
+            Some(Err(refusal)) => Err(refusal),
+            _ => Err(Refusal::Unknown("the metadata shard gave no answer".into())),
+        }
     }
 
     /// This node's own view of itself and its replicas.
     pub async fn report(&self) -> NodeReport {
+        let replicas = match self.inner.member.get() {
+            Some(member) => member.supervisor.send(Report).await.unwrap_or_default(),
+            None => Vec::new(),
+        };
         NodeReport {
             node: self.node(),
-            label: String::new(),
-            phase: NodePhase::Starting,
-            disk_bytes: 0,
-            replicas: Vec::new(),
-            uptime: Duration::ZERO,
+            label: self.inner.label.clone(),
+            phase: self.phase(),
+            disk_bytes: self.inner.disk_bytes.load(Ordering::Relaxed),
+            replicas,
+            uptime: self.inner.started.elapsed(),
         }
     }
 
     /// Starts moving the leadership of `shard` from this node's replica to the one on `to`, and
     /// waits until it has moved.
-    pub async fn transfer(
-        &self,
-        shard: ShardId,
-        to: NodeId,
-        timeout: Duration,
-    ) -> Result<(), Refusal> {
-        let _ = (shard, to, timeout);
-        Err(Refusal::Unavailable("starting"))
+    pub async fn transfer(&self, shard: ShardId, to: NodeId, timeout: Duration) -> Result<(), Refusal> {
+        let addr = self.member()?.router.replica(shard)?;
+        let deadline = Instant::now() + timeout;
+        let gone = |_| Refusal::Unavailable("the replica is being rebuilt after a crash".into());
+        if to == self.node() {
+            return Ok(());
+        }
+        addr.send(Transfer(Some(to))).await.map_err(gone)??;
+        while Instant::now() < deadline {
+            let status = addr.send(AskStatus).await.map_err(gone)?;
+            if status.role != raft::StateRole::Leader && status.leader.is_some() {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(limits::META_RETRY_MS)).await;
+        }
+        Err(Refusal::Unavailable("leadership didn't move within the time given".into()))
     }
 
     /// Test hook: makes this node's replica of `shard` fail in the named way. A build without the
     /// feature `test-hooks` refuses.
     pub async fn inject(&self, shard: ShardId, fault: &str) -> Result<(), Refusal> {
-        let _ = (shard, fault);
-        Err(Refusal::Invalid("this build has no test hooks".into()))
+        #[cfg(feature = "test-hooks")]
+        {
+            let addr = self.member()?.router.replica(shard)?;
+            // The answer never comes if the fault is a panic.
+            addr.do_send(Inject(fault.to_owned()));
+            Ok(())
+        }
+        #[cfg(not(feature = "test-hooks"))]
+        {
+            Err(Refusal::Refused(format!("this build has no test hooks: shard {shard} will not `{fault}`")))
+        }
+    }
+}
+
+fn timed_out(writes: bool) -> Refusal {
+    if writes {
+        Refusal::Unknown("the deadline passed while the entry was being replicated".into())
+    } else {
+        Refusal::Unavailable("the deadline passed while the read waited for a quorum".into())
+    }
+}
+
+async fn meta_there(address: &str, command: MetaCommand, timeout: Duration) -> Result<MetaReply, Refusal> {
+    match PeerClient::call(address, HelloConfig::default(), PeerRequest::Meta(command), timeout).await {
+        Ok(PeerResponse::Meta(reply)) => Ok(reply),
+        Ok(PeerResponse::Refused(refusal)) => Err(refusal),
+        Ok(_) => Err(Refusal::Unknown("a peer gave an answer to another question".into())),
+        Err(error) => {
+            tracing::debug!(address, %error, "asking for a metadata command");
+            Err(Refusal::Unknown("the connection to the metadata leader was lost".into()))
+        }
     }
 }

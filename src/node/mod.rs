@@ -1,13 +1,41 @@
 //! The composition root and the actors of one node.
+//!
+//! | thread | what runs on it | may it block? |
+//! |---|---|---|
+//! | data arbiters (K) | [`replica::ReplicaActor`]s, their [`hub::Hub`], client connections, peer connections | never |
+//! | control arbiter | [`supervisor::Supervisor`], the metadata replica, HTTP, membership | never |
+//! | log writer | one gathered write and sync at a time, for all replicas | on the disk |
+//! | flush thread | one flush of frozen memtables at a time | on the disk |
+//! | read thread | queries that memory can't answer | on the disk |
+//!
+//! What crosses threads crosses in batches. A panic in a replica ends that replica; a panic in
+//! anything shared (a hub, the supervisor, a thread of the table's lower half) is fatal for the node:
+//! [`RunningNode::failed`] tells, and the process ends with exit code 70.
 
+pub mod fatal;
+pub mod flusher;
 pub mod handle;
+pub mod hub;
+pub mod log_writer;
+pub mod map_cache;
+pub mod membership;
+pub mod messages;
+pub mod panics;
+pub mod reader;
+pub mod replica;
+pub mod replicas;
+pub mod router;
+pub mod service;
+pub mod shared;
+pub mod start;
+pub mod supervisor;
+pub mod ticket;
 
 use std::net::TcpListener;
-use std::time::Duration;
 
-use crate::settings::Settings;
 use crate::storage::StorageError;
-use handle::NodeHandle;
+
+pub use start::{RunningNode, start};
 
 /// The ports of a node, bound by the caller, so that an address in use is found before anything is
 /// created, and a port 0 is known before it is advertised.
@@ -32,40 +60,4 @@ pub enum NodeError {
     /// A thread of the node failed; its process must end (exit 70).
     #[error("{0}")]
     Fatal(String),
-}
-
-/// A node that runs on threads of its own. Dropping it does not stop it; call [`RunningNode::stop`].
-pub struct RunningNode {
-    handle: NodeHandle,
-}
-
-/// Starts a node: opens its directory, binds its threads, and begins to form or join. Must be called
-/// within an `actix::System`; several nodes may share one. Returns once the stores are open.
-pub async fn start(settings: Settings, listeners: Listeners) -> Result<RunningNode, NodeError> {
-    let _ = (settings, listeners);
-    Err(NodeError::Fatal("not built yet".into()))
-}
-
-impl RunningNode {
-    /// The node as services see it.
-    pub fn handle(&self) -> NodeHandle {
-        self.handle.clone()
-    }
-
-    /// Waits until the node is a member and every replica it held before is serving.
-    pub async fn ready(&self) -> Result<(), NodeError> {
-        Ok(())
-    }
-
-    /// Waits until the node fails for good. Never returns while it runs.
-    pub async fn failed(&self) -> NodeError {
-        NodeError::Fatal(String::new())
-    }
-
-    /// Stops cleanly: accepts nothing more, hands leadership over, finishes or refuses what is in
-    /// flight, closes the stores; within `deadline`, whatever the rest of the cluster does.
-    pub async fn stop(self, deadline: Duration) -> Result<(), NodeError> {
-        let _ = deadline;
-        Ok(())
-    }
 }

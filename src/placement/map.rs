@@ -122,24 +122,9 @@ impl ClusterMap {
             cluster_id: self.cluster_id,
             since,
             version: self.version,
-            nodes: self
-                .nodes
-                .values()
-                .filter(|n| n.changed_at > since)
-                .cloned()
-                .collect(),
-            databases: self
-                .databases
-                .values()
-                .filter(|d| d.changed_at > since)
-                .cloned()
-                .collect(),
-            shards: self
-                .shards
-                .values()
-                .filter(|s| s.changed_at > since)
-                .cloned()
-                .collect(),
+            nodes: self.nodes.values().filter(|n| n.changed_at > since).cloned().collect(),
+            databases: self.databases.values().filter(|d| d.changed_at > since).cloned().collect(),
+            shards: self.shards.values().filter(|s| s.changed_at > since).cloned().collect(),
         }
     }
 
@@ -158,11 +143,7 @@ impl ClusterMap {
         macro_rules! take {
             ($field:ident) => {
                 for record in delta.$field {
-                    if self
-                        .$field
-                        .get(&record.id)
-                        .is_none_or(|have| have.changed_at < record.changed_at)
-                    {
+                    if self.$field.get(&record.id).is_none_or(|have| have.changed_at < record.changed_at) {
                         self.$field.insert(record.id, record);
                         changed = true;
                     }
@@ -181,9 +162,7 @@ impl ClusterMap {
 
     /// The living database of this name.
     pub fn database(&self, name: &str) -> Option<&DatabaseRecord> {
-        self.databases
-            .values()
-            .find(|d| !d.dropped && d.name == name)
+        self.databases.values().find(|d| !d.dropped && d.name == name)
     }
 
     /// The shard of `database` that owns `position`; binary search over its ordered ranges. `None` if the
@@ -193,9 +172,8 @@ impl ClusterMap {
             let shard = self.shards.get(id)?;
             shard.range.contains(position).then_some(shard)
         };
-        let at = database
-            .shards
-            .partition_point(|id| self.shards.get(id).is_some_and(|s| s.range.end < position));
+        let at =
+            database.shards.partition_point(|id| self.shards.get(id).is_some_and(|s| s.range.end < position));
         // A missing record misleads the search; then every shard is asked.
         (database.shards.get(at).and_then(owner)).or_else(|| database.shards.iter().find_map(owner))
     }
@@ -209,10 +187,7 @@ impl ClusterMap {
 impl ShardRecord {
     /// The node that holds `replica`.
     pub fn node_of(&self, replica: ReplicaId) -> Option<NodeId> {
-        self.members
-            .iter()
-            .find(|m| m.replica == replica)
-            .map(|m| m.node)
+        self.members.iter().find(|m| m.replica == replica).map(|m| m.node)
     }
 
     /// The member on `node`.
@@ -264,10 +239,8 @@ mod tests {
 
     /// A map whose version 1, 2, … each came from changing the record that `changes` names.
     fn history(changes: &[u64]) -> Vec<ClusterMap> {
-        let mut map = ClusterMap {
-            cluster_id: ClusterId::from_slice(&[7; 16]).unwrap(),
-            ..ClusterMap::default()
-        };
+        let mut map =
+            ClusterMap { cluster_id: ClusterId::from_slice(&[7; 16]).unwrap(), ..ClusterMap::default() };
         let mut versions = vec![map.clone()];
         for (version, change) in (1..).zip(changes) {
             map.version = version;

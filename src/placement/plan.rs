@@ -43,7 +43,7 @@ pub struct PlannedShard {
 pub enum PlanError {
     /// There are fewer nodes than replicas asked for.
     #[error(
-        "{replicas} replicas need {replicas} nodes, but the cluster has {nodes}: add nodes or ask for fewer replicas"
+        "{replicas} replicas need {replicas} nodes, but the cluster has {nodes} (of a weight above 0): add nodes or ask for fewer replicas"
     )]
     TooFewNodes {
         /// Replicas asked for.
@@ -119,19 +119,14 @@ impl Planner {
             nodes.push(Candidate {
                 id: record.id,
                 weight: record.weight,
-                zone: *zone_names
-                    .entry((record.zone.as_str(), own))
-                    .or_insert(next),
+                zone: *zone_names.entry((record.zone.as_str(), own)).or_insert(next),
                 held: 0,
                 led: 0,
                 quota: 0,
             });
         }
         if nodes.len() < replicas as usize {
-            return Err(PlanError::TooFewNodes {
-                replicas,
-                nodes: nodes.len(),
-            });
+            return Err(PlanError::TooFewNodes { replicas, nodes: nodes.len() });
         }
         for shard in map.shards.values().filter(|s| !s.dropped) {
             for (at, member) in shard.members.iter().enumerate() {
@@ -146,15 +141,8 @@ impl Planner {
             sizes[node.zone] += 1;
         }
         let room = |most: u32| sizes.iter().map(|&size| size.min(most)).sum::<u32>();
-        let zone_most = (1..replicas)
-            .find(|&most| room(most) >= replicas)
-            .unwrap_or(replicas);
-        let mut planner = Planner {
-            zones: vec![0; sizes.len()],
-            nodes,
-            zone_most,
-            replicas,
-        };
+        let zone_most = (1..replicas).find(|&most| room(most) >= replicas).unwrap_or(replicas);
+        let mut planner = Planner { zones: vec![0; sizes.len()], nodes, zone_most, replicas };
         planner.deal_quotas(shards);
         Ok(planner)
     }
@@ -165,16 +153,12 @@ impl Planner {
         let zone_of = |at: usize| self.nodes[at].zone;
         let zones = &mut self.zones;
         let start: Vec<(u32, u32)> = self.nodes.iter().map(|n| (n.held, n.weight)).collect();
-        let quotas = deal(
-            &start,
-            u64::from(shards) * u64::from(self.replicas),
-            |at, quota| {
-                let zone = &mut zones[zone_of(at)];
-                let room = quota < shards && *zone < zone_limit;
-                *zone += u32::from(room);
-                room
-            },
-        );
+        let quotas = deal(&start, u64::from(shards) * u64::from(self.replicas), |at, quota| {
+            let zone = &mut zones[zone_of(at)];
+            let room = quota < shards && *zone < zone_limit;
+            *zone += u32::from(room);
+            room
+        });
         for (node, quota) in self.nodes.iter_mut().zip(quotas) {
             node.quota = quota;
         }
@@ -186,18 +170,13 @@ impl Planner {
         // A node with more quota than later shards could use must be taken now ...
         let must_take = |node: &Candidate| node.quota > later;
         // ... and so must as many nodes of a zone as are too many for later.
-        let mut zone_must: Vec<u32> = self
-            .zones
-            .iter()
-            .map(|left| left.saturating_sub(self.zone_most.saturating_mul(later)))
-            .collect();
+        let mut zone_must: Vec<u32> =
+            self.zones.iter().map(|left| left.saturating_sub(self.zone_most.saturating_mul(later))).collect();
         let mut zone_must_nodes = vec![0; self.zones.len()];
         let mut draws = Vec::with_capacity(self.nodes.len());
         for (at, node) in self.nodes.iter().enumerate().filter(|(_, n)| n.quota > 0) {
             zone_must_nodes[node.zone] += u32::from(must_take(node));
-            draws.extend(
-                rendezvous::draw(shard_key, node.id, node.weight).map(|draw| (draw, node.id, at)),
-            );
+            draws.extend(rendezvous::draw(shard_key, node.id, node.weight).map(|draw| (draw, node.id, at)));
         }
         draws.sort_unstable();
         let mut musts = 0;
@@ -304,12 +283,7 @@ impl Leaders {
         None
     }
 
-    fn hand_over(
-        &mut self,
-        from: usize,
-        handovers: Vec<(usize, usize)>,
-        chosen: &mut [Vec<usize>],
-    ) {
+    fn hand_over(&mut self, from: usize, handovers: Vec<(usize, usize)>, chosen: &mut [Vec<usize>]) {
         let mut giver = from;
         for (shard, taker) in handovers {
             self.shards[giver].retain(|s| *s != shard);
@@ -336,9 +310,7 @@ fn level(count: u32, weight: u32) -> u64 {
 fn deal(start: &[(u32, u32)], count: u64, mut room: impl FnMut(usize, u32) -> bool) -> Vec<u32> {
     let mut got = vec![0_u32; start.len()];
     let level = |at: usize, got: u32| level(start[at].0.saturating_add(got), start[at].1);
-    let mut heap: BinaryHeap<_> = (0..start.len())
-        .map(|at| Reverse((level(at, 0), at)))
-        .collect();
+    let mut heap: BinaryHeap<_> = (0..start.len()).map(|at| Reverse((level(at, 0), at))).collect();
     let mut left = count;
     while left > 0 {
         let Some(Reverse((_, at))) = heap.pop() else {

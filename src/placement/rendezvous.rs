@@ -42,10 +42,8 @@ pub fn draw(shard_key: u64, node: NodeId, weight: u32) -> Option<u64> {
 
 /// The nodes that may hold the shard, best first.
 pub fn rank(shard_key: u64, nodes: impl IntoIterator<Item = (NodeId, u32)>) -> Vec<NodeId> {
-    let mut draws: Vec<(u64, NodeId)> = nodes
-        .into_iter()
-        .filter_map(|(node, weight)| Some((draw(shard_key, node, weight)?, node)))
-        .collect();
+    let mut draws: Vec<(u64, NodeId)> =
+        nodes.into_iter().filter_map(|(node, weight)| Some((draw(shard_key, node, weight)?, node))).collect();
     draws.sort_unstable();
     draws.into_iter().map(|(_, node)| node).collect()
 }
@@ -97,10 +95,7 @@ mod tests {
         });
         assert_eq!(found, vectors);
         let ranked = rank(shard_key("orders", 0), alike(7)).into_iter();
-        assert_eq!(
-            ranked.map(|n| n.0).collect::<Vec<_>>(),
-            [6, 7, 1, 2, 3, 5, 4]
-        );
+        assert_eq!(ranked.map(|n| n.0).collect::<Vec<_>>(), [6, 7, 1, 2, 3, 5, 4]);
     }
 
     #[test]
@@ -122,12 +117,7 @@ mod tests {
 
     #[test]
     fn nodes_win_in_proportion_to_their_weight() {
-        let nodes = [
-            (NodeId(1), 100),
-            (NodeId(2), 200),
-            (NodeId(3), 0),
-            (NodeId(4), 100),
-        ];
+        let nodes = [(NodeId(1), 100), (NodeId(2), 200), (NodeId(3), 0), (NodeId(4), 100)];
         let mut wins = [0_u32; 5];
         for shard in 0..20_000 {
             wins[rank(shard, nodes)[0].0 as usize] += 1;

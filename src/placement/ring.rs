@@ -29,10 +29,7 @@ pub struct RingRange {
 
 impl RingRange {
     /// The whole ring.
-    pub const ALL: RingRange = RingRange {
-        start: 0,
-        end: u64::MAX,
-    };
+    pub const ALL: RingRange = RingRange { start: 0, end: u64::MAX };
 
     /// Whether `position` lies in this range.
     pub fn contains(&self, position: u64) -> bool {
@@ -62,12 +59,7 @@ pub fn hashed_part(key: &[u8]) -> &[u8] {
 pub fn equal_ranges(shards: u32) -> Vec<RingRange> {
     // Range i begins at ⌊i · 2^64 / shards⌋.
     let begin = |at: u32| (u128::from(at) << 64) / u128::from(shards);
-    (0..shards)
-        .map(|at| RingRange {
-            start: begin(at) as u64,
-            end: (begin(at + 1) - 1) as u64,
-        })
-        .collect()
+    (0..shards).map(|at| RingRange { start: begin(at) as u64, end: (begin(at + 1) - 1) as u64 }).collect()
 }
 
 /// Whether `ranges`, in the order given, cover the whole ring without gap or overlap.
@@ -101,10 +93,8 @@ mod tests {
             (b"{{x}}", b"{x", 0xb65c_3bdd_13e8_5126),
             (b"\x00\xff\x80", b"\x00\xff\x80", 0x2682_fcb6_5dac_5d83),
         ];
-        let found: Vec<(&[u8], &[u8], u64)> = vectors
-            .iter()
-            .map(|(key, ..)| (*key, hashed_part(key), position(key)))
-            .collect();
+        let found: Vec<(&[u8], &[u8], u64)> =
+            vectors.iter().map(|(key, ..)| (*key, hashed_part(key), position(key))).collect();
         assert_eq!(found, vectors, "{found:x?}");
     }
 

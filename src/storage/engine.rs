@@ -24,6 +24,16 @@ pub trait Engine: Send + Sync + 'static {
         visit: &mut dyn FnMut(&[u8], Bytes) -> bool,
     ) -> Result<(), StorageError>;
 
+    /// Like [`Engine::scan`], of the keys alone.
+    fn scan_keys(
+        &self,
+        from: Bound<&[u8]>,
+        to: &[u8],
+        visit: &mut dyn FnMut(&[u8]) -> bool,
+    ) -> Result<(), StorageError> {
+        self.scan(from, to, &mut |key, _| visit(key))
+    }
+
     /// Applies mutations sorted by key, without repeats. Not atomic towards a crash.
     fn write(&self, batch: &[Mutation]) -> Result<(), StorageError>;
 

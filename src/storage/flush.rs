@@ -1,11 +1,32 @@
 //! From frozen memtables to durable state: redo files, then the engine.
+//!
+//! ```text
+//! tables ─► redo file (synced) ─► Logged ─► engine, in parts ─► Absorbed ─► engine synced ─► file removed
+//! ```
+//!
+//! Why the file: an engine that holds a part of a flush is no state of any moment. With k=a in it
+//! and the entries "delete k if it is c" and "set k to c if it is a", a crash that keeps k=c would
+//! have the replayed log delete k. So whatever part of a flush the engine holds after a crash, the
+//! whole of it is written again from the redo file before anybody reads.
+//!
+//! Promises: when `Logged` is told, a crash can't take the state back behind the tables' headers, so
+//! the log may be compacted to there. When `Absorbed` is told, readers of the engine see all writes,
+//! so the tables' memory may be released. A file is removed only after its writes are durable in the
+//! engine, and no second flush begins before that: so at most one finished file exists, and what it
+//! says is never older than what the engine holds. A flush that fails after `Logged` leaves its
+//! file; the flusher then refuses to go on, since a later flush could be undone by that file at the
+//! next start.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::StorageError;
-use super::engine::Engine;
-use super::state::Frozen;
+use super::engine::{Engine, Mutation};
+use super::merge;
+use super::redo::{self, Record, RedoReader, RedoWriter};
+use super::state::{Frozen, StateHeader};
+use super::{StorageError, atomic_file, keys};
+use crate::ids::ReplicaId;
+use crate::limits::{FLUSH_BATCH_BYTES, FLUSH_BATCH_KEYS};
 
 /// Steps of a flush that its caller wants to hear of.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -16,34 +37,360 @@ pub enum FlushStep {
     Absorbed,
 }
 
+/// Moments at which a [`FlushHook`] is asked.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FlushPoint {
+    /// The redo file is written under its unfinished name, and not yet synced.
+    RedoWritten,
+    /// The redo file is durable.
+    RedoDurable,
+    /// The engine has taken one more batch.
+    BatchWritten,
+    /// The engine is durable; the redo file still exists.
+    EngineSynced,
+    /// The redo file is gone.
+    RedoRemoved,
+}
+
+/// Called at each [`FlushPoint`]; an error ends the flush there, as if the disk had failed.
+pub type FlushHook = Box<dyn FnMut(FlushPoint) -> Result<(), StorageError> + Send>;
+
 /// Flushes frozen memtables of a node's replicas. One at a time; runs on the flush thread.
 pub struct Flusher {
     /// Directory of the redo files.
     pub redo_dir: PathBuf,
     /// The engine below.
     pub engine: Arc<dyn Engine>,
+    next_sequence: u64,
+    /// Why a redo file was left behind: nothing may be flushed any more.
+    failed: Option<String>,
+    hook: Option<FlushHook>,
 }
 
 impl Flusher {
-    /// Opens the directory, re-applying whole every redo file left by a crash, in order, and makes
-    /// the result durable. Damaged files are an error, unfinished ones (`.tmp`) are removed.
+    /// Opens the directory, creating it if need be, re-applies whole every redo file left by a crash,
+    /// in order, and makes the result durable. To be called before any [`super::state::ReplicaState`]
+    /// is opened. Damaged files are an error, unfinished ones (`.tmp`) are removed.
     pub fn open(redo_dir: PathBuf, engine: Arc<dyn Engine>) -> Result<Flusher, StorageError> {
-        Ok(Flusher { redo_dir, engine })
+        std::fs::create_dir_all(&redo_dir).map_err(atomic_file::io_error("creating", &redo_dir))?;
+        let files = redo::list(&redo_dir)?;
+        for (sequence, path) in &files {
+            reapply(path, *sequence, &*engine)?;
+        }
+        if !files.is_empty() {
+            engine.sync()?;
+        }
+        for (_, path) in &files {
+            // One by one, oldest first, each removal durable: a newer file never goes before an older.
+            atomic_file::remove(path)?;
+        }
+        Ok(Flusher {
+            redo_dir,
+            engine,
+            next_sequence: files.last().map_or(1, |(sequence, _)| sequence + 1),
+            failed: None,
+            hook: None,
+        })
     }
 
-    /// Flushes `tables` (oldest first per replica) in one durable step and tells `progress` of each stage.
+    /// Has `hook` called at each point of the flushes to come, so that a test can fail or copy there.
+    pub fn set_hook(&mut self, hook: FlushHook) {
+        self.hook = Some(hook);
+    }
+
+    /// Flushes `tables` (oldest first per replica) in one durable step and tells `progress` of each
+    /// stage. An error before `Logged` leaves everything as it was, and the flush may be tried again
+    /// (a full disk), unless it is [`StorageError::SyncFailed`]. After any other error the node must
+    /// stop; the next start completes the flush.
     pub fn flush(
         &mut self,
         tables: &[Arc<Frozen>],
         progress: &mut dyn FnMut(FlushStep),
     ) -> Result<(), StorageError> {
-        let _ = (tables, progress);
-        Ok(())
+        self.check_usable()?;
+        if tables.is_empty() {
+            progress(FlushStep::Logged);
+            progress(FlushStep::Absorbed);
+            return Ok(());
+        }
+        let sections = sections(tables);
+        let path = match self.write_redo(&sections) {
+            Ok(path) => path,
+            Err(error) => {
+                if matches!(error, StorageError::SyncFailed { .. }) {
+                    self.failed = Some(error.to_string());
+                }
+                return Err(error);
+            }
+        };
+        let result = self.absorb(&sections, &path, progress);
+        if let Err(error) = &result {
+            self.failed = Some(error.to_string());
+        }
+        result
     }
 
-    /// Removes all state of `replica`, in small batches.
-    pub fn destroy(&mut self, replica: crate::ids::ReplicaId) -> Result<(), StorageError> {
-        let _ = replica;
+    /// Removes all state of `replica`, all generations, in small batches, durably. The caller has
+    /// recorded before that the replica is gone: a crash leaves a part, to be removed by calling again.
+    pub fn destroy(&mut self, replica: ReplicaId) -> Result<(), StorageError> {
+        self.check_usable()?;
+        let (mut from, to) = keys::replica_range(replica);
+        loop {
+            let mut batch: Vec<Mutation> = Vec::with_capacity(FLUSH_BATCH_KEYS);
+            self.engine.scan_keys(std::ops::Bound::Included(&from), &to, &mut |key| {
+                batch.push((key.to_vec(), None));
+                batch.len() < FLUSH_BATCH_KEYS
+            })?;
+            let Some((last, _)) = batch.last() else { break };
+            from.clone_from(last);
+            self.engine.write(&batch)?;
+            self.at(FlushPoint::BatchWritten)?;
+        }
+        self.engine.sync()
+    }
+
+    fn check_usable(&self) -> Result<(), StorageError> {
+        match &self.failed {
+            None => Ok(()),
+            Some(reason) => Err(StorageError::Engine {
+                engine: self.engine.name(),
+                reason: format!("an earlier flush failed ({reason}); restart the node to complete it"),
+            }),
+        }
+    }
+
+    /// Makes the redo file durable. On an error there is none, or its state is unknown (`SyncFailed`).
+    fn write_redo(&mut self, sections: &[Section<'_>]) -> Result<PathBuf, StorageError> {
+        let mut writer = RedoWriter::create(&self.redo_dir, self.next_sequence)?;
+        let filled = sections.iter().try_for_each(|section| {
+            writer.section(section.replica, section.generation, section.header)?;
+            section.each(&mut |key, value| writer.change(key, value.map(|value| &value[..])))
+        });
+        if let Err(error) = filled.and_then(|()| self.at(FlushPoint::RedoWritten)) {
+            // Frees the space, which may be what is missing. The first error is the one to tell; an
+            // unfinished file that stays is removed at the next start.
+            if let Err(second) = writer.abandon() {
+                tracing::warn!(%second, "an unfinished redo file stays");
+            }
+            return Err(error);
+        }
+        let path = writer.finish()?;
+        self.next_sequence += 1;
+        Ok(path)
+    }
+
+    fn absorb(
+        &mut self,
+        sections: &[Section<'_>],
+        path: &Path,
+        progress: &mut dyn FnMut(FlushStep),
+    ) -> Result<(), StorageError> {
+        self.at(FlushPoint::RedoDurable)?;
+        progress(FlushStep::Logged);
+        let engine = self.engine.clone();
+        let mut batch = Batch::new(&*engine);
+        for section in sections {
+            section.each(&mut |key, value| {
+                let key = keys::user_key(section.replica, section.generation, key);
+                if batch.push(key, value.cloned())? {
+                    self.at(FlushPoint::BatchWritten)?;
+                }
+                Ok(())
+            })?;
+            batch.finish(section.replica, section.generation, section.header)?;
+            self.at(FlushPoint::BatchWritten)?;
+        }
+        progress(FlushStep::Absorbed);
+        self.engine.sync()?;
+        self.at(FlushPoint::EngineSynced)?;
+        atomic_file::remove(path)?;
+        self.at(FlushPoint::RedoRemoved)
+    }
+
+    fn at(&mut self, point: FlushPoint) -> Result<(), StorageError> {
+        match &mut self.hook {
+            Some(hook) => hook(point),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Which replicas to flush when their active memtables together are above `bytes_max`: the largest
+/// first, until what stays is at most half of it. `active` is each replica's bytes in its active
+/// table. Nothing if they are within the bound.
+pub fn choose(active: &[(ReplicaId, usize)], bytes_max: usize) -> Vec<ReplicaId> {
+    let mut left: usize = active.iter().map(|(_, bytes)| bytes).sum();
+    if left <= bytes_max {
+        return Vec::new();
+    }
+    let mut by_size = active.to_vec();
+    by_size.sort_unstable_by_key(|(replica, bytes)| (std::cmp::Reverse(*bytes), *replica));
+    by_size
+        .into_iter()
+        .take_while(|(_, bytes)| {
+            let wanted = left > bytes_max / 2;
+            left -= bytes;
+            wanted
+        })
+        .map(|(replica, _)| replica)
+        .collect()
+}
+
+/// Takes a key and its new value.
+type Change<'a> = dyn FnMut(&[u8], Option<&bytes::Bytes>) -> Result<(), StorageError> + 'a;
+
+/// All tables of one replica generation in a flush, as if they were one.
+struct Section<'a> {
+    replica: ReplicaId,
+    generation: u32,
+    /// That of the newest table.
+    header: &'a StateHeader,
+    /// Newest first.
+    tables: Vec<&'a Frozen>,
+}
+
+impl Section<'_> {
+    /// Calls `change` with the newest change of each key, in key order.
+    fn each(&self, change: &mut Change<'_>) -> Result<(), StorageError> {
+        let mut layers: Vec<_> = self
+            .tables
+            .iter()
+            .map(|frozen| merge::layer(&frozen.table, std::ops::Bound::Unbounded, &[]))
+            .collect();
+        while let Some((key, value)) = merge::next(&mut layers, None) {
+            change(key, value.as_ref())?;
+        }
         Ok(())
     }
 }
+
+/// Tables by replica generation, in key order.
+fn sections(tables: &[Arc<Frozen>]) -> Vec<Section<'_>> {
+    let mut sections: std::collections::BTreeMap<(ReplicaId, u32), Section<'_>> =
+        std::collections::BTreeMap::new();
+    for frozen in tables {
+        let section = sections.entry((frozen.replica, frozen.generation)).or_insert_with(|| Section {
+            replica: frozen.replica,
+            generation: frozen.generation,
+            header: &frozen.header,
+            tables: Vec::new(),
+        });
+        assert!(
+            section.header.applied.index <= frozen.header.applied.index,
+            "tables of replica {} out of order",
+            frozen.replica
+        );
+        section.header = &frozen.header;
+        section.tables.insert(0, frozen);
+    }
+    sections.into_values().collect()
+}
+
+/// Collects changes and hands them to the engine in bounded, sorted batches, so that nobody who
+/// reads beside waits for long.
+struct Batch<'a> {
+    engine: &'a dyn Engine,
+    mutations: Vec<Mutation>,
+    bytes: usize,
+}
+
+impl<'a> Batch<'a> {
+    fn new(engine: &'a dyn Engine) -> Batch<'a> {
+        Batch { engine, mutations: Vec::with_capacity(FLUSH_BATCH_KEYS), bytes: 0 }
+    }
+
+    /// Adds a change; true if that completed a batch, which the engine then has.
+    fn push(&mut self, key: Vec<u8>, value: Option<bytes::Bytes>) -> Result<bool, StorageError> {
+        self.bytes += key.len() + value.as_ref().map_or(0, bytes::Bytes::len);
+        self.mutations.push((key, value));
+        let full = self.mutations.len() >= FLUSH_BATCH_KEYS || self.bytes >= FLUSH_BATCH_BYTES;
+        if full {
+            self.write()?;
+        }
+        Ok(full)
+    }
+
+    /// Writes what is left of a section, then its header, as the last thing.
+    fn finish(
+        &mut self,
+        replica: ReplicaId,
+        generation: u32,
+        header: &StateHeader,
+    ) -> Result<(), StorageError> {
+        self.write()?;
+        let key = keys::header_key(replica, generation);
+        self.mutations.push((key, Some(header.encode().into())));
+        self.write()
+    }
+
+    fn write(&mut self) -> Result<(), StorageError> {
+        if !self.mutations.is_empty() {
+            self.engine.write(&self.mutations)?;
+            self.mutations.clear();
+            self.bytes = 0;
+        }
+        Ok(())
+    }
+}
+
+/// Writes everything in a redo file to the engine again.
+fn reapply(path: &Path, sequence: u64, engine: &dyn Engine) -> Result<(), StorageError> {
+    let mut reader = RedoReader::open(path, sequence)?;
+    let mut batch = Batch::new(engine);
+    let mut section: Option<(ReplicaId, u32, StateHeader)> = None;
+    while let Some(record) = reader.read()? {
+        match record {
+            Record::Section(replica, generation, header) => {
+                if let Some((replica, generation, header)) = section.take() {
+                    batch.finish(replica, generation, &header)?;
+                }
+                check_not_older(path, engine, replica, generation, &header)?;
+                section = Some((replica, generation, header));
+            }
+            Record::Change(key, value) => {
+                let Some((replica, generation, _)) = &section else {
+                    return Err(StorageError::Damaged {
+                        what: format!("redo file {}", path.display()),
+                        detail: "a change precedes the first section".into(),
+                    });
+                };
+                batch.push(keys::user_key(*replica, *generation, &key), value)?;
+            }
+        }
+    }
+    if let Some((replica, generation, header)) = section {
+        batch.finish(replica, generation, &header)?;
+    }
+    tracing::info!(file = %path.display(), "re-applied a redo file");
+    Ok(())
+}
+
+/// A redo file goes before the engine gets anything newer. If it is there all the same, somebody has
+/// put it there, and applying it would take the state back.
+fn check_not_older(
+    path: &Path,
+    engine: &dyn Engine,
+    replica: ReplicaId,
+    generation: u32,
+    header: &StateHeader,
+) -> Result<(), StorageError> {
+    let Some(bytes) = engine.get(&keys::header_key(replica, generation))? else {
+        return Ok(());
+    };
+    let what = format!("state of replica {replica} (generation {generation})");
+    let held = StateHeader::decode(&bytes, &what)?;
+    if held.applied.index > header.applied.index {
+        return Err(StorageError::Damaged {
+            what: format!("redo file {}", path.display()),
+            detail: format!(
+                "it leads replica {replica} to entry {}, but the state is at {} already",
+                header.applied.index, held.applied.index
+            ),
+        });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "flush_tests.rs"]
+mod tests;

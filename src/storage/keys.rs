@@ -1,1 +1,111 @@
 //! The layout of keys in the state engine.
+//!
+//! | bytes | content |
+//! |---|---|
+//! | 8 | ReplicaId, big endian; 0 (no replica) marks records of the whole store |
+//! | 4 | install generation, big endian; 0 for records of the whole store |
+//! | 1 | kind: [`KIND_HEADER`], [`KIND_USER`] or [`KIND_STORE`] |
+//! | n | kind header: nothing. Kind user: the user's key. Kind store: the record's name |
+//!
+//! Big endian keeps one replica's keys together and a generation's user keys in user-key order, so
+//! that a scan of a shard is one range of the engine, and the header precedes the data.
+//!
+//! Store records: [`store_id_key`] (16 bytes: which data directory the store belongs to) and
+//! [`format_key`] (u32 big endian: [`FORMAT_VERSION`]). An engine may keep more keyspaces of its own
+//! (the chunks of great values in `engine_sled`); they are invisible above it.
+
+use crate::ids::ReplicaId;
+
+/// Version of this layout and of the header record; a greater one in a store is refused.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// Kind of the record that says where a replica's state stands.
+pub const KIND_HEADER: u8 = 0;
+/// Kind of the records of a replica's data.
+pub const KIND_USER: u8 = 1;
+/// Kind of the records of the whole store.
+pub const KIND_STORE: u8 = 0xff;
+
+/// Bytes before the user's key.
+pub const PREFIX_BYTES: usize = 13;
+
+/// What all keys of one kind of one replica generation begin with.
+pub fn prefix(replica: ReplicaId, generation: u32, kind: u8) -> [u8; PREFIX_BYTES] {
+    let mut bytes = [0; PREFIX_BYTES];
+    bytes[..8].copy_from_slice(&replica.0.to_be_bytes());
+    bytes[8..12].copy_from_slice(&generation.to_be_bytes());
+    bytes[12] = kind;
+    bytes
+}
+
+/// The key of a replica's header.
+pub fn header_key(replica: ReplicaId, generation: u32) -> Vec<u8> {
+    prefix(replica, generation, KIND_HEADER).to_vec()
+}
+
+/// The engine's key for a user's key.
+pub fn user_key(replica: ReplicaId, generation: u32, key: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(PREFIX_BYTES + key.len());
+    bytes.extend_from_slice(&prefix(replica, generation, KIND_USER));
+    bytes.extend_from_slice(key);
+    bytes
+}
+
+/// The first key after all user keys of a replica's generation.
+pub fn user_end(replica: ReplicaId, generation: u32) -> [u8; PREFIX_BYTES] {
+    prefix(replica, generation, KIND_USER + 1)
+}
+
+/// The range of all keys of a replica, in all generations: from the first (inclusive) to the second
+/// (exclusive; empty: no upper bound).
+pub fn replica_range(replica: ReplicaId) -> (Vec<u8>, Vec<u8>) {
+    let end = replica.0.checked_add(1).map(|next| next.to_be_bytes().to_vec());
+    (replica.0.to_be_bytes().to_vec(), end.unwrap_or_default())
+}
+
+/// The key of the store's identity.
+pub fn store_id_key() -> Vec<u8> {
+    store_key(b"id")
+}
+
+/// The key of the store's format version.
+pub fn format_key() -> Vec<u8> {
+    store_key(b"format")
+}
+
+fn store_key(name: &[u8]) -> Vec<u8> {
+    let mut bytes = prefix(ReplicaId(0), 0, KIND_STORE).to_vec();
+    bytes.extend_from_slice(name);
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layout_is_what_the_table_says() {
+        let key = user_key(ReplicaId(0x0102), 3, b"ab");
+        assert_eq!(key, [0, 0, 0, 0, 0, 0, 1, 2, 0, 0, 0, 3, 1, b'a', b'b']);
+        assert_eq!(store_id_key(), [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 255, b'i', b'd']);
+    }
+
+    #[test]
+    fn order_is_replica_generation_kind_user_key() {
+        let keys = [
+            store_id_key(),
+            header_key(ReplicaId(1), 0),
+            user_key(ReplicaId(1), 0, b""),
+            user_key(ReplicaId(1), 0, &[0xff; 40]),
+            user_end(ReplicaId(1), 0).to_vec(),
+            header_key(ReplicaId(1), 1),
+            user_key(ReplicaId(1), 1, b"a"),
+            header_key(ReplicaId(256), 0),
+            user_key(ReplicaId(u64::MAX), 0, b"z"),
+        ];
+        assert!(keys.is_sorted());
+        let (from, to) = replica_range(ReplicaId(1));
+        assert!(keys[0] < from && keys[1] >= from && keys[6] < to && keys[7] >= to);
+        assert!(replica_range(ReplicaId(u64::MAX)).1.is_empty());
+    }
+}

@@ -3,7 +3,7 @@
 use raft::eraftpb::{Entry, HardState};
 
 use super::StorageError;
-use crate::ids::{DatabaseId, Epoch, Index, Position, ReplicaId, ShardId, Term};
+use crate::ids::{DatabaseId, Epoch, GROUP_START, Index, Position, ReplicaId, ShardId, Term};
 use crate::machine::MachineKind;
 use crate::placement::map::Member;
 use crate::placement::ring::RingRange;
@@ -23,11 +23,7 @@ pub struct LogWrite {
 impl LogWrite {
     /// Bytes of its entries, about.
     pub fn size(&self) -> usize {
-        64 + self
-            .entries
-            .iter()
-            .map(|e| 32 + e.data.len() + e.context.len())
-            .sum::<usize>()
+        64 + self.entries.iter().map(|e| 32 + e.data.len() + e.context.len()).sum::<usize>()
     }
 }
 
@@ -79,26 +75,32 @@ pub struct LogState {
 /// The raft log, hard states and replica catalogue of one node. Shared by all its groups, so that
 /// one sync makes the writes of many groups durable.
 pub trait LogStore: Send + Sync + 'static {
-    /// Makes all of `writes` durable, in order. On return they survive a power loss. After an error
-    /// the node must stop: the state of the log is unknown.
+    /// Makes all of `writes` durable, in order. On return they survive a power loss. What doesn't fit
+    /// the log ([`StorageError::Inconsistent`]: unknown or removed replica, a gap, a commit index
+    /// beyond the last entry) is found before anything is written. After any other error the node
+    /// must stop: the state of the log is unknown, and every later write fails too.
     fn write(&self, writes: &[LogWrite]) -> Result<(), StorageError>;
 
     /// Adds replicas to the catalogue with an empty log that begins after
     /// [`crate::ids::GROUP_START`], durably and all together. A replica that is already in the
-    /// catalogue, a tombstone too, is left as it is.
+    /// catalogue, a tombstone too, is left as it is. A record that is a tombstone gets no log.
     fn create(&self, records: &[ReplicaRecord]) -> Result<(), StorageError>;
 
     /// Every replica of the node, tombstones included, by id.
     fn catalogue(&self) -> Result<Vec<ReplicaRecord>, StorageError>;
 
-    /// Makes replicas tombstones, durably, and drops their logs.
+    /// Makes replicas tombstones, durably, and only then drops their logs. Unknown replicas and
+    /// tombstones are passed over. A later write for a removed replica is
+    /// [`StorageError::Inconsistent`]: the caller first makes sure that none is queued.
     fn remove(&self, replicas: &[ReplicaId]) -> Result<(), StorageError>;
 
     /// Hard state and extent of a replica's log. An active replica without a hard state, or with a
-    /// gap in its log, is [`StorageError::Damaged`].
+    /// gap in its log, or a commit index beyond its last entry, is [`StorageError::Damaged`]. A log
+    /// whose tail is lost can look whole: the caller compares `last` with the state's applied index.
     fn load(&self, replica: ReplicaId) -> Result<LogState, StorageError>;
 
-    /// Entries in `[low, high)`, at least one, then no more than `max_bytes` of data.
+    /// Entries in `[low, high)`, at least one, then no more than `max_bytes` of them as encoded.
+    /// What lies beyond the last entry is left out: the log may have been cut since it was asked.
     fn entries(
         &self,
         replica: ReplicaId,
@@ -108,7 +110,8 @@ pub trait LogStore: Send + Sync + 'static {
     ) -> Result<Vec<Entry>, StorageError>;
 
     /// Drops the entries up to `to`. The caller has made the state up to there durable. A position
-    /// below what is compacted already changes nothing.
+    /// below what is compacted already changes nothing; one beyond the last entry is
+    /// [`StorageError::Inconsistent`]. A power loss may bring the entries back.
     fn compact(&self, replica: ReplicaId, to: Position) -> Result<(), StorageError>;
 
     /// Frees files that hold nothing needed, and names the replicas whose old entries hold back
@@ -117,4 +120,199 @@ pub trait LogStore: Send + Sync + 'static {
 
     /// Bytes on disk.
     fn disk_bytes(&self) -> u64;
+}
+
+/// Where a replica's log begins and ends, as far as a write must fit it.
+/// Invariant: `truncated.index <= last`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Extent {
+    /// The last entry that was compacted away.
+    pub truncated: Position,
+    /// Index of the last entry; `truncated.index` if there is none.
+    pub last: Index,
+}
+
+impl Extent {
+    /// The empty log of a new group.
+    pub const NEW: Extent = Extent { truncated: GROUP_START, last: GROUP_START.index };
+
+    /// The extent after `write`, or why it doesn't fit: its entries must follow one another and the
+    /// log without a gap, their terms must not fall, and nothing may be committed that isn't there.
+    pub fn after(self, write: &LogWrite) -> Result<Extent, StorageError> {
+        let refuse = |reason| Err(StorageError::Inconsistent { replica: write.replica, reason });
+        let mut last = self.last;
+        if let Some(first) = write.entries.first() {
+            if first.index <= self.truncated.index || first.index - 1 > self.last {
+                return refuse(format!(
+                    "entry {} doesn't fit a log that holds ({}, {}]",
+                    first.index, self.truncated.index, self.last
+                ));
+            }
+            let mut before = Position { index: first.index - 1, term: self.truncated.term };
+            for entry in &write.entries {
+                if before.index.checked_add(1) != Some(entry.index) || entry.term < before.term {
+                    return refuse(format!(
+                        "entry {} of term {} can't follow entry {} of term {}",
+                        entry.index, entry.term, before.index, before.term
+                    ));
+                }
+                before = Position { index: entry.index, term: entry.term };
+            }
+            last = before.index;
+        }
+        if let Some(hard_state) = &write.hard_state
+            && hard_state.commit > last
+        {
+            return refuse(format!("commit index {} lies beyond the last entry {last}", hard_state.commit));
+        }
+        Ok(Extent { last, ..self })
+    }
+
+    /// The extent after compacting up to `to`; `None` if that changes nothing.
+    pub fn compacted(self, replica: ReplicaId, to: Position) -> Result<Option<Extent>, StorageError> {
+        if to.index <= self.truncated.index {
+            return Ok(None);
+        }
+        if to.index > self.last {
+            return Err(StorageError::Inconsistent {
+                replica,
+                reason: format!("can't compact up to {}, the last entry is {}", to.index, self.last),
+            });
+        }
+        Ok(Some(Extent { truncated: to, ..self }))
+    }
+}
+
+/// The first index of each term among the entries `first..=last`, ascending, with few calls of
+/// `term_of`: terms never fall along a log, so between two entries of one term there is no other.
+pub(crate) fn term_starts(
+    first: Index,
+    last: Index,
+    mut term_of: impl FnMut(Index) -> Result<Term, StorageError>,
+) -> Result<Vec<(Index, Term)>, StorageError> {
+    if first > last {
+        return Ok(Vec::new());
+    }
+    let first_term = term_of(first)?;
+    let last_term = if first == last { first_term } else { term_of(last)? };
+    let mut starts = vec![(first, first_term)];
+    // Ranges yet to be looked into, the leftmost on top.
+    let mut ranges = vec![((first, first_term), (last, last_term))];
+    while let Some((low, high)) = ranges.pop() {
+        if low.1 > high.1 {
+            return Err(StorageError::Damaged {
+                what: "raft log".into(),
+                detail: format!(
+                    "term {} of entry {} exceeds term {} of entry {}",
+                    low.1, low.0, high.1, high.0
+                ),
+            });
+        }
+        if low.1 == high.1 {
+            continue;
+        }
+        if high.0 - low.0 == 1 {
+            starts.push(high);
+            continue;
+        }
+        let index = low.0 + (high.0 - low.0) / 2;
+        let middle = (index, term_of(index)?);
+        ranges.push((middle, high));
+        ranges.push((low, middle));
+    }
+    Ok(starts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn write(indexes: &[(Index, Term)], commit: Option<Index>) -> LogWrite {
+        LogWrite {
+            replica: ReplicaId(1),
+            entries: indexes
+                .iter()
+                .map(|&(index, term)| Entry { index, term, ..Default::default() })
+                .collect(),
+            hard_state: commit.map(|commit| HardState { commit, ..Default::default() }),
+        }
+    }
+
+    #[test]
+    fn writes_that_fit_move_the_end() {
+        let extent = Extent::NEW;
+        let extent = extent.after(&write(&[(6, 5), (7, 6), (8, 6)], Some(8))).unwrap();
+        assert_eq!(extent.last, 8);
+        assert_eq!(extent.after(&write(&[(7, 7)], None)).unwrap().last, 7);
+        assert_eq!(extent.after(&write(&[], Some(8))).unwrap().last, 8);
+    }
+
+    #[test]
+    fn writes_that_do_not_fit_are_refused() {
+        let extent = Extent { last: 8, ..Extent::NEW };
+        for bad in [
+            write(&[(0, 5)], None),
+            write(&[(5, 5)], None),
+            write(&[(10, 6)], None),
+            write(&[(u64::MAX, 6)], None),
+            write(&[(9, 6), (11, 6)], None),
+            write(&[(9, 6), (9, 6)], None),
+            write(&[(9, 6), (0, 6)], None),
+            write(&[(9, 7), (10, 6)], None),
+            write(&[(9, 4)], None),
+            write(&[], Some(9)),
+            write(&[(7, 6)], Some(8)),
+        ] {
+            let found = extent.after(&bad);
+            assert!(matches!(found, Err(StorageError::Inconsistent { .. })), "{bad:?}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn compaction_only_moves_forward_and_within_the_log() {
+        let extent = Extent { last: 8, ..Extent::NEW };
+        let at = |index| Position { index, term: 6 };
+        assert!(extent.compacted(ReplicaId(1), at(5)).unwrap().is_none());
+        let compacted = extent.compacted(ReplicaId(1), at(8)).unwrap().unwrap();
+        assert_eq!((compacted.truncated, compacted.last), (at(8), 8));
+        assert!(extent.compacted(ReplicaId(1), at(9)).is_err());
+    }
+
+    #[test]
+    fn falling_terms_are_damage() {
+        let terms = [3, 3, 4, 2];
+        assert!(term_starts(1, 4, |i| Ok(terms[i as usize - 1])).is_err());
+    }
+
+    proptest! {
+        /// The search finds exactly the starts that a walk over all entries finds, and a log of one
+        /// term costs two look-ups whatever its length.
+        #[test]
+        fn term_starts_match_a_full_walk(steps in prop::collection::vec(0u64..3, 0..200)) {
+            let terms: Vec<Term> = steps
+                .iter()
+                .scan(5, |term, step| {
+                    *term += step / 2;
+                    Some(*term)
+                })
+                .collect();
+            let first = 6;
+            let walked: Vec<(Index, Term)> = terms
+                .iter()
+                .enumerate()
+                .filter(|&(i, term)| i == 0 || terms[i - 1] != *term)
+                .map(|(i, &term)| (first + i as u64, term))
+                .collect();
+            let mut calls = 0;
+            let found = term_starts(first, first + terms.len() as u64 - 1, |index| {
+                calls += 1;
+                Ok(terms[(index - first) as usize])
+            }).unwrap();
+            prop_assert_eq!(&found, &walked);
+            if walked.len() <= 1 {
+                prop_assert!(calls <= 2);
+            }
+        }
+    }
 }

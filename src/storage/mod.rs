@@ -1,23 +1,29 @@
 //! Storage: the raft log of all replicas of a node, and the state that committed entries make.
 //!
 //! - [`log`]: the trait of the raft log; [`log_disk`] on raft-engine, [`log_memory`] for tests and simulation.
-//! - [`engine`]: the trait of the ordered key-value engine under the state; `engine_sled` and `engine_memory`.
+//! - [`engine`]: the trait of the ordered key-value engine under the state; [`engine_sled`] and [`engine_memory`].
 //! - [`memtable`]: recent applied writes of one replica. [`state`]: one replica's state: memtables over the engine.
-//! - [`flush`]: freezing memtables into redo files and the engine; recovery from redo files.
+//! - [`flush`]: freezing memtables into redo files ([`redo`]) and the engine; recovery from redo files.
 //! - [`keys`]: the layout of state keys. [`identity`]: who owns a data directory.
 //!
 //! What is assumed of the disk: data is safe once `fdatasync` on its file (and, for a new or renamed
 //! file, `fsync` on its directory) has returned success; a failed sync tells nothing about what is
 //! on disk and is never retried; anything else may be lost, torn or old after a crash.
 
+mod atomic_file;
 pub mod engine;
+pub mod engine_memory;
+pub mod engine_sled;
 pub mod flush;
+mod header;
 pub mod identity;
 pub mod keys;
 pub mod log;
 pub mod log_disk;
 pub mod log_memory;
 pub mod memtable;
+mod merge;
+pub mod redo;
 pub mod state;
 
 use std::ops::Bound;
@@ -63,6 +69,14 @@ pub enum StorageError {
         /// Which engine.
         engine: &'static str,
         /// Its message.
+        reason: String,
+    },
+    /// A write contradicts what the log holds, which is a bug in the caller. Nothing was written.
+    #[error("log of replica {replica}: {reason}; nothing was written")]
+    Inconsistent {
+        /// Whose log.
+        replica: crate::ids::ReplicaId,
+        /// What doesn't fit.
         reason: String,
     },
     /// The entries asked for were compacted away.

@@ -1,5 +1,18 @@
 //! One replica's state: an active memtable, frozen memtables on their way into the engine, and the
 //! engine, newest first.
+//!
+//! ```text
+//! put, delete ─► active ──freeze()──► frozen … frozen ──flush──► engine
+//!                                         └──release(index)──► forgotten
+//! ```
+//!
+//! Invariants: a key's value is what the newest of them that knows the key says; frozen tables are
+//! ordered by applied index, strictly; each layer holds whole entries of the log only: what an
+//! entry wrote is never split between the active table and a frozen one.
+//!
+//! Not promised: a scan on another thread isn't a snapshot of one moment. For each key it sees the
+//! state at the time the reader was made or a later one, since a flush may bring later writes into
+//! the engine while it reads.
 
 use std::ops::Bound;
 use std::sync::Arc;
@@ -8,25 +21,12 @@ use bytes::Bytes;
 use raft::eraftpb::ConfState;
 
 use super::engine::Engine;
+pub use super::header::StateHeader;
 use super::memtable::Memtable;
-use super::{StateBatch, StateView, StorageError};
+use super::merge::{self, Layer};
+use super::{StateBatch, StateView, StorageError, keys};
 use crate::ids::{Epoch, Index, Position, ReplicaId};
 use crate::placement::map::Member;
-
-/// Where a replica's state stands; stored in the same batch as the data it describes.
-#[derive(Clone, PartialEq, Debug)]
-pub struct StateHeader {
-    /// The last entry applied.
-    pub applied: Position,
-    /// The shard's revision counter.
-    pub revision: u64,
-    /// The shard's epoch.
-    pub epoch: Epoch,
-    /// The group's members, with their nodes.
-    pub members: Vec<Member>,
-    /// The group's configuration as raft counts it.
-    pub conf_state: ConfState,
-}
 
 /// A frozen memtable with the header that was true when it was frozen. Immutable.
 #[derive(Debug)]
@@ -47,13 +47,19 @@ pub struct ReplicaState {
     replica: ReplicaId,
     generation: u32,
     header: StateHeader,
+    /// Applied index of the newest frozen table, or of the engine if there never was one.
+    frozen_to: Index,
+    /// Something was written since `header.applied` moved: an entry is half applied.
+    within_entry: bool,
     active: Memtable,
+    /// Oldest first.
     frozen: Vec<Arc<Frozen>>,
     engine: Arc<dyn Engine>,
 }
 
-/// A handle that can read a replica's frozen tables and engine from another thread, for a read
-/// whose key is not in the active memtable.
+/// A handle that reads a replica's frozen tables and engine on another thread, where waiting for the
+/// disk holds nobody up. From [`ReplicaState::reader`] for keys of which [`ReplicaState::lookup`]
+/// says [`Lookup::AskEngine`], or from [`ReplicaState::scan_reader`] for one page of a scan.
 #[derive(Clone)]
 pub struct StateReader {
     /// Frozen tables, newest last.
@@ -64,6 +70,20 @@ pub struct StateReader {
     pub replica: ReplicaId,
     /// Their generation.
     pub generation: u32,
+    /// The shard's revision counter when the reader was made.
+    revision: u64,
+    /// Copied from the active memtable for a scan.
+    page: Option<PageCopy>,
+}
+
+/// The part of an active memtable that one page of a scan may need.
+#[derive(Clone)]
+struct PageCopy {
+    recent: Memtable,
+    /// The scan ends before this key; empty: at the last key.
+    to: Vec<u8>,
+    /// The last key that `recent` covers, if it doesn't cover all up to `to`.
+    horizon: Option<Vec<u8>>,
 }
 
 /// What the memtables know of a key.
@@ -76,17 +96,26 @@ pub enum Lookup {
 }
 
 impl ReplicaState {
-    /// Opens the state of a replica from the engine, or the empty state `initial` if the engine has none.
+    /// Opens the state of a replica from the engine, or the empty state `initial` if the engine has
+    /// none. Errors: the engine's; a header that can't be read is [`StorageError::Damaged`].
     pub fn open(
         engine: Arc<dyn Engine>,
         replica: ReplicaId,
         generation: u32,
         initial: StateHeader,
     ) -> Result<ReplicaState, StorageError> {
+        let header = match engine.get(&keys::header_key(replica, generation))? {
+            Some(bytes) => {
+                StateHeader::decode(&bytes, &format!("state of replica {replica} (generation {generation})"))?
+            }
+            None => initial,
+        };
         Ok(ReplicaState {
             replica,
             generation,
-            header: initial,
+            frozen_to: header.applied.index,
+            header,
+            within_entry: false,
             active: Memtable::default(),
             frozen: Vec::new(),
             engine,
@@ -98,16 +127,22 @@ impl ReplicaState {
         &self.header
     }
 
-    /// Records that everything up to `position` is applied. It only grows.
+    /// Records that everything up to `position` is applied, writes included. It only grows.
+    ///
+    /// # Panics
+    /// If it doesn't grow: an entry applied twice would diverge this replica from the others.
     pub fn set_applied(&mut self, position: Position) {
         assert!(
-            position.index > self.header.applied.index,
-            "applied index must grow"
+            position.index > self.header.applied.index && position.term >= self.header.applied.term,
+            "applied must grow: {position:?} after {:?}",
+            self.header.applied
         );
         self.header.applied = position;
+        self.within_entry = false;
     }
 
-    /// Records a new configuration, as applied by a conf change.
+    /// Records a new configuration, as applied by a conf change. It becomes durable with the next
+    /// freeze after the applied index has moved.
     pub fn set_membership(&mut self, epoch: Epoch, members: Vec<Member>, conf_state: ConfState) {
         self.header.epoch = epoch;
         self.header.members = members;
@@ -116,15 +151,28 @@ impl ReplicaState {
 
     /// Bytes in the active memtable and in all frozen ones that the engine doesn't have yet.
     pub fn memory_bytes(&self) -> (usize, usize) {
-        (
-            self.active.bytes,
-            self.frozen.iter().map(|f| f.table.bytes).sum(),
-        )
+        (self.active.bytes, self.frozen.iter().map(|f| f.table.bytes).sum())
     }
 
     /// Freezes the active memtable for a flush. `None` if nothing was applied since the last freeze.
+    /// An empty table is frozen too if the applied index has moved: its header lets the log go.
+    ///
+    /// # Panics
+    /// If an entry is half applied: a crash after the flush would apply it a second time.
     pub fn freeze(&mut self) -> Option<Arc<Frozen>> {
-        None
+        assert!(!self.within_entry, "freezing within an entry after {:?}", self.header.applied);
+        if self.header.applied.index == self.frozen_to {
+            return None;
+        }
+        let frozen = Arc::new(Frozen {
+            replica: self.replica,
+            generation: self.generation,
+            header: self.header.clone(),
+            table: std::mem::take(&mut self.active),
+        });
+        self.frozen_to = self.header.applied.index;
+        self.frozen.push(frozen.clone());
+        Some(frozen)
     }
 
     /// The engine has every write of the frozen tables up to applied index `index`: forgets them.
@@ -134,8 +182,10 @@ impl ReplicaState {
 
     /// What the memtables know of `key`, without touching the engine.
     pub fn lookup(&self, key: &[u8]) -> Lookup {
-        let _ = key;
-        Lookup::AskEngine
+        self.active
+            .get(key)
+            .or_else(|| lookup_frozen(&self.frozen, key))
+            .map_or(Lookup::AskEngine, Lookup::Known)
     }
 
     /// A handle for reading frozen tables and engine on another thread.
@@ -145,14 +195,46 @@ impl ReplicaState {
             engine: self.engine.clone(),
             replica: self.replica,
             generation: self.generation,
+            revision: self.header.revision,
+            page: None,
         }
+    }
+
+    /// A handle for one page of a scan on another thread: of keys in `[from, to)` (`to` empty: no
+    /// upper bound), of which no more than `pairs` will be visited. Copies as much of the active
+    /// memtable as can show up in such a page: `pairs` keys with values (the values are shared), and
+    /// the removed keys between them.
+    pub fn scan_reader(&self, from: Bound<&[u8]>, to: &[u8], pairs: usize) -> StateReader {
+        let mut recent = Memtable::default();
+        let mut horizon = None;
+        let mut live = 0;
+        for (key, value) in self.active.range(from, to) {
+            recent.insert(key, value.clone());
+            live += usize::from(value.is_some());
+            if live >= pairs {
+                // Every live key of the active table is in the result, whatever lies below: a page
+                // of `pairs` ends here at the latest.
+                horizon = Some(key.to_vec());
+                break;
+            }
+        }
+        StateReader { page: Some(PageCopy { recent, to: to.to_vec(), horizon }), ..self.reader() }
+    }
+
+    fn layers<'a>(&'a self, from: Bound<&[u8]>) -> Vec<Layer<'a>> {
+        std::iter::once(&self.active)
+            .chain(self.frozen.iter().rev().map(|f| &f.table))
+            .map(|table| merge::layer(table, from, &[]))
+            .collect()
     }
 }
 
 impl StateView for ReplicaState {
     fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StorageError> {
-        let _ = (key, self.generation, self.replica);
-        Ok(None)
+        match self.lookup(key) {
+            Lookup::Known(value) => Ok(value),
+            Lookup::AskEngine => self.engine.get(&keys::user_key(self.replica, self.generation, key)),
+        }
     }
 
     fn scan(
@@ -160,8 +242,8 @@ impl StateView for ReplicaState {
         from: Bound<&[u8]>,
         visit: &mut dyn FnMut(&[u8], &Bytes) -> bool,
     ) -> Result<(), StorageError> {
-        let _ = (from, visit);
-        Ok(())
+        let range = merge::UserRange { replica: self.replica, generation: self.generation, from, to: &[] };
+        merge::scan(self.layers(from), &*self.engine, range, visit)
     }
 
     fn revision(&self) -> u64 {
@@ -171,15 +253,85 @@ impl StateView for ReplicaState {
 
 impl StateBatch for ReplicaState {
     fn put(&mut self, key: &[u8], value: Bytes) {
-        let _ = (key, value);
+        self.within_entry = true;
+        // A copy: the value is a slice of a whole log entry, which it would keep in memory.
+        self.active.insert(key, Some(Bytes::copy_from_slice(&value)));
     }
 
     fn delete(&mut self, key: &[u8]) {
-        let _ = key;
+        self.within_entry = true;
+        self.active.insert(key, None);
     }
 
     fn next_revision(&mut self) -> u64 {
+        self.within_entry = true;
         self.header.revision += 1;
         self.header.revision
     }
 }
+
+impl StateReader {
+    /// The value of `key`, which must not be in the active memtable ([`Lookup::AskEngine`]).
+    pub fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StorageError> {
+        if let Some(known) = lookup_frozen(&self.frozen, key) {
+            return Ok(known);
+        }
+        self.engine.get(&keys::user_key(self.replica, self.generation, key))
+    }
+
+    /// Calls `visit` with each pair from `from` on, in key order, until it returns false. Only for
+    /// a reader from [`ReplicaState::scan_reader`], from there on, and no further than its page;
+    /// else an error says so.
+    pub fn scan(
+        &self,
+        from: Bound<&[u8]>,
+        visit: &mut dyn FnMut(&[u8], &Bytes) -> bool,
+    ) -> Result<(), StorageError> {
+        let misuse = |reason: &str| StorageError::Engine { engine: "memtable", reason: reason.to_owned() };
+        let Some(page) = &self.page else {
+            return Err(misuse("a reader for single keys was asked to scan"));
+        };
+        let layers = std::iter::once(&page.recent)
+            .chain(self.frozen.iter().rev().map(|f| &f.table))
+            .map(|table| merge::layer(table, from, &page.to))
+            .collect();
+        let range =
+            merge::UserRange { replica: self.replica, generation: self.generation, from, to: &page.to };
+        let mut overrun = false;
+        merge::scan(layers, &*self.engine, range, &mut |key, value| {
+            // Beyond the horizon the active table is not known: older layers would be taken for it.
+            overrun = page.horizon.as_deref().is_some_and(|last| key > last);
+            !overrun && visit(key, value)
+        })?;
+        if overrun {
+            return Err(misuse("a scan went beyond the page it was opened for"));
+        }
+        Ok(())
+    }
+}
+
+impl StateView for StateReader {
+    fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StorageError> {
+        StateReader::get(self, key)
+    }
+
+    fn scan(
+        &self,
+        from: Bound<&[u8]>,
+        visit: &mut dyn FnMut(&[u8], &Bytes) -> bool,
+    ) -> Result<(), StorageError> {
+        StateReader::scan(self, from, visit)
+    }
+
+    fn revision(&self) -> u64 {
+        self.revision
+    }
+}
+
+fn lookup_frozen(frozen: &[Arc<Frozen>], key: &[u8]) -> Option<Option<Bytes>> {
+    frozen.iter().rev().find_map(|f| f.table.get(key))
+}
+
+#[cfg(test)]
+#[path = "state_tests.rs"]
+pub(super) mod tests;

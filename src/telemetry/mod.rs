@@ -1,1 +1,5 @@
-//! Logging, metrics and health.
+//! Logging, metrics and health: what a node tells of itself to those who run it.
+
+pub mod http;
+pub mod log;
+pub mod metrics;

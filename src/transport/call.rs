@@ -16,7 +16,7 @@ use crate::ids::{ClusterId, NodeId};
 use crate::limits::FRAME_BYTES_MAX;
 
 /// Who asks.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct HelloConfig {
     /// Its cluster; `None` while it has none.
     pub cluster_id: Option<ClusterId>,
@@ -78,27 +78,14 @@ impl PeerClient {
     ) -> Result<PeerResponse, CallError> {
         let exchange = async {
             let stream = connect(address, timeout).await?;
-            exchange(stream, hello, request)
-                .await
-                .map_err(|error| match error {
-                    TransportError::Refused(reason) => CallError::Refused {
-                        address: address.to_owned(),
-                        reason,
-                    },
-                    source => CallError::Failed {
-                        address: address.to_owned(),
-                        source,
-                    },
-                })
+            exchange(stream, hello, request).await.map_err(|error| match error {
+                TransportError::Refused(reason) => CallError::Refused { address: address.to_owned(), reason },
+                source => CallError::Failed { address: address.to_owned(), source },
+            })
         };
         tokio::time::timeout(timeout, exchange)
             .await
-            .unwrap_or_else(|_| {
-                Err(CallError::Timeout {
-                    address: address.to_owned(),
-                    timeout,
-                })
-            })
+            .unwrap_or_else(|_| Err(CallError::Timeout { address: address.to_owned(), timeout }))
     }
 }
 
@@ -110,10 +97,7 @@ async fn connect(address: &str, limit: Duration) -> Result<TcpStream, CallError>
             TransportError::Io(source) => source,
             other => io::Error::new(io::ErrorKind::TimedOut, other.to_string()),
         };
-        CallError::Unreachable {
-            address: address.to_owned(),
-            source,
-        }
+        CallError::Unreachable { address: address.to_owned(), source }
     })
 }
 
@@ -137,15 +121,11 @@ async fn exchange(
         .await
         .map_err(|_| TransportError::Timeout("the handshake"))??;
     let mut out = Vec::new();
-    frame::append(&mut out, |out| {
-        encode(&PeerFrame::Request(ID, request), out)
-    })?;
+    frame::append(&mut out, |out| encode(&PeerFrame::Request(ID, request), out))?;
     write(&mut stream, &out, timings.idle).await?;
     reader.set_max(FRAME_BYTES_MAX);
     match decode(reader.read(&mut stream).await?)? {
         PeerFrame::Response(ID, response) => Ok(response),
-        _ => Err(TransportError::Protocol(
-            "something else than the answer came back".into(),
-        )),
+        _ => Err(TransportError::Protocol("something else than the answer came back".into())),
     }
 }

@@ -7,6 +7,16 @@
 //! one message, more are likely on their way (answers that other tasks of this thread are about to
 //! give), so the flusher lets these run once before it writes. A lone caller never waits for that.
 //!
+//! Waiting has a price where few calls are under way: both sides then take turns, each asleep while
+//! the other works. So a wait that gathers little is followed by some writes without one.
+//! With empty calls on two cores, per call and both sides, of processor time and in all:
+//!
+//! | calls under way | a write per message | always wait | as here |
+//! |---|---|---|---|
+//! | 8 | 18 µs, 105 k/s | 22 µs, 47 k/s | 20 µs, 71 k/s |
+//! | 64 | 16.5 µs, 118 k/s | 10.5 µs, 185 k/s | 11.6 µs, 173 k/s |
+//! | 256 | 16.5 µs, 118 k/s | 10.8 µs, 180 k/s | 12.1 µs, 160 k/s |
+//!
 //! ```text
 //!   writer ──append──► buffer ──swap──► flusher ──write──► socket
 //!      ▲ waits while the buffer is full     │
@@ -26,6 +36,10 @@ use tokio::io::AsyncWriteExt;
 
 /// Capacity that the spare buffer may keep between writes.
 const SPARE_BYTES_MAX: usize = 256 * 1024;
+/// Waiting is worth it if it gathers so many messages.
+const GATHERED_MIN: usize = 12;
+/// Writes without waiting after it wasn't worth it.
+const PLAIN_WRITES: usize = 16;
 
 /// The writing half; see the module page. Dropping it closes the stream once all is written.
 #[derive(Debug)]
@@ -80,10 +94,7 @@ impl Shared {
 pub fn coalesce<W: tokio::io::AsyncWrite + Unpin + 'static>(
     inner: W,
     cap: usize,
-) -> (
-    CoalescingWriter,
-    impl Future<Output = io::Result<()>> + 'static,
-) {
+) -> (CoalescingWriter, impl Future<Output = io::Result<()>> + 'static) {
     let shared = Rc::new(RefCell::new(Shared {
         buffer: Vec::new(),
         cap: cap.max(1),
@@ -93,9 +104,7 @@ pub fn coalesce<W: tokio::io::AsyncWrite + Unpin + 'static>(
         writer: None,
         flusher: None,
     }));
-    let writer = CoalescingWriter {
-        shared: shared.clone(),
-    };
+    let writer = CoalescingWriter { shared: shared.clone() };
     // Made here, not in the future: one that is dropped before its first poll must tell the writer too.
     let end = End { shared };
     let flusher = async move {
@@ -124,20 +133,43 @@ impl Drop for End {
     }
 }
 
-async fn flush<W: tokio::io::AsyncWrite + Unpin>(
-    mut inner: W,
-    shared: &RefCell<Shared>,
-) -> io::Result<()> {
+/// Decides whether the flusher lets other tasks run before it writes.
+#[derive(Debug, Default)]
+struct Patience {
+    /// Messages in the last write.
+    last: usize,
+    /// Writes still to do without waiting.
+    plain: usize,
+}
+
+impl Patience {
+    /// Whether to wait before the next write.
+    fn waits(&self) -> bool {
+        self.last > 1 && self.plain == 0
+    }
+
+    /// A write of `messages` was begun, after waiting or not.
+    fn wrote(&mut self, messages: usize, waited: bool) {
+        self.last = messages;
+        self.plain = match waited {
+            true if messages < GATHERED_MIN => PLAIN_WRITES,
+            _ => self.plain.saturating_sub(1),
+        };
+    }
+}
+
+async fn flush<W: tokio::io::AsyncWrite + Unpin>(mut inner: W, shared: &RefCell<Shared>) -> io::Result<()> {
     let mut spare = Vec::new();
-    let mut expect_more = false;
+    let mut patience = Patience::default();
     while wait_for_bytes(shared).await {
-        if expect_more && !is_full(shared) {
+        let waited = patience.waits() && !is_full(shared);
+        if waited {
             tokio::task::yield_now().await;
         }
         {
             let mut shared = shared.borrow_mut();
             std::mem::swap(&mut shared.buffer, &mut spare);
-            expect_more = std::mem::take(&mut shared.messages) > 1;
+            patience.wrote(std::mem::take(&mut shared.messages), waited);
             shared.wake_writer();
         }
         inner.write_all(&spare).await?;
@@ -169,11 +201,7 @@ async fn wait_for_bytes(shared: &RefCell<Shared>) -> bool {
 
 impl futures_util::io::AsyncWrite for CoalescingWriter {
     /// Takes what there is room for; waits while there is none.
-    fn poll_write(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let mut shared = self.shared.borrow_mut();
         if let Some(error) = shared.error() {
             return Poll::Ready(Err(error));
@@ -227,5 +255,202 @@ impl Drop for CoalescingWriter {
         let mut shared = self.shared.borrow_mut();
         shared.closing = true;
         shared.wake_flusher();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_util::AsyncWriteExt as _;
+    use std::cell::Cell;
+    use std::time::Duration;
+    use tokio::io::{AsyncReadExt, AsyncWrite, DuplexStream, duplex};
+    use tokio::task::{LocalSet, spawn_local, yield_now};
+
+    /// Counts the writes that reach it.
+    struct Counting {
+        inner: DuplexStream,
+        writes: Rc<Cell<usize>>,
+    }
+
+    impl AsyncWrite for Counting {
+        fn poll_write(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            bytes: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            self.writes.set(self.writes.get() + 1);
+            Pin::new(&mut self.inner).poll_write(cx, bytes)
+        }
+
+        fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.inner).poll_flush(cx)
+        }
+
+        fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.inner).poll_shutdown(cx)
+        }
+    }
+
+    async fn send(writer: &mut CoalescingWriter, bytes: &[u8]) -> io::Result<()> {
+        writer.write_all(bytes).await?;
+        writer.flush().await
+    }
+
+    #[tokio::test]
+    async fn messages_of_one_turn_leave_in_one_write_and_in_order() {
+        LocalSet::new()
+            .run_until(async {
+                let (inner, mut far) = duplex(1024);
+                let writes = Rc::new(Cell::new(0));
+                let counting = Counting { inner, writes: writes.clone() };
+                let (mut writer, flusher) = coalesce(counting, 1024);
+                let flusher = spawn_local(flusher);
+                send(&mut writer, b"one ").await.unwrap();
+                send(&mut writer, b"two ").await.unwrap();
+                send(&mut writer, b"three").await.unwrap();
+                let mut got = [0; 13];
+                far.read_exact(&mut got).await.unwrap();
+                assert_eq!(&got, b"one two three");
+                assert_eq!(writes.get(), 1);
+
+                // After a write of several, what other tasks add within one turn goes along.
+                send(&mut writer, b"a").await.unwrap();
+                let other = spawn_local(async move {
+                    send(&mut writer, b"b").await.unwrap();
+                    writer
+                });
+                let writer = other.await.unwrap();
+                let mut got = [0; 2];
+                far.read_exact(&mut got).await.unwrap();
+                assert_eq!(&got, b"ab");
+                assert_eq!(writes.get(), 2);
+                drop(writer);
+                flusher.await.unwrap().unwrap();
+            })
+            .await;
+    }
+
+    #[test]
+    fn waiting_goes_on_only_while_it_gathers() {
+        let mut patience = Patience::default();
+        assert!(!patience.waits(), "nothing written yet");
+        patience.wrote(1, false);
+        assert!(!patience.waits(), "a lone caller");
+        patience.wrote(2, false);
+        assert!(patience.waits());
+        patience.wrote(GATHERED_MIN, true);
+        assert!(patience.waits());
+        patience.wrote(GATHERED_MIN - 1, true);
+        for _ in 0..PLAIN_WRITES {
+            assert!(!patience.waits());
+            patience.wrote(3, false);
+        }
+        assert!(patience.waits(), "tries again");
+    }
+
+    #[tokio::test]
+    async fn an_unfinished_message_waits_but_closing_sends_all() {
+        LocalSet::new()
+            .run_until(async {
+                let (inner, mut far) = duplex(1024);
+                let (mut writer, flusher) = coalesce(inner, 1024);
+                let flusher = spawn_local(flusher);
+                writer.write_all(b"half").await.unwrap();
+                for _ in 0..5 {
+                    yield_now().await;
+                }
+                let mut got = Vec::new();
+                let early = far.read_buf(&mut got);
+                assert!(tokio::time::timeout(Duration::from_millis(5), early).await.is_err());
+                writer.close().await.unwrap();
+                far.read_to_end(&mut got).await.unwrap();
+                assert_eq!(got, b"half");
+                flusher.await.unwrap().unwrap();
+                assert!(send(&mut writer, b"late").await.is_err());
+            })
+            .await;
+    }
+
+    #[tokio::test]
+    async fn dropping_the_writer_sends_all_and_closes() {
+        LocalSet::new()
+            .run_until(async {
+                let (inner, mut far) = duplex(16);
+                let (mut writer, flusher) = coalesce(inner, 1024);
+                spawn_local(flusher);
+                send(&mut writer, &[7; 600]).await.unwrap();
+                drop(writer);
+                let mut got = Vec::new();
+                far.read_to_end(&mut got).await.unwrap();
+                assert_eq!(got, [7; 600]);
+            })
+            .await;
+    }
+
+    #[tokio::test]
+    async fn an_error_reaches_the_writer() {
+        LocalSet::new()
+            .run_until(async {
+                let (inner, far) = duplex(16);
+                let (mut writer, flusher) = coalesce(inner, 64);
+                let flusher = spawn_local(flusher);
+                drop(far);
+                // More than the buffer holds, so the writer must wait and be woken with the error.
+                let error = send(&mut writer, &[0; 1000]).await.unwrap_err();
+                assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+                assert!(flusher.await.unwrap().is_err());
+                assert!(writer.flush().await.is_err());
+                assert!(writer.close().await.is_err());
+            })
+            .await;
+    }
+
+    #[tokio::test]
+    async fn a_stopped_flusher_does_not_leave_the_writer_waiting() {
+        LocalSet::new()
+            .run_until(async {
+                let (inner, _far) = duplex(16);
+                let (mut writer, flusher) = coalesce(inner, 64);
+                let flusher = spawn_local(flusher);
+                let stuck = spawn_local(async move { send(&mut writer, &[0; 1000]).await });
+                for _ in 0..5 {
+                    yield_now().await;
+                }
+                flusher.abort();
+                assert!(stuck.await.unwrap().is_err());
+                // Nor does one that was never polled.
+                let (inner, _far) = duplex(16);
+                let (mut writer, flusher) = coalesce(inner, 64);
+                drop(flusher);
+                assert!(send(&mut writer, b"x").await.is_err());
+            })
+            .await;
+    }
+
+    #[tokio::test]
+    async fn a_slow_reader_bounds_memory_and_loses_nothing() {
+        LocalSet::new()
+            .run_until(async {
+                const CAP: usize = 4096;
+                let (inner, mut far) = duplex(100);
+                let (mut writer, flusher) = coalesce(inner, CAP);
+                let shared = writer.shared.clone();
+                spawn_local(flusher);
+                let sent: Vec<u8> = (0..200_000u32).map(|n| (n / 7) as u8).collect();
+                let message = sent.clone();
+                spawn_local(async move {
+                    for part in message.chunks(1500) {
+                        send(&mut writer, part).await.unwrap();
+                    }
+                });
+                let mut got = Vec::new();
+                while far.read_buf(&mut got).await.unwrap() > 0 {
+                    assert!(shared.borrow().buffer.len() <= CAP);
+                    assert!(shared.borrow().buffer.capacity() <= 2 * CAP);
+                }
+                assert!(got == sent, "bytes changed or out of order");
+            })
+            .await;
     }
 }

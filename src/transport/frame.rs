@@ -121,10 +121,7 @@ pub fn sealed(payload: &[u8]) -> Result<Vec<u8>, FrameError> {
 
 impl From<FrameError> for CodecError {
     fn from(error: FrameError) -> CodecError {
-        CodecError::Malformed {
-            what: "frame",
-            detail: error.to_string(),
-        }
+        CodecError::Malformed { what: "frame", detail: error.to_string() }
     }
 }
 
@@ -138,10 +135,7 @@ pub struct FrameReader {
 impl FrameReader {
     /// For payloads of at most `max` bytes.
     pub fn new(max: usize) -> FrameReader {
-        FrameReader {
-            buffer: BytesMut::new(),
-            max,
-        }
+        FrameReader { buffer: BytesMut::new(), max }
     }
 
     /// Sets another limit, for the frames not yet taken.
@@ -196,10 +190,7 @@ impl FrameReader {
     }
 
     /// Reads until there is a whole payload.
-    pub async fn read(
-        &mut self,
-        from: &mut (impl AsyncRead + Unpin),
-    ) -> Result<Bytes, TransportError> {
+    pub async fn read(&mut self, from: &mut (impl AsyncRead + Unpin)) -> Result<Bytes, TransportError> {
         loop {
             if let Some(payload) = self.take()? {
                 return Ok(payload);
@@ -231,10 +222,7 @@ mod tests {
         assert!(!is_peer_preamble(&preamble()[..3]));
         assert_eq!(check_preamble(&preamble()), Ok(()));
         assert_eq!(check_preamble(b"GET / HT"), Err(FrameError::Foreign));
-        assert_eq!(
-            check_preamble(b"PNTP\x02\0\0\0"),
-            Err(FrameError::Version { theirs: 2 })
-        );
+        assert_eq!(check_preamble(b"PNTP\x02\0\0\0"), Err(FrameError::Version { theirs: 2 }));
     }
 
     #[test]
@@ -242,10 +230,7 @@ mod tests {
         for length in [0u32, 7, 12, 1032, u32::MAX] {
             let mut reader = FrameReader::new(1024);
             feed(&mut reader, &length.to_le_bytes());
-            let refused = FrameError::Length {
-                length: length as usize,
-                max: 1024,
-            };
+            let refused = FrameError::Length { length: length as usize, max: 1024 };
             assert_eq!(reader.take(), Err(refused));
         }
     }

@@ -62,9 +62,7 @@ async fn read_start<S: AsyncRead + Unpin>(
 ) -> Result<(), TransportError> {
     match stream.read_exact(start).await {
         Ok(_) => Ok(()),
-        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
-            Err(TransportError::Closed)
-        }
+        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => Err(TransportError::Closed),
         Err(error) => Err(error.into()),
     }
 }
@@ -96,11 +94,7 @@ pub async fn accept_hello<S: AsyncRead + AsyncWrite + Unpin>(
             )
         })
     });
-    let welcome = PeerWelcome {
-        outcome,
-        node: identity.node,
-        incarnation: identity.incarnation,
-    };
+    let welcome = PeerWelcome { outcome, node: identity.node, incarnation: identity.incarnation };
     stream.write_all(&opening(&welcome.encode()?)?).await?;
     match welcome.outcome {
         Ok(_) => Ok((hello, reader)),

@@ -122,10 +122,7 @@ async fn connect(
     if !reader.is_empty() {
         return Err(TransportError::Protocol("it sends on this lane".into()));
     }
-    Ok(Connection {
-        stream,
-        incarnation: welcome.incarnation,
-    })
+    Ok(Connection { stream, incarnation: welcome.incarnation })
 }
 
 /// Dials, and sets the socket up as every outgoing peer connection wants it.
@@ -169,9 +166,7 @@ fn disconnected(peer: &Peer, link: &PeerLane, address: &str, error: &TransportEr
     drop(state);
     let (node, lane) = (peer.node, link.lane.name());
     match error {
-        TransportError::Refused(_) | TransportError::Protocol(_) | TransportError::Frame(_)
-            if news =>
-        {
+        TransportError::Refused(_) | TransportError::Protocol(_) | TransportError::Frame(_) if news => {
             warn!(%node, address, lane, %error, "a peer doesn't take this node's connection");
         }
         _ if was_connected => info!(%node, address, lane, %error, "lost the connection to a peer"),
@@ -240,14 +235,10 @@ fn fill(buffer: &mut Vec<u8>, batch: &Batch, peer: &Peer, lane: Lane) -> u64 {
         }
     };
     if let Some(heartbeat) = batch.heartbeat {
-        sealed(frame::append(buffer, |out| {
-            Ok(encode(&PeerFrame::Heartbeat(heartbeat), out)?)
-        }));
+        sealed(frame::append(buffer, |out| Ok(encode(&PeerFrame::Heartbeat(heartbeat), out)?)));
     }
     if batch.heartbeat.is_none() || !batch.messages.is_empty() {
-        sealed(frame::append(buffer, |out| {
-            Ok(encode_raft(&batch.messages, out)?)
-        }));
+        sealed(frame::append(buffer, |out| Ok(encode_raft(&batch.messages, out)?)));
     }
     frames
 }
@@ -259,9 +250,8 @@ pub(super) async fn write(
     stall: Duration,
 ) -> Result<(), TransportError> {
     while !bytes.is_empty() {
-        let written = timeout(stall, writer.write(bytes))
-            .await
-            .map_err(|_| TransportError::Timeout("writing"))??;
+        let written =
+            timeout(stall, writer.write(bytes)).await.map_err(|_| TransportError::Timeout("writing"))??;
         if written == 0 {
             return Err(TransportError::Closed);
         }

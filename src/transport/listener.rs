@@ -30,9 +30,7 @@ use crate::codec::GroupMessage;
 use crate::codec::hello::{Lane, PeerHello};
 use crate::codec::peer::{NodeHeartbeat, PeerFrame, PeerRequest, PeerResponse, decode, encode};
 use crate::ids::NodeId;
-use crate::limits::{
-    FRAME_BYTES_MAX, PEER_CONNECTIONS_MAX, PEER_REQUESTS_MAX, REQUEST_FRAME_BYTES_MAX,
-};
+use crate::limits::{FRAME_BYTES_MAX, PEER_CONNECTIONS_MAX, PEER_REQUESTS_MAX, REQUEST_FRAME_BYTES_MAX};
 use crate::refusal::Refusal;
 
 /// What a node does with what its peers send. Called on the thread of [`serve`]; must not block.
@@ -66,10 +64,7 @@ pub struct ListenerConfig {
 
 impl Default for ListenerConfig {
     fn default() -> ListenerConfig {
-        ListenerConfig {
-            timings: Timings::default(),
-            connections_max: PEER_CONNECTIONS_MAX,
-        }
+        ListenerConfig { timings: Timings::default(), connections_max: PEER_CONNECTIONS_MAX }
     }
 }
 
@@ -106,9 +101,8 @@ pub async fn serve(
                 let handler = handler.clone();
                 tasks.spawn_local(async move {
                     let _permit = permit;
-                    gauge!("pontoon_peer_connections").increment(1.0);
+                    let _counted = Counted::new();
                     let result = connection(stream, from, &*handler, &config.timings).await;
-                    gauge!("pontoon_peer_connections").decrement(1.0);
                     if let Err(error) = result {
                         report(from, &error);
                     }
@@ -120,6 +114,22 @@ pub async fn serve(
                 }
             }
         }
+    }
+}
+
+/// One connection in the gauge, also if its task is stopped.
+struct Counted;
+
+impl Counted {
+    fn new() -> Counted {
+        gauge!("pontoon_peer_connections").increment(1.0);
+        Counted
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        gauge!("pontoon_peer_connections").decrement(1.0);
     }
 }
 
@@ -230,8 +240,7 @@ async fn receive(
         // What came before a bad frame was good.
         if !messages.is_empty() {
             let lane = hello.lane.name();
-            counter!("pontoon_peer_received_messages_total", "lane" => lane)
-                .increment(messages.len() as u64);
+            counter!("pontoon_peer_received_messages_total", "lane" => lane).increment(messages.len() as u64);
             handler.raft(hello.from_node, messages);
         }
         frames?;
@@ -300,9 +309,7 @@ async fn answer(
             };
             received(Lane::Request, &payload);
             let PeerFrame::Request(id, request) = decode(payload)? else {
-                return Err(TransportError::Protocol(
-                    "not a request on lane request".into(),
-                ));
+                return Err(TransportError::Protocol("not a request on lane request".into()));
             };
             let response = handler.request(request);
             pending.push(async move { (id, response.await) });

@@ -26,9 +26,7 @@ use crate::codec::hello::Lane;
 use crate::codec::messages::{check, wire_size};
 use crate::codec::peer::NodeHeartbeat;
 use crate::ids::{ClusterId, NodeId};
-use crate::limits::{
-    FRAME_BYTES_MAX, FRAME_TARGET_BYTES, OUTBOX_BYTES_MAX, OUTBOX_CONTROL_BYTES_MAX,
-};
+use crate::limits::{FRAME_BYTES_MAX, FRAME_TARGET_BYTES, OUTBOX_BYTES_MAX, OUTBOX_CONTROL_BYTES_MAX};
 
 /// Called when messages to a node were lost; from the thread that sent them or from the link's. It
 /// must not block, and may be called often.
@@ -105,11 +103,7 @@ pub(super) struct PeerLane {
 
 impl PeerLane {
     fn new(lane: Lane, bytes_max: usize) -> PeerLane {
-        PeerLane {
-            lane,
-            outbox: Outbox::new(bytes_max),
-            state: Mutex::default(),
-        }
+        PeerLane { lane, outbox: Outbox::new(bytes_max), state: Mutex::default() }
     }
 
     pub(super) fn state(&self) -> std::sync::MutexGuard<'_, LinkState> {
@@ -149,9 +143,7 @@ pub struct PeerStatus {
 /// The lane a message travels on.
 fn lane_of(message: &GroupMessage) -> Lane {
     match message.message.get_msg_type() {
-        MessageType::MsgAppend | MessageType::MsgAppendResponse | MessageType::MsgSnapshot => {
-            Lane::Append
-        }
+        MessageType::MsgAppend | MessageType::MsgAppendResponse | MessageType::MsgSnapshot => Lane::Append,
         _ => Lane::Control,
     }
 }
@@ -173,10 +165,7 @@ impl PeerNetwork {
     /// a changed address is dialled at once. This node itself may be listed, and is passed over.
     pub fn set_peers(&self, peers: &[(NodeId, String)]) {
         let shared = &self.shared;
-        let _changing = shared
-            .changing
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let _changing = shared.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let before = shared.peers.load_full();
         let mut after = HashMap::with_capacity(peers.len());
         for (node, address) in peers.iter().filter(|(n, _)| *n != shared.config.node) {
@@ -219,16 +208,15 @@ impl PeerNetwork {
                 .partition(|message| lane_of(message) == Lane::Append);
             let dropped = match peers.get(&node) {
                 Some(peer) => {
-                    let dropped = [(&peer.append, append), (&peer.control, control)].map(
-                        |(lane, messages)| {
+                    let dropped =
+                        [(&peer.append, append), (&peer.control, control)].map(|(lane, messages)| {
                             if messages.is_empty() {
                                 return 0;
                             }
                             let dropped = lane.outbox.push(messages);
                             count_dropped(lane.lane, "full", dropped);
                             dropped
-                        },
-                    );
+                        });
                     dropped.iter().sum()
                 }
                 None => {

@@ -52,11 +52,7 @@ impl Batch {
 impl Outbox {
     /// An empty one that holds at most `bytes_max` bytes, with what is being written.
     pub fn new(bytes_max: usize) -> Outbox {
-        Outbox {
-            queue: Mutex::default(),
-            wake: Notify::new(),
-            bytes_max,
-        }
+        Outbox { queue: Mutex::default(), wake: Notify::new(), bytes_max }
     }
 
     /// A panic while the lock is held can't leave the queue inconsistent: nothing in here panics
@@ -96,10 +92,7 @@ impl Outbox {
     /// Takes messages until their bytes reach `target`: at least one if there is one.
     pub fn take(&self, target: usize) -> Batch {
         let mut queue = self.lock();
-        let mut batch = Batch {
-            heartbeat: queue.heartbeat.take(),
-            ..Batch::default()
-        };
+        let mut batch = Batch { heartbeat: queue.heartbeat.take(), ..Batch::default() };
         while batch.bytes < target && batch.messages.len() < FRAME_MESSAGES_MAX {
             let Some((bytes, message)) = queue.messages.pop_front() else {
                 break;
@@ -190,11 +183,7 @@ mod tests {
     fn the_newest_heartbeat_replaces_an_older_one() {
         let outbox = Outbox::new(1024);
         for map_version in [1, 2] {
-            outbox.set_heartbeat(NodeHeartbeat {
-                node: NodeId(1),
-                incarnation: 1,
-                map_version,
-            });
+            outbox.set_heartbeat(NodeHeartbeat { node: NodeId(1), incarnation: 1, map_version });
         }
         let batch = outbox.take(1024);
         assert_eq!(batch.heartbeat.map(|h| h.map_version), Some(2));

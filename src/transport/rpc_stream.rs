@@ -18,10 +18,7 @@ pub type RpcReader = BufReader<Compat<OwnedReadHalf>>;
 
 /// Limits for messages from an RPC connection.
 pub fn reader_options() -> ReaderOptions {
-    ReaderOptions {
-        traversal_limit_in_words: Some(TRAVERSAL_BYTES_MAX / 8),
-        nesting_limit: NESTING_MAX,
-    }
+    ReaderOptions { traversal_limit_in_words: Some(TRAVERSAL_BYTES_MAX / 8), nesting_limit: NESTING_MAX }
 }
 
 /// Splits a stream for RPC. The future writes what the writer gathered: spawn it on the same thread.
@@ -29,11 +26,7 @@ pub fn reader_options() -> ReaderOptions {
 /// sending direction; or when writing fails, with the error, which the writer gives too.
 pub fn rpc_streams(
     stream: TcpStream,
-) -> io::Result<(
-    RpcReader,
-    CoalescingWriter,
-    impl Future<Output = io::Result<()>> + 'static,
-)> {
+) -> io::Result<(RpcReader, CoalescingWriter, impl Future<Output = io::Result<()>> + 'static)> {
     stream.set_nodelay(true)?;
     let (reader, writer) = stream.into_split();
     let (writer, flusher) = coalesce(writer, COALESCE_BYTES_MAX);

@@ -77,13 +77,7 @@ macro_rules! record {
 }
 
 record!(NodeRecord, b'n', "node", write_node, read_node);
-record!(
-    DatabaseRecord,
-    b'd',
-    "database",
-    write_database,
-    read_database
-);
+record!(DatabaseRecord, b'd', "database", write_database, read_database);
 record!(ShardRecord, b's', "shard", write_shard, read_shard);
 
 /// The record of that id.
@@ -97,10 +91,7 @@ pub(super) fn save<R: Record>(record: &R, state: &mut dyn StateBatch) {
     let mut message = Builder::new_default();
     record.write(&mut message);
     let bytes = serialize::write_message_to_words(&message);
-    state.put(
-        &key::<R>(record.id()),
-        value::encode(record.changed_at(), &bytes),
-    );
+    state.put(&key::<R>(record.id()), value::encode(record.changed_at(), &bytes));
 }
 
 /// All records of a kind, by id.
@@ -149,12 +140,7 @@ pub(super) fn load_counters(state: &dyn StateView) -> Result<Option<Counters>, S
 /// Stores the counters as of map version `version`.
 pub(super) fn save_counters(counters: &Counters, version: u64, state: &mut dyn StateBatch) {
     let mut bytes = counters.cluster_id.0.to_vec();
-    for number in [
-        counters.next_node,
-        counters.next_database,
-        counters.next_shard,
-        counters.next_replica,
-    ] {
+    for number in [counters.next_node, counters.next_database, counters.next_shard, counters.next_replica] {
         bytes.extend(number.to_be_bytes());
     }
     state.put(COUNTERS_KEY, value::encode(version, &bytes));
@@ -175,20 +161,14 @@ pub(super) fn load_by_name(
     };
     match load(state, id)? {
         Some(record) => Ok(Some(record)),
-        None => Err(damaged(
-            WHAT,
-            format!("it names database {id}, which is missing"),
-        )),
+        None => Err(damaged(WHAT, format!("it names database {id}, which is missing"))),
     }
 }
 
 /// Makes `record` the living database of its name.
 pub(super) fn save_name(record: &DatabaseRecord, state: &mut dyn StateBatch) {
     let id = record.id.0.to_be_bytes();
-    state.put(
-        &name_key(&record.name),
-        value::encode(record.changed_at, &id),
-    );
+    state.put(&name_key(&record.name), value::encode(record.changed_at, &id));
 }
 
 /// Frees a name.
@@ -198,10 +178,7 @@ pub(super) fn free_name(name: &str, state: &mut dyn StateBatch) {
 
 /// What is wrong with the metadata state.
 pub(super) fn damaged(what: &str, detail: impl ToString) -> StorageError {
-    StorageError::Damaged {
-        what: format!("the metadata state: {what}"),
-        detail: detail.to_string(),
-    }
+    StorageError::Damaged { what: format!("the metadata state: {what}"), detail: detail.to_string() }
 }
 
 fn key<R: Record>(id: u64) -> [u8; 9] {
@@ -216,9 +193,7 @@ fn name_key(name: &str) -> Vec<u8> {
 
 fn decode<R: Record>(id: u64, stored: &Bytes) -> Result<R, StorageError> {
     let what = || format!("{} {id}", R::NAME);
-    let bytes = value::decode(stored)
-        .map_err(|e| damaged(&what(), e))?
-        .value;
+    let bytes = value::decode(stored).map_err(|e| damaged(&what(), e))?.value;
     let record = read_message(R::NAME, &bytes, R::read).map_err(|e| damaged(&what(), e))?;
     if record.id() != id {
         let detail = format!("its record says {}", record.id());

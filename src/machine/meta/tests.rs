@@ -96,16 +96,9 @@ fn nothing_works_before_the_cluster_is_formed() {
     let mut state = MemoryState::default();
     assert_eq!(cluster_map(&state).unwrap(), ClusterMap::default());
     let drop = MetaCommand::DropDatabase { name: "a".into() };
-    let create = MetaCommand::CreateDatabase {
-        name: "a".into(),
-        replicas: 1,
-        shards: vec![],
-    };
+    let create = MetaCommand::CreateDatabase { name: "a".into(), replicas: 1, shards: vec![] };
     for command in [MetaCommand::AddNode(node(1)), drop, create] {
-        assert_eq!(
-            refused(&command, &mut state),
-            "the cluster is not formed yet"
-        );
+        assert_eq!(refused(&command, &mut state), "the cluster is not formed yet");
     }
 }
 
@@ -119,20 +112,14 @@ fn forming_twice_changes_nothing_and_another_identity_is_refused() {
         *cluster_id = id(0xc2);
     }
     let error = refused(&other, &mut state);
-    assert_eq!(
-        error,
-        format!("this cluster is {}, not {}", id(0xc1), id(0xc2))
-    );
+    assert_eq!(error, format!("this cluster is {}, not {}", id(0xc1), id(0xc2)));
 }
 
 #[test]
 fn a_formation_that_contradicts_itself_is_refused() {
     let broken = |change: fn(&mut Vec<NodeRecord>, &mut ShardRecord)| {
         let mut command = formation(3);
-        if let MetaCommand::Form {
-            nodes, metadata, ..
-        } = &mut command
-        {
+        if let MetaCommand::Form { nodes, metadata, .. } = &mut command {
             change(nodes, metadata);
         }
         refused(&command, &mut MemoryState::default())
@@ -140,10 +127,7 @@ fn a_formation_that_contradicts_itself_is_refused() {
     let twice = "invalid plan: a first node is listed twice";
     assert_eq!(broken(|nodes, _| nodes[1].id = NodeId(1)), twice);
     assert_eq!(broken(|nodes, _| nodes[1].store_id = id(1)), twice);
-    assert_eq!(
-        broken(|nodes, _| drop(nodes.pop())),
-        "node 3 is not a member of the cluster"
-    );
+    assert_eq!(broken(|nodes, _| drop(nodes.pop())), "node 3 is not a member of the cluster");
     let members = "invalid plan: the metadata shard has no members, or one of them twice";
     assert_eq!(broken(|_, shard| shard.members.clear()), members);
     assert_eq!(broken(|_, shard| shard.members[0].replica.0 = 2), members);
@@ -163,28 +147,16 @@ fn a_node_is_known_by_its_store() {
     let mut state = formed(1);
     let mut joining = node(9);
     joining.id = NodeId(0);
-    assert_eq!(
-        run(&MetaCommand::AddNode(joining.clone()), &mut state),
-        MetaReply::Node(NodeId(2))
-    );
-    assert_eq!(
-        run(&MetaCommand::AddNode(joining.clone()), &mut state),
-        MetaReply::Node(NodeId(2))
-    );
+    assert_eq!(run(&MetaCommand::AddNode(joining.clone()), &mut state), MetaReply::Node(NodeId(2)));
+    assert_eq!(run(&MetaCommand::AddNode(joining.clone()), &mut state), MetaReply::Node(NodeId(2)));
     assert_eq!(state.revision, 2);
     joining.peer_address = "10.0.0.9:7200".into();
-    assert_eq!(
-        run(&MetaCommand::AddNode(joining), &mut state),
-        MetaReply::Node(NodeId(2))
-    );
+    assert_eq!(run(&MetaCommand::AddNode(joining), &mut state), MetaReply::Node(NodeId(2)));
     let map = cluster_map(&state).unwrap();
     assert_eq!((map.version, map.nodes[&NodeId(2)].changed_at), (3, 3));
     assert_eq!(map.nodes[&NodeId(2)].peer_address, "10.0.0.9:7200");
     assert_eq!(map.nodes[&NodeId(1)].changed_at, 1);
-    assert_eq!(
-        run(&MetaCommand::AddNode(node(8)), &mut state),
-        MetaReply::Node(NodeId(3))
-    );
+    assert_eq!(run(&MetaCommand::AddNode(node(8)), &mut state), MetaReply::Node(NodeId(3)));
 }
 
 #[test]
@@ -193,12 +165,7 @@ fn a_plan_that_breaks_a_rule_is_refused() {
     let good = create("db", 3, 2, &state);
     let mut broken = |change: fn(&mut String, &mut u32, &mut Vec<PlannedShard>)| {
         let mut command = good.clone();
-        if let MetaCommand::CreateDatabase {
-            name,
-            replicas,
-            shards,
-        } = &mut command
-        {
+        if let MetaCommand::CreateDatabase { name, replicas, shards } = &mut command {
             change(name, replicas, shards);
         }
         refused(&command, &mut state)
@@ -209,27 +176,17 @@ fn a_plan_that_breaks_a_rule_is_refused() {
     );
     assert!(broken(|name, _, _| *name = String::new()).contains("is no name"));
     assert!(broken(|name, _, _| *name = "x".repeat(65)).contains("is no name"));
-    assert_eq!(
-        broken(|_, replicas, _| *replicas = 8),
-        "invalid plan: 8 replicas; there can be 1 to 7"
-    );
-    assert_eq!(
-        broken(|_, replicas, _| *replicas = 0),
-        "invalid plan: 0 replicas; there can be 1 to 7"
-    );
-    assert_eq!(
-        broken(|_, _, shards| shards.clear()),
-        "invalid plan: 0 shards; there can be 1 to 4096"
-    );
+    assert_eq!(broken(|_, replicas, _| *replicas = 8), "invalid plan: 8 replicas; there can be 1 to 7");
+    assert_eq!(broken(|_, replicas, _| *replicas = 0), "invalid plan: 0 replicas; there can be 1 to 7");
+    assert_eq!(broken(|_, _, shards| shards.clear()), "invalid plan: 0 shards; there can be 1 to 4096");
     let cover = "invalid plan: the ranges of the shards don't cover the ring in ascending order";
     assert_eq!(broken(|_, _, shards| shards.swap(0, 1)), cover);
     assert_eq!(broken(|_, _, shards| drop(shards.pop())), cover);
     assert_eq!(
         broken(|_, _, shards| shards[1].nodes = vec![NodeId(1), NodeId(2), NodeId(1)]),
-        "invalid plan: shard number 1 is on nodes [NodeId(1), NodeId(2), NodeId(1)], not on 3 \
-         different ones"
+        "invalid plan: shard number 1 is on nodes 1, 2, 1; it must be on 3 different ones"
     );
-    assert!(broken(|_, _, shards| shards[0].nodes.truncate(2)).contains("not on 3 different"));
+    assert!(broken(|_, _, shards| shards[0].nodes.truncate(2)).contains("must be on 3 different"));
     assert_eq!(
         broken(|_, _, shards| shards[0].nodes[2] = NodeId(4)),
         "node 4 is not a member of the cluster"
@@ -240,19 +197,12 @@ fn a_plan_that_breaks_a_rule_is_refused() {
 fn a_name_is_free_again_after_the_drop() {
     let mut state = formed(3);
     let first = create("db", 3, 2, &state);
-    let MetaReply::Database {
-        record,
-        created: true,
-    } = run(&first, &mut state)
-    else {
+    let MetaReply::Database { record, created: true } = run(&first, &mut state) else {
         panic!("not created");
     };
     assert_eq!((record.id, record.changed_at), (DatabaseId(1), 2));
     assert_eq!(record.shards, [ShardId(1), ShardId(2)]);
-    let again = MetaReply::Database {
-        record,
-        created: false,
-    };
+    let again = MetaReply::Database { record, created: false };
     assert_eq!(run(&first, &mut state), again);
     assert_eq!(
         refused(&create("db", 1, 2, &state), &mut state),
@@ -264,17 +214,10 @@ fn a_name_is_free_again_after_the_drop() {
     };
     assert!(record.dropped);
     assert_eq!(refused(&drop, &mut state), "there is no database `db`");
-    let MetaReply::Database {
-        record,
-        created: true,
-    } = run(&create("db", 1, 1, &state), &mut state)
-    else {
+    let MetaReply::Database { record, created: true } = run(&create("db", 1, 1, &state), &mut state) else {
         panic!("not created");
     };
-    assert_eq!(
-        (record.id, &record.shards[..]),
-        (DatabaseId(2), &[ShardId(3)][..])
-    );
+    assert_eq!((record.id, &record.shards[..]), (DatabaseId(2), &[ShardId(3)][..]));
     let map = cluster_map(&state).unwrap();
     let dropped: Vec<_> = map.shards.values().map(|shard| shard.dropped).collect();
     assert_eq!(dropped, [false, true, true, false]);
@@ -289,19 +232,13 @@ fn damage_is_an_error_not_a_reply() {
         let mut state = formed(1);
         let value = state.pairs[key].slice(..20);
         state.pairs.insert(key.to_vec(), value);
-        assert!(matches!(
-            cluster_map(&state),
-            Err(StorageError::Damaged { .. })
-        ));
+        assert!(matches!(cluster_map(&state), Err(StorageError::Damaged { .. })));
     }
     let mut state = formed(1);
     let stored = state.pairs[&b"n\0\0\0\0\0\0\0\x01"[..]].clone();
     state.pairs.insert(b"n\0\0\0\0\0\0\0\x02".to_vec(), stored);
     let error = cluster_map(&state).unwrap_err().to_string();
-    assert_eq!(
-        error,
-        "the metadata state: node 2 is damaged: its record says 1"
-    );
+    assert_eq!(error, "the metadata state: node 2 is damaged: its record says 1");
 }
 
 proptest! {

@@ -78,7 +78,7 @@ fn too_few_nodes_and_nothing_are_refused() {
     let map = cluster([("", 100), ("", 100), ("", 0)]);
     assert_eq!(
         plan_database(&map, "a", 3, 8).unwrap_err().to_string(),
-        "3 replicas need 3 nodes, but the cluster has 2: add nodes or ask for fewer replicas"
+        "3 replicas need 3 nodes, but the cluster has 2 (of a weight above 0): add nodes or ask for fewer replicas"
     );
     assert_eq!(plan_database(&map, "a", 0, 8), Err(PlanError::Empty));
     assert_eq!(plan_database(&map, "a", 1, 0), Err(PlanError::Empty));
@@ -114,18 +114,11 @@ fn ten_thousand_shards_are_planned_quickly_and_evenly() {
         let ranked = rendezvous::rank(rendezvous::shard_key("large", shard.range.start), weights);
         // The best three in three zones: what there would be without quotas.
         let mut zones = BTreeSet::new();
-        let best: Vec<_> = ranked
-            .into_iter()
-            .filter(|n| zones.insert(&map.nodes[n].zone))
-            .take(3)
-            .collect();
+        let best: Vec<_> = ranked.into_iter().filter(|n| zones.insert(&map.nodes[n].zone)).take(3).collect();
         shard.nodes.iter().filter(|n| best.contains(n)).count()
     });
     let preferred: usize = preferred.sum();
-    println!(
-        "{} % of replicas are where hashing alone puts them",
-        preferred / 300
-    );
+    println!("{} % of replicas are where hashing alone puts them", preferred / 300);
     assert!(preferred > 27_000);
     add_to(&mut map, &plan);
     for (replicas, leaders) in loads(&map).into_values() {
@@ -147,13 +140,8 @@ fn a_second_database_fills_what_the_first_left() {
         assert_eq!((replicas, leaders), (9, 3));
     }
     // Shards of a dropped database count for nothing.
-    map.shards
-        .values_mut()
-        .for_each(|shard| shard.dropped = true);
-    assert_eq!(
-        plan_database(&map, "two", 3, 10),
-        plan_database(&cluster([("", 100); 5]), "two", 3, 10)
-    );
+    map.shards.values_mut().for_each(|shard| shard.dropped = true);
+    assert_eq!(plan_database(&map, "two", 3, 10), plan_database(&cluster([("", 100); 5]), "two", 3, 10));
 }
 
 proptest! {

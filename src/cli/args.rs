@@ -1,0 +1,696 @@
+//! The command line: every subcommand, its arguments, its help.
+//!
+//! Arguments are checked as far as they can be without a cluster, so that a mistake costs nothing
+//! and ends with [`super::Exit::Usage`].
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::limits;
+
+/// Everything on the command line.
+#[derive(Parser, Debug)]
+#[command(
+    name = "pontoon",
+    about = "A sharded, replicated, strongly consistent key-value store",
+    disable_help_subcommand = true,
+    subcommand_required = true,
+    arg_required_else_help = true,
+    max_term_width = 100,
+    after_help = "\
+Examples:
+  pontoon setup testDB 3 5          three nodes on this machine, database testDB with 5 shards
+  pontoon set testDB bob hello      in another terminal
+  pontoon get testDB bob
+  pontoon status
+
+Where the cluster is: --cluster, else PONTOON_CLUSTER, else the local cluster in --data, else in
+PONTOON_DATA, else in $XDG_DATA_HOME/pontoon (~/.local/share/pontoon).
+
+Exit codes: 0 done; 1 negative answer (absent, mismatch, refused, test failed); 2 usage or
+configuration; 3 unavailable or past the deadline, certainly not applied; 4 outcome unknown;
+70 a thread of the node failed; 130 second Ctrl-C."
+)]
+pub struct Cli {
+    /// Options of every subcommand.
+    #[command(flatten)]
+    pub global: Global,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options of every subcommand.
+#[derive(Args, Debug, Clone, Default)]
+pub struct Global {
+    /// Print one JSON object on stdout; errors as JSON on stderr
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Deadline, as `500ms`, `10s`, `1m`; within it everything that may be retried is [default: 10s]
+    #[arg(long, global = true, value_name = "TIME", value_parser = duration)]
+    pub timeout: Option<Duration>,
+    /// Client addresses of any nodes of the cluster
+    #[arg(long, global = true, value_name = "HOST:PORT,...")]
+    pub cluster: Option<String>,
+    /// Directory of the local cluster
+    #[arg(long, global = true, value_name = "DIR")]
+    pub data: Option<PathBuf>,
+}
+
+/// The subcommands.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Start a local cluster if there is none, and create a database
+    Setup(SetupArgs),
+    /// Stop the local cluster
+    #[command(after_help = "Examples:\n  pontoon stop\n  pontoon stop --data ./try")]
+    Stop,
+    /// Remove the data of the local cluster
+    Clean(CleanArgs),
+    /// Run one node
+    Serve(ServeArgs),
+    /// Set a key's value
+    Set(SetArgs),
+    /// Print a key's value, exactly
+    Get(GetArgs),
+    /// Remove a key
+    Delete(DeleteArgs),
+    /// Set a key's value if a condition holds
+    Cas(CasArgs),
+    /// Set several keys
+    Mset(MsetArgs),
+    /// Print several keys and their values
+    Mget(MgetArgs),
+    /// Print keys and values of all shards
+    Scan(ScanArgs),
+    /// Set keys from JSON lines
+    Import(ImportArgs),
+    /// Write all keys as JSON lines
+    Export(ExportArgs),
+    /// Show nodes, databases and shards
+    Status(StatusArgs),
+    /// Show where a key belongs and who leads there
+    Route(RouteArgs),
+    /// Ask each node how it is
+    #[command(after_help = "Examples:\n  pontoon health\n  pontoon health --cluster 127.0.0.1:7101")]
+    Health,
+    /// List, create and drop databases
+    #[command(subcommand, arg_required_else_help = true)]
+    Db(DbCommand),
+    /// Kill a leader and see what becomes of the cluster and its data
+    #[command(subcommand, arg_required_else_help = true)]
+    Test(TestCommand),
+    /// Measure operations per second and latency
+    Bench(BenchArgs),
+    /// Print a completion script
+    Completions(CompletionsArgs),
+}
+
+/// `setup`
+#[derive(Args, Debug, Clone)]
+#[command(after_help = "\
+Examples:
+  pontoon setup testDB 3 5            serves until Ctrl-C
+  pontoon setup testDB 3 5 --detach   serves in the background; `pontoon stop` ends it
+  pontoon setup other 3 8             a further database in the running cluster
+
+The same command again brings back the same cluster with its data.")]
+pub struct SetupArgs {
+    /// Name of the database: 1 to 64 of A-Z a-z 0-9 _ -
+    #[arg(value_name = "NAME", value_parser = database_name, allow_hyphen_values = true)]
+    pub name: String,
+    /// Replicas of each shard, 1 to 7
+    #[arg(value_name = "REPLICAS", value_parser = clap::value_parser!(u32).range(1..=i64::from(limits::REPLICAS_MAX)))]
+    pub replicas: u32,
+    /// Shards (partitions), 1 to 4096
+    #[arg(value_name = "PARTITIONS", value_parser = clap::value_parser!(u32).range(1..=i64::from(limits::SHARDS_MAX)))]
+    pub partitions: u32,
+    /// Nodes of a new local cluster, at least REPLICAS [default: REPLICAS]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(limits::LOCAL_NODES_MAX)))]
+    pub nodes: Option<u32>,
+    /// Return once the cluster is ready and leave it running in the background
+    #[arg(long)]
+    pub detach: bool,
+    /// This is the process that `--detach` starts.
+    #[arg(long, hide = true, conflicts_with = "detach")]
+    pub detached: bool,
+}
+
+/// `clean`
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:\n  pontoon clean\n  pontoon clean --yes --data ./try")]
+pub struct CleanArgs {
+    /// Don't ask
+    #[arg(long)]
+    pub yes: bool,
+}
+
+/// `serve`
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  pontoon serve --config n1.toml
+  pontoon serve --config n1.toml --check
+  PONTOON__LOG__LEVEL=debug pontoon serve --config n1.toml")]
+pub struct ServeArgs {
+    /// Settings of the node; config/default.toml documents each key
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+    /// Check the settings and exit
+    #[arg(long, conflicts_with = "print_config")]
+    pub check: bool,
+    /// Print the settings in force as TOML and exit
+    #[arg(long)]
+    pub print_config: bool,
+    /// Exit at once when stdin ends: a test's node never outlives the test.
+    #[arg(long, hide = true)]
+    pub until_stdin_closes: bool,
+}
+
+/// Where a value comes from.
+#[derive(Args, Debug)]
+#[group(multiple = false)]
+pub struct ValueSource {
+    /// Take the value from a file
+    #[arg(long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
+    /// Take the value from stdin
+    #[arg(long)]
+    pub stdin: bool,
+}
+
+/// `set`
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  pontoon set testDB bob hello
+  pontoon set testDB photo --file bob.jpg
+  date | pontoon set testDB now --stdin
+  pontoon set testDB -- --json -h      a key and a value that look like options")]
+pub struct SetArgs {
+    /// Database
+    #[arg(value_name = "DB")]
+    pub db: String,
+    /// Key; may begin with `-`
+    #[arg(value_name = "KEY", allow_hyphen_values = true)]
+    pub key: OsString,
+    /// Value; may begin with `-`
+    #[arg(value_name = "VALUE", allow_hyphen_values = true, required_unless_present_any = ["file", "stdin"], conflicts_with_all = ["file", "stdin"])]
+    pub value: Option<OsString>,
+    /// The value, if it isn't an argument.
+    #[command(flatten)]
+    pub source: ValueSource,
+}
+
+/// `get`
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  pontoon get testDB bob
+  pontoon get testDB photo > bob.jpg
+  pontoon get testDB bob --json
+
+Writes exactly the value's bytes, and a newline only on a terminal. Exit code 1: no such key.")]
+pub struct GetArgs {
+    /// Database
+    #[arg(value_name = "DB")]
+    pub db: String,
+    /// Key; may begin with `-`
+    #[arg(value_name = "KEY", allow_hyphen_values = true)]
+    pub key: OsString,
+}
+
+/// `delete`
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:\n  pontoon delete testDB bob\n\nExit code 1: no such key.")]
+pub struct DeleteArgs {
+    /// Database
+    #[arg(value_name = "DB")]
+    pub db: String,
+    /// Key; may begin with `-`
+    #[arg(value_name = "KEY", allow_hyphen_values = true)]
+    pub key: OsString,
+}
+
+/// The condition of `cas`.
+#[derive(Args, Debug)]
+#[group(required = true, multiple = false)]
+pub struct CasCondition {
+    /// The present value
+    #[arg(long, value_name = "OLD", allow_hyphen_values = true)]
+    pub expect: Option<OsString>,
+    /// The key doesn't exist
+    #[arg(long)]
+    pub absent: bool,
+    /// The present version
+    #[arg(long, value_name = "V")]
+    pub version: Option<u64>,
+}
+
+/// `cas`
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  pontoon cas testDB bob --expect hello bye
+  pontoon cas testDB lock --absent me
+  pontoon cas testDB bob --version 7 bye
+
+Exit code 1: the condition doesn't hold, and nothing was changed.")]
+pub struct CasArgs {
+    /// Database
+    #[arg(value_name = "DB")]
+    pub db: String,
+    /// Key; may begin with `-`
+    #[arg(value_name = "KEY", allow_hyphen_values = true)]
+    pub key: OsString,
+    /// The condition.
+    #[command(flatten)]
+    pub condition: CasCondition,
+    /// New value; may begin with `-`
+    #[arg(value_name = "NEW", allow_hyphen_values = true, required_unless_present_any = ["file", "stdin"], conflicts_with_all = ["file", "stdin"])]
+    pub new: Option<OsString>,
+    /// The new value, if it isn't an argument.
+    #[command(flatten)]
+    pub source: ValueSource,
+}
+
+/// `mset`
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  pontoon mset testDB bob hello eve bye
+
+Each key is set for itself: after a failure some may be set. Options stand before DB.")]
+pub struct MsetArgs {
+    /// Database
+    #[arg(value_name = "DB")]
+    pub db: String,
+    /// Keys and values in turn; may begin with `-`
+    #[arg(value_name = "KEY VALUE", required = true, num_args = 2.., allow_hyphen_values = true)]
+    pub pairs: Vec<OsString>,
+}
+
+/// `mget`
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  pontoon mget testDB bob eve
+  pontoon mget --json testDB bob eve
+
+Prints KEY, a tab, VALUE; bytes that would break the line are escaped, unless with --json.
+Exit code 1: some key doesn't exist. Options stand before DB.")]
+pub struct MgetArgs {
+    /// Database
+    #[arg(value_name = "DB")]
+    pub db: String,
+    /// Keys; may begin with `-`
+    #[arg(value_name = "KEY", required = true, num_args = 1.., allow_hyphen_values = true)]
+    pub keys: Vec<OsString>,
+}
+
+/// `scan`
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  pontoon scan testDB --prefix user: --limit 10
+  pontoon scan testDB --keys-only
+
+Shard by shard: keys are in order within a shard, not among shards. Prints KEY, a tab, VALUE; bytes
+that would break the line are escaped, unless with --json.")]
+pub struct ScanArgs {
+    /// Database
+    #[arg(value_name = "DB")]
+    pub db: String,
+    /// Only keys that begin so
+    #[arg(long, value_name = "P", allow_hyphen_values = true)]
+    pub prefix: Option<OsString>,
+    /// At most so many keys
+    #[arg(long, value_name = "N")]
+    pub limit: Option<usize>,
+    /// Leave out the values
+    #[arg(long)]
+    pub keys_only: bool,
+}
+
+/// `import`
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  pontoon import testDB backup.jsonl
+  pontoon export testDB | pontoon import copy
+
+One JSON object a line: {\"key\":\"bob\",\"value\":\"hello\"}, with \"encoding\":\"base64\" where key and
+value are so encoded. Of lines with the same key the last one wins. Versions are given anew.")]
+pub struct ImportArgs {
+    /// Database
+    #[arg(value_name = "DB")]
+    pub db: String,
+    /// File of JSON lines; `-` or nothing: stdin
+    #[arg(value_name = "FILE")]
+    pub file: Option<PathBuf>,
+}
+
+/// `export`
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  pontoon export testDB > backup.jsonl
+  pontoon export testDB --prefix user: --output users.jsonl")]
+pub struct ExportArgs {
+    /// Database
+    #[arg(value_name = "DB")]
+    pub db: String,
+    /// Only keys that begin so
+    #[arg(long, value_name = "P", allow_hyphen_values = true)]
+    pub prefix: Option<OsString>,
+    /// Write to this file, which appears once complete
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+}
+
+/// `status`
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  pontoon status
+  pontoon status testDB --watch 1s
+  pontoon status --json
+
+Exit codes: 0 every shard has a leader; 1 some shard has none; 3 no node answers.")]
+pub struct StatusArgs {
+    /// Only this database
+    #[arg(value_name = "DB")]
+    pub db: Option<String>,
+    /// Show it again and again at this interval, until Ctrl-C
+    #[arg(long, value_name = "TIME", value_parser = duration, num_args = 0..=1, default_missing_value = "1s")]
+    pub watch: Option<Duration>,
+}
+
+/// `route`
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:\n  pontoon route testDB bob\n  pontoon route testDB bob --json")]
+pub struct RouteArgs {
+    /// Database
+    #[arg(value_name = "DB")]
+    pub db: String,
+    /// Key; may begin with `-`
+    #[arg(value_name = "KEY", allow_hyphen_values = true)]
+    pub key: OsString,
+}
+
+/// `db`
+#[derive(Subcommand, Debug)]
+pub enum DbCommand {
+    /// List the databases
+    #[command(after_help = "Examples:\n  pontoon db list\n  pontoon db list --json")]
+    List,
+    /// Create a database in the running cluster
+    #[command(after_help = "Examples:\n  pontoon db create testDB 3 5")]
+    Create(DbCreateArgs),
+    /// Remove a database with all its data
+    #[command(after_help = "Examples:\n  pontoon db drop testDB --yes")]
+    Drop(DbDropArgs),
+}
+
+/// `db create`
+#[derive(Args, Debug)]
+pub struct DbCreateArgs {
+    /// Name of the database: 1 to 64 of A-Z a-z 0-9 _ -
+    #[arg(value_name = "NAME", value_parser = database_name, allow_hyphen_values = true)]
+    pub name: String,
+    /// Replicas of each shard, 1 to 7
+    #[arg(value_name = "REPLICAS", value_parser = clap::value_parser!(u32).range(1..=i64::from(limits::REPLICAS_MAX)))]
+    pub replicas: u32,
+    /// Shards (partitions), 1 to 4096
+    #[arg(value_name = "PARTITIONS", value_parser = clap::value_parser!(u32).range(1..=i64::from(limits::SHARDS_MAX)))]
+    pub partitions: u32,
+}
+
+/// `db drop`
+#[derive(Args, Debug)]
+pub struct DbDropArgs {
+    /// Name of the database
+    #[arg(value_name = "NAME", allow_hyphen_values = true)]
+    pub name: String,
+    /// Don't ask
+    #[arg(long)]
+    pub yes: bool,
+}
+
+/// `test`
+#[derive(Subcommand, Debug)]
+pub enum TestCommand {
+    /// Kill the leader of a fresh shard; the others must elect another
+    #[command(
+        name = "leader-failure",
+        alias = "leaderFailure",
+        after_help = "Examples:\n  pontoon test leader-failure 4\n\nN is 3 to 7. The nodes are processes of their own and are killed with SIGKILL."
+    )]
+    LeaderFailure(TestArgs),
+    /// Set a key, kill the leader, and read the key from the others
+    #[command(
+        name = "replication",
+        alias = "replicationTest",
+        after_help = "Examples:\n  pontoon test replication 4\n\nN is 3 to 7. The nodes are processes of their own and are killed with SIGKILL."
+    )]
+    Replication(TestArgs),
+}
+
+/// Arguments of a test.
+#[derive(Args, Debug, Clone)]
+pub struct TestArgs {
+    /// Nodes, all of which hold a replica
+    #[arg(value_name = "N")]
+    pub nodes: u32,
+}
+
+/// What a benchmark does.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Workload {
+    /// Sets keys
+    Put,
+    /// Reads keys
+    Get,
+    /// Half and half
+    Mixed,
+}
+
+/// `bench`
+#[derive(Args, Debug, Clone)]
+#[command(after_help = "\
+Examples:
+  pontoon bench --workload put --clients 64 --seconds 10
+  pontoon bench testDB --workload get --clients 256 --seconds 10 --json
+
+Closed loop: each client has one call outstanding. Keys are uniform. Get and mixed first write all
+keys, untimed. Without DB: database `bench` with up to 3 replicas and 8 shards, made if missing.")]
+pub struct BenchArgs {
+    /// Database
+    #[arg(value_name = "DB")]
+    pub db: Option<String>,
+    /// What to do
+    #[arg(long, value_enum, default_value = "put")]
+    pub workload: Workload,
+    /// Concurrent clients
+    #[arg(long, value_name = "C", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=i64::from(limits::BENCH_CLIENTS_MAX)))]
+    pub clients: u32,
+    /// Seconds to measure
+    #[arg(long, value_name = "S", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub seconds: u64,
+    /// Seconds to run before measuring
+    #[arg(long, value_name = "S", default_value_t = 2, value_parser = clap::value_parser!(u64).range(0..=3_600))]
+    pub warmup: u64,
+    /// Bytes of each value
+    #[arg(long, value_name = "B", default_value_t = 128, value_parser = clap::value_parser!(u64).range(0..=limits::VALUE_BYTES_MAX as u64))]
+    pub value_bytes: u64,
+    /// Different keys
+    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(1..=1_000_000_000))]
+    pub keys: u64,
+    /// Operations in each call
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=limits::BATCH_OPERATIONS_MAX as u64))]
+    pub batch: u64,
+    /// Client libraries (connection sets and threads) that share the clients
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub connections: u32,
+}
+
+/// `completions`
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Examples:\n  pontoon completions bash > /etc/bash_completion.d/pontoon\n  pontoon completions fish > ~/.config/fish/completions/pontoon.fish"
+)]
+pub struct CompletionsArgs {
+    /// The shell
+    #[arg(value_enum)]
+    pub shell: CompletionShell,
+}
+
+/// Shells with completions.
+#[derive(ValueEnum, Clone, Copy, Debug)]
+pub enum CompletionShell {
+    /// GNU bash
+    Bash,
+    /// Z shell
+    Zsh,
+    /// fish
+    Fish,
+}
+
+/// The subcommands that the first report spelled with a leading `-`.
+const LEGACY: [&str; 5] = ["-setup", "-set", "-get", "-clean", "-test"];
+
+/// Reads the old spellings: a first argument `-set` is the subcommand `set`.
+pub fn modernise(mut args: Vec<OsString>) -> Vec<OsString> {
+    if let Some(first) = args.get_mut(1)
+        && let Some(name) = LEGACY.iter().find(|name| first.as_os_str() == **name)
+    {
+        *first = OsString::from(&name[1..]);
+    }
+    args
+}
+
+/// A positive time as `500ms`, `10s`, `1m30s`; a bare number is seconds.
+fn duration(text: &str) -> Result<Duration, String> {
+    let time = match text.parse::<u64>() {
+        Ok(seconds) => Duration::from_secs(seconds),
+        Err(_) => humantime::parse_duration(text)
+            .map_err(|error| format!("{error}; write it as 500ms, 10s or 1m"))?,
+    };
+    let max = Duration::from_millis(limits::TIMEOUT_MAX_MS);
+    if time.is_zero() {
+        Err("it must be longer than 0".into())
+    } else if time > max {
+        Err(format!("the longest is {}", humantime::format_duration(max)))
+    } else {
+        Ok(time)
+    }
+}
+
+/// A database name: 1 to 64 of `A-Z a-z 0-9 _ -`.
+fn database_name(text: &str) -> Result<String, String> {
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
+    if text.is_empty() || text.len() > limits::NAME_BYTES_MAX || !text.bytes().all(allowed) {
+        return Err(format!("a name is 1 to {} of A-Z a-z 0-9 _ -", limits::NAME_BYTES_MAX));
+    }
+    Ok(text.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &[&str]) -> Result<Cli, clap::Error> {
+        let args = std::iter::once("pontoon").chain(line.iter().copied());
+        Cli::try_parse_from(modernise(args.map(OsString::from).collect()))
+    }
+
+    #[test]
+    fn the_parser_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_reports_lines_are_subcommands() {
+        let cli = parse(&["-setup", "testDB", "3", "5"]).unwrap();
+        let Command::Setup(setup) = cli.command else { panic!("not setup") };
+        assert_eq!((setup.name.as_str(), setup.replicas, setup.partitions), ("testDB", 3, 5));
+        assert!(matches!(parse(&["-set", "testDB", "bob", "hello"]).unwrap().command, Command::Set(_)));
+        assert!(matches!(parse(&["-get", "testDB", "bob"]).unwrap().command, Command::Get(_)));
+        assert!(matches!(parse(&["-clean"]).unwrap().command, Command::Clean(_)));
+        assert!(matches!(
+            parse(&["-test", "leaderFailure", "4"]).unwrap().command,
+            Command::Test(TestCommand::LeaderFailure(TestArgs { nodes: 4 }))
+        ));
+        assert!(matches!(
+            parse(&["-test", "replicationTest", "4"]).unwrap().command,
+            Command::Test(TestCommand::Replication(TestArgs { nodes: 4 }))
+        ));
+    }
+
+    #[test]
+    fn only_the_first_argument_is_read_as_an_old_spelling() {
+        let Command::Set(set) = parse(&["set", "db", "-get", "-set"]).unwrap().command else {
+            panic!("not set")
+        };
+        assert_eq!(set.key, "-get");
+        assert_eq!(set.value.unwrap(), "-set");
+    }
+
+    #[test]
+    fn keys_and_values_may_begin_with_a_hyphen() {
+        for (key, value) in [("-1", "-x=2"), ("--key", "--value"), ("-", "--"), ("-key", "v")] {
+            if value == "--" {
+                continue; // `--` itself ends the options; it takes another `--` before it
+            }
+            let Command::Set(set) = parse(&["set", "db", key, value, "--json"]).unwrap().command else {
+                panic!("not set")
+            };
+            assert_eq!(set.key, key);
+            assert_eq!(set.value.unwrap(), value);
+        }
+        let Command::Set(set) = parse(&["set", "db", "--", "--json", "-h"]).unwrap().command else {
+            panic!("not set")
+        };
+        assert_eq!((set.key.to_str(), set.value.unwrap().to_str()), (Some("--json"), Some("-h")));
+        let cas = ["cas", "db", "-k", "--expect", "-old", "-new"];
+        let Command::Cas(cas) = parse(&cas).unwrap().command else { panic!("not cas") };
+        assert_eq!(cas.key, "-k");
+        assert_eq!(cas.condition.expect.unwrap(), "-old");
+        assert_eq!(cas.new.unwrap(), "-new");
+    }
+
+    #[test]
+    fn cas_takes_exactly_one_condition() {
+        assert!(parse(&["cas", "db", "k", "new"]).is_err());
+        assert!(parse(&["cas", "db", "k", "--absent", "--version", "1", "new"]).is_err());
+        assert!(parse(&["cas", "db", "k", "--version", "1", "new"]).is_ok());
+        assert!(parse(&["cas", "db", "k", "--absent", "new"]).is_ok());
+    }
+
+    #[test]
+    fn a_value_comes_from_exactly_one_place() {
+        assert!(parse(&["set", "db", "k"]).is_err());
+        assert!(parse(&["set", "db", "k", "v", "--stdin"]).is_err());
+        assert!(parse(&["set", "db", "k", "--file", "f", "--stdin"]).is_err());
+        assert!(parse(&["set", "db", "k", "--file", "f"]).is_ok());
+        assert!(parse(&["set", "db", "k", "--stdin"]).is_ok());
+        assert!(parse(&["set", "db", "k", ""]).is_ok());
+    }
+
+    #[test]
+    fn numbers_and_names_have_bounds() {
+        for (name, replicas, partitions, ok) in [
+            ("a", "1", "1", true),
+            ("A-z_9", "7", "4096", true),
+            ("-a", "3", "5", true),
+            ("a", "0", "1", false),
+            ("a", "8", "1", false),
+            ("a", "1", "0", false),
+            ("a", "1", "4097", false),
+            ("a b", "1", "1", false),
+            ("ä", "1", "1", false),
+            ("", "1", "1", false),
+            (&"x".repeat(64), "1", "1", true),
+            (&"x".repeat(65), "1", "1", false),
+        ] {
+            for command in [&["setup"][..], &["db", "create"]] {
+                let line = [command, &[name, replicas, partitions]].concat();
+                assert_eq!(parse(&line).is_ok(), ok, "{line:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn times_are_read_with_and_without_units() {
+        assert_eq!(duration("250ms"), Ok(Duration::from_millis(250)));
+        assert_eq!(duration("1m 30s"), Ok(Duration::from_secs(90)));
+        assert_eq!(duration("7"), Ok(Duration::from_secs(7)));
+        for bad in ["", "0", "0s", "-1s", "ten", "1y"] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+}

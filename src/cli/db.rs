@@ -1,0 +1,78 @@
+//! `db list|create|drop`.
+
+use serde_json::{Value, json};
+
+use super::args::{DbCommand, DbCreateArgs, DbDropArgs};
+use super::clean::confirmed;
+use super::context::{Context, with_session};
+use super::failure::{Exit, Failure};
+use super::output;
+use super::setup;
+use super::status;
+use crate::placement::map::DatabaseRecord;
+
+/// `db ...`
+pub fn db(context: &Context, command: &DbCommand) -> Result<Exit, Failure> {
+    match command {
+        DbCommand::List => list(context),
+        DbCommand::Create(args) => create(context, args),
+        DbCommand::Drop(args) => drop(context, args),
+    }
+}
+
+fn list(context: &Context) -> Result<Exit, Failure> {
+    let map = with_session(context, async |session| Ok(session.client.map().await?))?;
+    let databases = status::databases(&map);
+    if context.json() {
+        output::json(&json!({"databases": databases.map(json_of).collect::<Value>()}))?;
+        return Ok(Exit::Done);
+    }
+    let mut table = output::table(&["database", "replicas", "shards"]);
+    for db in databases {
+        table.add_row([db.name.clone(), db.replicas.to_string(), db.shards.len().to_string()]);
+    }
+    output::line(table.to_string())?;
+    Ok(Exit::Done)
+}
+
+fn json_of(db: &DatabaseRecord) -> Value {
+    json!({"name": db.name, "replicas": db.replicas, "shards": db.shards.len()})
+}
+
+fn create(context: &Context, args: &DbCreateArgs) -> Result<Exit, Failure> {
+    let (record, created) = with_session(context, async |session| {
+        let client = &session.client;
+        let (name, replicas, shards) = (&args.name, args.replicas, args.partitions);
+        setup::create_database(client, name, replicas, shards, session.remaining()).await
+    })?;
+    if context.json() {
+        let mut object = json_of(&record);
+        object["created"] = created.into();
+        output::json(&object)?;
+    } else {
+        let done = if created { "created" } else { "exists already:" };
+        output::line(format!(
+            "{done} database {} with {} replicas and {} shards",
+            record.name,
+            record.replicas,
+            record.shards.len()
+        ))?;
+    }
+    Ok(Exit::Done)
+}
+
+fn drop(context: &Context, args: &DbDropArgs) -> Result<Exit, Failure> {
+    let question = format!("Remove database {} with all its data? [y/N] ", args.name);
+    if !args.yes && !confirmed(&question)? {
+        return Err(Failure::negative("declined", "nothing was removed"));
+    }
+    with_session(context, async |session| {
+        Ok(session.client.drop_database(&args.name, session.remaining()).await?)
+    })?;
+    if context.json() {
+        output::json(&json!({"name": args.name, "dropped": true}))?;
+    } else {
+        output::line(format!("dropped database {}", args.name))?;
+    }
+    Ok(Exit::Done)
+}

@@ -1,0 +1,537 @@
+//! The picture of a cluster: what the map says, laid over what the nodes say of themselves. Pure.
+
+use std::collections::BTreeMap;
+
+use raft::StateRole;
+use serde_json::{Value, json};
+
+use super::output;
+use super::status::{Reports, databases};
+use crate::ids::{METADATA_SHARD, NodeId, ReplicaId, ShardId};
+use crate::node::handle::{NodePhase, ReplicaHealth, ReplicaReport};
+use crate::placement::map::{ClusterMap, MemberRole, ShardRecord};
+
+/// The picture of a cluster.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Overview {
+    /// Identity of the cluster.
+    pub cluster_id: String,
+    /// Its nodes.
+    pub nodes: Vec<NodeView>,
+    /// The metadata shard; `None` where one database was asked for.
+    pub metadata: Option<ShardView>,
+    /// Its databases, or the one that was asked for.
+    pub databases: Vec<DatabaseView>,
+}
+
+/// A node.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NodeView {
+    /// Its id.
+    pub id: NodeId,
+    /// Its label.
+    pub label: String,
+    /// Address of its client port.
+    pub address: String,
+    /// Failure domain.
+    pub zone: String,
+    /// `ready`, `starting`, `stopping` or `unreachable`.
+    pub state: &'static str,
+    /// Shards it leads, of those in the picture and the metadata shard.
+    pub leaders: usize,
+    /// Replicas it holds, likewise.
+    pub replicas: usize,
+    /// Bytes in its directory; `None` if it can't be asked.
+    pub disk_bytes: Option<u64>,
+}
+
+/// A database.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DatabaseView {
+    /// Its name.
+    pub name: String,
+    /// Replicas that each shard should have.
+    pub replicas: u32,
+    /// Its shards.
+    pub shards: Vec<ShardView>,
+}
+
+/// A shard.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ShardView {
+    /// The record in the map.
+    pub record: ShardRecord,
+    /// Node of its leader.
+    pub leader: Option<NodeId>,
+    /// Client address of that node.
+    pub leader_address: Option<String>,
+    /// Its replicas.
+    pub replicas: Vec<ReplicaView>,
+}
+
+/// A replica.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ReplicaView {
+    /// Its node.
+    pub node: NodeId,
+    /// Client address of the node.
+    pub address: Option<String>,
+    /// `leader`, `follower`, `candidate`, `learner` or `voter` where only the map is known.
+    pub role: &'static str,
+    /// `serving`, `recovering`, `restarting`, `quarantined`, `failed`, `missing` or `unreachable`.
+    pub state: &'static str,
+    /// Why it isn't serving.
+    pub message: Option<String>,
+    /// Index it has applied.
+    pub applied: Option<u64>,
+    /// Entries that its leader has committed and it has not applied.
+    pub lag: Option<u64>,
+}
+
+impl Overview {
+    /// Puts map and reports together.
+    pub fn new(map: &ClusterMap, reports: &Reports, db: Option<&str>) -> Overview {
+        let view = |id: &ShardId| map.shards.get(id).map(|s| ShardView::new(map, s, reports));
+        let databases: Vec<DatabaseView> = databases(map)
+            .filter(|record| db.is_none_or(|name| record.name == name))
+            .map(|record| DatabaseView {
+                name: record.name.clone(),
+                replicas: record.replicas,
+                shards: record.shards.iter().filter_map(view).collect(),
+            })
+            .collect();
+        let metadata = view(&METADATA_SHARD);
+
+        let mut leaders = BTreeMap::<NodeId, usize>::new();
+        let mut replicas = BTreeMap::<NodeId, usize>::new();
+        for shard in databases.iter().flat_map(|db| &db.shards).chain(&metadata) {
+            if let Some(node) = shard.leader {
+                *leaders.entry(node).or_default() += 1;
+            }
+            for replica in &shard.replicas {
+                *replicas.entry(replica.node).or_default() += 1;
+            }
+        }
+        let nodes = map
+            .nodes
+            .values()
+            .map(|record| {
+                let report = reports.get(&record.id).and_then(|r| r.as_ref().ok());
+                NodeView {
+                    id: record.id,
+                    label: record.label.clone(),
+                    address: record.client_address.clone(),
+                    zone: record.zone.clone(),
+                    state: report.map_or("unreachable", |r| phase_name(r.phase)),
+                    leaders: leaders.get(&record.id).copied().unwrap_or(0),
+                    replicas: replicas.get(&record.id).copied().unwrap_or(0),
+                    disk_bytes: report.map(|r| r.disk_bytes),
+                }
+            })
+            .collect();
+        Overview {
+            cluster_id: map.cluster_id.to_string(),
+            nodes,
+            metadata: metadata.filter(|_| db.is_none()),
+            databases,
+        }
+    }
+
+    fn shards(&self) -> impl Iterator<Item = &ShardView> {
+        let databases = self.databases.iter().flat_map(|db| &db.shards);
+        self.metadata.iter().chain(databases)
+    }
+
+    /// Whether every shard in the picture has a leader.
+    pub fn every_shard_is_led(&self) -> bool {
+        self.shards().all(|shard| shard.leader.is_some())
+    }
+
+    /// As a JSON object.
+    pub fn json(&self) -> Value {
+        let nodes = self.nodes.iter().map(|node| {
+            json!({
+                "id": node.id.0,
+                "label": node.label,
+                "address": node.address,
+                "zone": node.zone,
+                "state": node.state,
+                "leaders": node.leaders,
+                "replicas": node.replicas,
+                "disk_bytes": node.disk_bytes,
+            })
+        });
+        let databases = self.databases.iter().map(|db| {
+            json!({
+                "name": db.name,
+                "replicas": db.replicas,
+                "shards": db.shards.iter().map(ShardView::json).collect::<Value>(),
+            })
+        });
+        let mut object = json!({
+            "cluster_id": self.cluster_id,
+            "nodes": nodes.collect::<Value>(),
+            "databases": databases.collect::<Value>(),
+        });
+        if let Some(metadata) = &self.metadata {
+            object["metadata"] = metadata.json();
+        }
+        object
+    }
+
+    /// The nodes as a table.
+    pub fn node_table(&self) -> String {
+        let headings = ["node", "label", "address", "zone", "state", "leaders", "replicas", "disk"];
+        let mut table = output::table(&headings);
+        for node in &self.nodes {
+            table.add_row([
+                node.id.to_string(),
+                node.label.clone(),
+                node.address.clone(),
+                if node.zone.is_empty() { "-".into() } else { node.zone.clone() },
+                node.state.to_owned(),
+                node.leaders.to_string(),
+                node.replicas.to_string(),
+                node.disk_bytes.map_or("-".into(), output::size),
+            ]);
+        }
+        table.to_string()
+    }
+
+    /// The shards as a table.
+    pub fn shard_table(&self) -> String {
+        let mut table = output::table(&["database", "shard", "range", "replicas", "leader", "state"]);
+        let metadata = self.metadata.iter().map(|shard| ("(metadata)", shard));
+        let databases =
+            self.databases.iter().flat_map(|db| db.shards.iter().map(|shard| (db.name.as_str(), shard)));
+        for (name, shard) in metadata.chain(databases) {
+            table.add_row([
+                name.to_owned(),
+                shard.record.id.to_string(),
+                format!("{}-{}", shard.start(), shard.end()),
+                shard.replicas_text(),
+                shard.leader_text(),
+                shard.state_text(),
+            ]);
+        }
+        table.to_string()
+    }
+
+    /// Both tables, the cluster's id, and a line on what is wrong, if anything is.
+    pub fn text(&self) -> String {
+        let mut text =
+            format!("cluster {}\n{}\n{}\n", self.cluster_id, self.node_table(), self.shard_table());
+        let leaderless = self.shards().filter(|s| s.leader.is_none()).count();
+        if leaderless > 0 {
+            text.push_str(&format!("{leaderless} shards have no leader\n"));
+        }
+        text
+    }
+}
+
+impl ShardView {
+    /// Puts a shard's record together with what the holders of its replicas say.
+    pub fn new(map: &ClusterMap, record: &ShardRecord, reports: &Reports) -> ShardView {
+        let report_of = |node: NodeId, replica: ReplicaId| -> Option<&ReplicaReport> {
+            let report = reports.get(&node)?.as_ref().ok()?;
+            report.replicas.iter().find(|r| r.shard == record.id && r.replica == replica)
+        };
+        // An old leader that is cut off still believes in itself; the newest term is right.
+        let leader = record
+            .members
+            .iter()
+            .filter_map(|m| Some((m, report_of(m.node, m.replica)?.group.as_ref()?)))
+            .filter(|(_, group)| group.role == StateRole::Leader)
+            .max_by_key(|(_, group)| group.term);
+        let committed = leader.map(|(_, group)| group.committed);
+        let address = |node: NodeId| map.nodes.get(&node).map(|n| n.client_address.clone());
+        let replicas = record
+            .members
+            .iter()
+            .map(|member| {
+                let answered = reports.get(&member.node).is_some_and(Result::is_ok);
+                let report = report_of(member.node, member.replica);
+                let group = report.and_then(|r| r.group.as_ref());
+                let (state, message) = match report.map(|r| &r.health) {
+                    Some(health) => health_name(health),
+                    None if answered => ("missing", None),
+                    None => ("unreachable", None),
+                };
+                let applied = group.map(|g| g.applied);
+                ReplicaView {
+                    node: member.node,
+                    address: address(member.node),
+                    role: match (group, member.role) {
+                        (Some(group), _) if group.learner => "learner",
+                        (Some(group), _) => role_name(group.role),
+                        (None, MemberRole::Learner) => "learner",
+                        (None, MemberRole::Voter) => "voter",
+                    },
+                    state,
+                    message: message.map(str::to_owned),
+                    applied,
+                    lag: applied.zip(committed).map(|(applied, committed)| committed.saturating_sub(applied)),
+                }
+            })
+            .collect();
+        let leader = leader.map(|(member, _)| member.node);
+        ShardView { record: record.clone(), leader, leader_address: leader.and_then(address), replicas }
+    }
+
+    /// `ok`: led, all replicas serve; `degraded`: led, some don't; `unavailable`: no leader.
+    pub fn state(&self) -> &'static str {
+        match self.leader {
+            None => "unavailable",
+            Some(_) if self.replicas.iter().all(|r| r.state == "serving") => "ok",
+            Some(_) => "degraded",
+        }
+    }
+
+    /// First ring position, in hexadecimal: JSON numbers don't hold 64 bits everywhere.
+    pub fn start(&self) -> String {
+        format!("{:016x}", self.record.range.start)
+    }
+
+    /// Last ring position.
+    pub fn end(&self) -> String {
+        format!("{:016x}", self.record.range.end)
+    }
+
+    /// The nodes that hold replicas, for a table.
+    pub fn replicas_text(&self) -> String {
+        let nodes: Vec<String> = self.replicas.iter().map(|r| r.node.to_string()).collect();
+        nodes.join(" ")
+    }
+
+    /// The leader, for a table.
+    pub fn leader_text(&self) -> String {
+        match (self.leader, &self.leader_address) {
+            (Some(node), Some(address)) => format!("{node} ({address})"),
+            (Some(node), None) => node.to_string(),
+            (None, _) => "-".into(),
+        }
+    }
+
+    /// The state, for a table: with the replicas that don't serve, and why.
+    fn state_text(&self) -> String {
+        let mut text = self.state().to_owned();
+        for replica in self.replicas.iter().filter(|r| r.state != "serving") {
+            text.push_str(&format!("; {} {}", replica.node, replica.state));
+            if let Some(message) = &replica.message {
+                text.push_str(&format!(": {}", output::printable(message.as_bytes())));
+            }
+        }
+        text
+    }
+
+    fn json(&self) -> Value {
+        let replicas = self.replicas.iter().map(|replica| {
+            json!({
+                "node": replica.node.0,
+                "role": replica.role,
+                "state": replica.state,
+                "message": replica.message,
+                "applied": replica.applied,
+                "lag": replica.lag,
+            })
+        });
+        json!({
+            "id": self.record.id.0,
+            "start": self.start(),
+            "end": self.end(),
+            "epoch": {"range": self.record.epoch.range, "conf": self.record.epoch.conf},
+            "leader": self.leader.map(|node| node.0),
+            "state": self.state(),
+            "replicas": replicas.collect::<Value>(),
+        })
+    }
+}
+
+/// A node's phase as a word.
+pub fn phase_name(phase: NodePhase) -> &'static str {
+    match phase {
+        NodePhase::Starting => "starting",
+        NodePhase::Ready => "ready",
+        NodePhase::Stopping => "stopping",
+    }
+}
+
+fn role_name(role: StateRole) -> &'static str {
+    match role {
+        StateRole::Leader => "leader",
+        StateRole::Follower => "follower",
+        StateRole::Candidate | StateRole::PreCandidate => "candidate",
+    }
+}
+
+fn health_name(health: &ReplicaHealth) -> (&'static str, Option<&str>) {
+    match health {
+        ReplicaHealth::Serving => ("serving", None),
+        ReplicaHealth::Recovering => ("recovering", None),
+        ReplicaHealth::Restarting(why) => ("restarting", Some(why)),
+        ReplicaHealth::Quarantined(why) => ("quarantined", Some(why)),
+        ReplicaHealth::Failed(why) => ("failed", Some(why)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::client::{ClientError, NotApplied};
+    use crate::group::types::GroupStatus;
+    use crate::ids::{DatabaseId, Epoch, StoreId};
+    use crate::node::handle::NodeReport;
+    use crate::placement::map::{DatabaseRecord, Member, NodeRecord};
+    use crate::placement::ring::RingRange;
+
+    fn member(n: u64) -> Member {
+        Member { replica: ReplicaId(10 + n), node: NodeId(n), role: MemberRole::Voter }
+    }
+
+    /// Three nodes and a database of one shard on all of them.
+    fn map() -> ClusterMap {
+        let mut map = ClusterMap::default();
+        for n in 1..=3 {
+            map.nodes.insert(
+                NodeId(n),
+                NodeRecord {
+                    id: NodeId(n),
+                    label: format!("n{n}"),
+                    client_address: format!("h:{n}"),
+                    peer_address: format!("p:{n}"),
+                    zone: String::new(),
+                    weight: 100,
+                    store_id: StoreId::default(),
+                    changed_at: 1,
+                },
+            );
+        }
+        for (id, name, shard, dropped) in [(1, "db", 1, false), (2, "old", 2, true)] {
+            map.databases.insert(
+                DatabaseId(id),
+                DatabaseRecord {
+                    id: DatabaseId(id),
+                    name: name.into(),
+                    replicas: 3,
+                    shards: vec![ShardId(shard)],
+                    dropped,
+                    changed_at: 1,
+                },
+            );
+        }
+        map.shards.insert(
+            ShardId(1),
+            ShardRecord {
+                id: ShardId(1),
+                database: DatabaseId(1),
+                range: RingRange::ALL,
+                epoch: Epoch { range: 1, conf: 2 },
+                members: (1..=3).map(member).collect(),
+                dropped: false,
+                changed_at: 1,
+            },
+        );
+        map
+    }
+
+    fn report(n: u64, role: StateRole, term: u64, applied: u64, committed: u64) -> NodeReport {
+        NodeReport {
+            node: NodeId(n),
+            label: format!("n{n}"),
+            phase: NodePhase::Ready,
+            disk_bytes: 4096,
+            replicas: vec![ReplicaReport {
+                shard: ShardId(1),
+                replica: ReplicaId(10 + n),
+                health: ReplicaHealth::Serving,
+                group: Some(GroupStatus {
+                    role,
+                    learner: false,
+                    term,
+                    leader: None,
+                    applied,
+                    committed,
+                    last: committed,
+                    recovering: false,
+                    incarnation: 1,
+                }),
+                restarts: 0,
+            }],
+            uptime: Duration::ZERO,
+        }
+    }
+
+    fn down() -> Result<NodeReport, ClientError> {
+        Err(ClientError::NotApplied(NotApplied::Closed))
+    }
+
+    fn reports(list: [Result<NodeReport, ClientError>; 3]) -> Reports {
+        (1..).map(NodeId).zip(list).collect()
+    }
+
+    #[test]
+    fn a_healthy_cluster_in_json() {
+        let reports = reports([
+            Ok(report(1, StateRole::Leader, 7, 20, 20)),
+            Ok(report(2, StateRole::Follower, 7, 18, 19)),
+            Ok(report(3, StateRole::Follower, 7, 20, 20)),
+        ]);
+        let seen = Overview::new(&map(), &reports, Some("db"));
+        assert!(seen.every_shard_is_led());
+        let json = seen.json();
+        let node = &json["nodes"][0];
+        assert_eq!(
+            node.to_string(),
+            r#"{"id":1,"label":"n1","address":"h:1","zone":"","state":"ready","leaders":1,"replicas":1,"disk_bytes":4096}"#
+        );
+        assert_eq!(json["databases"].as_array().unwrap().len(), 1, "dropped ones are not shown");
+        assert_eq!(
+            json["databases"][0]["shards"][0].to_string(),
+            concat!(
+                r#"{"id":1,"start":"0000000000000000","end":"ffffffffffffffff","#,
+                r#""epoch":{"range":1,"conf":2},"leader":1,"state":"ok","replicas":["#,
+                r#"{"node":1,"role":"leader","state":"serving","message":null,"applied":20,"lag":0},"#,
+                r#"{"node":2,"role":"follower","state":"serving","message":null,"applied":18,"lag":2},"#,
+                r#"{"node":3,"role":"follower","state":"serving","message":null,"applied":20,"lag":0}]}"#
+            )
+        );
+        let text = seen.text();
+        assert!(text.contains("1 (h:1)") && text.contains("1 2 3"), "{text}");
+    }
+
+    #[test]
+    fn the_leader_of_the_newest_term_is_the_leader() {
+        let reports = reports([
+            Ok(report(1, StateRole::Leader, 7, 20, 20)),
+            Ok(report(2, StateRole::Leader, 8, 25, 25)),
+            down(),
+        ]);
+        let seen = Overview::new(&map(), &reports, None);
+        let shard = &seen.databases[0].shards[0];
+        assert_eq!(shard.leader, Some(NodeId(2)));
+        assert_eq!(shard.state(), "degraded");
+        assert_eq!(shard.replicas[0].lag, Some(5));
+        let gone = &shard.replicas[2];
+        assert_eq!((gone.state, gone.role, gone.lag), ("unreachable", "voter", None));
+        assert_eq!(seen.nodes[2].state, "unreachable");
+        assert_eq!(seen.nodes[2].disk_bytes, None);
+    }
+
+    #[test]
+    fn a_shard_without_a_leader_is_unavailable() {
+        let mut broken = report(1, StateRole::Follower, 7, 20, 20);
+        broken.replicas[0].health = ReplicaHealth::Quarantined("poison".into());
+        broken.replicas[0].group = None;
+        let mut empty = report(2, StateRole::Follower, 7, 20, 20);
+        empty.replicas.clear();
+        let seen = Overview::new(&map(), &reports([Ok(broken), Ok(empty), down()]), None);
+        let shard = &seen.databases[0].shards[0];
+        assert!(!seen.every_shard_is_led());
+        assert_eq!(shard.state(), "unavailable");
+        assert_eq!(shard.replicas[0].message.as_deref(), Some("poison"));
+        assert_eq!(shard.replicas[1].state, "missing");
+        assert!(seen.text().contains("1 shards have no leader"));
+    }
+}

@@ -1,0 +1,604 @@
+//! `setup`: a local cluster if there is none, and a database.
+//!
+//! The nodes run in this process, on loopback ports and in directories of their own, with the code
+//! that `serve` runs. With `--detach` this process starts itself again in the background and waits
+//! until that child is ready or has failed.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures_util::future::try_join_all;
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::args::SetupArgs;
+use super::context::{Context, Session, block_on};
+use super::failure::{Exit, Failure};
+use super::local::{ClusterFile, DatabaseEntry, Holder, LocalDir, LocalLock, NodeEntry, bind_free_port};
+use super::locate::Place;
+use super::output;
+use super::serve::{
+    bind, bound_to, failed_node, ignore_closed_pipe, on_system, run_until_stopped, start_log, stop_all,
+    until_stopped,
+};
+use super::signals::Signals;
+use super::status;
+use crate::client::Client;
+use crate::node::handle::NodeHandle;
+use crate::node::{self, Listeners, RunningNode};
+use crate::placement::map::{ClusterMap, DatabaseRecord};
+use crate::settings::{LogFormat, LogSettings, Settings};
+
+/// Deadline of a setup where none is given: thousands of shards take a while on a small machine.
+const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How often the parent looks whether its child is ready, and the nodes' process whether the
+/// databases have changed.
+const POLL: Duration = Duration::from_millis(20);
+const REFRESH: Duration = Duration::from_secs(1);
+
+/// `setup NAME REPLICAS PARTITIONS`
+pub fn setup(context: &Context, args: &SetupArgs) -> Result<Exit, Failure> {
+    if let Some(nodes) = args.nodes
+        && nodes < args.replicas
+    {
+        return Err(too_few_nodes(nodes, args.replicas));
+    }
+    let dir = match context.place()? {
+        Place::Addresses(addresses) => return create_there(context, args, addresses),
+        Place::Local(path) => LocalDir::new(path),
+    };
+    dir.check_ours()?;
+    if dir.holder()? != Holder::None {
+        return create_in_running(context, args, &dir);
+    }
+    let cluster = dir.read()?;
+    if let Some(cluster) = &cluster {
+        check_against(cluster, args, &dir)?;
+    }
+    if args.detach {
+        return detach(context, &dir);
+    }
+    match dir.lock()? {
+        Ok(lock) => host(context, args, dir, lock),
+        // Somebody else was faster.
+        Err(_) => create_in_running(context, args, &dir),
+    }
+}
+
+fn too_few_nodes(nodes: u32, replicas: u32) -> Failure {
+    Failure::usage(
+        "too_few_nodes",
+        format!(
+            "{nodes} nodes can't hold {replicas} replicas of a shard, each on a node of its own; \
+             use at least --nodes {replicas}"
+        ),
+    )
+}
+
+/// What the existing cluster says to the wish; its file is a hint, the cluster itself asks again.
+fn check_against(cluster: &ClusterFile, args: &SetupArgs, dir: &LocalDir) -> Result<(), Failure> {
+    let nodes = cluster.nodes.len() as u32;
+    if let Some(asked) = args.nodes.filter(|asked| *asked != nodes) {
+        return Err(Failure::usage(
+            "other_nodes",
+            format!(
+                "the local cluster in {} has {nodes} nodes, not {asked}; leave out --nodes, choose \
+                 another --data, or remove it with `pontoon clean`",
+                dir.path().display()
+            ),
+        ));
+    }
+    if nodes < args.replicas {
+        return Err(too_few_nodes(nodes, args.replicas));
+    }
+    match cluster.databases.iter().find(|db| db.name == args.name) {
+        Some(db) => {
+            let asked = (args.replicas, args.partitions);
+            check_numbers(&args.name, asked, (db.replicas, db.shards))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Compares (replicas, shards).
+fn check_numbers(name: &str, asked: (u32, u32), have: (u32, u32)) -> Result<(), Failure> {
+    if asked == have {
+        return Ok(());
+    }
+    Err(Failure::negative(
+        "database_exists",
+        format!(
+            "database `{name}` exists with {} replicas and {} shards; {} replicas and {} shards \
+             were asked for. Use its numbers, another name, or drop it with `pontoon db drop`",
+            have.0, have.1, asked.0, asked.1
+        ),
+    ))
+}
+
+fn create_in_running(context: &Context, args: &SetupArgs, dir: &LocalDir) -> Result<Exit, Failure> {
+    // A cluster that is just starting has the lock a moment before its file.
+    let deadline = Instant::now() + context.timeout_or(TIMEOUT);
+    let cluster = loop {
+        if let Some(cluster) = dir.read()? {
+            break cluster;
+        }
+        if Instant::now() >= deadline {
+            return Err(Failure::unavailable(format!(
+                "a process holds {} and has not described its cluster; see `pontoon stop`",
+                dir.path().display()
+            )));
+        }
+        std::thread::sleep(POLL);
+    };
+    check_against(&cluster, args, dir)?;
+    create_there(context, args, cluster.addresses())
+}
+
+/// Creates the database in a cluster that runs elsewhere.
+fn create_there(context: &Context, args: &SetupArgs, addresses: Vec<String>) -> Result<Exit, Failure> {
+    block_on(async {
+        let session = Session::open(addresses, context.timeout_or(TIMEOUT)).await?;
+        let result = async {
+            create(&session.client, args, session.remaining()).await?;
+            show(context, &session.client, args, None).await
+        }
+        .await;
+        session.client.close().await;
+        result?;
+        Ok(Exit::Done)
+    })
+}
+
+/// Creates a database, unless it is there with the same numbers; returns whether it was made now.
+/// With other numbers the failure shows both.
+pub async fn create_database(
+    client: &Client,
+    name: &str,
+    replicas: u32,
+    shards: u32,
+    timeout: Duration,
+) -> Result<(DatabaseRecord, bool), Failure> {
+    let map = client.map().await?;
+    if let Some(db) = map.database(name) {
+        check_numbers(name, (replicas, shards), (db.replicas, db.shards.len() as u32))?;
+    }
+    // Also where it exists: this waits until each of its shards has a leader.
+    let made = client.create_database(name, replicas, shards, timeout);
+    made.await.map_err(|error| {
+        let failure = Failure::from(error);
+        Failure {
+            message: format!(
+                "creating database `{name}` with {replicas} replicas and {shards} shards: {}",
+                failure.message
+            ),
+            ..failure
+        }
+    })
+}
+
+async fn create(client: &Client, args: &SetupArgs, timeout: Duration) -> Result<(), Failure> {
+    create_database(client, &args.name, args.replicas, args.partitions, timeout).await.map(drop)
+}
+
+/// Prints addresses, the shard map with leaders, and `ready`, in one write.
+async fn show(
+    context: &Context,
+    client: &Client,
+    args: &SetupArgs,
+    dir: Option<&LocalDir>,
+) -> Result<(), Failure> {
+    let seen = status::look(client, Some(&args.name)).await?;
+    if context.json() {
+        let mut object = seen.json();
+        object["ready"] = true.into();
+        object["data"] = dir.map(|dir| dir.path().display().to_string()).into();
+        return output::json(&object);
+    }
+    let place = dir.map_or(String::new(), |dir| format!(" in {}", dir.path().display()));
+    output::bytes(
+        format!("cluster {}{place}\n{}\n{}\nready\n", seen.cluster_id, seen.node_table(), seen.shard_table())
+            .as_bytes(),
+    )
+}
+
+/// Runs the nodes in this process.
+fn host(context: &Context, args: &SetupArgs, dir: LocalDir, lock: LocalLock) -> Result<Exit, Failure> {
+    let signals = Signals::listen(Some(super::serve::STOP_LIMIT))?;
+    let (mut cluster, ports) = match dir.read()? {
+        Some(cluster) => {
+            let ports = bind_kept(&cluster, &dir)?;
+            (cluster, ports)
+        }
+        None => choose_nodes(args.nodes.unwrap_or(args.replicas))?,
+    };
+    cluster.pid = Some(std::process::id());
+    dir.write(&cluster)?;
+    let settings: Vec<Settings> = all_settings(&cluster, &dir);
+    start_log(&log_settings(args.detached))?;
+    let timeout = context.timeout_or(TIMEOUT);
+    let result = on_system(async {
+        // Nodes that run so far, kept here so that a failed start stops them too.
+        let mut nodes = Vec::new();
+        let start = start_nodes(&mut nodes, settings, ports, timeout);
+        let started = match until_stopped(&signals, start).await {
+            None => Ok(false),
+            Some(Err(failure)) => Err(failure),
+            Some(Ok(())) => {
+                let publish = publish(context, args, &dir, &mut cluster, timeout);
+                until_stopped(&signals, publish).await.transpose().map(|done| done.is_some())
+            }
+        };
+        match started {
+            Ok(true) => {
+                let handle = nodes.first().map(RunningNode::handle);
+                tokio::select! {
+                    result = run_until_stopped(nodes, &signals) => result,
+                    failure = keep_current(&dir, &mut cluster, handle) => Err(failure),
+                }
+            }
+            Ok(false) => {
+                stop_all(nodes).await;
+                Ok(Exit::Done)
+            }
+            Err(failure) => {
+                stop_all(nodes).await;
+                Err(failure)
+            }
+        }
+    });
+    cluster.pid = None;
+    if let Err(failure) = dir.write(&cluster) {
+        output::note(failure.message);
+    }
+    drop(lock);
+    result
+}
+
+/// On a terminal only what calls for attention; in the log file of a cluster in the background
+/// everything of interest. `PONTOON__LOG__LEVEL` overrides, as it does for `serve`.
+fn log_settings(detached: bool) -> LogSettings {
+    let level = std::env::var("PONTOON__LOG__LEVEL").ok().filter(|level| !level.is_empty());
+    LogSettings {
+        level: level.unwrap_or_else(|| if detached { "info" } else { "warn" }.to_owned()),
+        format: LogFormat::Text,
+    }
+}
+
+async fn start_nodes(
+    nodes: &mut Vec<RunningNode>,
+    settings: Vec<Settings>,
+    ports: Vec<Listeners>,
+    timeout: Duration,
+) -> Result<(), Failure> {
+    for (settings, listeners) in settings.into_iter().zip(ports) {
+        let label = settings.node.id.clone();
+        let node =
+            node::start(settings, listeners).await.map_err(|error| named(&label, failed_node(error)))?;
+        nodes.push(node);
+    }
+    let ready = try_join_all(nodes.iter().map(async |node| {
+        tokio::select! {
+            ready = node.ready() => ready,
+            error = node.failed() => Err(error),
+        }
+    }));
+    tokio::time::timeout(timeout, ready)
+        .await
+        .map_err(|_| {
+            Failure::unavailable(format!(
+                "the nodes were not ready within {timeout:?}; see the log, or allow more time with \
+                 --timeout"
+            ))
+        })?
+        .map_err(failed_node)?;
+    Ok(())
+}
+
+fn named(label: &str, failure: Failure) -> Failure {
+    Failure { message: format!("node {label}: {}", failure.message), ..failure }
+}
+
+/// Creates the database and tells the world where it is.
+async fn publish(
+    context: &Context,
+    args: &SetupArgs,
+    dir: &LocalDir,
+    cluster: &mut ClusterFile,
+    timeout: Duration,
+) -> Result<(), Failure> {
+    let session = Session::open(cluster.addresses(), timeout).await?;
+    let result = async {
+        create(&session.client, args, session.remaining()).await?;
+        let map = session.client.map().await?;
+        refresh(cluster, &map);
+        dir.write(cluster)?;
+        show(context, &session.client, args, Some(dir)).await.or_else(ignore_closed_pipe)
+    }
+    .await;
+    session.client.close().await;
+    result
+}
+
+/// Takes over what the map tells. Returns whether anything changed.
+fn refresh(cluster: &mut ClusterFile, map: &ClusterMap) -> bool {
+    let cluster_id = Some(map.cluster_id.to_string());
+    let databases: Vec<DatabaseEntry> = status::databases(map)
+        .map(|db| DatabaseEntry {
+            name: db.name.clone(),
+            replicas: db.replicas,
+            shards: db.shards.len() as u32,
+        })
+        .collect();
+    let changed = cluster.cluster_id != cluster_id || cluster.databases != databases;
+    cluster.cluster_id = cluster_id;
+    cluster.databases = databases;
+    changed
+}
+
+/// Keeps `cluster.json` in step with the databases. Ends only when it can't.
+async fn keep_current(dir: &LocalDir, cluster: &mut ClusterFile, handle: Option<NodeHandle>) -> Failure {
+    let Some(handle) = handle else {
+        return std::future::pending().await;
+    };
+    let mut seen: Arc<ClusterMap> = handle.map();
+    loop {
+        tokio::time::sleep(REFRESH).await;
+        let map = handle.map();
+        if map.version == seen.version {
+            continue;
+        }
+        seen = map;
+        if refresh(cluster, &seen)
+            && let Err(failure) = dir.write(cluster)
+        {
+            // A stale hint is no reason to stop serving.
+            output::note(format!("{}; other terminals see old databases", failure.message));
+        }
+    }
+}
+
+/// The ports that the nodes had when they were made.
+fn bind_kept(cluster: &ClusterFile, dir: &LocalDir) -> Result<Vec<Listeners>, Failure> {
+    let bind = |node: &NodeEntry, what, address| {
+        bind(&format!("{} port of node {}", what, node.label), address).map_err(|failure| Failure {
+            message: format!(
+                "{}. The local cluster in {} keeps its ports; to begin anew, `pontoon clean`",
+                failure.message,
+                dir.path().display()
+            ),
+            ..failure
+        })
+    };
+    cluster
+        .nodes
+        .iter()
+        .map(|node| {
+            Ok(Listeners {
+                client: bind(node, "client", node.client)?,
+                peer: bind(node, "peer", node.peer)?,
+                http: None,
+            })
+        })
+        .collect()
+}
+
+/// Labels and free ports for new nodes.
+fn choose_nodes(count: u32) -> Result<(ClusterFile, Vec<Listeners>), Failure> {
+    let free = || {
+        bind_free_port()
+            .map_err(|error| Failure::usage("address", format!("no free port on 127.0.0.1: {error}")))
+    };
+    let mut nodes = Vec::new();
+    let mut ports = Vec::new();
+    for number in 1..=count {
+        let (client, peer) = (free()?, free()?);
+        nodes.push(NodeEntry {
+            label: format!("n{number}"),
+            client: bound_to(&client)?,
+            peer: bound_to(&peer)?,
+        });
+        ports.push(Listeners { client, peer, http: None });
+    }
+    Ok((ClusterFile::new(nodes), ports))
+}
+
+fn all_settings(cluster: &ClusterFile, dir: &LocalDir) -> Vec<Settings> {
+    let initial: Vec<String> = cluster.nodes.iter().map(|n| n.peer.to_string()).collect();
+    cluster
+        .nodes
+        .iter()
+        .map(|node| {
+            Settings::for_local_node(
+                dir.node_dir(&node.label),
+                &node.label,
+                node.client,
+                node.peer,
+                initial.clone(),
+            )
+        })
+        .collect()
+}
+
+/// Starts this program again in the background and waits until it is ready or has failed.
+fn detach(context: &Context, dir: &LocalDir) -> Result<Exit, Failure> {
+    let signals = Signals::listen(None)?;
+    let logs = dir.logs_dir();
+    fs::create_dir_all(&logs).map_err(|error| Failure::io("creating", &logs, error))?;
+    let (out_path, err_path) = (logs.join("setup.out"), logs.join("setup.log"));
+    let out = File::create(&out_path).map_err(|e| Failure::io("writing", &out_path, e))?;
+    let mut err = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(&err_path)
+        .map_err(|error| Failure::io("writing", &err_path, error))?;
+    let err_start = err.seek(SeekFrom::End(0)).map_err(|error| Failure::io("writing", &err_path, error))?;
+    let program = std::env::current_exe()
+        .map_err(|error| Failure::internal(format!("finding this program: {error}")))?;
+    let mut child = Command::new(&program)
+        .args(child_arguments())
+        .stdin(Stdio::null())
+        .stdout(out)
+        .stderr(err)
+        // Its own group: a Ctrl-C in this terminal is not meant for it.
+        .process_group(0)
+        .spawn()
+        .map_err(|error| Failure::io("starting", &program, error))?;
+
+    // The child gives up by itself; this is for one that can't even do that.
+    let deadline = Instant::now() + context.timeout_or(TIMEOUT) * 2 + Duration::from_secs(10);
+    loop {
+        let exited = child
+            .try_wait()
+            .map_err(|error| Failure::internal(format!("waiting for the cluster: {error}")))?;
+        let text = fs::read(&out_path).map_err(|e| Failure::io("reading", &out_path, e))?;
+        if is_ready(&text, context.json()) {
+            output::bytes(&text).or_else(ignore_closed_pipe)?;
+            return Ok(Exit::Done);
+        }
+        if let Some(status) = exited {
+            return Err(child_failure(status.code(), &err_path, err_start));
+        }
+        if signals.is_stopped() || Instant::now() >= deadline {
+            end(&mut child);
+            return Err(Failure::unavailable(if signals.is_stopped() {
+                "stopped before the cluster was ready".to_owned()
+            } else {
+                format!("the cluster was not ready in time; see {}", err_path.display())
+            }));
+        }
+        std::thread::sleep(POLL);
+    }
+}
+
+/// The arguments of this process, with `--detach` turned into what tells the child its part.
+fn child_arguments() -> Vec<std::ffi::OsString> {
+    let args = super::args::modernise(std::env::args_os().collect());
+    args.into_iter().skip(1).map(|arg| if arg == "--detach" { "--detached".into() } else { arg }).collect()
+}
+
+/// Whether the child has written all it writes when ready.
+fn is_ready(text: &[u8], json: bool) -> bool {
+    if json { text.ends_with(b"}\n") } else { text.ends_with(b"\nready\n") }
+}
+
+/// The child's own error, as it told it.
+fn child_failure(code: Option<i32>, log: &Path, start: u64) -> Failure {
+    let read = || -> io::Result<String> {
+        let mut file = File::open(log)?;
+        file.seek(SeekFrom::Start(start))?;
+        io::read_to_string(file)
+    };
+    let text = read().unwrap_or_default();
+    let told = text.lines().rev().find_map(|line| {
+        let from_json = || {
+            let value: serde_json::Value = serde_json::from_str(line).ok()?;
+            Some(value["error"]["message"].as_str()?.to_owned())
+        };
+        line.strip_prefix("error: ").map(str::to_owned).or_else(from_json)
+    });
+    let log = log.display();
+    let message = match told {
+        Some(message) => format!("{message} (log: {log})"),
+        None => format!("the cluster ended before it was ready; see {log}"),
+    };
+    match code {
+        Some(1) => Failure::negative("setup_failed", message),
+        Some(2) => Failure::usage("setup_failed", message),
+        Some(3) => Failure::unavailable(message),
+        _ => Failure::internal(message),
+    }
+}
+
+/// Stops a child that nobody waits for any more.
+fn end(child: &mut Child) {
+    if let Some(pid) = Pid::from_raw(child.id() as i32) {
+        kill_process(pid, Signal::TERM).ok();
+    }
+    let deadline = Instant::now() + Duration::from_secs(6);
+    while Instant::now() < deadline {
+        if !matches!(child.try_wait(), Ok(None)) {
+            return;
+        }
+        std::thread::sleep(POLL);
+    }
+    child.kill().ok();
+    child.wait().ok();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wish(name: &str, replicas: u32, partitions: u32, nodes: Option<u32>) -> SetupArgs {
+        SetupArgs { name: name.into(), replicas, partitions, nodes, detach: false, detached: false }
+    }
+
+    #[test]
+    fn an_existing_cluster_answers_the_wish() {
+        let (mut cluster, _ports) = choose_nodes(3).unwrap();
+        cluster.databases.push(DatabaseEntry { name: "a".into(), replicas: 3, shards: 5 });
+        let dir = LocalDir::new("/somewhere".into());
+        let check = |wish: SetupArgs| check_against(&cluster, &wish, &dir).map_err(|f| f.exit);
+        assert_eq!(check(wish("a", 3, 5, None)), Ok(()));
+        assert_eq!(check(wish("a", 3, 5, Some(3))), Ok(()));
+        assert_eq!(check(wish("b", 1, 9, None)), Ok(()));
+        assert_eq!(check(wish("a", 3, 6, None)), Err(Exit::Negative));
+        assert_eq!(check(wish("a", 1, 5, None)), Err(Exit::Negative));
+        assert_eq!(check(wish("b", 5, 5, None)), Err(Exit::Usage));
+        assert_eq!(check(wish("b", 3, 5, Some(4))), Err(Exit::Usage));
+    }
+
+    #[test]
+    fn both_numbers_are_shown() {
+        let failure = check_numbers("a", (5, 8), (3, 4)).unwrap_err();
+        for part in ["3 replicas and 4 shards", "5 replicas and 8 shards", "`a`"] {
+            assert!(failure.message.contains(part), "{failure}");
+        }
+    }
+
+    #[test]
+    fn new_nodes_have_their_own_ports() {
+        let (cluster, ports) = choose_nodes(3).unwrap();
+        assert_eq!((cluster.nodes.len(), ports.len()), (3, 3));
+        let mut all: Vec<_> = cluster.nodes.iter().flat_map(|n| [n.client, n.peer]).collect();
+        all.sort();
+        all.dedup();
+        assert_eq!(all.len(), 6);
+        let settings = all_settings(&cluster, &LocalDir::new("/d".into()));
+        assert_eq!(settings[2].node.data_dir, Path::new("/d/nodes/n3"));
+        assert!(settings.iter().all(|s| s.cluster.initial.len() == 3));
+        // The same ports again while they are held: the failure names one of them.
+        let failure = bind_kept(&cluster, &LocalDir::new("/d".into())).err().unwrap();
+        assert!(failure.message.contains(&cluster.nodes[0].client.to_string()), "{failure}");
+        assert_eq!(failure.exit, Exit::Usage);
+    }
+
+    #[test]
+    fn the_childs_error_is_told() {
+        let temp = tempfile::tempdir().unwrap();
+        let log = temp.path().join("setup.log");
+        let old = "error: of last time\n";
+        fs::write(&log, format!("{old}INFO starting\nerror: port taken\nINFO bye\n")).unwrap();
+        let failure = child_failure(Some(2), &log, old.len() as u64);
+        assert_eq!(failure.exit, Exit::Usage);
+        assert!(failure.message.starts_with("port taken"), "{failure}");
+        fs::write(&log, r#"{"error":{"code":"x","message":"no room"}}"#).unwrap();
+        assert!(child_failure(Some(70), &log, 0).message.starts_with("no room"));
+        let failure = child_failure(None, &log, 1000);
+        assert_eq!(failure.exit, Exit::Internal);
+        assert!(failure.message.contains("setup.log"));
+    }
+
+    #[test]
+    fn ready_is_the_last_line() {
+        assert!(is_ready(b"table\nready\n", false));
+        assert!(!is_ready(b"table\nread", false));
+        assert!(!is_ready(b"", true));
+        assert!(is_ready(b"{\"ready\":true}\n", true));
+    }
+}

@@ -1,0 +1,272 @@
+//! `status`, `route`, `health`: what the cluster looks like, put together from the map and from what
+//! each node tells of itself.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use futures_util::future::join_all;
+use serde_json::{Value, json};
+
+use super::args::{RouteArgs, StatusArgs};
+use super::context::{Context, Session, block_on, with_session};
+use super::encoding::{self, Record};
+use super::failure::{Exit, Failure};
+use super::output;
+use super::overview::Overview;
+use super::signals::Signals;
+use crate::client::{Client, ClientError};
+use crate::ids::{METADATA_DATABASE, NodeId};
+use crate::node::handle::{NodePhase, NodeReport};
+use crate::placement::map::{ClusterMap, DatabaseRecord};
+use crate::placement::ring;
+
+/// A node that doesn't tell of itself within this time counts as unreachable.
+const REPORT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// What each node told of itself, or why it didn't.
+pub type Reports = BTreeMap<NodeId, Result<NodeReport, ClientError>>;
+
+/// The databases that people made and have not dropped, by name.
+pub fn databases(map: &ClusterMap) -> impl Iterator<Item = &DatabaseRecord> {
+    let mut all: Vec<&DatabaseRecord> =
+        map.databases.values().filter(|db| !db.dropped && db.id != METADATA_DATABASE).collect();
+    all.sort_by(|a, b| a.name.cmp(&b.name));
+    all.into_iter()
+}
+
+/// Looks at the whole cluster, or at one database with the nodes.
+pub async fn look(client: &Client, db: Option<&str>) -> Result<Overview, Failure> {
+    let map = client.map().await?;
+    if let Some(db) = db
+        && map.database(db).is_none()
+    {
+        return Err(unknown_database(&map, db));
+    }
+    let nodes: Vec<NodeId> = map.nodes.keys().copied().collect();
+    let reports = ask(client, &map, nodes).await;
+    Ok(Overview::new(&map, &reports, db))
+}
+
+/// Asks nodes of the map for their reports, all at once.
+async fn ask(client: &Client, map: &ClusterMap, nodes: impl IntoIterator<Item = NodeId>) -> Reports {
+    let asked = nodes.into_iter().filter_map(|id| map.nodes.get(&id));
+    join_all(asked.map(async |node| {
+        let report = client.node_report(&node.client_address, REPORT_TIMEOUT).await;
+        (node.id, report)
+    }))
+    .await
+    .into_iter()
+    .collect()
+}
+
+fn unknown_database(map: &ClusterMap, name: &str) -> Failure {
+    let names: Vec<&str> = databases(map).map(|db| db.name.as_str()).collect();
+    let have = if names.is_empty() {
+        "the cluster has none".to_owned()
+    } else {
+        format!("there are: {}", names.join(", "))
+    };
+    Failure::negative(
+        "unknown_database",
+        format!("there is no database `{name}`; {have}. `pontoon db create` makes one"),
+    )
+}
+
+/// `status [DB] [--watch TIME]`
+pub fn status(context: &Context, args: &StatusArgs) -> Result<Exit, Failure> {
+    if let Some(interval) = args.watch {
+        return watch(context, args.db.as_deref(), interval);
+    }
+    let seen = with_session(context, async |session| {
+        bounded(session, look(&session.client, args.db.as_deref())).await
+    })?;
+    print(context, &seen)?;
+    Ok(exit_of(&seen))
+}
+
+fn exit_of(seen: &Overview) -> Exit {
+    if seen.every_shard_is_led() { Exit::Done } else { Exit::Negative }
+}
+
+fn print(context: &Context, seen: &Overview) -> Result<(), Failure> {
+    if context.json() { output::json(&seen.json()) } else { output::bytes(seen.text().as_bytes()) }
+}
+
+/// Shows the status again and again. What goes wrong in between is told and doesn't end it.
+fn watch(context: &Context, db: Option<&str>, interval: Duration) -> Result<Exit, Failure> {
+    let signals = Signals::listen(None)?;
+    block_on(async {
+        let Some(session) = until_signal(&signals, context.connect()).await.transpose()? else {
+            return Ok(Exit::Done);
+        };
+        let mut exit = Exit::Done;
+        let watching = async {
+            loop {
+                match bounded(&session, look(&session.client, db)).await {
+                    Ok(seen) => {
+                        exit = exit_of(&seen);
+                        if !context.json() && output::on_terminal() {
+                            // Home, and clear what is below: no flicker.
+                            output::bytes(b"\x1b[H\x1b[J")?;
+                        }
+                        print(context, &seen)?;
+                    }
+                    Err(failure) => {
+                        exit = failure.exit;
+                        output::failure(context.json(), &failure);
+                    }
+                }
+                tokio::time::sleep(interval).await;
+            }
+        };
+        let ended: Option<Result<std::convert::Infallible, Failure>> = until_signal(&signals, watching).await;
+        session.client.close().await;
+        match ended {
+            Some(Err(failure)) => Err(failure),
+            Some(Ok(never)) => match never {},
+            None => Ok(exit),
+        }
+    })
+}
+
+async fn until_signal<T>(signals: &Signals, future: impl Future<Output = T>) -> Option<T> {
+    super::serve::until_stopped(signals, future).await
+}
+
+/// A look that takes longer than the command's deadline is a cluster that doesn't answer.
+async fn bounded<T>(session: &Session, look: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    tokio::time::timeout(session.timeout(), look).await.unwrap_or_else(|_| {
+        Err(Failure::unavailable(format!(
+            "no node answered within {:?} ({})",
+            session.timeout(),
+            session.addresses.join(", ")
+        )))
+    })
+}
+
+/// `route DB KEY`
+pub fn route(context: &Context, args: RouteArgs) -> Result<Exit, Failure> {
+    let key = encoding::key(args.key)?;
+    let (map, reports) = with_session(context, async |session| {
+        bounded(session, async {
+            let map = session.client.map().await?;
+            let members: Vec<NodeId> = map
+                .database(&args.db)
+                .and_then(|db| map.shard_at(db, ring::position(&key)))
+                .map(|shard| shard.members.iter().map(|m| m.node).collect())
+                .unwrap_or_default();
+            let reports = ask(&session.client, &map, members).await;
+            Ok((map, reports))
+        })
+        .await
+    })?;
+    let Some(database) = map.database(&args.db) else {
+        return Err(unknown_database(&map, &args.db));
+    };
+    let position = ring::position(&key);
+    let Some(shard) = map.shard_at(database, position) else {
+        return Err(Failure::internal(format!(
+            "the map of the cluster has no shard for position {position:016x} of `{}`",
+            args.db
+        )));
+    };
+    let seen = super::overview::ShardView::new(&map, shard, &reports);
+    if context.json() {
+        let mut object = Record::new(&key, None).json();
+        if let Some(fields) = object.as_object_mut() {
+            fields.shift_remove("value");
+            fields.shift_remove("version");
+        }
+        object["hash"] = format!("{position:016x}").into();
+        object["shard"] = shard.id.0.into();
+        object["range"] = json!({"start": seen.start(), "end": seen.end()});
+        object["replicas"] = seen
+            .replicas
+            .iter()
+            .map(|replica| json!({"node": replica.node.0, "address": replica.address}))
+            .collect();
+        object["leader"] = seen.leader.map_or(
+            Value::Null,
+            |node| json!({"node": node.0, "address": map.nodes.get(&node).map(|n| &n.client_address)}),
+        );
+        output::json(&object)?;
+        return Ok(Exit::Done);
+    }
+    let mut table = output::table(&["hash", "shard", "range", "replicas", "leader"]);
+    table.add_row([
+        format!("{position:016x}"),
+        shard.id.to_string(),
+        format!("{}-{}", seen.start(), seen.end()),
+        seen.replicas_text(),
+        seen.leader_text(),
+    ]);
+    output::line(table.to_string())?;
+    Ok(Exit::Done)
+}
+
+/// `health`: asks each endpoint, those given and those in the map.
+pub fn health(context: &Context) -> Result<Exit, Failure> {
+    struct Endpoint {
+        address: String,
+        result: Result<NodePhase, String>,
+        took: Duration,
+    }
+    let endpoints = with_session(context, async |session| {
+        // A cluster that can't give its map can still have nodes that answer.
+        let known = match bounded(session, async { Ok(session.client.map().await?) }).await {
+            Ok(map) => map.nodes.values().map(|n| n.client_address.clone()).collect(),
+            Err(failure) => {
+                output::note(format!("the map of the cluster can't be had: {failure}"));
+                Vec::new()
+            }
+        };
+        let addresses: BTreeSet<String> = session.addresses.iter().cloned().chain(known).collect();
+        let timeout = REPORT_TIMEOUT.min(session.timeout());
+        Ok(join_all(addresses.into_iter().map(async |address| {
+            let began = Instant::now();
+            let report = session.client.node_report(&address, timeout).await;
+            Endpoint {
+                result: report.map(|r| r.phase).map_err(|error| error.to_string()),
+                took: began.elapsed(),
+                address,
+            }
+        }))
+        .await)
+    })?;
+    let healthy = |endpoint: &Endpoint| matches!(endpoint.result, Ok(NodePhase::Ready));
+    if context.json() {
+        let list: Vec<Value> = endpoints
+            .iter()
+            .map(|endpoint| {
+                json!({
+                    "address": endpoint.address,
+                    "healthy": healthy(endpoint),
+                    "state": endpoint.result.as_ref().ok().map(|p| super::overview::phase_name(*p)),
+                    "took_ms": endpoint.took.as_secs_f64() * 1e3,
+                    "error": endpoint.result.as_ref().err(),
+                })
+            })
+            .collect();
+        output::json(&json!({"endpoints": list}))?;
+    } else {
+        let mut table = output::table(&["address", "state", "took"]);
+        for endpoint in &endpoints {
+            table.add_row([
+                endpoint.address.clone(),
+                match &endpoint.result {
+                    Ok(phase) => super::overview::phase_name(*phase).to_owned(),
+                    Err(error) => output::printable(error.as_bytes()),
+                },
+                format!("{:.1} ms", endpoint.took.as_secs_f64() * 1e3),
+            ]);
+        }
+        output::line(table.to_string())?;
+    }
+    Ok(if endpoints.iter().all(healthy) {
+        Exit::Done
+    } else if endpoints.iter().any(|endpoint| endpoint.result.is_ok()) {
+        Exit::Negative
+    } else {
+        Exit::Unavailable
+    })
+}

@@ -1,0 +1,300 @@
+//! The log of one group as raft-rs reads it: a cache of recent entries over the node's [`LogStore`].
+//!
+//! With async ready, raft-rs considers an entry stable as soon as it was handed to the log writer,
+//! and reads it back from here. So the cache always holds what is not yet durable. Older entries are
+//! read from the store: on this thread where raft can't wait (they are few: after a start, before an
+//! election), and through [`super::types::Fetch`] for a lagging follower, which can be long.
+//!
+//! Invariant: `truncated ≤ cached.first - 1` and `persisted ≤ last`; indexes in the cache are contiguous
+//! and end at `last`.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
+use raft::{GetEntriesContext, RaftState, Storage, StorageError as RaftStorageError};
+
+use super::types::Fetch;
+use crate::ids::{Index, Position, ReplicaId, Term};
+use crate::limits;
+use crate::storage::StorageError;
+use crate::storage::log::{LogState, LogStore};
+
+/// Bytes that an entry costs in memory and on the wire, about.
+pub fn entry_bytes(entry: &Entry) -> usize {
+    64 + entry.data.len() + entry.context.len()
+}
+
+/// See the module page.
+pub struct GroupLog {
+    replica: ReplicaId,
+    store: Arc<dyn LogStore>,
+    hard_state: HardState,
+    conf_state: ConfState,
+    truncated: Position,
+    last: Index,
+    /// First index of each term, ascending; covers `(truncated, last]`.
+    terms: Vec<(Index, Term)>,
+    cache: VecDeque<Entry>,
+    cache_bytes: usize,
+    persisted: Index,
+    /// A read that a follower needs and raft is told to wait for.
+    wanted: RefCell<Option<(Fetch, GetEntriesContext)>>,
+    /// What was fetched, until raft has asked for it again.
+    fetched: RefCell<Vec<Entry>>,
+    /// Why the store could not be read; raft only sees "unavailable".
+    failure: Cell<Option<StorageError>>,
+}
+
+impl GroupLog {
+    /// A log as the store has it, with the configuration of the applied state.
+    pub fn new(
+        replica: ReplicaId,
+        store: Arc<dyn LogStore>,
+        state: LogState,
+        conf_state: ConfState,
+    ) -> GroupLog {
+        GroupLog {
+            replica,
+            store,
+            hard_state: state.hard_state,
+            conf_state,
+            truncated: state.truncated,
+            last: state.last,
+            terms: state.terms,
+            cache: VecDeque::new(),
+            cache_bytes: 0,
+            persisted: state.last,
+            wanted: RefCell::new(None),
+            fetched: RefCell::new(Vec::new()),
+            failure: Cell::new(None),
+        }
+    }
+
+    /// Takes over entries that are on their way to the log writer. They replace what is there from
+    /// the first of them on.
+    pub fn append(&mut self, entries: &[Entry]) {
+        let Some(first) = entries.first() else { return };
+        assert!(first.index > self.truncated.index, "append below the truncated index");
+        assert!(first.index <= self.last + 1, "append leaves a gap in the log");
+        if first.index <= self.last {
+            self.truncate_suffix(first.index);
+        }
+        for entry in entries {
+            debug_assert_eq!(entry.index, self.last + 1);
+            if self.terms.last().is_none_or(|&(_, term)| term != entry.term) {
+                self.terms.push((entry.index, entry.term));
+            }
+            self.last = entry.index;
+            self.cache_bytes += entry_bytes(entry);
+            self.cache.push_back(entry.clone());
+        }
+    }
+
+    fn truncate_suffix(&mut self, from: Index) {
+        while self.cache.back().is_some_and(|e| e.index >= from) {
+            if let Some(entry) = self.cache.pop_back() {
+                self.cache_bytes -= entry_bytes(&entry);
+            }
+        }
+        while self.terms.last().is_some_and(|&(index, _)| index >= from) {
+            self.terms.pop();
+        }
+        self.last = from - 1;
+        self.persisted = self.persisted.min(self.last);
+        // What was fetched for a follower may have been replaced.
+        self.fetched.borrow_mut().clear();
+        // A cache that began above `from` is empty now; it stays contiguous because the next entry
+        // appended is `from`.
+    }
+
+    /// The log writer has everything up to `index`, unless it was replaced meanwhile.
+    pub fn set_persisted(&mut self, position: Position) {
+        if position.index > self.persisted && self.term_at(position.index) == Some(position.term) {
+            self.persisted = position.index;
+        }
+    }
+
+    /// Forgets cached entries that are durable and applied, oldest first, beyond the cache's bound.
+    pub fn trim_cache(&mut self, applied: Index) {
+        while self.cache_bytes > limits::ENTRY_CACHE_BYTES {
+            let Some(front) = self.cache.front() else {
+                break;
+            };
+            if front.index > applied.min(self.persisted) {
+                break;
+            }
+            if let Some(entry) = self.cache.pop_front() {
+                self.cache_bytes -= entry_bytes(&entry);
+            }
+        }
+    }
+
+    /// Forgets everything up to `to`, which the caller drops from the store too.
+    pub fn compact(&mut self, to: Position) {
+        if to.index <= self.truncated.index {
+            return;
+        }
+        assert!(
+            to.index <= self.last && self.term_at(to.index) == Some(to.term),
+            "compacting beyond the log"
+        );
+        while self.cache.front().is_some_and(|e| e.index <= to.index) {
+            if let Some(entry) = self.cache.pop_front() {
+                self.cache_bytes -= entry_bytes(&entry);
+            }
+        }
+        let runs_before = self.terms.partition_point(|&(index, _)| index <= to.index + 1);
+        if runs_before > 0 {
+            self.terms.drain(..runs_before - 1);
+            self.terms[0].0 = self.terms[0].0.max(to.index + 1);
+        }
+        self.truncated = to;
+        if self.terms.first().is_some_and(|&(index, _)| index > self.last) {
+            self.terms.clear();
+        }
+    }
+
+    /// The term of the entry at `index`; of the truncated one too.
+    pub fn term_at(&self, index: Index) -> Option<Term> {
+        if index == self.truncated.index {
+            return Some(self.truncated.term);
+        }
+        if index < self.truncated.index || index > self.last {
+            return None;
+        }
+        let run = self.terms.partition_point(|&(first, _)| first <= index);
+        Some(self.terms[run.checked_sub(1)?].1)
+    }
+
+    /// The last entry that was compacted away.
+    pub fn truncated(&self) -> Position {
+        self.truncated
+    }
+
+    /// Entries in `[low, high)`, from cache or store, at least one, then no more than `max_bytes`.
+    /// Reads the disk if they have left memory.
+    pub fn read(&self, low: Index, high: Index, max_bytes: usize) -> Result<Vec<Entry>, StorageError> {
+        if low <= self.truncated.index {
+            return Err(StorageError::Compacted(self.truncated.index));
+        }
+        match self.cached(low, high, max_bytes) {
+            Some(entries) => Ok(entries),
+            None => self.store.entries(self.replica, low, high.min(self.cache_first()), max_bytes),
+        }
+    }
+
+    fn cache_first(&self) -> Index {
+        self.cache.front().map_or(self.last + 1, |e| e.index)
+    }
+
+    fn cached(&self, low: Index, high: Index, max_bytes: usize) -> Option<Vec<Entry>> {
+        let first = self.cache_first();
+        if low < first {
+            return None;
+        }
+        let skip = (low - first) as usize;
+        let count = (high - low) as usize;
+        Some(take_bytes(self.cache.iter().skip(skip).take(count), max_bytes))
+    }
+
+    /// The read that raft waits for, if any; handed out once.
+    pub fn take_wanted(&mut self) -> Option<(Fetch, GetEntriesContext)> {
+        self.wanted.borrow_mut().take()
+    }
+
+    /// Entries that were fetched from the store; raft asks for them again.
+    pub fn set_fetched(&mut self, entries: Vec<Entry>) {
+        // They may have been replaced or compacted while the read was under way.
+        let valid = entries.iter().all(|e| self.term_at(e.index) == Some(e.term));
+        *self.fetched.borrow_mut() = if valid { entries } else { Vec::new() };
+    }
+
+    /// Why the store could not be read, if it couldn't. The replica must stop.
+    pub fn take_failure(&mut self) -> Option<StorageError> {
+        self.failure.take()
+    }
+}
+
+fn take_bytes<'a>(entries: impl Iterator<Item = &'a Entry>, max_bytes: usize) -> Vec<Entry> {
+    let mut taken = Vec::new();
+    let mut bytes = 0;
+    for entry in entries {
+        bytes += entry_bytes(entry);
+        if !taken.is_empty() && bytes > max_bytes {
+            break;
+        }
+        taken.push(entry.clone());
+    }
+    taken
+}
+
+impl Storage for GroupLog {
+    fn initial_state(&self) -> raft::Result<RaftState> {
+        Ok(RaftState::new(self.hard_state.clone(), self.conf_state.clone()))
+    }
+
+    fn entries(
+        &self,
+        low: u64,
+        high: u64,
+        max_size: impl Into<Option<u64>>,
+        context: GetEntriesContext,
+    ) -> raft::Result<Vec<Entry>> {
+        if low <= self.truncated.index {
+            return Err(RaftStorageError::Compacted.into());
+        }
+        let max_bytes = max_size.into().map_or(usize::MAX, |m| usize::try_from(m).unwrap_or(usize::MAX));
+        if let Some(entries) = self.cached(low, high, max_bytes) {
+            return Ok(entries);
+        }
+        {
+            let fetched = self.fetched.borrow();
+            if let (Some(first), Some(last)) = (fetched.first(), fetched.last())
+                && first.index <= low
+                && low <= last.index
+            {
+                let skip = (low - first.index) as usize;
+                let count = (high.min(last.index + 1) - low) as usize;
+                return Ok(take_bytes(fetched.iter().skip(skip).take(count), max_bytes));
+            }
+        }
+        if context.can_async() {
+            let high = high.min(self.cache_first());
+            let fetch = Fetch { low, high, max_bytes: max_bytes.min(limits::APPEND_TARGET_BYTES) };
+            // One read at a time: raft asks again for the other followers once this one is answered.
+            self.wanted.borrow_mut().get_or_insert((fetch, context));
+            return Err(RaftStorageError::LogTemporarilyUnavailable.into());
+        }
+        // raft-rs treats a short answer as the whole range only if it is limited by size, so a range
+        // that spans store and cache is read from the store alone: what is in the cache and was
+        // evicted before it is durable. What is not yet durable can't be asked for here with `low`
+        // below the cache.
+        self.store.entries(self.replica, low, high.min(self.persisted + 1), max_bytes).map_err(|error| {
+            self.failure.set(Some(error));
+            RaftStorageError::Unavailable.into()
+        })
+    }
+
+    fn term(&self, index: u64) -> raft::Result<u64> {
+        if index < self.truncated.index {
+            return Err(RaftStorageError::Compacted.into());
+        }
+        self.term_at(index).ok_or_else(|| RaftStorageError::Unavailable.into())
+    }
+
+    fn first_index(&self) -> raft::Result<u64> {
+        Ok(self.truncated.index + 1)
+    }
+
+    fn last_index(&self) -> raft::Result<u64> {
+        Ok(self.last)
+    }
+
+    fn snapshot(&self, _request_index: u64, _to: u64) -> raft::Result<Snapshot> {
+        // Entries that a replica still needs are never compacted (`safe_index`), so only a replica
+        // without a log asks for this.
+        Err(RaftStorageError::SnapshotTemporarilyUnavailable.into())
+    }
+}

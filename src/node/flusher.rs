@@ -1,0 +1,135 @@
+//! The flush thread: gathers frozen memtables of all replicas and makes them durable in one round,
+//! one redo file and one sync for many; removes the state of dropped replicas in between.
+
+use std::io;
+use std::sync::mpsc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use tokio::sync::oneshot;
+
+use crate::ids::{Incarnation, Position, ReplicaId};
+use crate::storage::flush::{FlushStep, Flusher};
+use crate::storage::state::Frozen;
+
+/// A frozen memtable on its way to disk.
+pub struct FlushJob {
+    /// Which start of its replica froze it.
+    pub incarnation: Incarnation,
+    /// The writes.
+    pub frozen: Arc<Frozen>,
+    /// Who hears of its progress.
+    pub done: Arc<dyn FlushSink>,
+}
+
+/// Where the progress of flushes goes; called once per step and round.
+pub trait FlushSink: Send + Sync {
+    /// The flushes of these replicas have come so far.
+    fn flushed(&self, step: FlushStep, batch: Vec<(ReplicaId, Incarnation, Position)>);
+}
+
+enum Work {
+    Flush(FlushJob),
+    Destroy(ReplicaId),
+    /// Answered when everything submitted before is done.
+    Barrier(oneshot::Sender<()>),
+}
+
+/// See the module page. Bounded: a replica has one flush under way.
+pub struct FlushThread {
+    work: Mutex<Option<mpsc::Sender<Work>>>,
+}
+
+impl FlushThread {
+    /// Starts the thread. `on_fatal` is called once if a flush fails: what is on disk is then
+    /// unknown, and the node must stop.
+    pub fn start(
+        flusher: Flusher,
+        on_fatal: Box<dyn Fn(String) + Send>,
+    ) -> io::Result<(FlushThread, JoinHandle<()>)> {
+        let (work, queue) = mpsc::channel();
+        let thread = std::thread::Builder::new()
+            .name("pontoon-flush".into())
+            .spawn(move || run(flusher, queue, on_fatal))?;
+        Ok((FlushThread { work: Mutex::new(Some(work)) }, thread))
+    }
+
+    /// Hands over a frozen memtable.
+    pub fn submit(&self, job: FlushJob) {
+        self.send(Work::Flush(job));
+    }
+
+    /// Removes all state of a replica that is a tombstone.
+    pub fn destroy(&self, replica: ReplicaId) {
+        self.send(Work::Destroy(replica));
+    }
+
+    /// Resolves when everything submitted before is done; the fence before a replica is reopened.
+    pub fn barrier(&self) -> oneshot::Receiver<()> {
+        let (done, receiver) = oneshot::channel();
+        self.send(Work::Barrier(done));
+        receiver
+    }
+
+    /// Takes no more work; the thread ends when it is done with what it has.
+    pub fn close(&self) {
+        self.work.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
+    fn send(&self, work: Work) {
+        let sender = self.work.lock().unwrap_or_else(PoisonError::into_inner);
+        if sender.as_ref().is_none_or(|sender| sender.send(work).is_err()) {
+            tracing::debug!("the flush thread has ended");
+        }
+    }
+}
+
+fn run(mut flusher: Flusher, queue: mpsc::Receiver<Work>, on_fatal: Box<dyn Fn(String) + Send>) {
+    while let Ok(first) = queue.recv() {
+        let mut flushes = Vec::new();
+        let mut destroy = Vec::new();
+        let mut barriers = Vec::new();
+        for work in std::iter::once(first).chain(queue.try_iter()) {
+            match work {
+                Work::Flush(job) => flushes.push(job),
+                Work::Destroy(replica) => destroy.push(replica),
+                Work::Barrier(done) => barriers.push(done),
+            }
+        }
+        let result = flush(&mut flusher, &flushes)
+            .and_then(|()| destroy.into_iter().try_for_each(|replica| flusher.destroy(replica)));
+        if let Err(error) = result {
+            on_fatal(format!("flushing state to disk: {error}"));
+            return;
+        }
+        for done in barriers {
+            if done.send(()).is_err() {
+                tracing::trace!("nobody waits any more: the node is stopping");
+            }
+        }
+    }
+}
+
+fn flush(flusher: &mut Flusher, jobs: &[FlushJob]) -> Result<(), crate::storage::StorageError> {
+    if jobs.is_empty() {
+        return Ok(());
+    }
+    let begun = Instant::now();
+    let tables: Vec<_> = jobs.iter().map(|job| job.frozen.clone()).collect();
+    flusher.flush(&tables, &mut |step| {
+        let mut told: Vec<(&Arc<dyn FlushSink>, Vec<_>)> = Vec::new();
+        for job in jobs {
+            let progress = (job.frozen.replica, job.incarnation, job.frozen.header.applied);
+            match told.iter_mut().find(|(sink, _)| Arc::ptr_eq(sink, &job.done)) {
+                Some((_, batch)) => batch.push(progress),
+                None => told.push((&job.done, vec![progress])),
+            }
+        }
+        for (sink, batch) in told {
+            sink.flushed(step, batch);
+        }
+    })?;
+    metrics::histogram!("pontoon_flush_seconds").record(begun.elapsed());
+    Ok(())
+}

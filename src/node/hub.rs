@@ -1,0 +1,241 @@
+//! One per thread that owns replicas: what comes from other threads arrives here in batches and is
+//! handed to the replicas of this thread; the thread's one timer is here too.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use actix::prelude::*;
+
+use super::fatal::{Fatal, FatalGuard};
+use super::flusher::FlushSink;
+use super::log_writer::PersistSink;
+use super::messages::*;
+use super::replica::ReplicaActor;
+use super::shared::{Pressure, Shared};
+use super::supervisor::Supervisor;
+use super::ticket::Ticket;
+use crate::codec::GroupMessage;
+use crate::group::driver::{Group, GroupOptions};
+use crate::ids::{Incarnation, NodeId, Position, ReplicaId, ShardId};
+use crate::limits;
+use crate::storage::flush::FlushStep;
+use crate::storage::log::LogState;
+use crate::storage::state::ReplicaState;
+
+/// See the module page.
+pub struct Hub {
+    shared: Arc<Shared>,
+    replicas: HashMap<ReplicaId, (Incarnation, Addr<ReplicaActor>)>,
+    /// One for all replicas of this thread: the log and flush threads call it once per batch.
+    sink: Option<Arc<HubSink>>,
+    paused: bool,
+    _guard: FatalGuard,
+}
+
+/// Supervisor → hub: run a replica whose log and state were read from disk.
+#[derive(Message)]
+#[rtype(result = "Result<Addr<ReplicaActor>, String>")]
+pub struct StartReplica {
+    /// Who it is.
+    pub options: GroupOptions,
+    /// Its log as found.
+    pub log: LogState,
+    /// Its state as found.
+    pub state: ReplicaState,
+    /// Whom to tell of its end.
+    pub supervisor: Addr<Supervisor>,
+}
+
+/// Supervisor → hub: this incarnation is gone.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Forget(pub ReplicaId, pub Incarnation);
+
+/// Peer connections → hub: messages for replicas of this thread. Mailbox full: dropped.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Deliver(pub Vec<GroupMessage>);
+
+/// Log writer → hub: these log writes are durable.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct PersistedBatch(pub Vec<(ReplicaId, Incarnation, u64)>);
+
+/// Flush thread → hub: these flushes have come so far.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct FlushedBatch(pub FlushStep, pub Vec<(ReplicaId, Incarnation, Position)>);
+
+/// Log writer → hub: flush these replicas of yours, they hold back log space. Others' are ignored.
+#[derive(Message, Clone)]
+#[rtype(result = "()")]
+pub struct FreezeBatch(pub Arc<Vec<ReplicaId>>);
+
+/// Network → hub: messages to this node were lost.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Unreachable(pub NodeId);
+
+/// The way from the log and flush threads to a hub.
+pub struct HubSink(pub Addr<Hub>);
+
+impl PersistSink for HubSink {
+    fn persisted(&self, batch: &[(ReplicaId, Incarnation, u64)]) {
+        self.0.do_send(PersistedBatch(batch.to_vec()));
+    }
+}
+
+impl FlushSink for HubSink {
+    fn flushed(&self, step: FlushStep, batch: Vec<(ReplicaId, Incarnation, Position)>) {
+        self.0.do_send(FlushedBatch(step, batch));
+    }
+}
+
+impl Hub {
+    /// A hub without replicas.
+    pub fn new(shared: Arc<Shared>, fatal: Fatal) -> Hub {
+        Hub { shared, replicas: HashMap::new(), sink: None, paused: false, _guard: fatal.guard("a hub") }
+    }
+
+    fn tick(&mut self) {
+        let pressure = self.shared.memory.pressure();
+        let pause = pressure == Pressure::Pause;
+        for (_, addr) in self.replicas.values() {
+            if pressure != Pressure::Low {
+                // All of them: a flush covers all tables frozen in a round, at one sync.
+                addr.do_send(Freeze);
+            }
+            if pause != self.paused {
+                addr.do_send(PauseApply(pause));
+            }
+            // A full mailbox means that the replica is behind; another tick wouldn't help it.
+            if let Err(SendError::Full(_)) = addr.try_send(Tick) {
+                tracing::debug!("a replica missed a tick");
+            }
+        }
+        self.paused = pause;
+    }
+
+    fn living(&self, replica: ReplicaId, incarnation: Incarnation) -> Option<&Addr<ReplicaActor>> {
+        let (current, addr) = self.replicas.get(&replica)?;
+        (*current == incarnation).then_some(addr)
+    }
+}
+
+impl Actor for Hub {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Context<Self>) {
+        ctx.set_mailbox_capacity(limits::HUB_MAILBOX_MAX);
+        ctx.run_interval(Duration::from_millis(limits::TICK_MS), |hub, _| hub.tick());
+    }
+}
+
+impl Handler<StartReplica> for Hub {
+    type Result = Result<Addr<ReplicaActor>, String>;
+    fn handle(&mut self, start: StartReplica, ctx: &mut Context<Self>) -> Self::Result {
+        let GroupOptions { shard, replica, incarnation, .. } = start.options;
+        let group: Group<Ticket> =
+            Group::open(start.options, self.shared.log.clone(), start.log, start.state)
+                .map_err(|error| error.to_string())?;
+        let sink = self.sink.get_or_insert_with(|| Arc::new(HubSink(ctx.address()))).clone();
+        let actor = ReplicaActor::new(
+            shard,
+            replica,
+            incarnation,
+            group,
+            self.shared.clone(),
+            sink,
+            start.supervisor,
+        );
+        let addr = actor.start();
+        if self.paused {
+            addr.do_send(PauseApply(true));
+        }
+        self.replicas.insert(replica, (incarnation, addr.clone()));
+        Ok(addr)
+    }
+}
+
+impl Handler<Forget> for Hub {
+    type Result = ();
+    fn handle(&mut self, Forget(replica, incarnation): Forget, _: &mut Context<Self>) {
+        if self.living(replica, incarnation).is_some() {
+            self.replicas.remove(&replica);
+        }
+    }
+}
+
+impl Handler<Deliver> for Hub {
+    type Result = ();
+    fn handle(&mut self, deliver: Deliver, _: &mut Context<Self>) {
+        let mut messages = deliver.0.into_iter().peekable();
+        while let Some(first) = messages.next() {
+            // Neighbours in a frame are often for the same replica.
+            let to = first.message.to;
+            let mut batch = vec![first];
+            while let Some(next) = messages.next_if(|m| m.message.to == to) {
+                batch.push(next);
+            }
+            let Some((_, addr)) = self.replicas.get(&ReplicaId(to)) else {
+                tracing::debug!(replica = to, "no such replica here for a raft message");
+                continue;
+            };
+            if addr.try_send(Step(batch)).is_err() {
+                metrics::counter!("pontoon_peer_dropped_total").increment(1);
+            }
+        }
+    }
+}
+
+impl Handler<PersistedBatch> for Hub {
+    type Result = ();
+    fn handle(&mut self, batch: PersistedBatch, _: &mut Context<Self>) {
+        for (replica, incarnation, number) in batch.0 {
+            if let Some(addr) = self.living(replica, incarnation) {
+                addr.do_send(Persisted(number));
+            }
+        }
+    }
+}
+
+impl Handler<FlushedBatch> for Hub {
+    type Result = ();
+    fn handle(&mut self, FlushedBatch(step, batch): FlushedBatch, _: &mut Context<Self>) {
+        for (replica, incarnation, position) in batch {
+            if let Some(addr) = self.living(replica, incarnation) {
+                addr.do_send(Flushed { step, position });
+            }
+        }
+    }
+}
+
+impl Handler<Unreachable> for Hub {
+    type Result = ();
+    fn handle(&mut self, unreachable: Unreachable, _: &mut Context<Self>) {
+        for (_, addr) in self.replicas.values() {
+            // Only a hint; raft finds out by itself.
+            if addr.try_send(PeerUnreachable(unreachable.0)).is_err() {
+                tracing::trace!("a replica is too busy for a hint");
+            }
+        }
+    }
+}
+
+impl Handler<FreezeBatch> for Hub {
+    type Result = ();
+    fn handle(&mut self, batch: FreezeBatch, _: &mut Context<Self>) {
+        for replica in batch.0.iter() {
+            if let Some((_, addr)) = self.replicas.get(replica) {
+                addr.do_send(Freeze);
+            }
+        }
+    }
+}
+
+/// Which of `hubs` data hubs owns the replicas of a shard.
+pub fn hub_of(shard: ShardId, hubs: usize) -> usize {
+    // Neighbouring shards spread over all threads.
+    (shard.0 % hubs as u64) as usize
+}

@@ -1,0 +1,145 @@
+//! Every message between the actors of a node: who sends it, who receives it, and what happens when
+//! the receiver's mailbox is full.
+
+use std::sync::Arc;
+
+use actix::prelude::*;
+use raft::eraftpb::Entry;
+use tokio::sync::oneshot;
+
+use super::handle::ReplicaReport;
+use super::ticket::Results;
+use crate::codec::GroupMessage;
+use crate::group::types::{GroupStatus, LeaderChange, Operation};
+use crate::ids::{Incarnation, NodeId, Position, ReplicaId, ShardId};
+use crate::placement::map::{ClusterMap, MapDelta};
+use crate::refusal::Refusal;
+use crate::storage::flush::FlushStep;
+
+/// Service → replica: operations of one client batch. Mailbox full: the service answers `Busy`.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Submit {
+    /// The shard's range version by which the client routed.
+    pub range_version: u64,
+    /// What to do.
+    pub operations: Vec<Operation>,
+    /// Where the results go: all of them, or a refusal of the whole batch, of which none was started.
+    pub reply: oneshot::Sender<Results>,
+}
+
+/// Hub → replica: messages of other replicas. Mailbox full: dropped, raft sends again.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Step(pub Vec<GroupMessage>);
+
+/// Hub → replica: a tick has passed. Mailbox full: dropped; the replica is late anyway.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Tick;
+
+/// Hub → replica: log writes up to this number are durable. Never dropped: at most
+/// `WRITES_IN_FLIGHT_MAX` and a few readies are under way.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Persisted(pub u64);
+
+/// Log reads → replica: the entries a lagging follower needs.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Fetched(pub Vec<Entry>);
+
+/// Hub → replica: a flush has come this far. Never dropped: one flush is under way at a time.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Flushed {
+    /// How far.
+    pub step: FlushStep,
+    /// Applied position of the flushed state.
+    pub position: Position,
+}
+
+/// Hub or supervisor → replica: flush the memtable soon, for memory or for log space.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Freeze;
+
+/// Hub → replica: stop or resume applying, for memory.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct PauseApply(pub bool);
+
+/// Hub → replica: messages to the replica on this node were lost. Mailbox full: dropped, a hint only.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct PeerUnreachable(pub NodeId);
+
+/// Supervisor → replica: begin an election at once; for a new group's preferred first leader.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Campaign;
+
+/// Service or supervisor → replica: hand leadership to the replica on this node, or to the best successor.
+#[derive(Message)]
+#[rtype(result = "Result<(), Refusal>")]
+pub struct Transfer(pub Option<NodeId>);
+
+/// Supervisor → replica: how are you?
+#[derive(Message)]
+#[rtype(result = "GroupStatus")]
+pub struct AskStatus;
+
+/// Supervisor → replica: answer everybody and end.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct StopReplica;
+
+/// Supervisor → replica: end with an error, to be rebuilt from disk.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Fail(pub String);
+
+/// Test hook → replica: fail in the named way.
+#[cfg(feature = "test-hooks")]
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Inject(pub String);
+
+/// Replica → supervisor: leadership of a shard as this replica sees it.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct LeaderChanged {
+    /// The shard.
+    pub shard: ShardId,
+    /// The replica that tells.
+    pub replica: ReplicaId,
+    /// Who leads.
+    pub change: LeaderChange,
+}
+
+/// Replica → supervisor, on every end of a replica but an ordered one; also while unwinding.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct ReplicaDown {
+    /// Which.
+    pub replica: ReplicaId,
+    /// Which start of it.
+    pub incarnation: Incarnation,
+    /// Why.
+    pub reason: String,
+}
+
+/// The metadata replica → supervisor: the map as applied here.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct MapApplied(pub Arc<ClusterMap>);
+
+/// Peer or formation → supervisor: news of the map.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct MapNews(pub MapDelta);
+
+/// Service → supervisor: report all replicas.
+#[derive(Message)]
+#[rtype(result = "Vec<ReplicaReport>")]
+pub struct Report;

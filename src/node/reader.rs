@@ -1,0 +1,55 @@
+//! The read thread: answers queries that memory can't, so that no replica waits for the disk or for
+//! the state engine's lock. Jobs come in batches, one per replica and pass.
+
+use std::io;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+
+use super::ticket::Ticket;
+use crate::group::types::Output;
+use crate::machine::MachineKind;
+use crate::machine::command::Query;
+use crate::refusal::Refusal;
+use crate::storage::state::StateReader;
+
+/// Queries of one replica whose read index is confirmed and applied.
+pub struct ReadJob {
+    /// The shard's machine.
+    pub machine: MachineKind,
+    /// The state to read.
+    pub reader: StateReader,
+    /// The queries and who asks.
+    pub reads: Vec<(Ticket, Query)>,
+}
+
+/// See the module page. Bounded by what replicas accept (`limits::REPLICA_PENDING_MAX` each).
+pub struct ReadThread {
+    jobs: mpsc::Sender<ReadJob>,
+}
+
+impl ReadThread {
+    /// Starts the thread; it ends when this handle is dropped and its work is done.
+    pub fn start() -> io::Result<(ReadThread, JoinHandle<()>)> {
+        let (jobs, queue) = mpsc::channel::<ReadJob>();
+        let thread = std::thread::Builder::new().name("pontoon-read".into()).spawn(move || {
+            for job in queue {
+                for (ticket, query) in job.reads {
+                    let result =
+                        job.machine.query(&query, &job.reader).map(Output::Answer).map_err(|error| {
+                            tracing::error!(replica = %job.reader.replica, %error, "reading the state store");
+                            Refusal::Unavailable("the node can't read its state store".into())
+                        });
+                    ticket.finish(result);
+                }
+            }
+        })?;
+        Ok((ReadThread { jobs }, thread))
+    }
+
+    /// Hands over a job. If the thread is gone the tickets are dropped, which answers them.
+    pub fn submit(&self, job: ReadJob) {
+        if self.jobs.send(job).is_err() {
+            tracing::debug!("the read thread has ended");
+        }
+    }
+}

@@ -1,0 +1,453 @@
+//! A shard replica as an actor: a mailbox in front of a [`Group`], and its effects carried out.
+//!
+//! Handlers only enqueue; one [`Pump`] per mailbox pass does the work, so that a burst of requests
+//! becomes one proposal and one disk write. A panic anywhere in here, raft-rs included, ends this
+//! actor alone: the guard it owns tells the supervisor, which rebuilds the replica from disk.
+
+use std::sync::Arc;
+
+use actix::prelude::*;
+
+use super::flusher::FlushJob;
+use super::hub::HubSink;
+use super::log_writer::WriteTask;
+use super::messages::*;
+use super::reader::ReadJob;
+use super::shared::Shared;
+use super::supervisor::Supervisor;
+use super::ticket::{Ticket, tickets};
+use crate::codec::GroupMessage;
+use crate::group::driver::Group;
+use crate::group::types::{Effects, Fetch};
+use crate::ids::{Incarnation, METADATA_SHARD, NodeId, Position, ReplicaId, ShardId};
+use crate::limits;
+use crate::machine::command::Query;
+use crate::machine::{kv, meta};
+use crate::refusal::Refusal;
+use crate::storage::flush::FlushStep;
+
+/// Replica → itself: the mailbox is drained, do the work.
+#[derive(Message)]
+#[rtype(result = "()")]
+struct Pump;
+
+/// One replica of one shard.
+pub struct ReplicaActor {
+    shard: ShardId,
+    replica: ReplicaId,
+    incarnation: Incarnation,
+    group: Group<Ticket>,
+    shared: Arc<Shared>,
+    sink: Arc<HubSink>,
+    supervisor: Addr<Supervisor>,
+    guard: Guard,
+    pump_queued: bool,
+    memory: (usize, usize),
+    /// The last state that is durable.
+    flushed: Position,
+    flushing: bool,
+    /// Version of the map last told to the supervisor; of the metadata replica.
+    map_revision: Option<u64>,
+    ticks: u64,
+}
+
+/// Tells the supervisor of a replica's end, whatever the way.
+struct Guard {
+    replica: ReplicaId,
+    incarnation: Incarnation,
+    supervisor: Addr<Supervisor>,
+    reason: Option<String>,
+    ordered: bool,
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if self.ordered {
+            return;
+        }
+        let reason = match self.reason.take() {
+            Some(reason) => reason,
+            None if std::thread::panicking() => super::panics::last().unwrap_or_else(|| "panicked".into()),
+            None => "its thread ended".into(),
+        };
+        // Never full by bound: a replica ends once per incarnation. If the supervisor is gone, so is
+        // the node.
+        self.supervisor.do_send(ReplicaDown { replica: self.replica, incarnation: self.incarnation, reason });
+    }
+}
+
+impl ReplicaActor {
+    /// An actor for a group that was just opened from disk.
+    pub fn new(
+        shard: ShardId,
+        replica: ReplicaId,
+        incarnation: Incarnation,
+        group: Group<Ticket>,
+        shared: Arc<Shared>,
+        sink: Arc<HubSink>,
+        supervisor: Addr<Supervisor>,
+    ) -> ReplicaActor {
+        let guard =
+            Guard { replica, incarnation, supervisor: supervisor.clone(), reason: None, ordered: false };
+        let flushed = group.state().header().applied;
+        ReplicaActor {
+            shard,
+            replica,
+            incarnation,
+            group,
+            shared,
+            sink,
+            supervisor,
+            guard,
+            pump_queued: false,
+            memory: (0, 0),
+            flushed,
+            flushing: false,
+            map_revision: None,
+            ticks: 0,
+        }
+    }
+
+    fn queue_pump(&mut self, ctx: &mut Context<Self>) {
+        if !self.pump_queued {
+            self.pump_queued = true;
+            ctx.notify(Pump);
+        }
+    }
+
+    fn pump(&mut self, ctx: &mut Context<Self>) {
+        self.pump_queued = false;
+        let effects = match self.group.pump() {
+            Ok(effects) => effects,
+            Err(error) => return self.fail(error.to_string(), ctx),
+        };
+        self.carry_out(effects, ctx);
+        self.account_memory();
+        if self.memory.0 > self.shared.memory.replica_limit() {
+            self.freeze();
+        }
+        if self.shard == METADATA_SHARD {
+            self.tell_map(ctx);
+        }
+    }
+
+    fn carry_out(&mut self, effects: Effects<Ticket>, ctx: &mut Context<Self>) {
+        let Effects { messages, write, done, reads, fetch, leader, more } = effects;
+        // Messages of this pass are those that may leave before the write below.
+        if !messages.is_empty() {
+            self.shared.network.send(by_node(messages));
+        }
+        if let Some(numbered) = write {
+            self.shared.log_writer.submit(vec![WriteTask {
+                incarnation: self.incarnation,
+                number: numbered.number,
+                write: numbered.write,
+                done: self.sink.clone(),
+            }]);
+        }
+        for (ticket, result) in done {
+            ticket.finish(result);
+        }
+        self.read_elsewhere(reads);
+        if let Some(fetch) = fetch {
+            self.fetch(fetch, ctx);
+        }
+        if let Some(change) = leader {
+            metrics::counter!("pontoon_leader_changes_total").increment(1);
+            self.supervisor.do_send(LeaderChanged { shard: self.shard, replica: self.replica, change });
+        }
+        if more {
+            // Others on this thread get their turn first.
+            ctx.spawn(
+                fut::wrap_future(tokio::task::yield_now()).map(|(), act: &mut Self, ctx| act.queue_pump(ctx)),
+            );
+        }
+    }
+
+    /// Queries that memory can't answer go to the read thread: gets together, a scan with its own
+    /// copy of what the active memtable adds to its page.
+    fn read_elsewhere(&mut self, mut reads: Vec<(Ticket, Query)>) {
+        let state = self.group.state();
+        let machine = self.group.machine();
+        for (ticket, query) in reads.extract_if(.., |(_, query)| matches!(query, Query::Scan { .. })) {
+            if let Query::Scan { prefix, after, .. } = &query {
+                // One more than fits a page tells whether there are more.
+                let reader =
+                    state.scan_reader(kv::scan_start(prefix, after), &[], limits::SCAN_PAIRS_MAX + 1);
+                self.shared.reader.submit(ReadJob { machine, reader, reads: vec![(ticket, query)] });
+            }
+        }
+        if !reads.is_empty() {
+            self.shared.reader.submit(ReadJob { machine, reader: state.reader(), reads });
+        }
+    }
+
+    fn fetch(&mut self, fetch: Fetch, ctx: &mut Context<Self>) {
+        let log = self.shared.log.clone();
+        let replica = self.replica;
+        let read =
+            tokio::task::spawn_blocking(move || log.entries(replica, fetch.low, fetch.high, fetch.max_bytes));
+        ctx.spawn(fut::wrap_future(read).map(|entries, act: &mut Self, ctx| match entries {
+            Ok(Ok(entries)) => {
+                act.group.on_fetched(entries);
+                act.queue_pump(ctx);
+            }
+            Ok(Err(error)) => act.fail(error.to_string(), ctx),
+            Err(error) => act.fail(format!("reading the raft log: {error}"), ctx),
+        }));
+    }
+
+    /// Ends this replica because of an error; the supervisor rebuilds it from disk.
+    fn fail(&mut self, reason: String, ctx: &mut Context<Self>) {
+        tracing::error!(shard = %self.shard, replica = %self.replica, reason, "replica stops");
+        self.guard.reason = Some(reason);
+        for (ticket, result) in self.group.abandon("the replica stopped because of an error") {
+            ticket.finish(result);
+        }
+        ctx.stop();
+    }
+
+    fn account_memory(&mut self) {
+        let now = self.group.state().memory_bytes();
+        if now != self.memory {
+            self.shared.memory.update(self.memory, now);
+            self.memory = now;
+        }
+    }
+
+    /// Hands recent writes to the flush thread; one flush of a replica at a time.
+    fn freeze(&mut self) {
+        if self.flushing {
+            return;
+        }
+        if let Some(frozen) = self.group.freeze() {
+            self.flushing = true;
+            self.account_memory();
+            self.shared.flusher.submit(FlushJob {
+                incarnation: self.incarnation,
+                frozen,
+                done: self.sink.clone(),
+            });
+        }
+    }
+
+    /// Drops log entries that are in the durable state here and on disk at every replica.
+    fn compact(&mut self) {
+        if let Some(to) = self.group.compact(self.flushed) {
+            let replica = self.replica;
+            self.shared.log_writer.run(Box::new(move |log| {
+                if let Err(error) = log.compact(replica, to) {
+                    tracing::error!(%replica, %error, "compacting the raft log");
+                }
+            }));
+        }
+    }
+
+    /// Tells the supervisor of a changed map.
+    fn tell_map(&mut self, ctx: &mut Context<Self>) {
+        let revision = self.group.state().header().revision;
+        if self.group.recovering() || self.map_revision == Some(revision) {
+            return;
+        }
+        self.map_revision = Some(revision);
+        match meta::cluster_map(self.group.state()) {
+            Ok(map) => self.supervisor.do_send(MapApplied(Arc::new(map))),
+            Err(error) => self.fail(error.to_string(), ctx),
+        }
+    }
+}
+
+/// Messages grouped by receiver, each receiver's in order.
+fn by_node(messages: Vec<(NodeId, GroupMessage)>) -> Vec<(NodeId, Vec<GroupMessage>)> {
+    let mut batches: Vec<(NodeId, Vec<GroupMessage>)> = Vec::new();
+    for (node, message) in messages {
+        match batches.iter_mut().find(|(to, _)| *to == node) {
+            Some((_, batch)) => batch.push(message),
+            None => batches.push((node, vec![message])),
+        }
+    }
+    batches
+}
+
+impl Actor for ReplicaActor {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Context<Self>) {
+        ctx.set_mailbox_capacity(limits::REPLICA_MAILBOX_MAX);
+        self.queue_pump(ctx);
+    }
+
+    fn stopped(&mut self, _: &mut Context<Self>) {
+        self.shared.memory.update(self.memory, (0, 0));
+    }
+}
+
+impl Handler<Pump> for ReplicaActor {
+    type Result = ();
+    fn handle(&mut self, _: Pump, ctx: &mut Context<Self>) {
+        self.pump(ctx);
+    }
+}
+
+impl Handler<Submit> for ReplicaActor {
+    type Result = ();
+    fn handle(&mut self, submit: Submit, ctx: &mut Context<Self>) {
+        let range_version = self.group.epoch().range;
+        if submit.range_version != range_version {
+            let refusal =
+                Refusal::StaleRoute { shard: self.shard, asked: submit.range_version, range_version };
+            if submit.reply.send(Err(refusal)).is_err() {
+                tracing::trace!("nobody waits for a refusal");
+            }
+            return;
+        }
+        let tickets = tickets(&submit.operations, submit.reply);
+        for (operation, ticket) in submit.operations.into_iter().zip(tickets) {
+            self.group.submit(operation, ticket);
+        }
+        self.queue_pump(ctx);
+    }
+}
+
+impl Handler<Step> for ReplicaActor {
+    type Result = ();
+    fn handle(&mut self, step: Step, ctx: &mut Context<Self>) {
+        for message in step.0 {
+            if let Err(error) = self.group.step(message) {
+                return self.fail(error.to_string(), ctx);
+            }
+        }
+        self.queue_pump(ctx);
+    }
+}
+
+impl Handler<Tick> for ReplicaActor {
+    type Result = ();
+    fn handle(&mut self, _: Tick, ctx: &mut Context<Self>) {
+        self.ticks += 1;
+        self.group.tick();
+        if self.ticks.is_multiple_of(limits::COMPACT_TICKS) {
+            self.compact();
+        }
+        self.queue_pump(ctx);
+    }
+}
+
+impl Handler<Persisted> for ReplicaActor {
+    type Result = ();
+    fn handle(&mut self, persisted: Persisted, ctx: &mut Context<Self>) {
+        self.group.on_persisted(persisted.0);
+        self.queue_pump(ctx);
+    }
+}
+
+impl Handler<Flushed> for ReplicaActor {
+    type Result = ();
+    fn handle(&mut self, flushed: Flushed, _: &mut Context<Self>) {
+        match flushed.step {
+            FlushStep::Logged => {
+                self.flushed = flushed.position;
+                self.compact();
+            }
+            FlushStep::Absorbed => {
+                self.group.release(flushed.position.index);
+                self.flushing = false;
+                self.account_memory();
+            }
+        }
+    }
+}
+
+impl Handler<Freeze> for ReplicaActor {
+    type Result = ();
+    fn handle(&mut self, _: Freeze, _: &mut Context<Self>) {
+        self.freeze();
+    }
+}
+
+impl Handler<PauseApply> for ReplicaActor {
+    type Result = ();
+    fn handle(&mut self, pause: PauseApply, ctx: &mut Context<Self>) {
+        self.group.pause_apply(pause.0);
+        self.queue_pump(ctx);
+    }
+}
+
+impl Handler<PeerUnreachable> for ReplicaActor {
+    type Result = ();
+    fn handle(&mut self, unreachable: PeerUnreachable, ctx: &mut Context<Self>) {
+        if let Some(replica) = self.group.replica_on(unreachable.0) {
+            self.group.on_unreachable(replica);
+            self.queue_pump(ctx);
+        }
+    }
+}
+
+impl Handler<Campaign> for ReplicaActor {
+    type Result = ();
+    fn handle(&mut self, _: Campaign, ctx: &mut Context<Self>) {
+        if let Err(error) = self.group.campaign() {
+            return self.fail(error.to_string(), ctx);
+        }
+        self.queue_pump(ctx);
+    }
+}
+
+impl Handler<Transfer> for ReplicaActor {
+    type Result = Result<(), Refusal>;
+    fn handle(&mut self, transfer: Transfer, ctx: &mut Context<Self>) -> Result<(), Refusal> {
+        if !self.group.leads() {
+            return Err(self.group.not_leader());
+        }
+        let to = match transfer.0 {
+            Some(node) => self.group.replica_on(node).ok_or_else(|| {
+                Refusal::Refused(format!("node {node} holds no replica of shard {}", self.shard))
+            })?,
+            None => *self
+                .group
+                .successors()
+                .first()
+                .ok_or(Refusal::Unavailable("no other replica is in reach".into()))?,
+        };
+        self.group.transfer(to);
+        self.queue_pump(ctx);
+        Ok(())
+    }
+}
+
+impl Handler<AskStatus> for ReplicaActor {
+    type Result = MessageResult<AskStatus>;
+    fn handle(&mut self, _: AskStatus, _: &mut Context<Self>) -> MessageResult<AskStatus> {
+        MessageResult(self.group.status())
+    }
+}
+
+impl Handler<StopReplica> for ReplicaActor {
+    type Result = ();
+    fn handle(&mut self, _: StopReplica, ctx: &mut Context<Self>) {
+        self.guard.ordered = true;
+        for (ticket, result) in self.group.abandon("the node is stopping") {
+            ticket.finish(result);
+        }
+        ctx.stop();
+    }
+}
+
+impl Handler<Fail> for ReplicaActor {
+    type Result = ();
+    fn handle(&mut self, fail: Fail, ctx: &mut Context<Self>) {
+        self.fail(fail.0, ctx);
+    }
+}
+
+#[cfg(feature = "test-hooks")]
+impl Handler<Inject> for ReplicaActor {
+    type Result = ();
+    fn handle(&mut self, inject: Inject, ctx: &mut Context<Self>) {
+        match inject.0.as_str() {
+            "panic" => panic!("injected panic"),
+            "error" => self.fail("injected error".into(), ctx),
+            other => tracing::warn!(fault = other, "unknown fault"),
+        }
+    }
+}

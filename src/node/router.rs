@@ -1,0 +1,70 @@
+//! Shards to replicas of this node, and the cluster map: immutable pictures behind atomic pointers,
+//! read on every request from any thread, replaced by the supervisor alone.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use actix::Addr;
+use arc_swap::ArcSwap;
+
+use super::handle::ReplicaHealth;
+use super::replica::ReplicaActor;
+use crate::ids::{ReplicaId, ShardId};
+use crate::placement::map::ClusterMap;
+use crate::refusal::Refusal;
+
+/// This node's replica of a shard.
+#[derive(Clone)]
+pub struct Route {
+    /// The replica.
+    pub replica: ReplicaId,
+    /// Its mailbox while it runs, else why it doesn't.
+    pub target: Result<Addr<ReplicaActor>, ReplicaHealth>,
+}
+
+/// See the module page.
+pub struct Router {
+    routes: ArcSwap<HashMap<ShardId, Route>>,
+    map: ArcSwap<ClusterMap>,
+}
+
+impl Router {
+    /// A router without replicas.
+    pub fn new(map: ClusterMap) -> Router {
+        Router { routes: ArcSwap::default(), map: ArcSwap::from_pointee(map) }
+    }
+
+    /// The cluster map as this node knows it.
+    pub fn map(&self) -> Arc<ClusterMap> {
+        self.map.load_full()
+    }
+
+    /// Replaces the map; the supervisor's alone.
+    pub fn set_map(&self, map: ClusterMap) {
+        self.map.store(Arc::new(map));
+    }
+
+    /// Changes routes; the supervisor's alone. Costs a copy of all of them: changes are rare and
+    /// come many at a time.
+    pub fn update(&self, change: impl FnOnce(&mut HashMap<ShardId, Route>)) {
+        let mut routes = HashMap::clone(&self.routes.load());
+        change(&mut routes);
+        self.routes.store(Arc::new(routes));
+    }
+
+    /// This node's running replica of `shard`.
+    pub fn replica(&self, shard: ShardId) -> Result<Addr<ReplicaActor>, Refusal> {
+        let routes = self.routes.load();
+        match routes.get(&shard) {
+            Some(Route { target: Ok(addr), .. }) => Ok(addr.clone()),
+            Some(Route { target: Err(ReplicaHealth::Quarantined(reason)), .. }) => {
+                Err(Refusal::Quarantined(reason.clone()))
+            }
+            Some(Route { target: Err(ReplicaHealth::Failed(reason)), .. }) => {
+                Err(Refusal::Quarantined(format!("its disk state can't be used: {reason}")))
+            }
+            Some(_) => Err(Refusal::Unavailable("the replica is being rebuilt after a crash".into())),
+            None => Err(Refusal::StaleRoute { shard, asked: 0, range_version: 0 }),
+        }
+    }
+}

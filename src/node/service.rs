@@ -1,0 +1,199 @@
+//! What other nodes hear from this one: raft messages go to the threads that own the replicas,
+//! heartbeats tell of newer maps, requests are answered.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use actix::Addr;
+use futures_util::future::LocalBoxFuture;
+
+use super::handle::NodeHandle;
+use super::hub::{Deliver, Hub, hub_of};
+use super::membership::Applicant;
+use super::messages::MapNews;
+use super::supervisor::Supervisor;
+use crate::codec::GroupMessage;
+use crate::codec::hello::{Lane, PeerHello};
+use crate::codec::peer::{Membership, NodeHeartbeat, PeerRequest, PeerResponse};
+use crate::ids::{METADATA_SHARD, NodeId};
+use crate::limits;
+use crate::machine::command::{MetaCommand, MetaReply};
+use crate::refusal::Refusal;
+use crate::transport::call::{HelloConfig, PeerClient};
+use crate::transport::handshake::Identity;
+use crate::transport::listener::PeerHandler;
+
+/// Where messages go once the node is a member.
+pub struct Destinations {
+    /// Threads that own replicas of databases.
+    pub data_hubs: Vec<Addr<Hub>>,
+    /// The thread that owns the metadata replica.
+    pub control_hub: Addr<Hub>,
+    /// For news of the map.
+    pub supervisor: Addr<Supervisor>,
+}
+
+/// See the module page. One per node, used by every thread that has peer connections.
+pub struct PeerService {
+    asked: Asked,
+    incarnation: u64,
+    destinations: OnceLock<Destinations>,
+    pulling: Arc<AtomicBool>,
+}
+
+/// What answers requests; owned by each answer under way.
+#[derive(Clone)]
+struct Asked {
+    applicant: Arc<Applicant>,
+    handle: NodeHandle,
+}
+
+impl PeerService {
+    /// A service of a node that may still be on its way into a cluster.
+    pub fn new(applicant: Arc<Applicant>, handle: NodeHandle, incarnation: u64) -> PeerService {
+        let asked = Asked { applicant, handle };
+        PeerService { asked, incarnation, destinations: OnceLock::new(), pulling: Arc::default() }
+    }
+
+    /// The node is a member. Once.
+    pub fn set_destinations(&self, destinations: Destinations) {
+        if self.destinations.set(destinations).is_err() {
+            unreachable!("a node becomes a member once");
+        }
+    }
+}
+
+impl Asked {
+    async fn recorded<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Applicant) -> Result<T, Refusal> + Send + 'static,
+    ) -> Result<T, Refusal> {
+        let applicant = self.applicant.clone();
+        match tokio::task::spawn_blocking(move || work(&applicant)).await {
+            Ok(result) => result,
+            Err(error) => Err(Refusal::Refused(format!("the node can't record its membership: {error}"))),
+        }
+    }
+
+    async fn answer(&self, request: PeerRequest) -> Result<PeerResponse, Refusal> {
+        let timeout = Duration::from_millis(limits::JOIN_MS_MAX);
+        match request {
+            PeerRequest::Probe => Ok(PeerResponse::Probe(self.applicant.answer())),
+            PeerRequest::Claim(cluster) => {
+                self.recorded(move |a| a.claim(cluster)).await.map(|()| PeerResponse::Claimed)
+            }
+            PeerRequest::Form(formation) => {
+                self.recorded(move |a| a.form(&formation)).await.map(|()| PeerResponse::Formed)
+            }
+            PeerRequest::Join { cluster_id, record } => {
+                let own = self.cluster()?;
+                if cluster_id.is_some_and(|asked| asked != own) {
+                    return Err(Refusal::Refused(format!("this node belongs to cluster {own}")));
+                }
+                match self.handle.meta(MetaCommand::AddNode(record), timeout).await? {
+                    MetaReply::Node(node) => {
+                        Ok(PeerResponse::Joined { node, map: self.handle.map().delta(0) })
+                    }
+                    MetaReply::Refused(refusal) => Err(Refusal::Refused(refusal.to_string())),
+                    _ => Err(Refusal::Unknown("the metadata shard answered another question".into())),
+                }
+            }
+            PeerRequest::Map { since } => {
+                self.cluster()?;
+                Ok(PeerResponse::Map(self.handle.map().delta(since)))
+            }
+            PeerRequest::Meta(command) => {
+                self.cluster()?;
+                self.handle.meta_here(command, timeout).await.map(PeerResponse::Meta)
+            }
+        }
+    }
+
+    fn cluster(&self) -> Result<crate::ids::ClusterId, Refusal> {
+        match self.applicant.stage() {
+            Membership::Member(cluster, _) => Ok(cluster),
+            _ => Err(Refusal::Unavailable("the node is not yet a member of a cluster".into())),
+        }
+    }
+}
+
+impl PeerHandler for Arc<PeerService> {
+    fn hello(&self, hello: &PeerHello) -> Result<Identity, String> {
+        let identity = |node| Ok(Identity { node, incarnation: self.incarnation });
+        let (cluster, node) = match self.asked.applicant.stage() {
+            Membership::Member(cluster, node) => (cluster, node),
+            _ if hello.lane == Lane::Request => return identity(NodeId(0)),
+            _ => return Err("this node is not yet a member of a cluster".into()),
+        };
+        // Who asks to join, or to form, need not know the cluster yet.
+        if hello.lane == Lane::Request && hello.to_node == NodeId(0) {
+            return identity(node);
+        }
+        if hello.cluster_id != Some(cluster) {
+            return Err(format!("this node belongs to cluster {cluster}"));
+        }
+        if hello.to_node != node {
+            return Err(format!("this is node {node}, not {}: its address has changed hands", hello.to_node));
+        }
+        if hello.from_node == node {
+            return Err(format!("two processes claim to be node {node}"));
+        }
+        identity(node)
+    }
+
+    fn raft(&self, _from: NodeId, messages: Vec<GroupMessage>) {
+        let Some(to) = self.destinations.get() else {
+            return;
+        };
+        let hubs = to.data_hubs.len();
+        let mut metadata = Vec::new();
+        let mut data: Vec<Vec<GroupMessage>> = (0..hubs).map(|_| Vec::new()).collect();
+        for message in messages {
+            if message.shard == METADATA_SHARD {
+                metadata.push(message);
+            } else {
+                data[hub_of(message.shard, hubs)].push(message);
+            }
+        }
+        let batches = to.data_hubs.iter().zip(data).chain(std::iter::once((&to.control_hub, metadata)));
+        for (hub, batch) in batches {
+            if !batch.is_empty() && hub.try_send(Deliver(batch)).is_err() {
+                metrics::counter!("pontoon_peer_dropped_total").increment(1);
+            }
+        }
+    }
+
+    fn heartbeat(&self, heartbeat: NodeHeartbeat) {
+        let Some(to) = self.destinations.get() else {
+            return;
+        };
+        let map = self.asked.handle.map();
+        if heartbeat.map_version <= map.version || self.pulling.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let pulling = self.pulling.clone();
+        let supervisor = to.supervisor.clone();
+        actix::spawn(async move {
+            if let Some(node) = map.nodes.get(&heartbeat.node) {
+                let request = PeerRequest::Map { since: map.version };
+                let timeout = Duration::from_millis(limits::MAP_PULL_MS_MAX);
+                match PeerClient::call(&node.peer_address, HelloConfig::default(), request, timeout).await {
+                    Ok(PeerResponse::Map(delta)) => supervisor.do_send(MapNews(delta)),
+                    Ok(other) => tracing::debug!(?other, "pulling the cluster map"),
+                    Err(error) => tracing::debug!(%error, "pulling the cluster map"),
+                }
+            }
+            pulling.store(false, Ordering::Relaxed);
+        });
+    }
+
+    fn request(&self, request: PeerRequest) -> LocalBoxFuture<'static, PeerResponse> {
+        let asked = self.asked.clone();
+        Box::pin(async move { asked.answer(request).await.unwrap_or_else(PeerResponse::Refused) })
+    }
+
+    fn client_address(&self) -> String {
+        self.asked.applicant.record().client_address.clone()
+    }
+}

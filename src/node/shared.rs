@@ -1,0 +1,104 @@
+//! What all threads of a node use: the log writer, the flush and read threads, the network, the
+//! memory gauge. Each is safe to call from an arbiter: none of them blocks.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::flusher::FlushThread;
+use super::log_writer::LogWriter;
+use super::reader::ReadThread;
+use super::router::Router;
+use crate::storage::log::LogStore;
+use crate::transport::network::PeerNetwork;
+
+/// See the module page. One per node, behind an `Arc`.
+pub struct Shared {
+    /// The raft log of all replicas.
+    pub log: Arc<dyn LogStore>,
+    /// Its writer.
+    pub log_writer: LogWriter,
+    /// Flushes memtables.
+    pub flusher: FlushThread,
+    /// Reads the state engine.
+    pub reader: ReadThread,
+    /// To other nodes.
+    pub network: PeerNetwork,
+    /// Shards to replicas, and the cluster map.
+    pub router: Arc<Router>,
+    /// Memtables of the node.
+    pub memory: MemoryGauge,
+}
+
+/// Bytes in memtables of all replicas of a node, against their bound.
+pub struct MemoryGauge {
+    active: AtomicUsize,
+    frozen: AtomicUsize,
+    limit: usize,
+}
+
+/// What a replica should do about memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Pressure {
+    /// Nothing.
+    Low,
+    /// The largest memtables should be flushed.
+    Flush,
+    /// Applying should pause until flushes have caught up.
+    Pause,
+}
+
+impl MemoryGauge {
+    /// A gauge with a bound in bytes.
+    pub fn new(limit: usize) -> MemoryGauge {
+        MemoryGauge { active: AtomicUsize::new(0), frozen: AtomicUsize::new(0), limit }
+    }
+
+    /// A replica's memtables went from `before` to `after` (active, frozen) bytes.
+    pub fn update(&self, before: (usize, usize), after: (usize, usize)) {
+        // Wrapping, so that one atomic add does both directions; the sums never go below zero.
+        self.active.fetch_add(after.0.wrapping_sub(before.0), Ordering::Relaxed);
+        self.frozen.fetch_add(after.1.wrapping_sub(before.1), Ordering::Relaxed);
+    }
+
+    /// Bytes in active and in frozen memtables.
+    pub fn bytes(&self) -> (usize, usize) {
+        (self.active.load(Ordering::Relaxed), self.frozen.load(Ordering::Relaxed))
+    }
+
+    /// What the whole node should do.
+    pub fn pressure(&self) -> Pressure {
+        let (active, frozen) = self.bytes();
+        if active + frozen > 2 * self.limit {
+            Pressure::Pause
+        } else if active > self.limit {
+            Pressure::Flush
+        } else {
+            Pressure::Low
+        }
+    }
+
+    /// Active bytes of one replica above which it flushes by itself.
+    pub fn replica_limit(&self) -> usize {
+        self.limit / 4
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pressure_follows_the_sums_both_ways() {
+        let gauge = MemoryGauge::new(100);
+        gauge.update((0, 0), (60, 0));
+        gauge.update((0, 0), (50, 0));
+        assert_eq!(gauge.pressure(), Pressure::Flush);
+        gauge.update((60, 0), (0, 60));
+        assert_eq!(gauge.pressure(), Pressure::Low);
+        gauge.update((50, 0), (150, 0));
+        assert_eq!(gauge.pressure(), Pressure::Pause);
+        gauge.update((0, 60), (0, 0));
+        gauge.update((150, 0), (0, 0));
+        assert_eq!(gauge.bytes(), (0, 0));
+    }
+}

@@ -1,0 +1,518 @@
+//! Starting and stopping a node: what is made in which order, and taken down in which.
+
+use std::net::TcpListener;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use actix::prelude::*;
+use tokio::sync::{oneshot, watch};
+
+use super::fatal::Fatal;
+use super::flusher::FlushThread;
+use super::handle::{Member, NodeHandle, NodePhase};
+use super::hub::{FreezeBatch, Hub, Unreachable};
+use super::log_writer::LogWriter;
+use super::membership::{Applicant, spread};
+use super::reader::ReadThread;
+use super::router::Router;
+use super::service::{Destinations, PeerService};
+use super::shared::{MemoryGauge, Shared};
+use super::supervisor::{EndReplica, HandOver, OpenAll, Site, StopAll, Supervisor};
+use super::{Listeners, NodeError, map_cache, panics};
+use crate::ids::{ClusterId, NodeId, ReplicaId};
+use crate::limits;
+use crate::machine::command::MetaCommand;
+use crate::placement::map::{ClusterMap, NodeRecord};
+use crate::settings::Settings;
+use crate::storage::StorageError;
+use crate::storage::engine::Engine;
+use crate::storage::engine_sled::{SledEngine, SledOptions};
+use crate::storage::flush::Flusher;
+use crate::storage::identity::DataDir;
+use crate::storage::log::LogStore;
+use crate::storage::log_disk::{DiskLog, DiskLogOptions};
+use crate::telemetry::http::HealthView;
+use crate::transport::listener::{PeerHandler, PeerListener};
+use crate::transport::network::{PeerNetwork, PeerNetworkConfig};
+use crate::{rpc, telemetry};
+
+/// A node that runs on threads of its own. Dropping it does not stop it; call [`RunningNode::stop`].
+pub struct RunningNode {
+    handle: NodeHandle,
+    fatal: Fatal,
+    opening: watch::Receiver<Option<usize>>,
+    shutdown: watch::Sender<bool>,
+    data: Vec<Arbiter>,
+    control: Arbiter,
+    running: Arc<Mutex<Option<Running>>>,
+    data_dir: Arc<Mutex<DataDir>>,
+}
+
+/// What a member has beside its threads of actors.
+struct Running {
+    shared: Arc<Shared>,
+    supervisor: Addr<Supervisor>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// The stores of a node, opened and checked, before it is known which cluster it belongs to.
+struct Stores {
+    log: Arc<DiskLog>,
+    engine: Arc<dyn Engine>,
+    flusher: Flusher,
+}
+
+/// Starts a node: opens its directory, binds its threads, and begins to form or join. Must be called
+/// within an `actix::System`; several nodes may share one. Returns once the stores are open.
+pub async fn start(settings: Settings, listeners: Listeners) -> Result<RunningNode, NodeError> {
+    panics::install();
+    let fatal = Fatal::new();
+    let (data_dir, stores) = open_stores(&settings).await?;
+    let store_id = data_dir.store_id();
+    let data_dir = Arc::new(Mutex::new(data_dir));
+    let handle = NodeHandle::new(settings.node.id.clone());
+    let record = NodeRecord {
+        id: NodeId(0),
+        label: settings.node.id.clone(),
+        client_address: settings.client.advertise.clone(),
+        peer_address: settings.peer.advertise.clone(),
+        zone: settings.node.zone.clone(),
+        weight: settings.node.weight,
+        store_id,
+        changed_at: 0,
+    };
+    let applicant = Arc::new(Applicant::new(data_dir.clone(), record, settings.cluster.clone()));
+    let incarnation = rand::random::<u64>().max(1);
+    let service = Arc::new(PeerService::new(applicant.clone(), handle.clone(), incarnation));
+    let (shutdown, stopping) = watch::channel(false);
+    let (opening_tx, opening) = watch::channel(None);
+    let data: Vec<Arbiter> = (0..data_threads(&settings)).map(|_| Arbiter::new()).collect();
+    let control = Arbiter::new();
+    let running = Arc::new(Mutex::new(None));
+
+    for arbiter in &data {
+        let client = clone_listener(&listeners.client)?;
+        let peer = clone_listener(&listeners.peer)?;
+        let (handle, service, stopping) = (handle.clone(), service.clone(), stopping.clone());
+        arbiter.spawn_fn(move || serve_ports(client, peer, handle, service, stopping));
+    }
+    if let Some(http) = listeners.http {
+        let health =
+            Arc::new(Health { handle: handle.clone(), opening: opening.clone(), fatal: fatal.clone() });
+        let stopped = wait_for_stop(stopping.clone());
+        control.spawn(async move {
+            if let Err(error) = telemetry::http::serve(http, health, stopped).await {
+                tracing::error!(%error, "serving health and metrics");
+            }
+        });
+    }
+    let assembly = Assembly {
+        settings,
+        handle: handle.clone(),
+        fatal: fatal.clone(),
+        incarnation,
+        applicant,
+        service,
+        data_dir: data_dir.clone(),
+        data: data.iter().map(Arbiter::handle).collect(),
+        opening: opening_tx,
+        running: running.clone(),
+    };
+    let failed = fatal.clone();
+    let mut cancelled = stopping;
+    control.spawn(async move {
+        tokio::select! {
+            result = assembly.run(stores) => {
+                if let Err(error) = result {
+                    failed.raise(error.to_string());
+                }
+            }
+            _ = cancelled.wait_for(|stop| *stop) => {}
+        }
+    });
+    Ok(RunningNode { handle, fatal, opening, shutdown, data, control, running, data_dir })
+}
+
+fn data_threads(settings: &Settings) -> usize {
+    match settings.node.data_threads {
+        0 => std::thread::available_parallelism().map_or(1, |cores| cores.get().saturating_sub(1).max(1)),
+        threads => threads,
+    }
+}
+
+async fn open_stores(settings: &Settings) -> Result<(DataDir, Stores), NodeError> {
+    let settings = settings.clone();
+    let open = move || {
+        let storage = &settings.storage;
+        let data_dir = DataDir::open(&settings.node.data_dir).map_err(StorageError::from)?;
+        let options = DiskLogOptions {
+            file_bytes: storage.log_file_bytes,
+            purge_bytes: storage.log_bytes,
+            spare_files: storage.log_spare_files,
+        };
+        let log = DiskLog::open(&data_dir.log_path(), options, data_dir.store_id())?;
+        if log.is_new() && data_dir.node().is_some() {
+            return Err(StorageError::Damaged {
+                what: format!("the raft log in {}", data_dir.log_path().display()),
+                detail: "it is missing, though this node is a member: votes and entries it promised to keep are gone. \
+                         Remove the node's directory and let it join as a new node"
+                    .into(),
+            });
+        }
+        let options = SledOptions { cache_bytes: storage.cache_bytes };
+        let engine: Arc<dyn Engine> =
+            Arc::new(SledEngine::open(&data_dir.state_path(), options, data_dir.store_id())?);
+        let flusher = Flusher::open(data_dir.redo_path(), engine.clone())?;
+        Ok((data_dir, Stores { log: Arc::new(log), engine, flusher }))
+    };
+    let opened = tokio::task::spawn_blocking(open).await;
+    Ok(opened.map_err(|error| NodeError::Fatal(format!("opening the stores: {error}")))??)
+}
+
+fn clone_listener(listener: &TcpListener) -> Result<TcpListener, NodeError> {
+    let clone = || {
+        listener.set_nonblocking(true)?;
+        listener.try_clone()
+    };
+    clone().map_err(|error| NodeError::Fatal(format!("sharing a listening socket between threads: {error}")))
+}
+
+fn wait_for_stop(mut stopping: watch::Receiver<bool>) -> impl Future<Output = ()> + Send + 'static {
+    async move {
+        // An error means that the node is gone, which is a stop too.
+        stopping.wait_for(|stop| *stop).await.map(|_| ()).unwrap_or(())
+    }
+}
+
+fn serve_ports(
+    client: TcpListener,
+    peer: TcpListener,
+    handle: NodeHandle,
+    service: Arc<PeerService>,
+    stopping: watch::Receiver<bool>,
+) {
+    let listeners = tokio::net::TcpListener::from_std(client)
+        .and_then(|c| Ok((c, tokio::net::TcpListener::from_std(peer)?)));
+    match listeners {
+        Ok((client, peer)) => {
+            actix::spawn(rpc::serve(client, handle, wait_for_stop(stopping.clone())));
+            let service: Rc<dyn PeerHandler> = Rc::new(service);
+            actix::spawn(PeerListener::serve(peer, service, wait_for_stop(stopping)));
+        }
+        Err(error) => tracing::error!(%error, "listening"),
+    }
+}
+
+struct Health {
+    handle: NodeHandle,
+    opening: watch::Receiver<Option<usize>>,
+    fatal: Fatal,
+}
+
+impl HealthView for Health {
+    fn alive(&self) -> Result<(), String> {
+        self.fatal.reason().map_or(Ok(()), Err)
+    }
+
+    fn ready(&self) -> Result<(), String> {
+        match self.handle.phase() {
+            NodePhase::Starting => Err("the node is not yet a member of a cluster".into()),
+            NodePhase::Stopping => Err("the node is stopping".into()),
+            NodePhase::Ready => match *self.opening.borrow() {
+                Some(0) => Ok(()),
+                _ => Err("replicas are being opened".into()),
+            },
+        }
+    }
+}
+
+/// What it takes to go from open stores to a member at work. Runs on the control arbiter.
+struct Assembly {
+    settings: Settings,
+    handle: NodeHandle,
+    fatal: Fatal,
+    incarnation: u64,
+    applicant: Arc<Applicant>,
+    service: Arc<PeerService>,
+    data_dir: Arc<Mutex<DataDir>>,
+    data: Vec<ArbiterHandle>,
+    opening: watch::Sender<Option<usize>>,
+    running: Arc<Mutex<Option<Running>>>,
+}
+
+impl Assembly {
+    async fn run(self, stores: Stores) -> Result<(), NodeError> {
+        let (cluster, node) = self.applicant.become_member().await?;
+        tracing::info!(%cluster, %node, "member");
+        let map = self.load_map(cluster)?;
+        let first_map = (map.version == 0).then(|| Arc::new(map.clone()));
+        let router = Arc::new(Router::new(map));
+        let incarnation = self.incarnation;
+        let catalogue = stores.log.catalogue()?;
+        let log: Arc<dyn LogStore> = stores.log;
+        let fatal = self.fatal.clone();
+        let (log_writer, mut threads) =
+            (LogWriter::start(log.clone(), Box::new(move |reason| fatal.raise(reason))), Vec::new());
+        let fatal = self.fatal.clone();
+        let no_thread = |error: std::io::Error| NodeError::Fatal(format!("starting a thread: {error}"));
+        let (flusher, thread) =
+            FlushThread::start(stores.flusher, Box::new(move |reason| fatal.raise(reason)))
+                .map_err(no_thread)?;
+        threads.push(thread);
+        let (reader, thread) = ReadThread::start().map_err(no_thread)?;
+        threads.push(thread);
+        // The hubs come after the network that they send through.
+        let hubs: Arc<OnceLock<Vec<Addr<Hub>>>> = Arc::default();
+        let told = hubs.clone();
+        let on_unreachable = move |node: NodeId| {
+            for hub in told.get().into_iter().flatten() {
+                hub.do_send(Unreachable(node));
+            }
+        };
+        let network =
+            PeerNetwork::new(PeerNetworkConfig::new(cluster, node, incarnation, Arc::new(on_unreachable)));
+        let shared = Arc::new(Shared {
+            log,
+            log_writer,
+            flusher,
+            reader,
+            network,
+            router: router.clone(),
+            memory: MemoryGauge::new(
+                usize::try_from(self.settings.storage.memtable_bytes).unwrap_or(usize::MAX),
+            ),
+        });
+
+        let mut data_hubs = Vec::new();
+        for arbiter in &self.data {
+            let (shared, fatal) = (shared.clone(), self.fatal.clone());
+            data_hubs.push(Hub::start_in_arbiter(arbiter, move |_| Hub::new(shared, fatal)));
+        }
+        let control_hub = Hub::new(shared.clone(), self.fatal.clone()).start();
+        let all_hubs: Vec<_> = data_hubs.iter().chain([&control_hub]).cloned().collect();
+        if hubs.set(all_hubs.clone()).is_err() {
+            unreachable!("hubs are made once");
+        }
+        let site = Site { node, incarnation, data_dir: self.data_dir.clone(), engine: stores.engine };
+        let mut opening = self.opening.subscribe();
+        let supervisor = Supervisor::new(
+            site,
+            shared.clone(),
+            data_hubs.clone(),
+            control_hub.clone(),
+            catalogue,
+            self.opening,
+            self.fatal.clone(),
+        )
+        .start();
+
+        let links = shared.clone();
+        self.data[0].spawn(async move { links.network.run().await });
+        flush_what_holds_back(&shared, all_hubs);
+        let refused = supervisor.clone();
+        shared.log_writer.on_refused(Box::new(move |replica, incarnation, reason| {
+            refused.do_send(EndReplica { replica, incarnation, reason });
+        }));
+        *self.running.lock().unwrap_or_else(PoisonError::into_inner) =
+            Some(Running { shared: shared.clone(), supervisor: supervisor.clone(), threads });
+        self.service.set_destinations(Destinations {
+            data_hubs,
+            control_hub,
+            supervisor: supervisor.clone(),
+        });
+        self.handle.set_member(Member { node, router, supervisor: supervisor.clone() });
+        supervisor.do_send(OpenAll);
+        if let Some(map) = first_map.filter(|_| node == NodeId(1)) {
+            actix::spawn(spread(map));
+        }
+        actix::spawn(keep_record(self.handle.clone(), self.applicant.record().clone()));
+        actix::spawn(measure_disk(self.handle.clone(), self.settings.node.data_dir.clone()));
+        if opening.wait_for(|left| *left == Some(0)).await.is_ok() {
+            self.handle.set_phase(NodePhase::Ready);
+        }
+        Ok(())
+    }
+
+    fn load_map(&self, cluster: ClusterId) -> Result<ClusterMap, NodeError> {
+        let damaged = |detail: String| {
+            NodeError::Membership(format!(
+                "the cached cluster map in {} can't be used: {detail}. Copy the file `map` of another node of the \
+                 cluster here, or remove the directory and let the node join anew",
+                self.settings.node.data_dir.display()
+            ))
+        };
+        let bytes = self.data_dir.lock().unwrap_or_else(PoisonError::into_inner).load_map();
+        let map = map_cache::decode(&bytes.ok_or_else(|| damaged("it is missing or damaged".into()))?)
+            .map_err(|error| damaged(error.to_string()))?;
+        if map.cluster_id != cluster {
+            return Err(damaged(format!(
+                "it is of cluster {}, the node belongs to {cluster}",
+                map.cluster_id
+            )));
+        }
+        Ok(map)
+    }
+}
+
+/// Has the replicas flushed whose old log entries hold back the most space.
+fn flush_what_holds_back(shared: &Arc<Shared>, hubs: Vec<Addr<Hub>>) {
+    shared.log_writer.on_held_back(Box::new(move |replicas: Vec<ReplicaId>| {
+        let batch = FreezeBatch(Arc::new(replicas));
+        for hub in &hubs {
+            hub.do_send(batch.clone());
+        }
+    }));
+}
+
+/// Tells the metadata shard of this node's addresses, zone and weight, if they changed.
+async fn keep_record(handle: NodeHandle, record: NodeRecord) {
+    loop {
+        let map = handle.map();
+        if map.version > 0 {
+            let same = map
+                .nodes
+                .get(&handle.node())
+                .is_some_and(|known| NodeRecord { id: NodeId(0), changed_at: 0, ..known.clone() } == record);
+            if same {
+                return;
+            }
+            match handle
+                .meta(MetaCommand::AddNode(record.clone()), Duration::from_millis(limits::JOIN_MS_MAX))
+                .await
+            {
+                Ok(_) => return,
+                Err(error) => {
+                    tracing::debug!(%error, "telling the cluster of this node's addresses")
+                }
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(limits::NODE_HEARTBEAT_MS)).await;
+    }
+}
+
+async fn measure_disk(handle: NodeHandle, path: std::path::PathBuf) {
+    loop {
+        let dir = path.clone();
+        match tokio::task::spawn_blocking(move || bytes_under(&dir)).await {
+            Ok(bytes) => {
+                handle.set_disk_bytes(bytes);
+                metrics::gauge!("pontoon_disk_bytes").set(bytes as f64);
+            }
+            Err(error) => tracing::debug!(%error, "measuring the data directory"),
+        }
+        tokio::time::sleep(Duration::from_millis(limits::DISK_MEASURE_MS)).await;
+    }
+}
+
+/// Bytes of the files under `path`; files that vanish meanwhile don't count.
+fn bytes_under(path: &std::path::Path) -> u64 {
+    let Ok(entries) = std::fs::read_dir(path) else {
+        return 0;
+    };
+    entries
+        .flatten()
+        .map(|entry| match entry.metadata() {
+            Ok(metadata) if metadata.is_dir() => bytes_under(&entry.path()),
+            Ok(metadata) => metadata.len(),
+            Err(_) => 0,
+        })
+        .sum()
+}
+
+impl RunningNode {
+    /// The node as services see it.
+    pub fn handle(&self) -> NodeHandle {
+        self.handle.clone()
+    }
+
+    /// Waits until the node is a member and every replica it held before is running.
+    pub async fn ready(&self) -> Result<(), NodeError> {
+        let mut opening = self.opening.clone();
+        tokio::select! {
+            reason = self.fatal.raised() => Err(NodeError::Fatal(reason)),
+            opened = opening.wait_for(|left| *left == Some(0)) => match opened {
+                Ok(_) => Ok(()),
+                Err(_) => Err(NodeError::Fatal("the node ended before it was ready".into())),
+            },
+        }
+    }
+
+    /// Waits until the node fails for good. Never returns while it runs.
+    pub async fn failed(&self) -> NodeError {
+        NodeError::Fatal(self.fatal.raised().await)
+    }
+
+    /// Stops cleanly: accepts nothing more, hands leadership over, finishes or refuses what is in
+    /// flight, closes the stores; within `deadline`, whatever the rest of the cluster does.
+    pub async fn stop(self, deadline: Duration) -> Result<(), NodeError> {
+        let end = Instant::now() + deadline;
+        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(running) = &running {
+            hand_over(&running.supervisor, end).await;
+        }
+        self.handle.set_phase(NodePhase::Stopping);
+        self.shutdown.send_replace(true);
+        let mut threads = Vec::new();
+        if let Some(running) = running {
+            if tokio::time::timeout_at(end.into(), running.supervisor.send(StopAll)).await.is_err() {
+                tracing::warn!("replicas didn't end in time");
+            }
+            // Connections get a moment to write what they were just answered.
+            tokio::time::sleep(Duration::from_millis(limits::LAST_ANSWERS_MS)).await;
+            running.shared.flusher.close();
+            running.shared.network.set_peers(&[]);
+            threads = running.threads;
+            let shared = running.shared;
+            threads.push(std::thread::spawn(move || shared.log_writer.stop()));
+        }
+        for arbiter in self.data.iter().chain([&self.control]) {
+            arbiter.stop();
+        }
+        let arbiters: Vec<_> = self.data.into_iter().chain([self.control]).collect();
+        let (done, joined) = oneshot::channel();
+        // Joining blocks; a thread that hangs must not keep the process.
+        std::thread::spawn(move || {
+            for arbiter in arbiters {
+                if arbiter.join().is_err() {
+                    tracing::error!("a thread of actors panicked");
+                }
+            }
+            for thread in threads {
+                if thread.join().is_err() {
+                    tracing::error!("a storage thread panicked");
+                }
+            }
+            if done.send(()).is_err() {
+                tracing::debug!("the node's threads ended after its deadline");
+            }
+        });
+        let joined = tokio::time::timeout_at(end.into(), joined).await.is_ok();
+        drop(self.data_dir);
+        if joined {
+            Ok(())
+        } else {
+            Err(NodeError::Fatal(format!("threads were still busy after {deadline:?}")))
+        }
+    }
+}
+
+/// Moves leadership away, as far as there is somebody in reach to take it.
+async fn hand_over(supervisor: &Addr<Supervisor>, end: Instant) {
+    let until = end.min(Instant::now() + Duration::from_millis(limits::HAND_OVER_MS_MAX));
+    let mut least = usize::MAX;
+    let mut progress = Instant::now();
+    while Instant::now() < until {
+        match tokio::time::timeout_at(until.into(), supervisor.send(HandOver)).await {
+            Ok(Ok(0)) | Ok(Err(_)) | Err(_) => return,
+            Ok(Ok(led)) if led < least => (least, progress) = (led, Instant::now()),
+            // Nobody takes it: the others are down, or stopping as well.
+            Ok(Ok(_)) if progress.elapsed() > Duration::from_millis(limits::HAND_OVER_MS_MAX / 3) => {
+                return;
+            }
+            Ok(Ok(_)) => {}
+        }
+        tokio::time::sleep(Duration::from_millis(limits::META_RETRY_MS)).await;
+    }
+}

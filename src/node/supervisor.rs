@@ -1,0 +1,565 @@
+//! The supervisor actor, one per node: it owns the router, starts replicas as the cluster map
+//! orders, rebuilds those that crash, and keeps the map.
+//!
+//! A crashed replica is rebuilt from disk, never from memory, and only behind a fence: writes of the
+//! dead incarnation that are still queued would otherwise land after its log was read, and an old
+//! hard state could replace a newer vote.
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use actix::prelude::*;
+use raft::eraftpb::ConfState;
+use tokio::sync::watch;
+
+use super::fatal::{Fatal, FatalGuard};
+use super::handle::{ReplicaHealth, ReplicaReport};
+use super::hub::{Forget, Hub, StartReplica, hub_of};
+use super::map_cache;
+use super::messages::*;
+use super::replica::ReplicaActor;
+use super::replicas::{Orders, Replicas, Slot, Verdict};
+use super::router::Route;
+use super::shared::Shared;
+use crate::codec::peer::NodeHeartbeat;
+use crate::group::driver::GroupOptions;
+use crate::ids::{GROUP_START, Incarnation, METADATA_SHARD, NodeId, ReplicaId, ShardId};
+use crate::limits;
+use crate::machine::command::{Command, MetaCommand};
+use crate::placement::map::{ClusterMap, MemberRole};
+use crate::storage::StorageError;
+use crate::storage::engine::Engine;
+use crate::storage::identity::DataDir;
+use crate::storage::log::{LogState, LogStore, ReplicaRecord};
+use crate::storage::state::{ReplicaState, StateHeader};
+use crate::telemetry;
+
+/// What a node is and where it keeps things.
+pub struct Site {
+    /// This node.
+    pub node: NodeId,
+    /// Which start of its process.
+    pub incarnation: u64,
+    /// Its directory.
+    pub data_dir: Arc<Mutex<DataDir>>,
+    /// Its state engine.
+    pub engine: Arc<dyn Engine>,
+}
+
+/// See the module page.
+pub struct Supervisor {
+    site: Site,
+    shared: Arc<Shared>,
+    data_hubs: Vec<Addr<Hub>>,
+    control_hub: Addr<Hub>,
+    replicas: Replicas,
+    addrs: BTreeMap<ReplicaId, Addr<ReplicaActor>>,
+    led: HashSet<ShardId>,
+    /// Replicas of the catalogue that are not yet running; the node is ready at zero.
+    opening: watch::Sender<Option<usize>>,
+    saving_map: bool,
+    map_unsaved: bool,
+    _guard: FatalGuard,
+}
+
+/// Node → supervisor: open every replica of the catalogue.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct OpenAll;
+
+/// Node → supervisor: hand over leadership, as far as others can take it; the number still led.
+#[derive(Message)]
+#[rtype(result = "usize")]
+pub struct HandOver;
+
+/// Log writer → supervisor: this incarnation's write contradicts its log; rebuild it from disk.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct EndReplica {
+    /// Which.
+    pub replica: ReplicaId,
+    /// Which start of it.
+    pub incarnation: Incarnation,
+    /// What is wrong with the write.
+    pub reason: String,
+}
+
+/// Node → supervisor: end all replicas.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct StopAll;
+
+struct Opened {
+    record: ReplicaRecord,
+    found: Result<(LogState, ReplicaState), StorageError>,
+}
+
+impl Supervisor {
+    /// A supervisor of the replicas in `catalogue`. `opening` shows how many are not yet running.
+    pub fn new(
+        site: Site,
+        shared: Arc<Shared>,
+        data_hubs: Vec<Addr<Hub>>,
+        control_hub: Addr<Hub>,
+        catalogue: Vec<ReplicaRecord>,
+        opening: watch::Sender<Option<usize>>,
+        fatal: Fatal,
+    ) -> Supervisor {
+        Supervisor {
+            site,
+            shared,
+            data_hubs,
+            control_hub,
+            replicas: Replicas::new(catalogue),
+            addrs: BTreeMap::new(),
+            led: HashSet::new(),
+            opening,
+            saving_map: false,
+            map_unsaved: false,
+            _guard: fatal.guard("the supervisor"),
+        }
+    }
+
+    fn hub(&self, shard: ShardId) -> &Addr<Hub> {
+        if shard == METADATA_SHARD {
+            &self.control_hub
+        } else {
+            &self.data_hubs[hub_of(shard, self.data_hubs.len())]
+        }
+    }
+
+    /// Reads log and state of `records` from disk, off this thread, and starts their actors.
+    /// `campaign`: those to elect at once.
+    fn open(&mut self, records: Vec<ReplicaRecord>, campaign: HashSet<ReplicaId>, ctx: &mut Context<Self>) {
+        let log = self.shared.log.clone();
+        let engine = self.site.engine.clone();
+        let read = tokio::task::spawn_blocking(move || {
+            let open = |record: ReplicaRecord| {
+                let found = open_stores(log.as_ref(), &engine, &record);
+                Opened { record, found }
+            };
+            records.into_iter().map(open).collect::<Vec<_>>()
+        });
+        ctx.spawn(fut::wrap_future(read).map(move |opened, act: &mut Self, ctx| match opened {
+            Ok(opened) => act.start(opened, campaign, ctx),
+            Err(error) => tracing::error!(%error, "opening replicas"),
+        }));
+    }
+
+    fn start(&mut self, opened: Vec<Opened>, campaign: HashSet<ReplicaId>, ctx: &mut Context<Self>) {
+        let mut starts = Vec::new();
+        for Opened { record, found } in opened {
+            let Some(slot) = self.replicas.get_mut(record.replica) else {
+                continue;
+            };
+            slot.incarnation += 1;
+            let (shard, replica, incarnation) = (record.shard, record.replica, slot.incarnation);
+            let hub = self.hub(shard).clone();
+            let supervisor = ctx.address();
+            starts.push(async move {
+                let result = match found {
+                    Ok((log, state)) => {
+                        let logger = telemetry::log::raft_logger(shard, replica);
+                        let options =
+                            GroupOptions { shard, machine: record.machine, replica, incarnation, logger };
+                        let start = StartReplica { options, log, state, supervisor };
+                        hub.send(start)
+                            .await
+                            .unwrap_or_else(|error| Err(format!("its thread has ended: {error}")))
+                    }
+                    Err(error) => Err(error.to_string()),
+                };
+                (shard, replica, result)
+            });
+        }
+        let all = futures_util::future::join_all(starts);
+        ctx.spawn(
+            fut::wrap_future(all).map(move |started, act: &mut Self, _| act.started_all(started, &campaign)),
+        );
+    }
+
+    fn started_all(
+        &mut self,
+        started: Vec<(ShardId, ReplicaId, Result<Addr<ReplicaActor>, String>)>,
+        campaign: &HashSet<ReplicaId>,
+    ) {
+        let count = started.len();
+        let mut routes = Vec::new();
+        for (shard, replica, result) in started {
+            let Some(slot) = self.replicas.get_mut(replica) else {
+                continue;
+            };
+            let target = match result {
+                Ok(addr) => {
+                    slot.health = ReplicaHealth::Serving;
+                    if campaign.contains(&replica) {
+                        addr.do_send(Campaign);
+                    }
+                    self.addrs.insert(replica, addr.clone());
+                    Ok(addr)
+                }
+                Err(reason) => {
+                    tracing::error!(%shard, %replica, reason, "replica can't be opened");
+                    slot.health = ReplicaHealth::Failed(reason);
+                    Err(slot.health.clone())
+                }
+            };
+            routes.push((shard, Route { replica, target }));
+        }
+        self.shared.router.update(|all| all.extend(routes));
+        metrics::gauge!("pontoon_replicas").set(self.addrs.len() as f64);
+        self.opening.send_modify(|left| *left = left.map(|left| left.saturating_sub(count)));
+    }
+
+    /// A better map is known: keep it, tell others, do what it orders.
+    fn take_map(&mut self, map: ClusterMap, ctx: &mut Context<Self>) {
+        tracing::debug!(version = map.version, "new cluster map");
+        metrics::gauge!("pontoon_map_version").set(map.version as f64);
+        let orders = self.replicas.orders(&map, self.site.node);
+        let peers: Vec<_> = (map.nodes.values())
+            .filter(|n| n.id != self.site.node)
+            .map(|n| (n.id, n.peer_address.clone()))
+            .collect();
+        self.shared.network.set_peers(&peers);
+        self.shared.router.set_map(map);
+        self.heartbeat();
+        self.save_map(ctx);
+        self.obey(orders, ctx);
+    }
+
+    fn obey(&mut self, orders: Orders, ctx: &mut Context<Self>) {
+        if !orders.create.is_empty() {
+            self.create(orders.create, ctx);
+        }
+        for replica in orders.remove {
+            self.remove(replica, ctx);
+        }
+    }
+
+    /// Records new replicas in the catalogue, durably, before any of them starts.
+    fn create(&mut self, records: Vec<ReplicaRecord>, ctx: &mut Context<Self>) {
+        tracing::info!(count = records.len(), "creating replicas");
+        self.replicas.created(&records);
+        let node = self.site.node;
+        // The placement lists the preferred leader first; it needn't wait for a timeout.
+        let campaign = (records.iter())
+            .filter(|record| record.members.first().is_some_and(|first| first.node == node))
+            .map(|record| record.replica)
+            .collect();
+        let (done, written) = tokio::sync::oneshot::channel();
+        let to_write = records.clone();
+        self.shared.log_writer.run(Box::new(move |log| {
+            if done.send(log.create(&to_write)).is_err() {
+                tracing::debug!("nobody waits for the creation of replicas");
+            }
+        }));
+        ctx.spawn(fut::wrap_future(written).map(move |written, act: &mut Self, ctx| match written {
+            Ok(Ok(())) => act.open(records, campaign, ctx),
+            Ok(Err(error)) => {
+                tracing::error!(%error, "recording new replicas; they are created at the next start")
+            }
+            Err(_) => tracing::debug!("the log writer has ended"),
+        }));
+    }
+
+    /// Ends a replica of a dropped shard: the tombstone is durable before its data goes.
+    fn remove(&mut self, replica: ReplicaId, ctx: &mut Context<Self>) {
+        let Some(slot) = self.replicas.get_mut(replica) else {
+            return;
+        };
+        let (shard, incarnation) = (slot.record.shard, slot.incarnation);
+        tracing::info!(%shard, %replica, "removing the replica of a dropped shard");
+        self.replicas.removed(replica);
+        self.led.remove(&shard);
+        self.shared.router.update(|routes| {
+            routes.remove(&shard);
+        });
+        self.hub(shard).do_send(Forget(replica, incarnation));
+        let addr = self.addrs.remove(&replica);
+        let shared = self.shared.clone();
+        ctx.spawn(fut::wrap_future(async move {
+            if let Some(addr) = addr
+                && let Err(error) = addr.send(StopReplica).await
+            {
+                tracing::debug!(%error, "the replica had ended already");
+            }
+            fence(&shared, replica, incarnation).await;
+            let flusher = shared.clone();
+            shared.log_writer.run(Box::new(move |log| match log.remove(&[replica]) {
+                Ok(()) => flusher.flusher.destroy(replica),
+                Err(error) => tracing::error!(%replica, %error, "recording a tombstone"),
+            }));
+        }));
+    }
+
+    fn save_map(&mut self, ctx: &mut Context<Self>) {
+        if self.saving_map {
+            self.map_unsaved = true;
+            return;
+        }
+        self.saving_map = true;
+        self.map_unsaved = false;
+        let map = self.shared.router.map();
+        let data_dir = self.site.data_dir.clone();
+        let save = tokio::task::spawn_blocking(move || {
+            let dir = data_dir.lock().unwrap_or_else(PoisonError::into_inner);
+            dir.save_map(&map_cache::encode(&map))
+        });
+        ctx.spawn(fut::wrap_future(save).map(|saved, act: &mut Self, ctx| {
+            match saved {
+                Ok(Ok(())) => {}
+                // The metadata shard has it; only a start without that would miss the newest map.
+                Ok(Err(error)) => tracing::warn!(%error, "saving the cluster map"),
+                Err(error) => tracing::warn!(%error, "saving the cluster map"),
+            }
+            act.saving_map = false;
+            if act.map_unsaved {
+                act.save_map(ctx);
+            }
+        }));
+    }
+
+    fn heartbeat(&self) {
+        self.shared.network.broadcast_heartbeat(NodeHeartbeat {
+            node: self.site.node,
+            incarnation: self.site.incarnation,
+            map_version: self.shared.router.map().version,
+        });
+    }
+
+    /// The first leader of a new cluster's metadata shard writes what formation agreed on.
+    fn form(&self) {
+        let map = self.shared.router.map();
+        let Some(metadata) = map.shards.get(&METADATA_SHARD) else {
+            return;
+        };
+        let command = MetaCommand::Form {
+            cluster_id: map.cluster_id,
+            nodes: map.nodes.values().cloned().collect(),
+            metadata: metadata.clone(),
+        };
+        let (reply, results) = tokio::sync::oneshot::channel();
+        let submit = Submit {
+            range_version: metadata.epoch.range,
+            operations: vec![crate::group::types::Operation::Command(Command::Meta(command))],
+            reply,
+        };
+        match self.shared.router.replica(METADATA_SHARD) {
+            Ok(addr) => addr.do_send(submit),
+            Err(error) => return tracing::warn!(%error, "forming the cluster"),
+        }
+        actix::spawn(async move {
+            // Repeated by the next leader if it failed: the map stays at version 0.
+            match results.await {
+                Ok(Ok(results)) => tracing::info!(?results, "cluster formed"),
+                Ok(Err(error)) => tracing::warn!(%error, "forming the cluster"),
+                Err(_) => tracing::warn!("the metadata replica ended while forming the cluster"),
+            }
+        });
+    }
+}
+
+/// Waits until nothing of a dead incarnation can reach the disk any more.
+async fn fence(shared: &Shared, replica: ReplicaId, incarnation: Incarnation) {
+    if shared.log_writer.fence(replica, incarnation).await.is_err() || shared.flusher.barrier().await.is_err()
+    {
+        tracing::debug!("the node's storage threads have ended");
+    }
+}
+
+/// Reads what the disk has of one replica.
+fn open_stores(
+    log: &dyn LogStore,
+    engine: &Arc<dyn Engine>,
+    record: &ReplicaRecord,
+) -> Result<(LogState, ReplicaState), StorageError> {
+    let log_state = log.load(record.replica)?;
+    let of_role = |role| record.members.iter().filter(move |m| m.role == role).map(|m| m.replica.0);
+    let conf_state = ConfState {
+        voters: of_role(MemberRole::Voter).collect(),
+        learners: of_role(MemberRole::Learner).collect(),
+        ..ConfState::default()
+    };
+    let initial = StateHeader {
+        applied: GROUP_START,
+        revision: 0,
+        epoch: record.epoch,
+        members: record.members.clone(),
+        conf_state,
+    };
+    let state = ReplicaState::open(engine.clone(), record.replica, record.generation, initial)?;
+    Ok((log_state, state))
+}
+
+impl Actor for Supervisor {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Context<Self>) {
+        ctx.set_mailbox_capacity(limits::HUB_MAILBOX_MAX);
+        ctx.run_interval(Duration::from_millis(limits::NODE_HEARTBEAT_MS), |act, _| act.heartbeat());
+    }
+}
+
+impl Handler<OpenAll> for Supervisor {
+    type Result = ();
+    fn handle(&mut self, _: OpenAll, ctx: &mut Context<Self>) {
+        for replica in self.replicas.tombstones() {
+            // A crash may have come between the tombstone and the end of the deletion.
+            self.shared.flusher.destroy(replica);
+        }
+        let records: Vec<_> = self.replicas.iter().map(|slot| slot.record.clone()).collect();
+        // Set before anything is started, so that nobody sees "ready" in between.
+        self.opening.send_replace(Some(records.len()));
+        self.open(records, HashSet::new(), ctx);
+        let map = ClusterMap::clone(&self.shared.router.map());
+        self.take_map(map, ctx);
+    }
+}
+
+impl Handler<ReplicaDown> for Supervisor {
+    type Result = ();
+    fn handle(&mut self, down: ReplicaDown, ctx: &mut Context<Self>) {
+        let ReplicaDown { replica, incarnation, reason } = down;
+        let Some((shard, verdict)) = self.replicas.crashed(replica, incarnation, &reason, Instant::now())
+        else {
+            return;
+        };
+        tracing::error!(%shard, %replica, incarnation, reason, ?verdict, "replica crashed");
+        metrics::counter!("pontoon_replica_restarts_total").increment(1);
+        self.addrs.remove(&replica);
+        self.led.remove(&shard);
+        self.hub(shard).do_send(Forget(replica, incarnation));
+        let Some(slot) = self.replicas.get_mut(replica) else {
+            return;
+        };
+        let target = Err(slot.health.clone());
+        let record = slot.record.clone();
+        self.shared.router.update(|routes| {
+            routes.insert(shard, Route { replica, target });
+        });
+        let Verdict::Restart(after) = verdict else {
+            return;
+        };
+        slot.restarts += 1;
+        let shared = self.shared.clone();
+        let fence = async move {
+            actix::clock::sleep(after).await;
+            fence(&shared, replica, incarnation).await;
+        };
+        ctx.spawn(fut::wrap_future(fence).map(move |(), act: &mut Self, ctx| {
+            act.open(vec![record], HashSet::new(), ctx);
+        }));
+    }
+}
+
+impl Handler<EndReplica> for Supervisor {
+    type Result = ();
+    fn handle(&mut self, end: EndReplica, _: &mut Context<Self>) {
+        let EndReplica { replica, incarnation, reason } = end;
+        let current = self.replicas.get_mut(replica).is_some_and(|slot| slot.incarnation == incarnation);
+        if let Some(addr) = self.addrs.get(&replica).filter(|_| current) {
+            // Its guard then reports its end, with this reason.
+            addr.do_send(Fail(reason));
+        }
+    }
+}
+
+impl Handler<LeaderChanged> for Supervisor {
+    type Result = ();
+    fn handle(&mut self, changed: LeaderChanged, _: &mut Context<Self>) {
+        if changed.change.local {
+            self.led.insert(changed.shard);
+            if changed.shard == METADATA_SHARD && self.shared.router.map().version == 0 {
+                self.form();
+            }
+        } else {
+            self.led.remove(&changed.shard);
+        }
+        metrics::gauge!("pontoon_leaders").set(self.led.len() as f64);
+    }
+}
+
+impl Handler<MapApplied> for Supervisor {
+    type Result = ();
+    fn handle(&mut self, applied: MapApplied, ctx: &mut Context<Self>) {
+        if applied.0.version > self.shared.router.map().version {
+            self.take_map(ClusterMap::clone(&applied.0), ctx);
+        }
+    }
+}
+
+impl Handler<MapNews> for Supervisor {
+    type Result = ();
+    fn handle(&mut self, news: MapNews, ctx: &mut Context<Self>) {
+        let mut map = ClusterMap::clone(&self.shared.router.map());
+        if map.merge(news.0) {
+            self.take_map(map, ctx);
+        }
+    }
+}
+
+impl Handler<Report> for Supervisor {
+    type Result = ResponseFuture<Vec<ReplicaReport>>;
+    fn handle(&mut self, _: Report, _: &mut Context<Self>) -> Self::Result {
+        let asked = self.replicas.iter().map(|slot: &Slot| {
+            let addr = self.addrs.get(&slot.record.replica).cloned();
+            let mut report = ReplicaReport {
+                shard: slot.record.shard,
+                replica: slot.record.replica,
+                health: slot.health.clone(),
+                group: None,
+                restarts: slot.restarts,
+            };
+            async move {
+                if let Some(addr) = addr
+                    && let Ok(status) = addr.send(AskStatus).await
+                {
+                    if status.recovering {
+                        report.health = ReplicaHealth::Recovering;
+                    }
+                    report.group = Some(status);
+                }
+                report
+            }
+        });
+        let asked: Vec<_> = asked.collect();
+        Box::pin(async move {
+            let mut reports = futures_util::future::join_all(asked).await;
+            reports.sort_by_key(|r| r.shard);
+            reports
+        })
+    }
+}
+
+impl Handler<HandOver> for Supervisor {
+    type Result = usize;
+    fn handle(&mut self, _: HandOver, _: &mut Context<Self>) -> usize {
+        let mut led = 0;
+        for (replica, addr) in &self.addrs {
+            let leads =
+                self.replicas.get_mut(*replica).is_some_and(|slot| self.led.contains(&slot.record.shard));
+            if leads {
+                led += 1;
+                addr.do_send(Transfer(None));
+            }
+        }
+        led
+    }
+}
+
+impl Handler<StopAll> for Supervisor {
+    type Result = ResponseFuture<()>;
+    fn handle(&mut self, _: StopAll, _: &mut Context<Self>) -> Self::Result {
+        let stops: Vec<_> = self.addrs.values().map(|addr| addr.send(StopReplica)).collect();
+        self.shared.router.update(|routes| routes.clear());
+        self.addrs.clear();
+        Box::pin(async move {
+            for stopped in futures_util::future::join_all(stops).await {
+                if let Err(error) = stopped {
+                    tracing::debug!(%error, "the replica had ended already");
+                }
+            }
+        })
+    }
+}

@@ -1,0 +1,110 @@
+//! How the ends of a batch's operations find back to who asked.
+//!
+//! Each operation of a batch has a [`Ticket`]; whoever ends it, on whatever thread, puts the result
+//! in its place, and the last one wakes the asker. A ticket that is dropped unanswered, because its
+//! replica crashed, ends its operation too, so that every caller is always answered.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::oneshot;
+
+use crate::group::types::{Operation, Output};
+use crate::refusal::Refusal;
+
+/// The results of one batch, in the order of its operations; or why none of them was started.
+pub type Results = Result<Vec<Result<Output, Refusal>>, Refusal>;
+
+struct Open {
+    results: Vec<Option<Result<Output, Refusal>>>,
+    missing: usize,
+    reply: Option<oneshot::Sender<Results>>,
+}
+
+/// A batch whose results come in one by one.
+struct Batch(Mutex<Open>);
+
+/// The place of one operation's result.
+pub struct Ticket {
+    batch: Arc<Batch>,
+    index: u32,
+    /// Whether an operation that ends without a result may have had an effect.
+    writes: bool,
+    ended: bool,
+}
+
+/// Tickets for `operations`, whose results go to `reply` together.
+pub fn tickets(operations: &[Operation], reply: oneshot::Sender<Results>) -> Vec<Ticket> {
+    let count = operations.len();
+    let open = Open { results: (0..count).map(|_| None).collect(), missing: count, reply: Some(reply) };
+    let batch = Arc::new(Batch(Mutex::new(open)));
+    let tickets = operations.iter().zip(0..).map(|(operation, index)| Ticket {
+        batch: batch.clone(),
+        index,
+        writes: matches!(operation, Operation::Command(_)),
+        ended: false,
+    });
+    tickets.collect()
+}
+
+impl Ticket {
+    /// Ends the operation.
+    pub fn finish(mut self, result: Result<Output, Refusal>) {
+        self.put(result);
+    }
+
+    fn put(&mut self, result: Result<Output, Refusal>) {
+        self.ended = true;
+        // The lock is held for a few moves that can't panic.
+        let mut open = self.batch.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = &mut open.results[self.index as usize];
+        debug_assert!(place.is_none(), "an operation ends once");
+        *place = Some(result);
+        open.missing -= 1;
+        if open.missing > 0 {
+            return;
+        }
+        let results = std::mem::take(&mut open.results).into_iter().flatten().collect();
+        if let Some(reply) = open.reply.take()
+            && reply.send(Ok(results)).is_err()
+        {
+            // The asker gave up, at its deadline; it has reported the outcome as unknown.
+            tracing::trace!("nobody waits for the results of a batch");
+        }
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        if !self.ended {
+            let refusal = if self.writes {
+                Refusal::Unknown("the replica crashed before it could answer".into())
+            } else {
+                Refusal::Unavailable("the replica crashed before it could answer".into())
+            };
+            self.put(Err(refusal));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::command::{Answer, Command, KvCommand, Query};
+
+    #[test]
+    fn results_arrive_together_in_order_and_a_dropped_ticket_counts() {
+        let operations = [
+            Operation::Query(Query::Get { key: "a".into() }),
+            Operation::Command(Command::Kv(KvCommand::Delete { key: "b".into() })),
+        ];
+        let (reply, mut results) = oneshot::channel();
+        let mut tickets = tickets(&operations, reply);
+        drop(tickets.pop());
+        assert!(results.try_recv().is_err());
+        let answer = Ok(Output::Answer(Answer::Value(None)));
+        tickets.pop().expect("first").finish(answer.clone());
+        let results = results.try_recv().expect("complete").expect("started");
+        assert_eq!(results[0], answer);
+        assert!(matches!(results[1], Err(Refusal::Unknown(_))));
+    }
+}

@@ -1,0 +1,256 @@
+//! Tests of [`super`]: what the callers are told, and what is refused. Crashes: tests/flush_crash.rs.
+
+use std::sync::Mutex;
+
+use bytes::Bytes;
+use proptest::prelude::*;
+
+use super::*;
+use crate::ids::Position;
+use crate::storage::engine_memory::{CrashLoss, MemoryEngine};
+use crate::storage::state::ReplicaState;
+use crate::storage::state::tests::initial;
+use crate::storage::{StateBatch, StateView};
+
+fn open_state(engine: &Arc<MemoryEngine>, replica: u64) -> ReplicaState {
+    ReplicaState::open(engine.clone(), ReplicaId(replica), 0, initial()).unwrap()
+}
+
+fn apply(state: &mut ReplicaState, index: u64, key: &str, value: Option<&str>) {
+    match value {
+        Some(value) => state.put(key.as_bytes(), Bytes::copy_from_slice(value.as_bytes())),
+        None => state.delete(key.as_bytes()),
+    }
+    state.set_applied(Position { index, term: 5 });
+}
+
+fn redo_files(dir: &Path) -> usize {
+    std::fs::read_dir(dir).unwrap().count()
+}
+
+#[test]
+fn a_round_over_several_replicas_and_tables() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = Arc::new(MemoryEngine::new());
+    let mut flusher = Flusher::open(dir.path().join("redo"), engine.clone()).unwrap();
+    let mut one = open_state(&engine, 1);
+    let mut two = open_state(&engine, 2);
+    apply(&mut one, 6, "a", Some("old"));
+    apply(&mut one, 7, "b", Some("old"));
+    let tables = [one.freeze().unwrap(), {
+        apply(&mut one, 8, "a", Some("new"));
+        apply(&mut one, 9, "b", None);
+        one.freeze().unwrap()
+    }];
+    apply(&mut two, 6, "a", Some("other"));
+    let tables = [&tables[..], &[two.freeze().unwrap()]].concat();
+    let steps = Arc::new(Mutex::new(Vec::new()));
+    let engine_seen = engine.clone();
+    flusher
+        .flush(&tables, &mut |step| {
+            steps.lock().unwrap().push((step, engine_seen.len()));
+        })
+        .unwrap();
+    let steps = steps.lock().unwrap().clone();
+    assert_eq!(steps, [(FlushStep::Logged, 0), (FlushStep::Absorbed, 4)], "two keys and two headers");
+    assert_eq!(redo_files(&flusher.redo_dir), 0);
+    engine.crash(CrashLoss::Everything);
+    let one = open_state(&engine, 1);
+    assert_eq!(one.header().applied.index, 9);
+    assert_eq!(one.get(b"a").unwrap().unwrap(), "new");
+    assert_eq!(one.get(b"b").unwrap(), None);
+    assert_eq!(open_state(&engine, 2).get(b"a").unwrap().unwrap(), "other");
+
+    flusher.destroy(ReplicaId(1)).unwrap();
+    engine.crash(CrashLoss::Everything);
+    assert_eq!(engine.len(), 2, "replica 2 is untouched");
+}
+
+#[test]
+fn a_flush_that_fails_before_its_file_may_be_tried_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = Arc::new(MemoryEngine::new());
+    let mut flusher = Flusher::open(dir.path().to_owned(), engine.clone()).unwrap();
+    let mut state = open_state(&engine, 1);
+    apply(&mut state, 6, "a", Some("x"));
+    let table = state.freeze().unwrap();
+    let mut fail = true;
+    flusher.set_hook(Box::new(move |point| {
+        if point == FlushPoint::RedoWritten && std::mem::take(&mut fail) {
+            return Err(full_disk());
+        }
+        Ok(())
+    }));
+    assert!(flusher.flush(std::slice::from_ref(&table), &mut |_| panic!("too early")).is_err());
+    assert_eq!(redo_files(dir.path()), 0);
+    flusher.flush(&[table], &mut |_| {}).unwrap();
+    assert_eq!(open_state(&engine, 1).get(b"a").unwrap().unwrap(), "x");
+}
+
+#[test]
+fn a_flush_that_fails_after_its_file_ends_flushing() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = Arc::new(MemoryEngine::new());
+    let mut flusher = Flusher::open(dir.path().to_owned(), engine.clone()).unwrap();
+    let mut state = open_state(&engine, 1);
+    apply(&mut state, 6, "a", Some("x"));
+    let first = state.freeze().unwrap();
+    apply(&mut state, 7, "a", Some("y"));
+    let second = state.freeze().unwrap();
+    flusher.set_hook(Box::new(|point| match point {
+        FlushPoint::BatchWritten => Err(full_disk()),
+        _ => Ok(()),
+    }));
+    assert!(flusher.flush(&[first], &mut |_| {}).is_err());
+    assert_eq!(redo_files(dir.path()), 1);
+    let error = flusher.flush(&[second], &mut |_| {}).unwrap_err();
+    assert!(error.to_string().contains("restart the node"), "{error}");
+    engine.crash(CrashLoss::Everything);
+    Flusher::open(dir.path().to_owned(), engine.clone()).unwrap();
+    assert_eq!(redo_files(dir.path()), 0);
+    assert_eq!(open_state(&engine, 1).get(b"a").unwrap().unwrap(), "x");
+}
+
+#[test]
+fn a_redo_file_older_than_the_state_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = Arc::new(MemoryEngine::new());
+    let mut state = open_state(&engine, 1);
+    let mut flusher = Flusher::open(dir.path().to_owned(), engine.clone()).unwrap();
+    let mut old = RedoWriter::create(dir.path(), 99).unwrap();
+    old.section(ReplicaId(1), 0, &initial()).unwrap();
+    old.change(b"a", Some(b"stale")).unwrap();
+    old.finish().unwrap();
+    apply(&mut state, 6, "a", Some("x"));
+    flusher.flush(&[state.freeze().unwrap()], &mut |_| {}).unwrap();
+    let error = Flusher::open(dir.path().to_owned(), engine).err().unwrap();
+    assert!(error.to_string().contains("at 6 already"), "{error}");
+}
+
+#[test]
+fn the_largest_tables_go_first() {
+    let active = [(1, 10), (2, 50), (3, 30), (4, 20)].map(|(r, bytes)| (ReplicaId(r), bytes));
+    assert_eq!(choose(&active, 110), []);
+    assert_eq!(choose(&active, 109), [ReplicaId(2), ReplicaId(3)]);
+    assert_eq!(choose(&active, 0).len(), 4);
+}
+
+fn full_disk() -> StorageError {
+    StorageError::Io {
+        action: "writing",
+        path: PathBuf::from("redo"),
+        source: std::io::ErrorKind::StorageFull.into(),
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Put(u8, u8),
+    Delete(u8),
+    Freeze,
+    Flush,
+    /// Crash and reopen; the writes that were not flushed are applied again, as the log would.
+    Reopen(CrashLoss),
+    Scan(u8, u8),
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let loss = prop_oneof![
+        Just(CrashLoss::Nothing),
+        Just(CrashLoss::Everything),
+        any::<u64>().prop_map(CrashLoss::Random),
+    ];
+    let step = prop_oneof![
+        8 => (0..24u8, any::<u8>()).prop_map(|(key, value)| Step::Put(key, value)),
+        4 => (0..24u8).prop_map(Step::Delete),
+        2 => Just(Step::Freeze),
+        1 => Just(Step::Flush),
+        1 => loss.prop_map(Step::Reopen),
+        1 => (0..24u8, 1..8u8).prop_map(|(from, pairs)| Step::Scan(from, pairs)),
+    ];
+    proptest::collection::vec(step, 1..80)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 128, ..ProptestConfig::default() })]
+
+    /// Whatever happens in whatever order, the state reads as the map that the same writes make.
+    #[test]
+    fn state_agrees_with_a_map(steps in steps()) {
+        use std::collections::BTreeMap;
+        use std::ops::Bound;
+        let dir = tempfile::tempdir().unwrap();
+        let engine = Arc::new(MemoryEngine::new());
+        let mut flusher = Flusher::open(dir.path().to_owned(), engine.clone()).unwrap();
+        let mut state = open_state(&engine, 1);
+        let mut model: BTreeMap<Vec<u8>, Bytes> = BTreeMap::new();
+        let mut log: Vec<(u64, Vec<u8>, Option<Bytes>)> = Vec::new();
+        let mut waiting: Vec<Arc<Frozen>> = Vec::new();
+        let run = |state: &mut ReplicaState, (index, key, value): &(u64, Vec<u8>, Option<Bytes>)| {
+            match value {
+                Some(value) => state.put(key, value.clone()),
+                None => state.delete(key),
+            }
+            state.set_applied(Position { index: *index, term: 5 });
+        };
+        for step in steps {
+            match step {
+                Step::Put(..) | Step::Delete(_) => {
+                    let (key, value) = match step {
+                        Step::Put(key, value) => (vec![key], Some(Bytes::from(vec![value; 3]))),
+                        Step::Delete(key) => (vec![key], None),
+                        _ => unreachable!(),
+                    };
+                    match &value {
+                        Some(value) => model.insert(key.clone(), value.clone()),
+                        None => model.remove(&key),
+                    };
+                    log.push((6 + log.len() as u64, key, value));
+                    run(&mut state, log.last().unwrap());
+                }
+                Step::Freeze => waiting.extend(state.freeze()),
+                Step::Flush => {
+                    flusher.flush(&waiting, &mut |_| {}).unwrap();
+                    if let Some(last) = waiting.drain(..).next_back() {
+                        state.release(last.header.applied.index);
+                        prop_assert_eq!(state.memory_bytes().1, 0);
+                    }
+                }
+                Step::Reopen(loss) => {
+                    waiting.clear();
+                    engine.crash(loss);
+                    flusher = Flusher::open(dir.path().to_owned(), engine.clone()).unwrap();
+                    state = open_state(&engine, 1);
+                    let applied = state.header().applied.index;
+                    for entry in log.iter().filter(|(index, _, _)| *index > applied) {
+                        run(&mut state, entry);
+                    }
+                }
+                Step::Scan(from, pairs) => {
+                    let from = Bound::Included(&[from][..]);
+                    let reader = state.scan_reader(from, &[], pairs.into());
+                    let mut page = Vec::new();
+                    reader.scan(from, &mut |key, value| {
+                        page.push((key.to_vec(), value.clone()));
+                        page.len() < pairs.into()
+                    }).unwrap();
+                    let expected: Vec<_> = model
+                        .range::<[u8], _>((from, Bound::Unbounded))
+                        .take(pairs.into())
+                        .map(|(key, value)| (key.clone(), value.clone()))
+                        .collect();
+                    prop_assert_eq!(page, expected);
+                }
+            }
+            for key in 0..24u8 {
+                prop_assert_eq!(state.get(&[key]).unwrap(), model.get(&vec![key]).cloned());
+            }
+            let mut all = Vec::new();
+            state.scan(Bound::Unbounded, &mut |key, value| {
+                all.push((key.to_vec(), value.clone()));
+                true
+            }).unwrap();
+            prop_assert_eq!(all, model.clone().into_iter().collect::<Vec<_>>());
+        }
+    }
+}

@@ -1,1 +1,0 @@
-//! The raft log on raft-engine.

@@ -1,0 +1,263 @@
+//! The log engine behind guards against what raft-engine 0.4.2 does when it is in trouble:
+//!
+//! - It *panics when a sync fails*, holding its locks, and a later write would wait for them for
+//!   ever. The panic is caught here; from then on nothing reaches the engine, and every write is
+//!   [`StorageError::SyncFailed`]. The engine is then leaked: dropping it would sync once more.
+//! - It *keeps the last block it read in the thread*, without asking which engine it came from: with
+//!   two engines in a process (several nodes in one, or one opened again after a crash) a thread could
+//!   read one log and get the other's entries. So a thread belongs to the first engine that reads on
+//!   it; another one reads on a thread of its own for the moment. A node's threads read one log only.
+//! - It *looks up and reads entries in two steps*, between which a purge may move them. A read that
+//!   fails is tried again with purges held off.
+//! - It *panics during recovery* on a log it can't make sense of. That is damage.
+
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use raft_engine::env::FileSystem;
+use raft_engine::{Config, Engine, Error, LogBatch, ReadableSize, RecoveryMode};
+
+use super::DiskLogOptions;
+use crate::storage::StorageError;
+use crate::storage::identity::IdentityError;
+
+/// Name of the engine in errors.
+const ENGINE: &str = "raft log";
+
+/// Threads that read the files when the log opens.
+const RECOVERY_THREADS: usize = 2;
+
+static ENGINES: AtomicU64 = AtomicU64::new(1);
+
+thread_local! {
+    /// Number of the engine to which this thread's block cache belongs; 0: none yet.
+    static HOME: Cell<u64> = const { Cell::new(0) };
+}
+
+/// A raft-engine that can fail but not panic or hang.
+pub struct EngineGuard<F: FileSystem + 'static> {
+    engine: Arc<Engine<F>>,
+    dir: PathBuf,
+    /// Unique among the engines of this process.
+    number: u64,
+    failed: AtomicBool,
+    /// Held during a purge, and by reads that must not race with one.
+    purge: Mutex<()>,
+}
+
+impl<F: FileSystem + 'static> EngineGuard<F> {
+    /// Opens the engine in a directory that exists.
+    pub fn open(
+        dir: &Path,
+        options: DiskLogOptions,
+        file_system: Arc<F>,
+    ) -> Result<EngineGuard<F>, StorageError> {
+        let config = config(dir, options)?;
+        let opened = catch_unwind(AssertUnwindSafe(|| Engine::open_with_file_system(config, file_system)));
+        let damaged =
+            |detail| StorageError::Damaged { what: format!("the raft log in {}", dir.display()), detail };
+        let engine = match opened {
+            Ok(Ok(engine)) => engine,
+            Ok(Err(Error::Corruption(detail))) => return Err(damaged(detail)),
+            Ok(Err(Error::Codec(e))) => return Err(damaged(e.to_string())),
+            Ok(Err(Error::Io(source))) => {
+                return Err(StorageError::Io {
+                    action: "opening the raft log in",
+                    path: dir.to_path_buf(),
+                    source,
+                });
+            }
+            // The engine has no error of its own for a lock that is held.
+            Ok(Err(e)) if e.to_string().contains("lock file") => {
+                return Err(
+                    IdentityError::InUse { path: dir.display().to_string(), holder: String::new() }.into()
+                );
+            }
+            Ok(Err(e)) => {
+                return Err(StorageError::Engine { engine: ENGINE, reason: e.to_string() });
+            }
+            Err(panic) => return Err(damaged(panic_text(panic.as_ref()))),
+        };
+        Ok(EngineGuard {
+            engine: Arc::new(engine),
+            dir: dir.to_path_buf(),
+            number: ENGINES.fetch_add(1, Ordering::Relaxed),
+            failed: AtomicBool::new(false),
+            purge: Mutex::new(()),
+        })
+    }
+
+    /// The engine, for what neither writes nor reads files.
+    pub fn get(&self) -> &Engine<F> {
+        &self.engine
+    }
+
+    /// Writes a batch, durably if `sync`. After an error nothing works any more.
+    pub fn write(&self, mut batch: LogBatch, sync: bool) -> Result<(), StorageError> {
+        self.unless_failed()?;
+        match catch_unwind(AssertUnwindSafe(|| self.engine.write(&mut batch, sync))) {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(e)) => Err(self.fail(e.to_string())),
+            Err(panic) => Err(self.fail(panic_text(panic.as_ref()))),
+        }
+    }
+
+    /// Frees files that hold nothing needed and names the groups that hold back the most.
+    pub fn purge(&self) -> Result<Vec<u64>, StorageError> {
+        self.unless_failed()?;
+        let _purge = self.purge.lock().unwrap_or_else(PoisonError::into_inner);
+        let purged = self.at_home(|| {
+            catch_unwind(AssertUnwindSafe(|| self.engine.purge_expired_files()))
+                .map_err(|panic| panic_text(panic.as_ref()))
+        });
+        match purged {
+            Ok(Ok(Ok(groups))) => Ok(groups),
+            Ok(Ok(Err(e))) => Err(self.error(e)),
+            Ok(Err(panic)) => Err(self.fail(panic)),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Reads through the engine. The error is a message for a person.
+    pub fn read<T: Send>(
+        &self,
+        read: impl Fn(&Engine<F>) -> raft_engine::Result<T> + Sync,
+    ) -> Result<T, String> {
+        let attempt = || {
+            self.at_home(|| {
+                catch_unwind(AssertUnwindSafe(|| read(&self.engine)))
+                    .map_err(|panic| panic_text(panic.as_ref()))?
+                    .map_err(|e| e.to_string())
+            })
+            .map_err(|e| e.to_string())?
+        };
+        attempt().or_else(|_| {
+            let _purge = self.purge.lock().unwrap_or_else(PoisonError::into_inner);
+            attempt()
+        })
+    }
+
+    /// An error of the engine that leaves the log as it was.
+    pub fn error(&self, error: Error) -> StorageError {
+        StorageError::Engine { engine: ENGINE, reason: format!("{}: {error}", self.dir.display()) }
+    }
+
+    fn unless_failed(&self) -> Result<(), StorageError> {
+        if self.failed.load(Ordering::Acquire) {
+            return Err(self.fail("an earlier write or sync failed".into()));
+        }
+        Ok(())
+    }
+
+    fn fail(&self, reason: String) -> StorageError {
+        self.failed.store(true, Ordering::Release);
+        StorageError::SyncFailed { path: self.dir.clone(), reason }
+    }
+
+    /// Runs `read` on a thread whose block cache belongs to this engine.
+    fn at_home<T: Send>(&self, read: impl FnOnce() -> T + Send) -> Result<T, StorageError> {
+        let home = HOME.with(|home| {
+            if home.get() == 0 {
+                home.set(self.number);
+            }
+            home.get()
+        });
+        if home == self.number {
+            return Ok(read());
+        }
+        std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new()
+                .name("log-read".into())
+                .spawn_scoped(scope, read)
+                .map_err(|source| StorageError::Io {
+                    action: "starting a thread to read",
+                    path: self.dir.clone(),
+                    source,
+                })?;
+            Ok(thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
+        })
+    }
+}
+
+impl<F: FileSystem + 'static> Drop for EngineGuard<F> {
+    fn drop(&mut self) {
+        if self.failed.load(Ordering::Acquire) {
+            // One reference for ever: see the head of this file.
+            std::mem::forget(self.engine.clone());
+        }
+    }
+}
+
+fn config(dir: &Path, options: DiskLogOptions) -> Result<Config, StorageError> {
+    let refuse = |reason: String| StorageError::Engine { engine: ENGINE, reason };
+    let name = dir
+        .to_str()
+        .ok_or_else(|| refuse(format!("the path {} isn't UTF-8; choose another", dir.display())))?;
+    if options.file_bytes == 0 || options.purge_bytes < options.file_bytes {
+        return Err(refuse(format!(
+            "{} bytes for all files must allow for one of {} bytes",
+            options.purge_bytes, options.file_bytes
+        )));
+    }
+    // The engine prepares half as many files again as the limit has room for.
+    let spare_files = options.spare_files as u64;
+    let limit_files = (0..=spare_files).rev().find(|files| files * 3 / 2 <= spare_files).unwrap_or(0);
+    Ok(Config {
+        dir: name.to_owned(),
+        recovery_mode: RecoveryMode::TolerateTailCorruption,
+        recovery_threads: RECOVERY_THREADS,
+        batch_compression_threshold: ReadableSize(0),
+        target_file_size: ReadableSize(options.file_bytes),
+        purge_threshold: ReadableSize(options.purge_bytes),
+        prefill_for_recycle: limit_files > 0,
+        prefill_limit: (limit_files > 0).then_some(ReadableSize(limit_files * options.file_bytes)),
+        ..Config::default()
+    })
+}
+
+/// What a caught panic said.
+pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    panic
+        .downcast_ref::<&str>()
+        .map(|text| (*text).to_owned())
+        .or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "panicked without a message".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(spare_files: usize) -> DiskLogOptions {
+        DiskLogOptions { file_bytes: 4096, purge_bytes: 65536, spare_files }
+    }
+
+    #[test]
+    fn no_more_spare_files_are_prepared_than_allowed() {
+        for (allowed, prepared) in [(0, 0), (1, 1), (2, 1), (3, 3), (5, 4), (6, 6)] {
+            let dir = tempfile::tempdir().unwrap();
+            let file_system = Arc::new(raft_engine::env::DefaultFileSystem);
+            let _engine = EngineGuard::open(dir.path(), options(allowed), file_system).unwrap();
+            let spare = std::fs::read_dir(dir.path())
+                .unwrap()
+                .filter(|file| {
+                    let name = file.as_ref().unwrap().file_name();
+                    name.to_string_lossy().ends_with(".reserved")
+                })
+                .count();
+            assert_eq!(spare, prepared, "of {allowed} allowed");
+        }
+    }
+
+    #[test]
+    fn impossible_options_are_errors() {
+        let mut bad = options(0);
+        bad.purge_bytes = 1;
+        assert!(config(Path::new("log"), bad).is_err());
+        bad.file_bytes = 0;
+        assert!(config(Path::new("log"), bad).is_err());
+    }
+}

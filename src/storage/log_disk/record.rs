@@ -1,0 +1,224 @@
+//! What lies in the log engine beside entries and hard states: the catalogue of replicas, the store
+//! id, and where each log was truncated.
+//!
+//! | group | key | value |
+//! |---|---|---|
+//! | [`CATALOGUE_GROUP`] | `i` | format version (1 byte), store id (16 bytes) |
+//! | [`CATALOGUE_GROUP`] | `r` + replica id (8 bytes, big-endian) | version (1 byte), `ReplicaRecord` of store.capnp |
+//! | [`CATALOGUE_GROUP`] | `p` | empty; written to sync what precedes it |
+//! | replica id | `h` | hard state as raft's protobuf message |
+//! | replica id | `t` | version (1 byte), index and term of the last entry compacted away (8 bytes each, little-endian) |
+
+use capnp::message::{Builder, ReaderOptions};
+use capnp::serialize;
+
+use super::super::StorageError;
+use super::super::log::{ReplicaPhase, ReplicaRecord};
+use crate::ids::{DatabaseId, Epoch, NodeId, Position, ReplicaId, ShardId, StoreId};
+use crate::machine::MachineKind;
+use crate::placement::map::{Member, MemberRole};
+use crate::placement::ring::RingRange;
+use crate::schema::{store_capnp, types_capnp};
+
+/// The log engine's group that holds the catalogue. No replica has this id.
+pub const CATALOGUE_GROUP: u64 = u64::MAX;
+/// Key of the store id.
+pub const IDENTITY_KEY: &[u8] = b"i";
+/// First byte of the keys of replica records.
+pub const REPLICA_PREFIX: &[u8] = b"r";
+/// The first key after all replica records.
+pub const REPLICA_END: &[u8] = b"s";
+/// Key of the marker that is written to sync what precedes it.
+pub const MARKER_KEY: &[u8] = b"p";
+/// Key of a replica's hard state.
+pub const HARD_STATE_KEY: &[u8] = b"h";
+/// Key of a replica's truncated position.
+pub const TRUNCATED_KEY: &[u8] = b"t";
+
+/// Version of these formats. A log with a newer one is refused.
+pub const FORMAT: u8 = 1;
+
+/// Why a record can't be read.
+pub type RecordError = String;
+
+/// The key of a replica's record.
+pub fn replica_key(replica: ReplicaId) -> Vec<u8> {
+    [REPLICA_PREFIX, &replica.0.to_be_bytes()].concat()
+}
+
+/// The value under [`IDENTITY_KEY`].
+pub fn encode_identity(store_id: StoreId) -> Vec<u8> {
+    [&[FORMAT][..], &store_id.0].concat()
+}
+
+/// Reads the value under [`IDENTITY_KEY`].
+pub fn decode_identity(value: &[u8]) -> Result<StoreId, RecordError> {
+    StoreId::from_slice(body(value)?).ok_or_else(|| format!("the store id has {} bytes, not 17", value.len()))
+}
+
+/// The value under [`TRUNCATED_KEY`].
+pub fn encode_position(position: Position) -> Vec<u8> {
+    [&[FORMAT][..], &position.index.to_le_bytes(), &position.term.to_le_bytes()].concat()
+}
+
+/// Reads the value under [`TRUNCATED_KEY`].
+pub fn decode_position(value: &[u8]) -> Result<Position, RecordError> {
+    let wrong = || format!("the truncated position has {} bytes, not 17", value.len());
+    let (index, term) = body(value)?.split_at_checked(8).ok_or_else(wrong)?;
+    Ok(Position {
+        index: u64::from_le_bytes(index.try_into().map_err(|_| wrong())?),
+        term: u64::from_le_bytes(term.try_into().map_err(|_| wrong())?),
+    })
+}
+
+/// The value under [`replica_key`].
+pub fn encode_replica(record: &ReplicaRecord) -> Result<Vec<u8>, StorageError> {
+    let mut message = Builder::new_default();
+    let mut to = message.init_root::<store_capnp::replica_record::Builder>();
+    to.set_replica(record.replica.0);
+    to.set_shard(record.shard.0);
+    to.set_database(record.database.0);
+    to.set_machine(match record.machine {
+        MachineKind::Kv => store_capnp::MachineKind::Kv,
+        MachineKind::Metadata => store_capnp::MachineKind::Metadata,
+    });
+    to.set_phase(match record.phase {
+        ReplicaPhase::Active => store_capnp::ReplicaPhase::Active,
+        ReplicaPhase::Tombstone => store_capnp::ReplicaPhase::Tombstone,
+    });
+    to.set_start(record.range.start);
+    to.set_end(record.range.end);
+    let mut epoch = to.reborrow().init_epoch();
+    epoch.set_range(record.epoch.range);
+    epoch.set_conf(record.epoch.conf);
+    let mut members = to.reborrow().init_members(record.members.len() as u32);
+    for (i, member) in record.members.iter().enumerate() {
+        let mut to = members.reborrow().get(i as u32);
+        to.set_replica(member.replica.0);
+        to.set_node(member.node.0);
+        to.set_role(match member.role {
+            MemberRole::Voter => types_capnp::MemberRole::Voter,
+            MemberRole::Learner => types_capnp::MemberRole::Learner,
+        });
+    }
+    to.set_generation(record.generation);
+    let mut value = vec![FORMAT];
+    serialize::write_message(&mut value, &message).map_err(|e| StorageError::Engine {
+        engine: "raft log",
+        reason: format!("encoding the record of replica {}: {e}", record.replica),
+    })?;
+    Ok(value)
+}
+
+/// Reads the value under [`replica_key`].
+pub fn decode_replica(value: &[u8]) -> Result<ReplicaRecord, RecordError> {
+    let bytes = body(value)?;
+    read_replica(bytes).map_err(|e| e.to_string())
+}
+
+fn read_replica(mut bytes: &[u8]) -> capnp::Result<ReplicaRecord> {
+    let message = serialize::read_message(&mut bytes, ReaderOptions::new())?;
+    let from = message.get_root::<store_capnp::replica_record::Reader>()?;
+    let epoch = from.get_epoch()?;
+    let mut members = Vec::new();
+    for member in from.get_members()? {
+        members.push(Member {
+            replica: ReplicaId(member.get_replica()),
+            node: NodeId(member.get_node()),
+            role: match member.get_role()? {
+                types_capnp::MemberRole::Voter => MemberRole::Voter,
+                types_capnp::MemberRole::Learner => MemberRole::Learner,
+            },
+        });
+    }
+    Ok(ReplicaRecord {
+        replica: ReplicaId(from.get_replica()),
+        shard: ShardId(from.get_shard()),
+        database: DatabaseId(from.get_database()),
+        machine: match from.get_machine()? {
+            store_capnp::MachineKind::Kv => MachineKind::Kv,
+            store_capnp::MachineKind::Metadata => MachineKind::Metadata,
+        },
+        phase: match from.get_phase()? {
+            store_capnp::ReplicaPhase::Active => ReplicaPhase::Active,
+            store_capnp::ReplicaPhase::Tombstone => ReplicaPhase::Tombstone,
+        },
+        range: RingRange { start: from.get_start(), end: from.get_end() },
+        epoch: Epoch { range: epoch.get_range(), conf: epoch.get_conf() },
+        members,
+        generation: from.get_generation(),
+    })
+}
+
+/// What follows the version byte, if this program knows the version.
+fn body(value: &[u8]) -> Result<&[u8], RecordError> {
+    match value.split_first() {
+        Some((&FORMAT, body)) => Ok(body),
+        Some((version, _)) => Err(format!(
+            "format {version} is not format {FORMAT}, the one this program knows; use the version of the program that wrote it"
+        )),
+        None => Err("it is empty".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn record(members: u64) -> ReplicaRecord {
+        ReplicaRecord {
+            replica: ReplicaId(12),
+            shard: ShardId(3),
+            database: DatabaseId(2),
+            machine: MachineKind::Metadata,
+            phase: ReplicaPhase::Tombstone,
+            range: RingRange { start: 5, end: u64::MAX },
+            epoch: Epoch { range: 8, conf: 9 },
+            members: (0..members)
+                .map(|i| Member {
+                    replica: ReplicaId(10 + i),
+                    node: NodeId(1 + i),
+                    role: [MemberRole::Voter, MemberRole::Learner][i as usize % 2],
+                })
+                .collect(),
+            generation: 4,
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        for members in [0, 1, 7] {
+            let record = record(members);
+            let value = encode_replica(&record).unwrap();
+            assert_eq!(decode_replica(&value), Ok(record));
+        }
+        let position = Position { index: 77, term: 8 };
+        assert_eq!(decode_position(&encode_position(position)), Ok(position));
+        let id = crate::ids::RandomId([9; 16]);
+        assert_eq!(decode_identity(&encode_identity(id)), Ok(id));
+    }
+
+    #[test]
+    fn a_newer_format_and_a_wrong_length_are_refused() {
+        let mut value = encode_position(Position::default());
+        value[0] = FORMAT + 1;
+        assert!(decode_position(&value).unwrap_err().contains("format 2"));
+        assert!(decode_position(&encode_position(Position::default())[..16]).is_err());
+        assert!(decode_position(&[]).is_err());
+        assert!(decode_identity(&[FORMAT; 16]).is_err());
+    }
+
+    proptest! {
+        /// Damaged records are errors, never panics.
+        #[test]
+        fn damaged_records_do_not_panic(at in 0usize..200, bit in 0u8..8, cut in 0usize..200) {
+            let mut value = encode_replica(&record(3)).unwrap();
+            let at = at % value.len();
+            value[at] ^= 1 << bit;
+            let _ = decode_replica(&value);
+            value.truncate(cut);
+            let _ = decode_replica(&value);
+        }
+    }
+}

@@ -1,0 +1,262 @@
+//! Metrics: the names, in one table, and the recorder that renders them for Prometheus.
+//!
+//! The rest of the program uses the `metrics` macros with the names here, as
+//! `metrics::counter!(PROPOSALS).increment(1)`. Until [`install`] is called those do nothing and
+//! cost next to nothing. A process has one recorder, whatever the number of its nodes.
+
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
+
+use crate::version;
+
+/// What a metric counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Only grows while the process lives.
+    Counter,
+    /// Goes up and down.
+    Gauge,
+    /// Durations in seconds, in buckets.
+    Histogram,
+}
+
+/// One metric.
+#[derive(Clone, Copy, Debug)]
+pub struct Metric {
+    /// Its name.
+    pub name: &'static str,
+    /// What it counts.
+    pub kind: Kind,
+    /// The names of its labels.
+    pub labels: &'static [&'static str],
+    /// What it means, with the unit.
+    pub help: &'static str,
+}
+
+macro_rules! metrics_table {
+    ($($constant:ident = $name:literal, $kind:ident, $labels:expr, $help:literal;)*) => {
+        $(#[doc = $help] pub const $constant: &str = $name;)*
+
+        /// Every metric there is.
+        pub const METRICS: &[Metric] = &[$(Metric {
+            name: $name,
+            kind: Kind::$kind,
+            labels: &$labels,
+            help: $help,
+        }),*];
+    };
+}
+
+metrics_table! {
+    BUILD_INFO = "pontoon_build_info", Gauge, ["version", "commit"],
+        "Always 1; the labels tell the version and the commit of the program.";
+    PROPOSALS = "pontoon_proposals_total", Counter, [],
+        "Commands accepted by leaders on this node for the log.";
+    READS = "pontoon_reads_total", Counter, [],
+        "Linearizable reads accepted by leaders on this node.";
+    REFUSALS = "pontoon_refusals_total", Counter, ["reason"],
+        "Operations refused by replicas of this node, by reason.";
+    LOG_SYNC_SECONDS = "pontoon_log_sync_seconds", Histogram, [],
+        "Time to write one gathered batch of all groups to the raft log and sync it, in seconds.";
+    LOG_ENTRIES = "pontoon_log_entries_total", Counter, [],
+        "Entries made durable in the raft log.";
+    LOG_WRITES = "pontoon_log_writes_total", Counter, [],
+        "Gathered batches written to the raft log, each with one sync.";
+    LOG_BYTES = "pontoon_log_bytes", Gauge, [],
+        "Size of the raft log on disk, in bytes.";
+    APPLY_ENTRIES = "pontoon_apply_entries_total", Counter, [],
+        "Committed entries executed by replicas of this node.";
+    APPLY_COMMANDS = "pontoon_apply_commands_total", Counter, [],
+        "Commands executed by replicas of this node; an entry holds one or more.";
+    REPLICAS = "pontoon_replicas", Gauge, ["state"],
+        "Replicas on this node, by state.";
+    LEADERS = "pontoon_leaders", Gauge, [],
+        "Replicas on this node that lead their group.";
+    LEADER_CHANGES = "pontoon_leader_changes_total", Counter, [],
+        "Changes of leader that replicas of this node have seen.";
+    REPLICA_RESTARTS = "pontoon_replica_restarts_total", Counter, [],
+        "Replicas of this node that were rebuilt after a crash.";
+    FLUSH_SECONDS = "pontoon_flush_seconds", Histogram, [],
+        "Time of one round that moves frozen memtables into the state store, in seconds.";
+    MEMTABLE_BYTES = "pontoon_memtable_bytes", Gauge, [],
+        "Memtables of all replicas on this node, in bytes.";
+    PEER_BYTES = "pontoon_peer_bytes_total", Counter, ["direction"],
+        "Bytes exchanged with other nodes; direction is in or out.";
+    PEER_FRAMES = "pontoon_peer_frames_total", Counter, ["direction"],
+        "Frames exchanged with other nodes; direction is in or out.";
+    PEER_DROPPED = "pontoon_peer_dropped_total", Counter, [],
+        "Raft messages dropped because the outbox to their node was full or not connected.";
+    PEER_CONNECTIONS = "pontoon_peer_connections", Gauge, [],
+        "Connections with other nodes.";
+    CLIENT_CONNECTIONS = "pontoon_client_connections", Gauge, [],
+        "Connections from clients.";
+    CLIENT_OPERATIONS = "pontoon_client_operations_total", Counter, ["kind"],
+        "Operations received from clients, by kind.";
+    MAP_VERSION = "pontoon_map_version", Gauge, [],
+        "Version of the cluster map that this node knows.";
+    DISK_BYTES = "pontoon_disk_bytes", Gauge, [],
+        "Size of the data directory as last measured, in bytes.";
+}
+
+/// Upper bounds of the buckets of all histograms, in seconds: from a fast disk's sync to a stall.
+const SECONDS_BUCKETS: &[f64] =
+    &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
+
+/// Samples of histograms are gathered in memory and folded into buckets at this pace.
+const UPKEEP: Duration = Duration::from_secs(5);
+
+/// Why there are no metrics.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum MetricsError {
+    /// Another recorder is in place.
+    #[error("this process records its metrics elsewhere already")]
+    Taken,
+    /// The recorder can't be built, or its thread can't be started.
+    #[error("metrics can't be recorded: {0}")]
+    Recorder(String),
+}
+
+/// Installs the recorder for this process. Further calls give the same.
+///
+/// # Errors
+/// Another recorder is in place, or a thread can't be started; the same at each further call.
+pub fn install() -> Result<PrometheusHandle, MetricsError> {
+    static RECORDER: OnceLock<Result<PrometheusHandle, MetricsError>> = OnceLock::new();
+    RECORDER.get_or_init(install_once).clone()
+}
+
+fn install_once() -> Result<PrometheusHandle, MetricsError> {
+    let recorder = builder().map_err(|error| MetricsError::Recorder(error.to_string()))?.build_recorder();
+    let handle = recorder.handle();
+    // Before the recorder is in place: without upkeep, samples would pile up in memory until
+    // somebody asks for the page.
+    let upkeep = handle.clone();
+    std::thread::Builder::new()
+        .name("metrics".into())
+        .spawn(move || {
+            loop {
+                std::thread::sleep(UPKEEP);
+                upkeep.run_upkeep();
+            }
+        })
+        .map_err(|error| MetricsError::Recorder(error.to_string()))?;
+    metrics::set_global_recorder(recorder).map_err(|_| MetricsError::Taken)?;
+    describe();
+    Ok(handle)
+}
+
+fn builder() -> Result<PrometheusBuilder, BuildError> {
+    PrometheusBuilder::new().set_buckets_for_metric(Matcher::Suffix("_seconds".into()), SECONDS_BUCKETS)
+}
+
+/// Tells the recorder in force the meaning of every metric.
+fn describe() {
+    for metric in METRICS {
+        match metric.kind {
+            Kind::Counter => metrics::describe_counter!(metric.name, metric.help),
+            Kind::Gauge => metrics::describe_gauge!(metric.name, metric.help),
+            Kind::Histogram => metrics::describe_histogram!(metric.name, metric.help),
+        }
+    }
+    metrics::gauge!(BUILD_INFO, "version" => version::SOFTWARE, "commit" => version::COMMIT).set(1.0);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::{BTreeMap, BTreeSet};
+
+    /// Names in a page, with HELP and TYPE and the number of samples. Fails on what isn't the
+    /// Prometheus text format.
+    fn parse(page: &str) -> BTreeMap<String, (String, String, usize)> {
+        let mut metrics: BTreeMap<String, (String, String, usize)> = BTreeMap::new();
+        for line in page.lines().filter(|line| !line.is_empty()) {
+            if let Some(comment) = line.strip_prefix("# ") {
+                let mut words = comment.splitn(3, ' ');
+                let (what, name) = (words.next().unwrap(), words.next().unwrap());
+                let rest = words.next().unwrap_or_default().to_owned();
+                let entry = metrics.entry(name.into()).or_default();
+                match what {
+                    "HELP" => entry.0 = rest,
+                    "TYPE" => entry.1 = rest,
+                    _ => panic!("{line}"),
+                }
+                continue;
+            }
+            let (series, value) = line.rsplit_once(' ').expect(line);
+            value.parse::<f64>().expect(line);
+            let (name, labels) = match series.split_once('{') {
+                Some((name, labels)) => (name, labels.strip_suffix('}').expect(line)),
+                None => (series, ""),
+            };
+            for label in labels.split(',').filter(|label| !label.is_empty()) {
+                let (_, value) = label.split_once('=').expect(line);
+                assert!(value.starts_with('"') && value.ends_with('"'), "{line}");
+            }
+            let base = ["_bucket", "_sum", "_count"]
+                .iter()
+                .find_map(|suffix| name.strip_suffix(suffix))
+                .unwrap_or(name);
+            metrics.get_mut(base).expect(line).2 += 1;
+        }
+        metrics
+    }
+
+    #[test]
+    fn every_metric_is_described_and_the_page_parses() {
+        let recorder = builder().unwrap().build_recorder();
+        metrics::with_local_recorder(&recorder, || {
+            describe();
+            for metric in METRICS {
+                let labels: Vec<_> = metric.labels.iter().map(|l| (*l, "a\"b")).collect();
+                match metric.kind {
+                    Kind::Counter => metrics::counter!(metric.name, &labels).increment(3),
+                    Kind::Gauge => metrics::gauge!(metric.name, &labels).set(2.5),
+                    Kind::Histogram => metrics::histogram!(metric.name, &labels).record(0.02),
+                }
+            }
+        });
+        let page = recorder.handle().render();
+        let parsed = parse(&page);
+        assert_eq!(parsed.len(), METRICS.len(), "{page}");
+        for metric in METRICS {
+            let (help, kind, samples) = &parsed[metric.name];
+            assert_eq!(help, metric.help);
+            let expected = match metric.kind {
+                Kind::Counter => "counter",
+                Kind::Gauge => "gauge",
+                Kind::Histogram => "histogram",
+            };
+            assert_eq!(kind, expected, "{}", metric.name);
+            assert!(*samples > 0, "{}", metric.name);
+        }
+        assert!(page.contains("pontoon_log_sync_seconds_bucket{le=\"0.025\"} 1"), "{page}");
+        assert!(page.contains("pontoon_log_sync_seconds_bucket{le=\"0.01\"} 0"), "{page}");
+    }
+
+    #[test]
+    fn names_follow_the_conventions() {
+        let names: BTreeSet<_> = METRICS.iter().map(|metric| metric.name).collect();
+        assert_eq!(names.len(), METRICS.len(), "a name twice");
+        for metric in METRICS {
+            assert!(metric.name.starts_with("pontoon_"), "{}", metric.name);
+            let counter = metric.name.ends_with("_total");
+            assert_eq!(counter, metric.kind == Kind::Counter, "{}", metric.name);
+            let seconds = metric.name.ends_with("_seconds");
+            assert_eq!(seconds, metric.kind == Kind::Histogram, "{}", metric.name);
+            assert!(metric.help.len() > 10 && metric.help.ends_with('.'), "{}", metric.name);
+        }
+    }
+
+    #[test]
+    fn installing_twice_gives_the_same_page() {
+        let first = install().unwrap();
+        let second = install().unwrap();
+        metrics::gauge!(MAP_VERSION).set(41.0);
+        assert!(first.render().contains("pontoon_map_version 41"));
+        assert!(second.render().contains("pontoon_map_version 41"));
+        assert!(first.render().contains("pontoon_build_info{"));
+    }
+}

@@ -1,0 +1,172 @@
+//! Three daemons, real processes: kills, restarts, and what must survive them.
+
+#[path = "support/cluster.rs"]
+mod cluster;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use cluster::Cluster;
+use pontoon::client::{Database, Versioned};
+
+/// Writers that put increasing numbers under keys of their own until told to stop. What was
+/// acknowledged last under each key is returned: the store must hold at least that.
+struct Load {
+    stop: Arc<AtomicBool>,
+    writes: Arc<AtomicU64>,
+    writers: Vec<tokio::task::JoinHandle<(String, u64, Vec<String>)>>,
+}
+
+impl Load {
+    fn start(database: &Database, writers: usize) -> Load {
+        let stop = Arc::new(AtomicBool::new(false));
+        let writes = Arc::new(AtomicU64::new(0));
+        let writers = (0..writers)
+            .map(|writer| {
+                let (database, stop, writes) = (database.clone(), stop.clone(), writes.clone());
+                tokio::spawn(async move {
+                    let key = format!("writer-{writer}");
+                    let (mut acknowledged, mut errors) = (0, Vec::new());
+                    for number in 1.. {
+                        if stop.load(Ordering::Relaxed) {
+                            break;
+                        }
+                        match database.put(key.clone(), format!("{number}")).await {
+                            Ok(_) => acknowledged = number,
+                            Err(error) => errors.push(error.to_string()),
+                        }
+                        writes.fetch_add(1, Ordering::Relaxed);
+                    }
+                    (key, acknowledged, errors)
+                })
+            })
+            .collect();
+        Load { stop, writes, writers }
+    }
+
+    /// Waits until `count` more writes have ended.
+    async fn progress(&self, count: u64) {
+        let until = self.writes.load(Ordering::Relaxed) + count;
+        let begun = Instant::now();
+        while self.writes.load(Ordering::Relaxed) < until {
+            assert!(begun.elapsed() < Duration::from_secs(60), "writes stand still");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Ends it: the last acknowledged number per key, and every error.
+    async fn stop(self) -> (BTreeMap<String, u64>, Vec<String>) {
+        self.stop.store(true, Ordering::Relaxed);
+        let (mut acknowledged, mut errors) = (BTreeMap::new(), Vec::new());
+        for writer in self.writers {
+            let (key, number, failed) = writer.await.expect("a writer");
+            acknowledged.insert(key, number);
+            errors.extend(failed);
+        }
+        (acknowledged, errors)
+    }
+}
+
+fn number(value: Option<Versioned>) -> u64 {
+    value.map_or(0, |v| String::from_utf8_lossy(&v.value).parse().expect("a number"))
+}
+
+async fn assert_nothing_lost(database: &Database, acknowledged: &BTreeMap<String, u64>) {
+    for (key, least) in acknowledged {
+        let found = number(database.get(key.clone()).await.expect("reading back"));
+        assert!(found >= *least, "{key}: {least} was acknowledged, {found} is there");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_node_killed_in_turn_loses_nothing_and_fails_no_write() {
+    let mut cluster = Cluster::new(3);
+    cluster.wait_all_ready();
+    let client = cluster.client().await;
+    let database = cluster.database(&client, "turns", 3, 4).await;
+    let load = Load::start(&database, 8);
+    load.progress(200).await;
+    for victim in 0..3 {
+        cluster.kill(victim);
+        load.progress(200).await;
+        cluster.spawn(victim);
+        cluster.wait_ready(victim);
+        load.progress(100).await;
+    }
+    let (acknowledged, errors) = load.stop().await;
+    assert_eq!(errors, Vec::<String>::new(), "a write failed within its deadline");
+    assert_nothing_lost(&database, &acknowledged).await;
+
+    // The last victim catches up: every replica of every shard applies what is committed.
+    let begun = Instant::now();
+    loop {
+        let map = client.map().await.expect("the map");
+        let mut lag = 0;
+        let mut committed: BTreeMap<_, (u64, u64)> = BTreeMap::new();
+        for node in map.nodes.values() {
+            let report =
+                client.node_report(&node.client_address, Duration::from_secs(5)).await.expect("a report");
+            for replica in report.replicas {
+                if let Some(group) = replica.group {
+                    let (least, most) = committed.entry(replica.shard).or_insert((u64::MAX, 0));
+                    *least = group.applied.min(*least);
+                    *most = group.committed.max(*most);
+                }
+            }
+        }
+        for (least, most) in committed.values() {
+            lag = lag.max(most - least);
+        }
+        if lag == 0 && committed.len() == 5 {
+            break;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(30), "lag is still {lag}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    client.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn all_nodes_killed_at_once_keep_every_acknowledged_write() {
+    let mut cluster = Cluster::new(3);
+    cluster.wait_all_ready();
+    let client = cluster.client().await;
+    let database = cluster.database(&client, "atonce", 3, 4).await;
+    let load = Load::start(&database, 16);
+    load.progress(500).await;
+    for node in 0..3 {
+        cluster.kill(node);
+    }
+    for node in 0..3 {
+        cluster.spawn(node);
+    }
+    cluster.wait_all_ready();
+    load.progress(100).await;
+    let (acknowledged, errors) = load.stop().await;
+    assert_eq!(errors, Vec::<String>::new(), "a write failed within its deadline");
+    assert_nothing_lost(&database, &acknowledged).await;
+    client.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_signal_stops_a_node_within_five_seconds_even_without_a_majority() {
+    let mut cluster = Cluster::new(3);
+    cluster.wait_all_ready();
+    let client = cluster.client().await;
+    let database = cluster.database(&client, "stops", 3, 2).await;
+    database.put("k", "v").await.expect("a write");
+    cluster.kill(0);
+    cluster.kill(1);
+    cluster.signal(2, rustix::process::Signal::TERM);
+    let status = cluster.wait_exit(2, Duration::from_secs(5));
+    assert_eq!(status.code(), Some(0), "its log:\n{}", cluster.log(2));
+    for node in 0..3 {
+        cluster.spawn(node);
+    }
+    cluster.wait_all_ready();
+    let value = database.get("k").await.expect("reading back").expect("there");
+    assert_eq!(value.value, "v");
+    client.close().await;
+}

@@ -1,0 +1,212 @@
+//! Nodes as processes of their own, on real sockets and disks, for tests of what a user sees.
+#![allow(dead_code)] // Each test binary uses its own part.
+
+use std::io::{BufRead, BufReader};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use pontoon::client::options::ClientOptions;
+use pontoon::client::{Client, Database};
+
+/// The binary under test.
+pub fn pontoon() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_pontoon"))
+}
+
+/// Runs a subcommand to its end.
+pub fn run(args: &[&str]) -> Output {
+    pontoon().args(args).stdin(Stdio::null()).output().expect("running pontoon")
+}
+
+/// Ports of 127.0.0.1 that were free a moment ago.
+pub fn free_ports(count: usize) -> Vec<u16> {
+    let listeners: Vec<_> =
+        (0..count).map(|_| TcpListener::bind("127.0.0.1:0").expect("a free port")).collect();
+    listeners.iter().map(|l| l.local_addr().expect("an address").port()).collect()
+}
+
+/// One daemon and its settings.
+pub struct Node {
+    pub config: PathBuf,
+    pub data: PathBuf,
+    pub client: String,
+    pub peer: String,
+    child: Option<Child>,
+}
+
+/// Daemons of one cluster, in one temporary directory. Dropped: killed and removed.
+pub struct Cluster {
+    pub dir: tempfile::TempDir,
+    pub nodes: Vec<Node>,
+}
+
+/// What a node's settings may differ in.
+#[derive(Clone, Default)]
+pub struct Options {
+    /// Peer addresses to advertise instead of the real ones: those of proxies.
+    pub advertise: Option<Vec<String>>,
+    /// Lines of TOML added to each file.
+    pub extra: String,
+}
+
+impl Cluster {
+    /// Writes settings for `count` nodes and starts them, without waiting.
+    pub fn new(count: usize) -> Cluster {
+        Cluster::with(count, &free_ports(2 * count), Options::default())
+    }
+
+    /// The same on given ports: clients first, then peers.
+    pub fn with(count: usize, ports: &[u16], options: Options) -> Cluster {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let (clients, peers) = ports.split_at(count);
+        let advertise = options
+            .advertise
+            .unwrap_or_else(|| peers.iter().map(|port| format!("127.0.0.1:{port}")).collect());
+        let initial: Vec<String> = advertise.iter().map(|a| format!("\"{a}\"")).collect();
+        let nodes = (0..count)
+            .map(|i| {
+                let data = dir.path().join(format!("n{}", i + 1));
+                let config = dir.path().join(format!("n{}.toml", i + 1));
+                let (client, peer) = (format!("127.0.0.1:{}", clients[i]), format!("127.0.0.1:{}", peers[i]));
+                let text = format!(
+                    "[node]\nid = \"n{}\"\ndata_dir = {:?}\n[client]\nlisten = \"{client}\"\n[peer]\nlisten = \"{peer}\"\n\
+                     advertise = \"{}\"\n[cluster]\ninitial = [{}]\n[storage]\ncache_bytes = \"16MiB\"\nmemtable_bytes = \"32MiB\"\n\
+                     log_file_bytes = \"8MiB\"\nlog_bytes = \"64MiB\"\nlog_spare_files = 0\n{}\n",
+                    i + 1,
+                    data,
+                    advertise[i],
+                    initial.join(", "),
+                    options.extra,
+                );
+                std::fs::write(&config, text).expect("writing settings");
+                Node { config, data, client, peer, child: None }
+            })
+            .collect();
+        let mut cluster = Cluster { dir, nodes };
+        for node in 0..count {
+            cluster.spawn(node);
+        }
+        cluster
+    }
+
+    /// Starts a node, without waiting.
+    pub fn spawn(&mut self, node: usize) {
+        let node = &mut self.nodes[node];
+        assert!(node.child.is_none(), "it runs");
+        let log = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(node.config.with_extension("log"))
+            .expect("the log file");
+        let child = pontoon()
+            .args(["serve", "--config"])
+            .arg(&node.config)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(log)
+            .spawn()
+            .expect("starting a node");
+        node.child = Some(child);
+    }
+
+    /// Waits until a node that was just started prints its ready line; returns it.
+    pub fn wait_ready(&mut self, node: usize) -> String {
+        let log = self.nodes[node].config.with_extension("log");
+        let child = self.nodes[node].child.as_mut().expect("running");
+        let stdout = child.stdout.take().expect("its ready line is read once");
+        let mut line = String::new();
+        BufReader::new(stdout).read_line(&mut line).expect("reading its output");
+        assert!(line.starts_with("ready "), "node {node} said {line:?}; its log:\n{}", tail(&log));
+        line
+    }
+
+    /// Waits for all of them.
+    pub fn wait_all_ready(&mut self) {
+        for node in 0..self.nodes.len() {
+            self.wait_ready(node);
+        }
+    }
+
+    /// kill -9.
+    pub fn kill(&mut self, node: usize) {
+        let mut child = self.nodes[node].child.take().expect("running");
+        child.kill().expect("killing it");
+        child.wait().expect("its end");
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, node: usize, signal: rustix::process::Signal) {
+        let child = self.nodes[node].child.as_ref().expect("running");
+        let pid = rustix::process::Pid::from_raw(child.id() as i32).expect("a pid");
+        rustix::process::kill_process(pid, signal).expect("signalling it");
+    }
+
+    /// Waits until a node ends by itself; panics after `within`.
+    pub fn wait_exit(&mut self, node: usize, within: Duration) -> ExitStatus {
+        let mut child = self.nodes[node].child.take().expect("running");
+        let begun = Instant::now();
+        loop {
+            if let Some(status) = child.try_wait().expect("its state") {
+                return status;
+            }
+            if begun.elapsed() > within {
+                let _ = child.kill();
+                panic!("node {node} still ran after {within:?}; its log:\n{}", self.log(node));
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// What a node has logged last.
+    pub fn log(&self, node: usize) -> String {
+        tail(&self.nodes[node].config.with_extension("log"))
+    }
+
+    /// Client addresses of all nodes.
+    pub fn addresses(&self) -> Vec<String> {
+        self.nodes.iter().map(|n| n.client.clone()).collect()
+    }
+
+    /// A client that knows all nodes.
+    pub async fn client(&self) -> Client {
+        let options = ClientOptions::new(self.addresses());
+        Client::connect_with(options).await.expect("connecting")
+    }
+
+    /// Creates a database and returns it.
+    pub async fn database(&self, client: &Client, name: &str, replicas: u32, shards: u32) -> Database {
+        let created = client.create_database(name, replicas, shards, Duration::from_secs(30)).await;
+        created.unwrap_or_else(|error| panic!("creating {name}: {error}; node 1 says:\n{}", self.log(0)));
+        client.database(name)
+    }
+
+    /// Runs a subcommand against this cluster.
+    pub fn run(&self, args: &[&str]) -> Output {
+        let addresses = self.addresses().join(",");
+        pontoon()
+            .args(args)
+            .env("PONTOON_CLUSTER", addresses)
+            .stdin(Stdio::null())
+            .output()
+            .expect("running pontoon")
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        for node in &mut self.nodes {
+            if let Some(mut child) = node.child.take() {
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+        }
+    }
+}
+
+fn tail(path: &Path) -> String {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(40)..].join("\n")
+}
