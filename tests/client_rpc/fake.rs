@@ -27,6 +27,7 @@ pub enum Act {
     Slow(Duration),
     NotLeader(Option<u64>),
     Busy(u32),
+    /// Applies everything, but says that the outcome is unknown.
     Unknown,
     /// Applies everything, then closes the connection instead of answering.
     ApplyAndDrop,
