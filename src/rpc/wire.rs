@@ -13,9 +13,7 @@ use crate::machine::command::{Answer, Command, Expect, KvCommand, KvReply, Query
 use crate::node::handle::{NodePhase, NodeReport, ReplicaHealth};
 use crate::placement::map::{ClusterMap, MapDelta};
 use crate::refusal::{Outcome, Refusal};
-use crate::schema::admin_capnp::{
-    NodeState, ReplicaRole, ReplicaState, node_status, replica_status,
-};
+use crate::schema::admin_capnp::{NodeState, ReplicaRole, ReplicaState, node_status, replica_status};
 use crate::schema::kv_capnp::{expect, op_result, operation, scan_response};
 use crate::schema::types_capnp::{Applied, error, map_delta};
 
@@ -78,10 +76,7 @@ pub struct Room {
 
 impl Default for Room {
     fn default() -> Room {
-        Room {
-            left: ANSWER_BYTES_MAX,
-            used: false,
-        }
+        Room { left: ANSWER_BYTES_MAX, used: false }
     }
 }
 
@@ -105,13 +100,10 @@ pub fn write_result(
     mut to: op_result::Builder<'_>,
 ) {
     match result {
-        Ok(
-            OperationResult::Value(Some(value)) | OperationResult::Mismatch(Some(value)),
-        ) if !room.take(&value) => {
-            let busy = Refusal::Busy {
-                what: "values in one answer".into(),
-                retry_after_ms: 0,
-            };
+        Ok(OperationResult::Value(Some(value)) | OperationResult::Mismatch(Some(value)))
+            if !room.take(&value) =>
+        {
+            let busy = Refusal::Busy { what: "values in one answer".into(), retry_after_ms: 0 };
             write_refusal(&busy, to.init_error());
         }
         Ok(OperationResult::Value(Some(value))) => {
@@ -158,11 +150,7 @@ pub fn write_client_error(from: &ClientError, mut to: error::Builder<'_>) {
 }
 
 /// Writes a page of a scan.
-pub fn write_page(
-    pairs: &[(Bytes, Versioned)],
-    more: bool,
-    to: scan_response::Builder<'_>,
-) {
+pub fn write_page(pairs: &[(Bytes, Versioned)], more: bool, to: scan_response::Builder<'_>) {
     let mut page = to.init_page();
     page.set_more(more);
     let count = u32::try_from(pairs.len()).unwrap_or(u32::MAX);
@@ -177,10 +165,7 @@ pub fn write_page(
 
 /// Whether a refusal is healed by a fresh route.
 pub fn wants_route(refusal: &Refusal) -> bool {
-    matches!(
-        refusal,
-        Refusal::NotLeader { .. } | Refusal::StaleRoute { .. }
-    )
+    matches!(refusal, Refusal::NotLeader { .. } | Refusal::StaleRoute { .. })
 }
 
 /// Writes the records that tell where `shard` is: its own, its database's, its nodes'.
@@ -193,10 +178,7 @@ pub fn write_route(map: &ClusterMap, shard: ShardId, to: map_delta::Builder<'_>)
         // Partial: a receiver takes the records over, but doesn't believe to be up to date.
         since: map.version,
         version: map.version,
-        nodes: members
-            .filter_map(|m| map.nodes.get(&m.node))
-            .cloned()
-            .collect(),
+        nodes: members.filter_map(|m| map.nodes.get(&m.node)).cloned().collect(),
         databases: database.into_iter().cloned().collect(),
         shards: shard.into_iter().cloned().collect(),
     };
@@ -222,8 +204,8 @@ pub fn write_report(
     to.set_disk_bytes(report.disk_bytes);
     to.set_software(super::SOFTWARE);
     let mut protocol = to.reborrow().init_protocol();
-    protocol.set_min(super::PROTOCOL_MIN);
-    protocol.set_max(super::PROTOCOL_MAX);
+    protocol.set_min(crate::version::PROTOCOL_MIN);
+    protocol.set_max(crate::version::PROTOCOL_MAX);
     to.set_pid(std::process::id());
     to.set_uptime_ms(u64::try_from(report.uptime.as_millis()).unwrap_or(u64::MAX));
     let count = u32::try_from(report.replicas.len()).unwrap_or(u32::MAX);
@@ -233,10 +215,7 @@ pub fn write_report(
     }
 }
 
-fn write_replica(
-    replica: &crate::node::handle::ReplicaReport,
-    mut to: replica_status::Builder<'_>,
-) {
+fn write_replica(replica: &crate::node::handle::ReplicaReport, mut to: replica_status::Builder<'_>) {
     to.set_shard(replica.shard.0);
     to.set_replica(replica.replica.0);
     to.set_restarts(replica.restarts);
@@ -269,10 +248,5 @@ fn write_replica(
 
 /// The refusal of a change that was made but whose consequence is not there yet.
 pub fn not_yet(text: String) -> Refusal {
-    Refusal::Other {
-        outcome: Outcome::Unknown,
-        retryable: true,
-        retry_after_ms: 0,
-        message: text,
-    }
+    Refusal::Other { outcome: Outcome::Unknown, retryable: true, retry_after_ms: 0, message: text }
 }
