@@ -106,7 +106,8 @@ async fn each_node_killed_in_turn_loses_nothing_and_fails_no_write() {
         let mut lag = 0;
         let mut committed: BTreeMap<_, (u64, u64)> = BTreeMap::new();
         for node in map.nodes.values() {
-            let report = client.node_report(&node.client_address, Duration::from_secs(5)).await.expect("a report");
+            let report =
+                client.node_report(&node.client_address, Duration::from_secs(5)).await.expect("a report");
             for replica in report.replicas {
                 if let Some(group) = replica.group {
                     let (least, most) = committed.entry(replica.shard).or_insert((u64::MAX, 0));

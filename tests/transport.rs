@@ -67,10 +67,7 @@ impl PeerHandler for Recorder {
     fn hello(&self, hello: &PeerHello) -> Result<Identity, String> {
         self.hellos.set(self.hellos.get() + 1);
         hello.check(Some(CLUSTER), self.node)?;
-        Ok(Identity {
-            node: self.node,
-            incarnation: 1,
-        })
+        Ok(Identity { node: self.node, incarnation: 1 })
     }
 
     fn raft(&self, from: NodeId, messages: Vec<GroupMessage>) {
@@ -91,11 +88,9 @@ impl PeerHandler for Recorder {
             let (now, most) = requests.get();
             requests.set((now - 1, most));
             match request {
-                PeerRequest::Map { since } => PeerResponse::Map(MapDelta {
-                    cluster_id: CLUSTER,
-                    since,
-                    ..MapDelta::default()
-                }),
+                PeerRequest::Map { since } => {
+                    PeerResponse::Map(MapDelta { cluster_id: CLUSTER, since, ..MapDelta::default() })
+                }
                 _ => PeerResponse::Claimed,
             }
         })
@@ -124,10 +119,7 @@ async fn node(id: u64) -> Node {
 }
 
 async fn node_at(id: u64, address: &str) -> Node {
-    let config = ListenerConfig {
-        timings: timings(),
-        ..ListenerConfig::default()
-    };
+    let config = ListenerConfig { timings: timings(), ..ListenerConfig::default() };
     node_with(id, address, config).await
 }
 
@@ -137,11 +129,7 @@ async fn node_with(id: u64, address: &str, config: ListenerConfig) -> Node {
     let seen = Recorder::new(id);
     let handler = seen.clone();
     let task = spawn_local(serve(listener, handler, config, std::future::pending()));
-    Node {
-        address,
-        seen,
-        task,
-    }
+    Node { address, seen, task }
 }
 
 /// The sending side of a node, running.
@@ -161,11 +149,7 @@ fn sender(id: u64, peers: &[(u64, SocketAddr)]) -> Sender {
     sender_with(id, peers, |_| {})
 }
 
-fn sender_with(
-    id: u64,
-    peers: &[(u64, SocketAddr)],
-    change: impl FnOnce(&mut PeerNetworkConfig),
-) -> Sender {
+fn sender_with(id: u64, peers: &[(u64, SocketAddr)], change: impl FnOnce(&mut PeerNetworkConfig)) -> Sender {
     let unreachable = Arc::new(AtomicUsize::new(0));
     let count = unreachable.clone();
     let on_unreachable = Arc::new(move |_| {
@@ -175,26 +159,15 @@ fn sender_with(
     config.timings = timings();
     change(&mut config);
     let network = PeerNetwork::new(config);
-    let peers: Vec<_> = peers
-        .iter()
-        .map(|(node, address)| (NodeId(*node), address.to_string()))
-        .collect();
+    let peers: Vec<_> = peers.iter().map(|(node, address)| (NodeId(*node), address.to_string())).collect();
     network.set_peers(&peers);
     let running = network.clone();
-    Sender {
-        network,
-        unreachable,
-        task: spawn_local(async move { running.run().await }),
-    }
+    Sender { network, unreachable, task: spawn_local(async move { running.run().await }) }
 }
 
 fn append(shard: u64, index: u64, bytes: usize) -> GroupMessage {
-    let entry = Entry {
-        index: index + 1,
-        term: 3,
-        data: Bytes::from(vec![index as u8; bytes]),
-        ..Entry::default()
-    };
+    let entry =
+        Entry { index: index + 1, term: 3, data: Bytes::from(vec![index as u8; bytes]), ..Entry::default() };
     let mut message = beat(shard, index);
     message.message.msg_type = MessageType::MsgAppend;
     message.message.index = index;
@@ -244,10 +217,7 @@ fn hello(lane: Lane) -> PeerHello {
 
 async fn dial(node: &Node, hello: &PeerHello) -> Result<TcpStream, String> {
     let mut stream = TcpStream::connect(node.address).await.unwrap();
-    handshake::dial(&mut stream, hello)
-        .await
-        .map(|_| stream)
-        .map_err(|error| error.to_string())
+    handshake::dial(&mut stream, hello).await.map(|_| stream).map_err(|error| error.to_string())
 }
 
 /// The connection is closed by the other side, without another byte.
@@ -264,13 +234,8 @@ async fn closed(mut stream: TcpStream) {
 async fn lives(node: &Node) {
     let before = node.seen.messages.borrow().len();
     let sender = sender(9, &[(1, node.address)]);
-    sender
-        .network
-        .send(vec![(NodeId(1), vec![append(1, 1, 10)])]);
-    until("a message after the trouble", || {
-        node.seen.messages.borrow().len() > before
-    })
-    .await;
+    sender.network.send(vec![(NodeId(1), vec![append(1, 1, 10)])]);
+    until("a message after the trouble", || node.seen.messages.borrow().len() > before).await;
 }
 
 #[tokio::test]
@@ -281,14 +246,11 @@ async fn two_nodes_exchange_messages_in_order() {
         let from_two = sender(2, &[(1, one.address)]);
         let mut sent = Vec::new();
         for round in 0..50 {
-            let batch: Vec<_> = (0..20)
-                .flat_map(|shard| [append(shard, round, 50), beat(shard, round)])
-                .collect();
+            let batch: Vec<_> =
+                (0..20).flat_map(|shard| [append(shard, round, 50), beat(shard, round)]).collect();
             sent.extend(batch.clone());
             from_one.network.send(vec![(NodeId(2), batch)]);
-            from_two
-                .network
-                .send(vec![(NodeId(1), vec![append(1, round, 100_000)])]);
+            from_two.network.send(vec![(NodeId(1), vec![append(1, round, 100_000)])]);
             if round % 10 == 0 {
                 sleep(Duration::from_millis(1)).await;
             }
@@ -358,19 +320,10 @@ async fn garbage_costs_one_connection() {
         let mut oversized = u32::MAX.to_le_bytes().to_vec();
         oversized.extend_from_slice(&[0; 100]);
         let not_capnp = frame::sealed(&[0xff; 64]).unwrap();
-        let stranger = PeerFrame::Heartbeat(NodeHeartbeat {
-            node: NodeId(3),
-            incarnation: 1,
-            map_version: 0,
-        });
+        let stranger =
+            PeerFrame::Heartbeat(NodeHeartbeat { node: NodeId(3), incarnation: 1, map_version: 0 });
         let request = PeerFrame::Request(1, PeerRequest::Probe);
-        for bytes in [
-            bad_crc,
-            oversized,
-            not_capnp,
-            good(&stranger),
-            good(&request),
-        ] {
+        for bytes in [bad_crc, oversized, not_capnp, good(&stranger), good(&request)] {
             let mut stream = dial(&one, &hello(Lane::Append)).await.unwrap();
             stream.write_all(&bytes).await.unwrap();
             closed(stream).await;
@@ -410,10 +363,7 @@ async fn a_message_that_would_make_raft_panic_closes_the_connection() {
         let mut bytes = Vec::new();
         // `encode` refuses it, as a sender of this build would; another build may not.
         assert!(encode(&PeerFrame::Raft(vec![gap.clone()]), &mut bytes).is_err());
-        frame::append(&mut bytes, |out| {
-            pontoon::codec::peer::encode_raft(&[gap], out)
-        })
-        .unwrap();
+        frame::append(&mut bytes, |out| pontoon::codec::peer::encode_raft(&[gap], out)).unwrap();
         let mut stream = dial(&one, &hello(Lane::Append)).await.unwrap();
         stream.write_all(&bytes).await.unwrap();
         closed(stream).await;
@@ -433,16 +383,10 @@ async fn strangers_are_refused_with_the_reason() {
             hello
         };
         let cases: [(&str, PeerHello); 6] = [
-            (
-                "belongs to cluster",
-                with(|h| h.cluster_id = Some(pontoon::ids::RandomId([1; 16]))),
-            ),
+            ("belongs to cluster", with(|h| h.cluster_id = Some(pontoon::ids::RandomId([1; 16])))),
             ("this is node 1", with(|h| h.to_node = NodeId(5))),
             ("says it is node 1", with(|h| h.from_node = NodeId(1))),
-            (
-                "upgrade the older node",
-                with(|h| h.protocol = ProtocolRange { min: 7, max: 9 }),
-            ),
+            ("upgrade the older node", with(|h| h.protocol = ProtocolRange { min: 7, max: 9 })),
             ("no snapshot lane", with(|h| h.lane = Lane::Snapshot)),
             // Without a cluster there is no lane but `request`; this isn't worth an answer.
             ("closed", with(|h| h.cluster_id = None)),
@@ -453,9 +397,7 @@ async fn strangers_are_refused_with_the_reason() {
         }
         // A link tells its reason, too, and goes on trying.
         let sender = sender(1, &[(1, one.address)]);
-        sender
-            .network
-            .set_peers(&[(NodeId(5), one.address.to_string())]);
+        sender.network.set_peers(&[(NodeId(5), one.address.to_string())]);
         until("the refusal", || {
             let status = sender.network.status();
             let error = status[0].control.error.clone().unwrap_or_default();
@@ -474,21 +416,15 @@ async fn a_link_finds_a_restarted_peer_and_a_moved_one() {
         let address = one.address;
         let sender = sender(2, &[(1, address)]);
         let send = |index| {
-            sender
-                .network
-                .send(vec![(NodeId(1), vec![append(1, index, 10)])]);
+            sender.network.send(vec![(NodeId(1), vec![append(1, index, 10)])]);
         };
         send(1);
         until("the first", || one.seen.messages.borrow().len() == 1).await;
         drop(one);
-        until("the loss is noticed without sending", || {
-            !sender.network.status()[0].append.connected
-        })
-        .await;
+        until("the loss is noticed without sending", || !sender.network.status()[0].append.connected).await;
         send(2);
         until("what was sent meanwhile is reported", || {
-            sender.unreachable.load(Ordering::Relaxed) > 0
-                && sender.network.status()[0].queued_bytes == 0
+            sender.unreachable.load(Ordering::Relaxed) > 0 && sender.network.status()[0].queued_bytes == 0
         })
         .await;
         let one = node_at(1, &address.to_string()).await;
@@ -504,13 +440,8 @@ async fn a_link_finds_a_restarted_peer_and_a_moved_one() {
 
         // The same node at another address.
         let moved = node(1).await;
-        sender
-            .network
-            .set_peers(&[(NodeId(1), moved.address.to_string())]);
-        until("the connection to the new address", || {
-            moved.seen.hellos.get() == 2
-        })
-        .await;
+        sender.network.set_peers(&[(NodeId(1), moved.address.to_string())]);
+        until("the connection to the new address", || moved.seen.hellos.get() == 2).await;
         send(4);
         until("the fourth", || !moved.seen.messages.borrow().is_empty()).await;
 
@@ -540,11 +471,7 @@ async fn a_peer_that_stops_reading_fills_a_bounded_outbox() {
                 let mut start = [0; 8];
                 stream.read_exact(&mut start).await.unwrap();
                 FrameReader::new(1 << 16).read(&mut stream).await.unwrap();
-                let welcome = PeerWelcome {
-                    outcome: Ok(1),
-                    node: NodeId(1),
-                    incarnation: 1,
-                };
+                let welcome = PeerWelcome { outcome: Ok(1), node: NodeId(1), incarnation: 1 };
                 let payload = frame::sealed(&welcome.encode().unwrap()).unwrap();
                 let bytes = [&frame::preamble()[..], &payload].concat();
                 stream.write_all(&bytes).await.unwrap();
@@ -554,33 +481,22 @@ async fn a_peer_that_stops_reading_fills_a_bounded_outbox() {
         });
         const MAX: usize = 4 << 20;
         let sender = sender_with(2, &[(1, address)], |config| config.append_bytes_max = MAX);
-        until("a connection", || {
-            sender.network.status()[0].append.connected
-        })
-        .await;
+        until("a connection", || sender.network.status()[0].append.connected).await;
         let start = Instant::now();
         let mut index = 0;
         while sender.unreachable.load(Ordering::Relaxed) == 0 {
             index += 1;
-            sender
-                .network
-                .send(vec![(NodeId(1), vec![append(1, index, 200_000)])]);
+            sender.network.send(vec![(NodeId(1), vec![append(1, index, 200_000)])]);
             assert!(sender.network.status()[0].queued_bytes <= MAX);
             if index % 8 == 0 {
                 tokio::task::yield_now().await;
             }
-            assert!(
-                start.elapsed() < Duration::from_secs(10),
-                "nothing is dropped"
-            );
+            assert!(start.elapsed() < Duration::from_secs(10), "nothing is dropped");
         }
         // The other lane isn't held up, and the stalled connection is given up.
         assert!(sender.network.status()[0].control.connected);
         let before = accepted.get();
-        until("the link gives up and dials again", || {
-            accepted.get() > before
-        })
-        .await;
+        until("the link gives up and dials again", || accepted.get() > before).await;
     })
     .await;
 }
@@ -598,10 +514,7 @@ async fn a_silent_peer_is_closed_and_an_idle_link_is_not() {
         sleep(timings().idle * 3).await;
         let status = &sender.network.status()[0];
         assert!(status.append.connected && status.control.connected);
-        assert_eq!(
-            (status.append.connections, status.control.connections),
-            (1, 1)
-        );
+        assert_eq!((status.append.connections, status.control.connections), (1, 1));
     })
     .await;
 }
@@ -611,19 +524,12 @@ async fn calls_are_answered_also_before_there_is_a_cluster() {
     local(async {
         let one = node(1).await;
         let address = one.address.to_string();
-        let config = HelloConfig {
-            cluster_id: None,
-            node: NodeId(0),
-            incarnation: 3,
-        };
+        let config = HelloConfig { cluster_id: None, node: NodeId(0), incarnation: 3 };
         let long = Duration::from_secs(5);
         let answer = PeerClient::call(&address, config, PeerRequest::Map { since: 8 }, long).await;
         assert!(matches!(answer, Ok(PeerResponse::Map(map)) if map.since == 8));
 
-        let other = HelloConfig {
-            cluster_id: Some(pontoon::ids::RandomId([1; 16])),
-            ..config
-        };
+        let other = HelloConfig { cluster_id: Some(pontoon::ids::RandomId([1; 16])), ..config };
         let answer = PeerClient::call(&address, other, PeerRequest::Probe, long).await;
         assert!(matches!(answer, Err(CallError::Refused { .. })));
 
@@ -673,10 +579,7 @@ async fn requests_on_one_connection_run_side_by_side_within_a_bound() {
 #[tokio::test]
 async fn connections_beyond_the_bound_wait_for_room() {
     local(async {
-        let config = ListenerConfig {
-            timings: timings(),
-            connections_max: 2,
-        };
+        let config = ListenerConfig { timings: timings(), connections_max: 2 };
         let one = node_with(1, "127.0.0.1:0", config).await;
         let first = dial(&one, &hello(Lane::Control)).await.unwrap();
         let _second = dial(&one, &hello(Lane::Append)).await.unwrap();

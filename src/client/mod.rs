@@ -4,19 +4,45 @@
 //! used from any runtime or thread. Operations that run at the same time and belong to the same
 //! shard travel in one call. Redirects heal the cache; a dead node, a moved leader or `Busy` is
 //! retried until the deadline where that is safe.
+//!
+//! - [`routing`]: the cached map and who leads; [`retry`]: what a failure means; `lanes`: which
+//!   operations share a call. These are sans-I/O.
+//! - `driver`: the tokio shell around them; `calls`, `refresh`, `connection`: what it sends and where;
+//!   `ticket`: an operation and its caller; `wire`: the protocol.
+//! - `local`: the same for use inside a node, on a thread that is there already.
+//!
+//! What it promises: every operation ends at its deadline at the latest, with a result or an error that
+//! says what the caller may conclude. A put or delete whose outcome is unknown is sent again, so it may
+//! be applied more than once; a cas is not.
 
+mod admin;
+mod calls;
+mod connection;
+mod driver;
+mod lanes;
+pub(crate) mod local;
 pub mod options;
+mod refresh;
+pub mod retry;
+pub mod routing;
+mod scan;
+mod ticket;
+pub(crate) mod wire;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
+use crate::limits::{KEY_BYTES_MAX, TIMEOUT_MAX_MS, VALUE_BYTES_MAX};
 use crate::machine::command::Expect;
-use crate::node::handle::NodeReport;
-use crate::placement::map::{ClusterMap, DatabaseRecord};
+use crate::placement::map::ClusterMap;
 use crate::refusal::Refusal;
+use driver::{Driver, Job, Setup};
 use options::ClientOptions;
+pub use scan::{Scan, ScanOptions};
+use ticket::{Deadline, End};
 
 /// A value and the version that wrote it.
 pub use crate::machine::command::Versioned;
@@ -92,17 +118,6 @@ pub enum Cas {
     Mismatch(Option<Versioned>),
 }
 
-/// What to scan.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct ScanOptions {
-    /// Only keys that begin so.
-    pub prefix: Bytes,
-    /// At most so many pairs.
-    pub limit: Option<usize>,
-    /// Leave out the values.
-    pub keys_only: bool,
-}
-
 /// A connection to a cluster. Cheap to clone; all clones share routes and connections.
 #[derive(Clone)]
 pub struct Client {
@@ -111,6 +126,11 @@ pub struct Client {
 
 struct Shared {
     options: ClientOptions,
+    jobs: mpsc::UnboundedSender<Job>,
+    /// Bounds the operations in the channel and beyond it.
+    in_flight: Arc<Semaphore>,
+    /// Its sender is dropped when the thread has ended.
+    ended: watch::Receiver<()>,
 }
 
 impl Client {
@@ -124,102 +144,157 @@ impl Client {
 
     /// Connects with options of one's own.
     pub async fn connect_with(options: ClientOptions) -> Result<Client, ClientError> {
-        Ok(Client { shared: Arc::new(Shared { options }) })
+        let client = Client::unconnected(options)?;
+        let timeout = client.shared.options.timeout;
+        match client.fresh_map(timeout).await {
+            Ok(_) => Ok(client),
+            Err(error) => {
+                client.close().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// A client that has asked nobody yet: its first operation does. For callers that want an answer
+    /// from nodes which can't tell of a cluster yet ([`Client::node_report`]).
+    pub fn unconnected(options: ClientOptions) -> Result<Client, ClientError> {
+        if options.addresses.is_empty() {
+            return Err(ClientError::Invalid("no address of a node is given".into()));
+        }
+        let (jobs, queue) = mpsc::unbounded_channel();
+        let (running, ended) = watch::channel(());
+        let setup = Setup { seeds: options.addresses.clone(), source: None, forwarded: false };
+        let started = std::thread::Builder::new().name("pontoon-client".into()).spawn(move || {
+            // Dropped at the end of the thread, on unwinding too.
+            let _running = running;
+            run(setup, queue);
+        });
+        started.map_err(|e| unavailable(&options, format!("starting the client's thread: {e}")))?;
+        let permits = options.in_flight_max.clamp(1, Semaphore::MAX_PERMITS);
+        Ok(Client {
+            shared: Arc::new(Shared { in_flight: Arc::new(Semaphore::new(permits)), options, jobs, ended }),
+        })
     }
 
     /// A database by name. Asks nobody: a name that doesn't exist shows at the first operation.
     pub fn database(&self, name: impl Into<String>) -> Database {
-        Database { client: self.clone(), name: name.into(), timeout: self.shared.options.timeout }
+        Database { client: self.clone(), name: Arc::from(name.into()), timeout: self.shared.options.timeout }
     }
 
     /// The cluster map, freshly asked of a node.
     pub async fn map(&self) -> Result<Arc<ClusterMap>, ClientError> {
-        Err(ClientError::NotApplied(NotApplied::Closed))
-    }
-
-    /// What the node at `address` tells of itself and its replicas, asked of that node alone.
-    pub async fn node_report(&self, address: &str, timeout: Duration) -> Result<NodeReport, ClientError> {
-        let _ = (address, timeout);
-        Err(ClientError::NotApplied(NotApplied::Closed))
-    }
-
-    /// Creates a database and waits until each of its shards has a leader. True: made now; false: it
-    /// existed with the same numbers. With other numbers: `NotApplied::Refused`.
-    pub async fn create_database(
-        &self,
-        name: &str,
-        replicas: u32,
-        shards: u32,
-        timeout: Duration,
-    ) -> Result<(DatabaseRecord, bool), ClientError> {
-        let _ = (name, replicas, shards, timeout);
-        Err(ClientError::NotApplied(NotApplied::Closed))
-    }
-
-    /// Removes a database with all its data.
-    pub async fn drop_database(&self, name: &str, timeout: Duration) -> Result<(), ClientError> {
-        let _ = (name, timeout);
-        Err(ClientError::NotApplied(NotApplied::Closed))
-    }
-
-    /// Moves the leadership of a shard to the replica on `node`.
-    pub async fn transfer_leader(
-        &self,
-        shard: crate::ids::ShardId,
-        node: crate::ids::NodeId,
-        timeout: Duration,
-    ) -> Result<(), ClientError> {
-        let _ = (shard, node, timeout);
-        Err(ClientError::NotApplied(NotApplied::Closed))
-    }
-
-    /// Test hook: makes the replica of `shard` on the node at `address` fail in the named way.
-    pub async fn inject(
-        &self,
-        address: &str,
-        shard: crate::ids::ShardId,
-        fault: &str,
-    ) -> Result<(), ClientError> {
-        let _ = (address, shard, fault);
-        Err(ClientError::NotApplied(NotApplied::Closed))
+        self.fresh_map(self.shared.options.timeout).await
     }
 
     /// Stops accepting operations, answers those in flight, and ends the client's thread, all within
     /// a second.
-    pub async fn close(&self) {}
+    pub async fn close(&self) {
+        // An error means that the thread has ended already.
+        self.shared.jobs.send(Job::Close).ok();
+        let mut ended = self.shared.ended.clone();
+        while ended.changed().await.is_ok() {}
+    }
+
+    /// Waits until there is room for `operations` more.
+    async fn admit(&self, operations: usize) -> Result<OwnedSemaphorePermit, ClientError> {
+        let most = self.shared.options.in_flight_max.max(1);
+        let count = u32::try_from(operations.clamp(1, most)).unwrap_or(u32::MAX);
+        let semaphore = self.shared.in_flight.clone();
+        let permit = semaphore.acquire_many_owned(count).await;
+        permit.map_err(|_| closed())
+    }
+
+    /// Runs a future of the driver's thread. `lost` is the error if the client is closed meanwhile.
+    async fn run<T, F, Fut>(&self, lost: ClientError, task: F) -> Result<T, ClientError>
+    where
+        T: Send + 'static,
+        F: FnOnce(std::rc::Rc<Driver>) -> Fut + Send + 'static,
+        Fut: Future<Output = Result<T, ClientError>> + 'static,
+    {
+        let permit = self.admit(1).await?;
+        let (reply, done) = oneshot::channel();
+        let job: driver::Task = Box::new(move |driver| {
+            let future = task(driver);
+            Box::pin(async move {
+                // The caller may have stopped waiting; its business.
+                reply.send(future.await).ok();
+                drop(permit);
+            })
+        });
+        self.shared.jobs.send(Job::Task(job)).map_err(|_| closed())?;
+        done.await.unwrap_or(Err(lost))
+    }
+}
+
+/// The thread of a client.
+fn run(setup: Setup, jobs: mpsc::UnboundedReceiver<Job>) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            // The jobs are dropped, which answers them as `Closed`.
+            tracing::error!(%error, "a client can't start its runtime");
+            return;
+        }
+    };
+    let local = tokio::task::LocalSet::new();
+    local.block_on(&runtime, async move {
+        Driver::start(setup).serve(jobs).await;
+    });
+    // Within the runtime: what is dropped may hold timers and sockets.
+    let entered = runtime.enter();
+    drop(local);
+    drop(entered);
+    // Not waiting for name look-ups under way, which block.
+    runtime.shutdown_background();
+}
+
+fn closed() -> ClientError {
+    ClientError::NotApplied(NotApplied::Closed)
+}
+
+fn unavailable(options: &ClientOptions, last: String) -> ClientError {
+    ClientError::NotApplied(NotApplied::Unavailable { within: options.timeout, last })
 }
 
 /// A database of a cluster. Cheap to clone.
 #[derive(Clone)]
 pub struct Database {
     client: Client,
-    name: String,
+    name: Arc<str>,
     timeout: Duration,
 }
 
 impl Database {
-    /// The same database with another deadline per operation.
+    /// The same database with another deadline per operation, at most
+    /// [`TIMEOUT_MAX_MS`](crate::limits::TIMEOUT_MAX_MS).
     pub fn with_timeout(&self, timeout: Duration) -> Database {
         Database { timeout, ..self.clone() }
     }
 
     /// Reads a key, linearizably.
     pub async fn get(&self, key: impl Into<Bytes>) -> Result<Option<Versioned>, ClientError> {
-        let _ = (key.into(), &self.client, &self.name, self.timeout);
-        Ok(None)
+        match self.one(Operation::Get(key.into())).await? {
+            OperationResult::Value(value) => Ok(value),
+            other => Err(mismatched(&other)),
+        }
     }
 
     /// Sets a key's value; the new version. An unknown outcome is retried: at least once.
     pub async fn put(&self, key: impl Into<Bytes>, value: impl Into<Bytes>) -> Result<u64, ClientError> {
-        let _ = (key.into(), value.into());
-        Ok(0)
+        match self.one(Operation::Put(key.into(), value.into())).await? {
+            OperationResult::Written(version) => Ok(version),
+            other => Err(mismatched(&other)),
+        }
     }
 
     /// Removes a key; the version of the deletion, or `None` if there was no such key. An unknown
     /// outcome is retried: at least once.
     pub async fn delete(&self, key: impl Into<Bytes>) -> Result<Option<u64>, ClientError> {
-        let _ = key.into();
-        Ok(None)
+        match self.one(Operation::Delete(key.into())).await? {
+            OperationResult::Deleted(version) => Ok(version),
+            other => Err(mismatched(&other)),
+        }
     }
 
     /// Sets a key's value if the condition holds. An unknown outcome is [`ClientError::Unknown`].
@@ -229,34 +304,100 @@ impl Database {
         expect: Expect,
         value: impl Into<Bytes>,
     ) -> Result<Cas, ClientError> {
-        let _ = (key.into(), expect, value.into());
-        Ok(Cas::Mismatch(None))
+        let operation = Operation::Cas(key.into(), expect, value.into());
+        match self.one(operation).await? {
+            OperationResult::Written(version) => Ok(Cas::Written(version)),
+            OperationResult::Mismatch(there) => Ok(Cas::Mismatch(there)),
+            other => Err(mismatched(&other)),
+        }
     }
 
     /// Runs independent operations, each with its own result, in the order given. They are grouped by
     /// shard into as few calls as possible; no order among them is promised.
     pub async fn batch(&self, operations: Vec<Operation>) -> Vec<Result<OperationResult, ClientError>> {
-        let _ = operations;
-        Vec::new()
+        let mut ends: Vec<Option<End>> =
+            operations.iter().map(|operation| check(operation).err().map(Err)).collect();
+        let valid: Vec<Operation> = operations
+            .into_iter()
+            .zip(&ends)
+            .filter(|(_, end)| end.is_none())
+            .map(|(operation, _)| operation)
+            .collect();
+        let mut answers = self.all(valid).await.into_iter();
+        let places = ends.iter_mut().filter(|end| end.is_none());
+        for place in places {
+            *place = answers.next();
+        }
+        let ends = ends.into_iter();
+        ends.map(|end| end.unwrap_or_else(|| Err(closed()))).collect()
     }
 
     /// Begins a scan over all shards. Pages come shard by shard: keys are ordered within a shard, not
     /// among shards.
     pub fn scan(&self, options: ScanOptions) -> Scan {
-        Scan { database: self.clone(), options }
+        Scan::new(self.clone(), options)
+    }
+
+    fn deadline(&self) -> Deadline {
+        Deadline::after(self.timeout.min(Duration::from_millis(TIMEOUT_MAX_MS)))
+    }
+
+    async fn one(&self, operation: Operation) -> End {
+        check(&operation)?;
+        let deadline = self.deadline();
+        let permit = self.client.admit(1).await?;
+        let (reply, end) = oneshot::channel();
+        let job = Job::One { database: self.name.clone(), operation, deadline, reply, permit };
+        let sent = self.client.shared.jobs.send(job);
+        sent.map_err(|_| closed())?;
+        // A job that the thread never took is dropped, and so is its end.
+        end.await.unwrap_or_else(|_| Err(closed()))
+    }
+
+    async fn all(&self, operations: Vec<Operation>) -> Vec<End> {
+        if operations.is_empty() {
+            return Vec::new();
+        }
+        let (count, deadline) = (operations.len(), self.deadline());
+        let all = |error: ClientError| vec![Err(error); count];
+        let permit = match self.client.admit(count).await {
+            Ok(permit) => permit,
+            Err(error) => return all(error),
+        };
+        let (reply, ends) = oneshot::channel();
+        let job = Job::Batch { database: self.name.clone(), operations, deadline, reply, permit };
+        if self.client.shared.jobs.send(job).is_err() {
+            return all(closed());
+        }
+        ends.await.unwrap_or_else(|_| all(closed()))
     }
 }
 
-/// A scan under way.
-pub struct Scan {
-    database: Database,
-    options: ScanOptions,
+/// An answer to another kind of operation. `wire` lets none through.
+fn mismatched(result: &OperationResult) -> ClientError {
+    ClientError::Unknown(format!("the answer is of another kind: {result:?}"))
 }
 
-impl Scan {
-    /// The next page of pairs; empty when there are no more.
-    pub async fn next_page(&mut self) -> Result<Vec<(Bytes, Versioned)>, ClientError> {
-        let _ = (&self.database, &self.options);
-        Ok(Vec::new())
+/// Whether an operation keeps the rules; what it holds is not sent otherwise.
+pub(crate) fn check(operation: &Operation) -> Result<(), ClientError> {
+    let invalid = |text: String| Err(ClientError::Invalid(text));
+    match operation.key().len() {
+        0 => return invalid("the key is empty".into()),
+        1..=KEY_BYTES_MAX => (),
+        n => {
+            return invalid(format!("the key has {n} bytes; at most {KEY_BYTES_MAX} are allowed"));
+        }
+    }
+    let values: [&[u8]; 2] = match operation {
+        Operation::Get(_) | Operation::Delete(_) => [&[], &[]],
+        Operation::Put(_, value) => [value, &[]],
+        Operation::Cas(_, Expect::Value(old), new) => [old, new],
+        Operation::Cas(_, _, new) => [new, &[]],
+    };
+    match values.iter().map(|value| value.len()).max() {
+        Some(n) if n > VALUE_BYTES_MAX => {
+            invalid(format!("the value has {n} bytes; at most {VALUE_BYTES_MAX} are allowed"))
+        }
+        _ => Ok(()),
     }
 }

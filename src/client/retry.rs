@@ -66,12 +66,7 @@ impl Failure {
     fn redirects(&self) -> bool {
         matches!(
             self,
-            Failure::Refused(
-                Refusal::NotLeader {
-                    leader: Some(_),
-                    ..
-                } | Refusal::StaleRoute { .. }
-            )
+            Failure::Refused(Refusal::NotLeader { leader: Some(_), .. } | Refusal::StaleRoute { .. })
         )
     }
 
@@ -135,10 +130,7 @@ pub fn give_up(unknown: bool, failure: Failure, within: Duration) -> ClientError
         Failure::Refused(refusal) if !refusal.retryable() && refusal != Refusal::Deadline => {
             ClientError::NotApplied(NotApplied::Refused(refusal))
         }
-        failure => ClientError::NotApplied(NotApplied::Unavailable {
-            within,
-            last: failure.text(),
-        }),
+        failure => ClientError::NotApplied(NotApplied::Unavailable { within, last: failure.text() }),
     }
 }
 
@@ -149,9 +141,7 @@ fn delay(failed: u32, failure: &Failure, entropy: u64) -> Duration {
     if failure.redirects() && failed <= 2 {
         return Duration::ZERO;
     }
-    let ceiling = RETRY_MS_MIN
-        .saturating_mul(1 << failed.min(16))
-        .min(RETRY_MS_MAX);
+    let ceiling = RETRY_MS_MIN.saturating_mul(1 << failed.min(16)).min(RETRY_MS_MAX);
     // Between half the ceiling and the ceiling, in microseconds.
     let half = ceiling * 500;
     let backoff = Duration::from_micros(half + entropy % (half + 1));
@@ -173,10 +163,7 @@ mod tests {
     const WITHIN: Duration = Duration::from_secs(10);
 
     fn busy(ms: u32) -> Failure {
-        Failure::Refused(Refusal::Busy {
-            what: "pending operations".into(),
-            retry_after_ms: ms,
-        })
+        Failure::Refused(Refusal::Busy { what: "pending operations".into(), retry_after_ms: ms })
     }
 
     fn after(kind: Kind, failure: Failure) -> Decision {
@@ -208,9 +195,7 @@ mod tests {
         assert_eq!(after(Once, lost()), unknown);
         assert_eq!(
             after(Once, Failure::Refused(Refusal::Unknown("gone".into()))),
-            Decision::Fail(ClientError::Unknown(
-                "the outcome can't be known: gone".into()
-            ))
+            Decision::Fail(ClientError::Unknown("the outcome can't be known: gone".into()))
         );
     }
 
@@ -231,18 +216,12 @@ mod tests {
         let mut attempts = Attempts::default();
         decide(Kind::Read, &mut attempts, Failure::Lost("gone".into()), WITHIN, WITHIN, 7);
         let end = decide(Kind::Read, &mut attempts, busy(1), Duration::ZERO, WITHIN, 7);
-        assert!(matches!(
-            end,
-            Decision::Fail(ClientError::NotApplied(NotApplied::Unavailable { .. }))
-        ));
+        assert!(matches!(end, Decision::Fail(ClientError::NotApplied(NotApplied::Unavailable { .. }))));
     }
 
     #[test]
     fn delays() {
-        let redirect = Failure::Refused(Refusal::NotLeader {
-            shard: ShardId(1),
-            leader: Some(NodeId(2)),
-        });
+        let redirect = Failure::Refused(Refusal::NotLeader { shard: ShardId(1), leader: Some(NodeId(2)) });
         assert_eq!(delay(1, &redirect, 0), Duration::ZERO);
         assert_eq!(delay(3, &redirect, 0), Duration::from_millis(8));
         assert_eq!(delay(1, &busy(10), 0), Duration::from_millis(10));

@@ -91,9 +91,7 @@ impl Routing {
         }
         let map = &self.map;
         self.leaders.retain(|shard, node| {
-            map.shards
-                .get(shard)
-                .is_some_and(|s| !s.dropped && s.member_on(*node).is_some())
+            map.shards.get(shard).is_some_and(|s| !s.dropped && s.member_on(*node).is_some())
         });
         self.failed.retain(|node, _| map.nodes.contains_key(node));
     }
@@ -127,18 +125,12 @@ impl Routing {
         let record = self.map.shards.get(&shard)?;
         let guess = self.leaders.get(&shard).copied();
         let members = record.members.iter().map(|m| m.node);
-        guess
-            .into_iter()
-            .chain(members)
-            .find_map(|node| self.target_at(node))
+        guess.into_iter().chain(members).find_map(|node| self.target_at(node))
     }
 
     fn target_at(&self, node: NodeId) -> Option<Target> {
         let address = &self.map.nodes.get(&node)?.client_address;
-        (!address.is_empty()).then(|| Target {
-            node,
-            address: address.clone(),
-        })
+        (!address.is_empty()).then(|| Target { node, address: address.clone() })
     }
 
     /// Addresses of all nodes in the map.
@@ -163,9 +155,8 @@ impl Routing {
         let Some(record) = self.map.shards.get(&shard) else {
             return;
         };
-        let follow = hint.filter(|hint| {
-            *hint != node && record.member_on(*hint).is_some() && !self.suspect(*hint, now)
-        });
+        let follow = hint
+            .filter(|hint| *hint != node && record.member_on(*hint).is_some() && !self.suspect(*hint, now));
         match follow {
             Some(leader) => {
                 self.leaders.insert(shard, leader);
@@ -204,17 +195,11 @@ impl Routing {
     }
 }
 
-fn next_member(
-    record: &ShardRecord,
-    node: NodeId,
-    usable: impl Fn(NodeId) -> bool,
-) -> Option<NodeId> {
+fn next_member(record: &ShardRecord, node: NodeId, usable: impl Fn(NodeId) -> bool) -> Option<NodeId> {
     let count = record.members.len();
     let at = record.members.iter().position(|m| m.node == node);
     let first = at.map_or(0, |at| at + 1);
-    (0..count)
-        .map(|step| record.members[(first + step) % count].node)
-        .find(|n| usable(*n))
+    (0..count).map(|step| record.members[(first + step) % count].node).find(|n| usable(*n))
 }
 
 #[cfg(test)]
@@ -272,10 +257,7 @@ mod tests {
                 dropped: false,
                 changed_at: 1,
             }],
-            shards: vec![
-                shard(1, 0, half, &[1, 2, 3]),
-                shard(2, half + 1, u64::MAX, &[2, 3, 1]),
-            ],
+            shards: vec![shard(1, 0, half, &[1, 2, 3]), shard(2, half + 1, u64::MAX, &[2, 3, 1])],
         }
     }
 
@@ -360,10 +342,7 @@ mod tests {
         assert_eq!(guess(&r), 1, "node 3 holds no replica any more");
         assert_eq!(r.route_at("db", 0).unwrap().range_version, 4);
         assert_eq!(r.map().version, 1, "a partial delta leaves a gap");
-        let foreign = MapDelta {
-            cluster_id: RandomId([8; 16]),
-            ..delta()
-        };
+        let foreign = MapDelta { cluster_id: RandomId([8; 16]), ..delta() };
         assert_eq!(r.learn(foreign), Err(RandomId([8; 16])));
     }
 

@@ -86,18 +86,15 @@ fn read_member(from: error::Reader<'_>, message: &str) -> Option<Refusal> {
             asked: stale.get_asked(),
             range_version: stale.get_range_version(),
         },
-        error::Busy(()) => Refusal::Busy {
-            what: inner(message, BUSY),
-            retry_after_ms: from.get_retry_after_ms(),
-        },
+        error::Busy(()) => {
+            Refusal::Busy { what: inner(message, BUSY), retry_after_ms: from.get_retry_after_ms() }
+        }
         error::UnknownDatabase(name) => Refusal::UnknownDatabase(read_text(name.ok()?).ok()?),
         error::Invalid(()) => Refusal::Invalid(message.to_owned()),
         error::UnknownOutcome(()) => Refusal::Unknown(inner(message, UNKNOWN)),
         error::Superseded(()) => Refusal::Superseded,
         error::Unavailable(()) => Refusal::Unavailable(inner(message, "")),
-        error::Quarantined(()) => {
-            Refusal::Quarantined(inner(message, QUARANTINED).into_owned())
-        }
+        error::Quarantined(()) => Refusal::Quarantined(inner(message, QUARANTINED).into_owned()),
         error::Refused(()) => Refusal::Refused(message.to_owned()),
         error::Deadline(()) => Refusal::Deadline,
         error::Other(()) => return None,

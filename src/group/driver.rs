@@ -326,9 +326,14 @@ impl<T> Group<T> {
     /// Ends everything that waits: the replica is going away.
     pub fn abandon(&mut self, reason: &'static str) -> Vec<(T, Result<Output, Refusal>)> {
         let mut done = std::mem::take(&mut self.done);
-        done.extend(self.queued.drain(..).map(|(token, _)| (token, Err(Refusal::Unavailable(reason.into())))));
         done.extend(
-            self.reads.drain().into_iter().map(|(token, _)| (token, Err(Refusal::Unavailable(reason.into())))),
+            self.queued.drain(..).map(|(token, _)| (token, Err(Refusal::Unavailable(reason.into())))),
+        );
+        done.extend(
+            self.reads
+                .drain()
+                .into_iter()
+                .map(|(token, _)| (token, Err(Refusal::Unavailable(reason.into())))),
         );
         done.extend(self.proposals.drain().map(|token| (token, Err(Refusal::Unknown(reason.into())))));
         done

@@ -143,7 +143,10 @@ impl NodeHandle {
     }
 
     fn member(&self) -> Result<&Member, Refusal> {
-        self.inner.member.get().ok_or(Refusal::Unavailable("the node is not yet a member of a cluster".into()))
+        self.inner
+            .member
+            .get()
+            .ok_or(Refusal::Unavailable("the node is not yet a member of a cluster".into()))
     }
 
     /// This node's id; 0 while it isn't a member.
@@ -210,7 +213,9 @@ impl NodeHandle {
             } else {
                 match map.nodes.get(&target) {
                     Some(node) => meta_there(&node.peer_address, command.clone(), patience).await,
-                    None => Err(Refusal::Unavailable("the address of the metadata leader is not known".into())),
+                    None => {
+                        Err(Refusal::Unavailable("the address of the metadata leader is not known".into()))
+                    }
                 }
             };
             match answer {

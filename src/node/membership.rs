@@ -19,7 +19,7 @@
 //! A listed node that finds a member instead joins that cluster as a new node.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::future::join_all;
@@ -39,24 +39,26 @@ use crate::transport::call::{HelloConfig, PeerClient};
 
 /// A node on its way into a cluster, or arrived. Shared with the service that answers peers.
 pub struct Applicant {
-    data_dir: Arc<DataDir>,
+    /// Locked while something is recorded, so that two peers can't be promised different things.
+    data_dir: Arc<Mutex<DataDir>>,
     record: NodeRecord,
     settings: ClusterSettings,
     stage: watch::Sender<Membership>,
-    /// Held while something is recorded, so that two peers can't be promised different things.
-    recording: Mutex<()>,
 }
 
 impl Applicant {
     /// A node with this directory; `record` tells others of it and has id 0.
-    pub fn new(data_dir: Arc<DataDir>, record: NodeRecord, settings: ClusterSettings) -> Applicant {
-        let identity = data_dir.identity();
-        let stage = match (identity.cluster_id, identity.node) {
+    pub fn new(data_dir: Arc<Mutex<DataDir>>, record: NodeRecord, settings: ClusterSettings) -> Applicant {
+        let (cluster, node) = {
+            let dir = locked(&data_dir);
+            (dir.cluster_id(), dir.node())
+        };
+        let stage = match (cluster, node) {
             (None, _) => Membership::Empty,
             (Some(cluster), None) => Membership::Claimed(cluster),
             (Some(cluster), Some(node)) => Membership::Member(cluster, node),
         };
-        Applicant { data_dir, record, settings, stage: watch::Sender::new(stage), recording: Mutex::new(()) }
+        Applicant { data_dir, record, settings, stage: watch::Sender::new(stage) }
     }
 
     /// How far the node is.
@@ -85,7 +87,7 @@ impl Applicant {
 
     /// A peer asks to record its cluster id. Blocks for the disk.
     pub fn claim(&self, cluster: ClusterId) -> Result<(), Refusal> {
-        let _recording = self.recording.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut dir = locked(&self.data_dir);
         match self.stage() {
             Membership::Claimed(have) | Membership::Member(have, _) if have == cluster => Ok(()),
             Membership::Claimed(have) | Membership::Member(have, _) => {
@@ -98,21 +100,21 @@ impl Applicant {
                 "this node is the first of its own `cluster.initial`: the lists differ between nodes".into(),
             )),
             Membership::Empty => {
-                self.record_claim(cluster)?;
+                self.record_claim(&mut dir, cluster)?;
                 Ok(())
             }
         }
     }
 
-    fn record_claim(&self, cluster: ClusterId) -> Result<(), Refusal> {
-        self.data_dir.record_cluster(cluster).map_err(cant_record)?;
+    fn record_claim(&self, dir: &mut DataDir, cluster: ClusterId) -> Result<(), Refusal> {
+        dir.record_cluster(cluster).map_err(cant_record)?;
         self.stage.send_replace(Membership::Claimed(cluster));
         Ok(())
     }
 
     /// A peer makes this node one of the first voters. Blocks for the disk.
     pub fn form(&self, formation: &Formation) -> Result<(), Refusal> {
-        let _recording = self.recording.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut dir = locked(&self.data_dir);
         match self.stage() {
             Membership::Member(cluster, node)
                 if (cluster, node) == (formation.cluster_id, formation.node) =>
@@ -120,7 +122,7 @@ impl Applicant {
                 Ok(())
             }
             Membership::Claimed(cluster) if cluster == formation.cluster_id => {
-                self.record_member(&first_map(formation), formation.node)
+                self.record_member(&mut dir, &first_map(formation), formation.node)
             }
             stage => Err(Refusal::Refused(format!(
                 "this node is {stage:?}, it can't become node {} of cluster {}",
@@ -130,9 +132,9 @@ impl Applicant {
     }
 
     /// The map first, then the identity: a member always has a map to start from.
-    fn record_member(&self, map: &ClusterMap, node: NodeId) -> Result<(), Refusal> {
-        self.data_dir.save_map(&map_cache::encode(map)).map_err(cant_record)?;
-        self.data_dir.record_member(map.cluster_id, node).map_err(cant_record)?;
+    fn record_member(&self, dir: &mut DataDir, map: &ClusterMap, node: NodeId) -> Result<(), Refusal> {
+        dir.save_map(&map_cache::encode(map)).map_err(cant_record)?;
+        dir.record_member(map.cluster_id, node).map_err(cant_record)?;
         self.stage.send_replace(Membership::Member(map.cluster_id, node));
         Ok(())
     }
@@ -212,10 +214,10 @@ impl Applicant {
                 let mut joined = ClusterMap::default();
                 joined.merge(map);
                 self.off_thread(move |applicant| {
-                    let _recording = applicant.recording.lock().unwrap_or_else(PoisonError::into_inner);
+                    let mut dir = locked(&applicant.data_dir);
                     match applicant.stage() {
                         Membership::Member(..) => Ok(()),
-                        _ => applicant.record_member(&joined, node),
+                        _ => applicant.record_member(&mut dir, &joined, node),
                     }
                 })
                 .await
@@ -256,8 +258,8 @@ impl Applicant {
             None => {
                 let cluster = RandomId::random();
                 self.off_thread(move |applicant| {
-                    let _recording = applicant.recording.lock().unwrap_or_else(PoisonError::into_inner);
-                    applicant.record_claim(cluster)
+                    let mut dir = locked(&applicant.data_dir);
+                    applicant.record_claim(&mut dir, cluster)
                 })
                 .await?;
                 cluster
@@ -275,8 +277,8 @@ impl Applicant {
         // From here on the cluster exists: this node starts, and tells the other voters (`spread`)
         // until they have heard.
         self.off_thread(move |applicant| {
-            let _recording = applicant.recording.lock().unwrap_or_else(PoisonError::into_inner);
-            applicant.record_member(&map, formation.node)
+            let mut dir = locked(&applicant.data_dir);
+            applicant.record_member(&mut dir, &map, formation.node)
         })
         .await
     }
@@ -292,6 +294,11 @@ impl Applicant {
 }
 
 const PROBE_TIMEOUT: Duration = Duration::from_millis(limits::PROBE_MS_MAX);
+
+fn locked(dir: &Mutex<DataDir>) -> MutexGuard<'_, DataDir> {
+    // A panic while recording leaves the old identity or the new one: both are whole.
+    dir.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 fn cant_record(error: impl std::fmt::Display) -> Refusal {
     Refusal::Refused(format!("the node can't record its membership: {error}"))

@@ -47,7 +47,7 @@ pub struct RunningNode {
     data: Vec<Arbiter>,
     control: Arbiter,
     running: Arc<Mutex<Option<Running>>>,
-    data_dir: Arc<DataDir>,
+    data_dir: Arc<Mutex<DataDir>>,
 }
 
 /// What a member has beside its threads of actors.
@@ -70,7 +70,8 @@ pub async fn start(settings: Settings, listeners: Listeners) -> Result<RunningNo
     panics::install();
     let fatal = Fatal::new();
     let (data_dir, stores) = open_stores(&settings).await?;
-    let data_dir = Arc::new(data_dir);
+    let store_id = data_dir.store_id();
+    let data_dir = Arc::new(Mutex::new(data_dir));
     let handle = NodeHandle::new(settings.node.id.clone());
     let record = NodeRecord {
         id: NodeId(0),
@@ -79,7 +80,7 @@ pub async fn start(settings: Settings, listeners: Listeners) -> Result<RunningNo
         peer_address: settings.peer.advertise.clone(),
         zone: settings.node.zone.clone(),
         weight: settings.node.weight,
-        store_id: data_dir.identity().store_id,
+        store_id,
         changed_at: 0,
     };
     let applicant = Arc::new(Applicant::new(data_dir.clone(), record, settings.cluster.clone()));
@@ -146,14 +147,13 @@ async fn open_stores(settings: &Settings) -> Result<(DataDir, Stores), NodeError
     let open = move || {
         let storage = &settings.storage;
         let data_dir = DataDir::open(&settings.node.data_dir).map_err(StorageError::from)?;
-        let identity = data_dir.identity();
         let options = DiskLogOptions {
             file_bytes: storage.log_file_bytes,
             purge_bytes: storage.log_bytes,
             spare_files: storage.log_spare_files,
         };
-        let log = DiskLog::open(&data_dir.log_path(), options, identity.store_id)?;
-        if log.is_new() && identity.node.is_some() {
+        let log = DiskLog::open(&data_dir.log_path(), options, data_dir.store_id())?;
+        if log.is_new() && data_dir.node().is_some() {
             return Err(StorageError::Damaged {
                 what: format!("the raft log in {}", data_dir.log_path().display()),
                 detail: "it is missing, though this node is a member: votes and entries it promised to keep are gone. \
@@ -163,7 +163,7 @@ async fn open_stores(settings: &Settings) -> Result<(DataDir, Stores), NodeError
         }
         let options = SledOptions { cache_bytes: storage.cache_bytes };
         let engine: Arc<dyn Engine> =
-            Arc::new(SledEngine::open(&data_dir.state_path(), options, identity.store_id)?);
+            Arc::new(SledEngine::open(&data_dir.state_path(), options, data_dir.store_id())?);
         let flusher = Flusher::open(data_dir.redo_path(), engine.clone())?;
         Ok((data_dir, Stores { log: Arc::new(log), engine, flusher }))
     };
@@ -236,7 +236,7 @@ struct Assembly {
     incarnation: u64,
     applicant: Arc<Applicant>,
     service: Arc<PeerService>,
-    data_dir: Arc<DataDir>,
+    data_dir: Arc<Mutex<DataDir>>,
     data: Vec<ArbiterHandle>,
     opening: watch::Sender<Option<usize>>,
     running: Arc<Mutex<Option<Running>>>,
@@ -343,7 +343,7 @@ impl Assembly {
                 self.settings.node.data_dir.display()
             ))
         };
-        let bytes = self.data_dir.load_map().map_err(|error| damaged(error.to_string()))?;
+        let bytes = self.data_dir.lock().unwrap_or_else(PoisonError::into_inner).load_map();
         let map = map_cache::decode(&bytes.ok_or_else(|| damaged("it is missing or damaged".into()))?)
             .map_err(|error| damaged(error.to_string()))?;
         if map.cluster_id != cluster {

@@ -6,7 +6,7 @@
 //! hard state could replace a newer vote.
 
 use std::collections::{BTreeMap, HashSet};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use actix::prelude::*;
@@ -42,7 +42,7 @@ pub struct Site {
     /// Which start of its process.
     pub incarnation: u64,
     /// Its directory.
-    pub data_dir: Arc<DataDir>,
+    pub data_dir: Arc<Mutex<DataDir>>,
     /// Its state engine.
     pub engine: Arc<dyn Engine>,
 }
@@ -302,7 +302,10 @@ impl Supervisor {
         self.map_unsaved = false;
         let map = self.shared.router.map();
         let data_dir = self.site.data_dir.clone();
-        let save = tokio::task::spawn_blocking(move || data_dir.save_map(&map_cache::encode(&map)));
+        let save = tokio::task::spawn_blocking(move || {
+            let dir = data_dir.lock().unwrap_or_else(PoisonError::into_inner);
+            dir.save_map(&map_cache::encode(&map))
+        });
         ctx.spawn(fut::wrap_future(save).map(|saved, act: &mut Self, ctx| {
             match saved {
                 Ok(Ok(())) => {}

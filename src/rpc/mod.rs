@@ -1,3 +1,8 @@
 //! Cap'n Proto services for clients.
 /// STUB
-pub async fn serve(_: tokio::net::TcpListener, _: crate::node::handle::NodeHandle, _: impl Future<Output = ()>) {}
+pub async fn serve(
+    _: tokio::net::TcpListener,
+    _: crate::node::handle::NodeHandle,
+    _: impl Future<Output = ()>,
+) {
+}

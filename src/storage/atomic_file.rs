@@ -41,26 +41,21 @@ pub(super) fn finish(file: &File, from: &Path, to: &Path) -> Result<(), StorageE
 pub(super) fn replace(path: &Path, bytes: &[u8]) -> Result<(), StorageError> {
     let temporary = unfinished(path);
     let mut file = create(&temporary)?;
-    file.write_all(bytes)
-        .map_err(io_error("writing", &temporary))?;
+    file.write_all(bytes).map_err(io_error("writing", &temporary))?;
     finish(&file, &temporary, path)
 }
 
 /// Removes a file, durably. One that isn't there is fine.
 pub(super) fn remove(path: &Path) -> Result<(), StorageError> {
     match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(io_error("removing", path)(error))
-        }
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("removing", path)(error)),
         _ => sync_parent(path),
     }
 }
 
 /// Makes the names in a directory durable.
 pub(super) fn sync_dir(path: &Path) -> Result<(), StorageError> {
-    File::open(path)
-        .and_then(|dir| dir.sync_all())
-        .map_err(sync_error(path))
+    File::open(path).and_then(|dir| dir.sync_all()).map_err(sync_error(path))
 }
 
 /// Makes the name of a file or directory durable.
@@ -73,25 +68,15 @@ pub(super) fn sync_parent(path: &Path) -> Result<(), StorageError> {
 }
 
 /// Wraps a refusal of the operating system.
-pub(super) fn io_error(
-    action: &'static str,
-    path: &Path,
-) -> impl FnOnce(io::Error) -> StorageError + use<> {
+pub(super) fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StorageError + use<> {
     let path = path.to_owned();
-    move |source| StorageError::Io {
-        action,
-        path,
-        source,
-    }
+    move |source| StorageError::Io { action, path, source }
 }
 
 /// Wraps a failed sync.
 pub(super) fn sync_error(path: &Path) -> impl FnOnce(io::Error) -> StorageError + use<> {
     let path = path.to_owned();
-    move |source| StorageError::SyncFailed {
-        path,
-        reason: source.to_string(),
-    }
+    move |source| StorageError::SyncFailed { path, reason: source.to_string() }
 }
 
 #[cfg(test)]

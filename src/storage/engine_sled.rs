@@ -1,50 +1,428 @@
-//! The state engine on sled 0.34.
-use std::fs::File;
+//! The state engine on sled.
+//!
+//! What sled 0.34.7 needs to be told or spared:
+//!
+//! - Its `flush()` on Linux is `sync_file_range`, which neither waits for the disk's cache nor writes
+//!   the file's new length. Durable means `flush()`, then `sync_data` on its file `db`, over a handle
+//!   that was open while sled wrote, so that an error in writing back is reported to us.
+//! - A tree node that is greater than a quarter of a segment (128 KiB) goes to a file of its own in
+//!   `blobs/`, which it never syncs, and whose loss takes the node. Nodes split at 16 keys, so small
+//!   records keep nodes small: a value above [`INLINE_BYTES_MAX`], key included, is cut into chunks
+//!   of [`CHUNK_BYTES`] in a tree of their own. Should a blob appear all the same, `sync` syncs it.
+//! - A kill while it writes its snapshot (only at open) leaves `snap.….generating`, which the next
+//!   open takes for a corrupt snapshot: removed before opening.
+//! - Its batches and transactions take a process-wide lock, for good once one was used. Not needed:
+//!   the redo file makes a flush whole. Each key is written by itself, in key order.
+//! - It panics where it meets what it doesn't expect, damaged files above all. Every call is caught;
+//!   after a panic the engine answers nothing but errors, since sled's inside is unknown then.
+//!
+//! A record of the main tree is `0` and the value, or `1`, id of its chunks (8 bytes), length of
+//! the value (4), crc32c of the value (4), all big endian; its chunks are under id (8) and number
+//! (4) in the tree `chunks`. Ids are never used twice between two opens, so that a reader who finds
+//! chunks gone looks at the record again: it has changed. The tree `intents` names the chunks that a
+//! write is about to make or to orphan; what a crash leaves of them is removed at open.
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::fs::{self, File};
 use std::ops::Bound;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::StorageError;
+use super::atomic_file::{self, io_error, sync_error};
 use super::engine::{Engine, Mutation};
-use crate::ids::StoreId;
+use super::identity::IdentityError;
+use super::{StorageError, keys};
+use crate::ids::{RandomId, StoreId};
 
-/// Options.
+/// Cache of sled unless set otherwise, in bytes.
+pub const CACHE_BYTES_DEFAULT: u64 = 64 << 20;
+/// Key and value together up to here are one record of the main tree.
+pub const INLINE_BYTES_MAX: usize = 4096;
+/// Bytes of a value in one chunk.
+pub const CHUNK_BYTES: usize = 4096;
+
+const NAME: &str = "sled";
+const INLINE: u8 = 0;
+const CHUNKED: u8 = 1;
+/// A store that was just closed may take a moment to let go of its files.
+const LOCK_ATTEMPTS: u32 = 100;
+const LOCK_RETRY: Duration = Duration::from_millis(10);
+
+/// How to open the engine.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct SledOptions {
-    /// Cache in bytes.
+    /// Memory for cached tree nodes, in bytes.
     pub cache_bytes: u64,
 }
 
-/// The engine.
-pub struct SledEngine {
-    db: sled::Db,
-    file: File,
-    path: PathBuf,
+impl Default for SledOptions {
+    fn default() -> SledOptions {
+        SledOptions {
+            cache_bytes: CACHE_BYTES_DEFAULT,
+        }
+    }
 }
 
-fn failed(error: sled::Error) -> StorageError {
-    StorageError::Engine { engine: "sled", reason: error.to_string() }
+/// An open sled store.
+pub struct SledEngine {
+    path: PathBuf,
+    db: sled::Db,
+    chunks: sled::Tree,
+    intents: sled::Tree,
+    /// Held to report what sled's own handle may not: errors of writing back.
+    file: File,
+    /// One writer at a time, so that chunk ids and intents need no more care.
+    writer: Mutex<Writer>,
+    /// sled has panicked or a sync has failed.
+    broken: AtomicBool,
+    created: bool,
+}
+
+struct Writer {
+    next_chunks: u64,
+    /// Whether any value is chunked: if none is, a write needn't look for the old one's.
+    any_chunks: bool,
+    synced_blobs: BTreeSet<OsString>,
+}
+
+/// Where the chunks of a value are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct ChunkRef {
+    id: u64,
+    len: u32,
+    sum: u32,
 }
 
 impl SledEngine {
-    /// Opens.
-    pub fn open(path: &Path, options: SledOptions, _store_id: StoreId) -> Result<SledEngine, StorageError> {
-        let db = sled::Config::new()
+    /// Opens the store in directory `path`, or creates it for the data directory `store_id`. Errors:
+    /// [`IdentityError::InUse`], [`IdentityError::ForeignStore`], [`IdentityError::Newer`];
+    /// [`StorageError::Damaged`] for files that sled can't read.
+    pub fn open(
+        path: &Path,
+        options: SledOptions,
+        store_id: StoreId,
+    ) -> Result<SledEngine, StorageError> {
+        fs::create_dir_all(path).map_err(io_error("creating", path))?;
+        remove_unfinished_snapshots(path)?;
+        let config = sled::Config::new()
             .path(path)
             .cache_capacity(options.cache_bytes)
-            .flush_every_ms(None)
-            .open()
-            .map_err(failed)?;
-        db.flush().map_err(failed)?;
-        let path = path.join("db");
-        let file = File::open(&path).map_err(|source| StorageError::Io { action: "opening", path: path.clone(), source })?;
-        Ok(SledEngine { db, file, path })
+            .flush_every_ms(None);
+        let db = open_db(path, &config)?;
+        let open_tree = |name| contain(path, || db.open_tree(name));
+        let chunks = open_tree("chunks")?;
+        let intents = open_tree("intents")?;
+        let file_path = path.join("db");
+        let file = File::open(&file_path).map_err(io_error("opening", &file_path))?;
+        let last = contain(path, || chunks.last())?;
+        let next_chunks = match &last {
+            Some((key, _)) => chunk_id(key).ok_or_else(|| damaged(path, "a chunk's key"))? + 1,
+            None => 1,
+        };
+        let created = contain(path, || Ok(db.is_empty()))?;
+        let engine = SledEngine {
+            path: path.to_owned(),
+            db,
+            chunks,
+            intents,
+            file,
+            writer: Mutex::new(Writer {
+                next_chunks,
+                any_chunks: last.is_some(),
+                synced_blobs: BTreeSet::new(),
+            }),
+            broken: AtomicBool::new(false),
+            created,
+        };
+        if created {
+            engine.write(&[
+                (
+                    keys::format_key(),
+                    Some(Bytes::copy_from_slice(&keys::FORMAT_VERSION.to_be_bytes())),
+                ),
+                (
+                    keys::store_id_key(),
+                    Some(Bytes::copy_from_slice(&store_id.0)),
+                ),
+            ])?;
+        } else {
+            engine.check_identity(store_id)?;
+            engine.finish_intents()?;
+        }
+        // The names of sled's files, and its `conf`, which it doesn't sync.
+        let conf = path.join("conf");
+        File::open(&conf)
+            .and_then(|file| file.sync_all())
+            .map_err(sync_error(&conf))?;
+        engine.sync()?;
+        atomic_file::sync_dir(path)?;
+        atomic_file::sync_parent(path)?;
+        Ok(engine)
+    }
+
+    /// Whether this opening made the store. It must not, once the node is a member of a cluster.
+    pub fn created(&self) -> bool {
+        self.created
+    }
+
+    fn check_identity(&self, expected: StoreId) -> Result<(), StorageError> {
+        let format = self
+            .get(&keys::format_key())?
+            .and_then(|bytes| bytes[..].try_into().ok().map(u32::from_be_bytes))
+            .ok_or_else(|| damaged(&self.path, "its format version is missing"))?;
+        let path = || self.path.display().to_string();
+        if format > keys::FORMAT_VERSION {
+            return Err(IdentityError::Newer {
+                path: path(),
+                found: format,
+                known: keys::FORMAT_VERSION,
+            }
+            .into());
+        }
+        let found = self
+            .get(&keys::store_id_key())?
+            .and_then(|bytes| RandomId::from_slice(&bytes));
+        match found {
+            Some(found) if found == expected => Ok(()),
+            Some(found) => Err(IdentityError::ForeignStore {
+                path: path(),
+                found: found.to_string(),
+                expected,
+            }
+            .into()),
+            None => Err(damaged(&self.path, "its store id is missing")),
+        }
+    }
+
+    /// Removes chunks that a crash left without a record.
+    fn finish_intents(&self) -> Result<(), StorageError> {
+        let writer = self.writer();
+        for item in self.intents.iter() {
+            let (id, intent) = self.run(|| item)?;
+            let malformed = || damaged(&self.path, "an intent");
+            let id = chunk_id(&id).ok_or_else(malformed)?;
+            let (count, key) = intent.split_first_chunk::<4>().ok_or_else(malformed)?;
+            let record = self.run(|| self.db.get(key))?;
+            let kept = match &record {
+                Some(record) => self.parse(record)?.err().is_some_and(|at| at.id == id),
+                None => false,
+            };
+            if !kept {
+                self.remove_chunks(id, u32::from_be_bytes(*count))?;
+            }
+            self.run(|| self.intents.remove(id.to_be_bytes()))?;
+        }
+        drop(writer);
+        Ok(())
+    }
+
+    fn write_one(
+        &self,
+        writer: &mut Writer,
+        key: &[u8],
+        value: Option<&Bytes>,
+    ) -> Result<(), StorageError> {
+        let old = if writer.any_chunks {
+            match self.run(|| self.db.get(key))? {
+                Some(record) => self.parse(&record)?.err(),
+                None => None,
+            }
+        } else {
+            None
+        };
+        if let Some(old) = old {
+            self.intend(old, key)?;
+        }
+        let new = match value {
+            Some(value) if is_great(key, value) => Some(self.write_chunks(writer, key, value)?),
+            _ => None,
+        };
+        match (value, new) {
+            (Some(_), Some(at)) => self.run(|| self.db.insert(key, at.record()))?,
+            (Some(value), None) => {
+                let mut record = Vec::with_capacity(1 + value.len());
+                record.push(INLINE);
+                record.extend_from_slice(value);
+                self.run(|| self.db.insert(key, record))?
+            }
+            (None, _) => self.run(|| self.db.remove(key))?,
+        };
+        if let Some(old) = old {
+            self.remove_chunks(old.id, old.count())?;
+        }
+        for at in old.iter().chain(&new) {
+            self.run(|| self.intents.remove(at.id.to_be_bytes()))?;
+        }
+        Ok(())
+    }
+
+    fn write_chunks(
+        &self,
+        writer: &mut Writer,
+        key: &[u8],
+        value: &Bytes,
+    ) -> Result<ChunkRef, StorageError> {
+        let len = u32::try_from(value.len()).map_err(|_| StorageError::Engine {
+            engine: NAME,
+            reason: format!("a value of {} bytes is too long", value.len()),
+        })?;
+        let at = ChunkRef {
+            id: writer.next_chunks,
+            len,
+            sum: crc32c::crc32c(value),
+        };
+        writer.next_chunks += 1;
+        writer.any_chunks = true;
+        self.intend(at, key)?;
+        for (number, chunk) in (0..).zip(value.chunks(CHUNK_BYTES)) {
+            self.run(|| self.chunks.insert(chunk_key(at.id, number), chunk))?;
+        }
+        Ok(at)
+    }
+
+    fn intend(&self, at: ChunkRef, key: &[u8]) -> Result<(), StorageError> {
+        let intent = [&at.count().to_be_bytes()[..], key].concat();
+        self.run(|| self.intents.insert(at.id.to_be_bytes(), intent))?;
+        Ok(())
+    }
+
+    fn remove_chunks(&self, id: u64, count: u32) -> Result<(), StorageError> {
+        for number in 0..count {
+            self.run(|| self.chunks.remove(chunk_key(id, number)))?;
+        }
+        Ok(())
+    }
+
+    /// The value of a record that was just read under `key`.
+    fn resolve(&self, key: &[u8], record: sled::IVec) -> Result<Option<Bytes>, StorageError> {
+        let mut record = record;
+        loop {
+            let at = match self.parse(&record)? {
+                Ok(value) => return Ok(Some(value)),
+                Err(at) => at,
+            };
+            if let Some(value) = self.read_chunks(at)? {
+                return Ok(Some(value));
+            }
+            // The chunks go only after the record has changed, and ids don't come back.
+            match self.run(|| self.db.get(key))? {
+                None => return Ok(None),
+                Some(again) if again == record => {
+                    return Err(damaged(
+                        &self.path,
+                        "chunks of a value are missing or wrong",
+                    ));
+                }
+                Some(again) => record = again,
+            }
+        }
+    }
+
+    fn read_chunks(&self, at: ChunkRef) -> Result<Option<Bytes>, StorageError> {
+        let mut value = Vec::with_capacity(at.len as usize);
+        for number in 0..at.count() {
+            match self.run(|| self.chunks.get(chunk_key(at.id, number)))? {
+                Some(chunk) => value.extend_from_slice(&chunk),
+                None => return Ok(None),
+            }
+        }
+        let whole = value.len() == at.len as usize && crc32c::crc32c(&value) == at.sum;
+        Ok(whole.then(|| value.into()))
+    }
+
+    /// The value in a record, or where its chunks are.
+    fn parse(&self, record: &[u8]) -> Result<Result<Bytes, ChunkRef>, StorageError> {
+        match record.split_first() {
+            Some((&INLINE, value)) => Ok(Ok(Bytes::copy_from_slice(value))),
+            Some((&CHUNKED, rest)) if rest.len() == 16 => {
+                let word = |at: usize| {
+                    u32::from_be_bytes([rest[at], rest[at + 1], rest[at + 2], rest[at + 3]])
+                };
+                Ok(Err(ChunkRef {
+                    id: u64::from(word(0)) << 32 | u64::from(word(4)),
+                    len: word(8),
+                    sum: word(12),
+                }))
+            }
+            _ => Err(damaged(&self.path, "a record has an unknown form")),
+        }
+    }
+
+    fn sync_blobs(&self, writer: &mut Writer) -> Result<(), StorageError> {
+        let dir = self.path.join("blobs");
+        let mut present = BTreeSet::new();
+        let mut new = false;
+        for item in fs::read_dir(&dir).map_err(io_error("listing", &dir))? {
+            let name = item.map_err(io_error("listing", &dir))?.file_name();
+            if !writer.synced_blobs.contains(&name) {
+                let path = dir.join(&name);
+                match File::open(&path) {
+                    Ok(file) => file.sync_all().map_err(sync_error(&path))?,
+                    // sled removes blobs in the background.
+                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+                    Err(error) => return Err(io_error("opening", &path)(error)),
+                }
+                new = true;
+            }
+            present.insert(name);
+        }
+        if new {
+            atomic_file::sync_dir(&dir)?;
+        }
+        writer.synced_blobs = present;
+        Ok(())
+    }
+
+    /// Calls into sled.
+    fn run<T>(&self, call: impl FnOnce() -> sled::Result<T>) -> Result<T, StorageError> {
+        if self.broken.load(Ordering::Relaxed) {
+            return Err(StorageError::Engine {
+                engine: NAME,
+                reason: format!(
+                    "{} failed before; restart the node to recover it",
+                    self.path.display()
+                ),
+            });
+        }
+        let result = contain(&self.path, call);
+        if matches!(result, Err(StorageError::Damaged { .. })) {
+            self.broken.store(true, Ordering::Relaxed);
+        }
+        result
+    }
+
+    // What the lock guards is changed by single assignments; a panic leaves it usable.
+    fn writer(&self) -> MutexGuard<'_, Writer> {
+        self.writer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn range(&self, from: Bound<&[u8]>, to: &[u8]) -> Option<sled::Iter> {
+        let upper = if to.is_empty() {
+            Bound::Unbounded
+        } else {
+            Bound::Excluded(to.to_vec())
+        };
+        let crossed = match from {
+            Bound::Included(from) | Bound::Excluded(from) => !to.is_empty() && from >= to,
+            Bound::Unbounded => false,
+        };
+        let lower = from.map(<[u8]>::to_vec);
+        (!crossed).then(|| self.db.range::<Vec<u8>, _>((lower, upper)))
     }
 }
 
 impl Engine for SledEngine {
     fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StorageError> {
-        Ok(self.db.get(key).map_err(failed)?.map(|v| Bytes::copy_from_slice(&v)))
+        match self.run(|| self.db.get(key))? {
+            Some(record) => self.resolve(key, record),
+            None => Ok(None),
+        }
     }
 
     fn scan(
@@ -53,9 +431,30 @@ impl Engine for SledEngine {
         to: &[u8],
         visit: &mut dyn FnMut(&[u8], Bytes) -> bool,
     ) -> Result<(), StorageError> {
-        for pair in self.db.range::<&[u8], _>((from, Bound::Unbounded)) {
-            let (key, value) = pair.map_err(failed)?;
-            if (!to.is_empty() && &key[..] >= to) || !visit(&key, Bytes::copy_from_slice(&value)) {
+        let Some(mut items) = self.range(from, to) else {
+            return Ok(());
+        };
+        while let Some((key, record)) = self.run(|| items.next().transpose())? {
+            if let Some(value) = self.resolve(&key, record)?
+                && !visit(&key, value)
+            {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn scan_keys(
+        &self,
+        from: Bound<&[u8]>,
+        to: &[u8],
+        visit: &mut dyn FnMut(&[u8]) -> bool,
+    ) -> Result<(), StorageError> {
+        let Some(mut items) = self.range(from, to) else {
+            return Ok(());
+        };
+        while let Some((key, _)) = self.run(|| items.next().transpose())? {
+            if !visit(&key) {
                 break;
             }
         }
@@ -63,26 +462,140 @@ impl Engine for SledEngine {
     }
 
     fn write(&self, batch: &[Mutation]) -> Result<(), StorageError> {
-        let mut sled_batch = sled::Batch::default();
+        let mut writer = self.writer();
         for (key, value) in batch {
-            match value {
-                Some(value) => sled_batch.insert(&key[..], &value[..]),
-                None => sled_batch.remove(&key[..]),
-            }
+            self.write_one(&mut writer, key, value.as_ref())?;
         }
-        self.db.apply_batch(sled_batch).map_err(failed)
+        Ok(())
     }
 
     fn sync(&self) -> Result<(), StorageError> {
-        self.db.flush().map_err(failed)?;
-        self.file.sync_data().map_err(|e| StorageError::SyncFailed { path: self.path.clone(), reason: e.to_string() })
+        let mut writer = self.writer();
+        let path = self.path.join("db");
+        let result = match self.run(|| self.db.flush()) {
+            Ok(_) => self
+                .file
+                .sync_data()
+                .map_err(sync_error(&path))
+                .and_then(|()| self.sync_blobs(&mut writer)),
+            Err(error) => Err(StorageError::SyncFailed {
+                path,
+                reason: error.to_string(),
+            }),
+        };
+        if result.is_err() {
+            self.broken.store(true, Ordering::Relaxed);
+        }
+        result
     }
 
     fn disk_bytes(&self) -> u64 {
-        self.db.size_on_disk().unwrap_or(0)
+        [self.path.clone(), self.path.join("blobs")]
+            .iter()
+            .filter_map(|dir| fs::read_dir(dir).ok())
+            .flatten()
+            .filter_map(|item| item.and_then(|item| item.metadata()).ok())
+            .filter(fs::Metadata::is_file)
+            .map(|metadata| metadata.len())
+            .sum()
     }
 
     fn name(&self) -> &'static str {
-        "sled"
+        NAME
+    }
+}
+
+impl ChunkRef {
+    fn count(self) -> u32 {
+        self.len.div_ceil(CHUNK_BYTES as u32)
+    }
+
+    fn record(self) -> Vec<u8> {
+        let mut record = vec![CHUNKED];
+        record.extend_from_slice(&self.id.to_be_bytes());
+        record.extend_from_slice(&self.len.to_be_bytes());
+        record.extend_from_slice(&self.sum.to_be_bytes());
+        record
+    }
+}
+
+/// A value that is no longer than a record which points to its chunks never gains by that.
+fn is_great(key: &[u8], value: &[u8]) -> bool {
+    key.len() + value.len() > INLINE_BYTES_MAX && value.len() > 64
+}
+
+fn chunk_key(id: u64, number: u32) -> [u8; 12] {
+    let mut key = [0; 12];
+    key[..8].copy_from_slice(&id.to_be_bytes());
+    key[8..].copy_from_slice(&number.to_be_bytes());
+    key
+}
+
+fn chunk_id(key: &[u8]) -> Option<u64> {
+    key.first_chunk::<8>().map(|id| u64::from_be_bytes(*id))
+}
+
+fn open_db(path: &Path, config: &sled::Config) -> Result<sled::Db, StorageError> {
+    let mut attempts = 0;
+    loop {
+        let result = contain(path, || config.open());
+        // sled tells a held lock from other errors by this text alone.
+        let locked = matches!(
+            &result,
+            Err(StorageError::Engine { reason, .. }) if reason.contains("could not acquire lock")
+        );
+        if !locked {
+            return result;
+        }
+        attempts += 1;
+        if attempts == LOCK_ATTEMPTS {
+            return Err(IdentityError::InUse {
+                path: path.display().to_string(),
+                holder: String::new(),
+            }
+            .into());
+        }
+        std::thread::sleep(LOCK_RETRY);
+    }
+}
+
+fn remove_unfinished_snapshots(path: &Path) -> Result<(), StorageError> {
+    for item in fs::read_dir(path).map_err(io_error("listing", path))? {
+        let item = item.map_err(io_error("listing", path))?;
+        let name = item.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with("snap.") && name.ends_with(".generating") {
+            fs::remove_file(item.path()).map_err(io_error("removing", &item.path()))?;
+        }
+    }
+    Ok(())
+}
+
+/// Runs a call of sled and makes errors and panics ours.
+fn contain<T>(path: &Path, call: impl FnOnce() -> sled::Result<T>) -> Result<T, StorageError> {
+    match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(sled::Error::Corruption { at, .. })) => {
+            Err(damaged(path, &format!("sled finds it corrupt at {at:?}")))
+        }
+        Ok(Err(error)) => Err(StorageError::Engine {
+            engine: NAME,
+            reason: format!("{}: {error}", path.display()),
+        }),
+        Err(panic) => {
+            let text = panic
+                .downcast_ref::<String>()
+                .map(String::as_str)
+                .or_else(|| panic.downcast_ref::<&str>().copied())
+                .unwrap_or("without a message");
+            Err(damaged(path, &format!("sled panicked: {text}")))
+        }
+    }
+}
+
+fn damaged(path: &Path, detail: &str) -> StorageError {
+    StorageError::Damaged {
+        what: format!("state store {}", path.display()),
+        detail: detail.to_owned(),
     }
 }

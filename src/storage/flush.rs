@@ -137,11 +137,10 @@ impl Flusher {
         let (mut from, to) = keys::replica_range(replica);
         loop {
             let mut batch: Vec<Mutation> = Vec::with_capacity(FLUSH_BATCH_KEYS);
-            self.engine
-                .scan_keys(std::ops::Bound::Included(&from), &to, &mut |key| {
-                    batch.push((key.to_vec(), None));
-                    batch.len() < FLUSH_BATCH_KEYS
-                })?;
+            self.engine.scan_keys(std::ops::Bound::Included(&from), &to, &mut |key| {
+                batch.push((key.to_vec(), None));
+                batch.len() < FLUSH_BATCH_KEYS
+            })?;
             let Some((last, _)) = batch.last() else { break };
             from.clone_from(last);
             self.engine.write(&batch)?;
@@ -155,9 +154,7 @@ impl Flusher {
             None => Ok(()),
             Some(reason) => Err(StorageError::Engine {
                 engine: self.engine.name(),
-                reason: format!(
-                    "an earlier flush failed ({reason}); restart the node to complete it"
-                ),
+                reason: format!("an earlier flush failed ({reason}); restart the node to complete it"),
             }),
         }
     }
@@ -272,14 +269,12 @@ fn sections(tables: &[Arc<Frozen>]) -> Vec<Section<'_>> {
     let mut sections: std::collections::BTreeMap<(ReplicaId, u32), Section<'_>> =
         std::collections::BTreeMap::new();
     for frozen in tables {
-        let section = sections
-            .entry((frozen.replica, frozen.generation))
-            .or_insert_with(|| Section {
-                replica: frozen.replica,
-                generation: frozen.generation,
-                header: &frozen.header,
-                tables: Vec::new(),
-            });
+        let section = sections.entry((frozen.replica, frozen.generation)).or_insert_with(|| Section {
+            replica: frozen.replica,
+            generation: frozen.generation,
+            header: &frozen.header,
+            tables: Vec::new(),
+        });
         assert!(
             section.header.applied.index <= frozen.header.applied.index,
             "tables of replica {} out of order",
@@ -301,11 +296,7 @@ struct Batch<'a> {
 
 impl<'a> Batch<'a> {
     fn new(engine: &'a dyn Engine) -> Batch<'a> {
-        Batch {
-            engine,
-            mutations: Vec::with_capacity(FLUSH_BATCH_KEYS),
-            bytes: 0,
-        }
+        Batch { engine, mutations: Vec::with_capacity(FLUSH_BATCH_KEYS), bytes: 0 }
     }
 
     /// Adds a change; true if that completed a batch, which the engine then has.

@@ -52,11 +52,7 @@ fn a_round_over_several_replicas_and_tables() {
         })
         .unwrap();
     let steps = steps.lock().unwrap().clone();
-    assert_eq!(
-        steps,
-        [(FlushStep::Logged, 0), (FlushStep::Absorbed, 4)],
-        "two keys and two headers"
-    );
+    assert_eq!(steps, [(FlushStep::Logged, 0), (FlushStep::Absorbed, 4)], "two keys and two headers");
     assert_eq!(redo_files(&flusher.redo_dir), 0);
     engine.crash(CrashLoss::Everything);
     let one = open_state(&engine, 1);
@@ -85,11 +81,7 @@ fn a_flush_that_fails_before_its_file_may_be_tried_again() {
         }
         Ok(())
     }));
-    assert!(
-        flusher
-            .flush(std::slice::from_ref(&table), &mut |_| panic!("too early"))
-            .is_err()
-    );
+    assert!(flusher.flush(std::slice::from_ref(&table), &mut |_| panic!("too early")).is_err());
     assert_eq!(redo_files(dir.path()), 0);
     flusher.flush(&[table], &mut |_| {}).unwrap();
     assert_eq!(open_state(&engine, 1).get(b"a").unwrap().unwrap(), "x");
@@ -130,9 +122,7 @@ fn a_redo_file_older_than_the_state_is_refused() {
     old.change(b"a", Some(b"stale")).unwrap();
     old.finish().unwrap();
     apply(&mut state, 6, "a", Some("x"));
-    flusher
-        .flush(&[state.freeze().unwrap()], &mut |_| {})
-        .unwrap();
+    flusher.flush(&[state.freeze().unwrap()], &mut |_| {}).unwrap();
     let error = Flusher::open(dir.path().to_owned(), engine).err().unwrap();
     assert!(error.to_string().contains("at 6 already"), "{error}");
 }

@@ -42,11 +42,7 @@ pub(super) fn scan(
         Bound::Excluded(key) => (key_of(key), false),
         Bound::Unbounded => (key_of(&[]), true),
     };
-    let from = if included {
-        Bound::Included(first.as_slice())
-    } else {
-        Bound::Excluded(first.as_slice())
-    };
+    let from = if included { Bound::Included(first.as_slice()) } else { Bound::Excluded(first.as_slice()) };
     let to = if range.to.is_empty() {
         keys::user_end(range.replica, range.generation).to_vec()
     } else {
@@ -86,10 +82,7 @@ pub(super) fn next<'a>(
     layers: &mut [Layer<'a>],
     limit: Option<&[u8]>,
 ) -> Option<(&'a [u8], &'a Option<Bytes>)> {
-    let least = layers
-        .iter_mut()
-        .filter_map(|layer| layer.peek().map(|(key, _)| *key))
-        .min()?;
+    let least = layers.iter_mut().filter_map(|layer| layer.peek().map(|(key, _)| *key)).min()?;
     if limit.is_some_and(|limit| least > limit) {
         return None;
     }

@@ -1,7 +1,7 @@
 //! Storage: the raft log of all replicas of a node, and the state that committed entries make.
 //!
 //! - [`log`]: the trait of the raft log; [`log_disk`] on raft-engine, [`log_memory`] for tests and simulation.
-//! - [`engine`]: the trait of the ordered key-value engine under the state; `engine_sled` and [`engine_memory`].
+//! - [`engine`]: the trait of the ordered key-value engine under the state; [`engine_sled`] and [`engine_memory`].
 //! - [`memtable`]: recent applied writes of one replica. [`state`]: one replica's state: memtables over the engine.
 //! - [`flush`]: freezing memtables into redo files ([`redo`]) and the engine; recovery from redo files.
 //! - [`keys`]: the layout of state keys. [`identity`]: who owns a data directory.

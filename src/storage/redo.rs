@@ -77,11 +77,7 @@ impl RedoWriter {
             out: Checked::new(BufWriter::with_capacity(256 * 1024, file)),
             changes: 0,
         };
-        writer.put(&[
-            MAGIC,
-            &FORMAT_VERSION.to_be_bytes(),
-            &sequence.to_be_bytes(),
-        ])?;
+        writer.put(&[MAGIC, &FORMAT_VERSION.to_be_bytes(), &sequence.to_be_bytes()])?;
         Ok(writer)
     }
 
@@ -133,9 +129,7 @@ impl RedoWriter {
 
     fn put(&mut self, parts: &[&[u8]]) -> Result<(), StorageError> {
         for part in parts {
-            self.out
-                .write_all(part)
-                .map_err(io_error("writing", &self.temporary))?;
+            self.out.write_all(part).map_err(io_error("writing", &self.temporary))?;
         }
         Ok(())
     }
@@ -143,9 +137,7 @@ impl RedoWriter {
 
 fn length(bytes: &[u8]) -> [u8; 4] {
     // Keys and values are bounded by `limits` to a few MiB.
-    u32::try_from(bytes.len())
-        .expect("keys and values are bounded")
-        .to_be_bytes()
+    u32::try_from(bytes.len()).expect("keys and values are bounded").to_be_bytes()
 }
 
 /// Removes unfinished files from `dir` and lists the finished ones in the order of their numbers.
@@ -168,10 +160,7 @@ pub fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>, StorageError> {
         match sequence {
             Some(sequence) => found.push((sequence, path)),
             None => {
-                return Err(damaged(
-                    dir,
-                    format!("`{}` is not a redo file; move it away", path.display()),
-                ));
+                return Err(damaged(dir, format!("`{}` is not a redo file; move it away", path.display())));
             }
         }
     }
@@ -254,10 +243,7 @@ impl RedoReader {
                 self.done = true;
                 Ok(None)
             }
-            kind => Err(damaged(
-                &self.path,
-                format!("unknown kind of record {kind}"),
-            )),
+            kind => Err(damaged(&self.path, format!("unknown kind of record {kind}"))),
         }
     }
 
@@ -282,14 +268,10 @@ impl RedoReader {
     }
 
     fn fill(&mut self, bytes: &mut [u8]) -> Result<(), StorageError> {
-        self.input
-            .read_exact(bytes)
-            .map_err(|error| match error.kind() {
-                io::ErrorKind::UnexpectedEof => {
-                    damaged(&self.path, "a record runs over the end".into())
-                }
-                _ => io_error("reading", &self.path)(error),
-            })
+        self.input.read_exact(bytes).map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => damaged(&self.path, "a record runs over the end".into()),
+            _ => io_error("reading", &self.path)(error),
+        })
     }
 }
 
@@ -308,9 +290,7 @@ fn check(path: &Path, sequence: u64) -> io::Result<Result<u64, String>> {
     }
     let version = u32::from_be_bytes([head[8], head[9], head[10], head[11]]);
     if version != FORMAT_VERSION {
-        return Ok(Err(format!(
-            "format {version}; this program reads {FORMAT_VERSION}"
-        )));
+        return Ok(Err(format!("format {version}; this program reads {FORMAT_VERSION}")));
     }
     if head[12..] != sequence.to_be_bytes() {
         return Ok(Err("its number is not the one in its name".into()));
@@ -331,10 +311,7 @@ fn check(path: &Path, sequence: u64) -> io::Result<Result<u64, String>> {
 }
 
 fn damaged(path: &Path, detail: String) -> StorageError {
-    StorageError::Damaged {
-        what: format!("redo file {}", path.display()),
-        detail,
-    }
+    StorageError::Damaged { what: format!("redo file {}", path.display()), detail }
 }
 
 /// Counts and sums what passes through.
@@ -346,11 +323,7 @@ struct Checked<T> {
 
 impl<T> Checked<T> {
     fn new(inner: T) -> Checked<T> {
-        Checked {
-            inner,
-            sum: 0,
-            count: 0,
-        }
+        Checked { inner, sum: 0, count: 0 }
     }
 
     fn pass(&mut self, bytes: &[u8]) {
@@ -446,19 +419,13 @@ mod tests {
         assert!(read(&path, 2).is_err(), "a renamed file");
         for len in 0..bytes.len() {
             fs::write(&path, &bytes[..len]).unwrap();
-            assert!(
-                matches!(read(&path, 1), Err(StorageError::Damaged { .. })),
-                "cut at {len}"
-            );
+            assert!(matches!(read(&path, 1), Err(StorageError::Damaged { .. })), "cut at {len}");
         }
         for place in 0..bytes.len() {
             let mut flipped = bytes.clone();
             flipped[place] ^= 0x10;
             fs::write(&path, &flipped).unwrap();
-            assert!(
-                matches!(read(&path, 1), Err(StorageError::Damaged { .. })),
-                "flipped at {place}"
-            );
+            assert!(matches!(read(&path, 1), Err(StorageError::Damaged { .. })), "flipped at {place}");
         }
     }
 }

@@ -105,10 +105,9 @@ impl ReplicaState {
         initial: StateHeader,
     ) -> Result<ReplicaState, StorageError> {
         let header = match engine.get(&keys::header_key(replica, generation))? {
-            Some(bytes) => StateHeader::decode(
-                &bytes,
-                &format!("state of replica {replica} (generation {generation})"),
-            )?,
+            Some(bytes) => {
+                StateHeader::decode(&bytes, &format!("state of replica {replica} (generation {generation})"))?
+            }
             None => initial,
         };
         Ok(ReplicaState {
@@ -152,10 +151,7 @@ impl ReplicaState {
 
     /// Bytes in the active memtable and in all frozen ones that the engine doesn't have yet.
     pub fn memory_bytes(&self) -> (usize, usize) {
-        (
-            self.active.bytes,
-            self.frozen.iter().map(|f| f.table.bytes).sum(),
-        )
+        (self.active.bytes, self.frozen.iter().map(|f| f.table.bytes).sum())
     }
 
     /// Freezes the active memtable for a flush. `None` if nothing was applied since the last freeze.
@@ -164,11 +160,7 @@ impl ReplicaState {
     /// # Panics
     /// If an entry is half applied: a crash after the flush would apply it a second time.
     pub fn freeze(&mut self) -> Option<Arc<Frozen>> {
-        assert!(
-            !self.within_entry,
-            "freezing within an entry after {:?}",
-            self.header.applied
-        );
+        assert!(!self.within_entry, "freezing within an entry after {:?}", self.header.applied);
         if self.header.applied.index == self.frozen_to {
             return None;
         }
@@ -226,14 +218,7 @@ impl ReplicaState {
                 break;
             }
         }
-        StateReader {
-            page: Some(PageCopy {
-                recent,
-                to: to.to_vec(),
-                horizon,
-            }),
-            ..self.reader()
-        }
+        StateReader { page: Some(PageCopy { recent, to: to.to_vec(), horizon }), ..self.reader() }
     }
 
     fn layers<'a>(&'a self, from: Bound<&[u8]>) -> Vec<Layer<'a>> {
@@ -248,10 +233,7 @@ impl StateView for ReplicaState {
     fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StorageError> {
         match self.lookup(key) {
             Lookup::Known(value) => Ok(value),
-            Lookup::AskEngine => {
-                self.engine
-                    .get(&keys::user_key(self.replica, self.generation, key))
-            }
+            Lookup::AskEngine => self.engine.get(&keys::user_key(self.replica, self.generation, key)),
         }
     }
 
@@ -260,12 +242,7 @@ impl StateView for ReplicaState {
         from: Bound<&[u8]>,
         visit: &mut dyn FnMut(&[u8], &Bytes) -> bool,
     ) -> Result<(), StorageError> {
-        let range = merge::UserRange {
-            replica: self.replica,
-            generation: self.generation,
-            from,
-            to: &[],
-        };
+        let range = merge::UserRange { replica: self.replica, generation: self.generation, from, to: &[] };
         merge::scan(self.layers(from), &*self.engine, range, visit)
     }
 
@@ -278,8 +255,7 @@ impl StateBatch for ReplicaState {
     fn put(&mut self, key: &[u8], value: Bytes) {
         self.within_entry = true;
         // A copy: the value is a slice of a whole log entry, which it would keep in memory.
-        self.active
-            .insert(key, Some(Bytes::copy_from_slice(&value)));
+        self.active.insert(key, Some(Bytes::copy_from_slice(&value)));
     }
 
     fn delete(&mut self, key: &[u8]) {
@@ -300,8 +276,7 @@ impl StateReader {
         if let Some(known) = lookup_frozen(&self.frozen, key) {
             return Ok(known);
         }
-        self.engine
-            .get(&keys::user_key(self.replica, self.generation, key))
+        self.engine.get(&keys::user_key(self.replica, self.generation, key))
     }
 
     /// Calls `visit` with each pair from `from` on, in key order, until it returns false. Only for
@@ -312,10 +287,7 @@ impl StateReader {
         from: Bound<&[u8]>,
         visit: &mut dyn FnMut(&[u8], &Bytes) -> bool,
     ) -> Result<(), StorageError> {
-        let misuse = |reason: &str| StorageError::Engine {
-            engine: "memtable",
-            reason: reason.to_owned(),
-        };
+        let misuse = |reason: &str| StorageError::Engine { engine: "memtable", reason: reason.to_owned() };
         let Some(page) = &self.page else {
             return Err(misuse("a reader for single keys was asked to scan"));
         };
@@ -323,12 +295,8 @@ impl StateReader {
             .chain(self.frozen.iter().rev().map(|f| &f.table))
             .map(|table| merge::layer(table, from, &page.to))
             .collect();
-        let range = merge::UserRange {
-            replica: self.replica,
-            generation: self.generation,
-            from,
-            to: &page.to,
-        };
+        let range =
+            merge::UserRange { replica: self.replica, generation: self.generation, from, to: &page.to };
         let mut overrun = false;
         merge::scan(layers, &*self.engine, range, &mut |key, value| {
             // Beyond the horizon the active table is not known: older layers would be taken for it.

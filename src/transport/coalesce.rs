@@ -94,10 +94,7 @@ impl Shared {
 pub fn coalesce<W: tokio::io::AsyncWrite + Unpin + 'static>(
     inner: W,
     cap: usize,
-) -> (
-    CoalescingWriter,
-    impl Future<Output = io::Result<()>> + 'static,
-) {
+) -> (CoalescingWriter, impl Future<Output = io::Result<()>> + 'static) {
     let shared = Rc::new(RefCell::new(Shared {
         buffer: Vec::new(),
         cap: cap.max(1),
@@ -107,9 +104,7 @@ pub fn coalesce<W: tokio::io::AsyncWrite + Unpin + 'static>(
         writer: None,
         flusher: None,
     }));
-    let writer = CoalescingWriter {
-        shared: shared.clone(),
-    };
+    let writer = CoalescingWriter { shared: shared.clone() };
     // Made here, not in the future: one that is dropped before its first poll must tell the writer too.
     let end = End { shared };
     let flusher = async move {
@@ -163,10 +158,7 @@ impl Patience {
     }
 }
 
-async fn flush<W: tokio::io::AsyncWrite + Unpin>(
-    mut inner: W,
-    shared: &RefCell<Shared>,
-) -> io::Result<()> {
+async fn flush<W: tokio::io::AsyncWrite + Unpin>(mut inner: W, shared: &RefCell<Shared>) -> io::Result<()> {
     let mut spare = Vec::new();
     let mut patience = Patience::default();
     while wait_for_bytes(shared).await {
@@ -209,11 +201,7 @@ async fn wait_for_bytes(shared: &RefCell<Shared>) -> bool {
 
 impl futures_util::io::AsyncWrite for CoalescingWriter {
     /// Takes what there is room for; waits while there is none.
-    fn poll_write(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let mut shared = self.shared.borrow_mut();
         if let Some(error) = shared.error() {
             return Poll::Ready(Err(error));
@@ -315,10 +303,7 @@ mod tests {
             .run_until(async {
                 let (inner, mut far) = duplex(1024);
                 let writes = Rc::new(Cell::new(0));
-                let counting = Counting {
-                    inner,
-                    writes: writes.clone(),
-                };
+                let counting = Counting { inner, writes: writes.clone() };
                 let (mut writer, flusher) = coalesce(counting, 1024);
                 let flusher = spawn_local(flusher);
                 send(&mut writer, b"one ").await.unwrap();
@@ -377,11 +362,7 @@ mod tests {
                 }
                 let mut got = Vec::new();
                 let early = far.read_buf(&mut got);
-                assert!(
-                    tokio::time::timeout(Duration::from_millis(5), early)
-                        .await
-                        .is_err()
-                );
+                assert!(tokio::time::timeout(Duration::from_millis(5), early).await.is_err());
                 writer.close().await.unwrap();
                 far.read_to_end(&mut got).await.unwrap();
                 assert_eq!(got, b"half");

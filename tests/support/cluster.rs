@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use pontoon::client::{Client, Database};
 use pontoon::client::options::ClientOptions;
+use pontoon::client::{Client, Database};
 
 /// The binary under test.
 pub fn pontoon() -> Command {
@@ -22,7 +22,8 @@ pub fn run(args: &[&str]) -> Output {
 
 /// Ports of 127.0.0.1 that were free a moment ago.
 pub fn free_ports(count: usize) -> Vec<u16> {
-    let listeners: Vec<_> = (0..count).map(|_| TcpListener::bind("127.0.0.1:0").expect("a free port")).collect();
+    let listeners: Vec<_> =
+        (0..count).map(|_| TcpListener::bind("127.0.0.1:0").expect("a free port")).collect();
     listeners.iter().map(|l| l.local_addr().expect("an address").port()).collect()
 }
 
@@ -184,7 +185,12 @@ impl Cluster {
     /// Runs a subcommand against this cluster.
     pub fn run(&self, args: &[&str]) -> Output {
         let addresses = self.addresses().join(",");
-        pontoon().args(args).env("PONTOON_CLUSTER", addresses).stdin(Stdio::null()).output().expect("running pontoon")
+        pontoon()
+            .args(args)
+            .env("PONTOON_CLUSTER", addresses)
+            .stdin(Stdio::null())
+            .output()
+            .expect("running pontoon")
     }
 }
 

@@ -42,8 +42,7 @@ pub struct Command {
 impl Command {
     /// The word at `at`, counted from 0 behind the name.
     pub fn word(&self, at: usize) -> Result<&[u8], String> {
-        self.optional(at)
-            .ok_or_else(|| format!("`{}` needs {} words", self.name, at + 1))
+        self.optional(at).ok_or_else(|| format!("`{}` needs {} words", self.name, at + 1))
     }
 
     /// The word at `at`, if there is one.
@@ -54,9 +53,7 @@ impl Command {
 
     /// All words from `at` on.
     pub fn words_from(&self, at: usize) -> Vec<&[u8]> {
-        (at..self.words.len())
-            .filter_map(|at| self.optional(at))
-            .collect()
+        (at..self.words.len()).filter_map(|at| self.optional(at)).collect()
     }
 
     /// The word at `at` as text.
@@ -124,12 +121,7 @@ impl Command {
         if words.is_empty() {
             return Err(format!("no command: {line}"));
         }
-        Ok(Command {
-            name: text(&words.remove(0))?,
-            words,
-            named,
-            seen: RefCell::default(),
-        })
+        Ok(Command { name: text(&words.remove(0))?, words, named, seen: RefCell::default() })
     }
 
     /// A word or pair that the interpreter never asked for.
@@ -144,9 +136,7 @@ impl Command {
 /// Runs every script in tests/scripts/`area`, each with an interpreter of its own, and panics with all
 /// differences at the end.
 pub fn run_area<I: Interpreter>(area: &str, new: impl Fn() -> I) {
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/scripts")
-        .join(area);
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/scripts").join(area);
     let entries = fs::read_dir(&directory).unwrap_or_else(|e| panic!("{directory:?}: {e}"));
     let mut files: Vec<PathBuf> = entries
         .map(|entry| entry.expect("directory entry").path())
@@ -172,10 +162,7 @@ pub fn run_area<I: Interpreter>(area: &str, new: impl Fn() -> I) {
             }
         }
     }
-    assert!(
-        report.is_empty(),
-        "scripts differ (REWRITE=1 rewrites them):\n{report}"
-    );
+    assert!(report.is_empty(), "scripts differ (REWRITE=1 rewrites them):\n{report}");
 }
 
 struct Run {
@@ -190,10 +177,7 @@ fn run_script(script: &str, interpreter: &mut dyn Interpreter) -> Result<Run, St
     if !script.starts_with("# ") {
         return Err("a script begins with a comment that says what it shows".into());
     }
-    let mut run = Run {
-        differences: Vec::new(),
-        rewritten: String::new(),
-    };
+    let mut run = Run { differences: Vec::new(), rewritten: String::new() };
     let mut lines = script.lines().enumerate().peekable();
     let mut commands: Vec<Command> = Vec::new();
     let mut block_line = 0;
@@ -218,19 +202,15 @@ fn run_script(script: &str, interpreter: &mut dyn Interpreter) -> Result<Run, St
             expected += line;
             expected.push('\n');
         }
-        let found = execute(&std::mem::take(&mut commands), interpreter)
-            .map_err(|e| format!("{block_line}: {e}"))?;
+        let found =
+            execute(&std::mem::take(&mut commands), interpreter).map_err(|e| format!("{block_line}: {e}"))?;
         run.rewritten += &found;
         if found != expected {
             let text = format!("{block_line}:\n--- expected\n{expected}--- found\n{found}");
             run.differences.push(text);
         }
     }
-    if commands.is_empty() {
-        Ok(run)
-    } else {
-        Err(format!("{block_line}: the block ends without `----`"))
-    }
+    if commands.is_empty() { Ok(run) } else { Err(format!("{block_line}: the block ends without `----`")) }
 }
 
 fn execute(commands: &[Command], interpreter: &mut dyn Interpreter) -> Result<String, String> {
@@ -307,8 +287,7 @@ fn text(bytes: &[u8]) -> Result<String, String> {
 }
 
 fn number<T: std::str::FromStr>(text: &str) -> Result<T, String> {
-    text.parse()
-        .map_err(|_| format!("`{text}` is not a number here"))
+    text.parse().map_err(|_| format!("`{text}` is not a number here"))
 }
 
 #[cfg(test)]
@@ -335,7 +314,8 @@ mod tests {
 
     #[test]
     fn differences_are_found_and_rewritten() {
-        let script = "# Shows it.\n\nsay a \"b c\\x00\\\"\" loud=yes\nsay\n----\n\"a\"\n\n# More.\nsing\n----\n";
+        let script =
+            "# Shows it.\n\nsay a \"b c\\x00\\\"\" loud=yes\nsay\n----\n\"a\"\n\n# More.\nsing\n----\n";
         let found = run(script).unwrap();
         assert_eq!(found.differences.len(), 2);
         assert!(found.differences[0].starts_with("3:\n--- expected\n\"a\"\n--- found\n"));
@@ -345,42 +325,18 @@ mod tests {
              sing\n----\nerror: unknown command `sing`\n"
         );
         let again = run(&found.rewritten).unwrap();
-        assert_eq!(
-            (again.differences.len(), again.rewritten),
-            (0, found.rewritten)
-        );
-        assert_eq!(
-            run("# It.\n\nsay\n----\nok\n").unwrap().differences.len(),
-            0
-        );
+        assert_eq!((again.differences.len(), again.rewritten), (0, found.rewritten));
+        assert_eq!(run("# It.\n\nsay\n----\nok\n").unwrap().differences.len(), 0);
     }
 
     #[test]
     fn malformed_scripts_are_refused() {
         let refused = |script: &str| run(script).err().unwrap();
-        assert_eq!(
-            refused("say\n----\n"),
-            "a script begins with a comment that says what it shows"
-        );
-        assert_eq!(
-            refused("# It.\n\nsay\n"),
-            "3: the block ends without `----`"
-        );
-        assert_eq!(
-            refused("# It.\nsay\n\n----\n"),
-            "3: the block ends without `----`"
-        );
-        assert_eq!(
-            refused("# It.\nsay x=1\n----\n"),
-            "2: `say` makes no use of `x`"
-        );
-        assert_eq!(
-            refused("# It.\nsay \"x\n----\n"),
-            "2: a quote is never closed: \"x"
-        );
-        assert_eq!(
-            refused("# It.\nsay a\"x\"\n----\n"),
-            "2: a quote inside a word: say a\"x\""
-        );
+        assert_eq!(refused("say\n----\n"), "a script begins with a comment that says what it shows");
+        assert_eq!(refused("# It.\n\nsay\n"), "3: the block ends without `----`");
+        assert_eq!(refused("# It.\nsay\n\n----\n"), "3: the block ends without `----`");
+        assert_eq!(refused("# It.\nsay x=1\n----\n"), "2: `say` makes no use of `x`");
+        assert_eq!(refused("# It.\nsay \"x\n----\n"), "2: a quote is never closed: \"x");
+        assert_eq!(refused("# It.\nsay a\"x\"\n----\n"), "2: a quote inside a word: say a\"x\"");
     }
 }

@@ -85,11 +85,8 @@ pub(crate) fn any_message() -> impl Strategy<Value = GroupMessage> {
                     MessageType::MsgAppend => m.entries = entries.into(),
                     MessageType::MsgSnapshot => m.set_snapshot(snapshot),
                     MessageType::MsgReadIndex | MessageType::MsgReadIndexResp => {
-                        m.entries = vec![Entry {
-                            data: Bytes::from_static(b"context"),
-                            ..Entry::default()
-                        }]
-                        .into();
+                        m.entries =
+                            vec![Entry { data: Bytes::from_static(b"context"), ..Entry::default() }].into();
                         if kind == MessageType::MsgReadIndex {
                             m.term = 0;
                         }
@@ -98,10 +95,7 @@ pub(crate) fn any_message() -> impl Strategy<Value = GroupMessage> {
                 }
                 GroupMessage {
                     shard: ShardId(address.0),
-                    epoch: Epoch {
-                        range: address.1,
-                        conf: address.2,
-                    },
+                    epoch: Epoch { range: address.1, conf: address.2 },
                     safe_index: address.3,
                     message: m,
                 }
@@ -111,11 +105,7 @@ pub(crate) fn any_message() -> impl Strategy<Value = GroupMessage> {
 }
 
 fn append() -> GroupMessage {
-    let entry = |index, term| Entry {
-        index,
-        term,
-        ..Entry::default()
-    };
+    let entry = |index, term| Entry { index, term, ..Entry::default() };
     GroupMessage {
         shard: ShardId(1),
         epoch: Epoch::default(),
@@ -140,9 +130,7 @@ fn what_makes_raft_panic_is_refused() {
     let changes: [(&str, Change); 16] = [
         ("is never sent", |m| m.msg_type = MessageType::MsgHup),
         ("is never sent", |m| m.msg_type = MessageType::MsgPropose),
-        ("is never sent", |m| {
-            m.msg_type = MessageType::MsgCheckQuorum
-        }),
+        ("is never sent", |m| m.msg_type = MessageType::MsgCheckQuorum),
         ("from replica 0", |m| m.from = 0),
         ("to 0", |m| m.to = 0),
         ("from replica 1 to 1", |m| m.from = 1),

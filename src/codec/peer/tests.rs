@@ -17,12 +17,7 @@ fn any_request() -> impl Strategy<Value = PeerRequest> {
         Just(PeerRequest::Probe),
         any_id().prop_map(PeerRequest::Claim),
         formation.prop_map(|(cluster_id, node, nodes, metadata)| {
-            PeerRequest::Form(Formation {
-                cluster_id,
-                node,
-                nodes,
-                metadata,
-            })
+            PeerRequest::Form(Formation { cluster_id, node, nodes, metadata })
         }),
         (prop::option::of(any_id()), any_node())
             .prop_map(|(cluster_id, record)| PeerRequest::Join { cluster_id, record }),
@@ -63,11 +58,7 @@ fn any_frame() -> impl Strategy<Value = PeerFrame> {
     prop_oneof![
         vec(any_message(), 0..8).prop_map(PeerFrame::Raft),
         (any_member(), any::<u64>(), any::<u64>()).prop_map(|(node, incarnation, map_version)| {
-            PeerFrame::Heartbeat(NodeHeartbeat {
-                node,
-                incarnation,
-                map_version,
-            })
+            PeerFrame::Heartbeat(NodeHeartbeat { node, incarnation, map_version })
         }),
         (any::<u64>(), any_request()).prop_map(|(id, it)| PeerFrame::Request(id, it)),
         (any::<u64>(), any_response()).prop_map(|(id, it)| PeerFrame::Response(id, it)),
@@ -129,15 +120,8 @@ proptest! {
 }
 
 fn append(entries: Vec<Bytes>) -> GroupMessage {
-    let entries: Vec<Entry> = (1..)
-        .zip(entries)
-        .map(|(index, data)| Entry {
-            index,
-            term: 1,
-            data,
-            ..Entry::default()
-        })
-        .collect();
+    let entries: Vec<Entry> =
+        (1..).zip(entries).map(|(index, data)| Entry { index, term: 1, data, ..Entry::default() }).collect();
     GroupMessage {
         shard: crate::ids::ShardId(1),
         epoch: crate::ids::Epoch::default(),
@@ -186,10 +170,7 @@ fn a_few_bytes_cannot_claim_many_entries() {
     let mut bytes = Vec::new();
     write_frame_bytes(&builder, &mut bytes).unwrap();
     let tag = |count: u64, words: u64| (count << 2 | words << 32).to_le_bytes();
-    let at = bytes
-        .chunks(8)
-        .position(|word| word == tag(3, 3 | 2 << 16))
-        .expect("the list's tag");
+    let at = bytes.chunks(8).position(|word| word == tag(3, 3 | 2 << 16)).expect("the list's tag");
     bytes[at * 8..at * 8 + 8].copy_from_slice(&tag(1 << 28, 0));
     let error = decode(Bytes::from(bytes)).unwrap_err();
     assert!(matches!(error, CodecError::Capnp(_)), "{error}");

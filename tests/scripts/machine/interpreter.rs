@@ -41,9 +41,7 @@ impl Interpreter for Machines {
     fn execute(&mut self, line: &script::Command) -> Result<String, String> {
         match line.name.as_str() {
             "put" | "delete" | "cas" => self.apply(&Command::Kv(write(line)?)),
-            "get" => self.query(&Query::Get {
-                key: bytes(line.word(0)?),
-            }),
+            "get" => self.query(&Query::Get { key: bytes(line.word(0)?) }),
             "scan" => self.query(&Query::Scan {
                 prefix: bytes(line.named("prefix").unwrap_or_default()),
                 after: bytes(line.named("after").unwrap_or_default()),
@@ -52,9 +50,8 @@ impl Interpreter for Machines {
             }),
             "entry" => {
                 let lines = line.words_from(0).into_iter();
-                let commands: Result<Vec<_>, String> = lines
-                    .map(|text| Ok(Command::Kv(write(&script::Command::parse_bytes(text)?)?)))
-                    .collect();
+                let commands: Result<Vec<_>, String> =
+                    lines.map(|text| Ok(Command::Kv(write(&script::Command::parse_bytes(text)?)?))).collect();
                 let data = Bytes::from(encode_entry(&commands?));
                 let mut output = hex(&data);
                 for command in decode_entry(&data).map_err(|e| e.to_string())? {
@@ -89,8 +86,8 @@ impl Interpreter for Machines {
             "create" => {
                 let (name, replicas) = (line.text(0)?, line.number(1)?);
                 let map = meta::cluster_map(&self.metadata).map_err(|e| e.to_string())?;
-                let shards = plan_database(&map, &name, replicas, line.number(2)?)
-                    .map_err(|e| e.to_string())?;
+                let shards =
+                    plan_database(&map, &name, replicas, line.number(2)?).map_err(|e| e.to_string())?;
                 self.create(name, replicas, shards)
             }
             "plan" => {
@@ -98,9 +95,7 @@ impl Interpreter for Machines {
                 let shards = words.map(planned).collect::<Result<_, _>>()?;
                 self.create(line.text(0)?, line.number(1)?, shards)
             }
-            "drop" => self.apply(&Command::Meta(MetaCommand::DropDatabase {
-                name: line.text(0)?,
-            })),
+            "drop" => self.apply(&Command::Meta(MetaCommand::DropDatabase { name: line.text(0)? })),
             "map" => self.map(line.named_number("since", 0)?),
             other => Err(format!("unknown command `{other}`")),
         }
@@ -133,17 +128,8 @@ impl Machines {
         })
     }
 
-    fn create(
-        &mut self,
-        name: String,
-        replicas: u32,
-        shards: Vec<PlannedShard>,
-    ) -> Result<String, String> {
-        self.apply(&Command::Meta(MetaCommand::CreateDatabase {
-            name,
-            replicas,
-            shards,
-        }))
+    fn create(&mut self, name: String, replicas: u32, shards: Vec<PlannedShard>) -> Result<String, String> {
+        self.apply(&Command::Meta(MetaCommand::CreateDatabase { name, replicas, shards }))
     }
 
     fn query(&self, query: &Query) -> Result<String, String> {
@@ -168,24 +154,15 @@ impl Machines {
         let mut lines = vec![format!("version {}", delta.version)];
         lines.extend(delta.nodes.iter().map(|n| {
             let zone = if n.zone.is_empty() { "-" } else { &n.zone };
-            format!(
-                "node {} {} zone {zone} weight {} @{}",
-                n.id, n.peer_address, n.weight, n.changed_at
-            )
+            format!("node {} {} zone {zone} weight {} @{}", n.id, n.peer_address, n.weight, n.changed_at)
         }));
         lines.extend(delta.databases.iter().map(|d| {
             let dropped = if d.dropped { " dropped" } else { "" };
             let shards = list(&d.shards);
-            format!(
-                "database {} `{}` shards {shards}{dropped} @{}",
-                d.id, d.name, d.changed_at
-            )
+            format!("database {} `{}` shards {shards}{dropped} @{}", d.id, d.name, d.changed_at)
         }));
         lines.extend(delta.shards.iter().map(|s| {
-            let members = s
-                .members
-                .iter()
-                .map(|m| format!("{}:{}", m.replica, m.node));
+            let members = s.members.iter().map(|m| format!("{}:{}", m.replica, m.node));
             format!(
                 "shard {} {:016x}-{:016x} epoch {},{} replicas on nodes {}{} @{}",
                 s.id,
@@ -205,10 +182,7 @@ impl Machines {
 fn write(line: &script::Command) -> Result<KvCommand, String> {
     let key = bytes(line.word(0)?);
     match line.name.as_str() {
-        "put" => Ok(KvCommand::Put {
-            key,
-            value: bytes(line.word(1)?),
-        }),
+        "put" => Ok(KvCommand::Put { key, value: bytes(line.word(1)?) }),
         "delete" => Ok(KvCommand::Delete { key }),
         "cas" => Ok(KvCommand::Cas {
             key,
@@ -305,10 +279,7 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 fn unhex(text: &str) -> Result<Bytes, String> {
-    let digits = |at: usize| {
-        text.get(at..at + 2)
-            .and_then(|d| u8::from_str_radix(d, 16).ok())
-    };
+    let digits = |at: usize| text.get(at..at + 2).and_then(|d| u8::from_str_radix(d, 16).ok());
     (0..text.len())
         .step_by(2)
         .map(|at| digits(at).ok_or_else(|| format!("`{text}` is not hexadecimal")))

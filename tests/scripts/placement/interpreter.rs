@@ -13,9 +13,7 @@
 use std::collections::BTreeMap;
 
 use pontoon::ids::{DatabaseId, Epoch, NodeId, RandomId, ReplicaId, ShardId};
-use pontoon::placement::map::{
-    ClusterMap, DatabaseRecord, Member, MemberRole, NodeRecord, ShardRecord,
-};
+use pontoon::placement::map::{ClusterMap, DatabaseRecord, Member, MemberRole, NodeRecord, ShardRecord};
 use pontoon::placement::plan::plan_database;
 use pontoon::placement::{rendezvous, ring};
 
@@ -37,9 +35,7 @@ impl Interpreter for Placement {
             }
             "ranges" => {
                 let ranges = ring::equal_ranges(line.number(0)?);
-                let lines = ranges
-                    .iter()
-                    .map(|r| format!("{:016x}-{:016x}", r.start, r.end));
+                let lines = ranges.iter().map(|r| format!("{:016x}-{:016x}", r.start, r.end));
                 Ok(lines.collect::<Vec<_>>().join("\n"))
             }
             "node" => {
@@ -63,12 +59,9 @@ impl Interpreter for Placement {
                 let ranked = rendezvous::rank(rendezvous::shard_key(&line.text(0)?, start), nodes);
                 Ok(join(&ranked))
             }
-            "plan" => self.plan(
-                line.text(0)?,
-                line.number(1)?,
-                line.number(2)?,
-                line.named("show") != Some(b"no"),
-            ),
+            "plan" => {
+                self.plan(line.text(0)?, line.number(1)?, line.number(2)?, line.named("show") != Some(b"no"))
+            }
             "loads" => Ok(self.loads()),
             "owner" => {
                 let name = line.text(0)?;
@@ -83,13 +76,7 @@ impl Interpreter for Placement {
 }
 
 impl Placement {
-    fn plan(
-        &mut self,
-        name: String,
-        replicas: u32,
-        shards: u32,
-        show: bool,
-    ) -> Result<String, String> {
+    fn plan(&mut self, name: String, replicas: u32, shards: u32, show: bool) -> Result<String, String> {
         let plan = plan_database(&self.map, &name, replicas, shards).map_err(|e| e.to_string())?;
         let database = DatabaseId(self.map.databases.len() as u64 + 1);
         let mut ids = Vec::new();
@@ -97,11 +84,7 @@ impl Placement {
         for shard in plan {
             let id = ShardId(self.map.shards.len() as u64 + 1);
             ids.push(id);
-            lines.push(format!(
-                "{id} from {:016x}: {}",
-                shard.range.start,
-                join(&shard.nodes)
-            ));
+            lines.push(format!("{id} from {:016x}: {}", shard.range.start, join(&shard.nodes)));
             let members = (1..).zip(shard.nodes).map(|(replica, node)| Member {
                 replica: ReplicaId(replica),
                 node,
@@ -118,25 +101,14 @@ impl Placement {
             };
             self.map.shards.insert(id, record);
         }
-        let record = DatabaseRecord {
-            id: database,
-            name,
-            replicas,
-            shards: ids,
-            dropped: false,
-            changed_at: 1,
-        };
+        let record =
+            DatabaseRecord { id: database, name, replicas, shards: ids, dropped: false, changed_at: 1 };
         self.map.databases.insert(database, record);
-        Ok(if show {
-            lines.join("\n")
-        } else {
-            String::new()
-        })
+        Ok(if show { lines.join("\n") } else { String::new() })
     }
 
     fn loads(&self) -> String {
-        let mut loads: BTreeMap<NodeId, (u32, u32)> =
-            self.map.nodes.keys().map(|id| (*id, (0, 0))).collect();
+        let mut loads: BTreeMap<NodeId, (u32, u32)> = self.map.nodes.keys().map(|id| (*id, (0, 0))).collect();
         for shard in self.map.shards.values() {
             for (at, member) in shard.members.iter().enumerate() {
                 let load = loads.entry(member.node).or_default();
@@ -146,15 +118,8 @@ impl Placement {
         }
         let line = |(id, (replicas, first)): (NodeId, (u32, u32))| {
             let node = &self.map.nodes[&id];
-            let zone = if node.zone.is_empty() {
-                "-"
-            } else {
-                &node.zone
-            };
-            format!(
-                "node {id} zone {zone} weight {}: {replicas} replicas, first in {first}",
-                node.weight
-            )
+            let zone = if node.zone.is_empty() { "-" } else { &node.zone };
+            format!("node {id} zone {zone} weight {}: {replicas} replicas, first in {first}", node.weight)
         };
         loads.into_iter().map(line).collect::<Vec<_>>().join("\n")
     }

@@ -1,0 +1,303 @@
+//! Administration of a cluster: the map, reports of nodes, databases, leadership.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::calls::{persist, told};
+use super::connection::Connection;
+use super::driver::Driver;
+use super::refresh::Ask;
+use super::retry::{Failure, Kind};
+use super::ticket::Deadline;
+use super::{Client, ClientError, NotApplied, closed, wire};
+use crate::codec::records::{read_database, read_delta};
+use crate::codec::refusal::read_refusal;
+use crate::ids::{NodeId, ShardId};
+use crate::limits::{ATTEMPT_MS_MAX, TIMEOUT_MAX_MS};
+use crate::node::handle::NodeReport;
+use crate::placement::map::{ClusterMap, DatabaseRecord};
+use crate::refusal::Refusal;
+use crate::schema::admin_capnp::{database_result, void_result};
+
+impl Client {
+    /// What the node at `address` tells of itself and its replicas, asked of that node alone.
+    pub async fn node_report(&self, address: &str, timeout: Duration) -> Result<NodeReport, ClientError> {
+        let (address, deadline) = (address.to_owned(), bounded(timeout));
+        self.run(closed(), move |driver| async move {
+            let asked = driver.report_of(&address, deadline).await;
+            asked.map_err(|last| unavailable(deadline, last))
+        })
+        .await
+    }
+
+    /// Creates a database and waits until each of its shards has a leader. True: made now; false: it
+    /// existed with the same numbers. With other numbers: `NotApplied::Refused`.
+    pub async fn create_database(
+        &self,
+        name: &str,
+        replicas: u32,
+        shards: u32,
+        timeout: Duration,
+    ) -> Result<(DatabaseRecord, bool), ClientError> {
+        let (name, deadline) = (name.to_owned(), bounded(timeout));
+        self.run(lost(), move |driver| async move {
+            let name = &name;
+            let made = persist(Kind::Repeatable, deadline, |left| {
+                let driver = driver.clone();
+                async move {
+                    let (address, connection) = driver.any_node().await?;
+                    let mut call = connection.admin.create_database_request();
+                    let mut request = call.get();
+                    request.set_name(name.as_str());
+                    request.set_replicas(replicas);
+                    request.set_shards(shards);
+                    request.set_timeout_ms(told(left));
+                    let answer = call.send().promise.await;
+                    let answer = answer.map_err(|e| failure(&address, &e))?;
+                    let result = answer.get().and_then(|a| a.get_result());
+                    let result = result.map_err(|e| lost_answer(&address, &e))?;
+                    let record = read_database_result(&address, result)?;
+                    // That node has the shards in its map by now: operations may follow at once.
+                    if let Err(error) = driver.map_of(&connection).await {
+                        tracing::debug!(address, error, "no fresh map after creating a database");
+                    }
+                    Ok((record, result.get_created()))
+                }
+            });
+            made.await
+        })
+        .await
+    }
+
+    /// Removes a database with all its data.
+    pub async fn drop_database(&self, name: &str, timeout: Duration) -> Result<(), ClientError> {
+        let (name, deadline) = (name.to_owned(), bounded(timeout));
+        self.run(lost(), move |driver| async move {
+            // Set once an attempt may have removed it: then its absence is success.
+            let tried = std::cell::Cell::new(false);
+            let (name, tried) = (&name, &tried);
+            let dropped = persist(Kind::Repeatable, deadline, |left| {
+                let driver = driver.clone();
+                async move {
+                    let (address, connection) = driver.any_node().await?;
+                    let mut call = connection.admin.drop_database_request();
+                    let mut request = call.get();
+                    request.set_name(name.as_str());
+                    request.set_timeout_ms(told(left));
+                    let before = tried.replace(true);
+                    let answer = call.send().promise.await;
+                    let answer = answer.map_err(|e| failure(&address, &e))?;
+                    let result = answer.get().and_then(|a| a.get_result());
+                    let result = result.map_err(|e| lost_answer(&address, &e))?;
+                    match read_database_result(&address, result) {
+                        Ok(_) => (),
+                        Err(Failure::Refused(Refusal::UnknownDatabase(_))) if before => (),
+                        Err(other) => {
+                            let applied = other.outcome() == crate::refusal::Outcome::Unknown;
+                            tried.set(before || applied);
+                            return Err(other);
+                        }
+                    }
+                    if let Err(error) = driver.map_of(&connection).await {
+                        tracing::debug!(address, error, "no fresh map after dropping a database");
+                    }
+                    Ok(())
+                }
+            });
+            dropped.await
+        })
+        .await
+    }
+
+    /// Moves the leadership of a shard to the replica on `node`.
+    pub async fn transfer_leader(
+        &self,
+        shard: ShardId,
+        node: NodeId,
+        timeout: Duration,
+    ) -> Result<(), ClientError> {
+        let deadline = bounded(timeout);
+        self.run(lost(), move |driver| async move {
+            let moved = persist(Kind::Repeatable, deadline, |left| {
+                let driver = driver.clone();
+                async move {
+                    if driver.routing.borrow().range_version(shard).is_none() {
+                        driver.ask_map(Ask::All).await.map_err(Failure::NotSent)?;
+                        if driver.routing.borrow().range_version(shard).is_none() {
+                            let text = format!("there is no shard {shard}");
+                            return Err(Failure::Refused(Refusal::Refused(text)));
+                        }
+                    }
+                    let (target, connection) = driver.leader(shard).await?;
+                    let mut call = connection.admin.transfer_leader_request();
+                    let mut request = call.get();
+                    request.set_shard(shard.0);
+                    request.set_node(node.0);
+                    request.set_timeout_ms(told(left));
+                    let answer =
+                        driver.attempt(shard, &connection, &target, left, call.send().promise).await?;
+                    let result = answer.get().and_then(|a| a.get_result());
+                    let result = result.map_err(|e| lost_answer(&target.address, &e))?;
+                    let read = read_void_result(&target.address, result);
+                    if let Err(Failure::Refused(refusal)) = &read {
+                        driver.refused(shard, &target, refusal);
+                    }
+                    read
+                }
+            });
+            moved.await
+        })
+        .await
+    }
+
+    /// Test hook: makes the replica of `shard` on the node at `address` fail in the named way.
+    pub async fn inject(&self, address: &str, shard: ShardId, fault: &str) -> Result<(), ClientError> {
+        let (address, fault) = (address.to_owned(), fault.to_owned());
+        let deadline = bounded(self.shared.options.timeout);
+        self.run(lost(), move |driver| async move {
+            let (address, fault) = (&address, &fault);
+            persist(Kind::Once, deadline, |_| {
+                let driver = driver.clone();
+                async move {
+                    let connection = driver.pool.get(address, false).await;
+                    let connection = connection.map_err(|e| Failure::NotSent(e.to_string()))?;
+                    let mut call = connection.admin.inject_request();
+                    call.get().set_shard(shard.0);
+                    call.get().set_fault(fault.as_str());
+                    let answer = call.send().promise.await;
+                    let answer = answer.map_err(|e| failure(address, &e))?;
+                    let result = answer.get().and_then(|a| a.get_result());
+                    read_void_result(address, result.map_err(|e| lost_answer(address, &e))?)
+                }
+            })
+            .await
+        })
+        .await
+    }
+
+    /// A map that a node answered with just now.
+    pub(super) async fn fresh_map(&self, timeout: Duration) -> Result<Arc<ClusterMap>, ClientError> {
+        let deadline = bounded(timeout);
+        self.run(closed(), move |driver| async move {
+            persist(Kind::Read, deadline, |_| {
+                let driver = driver.clone();
+                async move {
+                    driver.ask_map(Ask::One).await.map_err(Failure::NotSent)?;
+                    Ok(driver.routing.borrow().map().clone())
+                }
+            })
+            .await
+        })
+        .await
+    }
+}
+
+impl Driver {
+    /// Asks one node for its report. The error is for a person.
+    pub async fn report_of(
+        self: &Rc<Driver>,
+        address: &str,
+        deadline: Deadline,
+    ) -> Result<NodeReport, String> {
+        let asked = async {
+            let mut fresh = false;
+            loop {
+                let connection = self.pool.get(address, false).await;
+                let connection = connection.map_err(|e| e.to_string())?;
+                let answer = connection.admin.node_status_request().send().promise.await;
+                let answer = match answer {
+                    // The connection was made for the last report, and the node has restarted since.
+                    Err(_) if connection.broken() && !fresh => {
+                        fresh = true;
+                        continue;
+                    }
+                    answer => answer.map_err(|e| format!("{address}: {e}"))?,
+                };
+                connection.heard.set(Instant::now());
+                let status = answer.get().and_then(|a| a.get_status());
+                let status = status.map_err(|e| format!("{address}: {e}"))?;
+                return wire::read_report(status).map_err(|e| format!("{address}: {e}"));
+            }
+        };
+        tokio::time::timeout_at(deadline.at.into(), asked)
+            .await
+            .unwrap_or_else(|_| Err(format!("{address}: no answer within {:?}", deadline.within)))
+    }
+
+    /// A connection to any node of the cluster.
+    async fn any_node(self: &Rc<Driver>) -> Result<(String, Rc<Connection>), Failure> {
+        let limit = Duration::from_millis(ATTEMPT_MS_MAX);
+        let mut last = String::from("no address of any node is known");
+        for address in self.addresses() {
+            match tokio::time::timeout(limit, self.pool.get(&address, true)).await {
+                Ok(Ok(connection)) => return Ok((address, connection)),
+                Ok(Err(why)) => last = why.to_string(),
+                Err(_) => last = format!("{address}: no welcome within {limit:?}"),
+            }
+        }
+        Err(Failure::NotSent(last))
+    }
+
+    /// Takes over the map of the node behind `connection`.
+    async fn map_of(&self, connection: &Connection) -> Result<(), String> {
+        let mut request = connection.kv.map_request();
+        let since = self.routing.borrow().map().version;
+        request.get().set_since(since);
+        let limit = Duration::from_millis(ATTEMPT_MS_MAX);
+        let answer = tokio::time::timeout(limit, request.send().promise);
+        let answer = answer.await.map_err(|_| "no answer".to_owned())?;
+        let answer = answer.map_err(|e| e.to_string())?;
+        let delta = answer.get().and_then(|a| a.get_delta());
+        let delta = read_delta(delta.map_err(|e| e.to_string())?).map_err(|e| e.to_string())?;
+        self.learn(delta, "the node")
+    }
+}
+
+fn read_database_result(address: &str, from: database_result::Reader<'_>) -> Result<DatabaseRecord, Failure> {
+    match from.which().map_err(|e| lost_answer(address, &e))? {
+        database_result::Database(record) => {
+            let record = record.map_err(|e| lost_answer(address, &e))?;
+            read_database(record).map_err(|e| lost_answer(address, &e))
+        }
+        database_result::Error(error) => {
+            let error = error.map_err(|e| lost_answer(address, &e))?;
+            Err(Failure::Refused(read_refusal(error)))
+        }
+    }
+}
+
+fn read_void_result(address: &str, from: void_result::Reader<'_>) -> Result<(), Failure> {
+    match from.which().map_err(|e| lost_answer(address, &e))? {
+        void_result::Ok(()) => Ok(()),
+        void_result::Error(error) => {
+            let error = error.map_err(|e| lost_answer(address, &e))?;
+            Err(Failure::Refused(read_refusal(error)))
+        }
+    }
+}
+
+fn lost_answer(address: &str, error: &dyn std::fmt::Display) -> Failure {
+    Failure::Lost(format!("{address} gave an unreadable answer: {error}"))
+}
+
+fn failure(address: &str, error: &capnp::Error) -> Failure {
+    let text = format!("{address}: {error}");
+    match error.kind {
+        capnp::ErrorKind::Unimplemented => Failure::NotSent(text),
+        _ => Failure::Lost(text),
+    }
+}
+
+fn bounded(timeout: Duration) -> Deadline {
+    Deadline::after(timeout.min(Duration::from_millis(TIMEOUT_MAX_MS)))
+}
+
+fn unavailable(deadline: Deadline, last: String) -> ClientError {
+    ClientError::NotApplied(NotApplied::Unavailable { within: deadline.within, last })
+}
+
+/// The end of a change that was under way when the client was closed.
+fn lost() -> ClientError {
+    ClientError::Unknown("the client was closed before the answer came".into())
+}

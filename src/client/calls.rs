@@ -1,0 +1,395 @@
+//! Calls to nodes: a batch of operations to one shard, a page of a scan, administration.
+
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use capnp::capability::{Promise, Response};
+
+use super::connection::Connection;
+use super::driver::Driver;
+use super::retry::{self, Attempts, Decision, Failure, Kind};
+use super::routing::Target;
+use super::ticket::{Deadline, Ticket};
+use super::{ClientError, wire};
+use crate::codec::records::read_delta;
+use crate::ids::ShardId;
+use crate::limits::{ATTEMPT_BYTES_PER_MS, ATTEMPT_MS_MAX};
+use crate::refusal::Refusal;
+use crate::schema::kv_capnp::{batch_response, kv};
+use crate::schema::types_capnp::map_delta;
+
+/// The time a node is given for one attempt that carries so many bytes.
+fn patience(bytes: usize) -> Duration {
+    Duration::from_millis(ATTEMPT_MS_MAX + bytes as u64 / ATTEMPT_BYTES_PER_MS)
+}
+
+/// The deadline that a node is told: a little before our own, so that its answer, which knows more, is
+/// still heard.
+pub(super) fn told(patience: Duration) -> u32 {
+    let ms = (patience - patience / 10).as_millis().max(1);
+    u32::try_from(ms).unwrap_or(u32::MAX)
+}
+
+impl Driver {
+    /// Sends a batch to the leader of `shard` and sees to each operation's end.
+    pub async fn call(self: &Rc<Driver>, shard: ShardId, mut batch: Vec<Ticket>) {
+        let bytes = batch.iter().map(|t| t.operation.size()).sum();
+        let Some(target) = self.routing.borrow().target(shard) else {
+            self.refresh_soon();
+            let why = format!("no node of shard {shard} is known");
+            return self.fail_all(batch, &Failure::NotSent(why));
+        };
+        let dialled = self.connect(&target, true);
+        let limit = Instant::now() + patience(0);
+        let connection = match within(&mut batch, limit, "connecting", dialled).await {
+            Some(Ok(connection)) => connection,
+            failed => {
+                let why = match failed {
+                    Some(Err(why)) => why,
+                    // Nobody waits any more; that says nothing about the node.
+                    _ if Instant::now() < limit => return,
+                    _ => format!("connecting to {} took too long", target.address),
+                };
+                self.unreachable(shard, &target);
+                return self.fail_all(batch, &Failure::NotSent(why));
+            }
+        };
+        batch.retain(Ticket::open);
+        if batch.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        let longest = batch.iter().map(|t| t.deadline.left(now)).max();
+        let patience = patience(bytes).min(longest.unwrap_or_default());
+        let promise = self.send_batch(&connection, shard, patience, &mut batch);
+        let waiting = "the node did not answer in time";
+        let answer = within(&mut batch, now + patience, waiting, promise).await;
+        let outcome = match answer {
+            Some(Ok(response)) => {
+                connection.heard.set(Instant::now());
+                let response = response.get().and_then(|r| r.get_response());
+                match response {
+                    Ok(response) => return self.answered(shard, &target, batch, response),
+                    Err(error) => Failure::Lost(unreadable(&target, &error)),
+                }
+            }
+            Some(Err(error)) => call_failure(&target, &error),
+            None if Instant::now() < now + patience => return,
+            None => self.silence(&connection, &target, now, patience),
+        };
+        self.unreachable(shard, &target);
+        self.fail_all(batch, &outcome);
+    }
+
+    fn send_batch(
+        &self,
+        connection: &Connection,
+        shard: ShardId,
+        patience: Duration,
+        batch: &mut [Ticket],
+    ) -> Promise<Response<kv::batch_results::Owned>, capnp::Error> {
+        let mut call = connection.kv.batch_request();
+        let mut request = call.get().init_request();
+        request.set_shard(shard.0);
+        // All tickets of a batch carry the version under which the batch was made up.
+        request.set_range_version(batch.first().map_or(0, |t| t.range_version));
+        request.set_timeout_ms(told(patience));
+        request.set_forwarded(self.setup.forwarded);
+        let count = u32::try_from(batch.len()).unwrap_or(u32::MAX);
+        let mut operations = request.init_operations(count);
+        for (at, ticket) in (0..count).zip(batch) {
+            wire::write_operation(&ticket.operation, operations.reborrow().get(at));
+            ticket.sent = true;
+        }
+        call.send().promise
+    }
+
+    /// Takes in the answer to a batch.
+    fn answered(
+        self: &Rc<Driver>,
+        shard: ShardId,
+        target: &Target,
+        mut batch: Vec<Ticket>,
+        response: batch_response::Reader<'_>,
+    ) {
+        if response.has_route() {
+            self.take_route(response.get_route(), &target.address);
+        }
+        let results = match response.which() {
+            Ok(batch_response::Results(Ok(results))) if results.len() as usize == batch.len() => results,
+            Ok(batch_response::Error(Ok(error))) => {
+                let refusal = crate::codec::refusal::read_refusal(error);
+                self.refused(shard, target, &refusal);
+                return self.fail_all(batch, &Failure::Refused(refusal));
+            }
+            Ok(batch_response::Results(Err(e)) | batch_response::Error(Err(e))) => {
+                let why = unreadable(target, &e);
+                return self.fail_all(batch, &Failure::Lost(why));
+            }
+            Ok(batch_response::Results(Ok(results))) => {
+                let counts = format!("{} results for {} operations", results.len(), batch.len());
+                let why = unreadable(target, &counts);
+                return self.fail_all(batch, &Failure::Lost(why));
+            }
+            Err(not_in_schema) => {
+                let why = unreadable(target, &not_in_schema);
+                return self.fail_all(batch, &Failure::Lost(why));
+            }
+        };
+        let (mut succeeded, mut refusal) = (false, None);
+        let mut failures = Vec::new();
+        for (mut ticket, result) in batch.drain(..).zip(results.iter()) {
+            match wire::read_result(&ticket.operation, result) {
+                Ok(Ok(result)) => {
+                    succeeded = true;
+                    ticket.answer(Ok(result));
+                }
+                Ok(Err(refused)) => {
+                    refusal.get_or_insert_with(|| refused.clone());
+                    failures.push((ticket, Failure::Refused(refused)));
+                }
+                Err(error) => {
+                    failures.push((ticket, Failure::Lost(unreadable(target, &error))));
+                }
+            }
+        }
+        if let Some(refusal) = refusal {
+            self.refused(shard, target, &refusal);
+        } else if succeeded {
+            self.routing.borrow_mut().succeeded(shard, target.node);
+        }
+        if !failures.is_empty() {
+            self.failed(failures);
+        }
+    }
+
+    fn fail_all(self: &Rc<Driver>, batch: Vec<Ticket>, failure: &Failure) {
+        let batch = batch.into_iter().filter(Ticket::open);
+        self.failed(batch.map(|ticket| (ticket, failure.clone())).collect());
+    }
+
+    /// One page of one shard of a scan.
+    pub async fn scan_page(
+        self: &Rc<Driver>,
+        shard: ShardId,
+        range_version: u64,
+        page: &PageRequest,
+        patience: Duration,
+    ) -> Result<wire::Page, Failure> {
+        let (target, connection) = self.leader(shard).await?;
+        let mut call = connection.kv.scan_request();
+        let mut request = call.get().init_request();
+        request.set_shard(shard.0);
+        request.set_range_version(range_version);
+        request.set_prefix(&page.prefix);
+        request.set_after(&page.after);
+        request.set_limit(page.limit);
+        request.set_keys_only(page.keys_only);
+        request.set_timeout_ms(told(patience));
+        let answer = self.attempt(shard, &connection, &target, patience, call.send().promise).await?;
+        let read = |error: &dyn std::fmt::Display| Failure::Lost(unreadable(&target, error));
+        let response = answer.get().and_then(|a| a.get_response());
+        let response = response.map_err(|e| read(&e))?;
+        if response.has_route() {
+            self.take_route(response.get_route(), &target.address);
+        }
+        match wire::read_page(response).map_err(|e| read(&e))? {
+            Ok(page) => {
+                self.routing.borrow_mut().succeeded(shard, target.node);
+                Ok(page)
+            }
+            Err(refusal) => {
+                self.refused(shard, &target, &refusal);
+                Err(Failure::Refused(refusal))
+            }
+        }
+    }
+
+    /// The believed leader of a shard and a connection to it.
+    pub async fn leader(self: &Rc<Driver>, shard: ShardId) -> Result<(Target, Rc<Connection>), Failure> {
+        let target = self.routing.borrow().target(shard);
+        let Some(target) = target else {
+            self.refresh_soon();
+            let why = format!("no node of shard {shard} is known");
+            return Err(Failure::NotSent(why));
+        };
+        match self.connect(&target, true).await {
+            Ok(connection) => Ok((target, connection)),
+            Err(why) => {
+                self.unreachable(shard, &target);
+                Err(Failure::NotSent(why))
+            }
+        }
+    }
+
+    /// Waits for the answer of a node to a call about a shard.
+    pub async fn attempt<T>(
+        self: &Rc<Driver>,
+        shard: ShardId,
+        connection: &Rc<Connection>,
+        target: &Target,
+        patience: Duration,
+        promise: impl Future<Output = Result<T, capnp::Error>>,
+    ) -> Result<T, Failure> {
+        let began = Instant::now();
+        let failure = match tokio::time::timeout(patience, promise).await {
+            Ok(Ok(answer)) => {
+                connection.heard.set(Instant::now());
+                return Ok(answer);
+            }
+            Ok(Err(error)) => call_failure(target, &error),
+            Err(_) => self.silence(connection, target, began, patience),
+        };
+        self.unreachable(shard, target);
+        Err(failure)
+    }
+
+    /// A connection to the node that `target` names; another node at its address won't do.
+    async fn connect(self: &Rc<Driver>, target: &Target, patient: bool) -> Result<Rc<Connection>, String> {
+        let connection = self.pool.get(&target.address, patient).await;
+        let connection = connection.map_err(|why| why.to_string())?;
+        let ours = self.routing.borrow().map().cluster_id;
+        if connection.node != target.node || connection.cluster_id != ours {
+            self.pool.discard(&connection);
+            return Err(format!(
+                "{} is node {} of cluster {}, not node {}",
+                target.address, connection.node, connection.cluster_id, target.node
+            ));
+        }
+        Ok(connection)
+    }
+
+    /// No answer came in time. A connection on which nothing at all was heard meanwhile may be dead
+    /// without knowing; the next call makes a new one.
+    fn silence(
+        &self,
+        connection: &Rc<Connection>,
+        target: &Target,
+        began: Instant,
+        patience: Duration,
+    ) -> Failure {
+        if connection.heard.get() <= began {
+            self.pool.discard(connection);
+        }
+        Failure::Lost(format!(
+            "node {} at {} did not answer within {} ms",
+            target.node,
+            target.address,
+            patience.as_millis()
+        ))
+    }
+
+    fn unreachable(self: &Rc<Driver>, shard: ShardId, target: &Target) {
+        let now = Instant::now();
+        self.routing.borrow_mut().unreachable(shard, target.node, now);
+        // Its address may have changed.
+        self.refresh_soon();
+    }
+
+    /// Corrects the routes by a refusal.
+    pub fn refused(self: &Rc<Driver>, shard: ShardId, target: &Target, refusal: &Refusal) {
+        let mut routing = self.routing.borrow_mut();
+        match refusal {
+            Refusal::NotLeader { leader, .. } => {
+                routing.not_leader(shard, target.node, *leader, Instant::now());
+            }
+            Refusal::StaleRoute { .. } => {
+                routing.unavailable(shard, target.node);
+                drop(routing);
+                self.refresh_soon();
+            }
+            Refusal::Unavailable(_) | Refusal::Quarantined(_) | Refusal::Unknown(_) => {
+                routing.unavailable(shard, target.node);
+            }
+            Refusal::Other { retryable, .. } if *retryable => {
+                routing.unavailable(shard, target.node);
+            }
+            _ => (),
+        }
+    }
+
+    fn take_route(&self, route: capnp::Result<map_delta::Reader<'_>>, address: &str) {
+        let learned = match route.map(read_delta) {
+            Ok(Ok(delta)) => self.learn(delta, address),
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        if let Err(error) = learned {
+            tracing::debug!(address, error, "a node attached a route that is of no use");
+        }
+    }
+}
+
+/// What to ask of a shard in a scan.
+#[derive(Clone, Debug)]
+pub(super) struct PageRequest {
+    pub prefix: bytes::Bytes,
+    pub after: bytes::Bytes,
+    pub limit: u32,
+    pub keys_only: bool,
+}
+
+/// Repeats `attempt`, which is given the time it may take, until it succeeds or `deadline` passes.
+pub(super) async fn persist<T, F>(
+    kind: Kind,
+    deadline: Deadline,
+    mut attempt: impl FnMut(Duration) -> F,
+) -> Result<T, ClientError>
+where
+    F: Future<Output = Result<T, Failure>>,
+{
+    let mut attempts = Attempts::default();
+    loop {
+        let left = deadline.left(Instant::now());
+        let tried = tokio::time::timeout(left, attempt(left)).await;
+        let failure = match tried {
+            Ok(Ok(done)) => return Ok(done),
+            Ok(Err(failure)) => failure,
+            Err(_) => Failure::Lost("no answer in the time given".into()),
+        };
+        let left = deadline.left(Instant::now());
+        match retry::decide(kind, &mut attempts, failure, left, deadline.within, rand::random()) {
+            Decision::Fail(error) => return Err(error),
+            Decision::Retry(after) => tokio::time::sleep(after).await,
+        }
+    }
+}
+
+/// Waits for `future` until `limit`, and meanwhile answers operations whose own time is over. `None`:
+/// the limit has passed, or nobody waits any more.
+async fn within<T>(
+    batch: &mut [Ticket],
+    limit: Instant,
+    waiting: &str,
+    future: impl Future<Output = T>,
+) -> Option<T> {
+    let mut future = std::pin::pin!(future);
+    loop {
+        let open = batch.iter().filter(|t| t.open());
+        let next = open.map(|t| t.deadline.at).min()?.min(limit);
+        if let Ok(done) = tokio::time::timeout_at(next.into(), &mut future).await {
+            return Some(done);
+        }
+        let now = Instant::now();
+        for ticket in batch.iter_mut() {
+            ticket.expire(now, waiting);
+        }
+        if now >= limit {
+            return None;
+        }
+    }
+}
+
+/// What a failed call means.
+fn call_failure(target: &Target, error: &capnp::Error) -> Failure {
+    let text = format!("node {} at {}: {error}", target.node, target.address);
+    match error.kind {
+        // The other side doesn't know the method, so it can't have executed it.
+        capnp::ErrorKind::Unimplemented => Failure::NotSent(text),
+        _ => Failure::Lost(text),
+    }
+}
+
+fn unreadable(target: &Target, error: &dyn std::fmt::Display) -> String {
+    format!("node {} at {} gave an unreadable answer: {error}", target.node, target.address)
+}

@@ -1,0 +1,314 @@
+//! The tokio shell around routing, retry and lanes: accepts operations, sends calls, takes answers in.
+//!
+//! ```text
+//!   caller ─► Ticket ─► route ─► lane of the shard ─► call ─► node
+//!                ▲        │ no route                   │
+//!                │        ▼                            ▼
+//!                │   parked until a fresh map      answer, or failure ─► retry: later, give up
+//!                └────────────────────────────────────────────────┘
+//! ```
+//!
+//! Everything here runs on one thread, in a `LocalSet`: a client's own, or an arbiter's of a node.
+//! No `RefCell` is borrowed across an await.
+
+use std::cell::{Cell, RefCell};
+use std::pin::Pin;
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, oneshot};
+use tokio::task::spawn_local;
+
+use super::Operation;
+use super::connection::Pool;
+use super::lanes::{Lanes, Next};
+use super::refresh::Refresh;
+use super::retry::{self, Decision, Failure};
+use super::routing::Routing;
+use super::ticket::{Deadline, End, Load, Parts, Reply, Ticket};
+use crate::ids::ShardId;
+use crate::limits::CLOSE_MS_MAX;
+use crate::placement::map::ClusterMap;
+
+/// How often queues are searched for operations whose time is over, while there are any.
+const SWEEP: Duration = Duration::from_millis(5);
+/// Jobs taken from the channel before the calls they make leave.
+const JOBS_PER_PASS: usize = 1024;
+
+/// Work for a client's thread.
+pub(super) enum Job {
+    /// One operation.
+    One {
+        database: Arc<str>,
+        operation: Operation,
+        deadline: Deadline,
+        reply: oneshot::Sender<End>,
+        permit: OwnedSemaphorePermit,
+    },
+    /// Independent operations.
+    Batch {
+        database: Arc<str>,
+        operations: Vec<Operation>,
+        deadline: Deadline,
+        reply: oneshot::Sender<Vec<End>>,
+        permit: OwnedSemaphorePermit,
+    },
+    /// Anything else: a future that runs beside the rest.
+    Task(Task),
+    /// End.
+    Close,
+}
+
+/// Makes a future on the client's thread.
+pub(super) type Task = Box<dyn FnOnce(Rc<Driver>) -> Pin<Box<dyn Future<Output = ()>>> + Send + 'static>;
+
+/// Reads the map of the node that a client lives in.
+pub(crate) type MapSource = Box<dyn Fn() -> Arc<ClusterMap> + Send>;
+
+/// What makes one driver differ from another.
+pub(super) struct Setup {
+    /// Addresses to start from.
+    pub seeds: Vec<String>,
+    /// The map of the node that the client lives in, if it does.
+    pub source: Option<MapSource>,
+    /// Calls are made for plain calls of another client: marked so, and no write is sent twice if
+    /// the first may have been applied.
+    pub forwarded: bool,
+}
+
+/// One client's state; see the module page.
+pub(super) struct Driver {
+    pub setup: Setup,
+    pub routing: RefCell<Routing>,
+    pub pool: Rc<Pool>,
+    pub refresh: Refresh,
+    pub load: Rc<Load>,
+    lanes: RefCell<Lanes>,
+    /// Shards with new operations or a free call, some named twice; see [`Driver::flush`].
+    touched: RefCell<Vec<ShardId>>,
+    /// Wakes the sweeper.
+    queued: Rc<Notify>,
+    closed: Cell<bool>,
+}
+
+impl Driver {
+    /// A driver on the current `LocalSet`.
+    pub fn start(setup: Setup) -> Rc<Driver> {
+        let driver = Rc::new(Driver {
+            setup,
+            routing: RefCell::default(),
+            pool: Rc::default(),
+            refresh: Refresh::default(),
+            load: Rc::default(),
+            lanes: RefCell::default(),
+            touched: RefCell::default(),
+            queued: Rc::default(),
+            closed: Cell::new(false),
+        });
+        spawn_local(sweep(Rc::downgrade(&driver), driver.queued.clone()));
+        driver
+    }
+
+    /// Takes jobs until there can be no more or one says `Close`; then lets what is in flight end
+    /// within [`CLOSE_MS_MAX`].
+    pub async fn serve(self: &Rc<Driver>, mut jobs: mpsc::UnboundedReceiver<Job>) {
+        let mut pass = Vec::new();
+        let mut open = true;
+        while open && jobs.recv_many(&mut pass, JOBS_PER_PASS).await > 0 {
+            for job in pass.drain(..) {
+                match job {
+                    // What follows is dropped, which answers it.
+                    Job::Close => open = false,
+                    _ if !open => (),
+                    job => self.take(job),
+                }
+            }
+            self.flush();
+        }
+        self.closed.set(true);
+        jobs.close();
+        while jobs.try_recv().is_ok() {}
+        let limit = Duration::from_millis(CLOSE_MS_MAX);
+        if !open && tokio::time::timeout(limit, self.load.idle()).await.is_err() {
+            tracing::debug!("a client was closed with operations in flight");
+        }
+    }
+
+    fn take(self: &Rc<Driver>, job: Job) {
+        match job {
+            Job::One { database, operation, deadline, reply, permit } => {
+                self.accept(operation, database, deadline, Reply::One(reply, Some(permit)))
+            }
+            Job::Batch { database, operations, deadline, reply, permit } => {
+                let parts = Parts::new(operations.len(), reply, Some(permit));
+                for (at, operation) in operations.into_iter().enumerate() {
+                    let reply = Reply::Part(parts.clone(), at);
+                    self.accept(operation, database.clone(), deadline, reply);
+                }
+            }
+            Job::Task(task) => {
+                let (guard, future) = (self.load.enter(), task(self.clone()));
+                spawn_local(async move {
+                    future.await;
+                    drop(guard);
+                });
+            }
+            Job::Close => (),
+        }
+    }
+
+    /// Accepts an operation; its call leaves at the next [`Driver::flush`].
+    pub fn accept(
+        self: &Rc<Driver>,
+        operation: Operation,
+        database: Arc<str>,
+        deadline: Deadline,
+        reply: Reply,
+    ) {
+        let once = self.setup.forwarded;
+        self.enqueue(Ticket::new(operation, database, deadline, once, reply, &self.load));
+    }
+
+    /// Adds an operation to the queue of the shard that its key belongs to; without one it waits for a
+    /// fresh map.
+    pub fn enqueue(self: &Rc<Driver>, mut ticket: Ticket) {
+        ticket.expire(Instant::now(), "it came too late to be sent");
+        if self.closed.get() || !ticket.open() {
+            return;
+        }
+        self.adopt();
+        let route = self.routing.borrow().route_at(&ticket.database, ticket.position);
+        match route {
+            Some(route) => {
+                ticket.range_version = route.range_version;
+                self.lanes.borrow_mut().push(route.shard, ticket);
+                self.touched.borrow_mut().push(route.shard);
+            }
+            None => {
+                self.refresh.park(ticket);
+                self.queued.notify_one();
+                self.refresh_soon();
+            }
+        }
+    }
+
+    /// Takes the map of the node that the client lives in, if it does and that is newer.
+    pub fn adopt(&self) {
+        if let Some(source) = &self.setup.source {
+            self.routing.borrow_mut().adopt(source());
+        }
+    }
+
+    /// Sends the calls that the operations accepted so far make.
+    pub fn flush(self: &Rc<Driver>) {
+        loop {
+            let Some(shard) = self.touched.borrow_mut().pop() else {
+                return;
+            };
+            loop {
+                let version = self.routing.borrow().range_version(shard);
+                let next = self.lanes.borrow_mut().next(shard, version);
+                let Next::Call { batch, stale } = next else {
+                    // What had to wait may have to be answered before its turn comes.
+                    self.queued.notify_one();
+                    break;
+                };
+                for ticket in stale {
+                    self.enqueue(ticket);
+                }
+                if !batch.is_empty() {
+                    let call = LaneCall(self.clone(), shard);
+                    spawn_local(async move {
+                        let driver = call.0.clone();
+                        driver.call(shard, batch).await;
+                        drop(call);
+                        driver.flush();
+                    });
+                }
+            }
+        }
+    }
+
+    /// Decides about operations whose attempt failed: each is answered, or tried again later.
+    pub fn failed(self: &Rc<Driver>, failures: Vec<(Ticket, Failure)>) {
+        let now = Instant::now();
+        let mut again = Vec::new();
+        // They came from one call and may share the next, so the shortest delay holds for all.
+        let mut after = Duration::MAX;
+        for (mut ticket, failure) in failures {
+            ticket.sent = false;
+            let deadline = ticket.deadline;
+            let left = deadline.left(now);
+            match retry::decide(
+                ticket.kind,
+                &mut ticket.attempts,
+                failure,
+                left,
+                deadline.within,
+                rand::random(),
+            ) {
+                Decision::Fail(error) => ticket.answer(Err(error)),
+                Decision::Retry(delay) => {
+                    after = after.min(delay);
+                    again.push(ticket);
+                }
+            }
+        }
+        if again.is_empty() {
+            return;
+        }
+        let driver = self.clone();
+        spawn_local(async move {
+            if after > Duration::ZERO {
+                tokio::time::sleep(after).await;
+            }
+            for ticket in again {
+                driver.enqueue(ticket);
+            }
+            driver.flush();
+        });
+    }
+
+    /// Forgets the queues of shards that the map doesn't have any more.
+    pub fn prune(&self) {
+        let map = self.routing.borrow().map().clone();
+        self.lanes.borrow_mut().prune(|shard| map.shards.contains_key(&shard));
+    }
+}
+
+/// A call under way; at its end, however it comes, the lane may send the next at the next flush.
+struct LaneCall(Rc<Driver>, ShardId);
+
+impl Drop for LaneCall {
+    fn drop(&mut self) {
+        self.0.lanes.borrow_mut().finished(self.1);
+        self.0.touched.borrow_mut().push(self.1);
+    }
+}
+
+/// Answers operations whose time is over while they wait in a queue. Sleeps while none do.
+async fn sweep(driver: Weak<Driver>, queued: Rc<Notify>) {
+    loop {
+        // The driver wakes this one last time when it is dropped.
+        queued.notified().await;
+        loop {
+            tokio::time::sleep(SWEEP).await;
+            let Some(driver) = driver.upgrade() else {
+                return;
+            };
+            let now = Instant::now();
+            let waiting = driver.lanes.borrow_mut().expire(now) | driver.refresh.expire(now);
+            driver.flush();
+            if !waiting {
+                break;
+            }
+        }
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        self.queued.notify_one();
+    }
+}

@@ -1,0 +1,217 @@
+//! Queues of operations per shard. Sans-I/O.
+//!
+//! An operation leaves at once while fewer than [`CALLS_PER_SHARD_MAX`] calls to its shard are under
+//! way; otherwise it waits, and all that wait leave together in the next call. So a lone operation
+//! never waits, and the busier a shard, the larger its calls.
+
+use std::collections::{HashMap, VecDeque};
+use std::time::Instant;
+
+use super::ticket::Ticket;
+use crate::ids::ShardId;
+use crate::limits::{BATCH_BYTES_MAX, BATCH_OPERATIONS_MAX, CALLS_PER_SHARD_MAX};
+
+#[derive(Default)]
+struct Lane {
+    queue: VecDeque<Ticket>,
+    calls: usize,
+    /// No deadline in the queue is before this; `None` for an empty queue.
+    earliest: Option<Instant>,
+}
+
+/// All queues.
+#[derive(Default)]
+pub struct Lanes {
+    lanes: HashMap<ShardId, Lane>,
+}
+
+/// What to do next for a shard.
+pub enum Next {
+    /// Nothing: no operation waits, or enough calls are under way.
+    Wait,
+    /// Send these; [`Lanes::finished`] tells when the call is over. `stale` were queued under another
+    /// range version and must be routed anew: their keys may belong to another shard now.
+    Call {
+        /// To send.
+        batch: Vec<Ticket>,
+        /// To route anew.
+        stale: Vec<Ticket>,
+    },
+}
+
+impl Lanes {
+    /// Adds an operation to the queue of a shard.
+    pub fn push(&mut self, shard: ShardId, ticket: Ticket) {
+        let lane = self.lanes.entry(shard).or_default();
+        let at = ticket.deadline.at;
+        lane.earliest = Some(lane.earliest.map_or(at, |earliest| earliest.min(at)));
+        lane.queue.push_back(ticket);
+    }
+
+    /// Takes the next call to `shard`, whose range version is now `range_version` (`None`: the map
+    /// has no such shard any more). Counts it as under way, unless its batch is empty.
+    pub fn next(&mut self, shard: ShardId, range_version: Option<u64>) -> Next {
+        let Some(lane) = self.lanes.get_mut(&shard) else {
+            return Next::Wait;
+        };
+        if lane.calls >= CALLS_PER_SHARD_MAX || lane.queue.is_empty() {
+            return Next::Wait;
+        }
+        let (mut batch, mut stale, mut bytes) = (Vec::new(), Vec::new(), 0);
+        while let Some(ticket) = lane.queue.front() {
+            let size = ticket.operation.size();
+            let full = batch.len() == BATCH_OPERATIONS_MAX || bytes + size > BATCH_BYTES_MAX;
+            if full && !batch.is_empty() {
+                break;
+            }
+            let Some(ticket) = lane.queue.pop_front() else {
+                break;
+            };
+            if !ticket.open() {
+                // Its caller is gone, or it has expired: not sent.
+            } else if Some(ticket.range_version) != range_version {
+                stale.push(ticket);
+            } else {
+                bytes += size;
+                batch.push(ticket);
+            }
+        }
+        if lane.queue.is_empty() {
+            lane.earliest = None;
+        }
+        if !batch.is_empty() {
+            lane.calls += 1;
+        }
+        Next::Call { batch, stale }
+    }
+
+    /// A call to `shard` is over.
+    pub fn finished(&mut self, shard: ShardId) {
+        if let Some(lane) = self.lanes.get_mut(&shard) {
+            lane.calls = lane.calls.saturating_sub(1);
+        }
+    }
+
+    /// Answers queued operations whose time is over. Returns whether any are left in a queue.
+    pub fn expire(&mut self, now: Instant) -> bool {
+        let mut left = false;
+        for lane in self.lanes.values_mut() {
+            if lane.earliest.is_some_and(|earliest| earliest <= now) {
+                let waiting = "it waited behind others for the leader of its shard";
+                for ticket in &mut lane.queue {
+                    ticket.expire(now, waiting);
+                }
+                lane.queue.retain(Ticket::open);
+                lane.earliest = lane.queue.iter().map(|t| t.deadline.at).min();
+            }
+            left |= !lane.queue.is_empty();
+        }
+        left
+    }
+
+    /// Forgets the shards that `keep` doesn't name and nothing waits for.
+    pub fn prune(&mut self, keep: impl Fn(ShardId) -> bool) {
+        self.lanes.retain(|shard, lane| keep(*shard) || lane.calls > 0 || !lane.queue.is_empty());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::ticket::{Deadline, Load, Reply};
+    use crate::client::{End, Operation};
+    use bytes::Bytes;
+    use std::rc::Rc;
+    use std::time::Duration;
+    use tokio::sync::oneshot;
+
+    const SHARD: ShardId = ShardId(1);
+
+    fn ticket(value_bytes: usize, ms: u64) -> (Ticket, oneshot::Receiver<End>) {
+        let (reply, end) = oneshot::channel();
+        let operation = Operation::Put(Bytes::from_static(b"k"), vec![0; value_bytes].into());
+        let deadline = Deadline::after(Duration::from_millis(ms));
+        let load = Rc::<Load>::default();
+        let reply = Reply::One(reply, None);
+        let mut ticket = Ticket::new(operation, "db".into(), deadline, false, reply, &load);
+        ticket.range_version = 1;
+        (ticket, end)
+    }
+
+    fn sizes(lanes: &mut Lanes) -> Option<(usize, usize)> {
+        match lanes.next(SHARD, Some(1)) {
+            Next::Wait => None,
+            Next::Call { batch, stale } => Some((batch.len(), stale.len())),
+        }
+    }
+
+    #[test]
+    fn a_lone_operation_goes_at_once_and_the_rest_together() {
+        let mut lanes = Lanes::default();
+        let mut ends = Vec::new();
+        let mut push = |lanes: &mut Lanes, count| {
+            for _ in 0..count {
+                let (ticket, end) = ticket(1, 1000);
+                ends.push(end);
+                lanes.push(SHARD, ticket);
+            }
+        };
+        for _ in 0..CALLS_PER_SHARD_MAX {
+            push(&mut lanes, 1);
+            assert_eq!(sizes(&mut lanes), Some((1, 0)));
+        }
+        push(&mut lanes, BATCH_OPERATIONS_MAX + 7);
+        assert_eq!(sizes(&mut lanes), None);
+        lanes.finished(SHARD);
+        assert_eq!(sizes(&mut lanes), Some((BATCH_OPERATIONS_MAX, 0)));
+        assert_eq!(sizes(&mut lanes), None);
+        lanes.finished(SHARD);
+        assert_eq!(sizes(&mut lanes), Some((7, 0)));
+        lanes.finished(SHARD);
+        assert_eq!(sizes(&mut lanes), None);
+    }
+
+    #[test]
+    fn calls_are_bounded_in_bytes_but_hold_one() {
+        let mut lanes = Lanes::default();
+        let (mut kept, half) = (Vec::new(), BATCH_BYTES_MAX / 2);
+        for bytes in [2 * BATCH_BYTES_MAX, half, half - 8, half] {
+            let (ticket, end) = ticket(bytes, 1000);
+            kept.push(end);
+            lanes.push(SHARD, ticket);
+        }
+        assert_eq!(sizes(&mut lanes), Some((1, 0)));
+        assert_eq!(sizes(&mut lanes), Some((2, 0)));
+        assert_eq!(sizes(&mut lanes), Some((1, 0)));
+    }
+
+    #[test]
+    fn stale_and_abandoned_operations_are_not_sent() {
+        let mut lanes = Lanes::default();
+        let (mut old, _end) = ticket(1, 1000);
+        old.range_version = 0;
+        lanes.push(SHARD, old);
+        let (abandoned, end) = ticket(1, 1000);
+        drop(end);
+        lanes.push(SHARD, abandoned);
+        let (good, _end2) = ticket(1, 1000);
+        lanes.push(SHARD, good);
+        assert_eq!(sizes(&mut lanes), Some((1, 1)));
+    }
+
+    #[test]
+    fn what_waits_too_long_is_answered() {
+        let mut lanes = Lanes::default();
+        let (short, mut short_end) = ticket(1, 10);
+        let (long, mut long_end) = ticket(1, 1000);
+        lanes.push(SHARD, long);
+        lanes.push(SHARD, short);
+        assert!(lanes.expire(Instant::now()));
+        assert!(short_end.try_recv().is_err());
+        assert!(lanes.expire(Instant::now() + Duration::from_millis(20)));
+        assert!(short_end.try_recv().unwrap().is_err());
+        assert!(long_end.try_recv().is_err());
+        assert!(!lanes.expire(Instant::now() + Duration::from_secs(2)));
+        assert!(long_end.try_recv().unwrap().is_err());
+    }
+}

@@ -1,0 +1,232 @@
+//! Fresh cluster maps: who is asked, how often, and what waits for them.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use tokio::task::spawn_local;
+
+use super::driver::Driver;
+use super::retry::Failure;
+use super::ticket::Ticket;
+use crate::codec::records::read_delta;
+use crate::ids::METADATA_SHARD;
+use crate::limits::{ATTEMPT_MS_MAX, MAP_ASKED_MAX, MAP_REFRESH_MS_MIN};
+use crate::placement::map::MapDelta;
+use crate::refusal::Refusal;
+
+/// After one node has answered with the map, the others are waited for so long.
+const SECOND_OPINION: Duration = Duration::from_millis(300);
+
+/// Whether and when the map is asked for.
+#[derive(Default)]
+pub(super) struct Refresh {
+    /// Operations whose key has no shard under the map in the cache, each with the number of refreshes
+    /// that had begun when it came: only a later one may say that its database doesn't exist.
+    parked: RefCell<Vec<(u64, Ticket)>>,
+    /// Refreshes begun.
+    begun: Cell<u64>,
+    /// A refresh is under way.
+    running: Cell<bool>,
+    /// Another was wanted meanwhile.
+    again: Cell<bool>,
+    /// When the last one began.
+    last: Cell<Option<Instant>>,
+}
+
+impl Refresh {
+    /// Has an operation wait for the next fresh map.
+    pub fn park(&self, ticket: Ticket) {
+        self.parked.borrow_mut().push((self.begun.get(), ticket));
+    }
+
+    /// Answers what has waited too long. Returns whether anything still waits.
+    pub fn expire(&self, now: Instant) -> bool {
+        let mut parked = self.parked.borrow_mut();
+        for (_, ticket) in parked.iter_mut() {
+            ticket.expire(now, "no node answered with the cluster map");
+        }
+        parked.retain(|(_, ticket)| ticket.open());
+        !parked.is_empty()
+    }
+}
+
+/// How many answers a refresh needs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Ask {
+    /// Any one.
+    One,
+    /// Those of all nodes asked at a time: to say that there is no such database takes more than one
+    /// node that hasn't heard of it.
+    All,
+}
+
+impl Driver {
+    /// Has the map refreshed in the background, not too often.
+    pub fn refresh_soon(self: &Rc<Driver>) {
+        if self.refresh.running.replace(true) {
+            self.refresh.again.set(true);
+            return;
+        }
+        let driver = self.clone();
+        spawn_local(async move {
+            let running = Running(driver);
+            loop {
+                running.0.refresh_once().await;
+                if !running.0.refresh.again.replace(false) {
+                    return;
+                }
+            }
+        });
+    }
+
+    async fn refresh_once(self: &Rc<Driver>) {
+        if let Some(last) = self.refresh.last.get() {
+            let pause = Duration::from_millis(MAP_REFRESH_MS_MIN);
+            tokio::time::sleep_until((last + pause).into()).await;
+        }
+        let need = if self.refresh.parked.borrow().is_empty() { Ask::One } else { Ask::All };
+        let round = self.refresh.begun.get() + 1;
+        self.refresh.begun.set(round);
+        self.refresh.last.set(Some(Instant::now()));
+        let asked = self.ask_map(need).await;
+        self.prune();
+        let mut failures = Vec::new();
+        for (came, ticket) in self.refresh.parked.take() {
+            let known = self.routing.borrow().knows(&ticket.database);
+            if came >= round {
+                self.enqueue(ticket);
+                continue;
+            }
+            let failure = match &asked {
+                Err(why) => Failure::NotSent(why.clone()),
+                Ok(()) if known => Failure::NotSent("no shard of the map owns the key's position".into()),
+                Ok(()) => {
+                    let name = ticket.database.to_string();
+                    Failure::Refused(Refusal::UnknownDatabase(name))
+                }
+            };
+            failures.push((ticket, failure));
+        }
+        self.failed(failures);
+        self.flush();
+    }
+
+    /// Sends on what waited for a map and has a route under the one in the cache.
+    fn release(self: &Rc<Driver>) {
+        let routed = {
+            let (routing, mut parked) = (self.routing.borrow(), self.refresh.parked.borrow_mut());
+            let (routed, left): (Vec<_>, Vec<_>) = parked.drain(..).partition(|(_, ticket)| {
+                let route = routing.route_at(&ticket.database, ticket.position);
+                route.is_some()
+            });
+            *parked = left;
+            routed
+        };
+        for (_, ticket) in routed {
+            self.enqueue(ticket);
+        }
+        self.flush();
+    }
+
+    /// Asks nodes for the map: the ones known, the metadata shard's first, then the seeds, a few at a
+    /// time. The error tells what the last one said.
+    pub async fn ask_map(self: &Rc<Driver>, need: Ask) -> Result<(), String> {
+        self.adopt();
+        let mut last = String::from("no address of any node is known");
+        for group in self.addresses().chunks(MAP_ASKED_MAX) {
+            let mut asked: FuturesUnordered<_> = group.iter().map(|address| self.ask_node(address)).collect();
+            let mut answered = false;
+            // Once one has answered, a hung one isn't waited for.
+            let mut until = tokio::time::Instant::now() + Duration::from_secs(3600);
+            while let Ok(Some(answer)) = tokio::time::timeout_at(until, asked.next()).await {
+                match answer {
+                    Ok(()) => {
+                        self.release();
+                        if need == Ask::One {
+                            return Ok(());
+                        }
+                        if !answered {
+                            until = tokio::time::Instant::now() + SECOND_OPINION;
+                        }
+                        answered = true;
+                    }
+                    Err(why) => last = why,
+                }
+            }
+            if answered {
+                return Ok(());
+            }
+        }
+        Err(last)
+    }
+
+    /// Addresses to ask: those of the metadata shard's nodes, then the rest, beginning anywhere.
+    pub fn addresses(&self) -> Vec<String> {
+        let routing = self.routing.borrow();
+        let map = routing.map();
+        let members = map.shards.get(&METADATA_SHARD).into_iter();
+        let nodes = members.flat_map(|shard| shard.members.iter().map(|m| m.node));
+        let first: BTreeSet<String> = nodes
+            .filter_map(|node| map.nodes.get(&node))
+            .map(|node| node.client_address.clone())
+            .filter(|address| !address.is_empty())
+            .collect();
+        let known = routing.addresses().map(str::to_owned);
+        let seeds = self.setup.seeds.iter().cloned();
+        let mut others: BTreeSet<String> = known.chain(seeds).collect();
+        others.retain(|address| !first.contains(address));
+        let mut others: Vec<String> = others.into_iter().collect();
+        if !others.is_empty() {
+            let begin = rand::random::<u64>() % others.len() as u64;
+            others.rotate_left(begin as usize);
+        }
+        first.into_iter().chain(others).collect()
+    }
+
+    /// Asks one node for the map and takes over what it tells.
+    async fn ask_node(self: &Rc<Driver>, address: &str) -> Result<(), String> {
+        let connection = self.pool.get(address, true).await;
+        let connection = connection.map_err(|why| why.to_string())?;
+        let since = self.routing.borrow().map().version;
+        let mut request = connection.kv.map_request();
+        request.get().set_since(since);
+        let limit = Duration::from_millis(ATTEMPT_MS_MAX);
+        let began = Instant::now();
+        let Ok(answer) = tokio::time::timeout(limit, request.send().promise).await else {
+            if connection.heard.get() <= began {
+                self.pool.discard(&connection);
+            }
+            return Err(format!("{address}: no cluster map within {limit:?}"));
+        };
+        connection.heard.set(Instant::now());
+        let told = |error: &dyn std::fmt::Display| format!("{address}: {error}");
+        let answer = answer.map_err(|e| told(&e))?;
+        let delta = answer.get().and_then(|a| a.get_delta());
+        let delta = delta.map_err(|e| told(&e))?;
+        let delta = read_delta(delta).map_err(|e| told(&e))?;
+        if delta.version == 0 {
+            return Err(told(&"the node isn't a member of a cluster yet"));
+        }
+        self.learn(delta, address)
+    }
+
+    /// Takes over what the node at `address` tells of the map.
+    pub fn learn(&self, delta: MapDelta, address: &str) -> Result<(), String> {
+        self.routing.borrow_mut().learn(delta).map_err(|other| {
+            format!("{address} belongs to cluster {other}, this client to another: check the addresses")
+        })
+    }
+}
+
+/// Marks a refresh as under way until it ends, however that comes.
+struct Running(Rc<Driver>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.refresh.running.set(false);
+    }
+}

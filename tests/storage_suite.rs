@@ -1,0 +1,376 @@
+//! What every state engine must do, run over each of them. A new engine is one line in [`engines`].
+
+use std::collections::BTreeMap;
+use std::ops::Bound;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bytes::Bytes;
+use pontoon::ids::{RandomId, ReplicaId, StoreId};
+use pontoon::storage::engine::{Engine, Mutation};
+use pontoon::storage::engine_memory::MemoryEngine;
+use pontoon::storage::engine_sled::{CHUNK_BYTES, INLINE_BYTES_MAX, SledEngine, SledOptions};
+use pontoon::storage::identity::IdentityError;
+use pontoon::storage::{StorageError, keys};
+use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
+
+const STORE: StoreId = RandomId([7; 16]);
+
+fn open_sled(path: &Path) -> Result<SledEngine, StorageError> {
+    SledEngine::open(path, SledOptions::default(), STORE)
+}
+
+/// Each engine, empty but for its own records.
+fn engines(home: &Path) -> Vec<Arc<dyn Engine>> {
+    vec![
+        Arc::new(MemoryEngine::new()),
+        Arc::new(open_sled(&home.join("sled")).unwrap()),
+    ]
+}
+
+fn each_engine(test: impl Fn(&dyn Engine)) {
+    let home = tempfile::tempdir().unwrap();
+    for engine in engines(home.path()) {
+        test(&*engine);
+    }
+}
+
+/// Tests stay in one replica's keys, away from an engine's own records.
+fn key(name: impl AsRef<[u8]>) -> Vec<u8> {
+    keys::user_key(ReplicaId(3), 1, name.as_ref())
+}
+
+fn put(name: impl AsRef<[u8]>, value: &[u8]) -> Mutation {
+    (key(name), Some(Bytes::copy_from_slice(value)))
+}
+
+fn remove(name: impl AsRef<[u8]>) -> Mutation {
+    (key(name), None)
+}
+
+fn collect(engine: &dyn Engine, from: Bound<&[u8]>, to: &[u8]) -> Vec<(Vec<u8>, Bytes)> {
+    let mut found = Vec::new();
+    engine
+        .scan(from, to, &mut |key, value| {
+            found.push((key.to_vec(), value));
+            true
+        })
+        .unwrap();
+    let mut keys = Vec::new();
+    engine
+        .scan_keys(from, to, &mut |key| {
+            keys.push(key.to_vec());
+            true
+        })
+        .unwrap();
+    assert!(keys.iter().eq(found.iter().map(|(key, _)| key)));
+    found
+}
+
+#[test]
+fn reads_what_was_written() {
+    each_engine(|engine| {
+        assert_eq!(engine.get(&key("a")).unwrap(), None);
+        engine
+            .write(&[put("", b"empty key"), put("a", b""), put("b", b"2")])
+            .unwrap();
+        assert_eq!(engine.get(&key("")).unwrap().unwrap(), "empty key");
+        assert_eq!(engine.get(&key("a")).unwrap().unwrap(), "");
+        engine
+            .write(&[put("a", b"3"), remove("b"), remove("c")])
+            .unwrap();
+        assert_eq!(engine.get(&key("a")).unwrap().unwrap(), "3");
+        assert_eq!(engine.get(&key("b")).unwrap(), None);
+        engine.write(&[]).unwrap();
+        engine.sync().unwrap();
+        assert!(engine.disk_bytes() > 0, "{}", engine.name());
+    });
+}
+
+#[test]
+fn scans_within_bounds_in_order() {
+    each_engine(|engine| {
+        let names: Vec<String> = (0..100).map(|i| format!("{i:03}")).collect();
+        let batch: Vec<_> = names
+            .iter()
+            .map(|name| put(name, name.as_bytes()))
+            .collect();
+        engine.write(&batch).unwrap();
+        let end = keys::user_end(ReplicaId(3), 1);
+        let names_in = |from: Bound<&str>, to: &[u8]| -> Vec<String> {
+            let from = from.map(key);
+            let from = match &from {
+                Bound::Included(from) => Bound::Included(&from[..]),
+                Bound::Excluded(from) => Bound::Excluded(&from[..]),
+                Bound::Unbounded => Bound::Unbounded,
+            };
+            collect(engine, from, to)
+                .into_iter()
+                .map(|(_, value)| String::from_utf8(value.to_vec()).unwrap())
+                .collect()
+        };
+        assert_eq!(names_in(Bound::Included(""), &end), names);
+        assert_eq!(names_in(Bound::Included("042"), &end), names[42..]);
+        assert_eq!(names_in(Bound::Excluded("042"), &end), names[43..]);
+        assert_eq!(names_in(Bound::Excluded("042"), &key("050")), names[43..50]);
+        assert_eq!(names_in(Bound::Included("042"), b""), names[42..]);
+        assert_eq!(names_in(Bound::Included("9"), &end).len(), 0);
+        assert_eq!(
+            names_in(Bound::Included("5"), &key("4")).len(),
+            0,
+            "crossed"
+        );
+        assert_eq!(names_in(Bound::Excluded("042"), &key("042")).len(), 0);
+        let mut seen = 0;
+        engine
+            .scan(Bound::Included(&key("")), &end, &mut |_, _| {
+                seen += 1;
+                seen < 3
+            })
+            .unwrap();
+        assert_eq!(seen, 3, "it stops when told");
+    });
+}
+
+#[test]
+fn values_of_every_size_survive_overwrites() {
+    let sizes = [
+        0,
+        1,
+        INLINE_BYTES_MAX - 40,
+        INLINE_BYTES_MAX,
+        CHUNK_BYTES * 2 - 1,
+        CHUNK_BYTES * 2,
+        CHUNK_BYTES * 2 + 1,
+        300_000,
+        8 << 20,
+    ];
+    each_engine(|engine| {
+        let value = |size: usize| -> Vec<u8> { (0..size).map(|i| (i * 7 + size) as u8).collect() };
+        let long_key = vec![b'k'; 4096];
+        for name in [&b"short"[..], &long_key] {
+            for first in sizes {
+                for second in [0, CHUNK_BYTES * 2, 70_000] {
+                    engine.write(&[put(name, &value(first))]).unwrap();
+                    assert_eq!(engine.get(&key(name)).unwrap().unwrap(), value(first));
+                    engine.write(&[put(name, &value(second))]).unwrap();
+                    assert_eq!(engine.get(&key(name)).unwrap().unwrap(), value(second));
+                }
+                engine.write(&[remove(name)]).unwrap();
+                assert_eq!(engine.get(&key(name)).unwrap(), None);
+            }
+        }
+    });
+}
+
+#[test]
+fn agrees_with_a_map() {
+    let mutation = (0..40u8, proptest::option::of((any::<u8>(), 0..3usize)));
+    let steps = proptest::collection::vec(
+        proptest::collection::btree_map(mutation.0, mutation.1, 0..20),
+        1..20,
+    );
+    let mut runner = TestRunner::new(ProptestConfig::with_cases(24));
+    runner
+        .run(&steps, |steps| {
+            each_engine(|engine| {
+                let mut model = BTreeMap::new();
+                for batch in &steps {
+                    let batch: Vec<Mutation> = batch
+                        .iter()
+                        .map(|(name, value)| {
+                            let value = value
+                                .map(|(fill, size)| Bytes::from(vec![fill; [5, 1000, 9000][size]]));
+                            (key([*name]), value)
+                        })
+                        .collect();
+                    engine.write(&batch).unwrap();
+                    for (key, value) in batch {
+                        match value {
+                            Some(value) => model.insert(key, value),
+                            None => model.remove(&key),
+                        };
+                    }
+                }
+                let end = keys::user_end(ReplicaId(3), 1);
+                let all = collect(engine, Bound::Included(&key("")), &end);
+                assert_eq!(all, model.into_iter().collect::<Vec<_>>());
+            });
+            Ok(())
+        })
+        .unwrap();
+}
+
+/// A reader beside a writer sees each value whole, old or new.
+#[test]
+fn reads_beside_a_writer_are_never_torn() {
+    each_engine(|engine| {
+        let done = AtomicBool::new(false);
+        let fill = |round: usize| vec![round as u8; [10, 20_000, 100_000][round % 3]];
+        engine
+            .write(&[put("a", &fill(0)), put("b", &fill(0))])
+            .unwrap();
+        std::thread::scope(|scope| {
+            let reader = scope.spawn(|| {
+                let mut reads = 0;
+                while !done.load(Ordering::Relaxed) {
+                    let got = engine.get(&key("a")).unwrap().unwrap();
+                    assert_eq!(got, fill(usize::from(got[0])), "torn value");
+                    for (_, got) in collect(engine, Bound::Included(&key("")), &key("zz")) {
+                        assert_eq!(got, fill(usize::from(got[0])), "torn value in a scan");
+                    }
+                    reads += 1;
+                }
+                reads
+            });
+            for round in 1..150 {
+                engine
+                    .write(&[put("a", &fill(round)), put("b", &fill(round))])
+                    .unwrap();
+            }
+            done.store(true, Ordering::Relaxed);
+            assert!(reader.join().unwrap() > 0);
+        });
+    });
+}
+
+#[test]
+fn sled_keeps_what_was_synced() {
+    let home = tempfile::tempdir().unwrap();
+    let great = vec![3; 1 << 20];
+    let engine = open_sled(home.path()).unwrap();
+    assert!(engine.created());
+    engine.write(&[put("a", b"1"), put("b", &great)]).unwrap();
+    engine.sync().unwrap();
+    drop(engine);
+    let engine = open_sled(home.path()).unwrap();
+    assert!(!engine.created());
+    assert_eq!(engine.get(&key("a")).unwrap().unwrap(), "1");
+    assert_eq!(engine.get(&key("b")).unwrap().unwrap(), great);
+}
+
+#[test]
+fn sled_never_puts_values_into_unsynced_files() {
+    let home = tempfile::tempdir().unwrap();
+    let engine = open_sled(home.path()).unwrap();
+    for round in 0..4u8 {
+        for name in 0..200u32 {
+            // The greatest inline records, under the longest keys; and chunks.
+            let mut long = name.to_be_bytes().to_vec();
+            long.resize(4096, b'k');
+            let inline = vec![round; INLINE_BYTES_MAX - 4 - 13];
+            engine
+                .write(&[put(long, &[round; 64]), put(name.to_be_bytes(), &inline)])
+                .unwrap();
+            if name % 20 == 0 {
+                engine
+                    .write(&[put([0xff, name as u8], &vec![round; 200_000])])
+                    .unwrap();
+            }
+        }
+        engine.sync().unwrap();
+        let blobs = std::fs::read_dir(home.path().join("blobs"))
+            .unwrap()
+            .count();
+        assert_eq!(blobs, 0, "in round {round}");
+    }
+}
+
+#[test]
+fn sled_refuses_what_is_not_its_own() {
+    let home = tempfile::tempdir().unwrap();
+    let engine = open_sled(home.path()).unwrap();
+    let error = open_sled(home.path()).err().unwrap();
+    assert!(
+        matches!(error, StorageError::Identity(IdentityError::InUse { .. })),
+        "{error}"
+    );
+    let newer = Bytes::copy_from_slice(&(keys::FORMAT_VERSION + 1).to_be_bytes());
+    engine.write(&[(keys::format_key(), Some(newer))]).unwrap();
+    engine.sync().unwrap();
+    drop(engine);
+    let error = open_sled(home.path()).err().unwrap();
+    assert!(
+        matches!(error, StorageError::Identity(IdentityError::Newer { .. })),
+        "{error}"
+    );
+
+    let home = tempfile::tempdir().unwrap();
+    drop(open_sled(home.path()).unwrap());
+    let other = SledEngine::open(home.path(), SledOptions::default(), RandomId([8; 16]));
+    let error = other.err().unwrap();
+    assert!(
+        matches!(
+            error,
+            StorageError::Identity(IdentityError::ForeignStore { .. })
+        ),
+        "{error}"
+    );
+}
+
+#[test]
+fn sled_opens_over_an_unfinished_snapshot() {
+    let home = tempfile::tempdir().unwrap();
+    let engine = open_sled(home.path()).unwrap();
+    engine.write(&[put("a", b"1")]).unwrap();
+    engine.sync().unwrap();
+    drop(engine);
+    let left = home.path().join("snap.00000000DEADBEEF.generating");
+    std::fs::write(&left, "half").unwrap();
+    let engine = open_sled(home.path()).unwrap();
+    assert_eq!(engine.get(&key("a")).unwrap().unwrap(), "1");
+    assert!(!left.exists());
+}
+
+/// Bytes changed anywhere in sled's files lead to an error or to an older state, never to a panic.
+#[test]
+fn sled_reports_damage() {
+    let home = tempfile::tempdir().unwrap();
+    let path = home.path().join("whole");
+    let engine = open_sled(&path).unwrap();
+    for i in 0..300u32 {
+        engine.write(&[put(i.to_be_bytes(), &[1; 900])]).unwrap();
+    }
+    engine.sync().unwrap();
+    drop(engine);
+    drop(open_sled(&path).unwrap());
+    let mut refused = 0;
+    for file in std::fs::read_dir(&path).unwrap() {
+        let file = file.unwrap();
+        if !file.metadata().unwrap().is_file() {
+            continue;
+        }
+        let bytes = std::fs::read(file.path()).unwrap();
+        for step in 0..6 {
+            let copy = home.path().join(format!("{:?}-{step}", file.file_name()));
+            copy_dir(&path, &copy);
+            let mut bad = bytes.clone();
+            let place = bad.len() * step / 6;
+            let end = (place + 40).min(bad.len());
+            bad[place..end].fill(0xee);
+            std::fs::write(copy.join(file.file_name()), bad).unwrap();
+            let result = open_sled(&copy).and_then(|engine| {
+                engine.scan(Bound::Unbounded, &[], &mut |_, _| true)?;
+                engine.write(&[put("z", b"z")])?;
+                engine.sync()
+            });
+            refused += usize::from(result.is_err());
+        }
+    }
+    assert!(refused > 0);
+}
+
+fn copy_dir(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for item in std::fs::read_dir(from).unwrap() {
+        let item = item.unwrap();
+        let target = to.join(item.file_name());
+        if item.file_type().unwrap().is_dir() {
+            copy_dir(&item.path(), &target);
+        } else {
+            std::fs::copy(item.path(), target).unwrap();
+        }
+    }
+}
