@@ -1,0 +1,288 @@
+//! The service `Admin`.
+
+use std::collections::BTreeSet;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use futures_util::future::join_all;
+
+use super::{Service, timeout, wire};
+use crate::codec::records::write_database;
+use crate::codec::refusal::write_refusal;
+use crate::ids::{NodeId, ShardId};
+use crate::limits::{NAME_BYTES_MAX, REPLICAS_MAX, SHARDS_MAX};
+use crate::machine::command::{MetaCommand, MetaRefusal, MetaReply};
+use crate::node::handle::NodeReport;
+use crate::placement::map::DatabaseRecord;
+use crate::placement::plan::plan_database;
+use crate::refusal::Refusal;
+use crate::schema::admin_capnp::{admin, database_result, void_result};
+
+/// Pause between two looks at who leads the shards of a new database; doubles up to the second.
+const LEADER_POLL: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(160));
+/// A node is waited for so long when it is asked for its report.
+const REPORT: Duration = Duration::from_secs(1);
+
+/// Administration.
+pub(crate) struct Admin {
+    service: Rc<Service>,
+}
+
+impl Admin {
+    pub(crate) fn new(service: Rc<Service>) -> Admin {
+        Admin { service }
+    }
+}
+
+impl admin::Server for Admin {
+    async fn node_status(
+        self: Rc<Self>,
+        _: admin::NodeStatusParams,
+        mut results: admin::NodeStatusResults,
+    ) -> Result<(), capnp::Error> {
+        let report = self.service.node.report().await;
+        let map = self.service.node.map();
+        let status = results.get().init_status();
+        wire::write_report(&report, map.cluster_id, map.version, status);
+        Ok(())
+    }
+
+    async fn create_database(
+        self: Rc<Self>,
+        params: admin::CreateDatabaseParams,
+        mut results: admin::CreateDatabaseResults,
+    ) -> Result<(), capnp::Error> {
+        let request = params.get()?;
+        let name = request.get_name()?.to_string()?;
+        let (replicas, shards) = (request.get_replicas(), request.get_shards());
+        let deadline = Instant::now() + timeout(request.get_timeout_ms());
+        drop(params);
+        let made = match self.service.load.enter(1, 0) {
+            Ok(_guard) => self.create(name, replicas, shards, deadline).await,
+            Err(refusal) => Err(refusal),
+        };
+        write_database_result(made, results.get().init_result());
+        Ok(())
+    }
+
+    async fn drop_database(
+        self: Rc<Self>,
+        params: admin::DropDatabaseParams,
+        mut results: admin::DropDatabaseResults,
+    ) -> Result<(), capnp::Error> {
+        let name = params.get()?.get_name()?.to_string()?;
+        let within = timeout(params.get()?.get_timeout_ms());
+        drop(params);
+        let dropped = match self.service.load.enter(1, 0) {
+            Ok(_guard) => self.meta(MetaCommand::DropDatabase { name }, within).await,
+            Err(refusal) => Err(refusal),
+        };
+        write_database_result(dropped, results.get().init_result());
+        Ok(())
+    }
+
+    async fn transfer_leader(
+        self: Rc<Self>,
+        params: admin::TransferLeaderParams,
+        mut results: admin::TransferLeaderResults,
+    ) -> Result<(), capnp::Error> {
+        let request = params.get()?;
+        let (shard, to) = (ShardId(request.get_shard()), NodeId(request.get_node()));
+        let within = timeout(request.get_timeout_ms());
+        let moved = match self.service.load.enter(1, 0) {
+            Ok(_guard) => self.transfer(shard, to, within).await,
+            Err(refusal) => Err(refusal),
+        };
+        write_void_result(moved, results.get().init_result());
+        Ok(())
+    }
+
+    async fn inject(
+        self: Rc<Self>,
+        params: admin::InjectParams,
+        mut results: admin::InjectResults,
+    ) -> Result<(), capnp::Error> {
+        let shard = ShardId(params.get()?.get_shard());
+        let fault = params.get()?.get_fault()?.to_string()?;
+        let done = self.service.node.inject(shard, &fault).await;
+        write_void_result(done, results.get().init_result());
+        Ok(())
+    }
+}
+
+impl Admin {
+    async fn create(
+        &self,
+        name: String,
+        replicas: u32,
+        shards: u32,
+        deadline: Instant,
+    ) -> Result<(DatabaseRecord, bool), Refusal> {
+        check_numbers(&name, replicas, shards)?;
+        let node = &self.service.node;
+        let map = node.map();
+        if map.version == 0 {
+            return Err(Refusal::Unavailable("starting".into()));
+        }
+        let plan = plan_database(&map, &name, replicas, shards);
+        let command = MetaCommand::CreateDatabase {
+            shards: plan.map_err(|e| Refusal::Refused(e.to_string()))?,
+            name,
+            replicas,
+        };
+        let left = deadline.saturating_duration_since(Instant::now());
+        let (record, created) = self.meta(command, left).await?;
+        self.led(&record, deadline).await?;
+        Ok((record, created))
+    }
+
+    /// Has the metadata shard execute a command about a database.
+    async fn meta(&self, command: MetaCommand, within: Duration) -> Result<(DatabaseRecord, bool), Refusal> {
+        match self.service.node.meta(command, within).await? {
+            MetaReply::Database { record, created } => Ok((record, created)),
+            MetaReply::Refused(MetaRefusal::UnknownDatabase(name)) => Err(Refusal::UnknownDatabase(name)),
+            MetaReply::Refused(MetaRefusal::NotFormed) => Err(Refusal::Unavailable("starting".into())),
+            MetaReply::Refused(refused) => Err(Refusal::Refused(refused.to_string())),
+            MetaReply::Formed(_) | MetaReply::Node(_) => {
+                Err(Refusal::Unknown("the metadata shard answered another question".into()))
+            }
+        }
+    }
+
+    /// Waits until each shard of a database has a leader, as the leaders themselves say.
+    async fn led(&self, database: &DatabaseRecord, deadline: Instant) -> Result<(), Refusal> {
+        let mut missing: BTreeSet<ShardId> = database.shards.iter().copied().collect();
+        let mut pause = LEADER_POLL.0;
+        loop {
+            for report in self.reports(&missing, deadline).await {
+                for replica in report.replicas {
+                    let leads = replica.group.is_some_and(|g| g.role == raft::StateRole::Leader);
+                    if leads {
+                        missing.remove(&replica.shard);
+                    }
+                }
+            }
+            if missing.is_empty() {
+                return Ok(());
+            }
+            if Instant::now() + pause >= deadline {
+                return Err(wire::not_yet(format!(
+                    "database `{}` is there, but {} of its {} shards had no leader in time; see \
+                     `pontoon status {}`",
+                    database.name,
+                    missing.len(),
+                    database.shards.len(),
+                    database.name
+                )));
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LEADER_POLL.1);
+        }
+    }
+
+    /// Reports of all nodes that hold a replica of one of `shards`; a node that doesn't answer is left
+    /// out. A shard that the map doesn't have yet has no nodes.
+    async fn reports(&self, shards: &BTreeSet<ShardId>, deadline: Instant) -> Vec<NodeReport> {
+        let node = &self.service.node;
+        let map = node.map();
+        let members = shards.iter().filter_map(|shard| map.shards.get(shard));
+        let holders: BTreeSet<NodeId> =
+            members.flat_map(|shard| shard.members.iter().map(|m| m.node)).collect();
+        let within = deadline.saturating_duration_since(Instant::now()).min(REPORT);
+        let asked = holders.into_iter().map(|holder| {
+            let address = map.nodes.get(&holder).map(|n| n.client_address.clone());
+            async move {
+                if holder == node.node() {
+                    return Some(node.report().await);
+                }
+                let report = self.service.client.report(&address?, within).await;
+                report.inspect_err(|error| tracing::debug!(error, "no report of a node")).ok()
+            }
+        });
+        join_all(asked).await.into_iter().flatten().collect()
+    }
+
+    async fn transfer(&self, shard: ShardId, to: NodeId, within: Duration) -> Result<(), Refusal> {
+        let node = &self.service.node;
+        let map = node.map();
+        let record = map.shards.get(&shard);
+        if record.is_some_and(|s| s.member_on(to).is_none()) {
+            return Err(Refusal::Refused(format!("node {to} holds no replica of shard {shard}")));
+        }
+        let report = node.report().await;
+        let here = report.replicas.into_iter().find(|r| r.shard == shard);
+        let group = here.and_then(|replica| replica.group);
+        if group.as_ref().is_some_and(|g| g.role == raft::StateRole::Leader) {
+            if to == node.node() {
+                return Ok(());
+            }
+            return node.transfer(shard, to, within).await;
+        }
+        let leader = group.and_then(|g| g.leader);
+        Err(Refusal::NotLeader {
+            shard,
+            leader: leader.and_then(|leader| record.and_then(|s| s.node_of(leader))),
+        })
+    }
+}
+
+/// The rules for a new database that need no map.
+fn check_numbers(name: &str, replicas: u32, shards: u32) -> Result<(), Refusal> {
+    let legal = |c: u8| c.is_ascii_alphanumeric() || c == b'_' || c == b'-';
+    if name.is_empty() || name.len() > NAME_BYTES_MAX || !name.bytes().all(legal) {
+        return Err(Refusal::Invalid(format!(
+            "`{name}` can't name a database: use 1 to {NAME_BYTES_MAX} of A-Z, a-z, 0-9, `_`, `-`"
+        )));
+    }
+    if !(1..=REPLICAS_MAX).contains(&replicas) {
+        return Err(Refusal::Invalid(format!("{replicas} replicas: a shard has 1 to {REPLICAS_MAX}")));
+    }
+    if !(1..=SHARDS_MAX).contains(&shards) {
+        return Err(Refusal::Invalid(format!("{shards} shards: a database has 1 to {SHARDS_MAX}")));
+    }
+    Ok(())
+}
+
+fn write_database_result(
+    result: Result<(DatabaseRecord, bool), Refusal>,
+    mut to: database_result::Builder<'_>,
+) {
+    match result {
+        Ok((record, created)) => {
+            to.set_created(created);
+            write_database(&record, to.init_database());
+        }
+        Err(refusal) => write_refusal(&refusal, to.init_error()),
+    }
+}
+
+fn write_void_result(result: Result<(), Refusal>, mut to: void_result::Builder<'_>) {
+    match result {
+        Ok(()) => to.set_ok(()),
+        Err(refusal) => write_refusal(&refusal, to.init_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_numbers() {
+        assert!(check_numbers("a-B_9", 7, 4096).is_ok());
+        let long = "x".repeat(65);
+        for (name, replicas, shards) in [
+            ("", 1, 1),
+            ("a b", 1, 1),
+            ("ä", 1, 1),
+            (long.as_str(), 1, 1),
+            ("a", 0, 1),
+            ("a", 8, 1),
+            ("a", 1, 0),
+            ("a", 1, 4097),
+        ] {
+            let refused = check_numbers(name, replicas, shards);
+            assert!(matches!(refused, Err(Refusal::Invalid(_))), "{name} {replicas} {shards}");
+        }
+    }
+}

@@ -1,0 +1,408 @@
+//! The services `Gate` and `Kv`.
+
+use std::borrow::Cow;
+use std::rc::Rc;
+use std::time::Instant;
+
+use bytes::Bytes;
+
+use super::wire::{self, Room};
+use super::{SOFTWARE, Service, admin, timeout};
+use crate::client::{self, ClientError, OperationResult};
+use crate::codec::records::write_delta;
+use crate::codec::refusal::write_refusal;
+use crate::group::types::{Operation, Output};
+use crate::ids::{METADATA_SHARD, ShardId};
+use crate::limits::{BATCH_OPERATIONS_MAX, KEY_BYTES_MAX, SCAN_PAIRS_MAX};
+use crate::machine::command::{Answer, Query};
+use crate::placement::ring;
+use crate::refusal::{Outcome, Refusal};
+use crate::schema::kv_capnp::{batch_request, batch_response, gate, kv, op_result, scan_request};
+use crate::version::{PROTOCOL_MAX, PROTOCOL_MIN};
+
+/// The door: versions first, then the services.
+pub(crate) struct Gate {
+    service: Rc<Service>,
+}
+
+impl Gate {
+    pub(crate) fn new(service: Rc<Service>) -> Gate {
+        Gate { service }
+    }
+}
+
+impl gate::Server for Gate {
+    async fn open(
+        self: Rc<Self>,
+        params: gate::OpenParams,
+        mut results: gate::OpenResults,
+    ) -> Result<(), capnp::Error> {
+        let hello = params.get()?.get_hello()?;
+        let asked = hello.get_protocol()?;
+        let (min, max) = (asked.get_min(), asked.get_max());
+        let version = max.min(PROTOCOL_MAX);
+        if min > max || version < min.max(PROTOCOL_MIN) {
+            return Err(capnp::Error::failed(format!(
+                "no shared protocol version: you speak {min} to {max}, this node {PROTOCOL_MIN} to \
+                 {PROTOCOL_MAX} ({SOFTWARE}); upgrade the older side"
+            )));
+        }
+        let software = hello.get_software()?.to_string().unwrap_or_default();
+        tracing::debug!(software, version, "a client opened the gate");
+        let node = &self.service.node;
+        let mut answer = results.get();
+        let mut welcome = answer.reborrow().init_welcome();
+        welcome.set_protocol(version);
+        welcome.set_cluster_id(&node.map().cluster_id.0);
+        welcome.set_node(node.node().0);
+        welcome.set_software(SOFTWARE);
+        let service = self.service.clone();
+        answer.set_kv(capnp_rpc::new_client(Kv { service }));
+        let service = self.service.clone();
+        answer.set_admin(capnp_rpc::new_client(admin::Admin::new(service)));
+        Ok(())
+    }
+}
+
+/// Data.
+struct Kv {
+    service: Rc<Service>,
+}
+
+/// A batch as read from the message: what goes to the replica, and what is refused before.
+struct Batch {
+    shard: ShardId,
+    range_version: u64,
+    timeout_ms: u32,
+    /// One per operation: the reason why it isn't handed on, if it isn't.
+    refused: Vec<Option<Refusal>>,
+    operations: Vec<Operation>,
+    bytes: usize,
+}
+
+impl kv::Server for Kv {
+    async fn map(
+        self: Rc<Self>,
+        params: kv::MapParams,
+        mut results: kv::MapResults,
+    ) -> Result<(), capnp::Error> {
+        let since = params.get()?.get_since();
+        let delta = self.service.node.map().delta(since);
+        write_delta(&delta, results.get().init_delta());
+        Ok(())
+    }
+
+    async fn batch(
+        self: Rc<Self>,
+        params: kv::BatchParams,
+        mut results: kv::BatchResults,
+    ) -> Result<(), capnp::Error> {
+        let node = &self.service.node;
+        let batch = self.read_batch(params.get()?.get_request()?)?;
+        // The request's memory is not needed while the operations run.
+        drop(params);
+        let mut response = results.get().init_response();
+        let batch = match batch {
+            Ok(batch) => batch,
+            Err(refusal) => {
+                write_refusal(&refusal, response.init_error());
+                return Ok(());
+            }
+        };
+        let admitted = self.service.load.enter(batch.operations.len(), batch.bytes);
+        let ends = match admitted {
+            Ok(_guard) if batch.operations.is_empty() => Ok(Vec::new()),
+            Ok(_guard) => {
+                let within = timeout(batch.timeout_ms);
+                node.submit(batch.shard, batch.range_version, batch.operations, within).await
+            }
+            Err(refusal) => Err(refusal),
+        };
+        match ends {
+            Ok(ends) => {
+                let lost = write_ends(batch.refused, ends, response.reborrow());
+                if lost {
+                    wire::write_route(&node.map(), batch.shard, response.init_route());
+                }
+            }
+            Err(refusal) => {
+                write_refusal(&refusal, response.reborrow().init_error());
+                if wire::wants_route(&refusal) {
+                    wire::write_route(&node.map(), batch.shard, response.init_route());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn scan(
+        self: Rc<Self>,
+        params: kv::ScanParams,
+        mut results: kv::ScanResults,
+    ) -> Result<(), capnp::Error> {
+        let node = &self.service.node;
+        let request = params.get()?.get_request()?;
+        let shard = ShardId(request.get_shard());
+        let (version, within) = (request.get_range_version(), timeout(request.get_timeout_ms()));
+        let query = read_scan(request)?;
+        drop(params);
+        let answer = match (query, self.service.load.enter(1, 0)) {
+            (Ok(query), Ok(_guard)) => {
+                let operations = vec![Operation::Query(query)];
+                let ends = node.submit(shard, version, operations, within).await;
+                ends.and_then(|ends| ends.into_iter().next().unwrap_or(Err(NO_ANSWER)))
+            }
+            (Err(refusal), _) | (_, Err(refusal)) => Err(refusal),
+        };
+        let mut response = results.get().init_response();
+        match answer {
+            Ok(Output::Answer(Answer::Page { pairs, more })) => {
+                wire::write_page(&pairs, more, response);
+            }
+            Ok(_) => write_refusal(&NO_ANSWER, response.init_error()),
+            Err(refusal) => {
+                write_refusal(&refusal, response.reborrow().init_error());
+                if wire::wants_route(&refusal) {
+                    wire::write_route(&node.map(), shard, response.init_route());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn get(
+        self: Rc<Self>,
+        params: kv::GetParams,
+        mut results: kv::GetResults,
+    ) -> Result<(), capnp::Error> {
+        let request = params.get()?;
+        let database = text(request.get_database()?)?;
+        let operation = client::Operation::Get(copy(request.get_key()?));
+        let ms = request.get_timeout_ms();
+        drop(params);
+        let end = self.plain(&database, operation, ms).await;
+        write_plain(end, results.get().init_result());
+        Ok(())
+    }
+
+    async fn put(
+        self: Rc<Self>,
+        params: kv::PutParams,
+        mut results: kv::PutResults,
+    ) -> Result<(), capnp::Error> {
+        let request = params.get()?;
+        let database = text(request.get_database()?)?;
+        let (key, value) = (copy(request.get_key()?), copy(request.get_value()?));
+        let ms = request.get_timeout_ms();
+        drop(params);
+        let operation = client::Operation::Put(key, value);
+        let end = self.plain(&database, operation, ms).await;
+        write_plain(end, results.get().init_result());
+        Ok(())
+    }
+
+    async fn delete(
+        self: Rc<Self>,
+        params: kv::DeleteParams,
+        mut results: kv::DeleteResults,
+    ) -> Result<(), capnp::Error> {
+        let request = params.get()?;
+        let database = text(request.get_database()?)?;
+        let operation = client::Operation::Delete(copy(request.get_key()?));
+        let ms = request.get_timeout_ms();
+        drop(params);
+        let end = self.plain(&database, operation, ms).await;
+        write_plain(end, results.get().init_result());
+        Ok(())
+    }
+
+    async fn cas(
+        self: Rc<Self>,
+        params: kv::CasParams,
+        mut results: kv::CasResults,
+    ) -> Result<(), capnp::Error> {
+        let request = params.get()?;
+        let database = text(request.get_database()?)?;
+        let expect = wire::read_expect(request.get_expect()?).map_err(unreadable)?;
+        let (key, value) = (copy(request.get_key()?), copy(request.get_value()?));
+        let ms = request.get_timeout_ms();
+        drop(params);
+        let operation = client::Operation::Cas(key, expect, value);
+        let end = self.plain(&database, operation, ms).await;
+        write_plain(end, results.get().init_result());
+        Ok(())
+    }
+}
+
+impl Kv {
+    /// Reads and checks a batch. The inner error holds for all its operations.
+    fn read_batch(&self, request: batch_request::Reader<'_>) -> Result<Result<Batch, Refusal>, capnp::Error> {
+        let shard = ShardId(request.get_shard());
+        let list = request.get_operations()?;
+        let count = list.len() as usize;
+        if count > BATCH_OPERATIONS_MAX {
+            return Ok(Err(Refusal::Invalid(format!(
+                "the batch has {count} operations; at most {BATCH_OPERATIONS_MAX} are allowed: split it"
+            ))));
+        }
+        if let Err(refusal) = data_shard(shard) {
+            return Ok(Err(refusal));
+        }
+        let range_version = request.get_range_version();
+        // The replica checks the version and not the keys. A key in the wrong shard would never be found
+        // again, so a client that errs is told here, wherever the map at hand can tell.
+        let map = self.service.node.map();
+        let record = map.shards.get(&shard);
+        let range = record.filter(|s| s.epoch.range == range_version);
+        let range = range.map(|s| s.range);
+        let mut batch = Batch {
+            shard,
+            range_version,
+            timeout_ms: request.get_timeout_ms(),
+            refused: Vec::with_capacity(count),
+            operations: Vec::with_capacity(count),
+            bytes: 0,
+        };
+        for operation in list.iter() {
+            let operation = wire::read_operation(operation).map_err(unreadable)?;
+            let misplaced = range.is_some_and(|r| !r.contains(ring::position(operation.key())));
+            let refused = match client::check(&operation) {
+                Err(error) => Some(Refusal::Invalid(error.to_string())),
+                Ok(()) if misplaced => Some(Refusal::Invalid(format!(
+                    "the key does not belong to shard {shard}; route by its position on the ring"
+                ))),
+                Ok(()) => {
+                    batch.bytes += operation.size();
+                    batch.operations.push(wire::to_group(operation));
+                    None
+                }
+            };
+            batch.refused.push(refused);
+        }
+        Ok(Ok(batch))
+    }
+
+    /// Runs an operation by key: here if this node leads the shard, else at the node that does.
+    async fn plain(
+        &self,
+        database: &str,
+        operation: client::Operation,
+        timeout_ms: u32,
+    ) -> Result<OperationResult, ClientError> {
+        client::check(&operation)?;
+        let refused = |refusal| ClientError::NotApplied(client::NotApplied::Refused(refusal));
+        let guard = self.service.load.enter(1, operation.size());
+        let _guard = guard.map_err(refused)?;
+        let within = timeout(timeout_ms);
+        let deadline = Instant::now() + within;
+        match self.here(database, &operation, within).await {
+            Some(Ok(result)) => return Ok(result),
+            Some(Err(refusal)) if refusal.outcome() == Outcome::Unknown => {
+                return Err(ClientError::Unknown(refusal.to_string()));
+            }
+            // Certainly not applied: whoever leads, or will, may still do it.
+            Some(Err(refusal)) if refusal.retryable() => (),
+            Some(Err(refusal)) => return Err(refused(refusal)),
+            None => (),
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        self.service.client.run(database, operation, left).await
+    }
+
+    /// Runs an operation at this node's own replica; `None` if it has none of that shard.
+    async fn here(
+        &self,
+        database: &str,
+        operation: &client::Operation,
+        within: std::time::Duration,
+    ) -> Option<Result<OperationResult, Refusal>> {
+        let node = &self.service.node;
+        let (shard, version) = {
+            let map = node.map();
+            let shard = map.shard_of_key(map.database(database)?, operation.key())?;
+            shard.member_on(node.node())?;
+            (shard.id, shard.epoch.range)
+        };
+        let operations = vec![wire::to_group(operation.clone())];
+        let ends = node.submit(shard, version, operations, within).await;
+        Some(ends.and_then(|ends| match ends.into_iter().next() {
+            Some(Ok(output)) => wire::from_group(output),
+            Some(Err(refusal)) => Err(refusal),
+            None => Err(NO_ANSWER),
+        }))
+    }
+}
+
+const NO_ANSWER: Refusal = Refusal::Unknown(Cow::Borrowed("the replica gave no answer"));
+
+/// Writes the ends of a batch's operations in their order. Returns whether the sender needs a route.
+fn write_ends(
+    refused: Vec<Option<Refusal>>,
+    ends: Vec<Result<Output, Refusal>>,
+    response: batch_response::Builder<'_>,
+) -> bool {
+    let mut ends = ends.into_iter();
+    let count = u32::try_from(refused.len()).unwrap_or(u32::MAX);
+    let mut list = response.init_results(count);
+    let (mut room, mut lost) = (Room::default(), false);
+    for (at, refused) in (0..count).zip(refused) {
+        let end = match refused {
+            Some(refusal) => Err(refusal),
+            None => match ends.next() {
+                Some(end) => end.and_then(wire::from_group),
+                None => Err(NO_ANSWER),
+            },
+        };
+        lost |= end.as_ref().is_err_and(wire::wants_route);
+        wire::write_result(end, &mut room, list.reborrow().get(at));
+    }
+    lost
+}
+
+fn write_plain(end: Result<OperationResult, ClientError>, to: op_result::Builder<'_>) {
+    match end {
+        Ok(result) => wire::write_result(Ok(result), &mut Room::default(), to),
+        Err(error) => wire::write_client_error(&error, to.init_error()),
+    }
+}
+
+fn read_scan(request: scan_request::Reader<'_>) -> Result<Result<Query, Refusal>, capnp::Error> {
+    let (prefix, after) = (request.get_prefix()?, request.get_after()?);
+    if let Err(refusal) = data_shard(ShardId(request.get_shard())) {
+        return Ok(Err(refusal));
+    }
+    if prefix.len() > KEY_BYTES_MAX || after.len() > KEY_BYTES_MAX {
+        return Ok(Err(Refusal::Invalid(format!(
+            "`prefix` or `after` is longer than any key: {KEY_BYTES_MAX} bytes"
+        ))));
+    }
+    Ok(Ok(Query::Scan {
+        prefix: copy(prefix),
+        after: copy(after),
+        limit: match request.get_limit() as usize {
+            0 => SCAN_PAIRS_MAX,
+            limit => limit.min(SCAN_PAIRS_MAX),
+        },
+        keys_only: request.get_keys_only(),
+    }))
+}
+
+/// The metadata shard runs another machine, which a key-value command in its log would stop for good.
+fn data_shard(shard: ShardId) -> Result<(), Refusal> {
+    if shard == METADATA_SHARD {
+        return Err(Refusal::Invalid("shard 0 is the metadata shard; it holds no keys".into()));
+    }
+    Ok(())
+}
+
+fn copy(bytes: &[u8]) -> Bytes {
+    Bytes::copy_from_slice(bytes)
+}
+
+fn text(from: capnp::text::Reader<'_>) -> Result<String, capnp::Error> {
+    Ok(from.to_string()?)
+}
+
+fn unreadable(error: crate::codec::CodecError) -> capnp::Error {
+    capnp::Error::failed(error.to_string())
+}
