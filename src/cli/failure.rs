@@ -140,7 +140,7 @@ mod tests {
     #[test]
     fn each_client_error_has_its_exit_code() {
         let refused = |refusal| ClientError::NotApplied(NotApplied::Refused(refusal));
-        let busy = Refusal::Busy { what: "queue", retry_after_ms: 10 };
+        let busy = Refusal::Busy { what: "queue".into(), retry_after_ms: 10 };
         for (error, exit, code) in [
             (ClientError::Unknown("lost".into()), 4, "outcome_unknown"),
             (ClientError::Invalid("empty key".into()), 2, "invalid"),
