@@ -24,10 +24,7 @@ fn open_sled(path: &Path) -> Result<SledEngine, StorageError> {
 
 /// Each engine, empty but for its own records.
 fn engines(home: &Path) -> Vec<Arc<dyn Engine>> {
-    vec![
-        Arc::new(MemoryEngine::new()),
-        Arc::new(open_sled(&home.join("sled")).unwrap()),
-    ]
+    vec![Arc::new(MemoryEngine::new()), Arc::new(open_sled(&home.join("sled")).unwrap())]
 }
 
 fn each_engine(test: impl Fn(&dyn Engine)) {
@@ -73,14 +70,10 @@ fn collect(engine: &dyn Engine, from: Bound<&[u8]>, to: &[u8]) -> Vec<(Vec<u8>, 
 fn reads_what_was_written() {
     each_engine(|engine| {
         assert_eq!(engine.get(&key("a")).unwrap(), None);
-        engine
-            .write(&[put("", b"empty key"), put("a", b""), put("b", b"2")])
-            .unwrap();
+        engine.write(&[put("", b"empty key"), put("a", b""), put("b", b"2")]).unwrap();
         assert_eq!(engine.get(&key("")).unwrap().unwrap(), "empty key");
         assert_eq!(engine.get(&key("a")).unwrap().unwrap(), "");
-        engine
-            .write(&[put("a", b"3"), remove("b"), remove("c")])
-            .unwrap();
+        engine.write(&[put("a", b"3"), remove("b"), remove("c")]).unwrap();
         assert_eq!(engine.get(&key("a")).unwrap().unwrap(), "3");
         assert_eq!(engine.get(&key("b")).unwrap(), None);
         engine.write(&[]).unwrap();
@@ -93,10 +86,7 @@ fn reads_what_was_written() {
 fn scans_within_bounds_in_order() {
     each_engine(|engine| {
         let names: Vec<String> = (0..100).map(|i| format!("{i:03}")).collect();
-        let batch: Vec<_> = names
-            .iter()
-            .map(|name| put(name, name.as_bytes()))
-            .collect();
+        let batch: Vec<_> = names.iter().map(|name| put(name, name.as_bytes())).collect();
         engine.write(&batch).unwrap();
         let end = keys::user_end(ReplicaId(3), 1);
         let names_in = |from: Bound<&str>, to: &[u8]| -> Vec<String> {
@@ -117,11 +107,7 @@ fn scans_within_bounds_in_order() {
         assert_eq!(names_in(Bound::Excluded("042"), &key("050")), names[43..50]);
         assert_eq!(names_in(Bound::Included("042"), b""), names[42..]);
         assert_eq!(names_in(Bound::Included("9"), &end).len(), 0);
-        assert_eq!(
-            names_in(Bound::Included("5"), &key("4")).len(),
-            0,
-            "crossed"
-        );
+        assert_eq!(names_in(Bound::Included("5"), &key("4")).len(), 0, "crossed");
         assert_eq!(names_in(Bound::Excluded("042"), &key("042")).len(), 0);
         let mut seen = 0;
         engine
@@ -168,10 +154,8 @@ fn values_of_every_size_survive_overwrites() {
 #[test]
 fn agrees_with_a_map() {
     let mutation = (0..40u8, proptest::option::of((any::<u8>(), 0..3usize)));
-    let steps = proptest::collection::vec(
-        proptest::collection::btree_map(mutation.0, mutation.1, 0..20),
-        1..20,
-    );
+    let steps =
+        proptest::collection::vec(proptest::collection::btree_map(mutation.0, mutation.1, 0..20), 1..20);
     let mut runner = TestRunner::new(ProptestConfig::with_cases(24));
     runner
         .run(&steps, |steps| {
@@ -181,8 +165,8 @@ fn agrees_with_a_map() {
                     let batch: Vec<Mutation> = batch
                         .iter()
                         .map(|(name, value)| {
-                            let value = value
-                                .map(|(fill, size)| Bytes::from(vec![fill; [5, 1000, 9000][size]]));
+                            let value =
+                                value.map(|(fill, size)| Bytes::from(vec![fill; [5, 1000, 9000][size]]));
                             (key([*name]), value)
                         })
                         .collect();
@@ -209,9 +193,7 @@ fn reads_beside_a_writer_are_never_torn() {
     each_engine(|engine| {
         let done = AtomicBool::new(false);
         let fill = |round: usize| vec![round as u8; [10, 20_000, 100_000][round % 3]];
-        engine
-            .write(&[put("a", &fill(0)), put("b", &fill(0))])
-            .unwrap();
+        engine.write(&[put("a", &fill(0)), put("b", &fill(0))]).unwrap();
         std::thread::scope(|scope| {
             let reader = scope.spawn(|| {
                 let mut reads = 0;
@@ -226,9 +208,7 @@ fn reads_beside_a_writer_are_never_torn() {
                 reads
             });
             for round in 1..150 {
-                engine
-                    .write(&[put("a", &fill(round)), put("b", &fill(round))])
-                    .unwrap();
+                engine.write(&[put("a", &fill(round)), put("b", &fill(round))]).unwrap();
             }
             done.store(true, Ordering::Relaxed);
             assert!(reader.join().unwrap() > 0);
@@ -261,19 +241,13 @@ fn sled_never_puts_values_into_unsynced_files() {
             let mut long = name.to_be_bytes().to_vec();
             long.resize(4096, b'k');
             let inline = vec![round; INLINE_BYTES_MAX - 4 - 13];
-            engine
-                .write(&[put(long, &[round; 64]), put(name.to_be_bytes(), &inline)])
-                .unwrap();
+            engine.write(&[put(long, &[round; 64]), put(name.to_be_bytes(), &inline)]).unwrap();
             if name % 20 == 0 {
-                engine
-                    .write(&[put([0xff, name as u8], &vec![round; 200_000])])
-                    .unwrap();
+                engine.write(&[put([0xff, name as u8], &vec![round; 200_000])]).unwrap();
             }
         }
         engine.sync().unwrap();
-        let blobs = std::fs::read_dir(home.path().join("blobs"))
-            .unwrap()
-            .count();
+        let blobs = std::fs::read_dir(home.path().join("blobs")).unwrap().count();
         assert_eq!(blobs, 0, "in round {round}");
     }
 }
@@ -283,31 +257,19 @@ fn sled_refuses_what_is_not_its_own() {
     let home = tempfile::tempdir().unwrap();
     let engine = open_sled(home.path()).unwrap();
     let error = open_sled(home.path()).err().unwrap();
-    assert!(
-        matches!(error, StorageError::Identity(IdentityError::InUse { .. })),
-        "{error}"
-    );
+    assert!(matches!(error, StorageError::Identity(IdentityError::InUse { .. })), "{error}");
     let newer = Bytes::copy_from_slice(&(keys::FORMAT_VERSION + 1).to_be_bytes());
     engine.write(&[(keys::format_key(), Some(newer))]).unwrap();
     engine.sync().unwrap();
     drop(engine);
     let error = open_sled(home.path()).err().unwrap();
-    assert!(
-        matches!(error, StorageError::Identity(IdentityError::Newer { .. })),
-        "{error}"
-    );
+    assert!(matches!(error, StorageError::Identity(IdentityError::Newer { .. })), "{error}");
 
     let home = tempfile::tempdir().unwrap();
     drop(open_sled(home.path()).unwrap());
     let other = SledEngine::open(home.path(), SledOptions::default(), RandomId([8; 16]));
     let error = other.err().unwrap();
-    assert!(
-        matches!(
-            error,
-            StorageError::Identity(IdentityError::ForeignStore { .. })
-        ),
-        "{error}"
-    );
+    assert!(matches!(error, StorageError::Identity(IdentityError::ForeignStore { .. })), "{error}");
 }
 
 #[test]

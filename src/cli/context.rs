@@ -6,11 +6,11 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use super::args::Global;
-use super::failure::{Exit, Failure};
+use super::failure::Failure;
 use super::local::{Holder, LocalDir};
 use super::locate::{self, Environment, Place};
 use crate::client::options::ClientOptions;
-use crate::client::{Client, Database};
+use crate::client::{Client, ClientError, Database, NotApplied};
 use crate::limits::TIMEOUT_DEFAULT_MS;
 
 /// How long a node on this machine may take to accept, when it is asked only whether it is there.
@@ -106,12 +106,13 @@ impl Session {
     pub async fn open(addresses: Vec<String>, timeout: Duration) -> Result<Session, Failure> {
         let deadline = Instant::now() + timeout;
         let options = ClientOptions { timeout, ..ClientOptions::new(addresses.clone()) };
-        let client = Client::connect_with(options).await.map_err(|error| {
-            let mut failure = Failure::from(error);
-            if failure.exit == Exit::Unavailable {
-                failure.message = format!("{} ({})", failure.message, addresses.join(", "));
-            }
-            failure
+        let client = Client::connect_with(options).await.map_err(|error| match error {
+            ClientError::NotApplied(NotApplied::Unavailable { within, last }) => Failure::unavailable(format!(
+                "no node answered within {within:?} ({}): {last}; nothing was changed. Check that the nodes run \
+                 and that these are their client ports",
+                addresses.join(", ")
+            )),
+            error => error.into(),
         })?;
         Ok(Session { client, addresses, deadline, timeout })
     }

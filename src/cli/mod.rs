@@ -17,6 +17,7 @@ pub mod completions;
 pub mod context;
 pub mod data;
 pub mod db;
+pub mod detach;
 pub mod encoding;
 pub mod failure;
 pub mod local;

@@ -15,7 +15,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdout, Command};
 
-use super::failure::Failure;
+use super::failure::{Exit, Failure};
 use super::local::bind_free_port;
 use super::serve::bound_to;
 use crate::ids::RandomId;
@@ -24,6 +24,9 @@ use crate::settings::Settings;
 
 /// Lines of a node's log that are shown when it fails.
 const TAIL_LINES: usize = 15;
+
+/// How often a start with new ports is tried.
+const ATTEMPTS: u32 = 3;
 
 /// The cluster.
 pub struct Trial {
@@ -45,6 +48,17 @@ struct TrialNode {
 impl Trial {
     /// Starts `count` nodes and waits until each is ready.
     pub async fn start(count: u32, timeout: Duration) -> Result<Trial, Failure> {
+        let mut attempt = 1;
+        loop {
+            match Trial::start_once(count, timeout).await {
+                // Between the choice of a port and its use somebody else may take it.
+                Err(failure) if failure.exit == Exit::Usage && attempt < ATTEMPTS => attempt += 1,
+                result => return result,
+            }
+        }
+    }
+
+    async fn start_once(count: u32, timeout: Duration) -> Result<Trial, Failure> {
         let name = format!("pontoon-test-{}", RandomId::random());
         let dir = std::env::temp_dir().join(name);
         fs::create_dir(&dir).map_err(|error| Failure::io("creating", &dir, error))?;
@@ -188,15 +202,16 @@ impl TrialNode {
                 Ok(None) | Err(_) => break,
             }
         }
-        let status = match self.child.wait().await {
-            Ok(status) => status.to_string(),
-            Err(error) => error.to_string(),
+        let (code, status) = match self.child.wait().await {
+            Ok(status) => (status.code(), status.to_string()),
+            Err(error) => (None, error.to_string()),
         };
-        Err(Failure::internal(format!(
-            "node {} ended before it was ready ({status}){}",
-            self.label,
-            self.tail()
-        )))
+        let message = format!("node {} ended before it was ready ({status}){}", self.label, self.tail());
+        Err(if code == Some(i32::from(Exit::Usage.code())) {
+            Failure::usage("node_refused", message)
+        } else {
+            Failure::internal(message)
+        })
     }
 
     /// SIGTERM, and SIGKILL if that takes longer than it may.

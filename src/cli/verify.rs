@@ -65,8 +65,10 @@ pub fn test(context: &Context, command: &TestCommand) -> Result<Exit, Failure> {
         let run = run(kind, &mut trial, deadline, &mut protocol);
         let result = until_stopped(&signals, run).await.unwrap_or_else(|| Err(stopped()));
         let result = result.map_err(|failure| {
-            // Before the nodes are gone: what they had to say.
-            output::note(trial.tails());
+            if !signals.is_stopped() {
+                // Before the nodes are gone: what they had to say.
+                output::note(trial.tails());
+            }
             // Whatever it was that didn't come about: the test has failed.
             Failure {
                 message: format!("the test failed: {}", failure.message),

@@ -19,11 +19,7 @@ use crate::ids::{ClusterId, NodeId, RandomId};
 use crate::limits::{DIAL_BACKOFF_MS_MAX, DIAL_MS_MAX, RETRY_MS_MIN};
 use crate::schema::{admin_capnp::admin, kv_capnp::gate, kv_capnp::kv};
 use crate::transport::rpc_stream::{reader_options, rpc_streams};
-
-/// Protocol versions this client speaks, both included.
-pub const PROTOCOL_MIN: u32 = 1;
-/// See [`PROTOCOL_MIN`].
-pub const PROTOCOL_MAX: u32 = 1;
+use crate::version::{PROTOCOL_MAX, PROTOCOL_MIN};
 
 /// Why there is no connection. For a person.
 pub type DialError = Rc<str>;

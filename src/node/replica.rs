@@ -49,6 +49,9 @@ pub struct ReplicaActor {
     /// Version of the map last told to the supervisor; of the metadata replica.
     map_revision: Option<u64>,
     ticks: u64,
+    /// Ticks for which a new group's preferred leader goes on campaigning: the other replicas may not
+    /// have been created when it began.
+    eager_ticks: u64,
 }
 
 /// Tells the supervisor of a replica's end, whatever the way.
@@ -105,6 +108,7 @@ impl ReplicaActor {
             flushing: false,
             map_revision: None,
             ticks: 0,
+            eager_ticks: 0,
         }
     }
 
@@ -243,6 +247,20 @@ impl ReplicaActor {
         }
     }
 
+    fn campaign_eagerly(&mut self, ctx: &mut Context<Self>) {
+        if self.eager_ticks == 0 {
+            return;
+        }
+        if self.group.status().leader.is_some() {
+            self.eager_ticks = 0;
+            return;
+        }
+        self.eager_ticks -= 1;
+        if let Err(error) = self.group.campaign() {
+            self.fail(error.to_string(), ctx);
+        }
+    }
+
     /// Tells the supervisor of a changed map.
     fn tell_map(&mut self, ctx: &mut Context<Self>) {
         let revision = self.group.state().header().revision;
@@ -326,6 +344,7 @@ impl Handler<Tick> for ReplicaActor {
     fn handle(&mut self, _: Tick, ctx: &mut Context<Self>) {
         self.ticks += 1;
         self.group.tick();
+        self.campaign_eagerly(ctx);
         if self.ticks.is_multiple_of(limits::COMPACT_TICKS) {
             self.compact();
         }
@@ -386,9 +405,8 @@ impl Handler<PeerUnreachable> for ReplicaActor {
 impl Handler<Campaign> for ReplicaActor {
     type Result = ();
     fn handle(&mut self, _: Campaign, ctx: &mut Context<Self>) {
-        if let Err(error) = self.group.campaign() {
-            return self.fail(error.to_string(), ctx);
-        }
+        self.eager_ticks = limits::ELECTION_TICKS_MIN as u64;
+        self.campaign_eagerly(ctx);
         self.queue_pump(ctx);
     }
 }

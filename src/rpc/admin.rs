@@ -137,21 +137,15 @@ impl Admin {
     }
 
     /// Has the metadata shard execute a command about a database.
-    async fn meta(
-        &self,
-        command: MetaCommand,
-        within: Duration,
-    ) -> Result<(DatabaseRecord, bool), Refusal> {
+    async fn meta(&self, command: MetaCommand, within: Duration) -> Result<(DatabaseRecord, bool), Refusal> {
         match self.service.node.meta(command, within).await? {
             MetaReply::Database { record, created } => Ok((record, created)),
-            MetaReply::Refused(MetaRefusal::UnknownDatabase(name)) => {
-                Err(Refusal::UnknownDatabase(name))
-            }
+            MetaReply::Refused(MetaRefusal::UnknownDatabase(name)) => Err(Refusal::UnknownDatabase(name)),
             MetaReply::Refused(MetaRefusal::NotFormed) => Err(Refusal::Unavailable("starting".into())),
             MetaReply::Refused(refused) => Err(Refusal::Refused(refused.to_string())),
-            MetaReply::Formed(_) | MetaReply::Node(_) => Err(Refusal::Unknown(
-                "the metadata shard answered another question".into(),
-            )),
+            MetaReply::Formed(_) | MetaReply::Node(_) => {
+                Err(Refusal::Unknown("the metadata shard answered another question".into()))
+            }
         }
     }
 
@@ -192,9 +186,8 @@ impl Admin {
         let node = &self.service.node;
         let map = node.map();
         let members = shards.iter().filter_map(|shard| map.shards.get(shard));
-        let holders: BTreeSet<NodeId> = members
-            .flat_map(|shard| shard.members.iter().map(|m| m.node))
-            .collect();
+        let holders: BTreeSet<NodeId> =
+            members.flat_map(|shard| shard.members.iter().map(|m| m.node)).collect();
         let within = deadline.saturating_duration_since(Instant::now()).min(REPORT);
         let asked = holders.into_iter().map(|holder| {
             let address = map.nodes.get(&holder).map(|n| n.client_address.clone());
@@ -203,27 +196,18 @@ impl Admin {
                     return Some(node.report().await);
                 }
                 let report = self.service.client.report(&address?, within).await;
-                report
-                    .inspect_err(|error| tracing::debug!(error, "no report of a node"))
-                    .ok()
+                report.inspect_err(|error| tracing::debug!(error, "no report of a node")).ok()
             }
         });
         join_all(asked).await.into_iter().flatten().collect()
     }
 
-    async fn transfer(
-        &self,
-        shard: ShardId,
-        to: NodeId,
-        within: Duration,
-    ) -> Result<(), Refusal> {
+    async fn transfer(&self, shard: ShardId, to: NodeId, within: Duration) -> Result<(), Refusal> {
         let node = &self.service.node;
         let map = node.map();
         let record = map.shards.get(&shard);
         if record.is_some_and(|s| s.member_on(to).is_none()) {
-            return Err(Refusal::Refused(format!(
-                "node {to} holds no replica of shard {shard}"
-            )));
+            return Err(Refusal::Refused(format!("node {to} holds no replica of shard {shard}")));
         }
         let report = node.report().await;
         let here = report.replicas.into_iter().find(|r| r.shard == shard);
@@ -251,14 +235,10 @@ fn check_numbers(name: &str, replicas: u32, shards: u32) -> Result<(), Refusal> 
         )));
     }
     if !(1..=REPLICAS_MAX).contains(&replicas) {
-        return Err(Refusal::Invalid(format!(
-            "{replicas} replicas: a shard has 1 to {REPLICAS_MAX}"
-        )));
+        return Err(Refusal::Invalid(format!("{replicas} replicas: a shard has 1 to {REPLICAS_MAX}")));
     }
     if !(1..=SHARDS_MAX).contains(&shards) {
-        return Err(Refusal::Invalid(format!(
-            "{shards} shards: a database has 1 to {SHARDS_MAX}"
-        )));
+        return Err(Refusal::Invalid(format!("{shards} shards: a database has 1 to {SHARDS_MAX}")));
     }
     Ok(())
 }

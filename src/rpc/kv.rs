@@ -1,12 +1,13 @@
 //! The services `Gate` and `Kv`.
 
+use std::borrow::Cow;
 use std::rc::Rc;
 use std::time::Instant;
 
 use bytes::Bytes;
 
 use super::wire::{self, Room};
-use super::{PROTOCOL_MAX, PROTOCOL_MIN, SOFTWARE, Service, admin, timeout};
+use super::{SOFTWARE, Service, admin, timeout};
 use crate::client::{self, ClientError, OperationResult};
 use crate::codec::records::write_delta;
 use crate::codec::refusal::write_refusal;
@@ -17,6 +18,7 @@ use crate::machine::command::{Answer, Query};
 use crate::placement::ring;
 use crate::refusal::{Outcome, Refusal};
 use crate::schema::kv_capnp::{batch_request, batch_response, gate, kv, op_result, scan_request};
+use crate::version::{PROTOCOL_MAX, PROTOCOL_MIN};
 
 /// The door: versions first, then the services.
 pub(crate) struct Gate {
@@ -112,8 +114,7 @@ impl kv::Server for Kv {
             Ok(_guard) if batch.operations.is_empty() => Ok(Vec::new()),
             Ok(_guard) => {
                 let within = timeout(batch.timeout_ms);
-                node.submit(batch.shard, batch.range_version, batch.operations, within)
-                    .await
+                node.submit(batch.shard, batch.range_version, batch.operations, within).await
             }
             Err(refusal) => Err(refusal),
         };
@@ -235,10 +236,7 @@ impl kv::Server for Kv {
 
 impl Kv {
     /// Reads and checks a batch. The inner error holds for all its operations.
-    fn read_batch(
-        &self,
-        request: batch_request::Reader<'_>,
-    ) -> Result<Result<Batch, Refusal>, capnp::Error> {
+    fn read_batch(&self, request: batch_request::Reader<'_>) -> Result<Result<Batch, Refusal>, capnp::Error> {
         let shard = ShardId(request.get_shard());
         let list = request.get_operations()?;
         let count = list.len() as usize;
@@ -335,7 +333,7 @@ impl Kv {
     }
 }
 
-const NO_ANSWER: Refusal = Refusal::Unknown(std::borrow::Cow::Borrowed("the replica gave no answer"));
+const NO_ANSWER: Refusal = Refusal::Unknown(Cow::Borrowed("the replica gave no answer"));
 
 /// Writes the ends of a batch's operations in their order. Returns whether the sender needs a route.
 fn write_ends(
@@ -392,9 +390,7 @@ fn read_scan(request: scan_request::Reader<'_>) -> Result<Result<Query, Refusal>
 /// The metadata shard runs another machine, which a key-value command in its log would stop for good.
 fn data_shard(shard: ShardId) -> Result<(), Refusal> {
     if shard == METADATA_SHARD {
-        return Err(Refusal::Invalid(
-            "shard 0 is the metadata shard; it holds no keys".into(),
-        ));
+        return Err(Refusal::Invalid("shard 0 is the metadata shard; it holds no keys".into()));
     }
     Ok(())
 }

@@ -45,11 +45,6 @@ use crate::transport::foreign::refusal_for_peer;
 use crate::transport::frame::is_peer_preamble;
 use crate::transport::rpc_stream::{reader_options, rpc_streams};
 
-/// Protocol versions this program speaks on the client port, both included.
-pub const PROTOCOL_MIN: u32 = 1;
-/// See [`PROTOCOL_MIN`].
-pub const PROTOCOL_MAX: u32 = 1;
-
 /// What the software calls itself to the other side.
 pub const SOFTWARE: &str = concat!("pontoon ", env!("CARGO_PKG_VERSION"));
 
@@ -142,11 +137,7 @@ async fn accept(
 }
 
 /// One connection, from its first bytes to its end.
-async fn converse(
-    mut stream: TcpStream,
-    service: &Rc<Service>,
-    mut stopped: watch::Receiver<bool>,
-) {
+async fn converse(mut stream: TcpStream, service: &Rc<Service>, mut stopped: watch::Receiver<bool>) {
     let limit = Duration::from_millis(GREETING_MS_MAX);
     let greeting = tokio::select! {
         _ = stopped.changed() => return,
@@ -157,10 +148,7 @@ async fn converse(
         Ok(Ok(true)) => {
             tracing::warn!("a node dialled the client port; it needs the peer port");
             let (map, node) = (service.node.map(), service.node.node());
-            let peer_address = map
-                .nodes
-                .get(&node)
-                .map_or("the peer port", |n| n.peer_address.as_str());
+            let peer_address = map.nodes.get(&node).map_or("the peer port", |n| n.peer_address.as_str());
             if let Ok(refusal) = refusal_for_peer(peer_address) {
                 let farewell = async {
                     stream.write_all(&refusal).await?;
@@ -235,30 +223,19 @@ pub(crate) struct Load {
 impl Load {
     /// Admits a call with so many operations and bytes, or says why not. It counts until the guard is
     /// dropped. A call too large for the bounds is admitted when there is nothing else.
-    pub(crate) fn enter(
-        self: &Rc<Load>,
-        operations: usize,
-        bytes: usize,
-    ) -> Result<LoadGuard, Refusal> {
+    pub(crate) fn enter(self: &Rc<Load>, operations: usize, bytes: usize) -> Result<LoadGuard, Refusal> {
         if self.stopping.get() {
             return Err(Refusal::Unavailable("the node is stopping".into()));
         }
         let full = self.operations.get() + operations > THREAD_OPERATIONS_MAX
             || self.bytes.get() + bytes > THREAD_BYTES_MAX;
         if full && self.calls.get() > 0 {
-            return Err(Refusal::Busy {
-                what: "client calls".into(),
-                retry_after_ms: BUSY_RETRY_MS,
-            });
+            return Err(Refusal::Busy { what: "client calls".into(), retry_after_ms: BUSY_RETRY_MS });
         }
         self.calls.set(self.calls.get() + 1);
         self.operations.set(self.operations.get() + operations);
         self.bytes.set(self.bytes.get() + bytes);
-        Ok(LoadGuard {
-            load: self.clone(),
-            operations,
-            bytes,
-        })
+        Ok(LoadGuard { load: self.clone(), operations, bytes })
     }
 
     async fn idle(&self) {

@@ -63,9 +63,7 @@ pub struct SledOptions {
 
 impl Default for SledOptions {
     fn default() -> SledOptions {
-        SledOptions {
-            cache_bytes: CACHE_BYTES_DEFAULT,
-        }
+        SledOptions { cache_bytes: CACHE_BYTES_DEFAULT }
     }
 }
 
@@ -103,17 +101,10 @@ impl SledEngine {
     /// Opens the store in directory `path`, or creates it for the data directory `store_id`. Errors:
     /// [`IdentityError::InUse`], [`IdentityError::ForeignStore`], [`IdentityError::Newer`];
     /// [`StorageError::Damaged`] for files that sled can't read.
-    pub fn open(
-        path: &Path,
-        options: SledOptions,
-        store_id: StoreId,
-    ) -> Result<SledEngine, StorageError> {
+    pub fn open(path: &Path, options: SledOptions, store_id: StoreId) -> Result<SledEngine, StorageError> {
         fs::create_dir_all(path).map_err(io_error("creating", path))?;
         remove_unfinished_snapshots(path)?;
-        let config = sled::Config::new()
-            .path(path)
-            .cache_capacity(options.cache_bytes)
-            .flush_every_ms(None);
+        let config = sled::Config::new().path(path).cache_capacity(options.cache_bytes).flush_every_ms(None);
         let db = open_db(path, &config)?;
         let open_tree = |name| contain(path, || db.open_tree(name));
         let chunks = open_tree("chunks")?;
@@ -142,14 +133,8 @@ impl SledEngine {
         };
         if created {
             engine.write(&[
-                (
-                    keys::format_key(),
-                    Some(Bytes::copy_from_slice(&keys::FORMAT_VERSION.to_be_bytes())),
-                ),
-                (
-                    keys::store_id_key(),
-                    Some(Bytes::copy_from_slice(&store_id.0)),
-                ),
+                (keys::format_key(), Some(Bytes::copy_from_slice(&keys::FORMAT_VERSION.to_be_bytes()))),
+                (keys::store_id_key(), Some(Bytes::copy_from_slice(&store_id.0))),
             ])?;
         } else {
             engine.check_identity(store_id)?;
@@ -157,9 +142,7 @@ impl SledEngine {
         }
         // The names of sled's files, and its `conf`, which it doesn't sync.
         let conf = path.join("conf");
-        File::open(&conf)
-            .and_then(|file| file.sync_all())
-            .map_err(sync_error(&conf))?;
+        File::open(&conf).and_then(|file| file.sync_all()).map_err(sync_error(&conf))?;
         engine.sync()?;
         atomic_file::sync_dir(path)?;
         atomic_file::sync_parent(path)?;
@@ -178,24 +161,16 @@ impl SledEngine {
             .ok_or_else(|| damaged(&self.path, "its format version is missing"))?;
         let path = || self.path.display().to_string();
         if format > keys::FORMAT_VERSION {
-            return Err(IdentityError::Newer {
-                path: path(),
-                found: format,
-                known: keys::FORMAT_VERSION,
-            }
-            .into());
+            return Err(
+                IdentityError::Newer { path: path(), found: format, known: keys::FORMAT_VERSION }.into()
+            );
         }
-        let found = self
-            .get(&keys::store_id_key())?
-            .and_then(|bytes| RandomId::from_slice(&bytes));
+        let found = self.get(&keys::store_id_key())?.and_then(|bytes| RandomId::from_slice(&bytes));
         match found {
             Some(found) if found == expected => Ok(()),
-            Some(found) => Err(IdentityError::ForeignStore {
-                path: path(),
-                found: found.to_string(),
-                expected,
+            Some(found) => {
+                Err(IdentityError::ForeignStore { path: path(), found: found.to_string(), expected }.into())
             }
-            .into()),
             None => Err(damaged(&self.path, "its store id is missing")),
         }
     }
@@ -222,12 +197,7 @@ impl SledEngine {
         Ok(())
     }
 
-    fn write_one(
-        &self,
-        writer: &mut Writer,
-        key: &[u8],
-        value: Option<&Bytes>,
-    ) -> Result<(), StorageError> {
+    fn write_one(&self, writer: &mut Writer, key: &[u8], value: Option<&Bytes>) -> Result<(), StorageError> {
         let old = if writer.any_chunks {
             match self.run(|| self.db.get(key))? {
                 Some(record) => self.parse(&record)?.err(),
@@ -262,21 +232,12 @@ impl SledEngine {
         Ok(())
     }
 
-    fn write_chunks(
-        &self,
-        writer: &mut Writer,
-        key: &[u8],
-        value: &Bytes,
-    ) -> Result<ChunkRef, StorageError> {
+    fn write_chunks(&self, writer: &mut Writer, key: &[u8], value: &Bytes) -> Result<ChunkRef, StorageError> {
         let len = u32::try_from(value.len()).map_err(|_| StorageError::Engine {
             engine: NAME,
             reason: format!("a value of {} bytes is too long", value.len()),
         })?;
-        let at = ChunkRef {
-            id: writer.next_chunks,
-            len,
-            sum: crc32c::crc32c(value),
-        };
+        let at = ChunkRef { id: writer.next_chunks, len, sum: crc32c::crc32c(value) };
         writer.next_chunks += 1;
         writer.any_chunks = true;
         self.intend(at, key)?;
@@ -314,10 +275,7 @@ impl SledEngine {
             match self.run(|| self.db.get(key))? {
                 None => return Ok(None),
                 Some(again) if again == record => {
-                    return Err(damaged(
-                        &self.path,
-                        "chunks of a value are missing or wrong",
-                    ));
+                    return Err(damaged(&self.path, "chunks of a value are missing or wrong"));
                 }
                 Some(again) => record = again,
             }
@@ -341,9 +299,8 @@ impl SledEngine {
         match record.split_first() {
             Some((&INLINE, value)) => Ok(Ok(Bytes::copy_from_slice(value))),
             Some((&CHUNKED, rest)) if rest.len() == 16 => {
-                let word = |at: usize| {
-                    u32::from_be_bytes([rest[at], rest[at + 1], rest[at + 2], rest[at + 3]])
-                };
+                let word =
+                    |at: usize| u32::from_be_bytes([rest[at], rest[at + 1], rest[at + 2], rest[at + 3]]);
                 Ok(Err(ChunkRef {
                     id: u64::from(word(0)) << 32 | u64::from(word(4)),
                     len: word(8),
@@ -384,10 +341,7 @@ impl SledEngine {
         if self.broken.load(Ordering::Relaxed) {
             return Err(StorageError::Engine {
                 engine: NAME,
-                reason: format!(
-                    "{} failed before; restart the node to recover it",
-                    self.path.display()
-                ),
+                reason: format!("{} failed before; restart the node to recover it", self.path.display()),
             });
         }
         let result = contain(&self.path, call);
@@ -403,11 +357,7 @@ impl SledEngine {
     }
 
     fn range(&self, from: Bound<&[u8]>, to: &[u8]) -> Option<sled::Iter> {
-        let upper = if to.is_empty() {
-            Bound::Unbounded
-        } else {
-            Bound::Excluded(to.to_vec())
-        };
+        let upper = if to.is_empty() { Bound::Unbounded } else { Bound::Excluded(to.to_vec()) };
         let crossed = match from {
             Bound::Included(from) | Bound::Excluded(from) => !to.is_empty() && from >= to,
             Bound::Unbounded => false,
@@ -473,15 +423,10 @@ impl Engine for SledEngine {
         let mut writer = self.writer();
         let path = self.path.join("db");
         let result = match self.run(|| self.db.flush()) {
-            Ok(_) => self
-                .file
-                .sync_data()
-                .map_err(sync_error(&path))
-                .and_then(|()| self.sync_blobs(&mut writer)),
-            Err(error) => Err(StorageError::SyncFailed {
-                path,
-                reason: error.to_string(),
-            }),
+            Ok(_) => {
+                self.file.sync_data().map_err(sync_error(&path)).and_then(|()| self.sync_blobs(&mut writer))
+            }
+            Err(error) => Err(StorageError::SyncFailed { path, reason: error.to_string() }),
         };
         if result.is_err() {
             self.broken.store(true, Ordering::Relaxed);
@@ -549,11 +494,9 @@ fn open_db(path: &Path, config: &sled::Config) -> Result<sled::Db, StorageError>
         }
         attempts += 1;
         if attempts == LOCK_ATTEMPTS {
-            return Err(IdentityError::InUse {
-                path: path.display().to_string(),
-                holder: String::new(),
-            }
-            .into());
+            return Err(
+                IdentityError::InUse { path: path.display().to_string(), holder: String::new() }.into()
+            );
         }
         std::thread::sleep(LOCK_RETRY);
     }
@@ -578,10 +521,9 @@ fn contain<T>(path: &Path, call: impl FnOnce() -> sled::Result<T>) -> Result<T, 
         Ok(Err(sled::Error::Corruption { at, .. })) => {
             Err(damaged(path, &format!("sled finds it corrupt at {at:?}")))
         }
-        Ok(Err(error)) => Err(StorageError::Engine {
-            engine: NAME,
-            reason: format!("{}: {error}", path.display()),
-        }),
+        Ok(Err(error)) => {
+            Err(StorageError::Engine { engine: NAME, reason: format!("{}: {error}", path.display()) })
+        }
         Err(panic) => {
             let text = panic
                 .downcast_ref::<String>()
@@ -594,8 +536,5 @@ fn contain<T>(path: &Path, call: impl FnOnce() -> sled::Result<T>) -> Result<T, 
 }
 
 fn damaged(path: &Path, detail: &str) -> StorageError {
-    StorageError::Damaged {
-        what: format!("state store {}", path.display()),
-        detail: detail.to_owned(),
-    }
+    StorageError::Damaged { what: format!("state store {}", path.display()), detail: detail.to_owned() }
 }

@@ -1,0 +1,158 @@
+use std::time::Duration;
+
+use super::*;
+use crate::client::{ClientError, NotApplied};
+use crate::group::types::GroupStatus;
+use crate::ids::{DatabaseId, Epoch, StoreId};
+use crate::node::handle::NodeReport;
+use crate::placement::map::{DatabaseRecord, Member, NodeRecord};
+use crate::placement::ring::RingRange;
+
+fn member(n: u64) -> Member {
+    Member { replica: ReplicaId(10 + n), node: NodeId(n), role: MemberRole::Voter }
+}
+
+/// Three nodes and a database of one shard on all of them.
+fn map() -> ClusterMap {
+    let mut map = ClusterMap::default();
+    for n in 1..=3 {
+        map.nodes.insert(
+            NodeId(n),
+            NodeRecord {
+                id: NodeId(n),
+                label: format!("n{n}"),
+                client_address: format!("h:{n}"),
+                peer_address: format!("p:{n}"),
+                zone: String::new(),
+                weight: 100,
+                store_id: StoreId::default(),
+                changed_at: 1,
+            },
+        );
+    }
+    for (id, name, shard, dropped) in [(1, "db", 1, false), (2, "old", 2, true)] {
+        map.databases.insert(
+            DatabaseId(id),
+            DatabaseRecord {
+                id: DatabaseId(id),
+                name: name.into(),
+                replicas: 3,
+                shards: vec![ShardId(shard)],
+                dropped,
+                changed_at: 1,
+            },
+        );
+    }
+    map.shards.insert(
+        ShardId(1),
+        ShardRecord {
+            id: ShardId(1),
+            database: DatabaseId(1),
+            range: RingRange::ALL,
+            epoch: Epoch { range: 1, conf: 2 },
+            members: (1..=3).map(member).collect(),
+            dropped: false,
+            changed_at: 1,
+        },
+    );
+    map
+}
+
+fn report(n: u64, role: StateRole, term: u64, applied: u64, committed: u64) -> NodeReport {
+    NodeReport {
+        node: NodeId(n),
+        label: format!("n{n}"),
+        phase: NodePhase::Ready,
+        disk_bytes: 4096,
+        replicas: vec![ReplicaReport {
+            shard: ShardId(1),
+            replica: ReplicaId(10 + n),
+            health: ReplicaHealth::Serving,
+            group: Some(GroupStatus {
+                role,
+                learner: false,
+                term,
+                leader: None,
+                applied,
+                committed,
+                last: committed,
+                recovering: false,
+                incarnation: 1,
+            }),
+            restarts: 0,
+        }],
+        uptime: Duration::ZERO,
+    }
+}
+
+fn down() -> Result<NodeReport, ClientError> {
+    Err(ClientError::NotApplied(NotApplied::Closed))
+}
+
+fn reports(list: [Result<NodeReport, ClientError>; 3]) -> Reports {
+    (1..).map(NodeId).zip(list).collect()
+}
+
+#[test]
+fn a_healthy_cluster_in_json() {
+    let reports = reports([
+        Ok(report(1, StateRole::Leader, 7, 20, 20)),
+        Ok(report(2, StateRole::Follower, 7, 18, 19)),
+        Ok(report(3, StateRole::Follower, 7, 20, 20)),
+    ]);
+    let seen = Overview::new(&map(), &reports, Some("db"));
+    assert!(seen.every_shard_is_led());
+    let json = seen.json();
+    let node = &json["nodes"][0];
+    assert_eq!(
+        node.to_string(),
+        r#"{"id":1,"label":"n1","address":"h:1","zone":"","state":"ready","leaders":1,"replicas":1,"disk_bytes":4096}"#
+    );
+    assert_eq!(json["databases"].as_array().unwrap().len(), 1, "dropped ones are not shown");
+    assert_eq!(
+        json["databases"][0]["shards"][0].to_string(),
+        concat!(
+            r#"{"id":1,"start":"0000000000000000","end":"ffffffffffffffff","#,
+            r#""epoch":{"range":1,"conf":2},"leader":1,"state":"ok","replicas":["#,
+            r#"{"node":1,"role":"leader","state":"serving","message":null,"applied":20,"lag":0},"#,
+            r#"{"node":2,"role":"follower","state":"serving","message":null,"applied":18,"lag":2},"#,
+            r#"{"node":3,"role":"follower","state":"serving","message":null,"applied":20,"lag":0}]}"#
+        )
+    );
+    let text = seen.text();
+    assert!(text.contains("1 (h:1)") && text.contains("1 2 3"), "{text}");
+}
+
+#[test]
+fn the_leader_of_the_newest_term_is_the_leader() {
+    let reports = reports([
+        Ok(report(1, StateRole::Leader, 7, 20, 20)),
+        Ok(report(2, StateRole::Leader, 8, 25, 25)),
+        down(),
+    ]);
+    let seen = Overview::new(&map(), &reports, None);
+    let shard = &seen.databases[0].shards[0];
+    assert_eq!(shard.leader, Some(NodeId(2)));
+    assert_eq!(shard.state(), "degraded");
+    assert_eq!(shard.replicas[0].lag, Some(5));
+    let gone = &shard.replicas[2];
+    assert_eq!((gone.state, gone.role, gone.lag), ("unreachable", "voter", None));
+    assert_eq!(seen.nodes[2].state, "unreachable");
+    assert_eq!(seen.nodes[2].disk_bytes, None);
+}
+
+#[test]
+fn a_shard_without_a_leader_is_unavailable() {
+    let mut broken = report(1, StateRole::Follower, 7, 20, 20);
+    broken.replicas[0].health = ReplicaHealth::Quarantined("poison".into());
+    broken.replicas[0].group = None;
+    let mut empty = report(2, StateRole::Follower, 7, 20, 20);
+    empty.replicas.clear();
+    let seen = Overview::new(&map(), &reports([Ok(broken), Ok(empty), down()]), None);
+    let shard = &seen.databases[0].shards[0];
+    assert!(!seen.every_shard_is_led());
+    assert_eq!(shard.state(), "unavailable");
+    assert_eq!(shard.replicas[0].message.as_deref(), Some("poison"));
+    assert_eq!(shard.replicas[1].state, "missing");
+    assert!(seen.text().contains("1 shards have no leader"));
+}
