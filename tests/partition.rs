@@ -29,10 +29,8 @@ struct Setup {
 
 async fn setup() -> Setup {
     let mut network = None;
-    let cluster = LocalCluster::start_with(3, |peers| {
-        network.insert(Network::new(peers)).addresses().to_vec()
-    })
-    .await;
+    let cluster =
+        LocalCluster::start_with(3, |peers| network.insert(Network::new(peers)).addresses().to_vec()).await;
     cluster.wait_ready().await;
     let client = cluster.client().await;
     let (database, shards) = cluster.database(&client, "parted", 3, 1).await;

@@ -99,8 +99,11 @@ impl LocalCluster {
     pub async fn restart(&mut self, node: usize) {
         let local = &mut self.nodes[node];
         assert!(local.node.is_none(), "it runs");
-        let listeners =
-            Listeners { client: bind(local.settings.client.listen), peer: bind(local.settings.peer.listen), http: None };
+        let listeners = Listeners {
+            client: bind(local.settings.client.listen),
+            peer: bind(local.settings.peer.listen),
+            http: None,
+        };
         local.node = Some(node::start(local.settings.clone(), listeners).await.expect("starting"));
     }
 
@@ -137,7 +140,8 @@ impl LocalCluster {
 
     /// A client that knows all nodes.
     pub async fn client(&self) -> Client {
-        let addresses: Vec<_> = self.nodes.iter().map(|local| local.settings.client.advertise.clone()).collect();
+        let addresses: Vec<_> =
+            self.nodes.iter().map(|local| local.settings.client.advertise.clone()).collect();
         Client::connect_with(ClientOptions::new(addresses)).await.expect("connecting")
     }
 
@@ -182,7 +186,9 @@ impl LocalCluster {
                     at.entry(replica.shard).or_default().push(group);
                 }
             }
-            let same = at.values().all(|all| all.iter().all(|&(applied, last)| applied == last && all[0].0 == applied));
+            let same = at
+                .values()
+                .all(|all| all.iter().all(|&(applied, last)| applied == last && all[0].0 == applied));
             if same && at.contains_key(&METADATA_SHARD) {
                 return;
             }
