@@ -436,6 +436,7 @@ fn write_batch(shared: &Shared, batch: Vec<WriteTask>) -> Result<(), StorageErro
     }
     metrics::histogram!("pontoon_log_sync_seconds").record(begun.elapsed().as_secs_f64());
     let entries = writes.iter().map(|w| w.entries.len() as u64).sum();
+    metrics::counter!("pontoon_log_writes_total").increment(1);
     metrics::counter!("pontoon_log_entries_total").increment(entries);
     metrics::histogram!("pontoon_log_batch_writes").record(writes.len() as f64);
     let bytes: usize = writes.iter().map(LogWrite::size).sum();

@@ -13,18 +13,19 @@ use super::hub::HubSink;
 use super::log_writer::WriteTask;
 use super::messages::*;
 use super::reader::ReadJob;
-use super::shared::Shared;
+use super::shared::{MemoryShare, Shared};
 use super::supervisor::Supervisor;
 use super::ticket::{Ticket, tickets};
 use crate::codec::GroupMessage;
 use crate::group::driver::Group;
-use crate::group::types::{Effects, Fetch};
+use crate::group::types::{Effects, Fetch, Operation};
 use crate::ids::{Incarnation, METADATA_SHARD, NodeId, Position, ReplicaId, ShardId};
 use crate::limits;
 use crate::machine::command::Query;
 use crate::machine::{kv, meta};
 use crate::refusal::Refusal;
 use crate::storage::flush::FlushStep;
+use crate::telemetry::metrics::{PROPOSALS, READS};
 
 /// Replica → itself: the mailbox is drained, do the work.
 #[derive(Message)]
@@ -42,7 +43,7 @@ pub struct ReplicaActor {
     supervisor: Addr<Supervisor>,
     guard: Guard,
     pump_queued: bool,
-    memory: (usize, usize),
+    memory: MemoryShare,
     /// The last state that is durable.
     flushed: Position,
     flushing: bool,
@@ -98,12 +99,12 @@ impl ReplicaActor {
             replica,
             incarnation,
             group,
+            memory: MemoryShare::new(shared.clone()),
             shared,
             sink,
             supervisor,
             guard,
             pump_queued: false,
-            memory: (0, 0),
             flushed,
             flushing: false,
             map_revision: None,
@@ -127,7 +128,7 @@ impl ReplicaActor {
         };
         self.carry_out(effects, ctx);
         self.account_memory();
-        if self.memory.0 > self.shared.memory.replica_limit() {
+        if self.memory.active() > self.shared.memory.replica_limit() {
             self.freeze();
         }
         if self.shard == METADATA_SHARD {
@@ -212,11 +213,7 @@ impl ReplicaActor {
     }
 
     fn account_memory(&mut self) {
-        let now = self.group.state().memory_bytes();
-        if now != self.memory {
-            self.shared.memory.update(self.memory, now);
-            self.memory = now;
-        }
+        self.memory.set(self.group.state().memory_bytes());
     }
 
     /// Hands recent writes to the flush thread; one flush of a replica at a time.
@@ -233,6 +230,12 @@ impl ReplicaActor {
                 done: self.sink.clone(),
             });
         }
+    }
+
+    fn count(&self, operations: &[Operation]) {
+        let reads = operations.iter().filter(|o| matches!(o, Operation::Query(_))).count();
+        metrics::counter!(READS).increment(reads as u64);
+        metrics::counter!(PROPOSALS).increment((operations.len() - reads) as u64);
     }
 
     /// Drops log entries that are in the durable state here and on disk at every replica.
@@ -294,10 +297,6 @@ impl Actor for ReplicaActor {
         ctx.set_mailbox_capacity(limits::REPLICA_MAILBOX_MAX);
         self.queue_pump(ctx);
     }
-
-    fn stopped(&mut self, _: &mut Context<Self>) {
-        self.shared.memory.update(self.memory, (0, 0));
-    }
 }
 
 impl Handler<Pump> for ReplicaActor {
@@ -320,6 +319,9 @@ impl Handler<Submit> for ReplicaActor {
             return;
         }
         let tickets = tickets(&submit.operations, submit.reply);
+        if self.group.leads() {
+            self.count(&submit.operations);
+        }
         for (operation, ticket) in submit.operations.into_iter().zip(tickets) {
             self.group.submit(operation, ticket);
         }
@@ -465,6 +467,9 @@ impl Handler<Inject> for ReplicaActor {
         match inject.0.as_str() {
             "panic" => panic!("injected panic"),
             "error" => self.fail("injected error".into(), ctx),
+            "log-writer-panic" => {
+                self.shared.log_writer.run(Box::new(|_| panic!("injected panic of the log writer")));
+            }
             other => tracing::warn!(fault = other, "unknown fault"),
         }
     }

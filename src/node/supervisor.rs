@@ -321,6 +321,8 @@ impl Supervisor {
     }
 
     fn heartbeat(&self) {
+        let (active, frozen) = self.shared.memory.bytes();
+        metrics::gauge!(telemetry::metrics::MEMTABLE_BYTES).set((active + frozen) as f64);
         self.shared.network.broadcast_heartbeat(NodeHeartbeat {
             node: self.site.node,
             incarnation: self.site.incarnation,
