@@ -81,6 +81,15 @@ impl Cluster {
 
     /// The same on given ports: clients first, then peers.
     pub fn with(count: usize, ports: &[u16], options: Options) -> Cluster {
+        let mut cluster = Cluster::prepared(count, ports, options);
+        for node in 0..count {
+            cluster.spawn(node);
+        }
+        cluster
+    }
+
+    /// Only the settings, nothing started.
+    pub fn prepared(count: usize, ports: &[u16], options: Options) -> Cluster {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let (clients, peers) = ports.split_at(count);
         let advertise = options
@@ -106,11 +115,7 @@ impl Cluster {
                 Node { config, data, client, peer, child: None }
             })
             .collect();
-        let mut cluster = Cluster { dir, nodes };
-        for node in 0..count {
-            cluster.spawn(node);
-        }
-        cluster
+        Cluster { dir, nodes }
     }
 
     /// Starts a node, without waiting.
@@ -148,6 +153,13 @@ impl Cluster {
     pub fn wait_all_ready(&mut self) {
         for node in 0..self.nodes.len() {
             self.wait_ready(node);
+        }
+    }
+
+    /// kill -9, if it runs.
+    pub fn kill_if_running(&mut self, node: usize) {
+        if self.nodes[node].child.is_some() {
+            self.kill(node);
         }
     }
 
