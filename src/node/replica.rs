@@ -18,14 +18,14 @@ use super::supervisor::Supervisor;
 use super::ticket::{Ticket, tickets};
 use crate::codec::GroupMessage;
 use crate::group::driver::Group;
-use crate::group::types::{Effects, Fetch, Operation};
+use crate::group::types::{Effects, Fetch};
 use crate::ids::{Incarnation, METADATA_SHARD, NodeId, Position, ReplicaId, ShardId};
 use crate::limits;
 use crate::machine::command::Query;
 use crate::machine::{kv, meta};
 use crate::refusal::Refusal;
 use crate::storage::flush::FlushStep;
-use crate::telemetry::metrics::{PROPOSALS, READS};
+use crate::telemetry::metrics as names;
 
 /// Replica → itself: the mailbox is drained, do the work.
 #[derive(Message)]
@@ -151,6 +151,9 @@ impl ReplicaActor {
             }]);
         }
         for (ticket, result) in done {
+            if let Err(refusal) = &result {
+                metrics::counter!(names::REFUSALS, "reason" => refusal.kind()).increment(1);
+            }
             ticket.finish(result);
         }
         self.read_elsewhere(reads);
@@ -158,7 +161,7 @@ impl ReplicaActor {
             self.fetch(fetch, ctx);
         }
         if let Some(change) = leader {
-            metrics::counter!("pontoon_leader_changes_total").increment(1);
+            metrics::counter!(names::LEADER_CHANGES).increment(1);
             self.supervisor.do_send(LeaderChanged { shard: self.shard, replica: self.replica, change });
         }
         if more {
@@ -230,12 +233,6 @@ impl ReplicaActor {
                 done: self.sink.clone(),
             });
         }
-    }
-
-    fn count(&self, operations: &[Operation]) {
-        let reads = operations.iter().filter(|o| matches!(o, Operation::Query(_))).count();
-        metrics::counter!(READS).increment(reads as u64);
-        metrics::counter!(PROPOSALS).increment((operations.len() - reads) as u64);
     }
 
     /// Drops log entries that are in the durable state here and on disk at every replica.
@@ -319,9 +316,6 @@ impl Handler<Submit> for ReplicaActor {
             return;
         }
         let tickets = tickets(&submit.operations, submit.reply);
-        if self.group.leads() {
-            self.count(&submit.operations);
-        }
         for (operation, ticket) in submit.operations.into_iter().zip(tickets) {
             self.group.submit(operation, ticket);
         }
