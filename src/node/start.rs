@@ -204,11 +204,9 @@ fn clone_listener(listener: &TcpListener) -> Result<TcpListener, NodeError> {
     clone().map_err(|error| NodeError::Fatal(format!("sharing a listening socket between threads: {error}")))
 }
 
-fn wait_for_stop(mut stopping: watch::Receiver<bool>) -> impl Future<Output = ()> + Send + 'static {
-    async move {
-        // An error means that the node is gone, which is a stop too.
-        stopping.wait_for(|stop| *stop).await.map(|_| ()).unwrap_or(())
-    }
+async fn wait_for_stop(mut stopping: watch::Receiver<bool>) {
+    // An error means that the node is gone, which is a stop too.
+    stopping.wait_for(|stop| *stop).await.map(|_| ()).unwrap_or(());
 }
 
 fn serve_ports(
@@ -513,12 +511,21 @@ impl RunningNode {
         }
         let arbiters: Vec<_> = self.data.into_iter().chain([self.control]).collect();
         let (done, joined) = oneshot::channel();
+        let late = self.running;
         // Joining blocks; a thread that hangs must not keep the process.
         std::thread::spawn(move || {
             for arbiter in arbiters {
                 if arbiter.join().is_err() {
                     tracing::error!("a thread of actors panicked");
                 }
+            }
+            // The node may have become a member while it was told to stop: then its stores are open, and
+            // the next start in this process would find them in use.
+            let late = late.lock().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some(Running { shared, threads: more, .. }) = late {
+                shared.flusher.close();
+                shared.log_writer.stop();
+                threads.extend(more);
             }
             for thread in threads {
                 if thread.join().is_err() {
