@@ -94,7 +94,8 @@ struct ImportLine {
 
 /// Reads a line of an import. The error says what is wrong with it.
 pub fn parse_line(line: &[u8]) -> Result<(Bytes, Bytes), String> {
-    let record: ImportLine = serde_json::from_slice(line).map_err(|e| e.to_string())?;
+    let record: ImportLine = serde_json::from_slice(line)
+        .map_err(|error| error.to_string().replace(" at line 1 column", " at column"))?;
     let (key, value) = match record.encoding {
         Encoding::Utf8 => (record.key.into_bytes(), record.value.into_bytes()),
         Encoding::Base64 => {

@@ -121,8 +121,9 @@ impl From<ClientError> for Failure {
                 NotApplied::Refused(refusal) => Failure::unavailable(format!(
                     "not applied: {refusal}; try again, or allow more time with --timeout"
                 )),
-                NotApplied::Unavailable { .. } => Failure::unavailable(format!(
-                    "{why}; nothing was changed. See `pontoon status`, or allow more time with --timeout"
+                NotApplied::Unavailable { within, last } => Failure::unavailable(format!(
+                    "no answer within {within:.1?}: {last}; nothing was changed. See `pontoon status`, or allow \
+                     more time with --timeout"
                 )),
                 NotApplied::Closed => Failure::unavailable(message),
             },

@@ -37,7 +37,7 @@ pub struct NodeView {
     pub zone: String,
     /// `ready`, `starting`, `stopping` or `unreachable`.
     pub state: &'static str,
-    /// Shards it leads, of those in the picture and the metadata shard.
+    /// Shards it leads, the metadata shard included, whether in the picture or not.
     pub leaders: usize,
     /// Replicas it holds, likewise.
     pub replicas: usize,
@@ -92,8 +92,7 @@ impl Overview {
     /// Puts map and reports together.
     pub fn new(map: &ClusterMap, reports: &Reports, db: Option<&str>) -> Overview {
         let view = |id: &ShardId| map.shards.get(id).map(|s| ShardView::new(map, s, reports));
-        let databases: Vec<DatabaseView> = databases(map)
-            .filter(|record| db.is_none_or(|name| record.name == name))
+        let mut databases: Vec<DatabaseView> = databases(map)
             .map(|record| DatabaseView {
                 name: record.name.clone(),
                 replicas: record.replicas,
@@ -112,6 +111,7 @@ impl Overview {
                 *replicas.entry(replica.node).or_default() += 1;
             }
         }
+        databases.retain(|record| db.is_none_or(|name| record.name == name));
         let nodes = map
             .nodes
             .values()

@@ -14,7 +14,7 @@ use super::failure::{Exit, Failure};
 use super::output;
 use super::overview::Overview;
 use super::signals::Signals;
-use crate::client::{Client, ClientError};
+use crate::client::{Client, ClientError, NotApplied};
 use crate::ids::{METADATA_DATABASE, NodeId};
 use crate::node::handle::{NodePhase, NodeReport};
 use crate::placement::map::{ClusterMap, DatabaseRecord};
@@ -226,7 +226,10 @@ pub fn health(context: &Context) -> Result<Exit, Failure> {
             let began = Instant::now();
             let report = session.client.node_report(&address, timeout).await;
             Endpoint {
-                result: report.map(|r| r.phase).map_err(|error| error.to_string()),
+                result: report.map(|r| r.phase).map_err(|error| match error {
+                    ClientError::NotApplied(NotApplied::Unavailable { last, .. }) => last,
+                    error => error.to_string(),
+                }),
                 took: began.elapsed(),
                 address,
             }

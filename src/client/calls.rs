@@ -293,10 +293,16 @@ impl Driver {
             Refusal::NotLeader { leader, .. } => {
                 routing.not_leader(shard, target.node, *leader, Instant::now());
             }
-            Refusal::StaleRoute { .. } => {
-                routing.unavailable(shard, target.node);
+            Refusal::StaleRoute { asked, range_version, .. } => {
+                // A node that knows the shard better than we do is the right one to ask again.
+                if range_version < asked {
+                    routing.unavailable(shard, target.node);
+                }
+                let healed = routing.range_version(shard) >= Some(*range_version);
                 drop(routing);
-                self.refresh_soon();
+                if !healed || range_version < asked {
+                    self.refresh_soon();
+                }
             }
             Refusal::Unavailable(_) | Refusal::Quarantined(_) | Refusal::Unknown(_) => {
                 routing.unavailable(shard, target.node);

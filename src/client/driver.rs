@@ -240,6 +240,7 @@ impl Driver {
             ticket.sent = false;
             let deadline = ticket.deadline;
             let left = deadline.left(now);
+            let text = failure.text();
             match retry::decide(
                 ticket.kind,
                 &mut ticket.attempts,
@@ -251,6 +252,7 @@ impl Driver {
                 Decision::Fail(error) => ticket.answer(Err(error)),
                 Decision::Retry(delay) => {
                     after = after.min(delay);
+                    ticket.last = Some(text);
                     again.push(ticket);
                 }
             }

@@ -70,7 +70,8 @@ impl Failure {
         )
     }
 
-    fn text(&self) -> String {
+    /// For a person.
+    pub fn text(&self) -> String {
         match self {
             Failure::Refused(refusal) => refusal.to_string(),
             Failure::NotSent(text) | Failure::Lost(text) => text.clone(),

@@ -130,6 +130,8 @@ pub struct Ticket {
     pub range_version: u64,
     /// Attempts that failed.
     pub attempts: Attempts,
+    /// How the last attempt failed.
+    pub last: Option<String>,
     /// True while an attempt is on its way.
     pub sent: bool,
     reply: Option<Reply>,
@@ -159,6 +161,7 @@ impl Ticket {
             deadline,
             range_version: 0,
             attempts: Attempts::default(),
+            last: None,
             sent: false,
             reply: Some(reply),
             _load: load.enter(),
@@ -188,11 +191,12 @@ impl Ticket {
         }
     }
 
-    /// Answers it if its time is over, saying that `why` was the last thing known of it.
+    /// Answers it if its time is over, saying how its last attempt failed, or `why` if it had none.
     pub fn expire(&mut self, now: Instant, why: &str) {
         if self.deadline.at <= now && self.open() {
             let unknown = self.may_have_happened();
-            let failure = Failure::NotSent(why.to_owned());
+            let why = self.last.take().unwrap_or_else(|| why.to_owned());
+            let failure = Failure::NotSent(why);
             self.answer(Err(retry::give_up(unknown, failure, self.deadline.within)));
         }
     }

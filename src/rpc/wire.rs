@@ -250,3 +250,167 @@ fn write_replica(replica: &crate::node::handle::ReplicaReport, mut to: replica_s
 pub fn not_yet(text: String) -> Refusal {
     Refusal::Other { outcome: Outcome::Unknown, retryable: true, retry_after_ms: 0, message: text }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::wire::{read_page, read_report, read_result, write_operation};
+    use crate::group::types::GroupStatus;
+    use crate::ids::{NodeId, ReplicaId};
+    use crate::node::handle::ReplicaReport;
+    use proptest::prelude::*;
+    use std::time::Duration;
+
+    fn any_bytes() -> impl Strategy<Value = Bytes> {
+        prop::collection::vec(any::<u8>(), 0..40).prop_map(Bytes::from)
+    }
+
+    fn any_versioned() -> impl Strategy<Value = Versioned> {
+        (any_bytes(), any::<u64>()).prop_map(|(value, version)| Versioned { value, version })
+    }
+
+    fn any_operation() -> impl Strategy<Value = client::Operation> {
+        let expect = prop_oneof![
+            Just(Expect::Absent),
+            any_bytes().prop_map(Expect::Value),
+            any::<u64>().prop_map(Expect::Version),
+        ];
+        prop_oneof![
+            any_bytes().prop_map(client::Operation::Get),
+            (any_bytes(), any_bytes()).prop_map(|(k, v)| client::Operation::Put(k, v)),
+            any_bytes().prop_map(client::Operation::Delete),
+            (any_bytes(), expect, any_bytes()).prop_map(|(k, e, v)| client::Operation::Cas(k, e, v)),
+        ]
+    }
+
+    /// An operation and a result that it may have.
+    fn any_end() -> impl Strategy<Value = (client::Operation, OperationResult)> {
+        use OperationResult::{Deleted, Mismatch, Value, Written};
+        let there = prop::option::of(any_versioned());
+        (any_operation(), there, any::<u64>(), any::<bool>()).prop_map(|(operation, there, version, flag)| {
+            let result = match operation {
+                client::Operation::Get(_) => Value(there),
+                client::Operation::Delete(_) => Deleted(flag.then_some(version)),
+                client::Operation::Cas(..) if flag => Mismatch(there),
+                _ => Written(version),
+            };
+            (operation, result)
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn operations_survive_the_wire(operation in any_operation()) {
+            let mut message = capnp::message::Builder::new_default();
+            write_operation(&operation, message.init_root());
+            prop_assert_eq!(read_operation(message.get_root_as_reader()?).unwrap(), operation);
+        }
+
+        #[test]
+        fn results_survive_the_wire((operation, result) in any_end()) {
+            let mut message = capnp::message::Builder::new_default();
+            write_result(Ok(result.clone()), &mut Room::default(), message.init_root());
+            let read = read_result(&operation, message.get_root_as_reader()?).unwrap();
+            prop_assert_eq!(read, Ok(result));
+        }
+
+        #[test]
+        fn pages_survive_the_wire(pairs in prop::collection::vec((any_bytes(), any_versioned()), 1..6), more: bool) {
+            let mut message = capnp::message::Builder::new_default();
+            write_page(&pairs, more, message.init_root());
+            prop_assert_eq!(read_page(message.get_root_as_reader()?).unwrap(), Ok((pairs, more)));
+        }
+    }
+
+    #[test]
+    fn an_answer_to_another_question_is_refused() {
+        let mut message = capnp::message::Builder::new_default();
+        let get = client::Operation::Get(Bytes::from_static(b"k"));
+        write_result(Ok(OperationResult::Written(1)), &mut Room::default(), message.init_root());
+        assert!(read_result(&get, message.get_root_as_reader().unwrap()).is_err());
+        let mut message = capnp::message::Builder::new_default();
+        write_page(&[], true, message.init_root());
+        assert!(read_page(message.get_root_as_reader().unwrap()).is_err());
+    }
+
+    #[test]
+    fn an_answer_holds_one_value_of_any_size_and_no_more_than_its_bound() {
+        let great = Versioned { value: Bytes::from(vec![0; ANSWER_BYTES_MAX + 1]), version: 1 };
+        let get = client::Operation::Get(Bytes::from_static(b"k"));
+        let mut room = Room::default();
+        let mut ask = || {
+            let mut message = capnp::message::Builder::new_default();
+            let result = Ok(OperationResult::Value(Some(great.clone())));
+            write_result(result, &mut room, message.init_root());
+            let options = capnp::message::ReaderOptions { traversal_limit_in_words: None, nesting_limit: 8 };
+            let bytes = capnp::serialize::write_message_to_words(&message);
+            let message = capnp::serialize::read_message(&bytes[..], options).unwrap();
+            read_result(&get, message.get_root().unwrap()).unwrap()
+        };
+        assert!(ask().is_ok());
+        let second = ask().unwrap_err();
+        assert!(second.retryable() && second.outcome() == Outcome::NotApplied);
+    }
+
+    #[test]
+    fn what_a_forwarded_call_came_to_is_kept() {
+        let told = |error: &ClientError| {
+            let mut message = capnp::message::Builder::new_default();
+            write_client_error(error, message.init_root());
+            crate::codec::refusal::read_refusal(message.get_root_as_reader().unwrap())
+        };
+        let unknown = told(&ClientError::Unknown("gone".into()));
+        assert_eq!(unknown.outcome(), Outcome::Unknown);
+        let within = Duration::from_secs(1);
+        let last = "no leader".into();
+        let late = ClientError::NotApplied(NotApplied::Unavailable { within, last });
+        assert_eq!(told(&late).outcome(), Outcome::NotApplied);
+        assert!(told(&late).retryable());
+        let invalid = told(&ClientError::Invalid("no".into()));
+        assert_eq!(invalid, Refusal::Invalid("no".into()));
+    }
+
+    #[test]
+    fn reports_survive_the_wire() {
+        let group = GroupStatus {
+            role: raft::StateRole::Leader,
+            learner: false,
+            term: 7,
+            leader: Some(ReplicaId(3)),
+            applied: 10,
+            committed: 11,
+            last: 12,
+            recovering: false,
+            incarnation: 3,
+        };
+        let replica = |shard, health, group: Option<GroupStatus>| ReplicaReport {
+            shard: ShardId(shard),
+            replica: ReplicaId(3),
+            health,
+            group,
+            restarts: 2,
+        };
+        let recovering = GroupStatus { recovering: true, ..group.clone() };
+        let why = || "poison".to_owned();
+        let report = NodeReport {
+            node: NodeId(4),
+            label: "n4".into(),
+            phase: NodePhase::Stopping,
+            disk_bytes: 99,
+            replicas: vec![
+                replica(1, ReplicaHealth::Serving, Some(group)),
+                replica(2, ReplicaHealth::Recovering, Some(recovering)),
+                replica(3, ReplicaHealth::Restarting(why()), None),
+                replica(4, ReplicaHealth::Quarantined(why()), None),
+                replica(5, ReplicaHealth::Failed(why()), None),
+            ],
+            uptime: Duration::from_millis(1234),
+        };
+        let mut message = capnp::message::Builder::new_default();
+        write_report(&report, ClusterId::default(), 5, message.init_root());
+        let read = read_report(message.get_root_as_reader().unwrap()).unwrap();
+        assert_eq!(format!("{read:?}"), format!("{report:?}"));
+    }
+}

@@ -17,15 +17,17 @@
 //! file; the flusher then refuses to go on, since a later flush could be undone by that file at the
 //! next start.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::engine::{Engine, Mutation};
 use super::merge;
-use super::redo::{self, Record, RedoReader, RedoWriter};
+use super::redo::{self, Record, RedoReader, RedoWriter, Section};
 use super::state::{Frozen, StateHeader};
 use super::{StorageError, atomic_file, keys};
-use crate::ids::ReplicaId;
+use crate::ids::{Index, ReplicaId};
 use crate::limits::{FLUSH_BATCH_BYTES, FLUSH_BATCH_KEYS};
 
 /// Steps of a flush that its caller wants to hear of.
@@ -113,8 +115,8 @@ impl Flusher {
             progress(FlushStep::Absorbed);
             return Ok(());
         }
-        let sections = sections(tables);
-        let path = match self.write_redo(&sections) {
+        let sources = sources(tables, &*self.engine)?;
+        let path = match self.write_redo(&sources) {
             Ok(path) => path,
             Err(error) => {
                 if matches!(error, StorageError::SyncFailed { .. }) {
@@ -123,7 +125,7 @@ impl Flusher {
                 return Err(error);
             }
         };
-        let result = self.absorb(&sections, &path, progress);
+        let result = self.absorb(&sources, &path, progress);
         if let Err(error) = &result {
             self.failed = Some(error.to_string());
         }
@@ -160,11 +162,11 @@ impl Flusher {
     }
 
     /// Makes the redo file durable. On an error there is none, or its state is unknown (`SyncFailed`).
-    fn write_redo(&mut self, sections: &[Section<'_>]) -> Result<PathBuf, StorageError> {
+    fn write_redo(&mut self, sources: &[Source<'_>]) -> Result<PathBuf, StorageError> {
         let mut writer = RedoWriter::create(&self.redo_dir, self.next_sequence)?;
-        let filled = sections.iter().try_for_each(|section| {
-            writer.section(section.replica, section.generation, section.header)?;
-            section.each(&mut |key, value| writer.change(key, value.map(|value| &value[..])))
+        let filled = sources.iter().try_for_each(|source| {
+            writer.section(&source.section)?;
+            source.each(&mut |key, value| writer.change(key, value.map(|value| &value[..])))
         });
         if let Err(error) = filled.and_then(|()| self.at(FlushPoint::RedoWritten)) {
             // Frees the space, which may be what is missing. The first error is the one to tell; an
@@ -181,7 +183,7 @@ impl Flusher {
 
     fn absorb(
         &mut self,
-        sections: &[Section<'_>],
+        sources: &[Source<'_>],
         path: &Path,
         progress: &mut dyn FnMut(FlushStep),
     ) -> Result<(), StorageError> {
@@ -189,15 +191,16 @@ impl Flusher {
         progress(FlushStep::Logged);
         let engine = self.engine.clone();
         let mut batch = Batch::new(&*engine);
-        for section in sections {
-            section.each(&mut |key, value| {
-                let key = keys::user_key(section.replica, section.generation, key);
+        for source in sources {
+            let Section { replica, generation, .. } = source.section;
+            source.each(&mut |key, value| {
+                let key = keys::user_key(replica, generation, key);
                 if batch.push(key, value.cloned())? {
                     self.at(FlushPoint::BatchWritten)?;
                 }
                 Ok(())
             })?;
-            batch.finish(section.replica, section.generation, section.header)?;
+            batch.finish(&source.section)?;
             self.at(FlushPoint::BatchWritten)?;
         }
         progress(FlushStep::Absorbed);
@@ -240,16 +243,13 @@ pub fn choose(active: &[(ReplicaId, usize)], bytes_max: usize) -> Vec<ReplicaId>
 type Change<'a> = dyn FnMut(&[u8], Option<&bytes::Bytes>) -> Result<(), StorageError> + 'a;
 
 /// All tables of one replica generation in a flush, as if they were one.
-struct Section<'a> {
-    replica: ReplicaId,
-    generation: u32,
-    /// That of the newest table.
-    header: &'a StateHeader,
+struct Source<'a> {
+    section: Section,
     /// Newest first.
     tables: Vec<&'a Frozen>,
 }
 
-impl Section<'_> {
+impl Source<'_> {
     /// Calls `change` with the newest change of each key, in key order.
     fn each(&self, change: &mut Change<'_>) -> Result<(), StorageError> {
         let mut layers: Vec<_> = self
@@ -265,25 +265,41 @@ impl Section<'_> {
 }
 
 /// Tables by replica generation, in key order.
-fn sections(tables: &[Arc<Frozen>]) -> Vec<Section<'_>> {
-    let mut sections: std::collections::BTreeMap<(ReplicaId, u32), Section<'_>> =
-        std::collections::BTreeMap::new();
+fn sources<'a>(tables: &'a [Arc<Frozen>], engine: &dyn Engine) -> Result<Vec<Source<'a>>, StorageError> {
+    let mut sources = BTreeMap::<(ReplicaId, u32), Source<'a>>::new();
     for frozen in tables {
-        let section = sections.entry((frozen.replica, frozen.generation)).or_insert_with(|| Section {
-            replica: frozen.replica,
-            generation: frozen.generation,
-            header: &frozen.header,
-            tables: Vec::new(),
-        });
+        let source = match sources.entry((frozen.replica, frozen.generation)) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => entry.insert(Source {
+                section: Section {
+                    replica: frozen.replica,
+                    generation: frozen.generation,
+                    base: held(engine, frozen.replica, frozen.generation)?,
+                    header: frozen.header.clone(),
+                },
+                tables: Vec::new(),
+            }),
+        };
         assert!(
-            section.header.applied.index <= frozen.header.applied.index,
+            source.section.header.applied.index <= frozen.header.applied.index,
             "tables of replica {} out of order",
             frozen.replica
         );
-        section.header = &frozen.header;
-        section.tables.insert(0, frozen);
+        source.section.header = frozen.header.clone();
+        source.tables.insert(0, frozen);
     }
-    sections.into_values().collect()
+    Ok(sources.into_values().collect())
+}
+
+/// The applied index of the state that the engine holds; 0 if it holds none.
+fn held(engine: &dyn Engine, replica: ReplicaId, generation: u32) -> Result<Index, StorageError> {
+    match engine.get(&keys::header_key(replica, generation))? {
+        Some(bytes) => {
+            let what = format!("state of replica {replica} (generation {generation})");
+            Ok(StateHeader::decode(&bytes, &what)?.applied.index)
+        }
+        None => Ok(0),
+    }
 }
 
 /// Collects changes and hands them to the engine in bounded, sorted batches, so that nobody who
@@ -311,15 +327,10 @@ impl<'a> Batch<'a> {
     }
 
     /// Writes what is left of a section, then its header, as the last thing.
-    fn finish(
-        &mut self,
-        replica: ReplicaId,
-        generation: u32,
-        header: &StateHeader,
-    ) -> Result<(), StorageError> {
+    fn finish(&mut self, section: &Section) -> Result<(), StorageError> {
         self.write()?;
-        let key = keys::header_key(replica, generation);
-        self.mutations.push((key, Some(header.encode().into())));
+        let key = keys::header_key(section.replica, section.generation);
+        self.mutations.push((key, Some(section.header.encode().into())));
         self.write()
     }
 
@@ -337,54 +348,57 @@ impl<'a> Batch<'a> {
 fn reapply(path: &Path, sequence: u64, engine: &dyn Engine) -> Result<(), StorageError> {
     let mut reader = RedoReader::open(path, sequence)?;
     let mut batch = Batch::new(engine);
-    let mut section: Option<(ReplicaId, u32, StateHeader)> = None;
+    let mut current: Option<Section> = None;
     while let Some(record) = reader.read()? {
         match record {
-            Record::Section(replica, generation, header) => {
-                if let Some((replica, generation, header)) = section.take() {
-                    batch.finish(replica, generation, &header)?;
+            Record::Section(section) => {
+                if let Some(complete) = current.take() {
+                    batch.finish(&complete)?;
                 }
-                check_not_older(path, engine, replica, generation, &header)?;
-                section = Some((replica, generation, header));
+                check_fits(path, engine, &section)?;
+                current = Some(section);
             }
             Record::Change(key, value) => {
-                let Some((replica, generation, _)) = &section else {
+                let Some(section) = &current else {
                     return Err(StorageError::Damaged {
                         what: format!("redo file {}", path.display()),
                         detail: "a change precedes the first section".into(),
                     });
                 };
-                batch.push(keys::user_key(*replica, *generation, &key), value)?;
+                let key = keys::user_key(section.replica, section.generation, &key);
+                batch.push(key, value)?;
             }
         }
     }
-    if let Some((replica, generation, header)) = section {
-        batch.finish(replica, generation, &header)?;
+    if let Some(complete) = current {
+        batch.finish(&complete)?;
     }
     tracing::info!(file = %path.display(), "re-applied a redo file");
     Ok(())
 }
 
-/// A redo file goes before the engine gets anything newer. If it is there all the same, somebody has
-/// put it there, and applying it would take the state back.
-fn check_not_older(
-    path: &Path,
-    engine: &dyn Engine,
-    replica: ReplicaId,
-    generation: u32,
-    header: &StateHeader,
-) -> Result<(), StorageError> {
-    let Some(bytes) = engine.get(&keys::header_key(replica, generation))? else {
-        return Ok(());
-    };
-    let what = format!("state of replica {replica} (generation {generation})");
-    let held = StateHeader::decode(&bytes, &what)?;
-    if held.applied.index > header.applied.index {
+/// A redo file is made to the state that the engine held durably, and goes before the engine gets
+/// anything newer. An engine that is behind its base has lost what was durable; one that is ahead of
+/// its header would be taken back by a file that somebody has put there.
+fn check_fits(path: &Path, engine: &dyn Engine, section: &Section) -> Result<(), StorageError> {
+    let held = held(engine, section.replica, section.generation)?;
+    let to = section.header.applied.index;
+    if held < section.base {
+        return Err(StorageError::Damaged {
+            what: format!("state of replica {}", section.replica),
+            detail: format!(
+                "it was durable up to entry {}, but the {} store has it up to {held} only",
+                section.base,
+                engine.name()
+            ),
+        });
+    }
+    if held > to {
         return Err(StorageError::Damaged {
             what: format!("redo file {}", path.display()),
             detail: format!(
-                "it leads replica {replica} to entry {}, but the state is at {} already",
-                header.applied.index, held.applied.index
+                "it leads replica {} to entry {to}, but the state is at {held} already",
+                section.replica
             ),
         });
     }

@@ -118,7 +118,7 @@ fn a_redo_file_older_than_the_state_is_refused() {
     let mut state = open_state(&engine, 1);
     let mut flusher = Flusher::open(dir.path().to_owned(), engine.clone()).unwrap();
     let mut old = RedoWriter::create(dir.path(), 99).unwrap();
-    old.section(ReplicaId(1), 0, &initial()).unwrap();
+    old.section(&section(0)).unwrap();
     old.change(b"a", Some(b"stale")).unwrap();
     old.finish().unwrap();
     apply(&mut state, 6, "a", Some("x"));
@@ -128,11 +128,27 @@ fn a_redo_file_older_than_the_state_is_refused() {
 }
 
 #[test]
+fn an_engine_behind_the_base_of_a_redo_file_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut writer = RedoWriter::create(dir.path(), 1).unwrap();
+    writer.section(&section(3)).unwrap();
+    writer.finish().unwrap();
+    let engine = Arc::new(MemoryEngine::new());
+    let error = Flusher::open(dir.path().to_owned(), engine).err().unwrap();
+    assert!(error.to_string().contains("up to entry 3, but"), "{error}");
+    assert_eq!(redo_files(dir.path()), 1, "nothing was thrown away");
+}
+
+#[test]
 fn the_largest_tables_go_first() {
     let active = [(1, 10), (2, 50), (3, 30), (4, 20)].map(|(r, bytes)| (ReplicaId(r), bytes));
     assert_eq!(choose(&active, 110), []);
     assert_eq!(choose(&active, 109), [ReplicaId(2), ReplicaId(3)]);
     assert_eq!(choose(&active, 0).len(), 4);
+}
+
+fn section(base: u64) -> Section {
+    Section { replica: ReplicaId(1), generation: 0, base, header: initial() }
 }
 
 fn full_disk() -> StorageError {

@@ -12,7 +12,9 @@
 //! | 4 | crc32c of all before, the length included |
 //! | 8 | end magic `REDO-END` |
 //!
-//! Records: `1`, replica (8), generation (4), length (4) and bytes of the header: a section begins;
+//! Records: `1`, replica (8), generation (4), base (8), length (4) and bytes of the header: a section
+//! begins; the base is the applied index that the engine had before, so that an engine which has lost
+//! more than this file can repair is recognised;
 //! `2`, length of key (4), length of value (4), key, value: a write; `3`, length of key (4), key: a
 //! removal; `4`, number of writes and removals in all sections (8): the last record.
 //!
@@ -28,7 +30,7 @@ use bytes::Bytes;
 use super::atomic_file::{self, io_error};
 use super::state::StateHeader;
 use super::{StorageError, keys};
-use crate::ids::ReplicaId;
+use crate::ids::{Index, ReplicaId};
 use crate::limits;
 
 const MAGIC: &[u8; 8] = b"PONTREDO";
@@ -51,10 +53,23 @@ const VALUE_BYTES_MAX: usize = limits::FRAME_BYTES_MAX;
 /// One record of a redo file.
 #[derive(Debug, PartialEq)]
 pub enum Record {
-    /// What follows belongs to this replica generation, and leads to this header.
-    Section(ReplicaId, u32, StateHeader),
+    /// What follows belongs to this replica generation.
+    Section(Section),
     /// A key of the current section and its new value, or `None` for a removal.
     Change(Vec<u8>, Option<Bytes>),
+}
+
+/// What a section says of its changes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Section {
+    /// Whose state they change.
+    pub replica: ReplicaId,
+    /// In which generation of its keys.
+    pub generation: u32,
+    /// The applied index of the state they are made to; 0 if there was none.
+    pub base: Index,
+    /// The header of the state they lead to.
+    pub header: StateHeader,
 }
 
 /// Writes one redo file.
@@ -82,17 +97,13 @@ impl RedoWriter {
     }
 
     /// Begins a section.
-    pub fn section(
-        &mut self,
-        replica: ReplicaId,
-        generation: u32,
-        header: &StateHeader,
-    ) -> Result<(), StorageError> {
-        let header = header.encode();
+    pub fn section(&mut self, section: &Section) -> Result<(), StorageError> {
+        let header = section.header.encode();
         self.put(&[
             &[SECTION],
-            &replica.0.to_be_bytes(),
-            &generation.to_be_bytes(),
+            &section.replica.0.to_be_bytes(),
+            &section.generation.to_be_bytes(),
+            &section.base.to_be_bytes(),
             &length(&header),
             &header,
         ])
@@ -214,11 +225,12 @@ impl RedoReader {
             SECTION => {
                 let replica = ReplicaId(u64::from_be_bytes(self.array()?));
                 let generation = u32::from_be_bytes(self.array()?);
+                let base = u64::from_be_bytes(self.array()?);
                 let len = self.length("header", HEADER_BYTES_MAX)?;
                 let header = self.bytes(len)?;
                 let what = format!("redo file {}", self.path.display());
                 let header = StateHeader::decode(&header, &what)?;
-                Ok(Some(Record::Section(replica, generation, header)))
+                Ok(Some(Record::Section(Section { replica, generation, base, header })))
             }
             WRITE => {
                 let key = self.length("key", limits::KEY_BYTES_MAX + keys::PREFIX_BYTES)?;
@@ -357,12 +369,16 @@ mod tests {
     use super::*;
     use crate::storage::state::tests::initial;
 
+    fn section(replica: u64, generation: u32) -> Section {
+        Section { replica: ReplicaId(replica), generation, base: 4, header: initial() }
+    }
+
     fn sample(dir: &Path, sequence: u64) -> PathBuf {
         let mut writer = RedoWriter::create(dir, sequence).unwrap();
-        writer.section(ReplicaId(1), 0, &initial()).unwrap();
+        writer.section(&section(1, 0)).unwrap();
         writer.change(b"a", Some(b"one")).unwrap();
         writer.change(b"b", None).unwrap();
-        writer.section(ReplicaId(2), 3, &initial()).unwrap();
+        writer.section(&section(2, 3)).unwrap();
         writer.change(b"", Some(&[7; 100_000])).unwrap();
         writer.finish().unwrap()
     }
@@ -385,10 +401,10 @@ mod tests {
         assert_eq!(
             records,
             [
-                Record::Section(ReplicaId(1), 0, initial()),
+                Record::Section(section(1, 0)),
                 Record::Change(b"a".to_vec(), Some(Bytes::from_static(b"one"))),
                 Record::Change(b"b".to_vec(), None),
-                Record::Section(ReplicaId(2), 3, initial()),
+                Record::Section(section(2, 3)),
                 Record::Change(Vec::new(), Some(vec![7; 100_000].into())),
             ]
         );
@@ -398,7 +414,7 @@ mod tests {
     fn unfinished_files_do_not_count() {
         let dir = tempfile::tempdir().unwrap();
         let mut writer = RedoWriter::create(dir.path(), 3).unwrap();
-        writer.section(ReplicaId(1), 0, &initial()).unwrap();
+        writer.section(&section(1, 0)).unwrap();
         drop(writer);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
         assert_eq!(list(dir.path()).unwrap(), []);
@@ -411,7 +427,7 @@ mod tests {
     fn every_cut_and_every_flipped_bit_is_seen() {
         let dir = tempfile::tempdir().unwrap();
         let mut writer = RedoWriter::create(dir.path(), 1).unwrap();
-        writer.section(ReplicaId(1), 0, &initial()).unwrap();
+        writer.section(&section(1, 0)).unwrap();
         writer.change(b"key", Some(b"value")).unwrap();
         let path = writer.finish().unwrap();
         let bytes = fs::read(&path).unwrap();

@@ -1,0 +1,442 @@
+//! The client library against scripted nodes on real sockets, and the client port of a node that is
+//! only starting. What a real cluster does is for other tests; here each failure comes on cue.
+
+#[path = "client_rpc/fake.rs"]
+mod fake;
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use fake::{Act, Fakes, dead_address};
+use pontoon::client::options::ClientOptions;
+use pontoon::client::{
+    Cas, Client, ClientError, Database, NotApplied, Operation, OperationResult, ScanOptions,
+};
+use pontoon::machine::command::Expect;
+
+fn key(text: &str) -> Bytes {
+    Bytes::copy_from_slice(text.as_bytes())
+}
+
+async fn connect(fakes: &Fakes) -> (Client, Database) {
+    let client = Client::connect([fakes.address(1)]).await.unwrap();
+    let database = client.database("db");
+    (client, database)
+}
+
+#[tokio::test]
+async fn operations_find_their_shards_and_come_back() {
+    let fakes = Fakes::start(2, 4);
+    let (client, db) = connect(&fakes).await;
+    assert_eq!(db.get(key("a")).await.unwrap(), None);
+    let first = db.put(key("a"), key("1")).await.unwrap();
+    let found = db.get(key("a")).await.unwrap().unwrap();
+    assert_eq!((found.value, found.version), (key("1"), first));
+    let wrong = db.cas(key("a"), Expect::Absent, key("2")).await.unwrap();
+    assert!(matches!(wrong, Cas::Mismatch(Some(there)) if there.value == key("1")));
+    let right = Expect::Version(first);
+    let second = match db.cas(key("a"), right, key("2")).await.unwrap() {
+        Cas::Written(version) => version,
+        other => panic!("{other:?}"),
+    };
+    assert!(second > first);
+    assert!(db.delete(key("a")).await.unwrap().is_some());
+    assert_eq!(db.delete(key("a")).await.unwrap(), None);
+
+    let puts = (0..100).map(|n| Operation::Put(key(&format!("k{n:02}")), key(&n.to_string())));
+    let mut operations: Vec<Operation> = puts.collect();
+    operations.insert(7, Operation::Get(Bytes::new()));
+    operations.push(Operation::Get(key("absent")));
+    let ends = db.batch(operations).await;
+    assert_eq!(ends.len(), 102);
+    assert!(matches!(ends[7], Err(ClientError::Invalid(_))));
+    assert_eq!(ends[101], Ok(OperationResult::Value(None)));
+    let written = |end: &&Result<_, _>| matches!(end, Ok(OperationResult::Written(_)));
+    assert_eq!(ends.iter().filter(written).count(), 100);
+
+    let options = ScanOptions { prefix: key("k"), limit: Some(95), keys_only: false };
+    let (mut scan, mut seen) = (db.scan(options), Vec::new());
+    loop {
+        let page = scan.next_page().await.unwrap();
+        if page.is_empty() {
+            break;
+        }
+        seen.extend(page.into_iter().map(|(key, _)| key));
+    }
+    assert_eq!(seen.len(), 95);
+    seen.sort();
+    seen.dedup();
+    assert_eq!(seen.len(), 95);
+    client.close().await;
+    let closed = ClientError::NotApplied(NotApplied::Closed);
+    assert_eq!(db.get(key("a")).await.unwrap_err(), closed);
+}
+
+#[tokio::test]
+async fn operations_that_wait_share_a_call() {
+    let fakes = Fakes::start(1, 1);
+    fakes.always(1, Act::Slow(Duration::from_millis(20)));
+    let (_client, db) = connect(&fakes).await;
+    let tasks: Vec<_> = (0..300)
+        .map(|n| {
+            let db = db.clone();
+            tokio::spawn(async move { db.put(key(&n.to_string()), key("v")).await })
+        })
+        .collect();
+    for task in tasks {
+        task.await.unwrap().unwrap();
+    }
+    let calls = fakes.calls(1);
+    assert_eq!(calls.iter().sum::<usize>(), 300);
+    assert!(calls.len() <= 20, "{} calls: {calls:?}", calls.len());
+    // A lone operation doesn't wait for company.
+    fakes.always(1, Act::Serve);
+    let begun = Instant::now();
+    db.get(key("1")).await.unwrap();
+    assert!(begun.elapsed() < Duration::from_millis(500));
+}
+
+#[tokio::test]
+async fn a_cas_whose_answer_is_lost_is_unknown_and_not_repeated() {
+    let fakes = Fakes::start(1, 1);
+    let (_client, db) = connect(&fakes).await;
+    fakes.next(1, Act::ApplyAndDrop);
+    let lost = db.cas(key("a"), Expect::Absent, key("1")).await;
+    assert!(matches!(lost, Err(ClientError::Unknown(_))), "{lost:?}");
+    assert_eq!(fakes.calls(1), [1]);
+    // The connection is replaced, and the caller finds out.
+    let found = db.get(key("a")).await.unwrap().unwrap();
+    assert_eq!(found.value, key("1"));
+    fakes.next(1, Act::Unknown);
+    let lost = db.cas(key("a"), Expect::Absent, key("1")).await;
+    assert!(matches!(lost, Err(ClientError::Unknown(_))), "{lost:?}");
+}
+
+#[tokio::test]
+async fn a_put_whose_answer_is_lost_is_repeated() {
+    let fakes = Fakes::start(1, 1);
+    let (_client, db) = connect(&fakes).await;
+    fakes.next(1, Act::ApplyAndDrop);
+    fakes.next(1, Act::Unknown);
+    let version = db.put(key("a"), key("1")).await.unwrap();
+    assert_eq!(version, 3, "each attempt was applied: at least once");
+    assert_eq!(fakes.calls(1), [1, 1, 1]);
+    fakes.next(1, Act::ApplyAndDrop);
+    assert!(db.get(key("a")).await.unwrap().is_some());
+}
+
+#[tokio::test]
+async fn redirects_are_followed_and_remembered() {
+    let fakes = Fakes::start(3, 1);
+    fakes.always(1, Act::NotLeader(Some(3)));
+    let (_client, db) = connect(&fakes).await;
+    let begun = Instant::now();
+    db.put(key("a"), key("1")).await.unwrap();
+    assert!(begun.elapsed() < Duration::from_millis(500));
+    db.put(key("b"), key("1")).await.unwrap();
+    assert_eq!(fakes.calls(1), [1]);
+    assert_eq!(fakes.calls(2), [0; 0]);
+    assert_eq!(fakes.calls(3), [1, 1]);
+    // No hint: the members in turn.
+    fakes.always(3, Act::NotLeader(None));
+    fakes.always(1, Act::NotLeader(None));
+    db.put(key("c"), key("1")).await.unwrap();
+    assert_eq!(fakes.calls(2), [1]);
+}
+
+#[tokio::test]
+async fn a_cas_that_was_not_applied_is_tried_elsewhere() {
+    let fakes = Fakes::start(2, 1);
+    let (_client, db) = connect(&fakes).await;
+    fakes.next(1, Act::Busy(30));
+    fakes.next(1, Act::NotLeader(Some(2)));
+    let begun = Instant::now();
+    let done = db.cas(key("a"), Expect::Absent, key("1")).await;
+    assert_eq!(done, Ok(Cas::Written(1)));
+    assert!(begun.elapsed() >= Duration::from_millis(30), "the busy node's wish");
+    assert_eq!((fakes.calls(1).len(), fakes.calls(2).len()), (2, 1));
+}
+
+#[tokio::test]
+async fn a_stale_route_is_healed_by_the_answer() {
+    let fakes = Fakes::start(2, 1);
+    let (_client, db) = connect(&fakes).await;
+    db.put(key("a"), key("1")).await.unwrap();
+    // The shard changes its range version; only the answer tells.
+    fakes.change_map(|map| {
+        let shard = map.shards.values_mut().find(|s| s.id.0 == 1).unwrap();
+        shard.epoch.range += 1;
+        shard.changed_at = 2;
+    });
+    let begun = Instant::now();
+    db.put(key("a"), key("2")).await.unwrap();
+    assert!(begun.elapsed() < Duration::from_millis(500));
+    assert_eq!(fakes.calls(1), [1, 1, 1]);
+}
+
+#[tokio::test]
+async fn a_database_made_later_is_found_and_an_unknown_one_refused() {
+    let fakes = Fakes::start(2, 1);
+    let (client, _db) = connect(&fakes).await;
+    let later = client.database("later");
+    let refused = later.get(key("a")).await.unwrap_err();
+    let unknown = ClientError::NotApplied(NotApplied::UnknownDatabase("later".into()));
+    assert_eq!(refused, unknown);
+    fakes.change_map(|map| {
+        map.version += 1;
+        let version = map.version;
+        for database in map.databases.values_mut() {
+            database.name = "later".into();
+            database.changed_at = version;
+        }
+    });
+    later.put(key("a"), key("1")).await.unwrap();
+}
+
+#[tokio::test]
+async fn any_seed_may_be_down_and_a_dead_node_is_left() {
+    let fakes = Fakes::start(3, 1);
+    let seeds = [dead_address(), fakes.address(2), dead_address()];
+    let client = Client::connect(seeds).await.unwrap();
+    let db = client.database("db");
+    db.put(key("a"), key("1")).await.unwrap();
+    assert_eq!(fakes.calls(1), [1]);
+    fakes.kill(1);
+    let begun = Instant::now();
+    db.put(key("b"), key("1")).await.unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(1));
+    assert_eq!(fakes.calls(2), [1]);
+    assert_eq!(client.map().await.unwrap().nodes.len(), 3);
+
+    let nobody =
+        ClientOptions { timeout: Duration::from_millis(300), ..ClientOptions::new([dead_address()]) };
+    let begun = Instant::now();
+    let error = Client::connect_with(nobody).await.err().unwrap();
+    assert!(matches!(error, ClientError::NotApplied(NotApplied::Unavailable { .. })));
+    assert!(begun.elapsed() < Duration::from_secs(1));
+}
+
+#[tokio::test]
+async fn a_hung_leader_is_left_for_another() {
+    let fakes = Fakes::start(2, 1);
+    let (_client, db) = connect(&fakes).await;
+    fakes.always(1, Act::Hang);
+    let begun = Instant::now();
+    db.put(key("a"), key("1")).await.unwrap();
+    let took = begun.elapsed();
+    assert!(took > Duration::from_secs(1) && took < Duration::from_secs(4), "{took:?}");
+    let begun = Instant::now();
+    db.put(key("b"), key("1")).await.unwrap();
+    assert!(begun.elapsed() < Duration::from_millis(500), "the new leader is known");
+}
+
+#[tokio::test]
+async fn deadlines_hold_and_say_what_is_known() {
+    let fakes = Fakes::start(1, 1);
+    let (_client, db) = connect(&fakes).await;
+    fakes.always(1, Act::Hang);
+    let brief = db.with_timeout(Duration::from_millis(300));
+    let begun = Instant::now();
+    let (read, write, cas) = tokio::join!(
+        brief.get(key("a")),
+        brief.put(key("a"), key("1")),
+        brief.cas(key("a"), Expect::Absent, key("1")),
+    );
+    assert!(matches!(read, Err(ClientError::NotApplied(NotApplied::Unavailable { .. }))));
+    assert!(matches!(write, Err(ClientError::Unknown(_))));
+    assert!(matches!(cas, Err(ClientError::Unknown(_))));
+    // All calls of the shard hang: what waits behind them ends in time too, certainly not applied.
+    let many: Vec<_> = (0..40)
+        .map(|n| {
+            let (long, brief) = (db.clone(), brief.clone());
+            tokio::spawn(async move {
+                // One at a time fills the lane; the last ones have to wait.
+                tokio::time::sleep(Duration::from_millis(n)).await;
+                let db = if n < 20 { long.with_timeout(Duration::from_secs(2)) } else { brief };
+                let begun = Instant::now();
+                (db.put(key("q"), key("1")).await, begun.elapsed(), n)
+            })
+        })
+        .collect();
+    let mut not_sent = 0;
+    for task in many {
+        let (end, took, n) = task.await.unwrap();
+        let most = if n < 20 { 2_200 } else { 400 };
+        assert!(took < Duration::from_millis(most), "{took:?} for {n}");
+        not_sent += usize::from(matches!(end, Err(ClientError::NotApplied(_))));
+        assert!(end.is_err());
+    }
+    assert!(not_sent >= 20, "{not_sent} were never sent");
+    assert!(begun.elapsed() < Duration::from_secs(4));
+}
+
+#[tokio::test]
+async fn close_answers_everybody_within_a_second() {
+    let fakes = Fakes::start(1, 1);
+    let (client, db) = connect(&fakes).await;
+    fakes.always(1, Act::Hang);
+    let pending: Vec<_> = (0..10)
+        .map(|n| {
+            let db = db.clone();
+            tokio::spawn(async move { db.put(key(&n.to_string()), key("1")).await })
+        })
+        .collect();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let begun = Instant::now();
+    client.close().await;
+    for task in pending {
+        assert!(task.await.unwrap().is_err());
+    }
+    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    client.close().await;
+}
+
+/// The caller's runtime needs no timer, no I/O, and may be another one for each call.
+#[test]
+fn any_runtime_will_do() {
+    let fakes = Fakes::start(1, 1);
+    let bare = || tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let client = bare().block_on(Client::connect([fakes.address(1)])).unwrap();
+    let db = client.database("db");
+    let threads: Vec<_> = (0..4)
+        .map(|n: u32| {
+            let db = db.clone();
+            std::thread::spawn(move || {
+                bare().block_on(async { db.put(key(&n.to_string()), key("v")).await.unwrap() })
+            })
+        })
+        .collect();
+    for thread in threads {
+        thread.join().unwrap();
+    }
+    bare().block_on(client.close());
+}
+
+#[tokio::test]
+async fn another_protocol_version_is_named() {
+    let fakes = Fakes::start(1, 1);
+    fakes.always(1, Act::WrongVersion);
+    let options =
+        ClientOptions { timeout: Duration::from_millis(300), ..ClientOptions::new([fakes.address(1)]) };
+    let error = Client::connect_with(options).await.err().unwrap().to_string();
+    assert!(error.contains("protocol"), "{error}");
+}
+
+#[tokio::test]
+async fn a_node_with_another_identity_is_not_written_to() {
+    let fakes = Fakes::start(2, 1);
+    let (_client, db) = connect(&fakes).await;
+    // The map says that node 1 is where node 2 listens.
+    fakes.change_map(|map| {
+        map.version += 1;
+        let version = map.version;
+        let address = map.nodes[&pontoon::ids::NodeId(2)].client_address.clone();
+        for node in map.nodes.values_mut() {
+            node.client_address = address.clone();
+            node.changed_at = version;
+        }
+    });
+    _client.map().await.unwrap();
+    let brief = db.with_timeout(Duration::from_millis(500));
+    brief.put(key("a"), key("1")).await.unwrap();
+    assert_eq!(fakes.calls(1), [0; 0]);
+    assert_eq!(fakes.calls(2), [1], "as node 2, not as node 1");
+}
+
+mod port {
+    use super::*;
+    use pontoon::node::handle::{NodeHandle, NodePhase};
+    use std::io::{Read, Write};
+    use std::net::TcpStream;
+    use tokio::sync::oneshot;
+
+    /// The client port of a node that is starting. Ends when the sender is dropped.
+    fn serve() -> (String, oneshot::Sender<()>, std::thread::JoinHandle<()>) {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let (stop, stopped) = oneshot::channel::<()>();
+        let thread = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            let local = tokio::task::LocalSet::new();
+            local.block_on(&runtime.unwrap(), async {
+                let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+                pontoon::rpc::serve(listener, NodeHandle::new("n1".into()), stopped).await;
+            });
+        });
+        (address, stop, thread)
+    }
+
+    fn answer_to(address: &str, bytes: &[u8]) -> Vec<u8> {
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        stream.write_all(bytes).unwrap();
+        let mut answer = Vec::new();
+        match stream.read_to_end(&mut answer) {
+            Ok(_) => (),
+            Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset => (),
+            Err(e) => panic!("not closed: {e}"),
+        }
+        answer
+    }
+
+    #[tokio::test]
+    async fn garbage_costs_only_its_own_connection() {
+        let (address, _stop, _thread) = serve();
+        let garbage: [&[u8]; 5] = [
+            b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+            &[0xff; 64],
+            // One segment of 8 GiB; a message without a root; an RPC message of an unknown kind.
+            &[0, 0, 0, 0, 0xff, 0xff, 0xff, 0x3f],
+            b"\x00\x00\x00\x00\x02\x00\x00\x00PPPPPPPPPPPPPPPP",
+            b"PNTX\x01\x00\x00\x00",
+        ];
+        for bytes in garbage {
+            let at = address.clone();
+            let (bytes, sent) = (bytes.to_vec(), bytes.to_vec());
+            let answer = tokio::task::spawn_blocking(move || answer_to(&at, &bytes));
+            assert!(answer.await.unwrap().len() < 4096, "{sent:?}");
+        }
+        let client = Client::unconnected(ClientOptions::new([address.clone()])).unwrap();
+        let report = client.node_report(&address, Duration::from_secs(5)).await.unwrap();
+        assert_eq!((report.phase, report.label.as_str()), (NodePhase::Starting, "n1"));
+    }
+
+    #[tokio::test]
+    async fn a_node_on_the_client_port_is_told_so() {
+        let (address, _stop, _thread) = serve();
+        let preamble = pontoon::transport::frame::preamble();
+        let answer = tokio::task::spawn_blocking(move || answer_to(&address, &preamble));
+        let answer = answer.await.unwrap();
+        let text = String::from_utf8_lossy(&answer);
+        assert!(text.contains("client port"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn a_starting_node_says_not_applied() {
+        let (address, _stop, _thread) = serve();
+        let options =
+            ClientOptions { timeout: Duration::from_millis(200), ..ClientOptions::new([address.clone()]) };
+        let client = Client::unconnected(options).unwrap();
+        let error = client.database("db").put(key("a"), key("1")).await.unwrap_err();
+        let text = error.to_string();
+        assert!(matches!(error, ClientError::NotApplied(NotApplied::Unavailable { .. })), "{text}");
+        assert!(text.contains("isn't a member"), "{text}");
+        let made = client.create_database("db", 1, 1, Duration::from_millis(200)).await;
+        assert!(matches!(made, Err(ClientError::NotApplied(_))), "{made:?}");
+        let made = client.create_database("d b", 1, 1, Duration::from_millis(200)).await;
+        assert!(matches!(made, Err(ClientError::Invalid(_))), "{made:?}");
+    }
+
+    #[tokio::test]
+    async fn stopping_closes_what_is_open() {
+        let (address, stop, thread) = serve();
+        let client = Client::unconnected(ClientOptions::new([address.clone()])).unwrap();
+        client.node_report(&address, Duration::from_secs(5)).await.unwrap();
+        let begun = Instant::now();
+        drop(stop);
+        tokio::task::spawn_blocking(move || thread.join().unwrap()).await.unwrap();
+        assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+        assert!(client.node_report(&address, Duration::from_secs(5)).await.is_err());
+    }
+}

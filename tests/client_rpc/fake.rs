@@ -1,0 +1,404 @@
+//! Scripted nodes: each listens on a port of its own, answers the public protocol, and fails on cue.
+//! All share one store, whose version counts every write.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::rc::Rc;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use capnp_rpc::rpc_twoparty_capnp::Side;
+use capnp_rpc::{RpcSystem, new_client, twoparty};
+use pontoon::codec::records::write_delta;
+use pontoon::codec::refusal::write_refusal;
+use pontoon::ids::{DatabaseId, Epoch, NodeId, RandomId, ReplicaId, ShardId};
+use pontoon::placement::map::{ClusterMap, DatabaseRecord, Member, MemberRole, NodeRecord, ShardRecord};
+use pontoon::placement::ring::{self, equal_ranges};
+use pontoon::refusal::Refusal;
+use pontoon::schema::admin_capnp::admin;
+use pontoon::schema::kv_capnp::{expect, gate, kv, op_result, operation};
+use pontoon::transport::rpc_stream::{reader_options, rpc_streams};
+use tokio::sync::{Notify, oneshot};
+use tokio::task::spawn_local;
+
+/// What a node does with a batch.
+#[derive(Clone, Debug)]
+pub enum Act {
+    Serve,
+    Slow(Duration),
+    NotLeader(Option<u64>),
+    Busy(u32),
+    /// Applies everything, but says that the outcome is unknown.
+    Unknown,
+    /// Applies everything, then closes the connection instead of answering.
+    ApplyAndDrop,
+    /// Takes the call and never answers.
+    Hang,
+    /// Refuses at the gate.
+    WrongVersion,
+}
+
+type Store = BTreeMap<Vec<u8>, (Vec<u8>, u64)>;
+
+#[derive(Default)]
+struct Shared {
+    map: ClusterMap,
+    store: Store,
+    version: u64,
+    always: HashMap<u64, Act>,
+    next: HashMap<u64, VecDeque<Act>>,
+    /// Operations in each batch, by node.
+    calls: HashMap<u64, Vec<usize>>,
+}
+
+/// A cluster of scripted nodes with one database, `db`, each of whose shards has a replica on each node.
+pub struct Fakes {
+    shared: Arc<Mutex<Shared>>,
+    stops: Mutex<HashMap<u64, oneshot::Sender<()>>>,
+}
+
+/// An address on which nobody listens.
+pub fn dead_address() -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().to_string()
+}
+
+impl Fakes {
+    pub fn start(nodes: u64, shards: u32) -> Fakes {
+        let shared = Arc::new(Mutex::new(Shared::default()));
+        let mut map = ClusterMap { cluster_id: RandomId([1; 16]), version: 1, ..ClusterMap::default() };
+        let mut stops = HashMap::new();
+        for id in 1..=nodes {
+            let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+            listener.set_nonblocking(true).unwrap();
+            let record = NodeRecord {
+                id: NodeId(id),
+                label: String::new(),
+                client_address: listener.local_addr().unwrap().to_string(),
+                peer_address: String::new(),
+                zone: String::new(),
+                weight: 100,
+                store_id: RandomId::default(),
+                changed_at: 1,
+            };
+            map.nodes.insert(record.id, record);
+            let (stop, stopped) = oneshot::channel();
+            stops.insert(id, stop);
+            let shared = shared.clone();
+            std::thread::spawn(move || {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+                let local = tokio::task::LocalSet::new();
+                local.block_on(&runtime, async {
+                    tokio::select! {
+                        _ = stopped => (),
+                        () = listen(listener, id, shared) => (),
+                    }
+                });
+            });
+        }
+        let ranges = equal_ranges(shards);
+        for (id, range) in (1u64..).zip(ranges) {
+            let members = (1..=nodes).map(|node| Member {
+                replica: ReplicaId(id * 100 + node),
+                node: NodeId(node),
+                role: MemberRole::Voter,
+            });
+            let record = ShardRecord {
+                id: ShardId(id),
+                database: DatabaseId(1),
+                range,
+                epoch: Epoch { range: 1, conf: 1 },
+                members: members.collect(),
+                dropped: false,
+                changed_at: 1,
+            };
+            map.shards.insert(record.id, record);
+        }
+        let database = DatabaseRecord {
+            id: DatabaseId(1),
+            name: "db".into(),
+            replicas: nodes as u32,
+            shards: map.shards.keys().copied().collect(),
+            dropped: false,
+            changed_at: 1,
+        };
+        map.databases.insert(database.id, database);
+        shared.lock().unwrap().map = map;
+        Fakes { shared, stops: Mutex::new(stops) }
+    }
+
+    pub fn address(&self, node: u64) -> String {
+        let shared = self.shared.lock().unwrap();
+        shared.map.nodes[&NodeId(node)].client_address.clone()
+    }
+
+    /// What `node` does where nothing else is next.
+    pub fn always(&self, node: u64, act: Act) {
+        self.shared.lock().unwrap().always.insert(node, act);
+    }
+
+    /// What `node` does once.
+    pub fn next(&self, node: u64, act: Act) {
+        let mut shared = self.shared.lock().unwrap();
+        shared.next.entry(node).or_default().push_back(act);
+    }
+
+    /// Sizes of the batches that came to `node`.
+    pub fn calls(&self, node: u64) -> Vec<usize> {
+        let shared = self.shared.lock().unwrap();
+        shared.calls.get(&node).cloned().unwrap_or_default()
+    }
+
+    pub fn change_map(&self, change: impl FnOnce(&mut ClusterMap)) {
+        change(&mut self.shared.lock().unwrap().map);
+    }
+
+    /// Closes the port and all connections of `node`.
+    pub fn kill(&self, node: u64) {
+        self.stops.lock().unwrap().remove(&node);
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+async fn listen(listener: std::net::TcpListener, node: u64, shared: Arc<Mutex<Shared>>) {
+    let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+    loop {
+        let (stream, _) = listener.accept().await.unwrap();
+        let (reader, writer, flusher) = rpc_streams(stream).unwrap();
+        let network = twoparty::VatNetwork::new(reader, writer, Side::Server, reader_options());
+        let fake = Fake { node, shared: shared.clone(), drop: Rc::default() };
+        let gone = fake.drop.clone();
+        let gate: gate::Client = new_client(fake);
+        let system = RpcSystem::new(Box::new(network), Some(gate.client));
+        let flusher = spawn_local(flusher);
+        spawn_local(async move {
+            tokio::select! {
+                _ = system => (),
+                () = gone.notified() => flusher.abort(),
+            }
+        });
+    }
+}
+
+#[derive(Clone)]
+struct Fake {
+    node: u64,
+    shared: Arc<Mutex<Shared>>,
+    /// Closes the connection.
+    drop: Rc<Notify>,
+}
+
+impl Fake {
+    fn act(&self) -> Act {
+        let mut shared = self.shared.lock().unwrap();
+        let next = shared.next.get_mut(&self.node);
+        next.and_then(VecDeque::pop_front)
+            .or_else(|| shared.always.get(&self.node).cloned())
+            .unwrap_or(Act::Serve)
+    }
+}
+
+impl gate::Server for Fake {
+    async fn open(
+        self: Rc<Self>,
+        _: gate::OpenParams,
+        mut results: gate::OpenResults,
+    ) -> Result<(), capnp::Error> {
+        let shared = self.shared.lock().unwrap();
+        if let Some(Act::WrongVersion) = shared.always.get(&self.node) {
+            return Err(capnp::Error::failed("no shared protocol version".into()));
+        }
+        let mut answer = results.get();
+        let mut welcome = answer.reborrow().init_welcome();
+        welcome.set_protocol(1);
+        welcome.set_node(self.node);
+        welcome.set_cluster_id(&shared.map.cluster_id.0);
+        answer.set_kv(new_client((*self).clone()));
+        answer.set_admin(new_client((*self).clone()));
+        Ok(())
+    }
+}
+
+impl admin::Server for Fake {}
+
+impl kv::Server for Fake {
+    async fn map(
+        self: Rc<Self>,
+        params: kv::MapParams,
+        mut results: kv::MapResults,
+    ) -> Result<(), capnp::Error> {
+        let shared = self.shared.lock().unwrap();
+        let delta = shared.map.delta(params.get()?.get_since());
+        write_delta(&delta, results.get().init_delta());
+        Ok(())
+    }
+
+    async fn batch(
+        self: Rc<Self>,
+        params: kv::BatchParams,
+        mut results: kv::BatchResults,
+    ) -> Result<(), capnp::Error> {
+        let request = params.get()?.get_request()?;
+        let operations = request.get_operations()?;
+        let shard = ShardId(request.get_shard());
+        let act = self.act();
+        let stale = {
+            let mut shared = self.shared.lock().unwrap();
+            let calls = shared.calls.entry(self.node).or_default();
+            calls.push(operations.len() as usize);
+            let record = &shared.map.shards[&shard];
+            let keys = operations.iter().map(|o| o.get_key().unwrap());
+            for key in keys {
+                assert!(record.range.contains(ring::position(key)), "misrouted");
+            }
+            (record.epoch.range != request.get_range_version()).then_some(record.epoch.range)
+        };
+        let mut response = results.get().init_response();
+        let refusal = match act {
+            Act::Serve | Act::WrongVersion | Act::ApplyAndDrop => None,
+            Act::Slow(time) => {
+                tokio::time::sleep(time).await;
+                None
+            }
+            Act::Hang => {
+                std::future::pending::<()>().await;
+                None
+            }
+            Act::NotLeader(leader) => Some(Refusal::NotLeader { shard, leader: leader.map(NodeId) }),
+            Act::Busy(retry_after_ms) => {
+                Some(Refusal::Busy { what: "pending operations".into(), retry_after_ms })
+            }
+            Act::Unknown => Some(Refusal::Unknown("leadership was lost".into())),
+        };
+        let mut shared = self.shared.lock().unwrap();
+        if let Some(range_version) = stale {
+            let refusal = Refusal::StaleRoute { shard, asked: request.get_range_version(), range_version };
+            write_refusal(&refusal, response.reborrow().init_error());
+            let mut route = shared.map.delta(0);
+            route.since = route.version;
+            write_delta(&route, response.init_route());
+            return Ok(());
+        }
+        let unknown = matches!(act, Act::Unknown);
+        let mut list = match refusal {
+            Some(refusal) if !unknown => {
+                write_refusal(&refusal, response.init_error());
+                return Ok(());
+            }
+            refusal => {
+                let mut list = response.init_results(operations.len());
+                if let Some(refusal) = refusal {
+                    for at in 0..list.len() {
+                        write_refusal(&refusal, list.reborrow().get(at).init_error());
+                    }
+                }
+                list
+            }
+        };
+        for (at, operation) in operations.iter().enumerate() {
+            let result = list.reborrow().get(at as u32);
+            apply(&mut shared, operation, (!unknown).then_some(result))?;
+        }
+        if matches!(act, Act::ApplyAndDrop) {
+            drop(shared);
+            self.drop.notify_one();
+            std::future::pending::<()>().await;
+        }
+        Ok(())
+    }
+
+    async fn scan(
+        self: Rc<Self>,
+        params: kv::ScanParams,
+        mut results: kv::ScanResults,
+    ) -> Result<(), capnp::Error> {
+        let request = params.get()?.get_request()?;
+        let shared = self.shared.lock().unwrap();
+        let range = shared.map.shards[&ShardId(request.get_shard())].range;
+        let (prefix, after) = (request.get_prefix()?, request.get_after()?);
+        // Small pages, so that there are many.
+        let limit = request.get_limit().min(7) as usize;
+        let wanted =
+            |key: &[u8]| range.contains(ring::position(key)) && key.starts_with(prefix) && key > after;
+        let found: Vec<_> = shared.store.iter().filter(|(k, _)| wanted(k)).collect();
+        let mut page = results.get().init_response().init_page();
+        page.set_more(found.len() > limit);
+        let count = found.len().min(limit) as u32;
+        let mut pairs = page.init_pairs(count);
+        for (at, (key, (value, version))) in (0..count).zip(found) {
+            let mut pair = pairs.reborrow().get(at);
+            pair.set_key(key);
+            pair.set_value(value);
+            pair.set_version(*version);
+        }
+        Ok(())
+    }
+}
+
+/// Applies an operation; writes its result if there is a place for it.
+fn apply(
+    shared: &mut Shared,
+    operation: operation::Reader<'_>,
+    to: Option<op_result::Builder<'_>>,
+) -> Result<(), capnp::Error> {
+    let key = operation.get_key()?.to_vec();
+    let there = shared.store.get(&key).cloned();
+    let mut write = |value: &[u8]| {
+        shared.version += 1;
+        shared.store.insert(key.clone(), (value.to_vec(), shared.version));
+        shared.version
+    };
+    match operation.which()? {
+        operation::Get(()) => {
+            if let Some(mut to) = to {
+                match there {
+                    Some((value, version)) => {
+                        let mut found = to.init_value();
+                        found.set_value(&value);
+                        found.set_version(version);
+                    }
+                    None => to.set_absent(()),
+                }
+            }
+        }
+        operation::Put(value) => {
+            let version = write(value?);
+            if let Some(mut to) = to {
+                to.set_written(version);
+            }
+        }
+        operation::Delete(()) => {
+            let existed = shared.store.remove(&key).is_some();
+            shared.version += u64::from(existed);
+            if let Some(mut to) = to {
+                match existed {
+                    true => to.set_deleted(shared.version),
+                    false => to.set_absent(()),
+                }
+            }
+        }
+        operation::Cas(cas) => {
+            let holds = match cas.get_expect()?.which()? {
+                expect::Absent(()) => there.is_none(),
+                expect::Value(value) => there.as_ref().is_some_and(|(v, _)| v == value.unwrap()),
+                expect::Version(version) => there.as_ref().is_some_and(|(_, v)| *v == version),
+            };
+            let version = match holds {
+                true => Some(write(cas.get_value()?)),
+                false => None,
+            };
+            let Some(mut to) = to else { return Ok(()) };
+            match (version, there) {
+                (Some(version), _) => to.set_written(version),
+                (None, there) => {
+                    let mut mismatch = to.init_mismatch();
+                    mismatch.set_found(there.is_some());
+                    if let Some((value, version)) = there {
+                        mismatch.set_value(&value);
+                        mismatch.set_version(version);
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
