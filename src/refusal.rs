@@ -111,6 +111,24 @@ impl Refusal {
         }
     }
 
+    /// One word for the kind, for metrics.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Refusal::NotLeader { .. } => "not_leader",
+            Refusal::StaleRoute { .. } => "stale_route",
+            Refusal::Busy { .. } => "busy",
+            Refusal::Invalid(_) => "invalid",
+            Refusal::Superseded => "superseded",
+            Refusal::Unknown(_) => "unknown_outcome",
+            Refusal::Unavailable(_) => "unavailable",
+            Refusal::Quarantined(_) => "quarantined",
+            Refusal::Deadline => "deadline",
+            Refusal::UnknownDatabase(_) => "unknown_database",
+            Refusal::Refused(_) => "refused",
+            Refusal::Other { .. } => "other",
+        }
+    }
+
     /// Milliseconds to wait before trying again; 0: at once.
     pub fn retry_after_ms(&self) -> u32 {
         match self {

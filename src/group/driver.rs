@@ -21,6 +21,7 @@ use crate::refusal::Refusal;
 use crate::storage::StorageError;
 use crate::storage::log::{LogState, LogStore, LogWrite};
 use crate::storage::state::{Frozen, Lookup, ReplicaState};
+use crate::telemetry::metrics as names;
 
 /// Ticks after which proposals of a lost leadership are reported as unknown, if the log has not
 /// decided them: long enough for the next leader to be elected and to commit.
@@ -397,6 +398,7 @@ impl<T> Group<T> {
             let data = encode_entry(&commands);
             match self.raft.propose(Vec::new(), data) {
                 Ok(()) => {
+                    metrics::counter!(names::PROPOSALS).increment(tokens.len() as u64);
                     let position =
                         Position { index: self.raft.raft.raft_log.last_index(), term: self.raft.raft.term };
                     self.proposals.insert(position, tokens);
@@ -485,7 +487,7 @@ impl<T> Group<T> {
         }
         self.raft.advance_apply_to(last);
         self.raft.mut_store().trim_cache(last);
-        metrics::counter!("pontoon_apply_entries_total").increment(count);
+        metrics::counter!(names::APPLY_ENTRIES).increment(count);
         Ok(())
     }
 
@@ -546,7 +548,11 @@ impl<T> Group<T> {
 
     /// Answers reads whose index is applied: at once if memory knows the key, else by the shell.
     fn serve_reads(&mut self, effects: &mut Effects<T>) -> Result<(), GroupError> {
-        for (token, query) in self.reads.ready(self.applied()) {
+        let ready = self.reads.ready(self.applied());
+        if !ready.is_empty() {
+            metrics::counter!(names::READS).increment(ready.len() as u64);
+        }
+        for (token, query) in ready {
             let in_memory = match &query {
                 Query::Get { key } => self.state.lookup(key) != Lookup::AskEngine,
                 Query::Scan { .. } => false,

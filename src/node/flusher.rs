@@ -12,6 +12,7 @@ use tokio::sync::oneshot;
 use crate::ids::{Incarnation, Position, ReplicaId};
 use crate::storage::flush::{FlushStep, Flusher};
 use crate::storage::state::Frozen;
+use crate::telemetry::metrics as names;
 
 /// A frozen memtable on its way to disk.
 pub struct FlushJob {
@@ -130,6 +131,6 @@ fn flush(flusher: &mut Flusher, jobs: &[FlushJob]) -> Result<(), crate::storage:
             sink.flushed(step, batch);
         }
     })?;
-    metrics::histogram!("pontoon_flush_seconds").record(begun.elapsed());
+    metrics::histogram!(names::FLUSH_SECONDS).record(begun.elapsed());
     Ok(())
 }

@@ -22,6 +22,7 @@ use crate::limits;
 use crate::storage::flush::FlushStep;
 use crate::storage::log::LogState;
 use crate::storage::state::ReplicaState;
+use crate::telemetry::metrics as names;
 
 /// See the module page.
 pub struct Hub {
@@ -100,6 +101,8 @@ impl Hub {
 
     fn tick(&mut self) {
         let pressure = self.shared.memory.pressure();
+        let (active, frozen) = self.shared.memory.bytes();
+        metrics::gauge!(names::MEMTABLE_BYTES).set((active + frozen) as f64);
         let pause = pressure == Pressure::Pause;
         for (_, addr) in self.replicas.values() {
             if pressure != Pressure::Low {
@@ -183,7 +186,7 @@ impl Handler<Deliver> for Hub {
                 continue;
             };
             if addr.try_send(Step(batch)).is_err() {
-                metrics::counter!("pontoon_peer_dropped_total").increment(1);
+                metrics::counter!(names::PEER_DROPPED).increment(1);
             }
         }
     }

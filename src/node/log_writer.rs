@@ -37,6 +37,7 @@ use crate::limits;
 use crate::storage::StorageError;
 use crate::storage::log::{LogStore, LogWrite};
 use crate::storage::log_disk::panic_text;
+use crate::telemetry::metrics as names;
 
 /// Told of what has become durable. One per arbiter: what crosses threads crosses in batches.
 pub trait PersistSink: Send + Sync {
@@ -434,12 +435,12 @@ fn write_batch(shared: &Shared, batch: Vec<WriteTask>) -> Result<(), StorageErro
             Err(e) => return Err(e),
         }
     }
-    metrics::histogram!("pontoon_log_sync_seconds").record(begun.elapsed().as_secs_f64());
+    metrics::histogram!(names::LOG_SYNC_SECONDS).record(begun.elapsed().as_secs_f64());
     let entries = writes.iter().map(|w| w.entries.len() as u64).sum();
-    metrics::counter!("pontoon_log_entries_total").increment(entries);
-    metrics::histogram!("pontoon_log_batch_writes").record(writes.len() as f64);
+    metrics::counter!(names::LOG_ENTRIES).increment(entries);
+    metrics::histogram!(names::LOG_BATCH_WRITES).record(writes.len() as f64);
     let bytes: usize = writes.iter().map(LogWrite::size).sum();
-    metrics::histogram!("pontoon_log_batch_bytes").record(bytes as f64);
+    metrics::histogram!(names::LOG_BATCH_BYTES).record(bytes as f64);
     // There are as many sinks as arbiters: a few.
     let mut told: Vec<(Arc<dyn PersistSink>, Vec<Name>)> = Vec::new();
     for (name, done) in names {

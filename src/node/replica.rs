@@ -25,6 +25,7 @@ use crate::machine::command::Query;
 use crate::machine::{kv, meta};
 use crate::refusal::Refusal;
 use crate::storage::flush::FlushStep;
+use crate::telemetry::metrics as names;
 
 /// Replica → itself: the mailbox is drained, do the work.
 #[derive(Message)]
@@ -150,6 +151,9 @@ impl ReplicaActor {
             }]);
         }
         for (ticket, result) in done {
+            if let Err(refusal) = &result {
+                metrics::counter!(names::REFUSALS, "reason" => refusal.kind()).increment(1);
+            }
             ticket.finish(result);
         }
         self.read_elsewhere(reads);
@@ -157,7 +161,7 @@ impl ReplicaActor {
             self.fetch(fetch, ctx);
         }
         if let Some(change) = leader {
-            metrics::counter!("pontoon_leader_changes_total").increment(1);
+            metrics::counter!(names::LEADER_CHANGES).increment(1);
             self.supervisor.do_send(LeaderChanged { shard: self.shard, replica: self.replica, change });
         }
         if more {

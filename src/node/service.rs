@@ -20,6 +20,7 @@ use crate::ids::{METADATA_SHARD, NodeId};
 use crate::limits;
 use crate::machine::command::{MetaCommand, MetaReply};
 use crate::refusal::Refusal;
+use crate::telemetry::metrics as names;
 use crate::transport::call::{HelloConfig, PeerClient};
 use crate::transport::handshake::Identity;
 use crate::transport::listener::PeerHandler;
@@ -159,7 +160,7 @@ impl PeerHandler for Arc<PeerService> {
         let batches = to.data_hubs.iter().zip(data).chain(std::iter::once((&to.control_hub, metadata)));
         for (hub, batch) in batches {
             if !batch.is_empty() && hub.try_send(Deliver(batch)).is_err() {
-                metrics::counter!("pontoon_peer_dropped_total").increment(1);
+                metrics::counter!(names::PEER_DROPPED).increment(1);
             }
         }
     }

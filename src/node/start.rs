@@ -34,6 +34,7 @@ use crate::storage::identity::DataDir;
 use crate::storage::log::LogStore;
 use crate::storage::log_disk::{DiskLog, DiskLogOptions};
 use crate::telemetry::http::HealthView;
+use crate::telemetry::metrics as names;
 use crate::transport::listener::{PeerHandler, PeerListener};
 use crate::transport::network::{PeerNetwork, PeerNetworkConfig};
 use crate::{rpc, telemetry};
@@ -398,7 +399,7 @@ async fn measure_disk(handle: NodeHandle, path: std::path::PathBuf) {
         match tokio::task::spawn_blocking(move || bytes_under(&dir)).await {
             Ok(bytes) => {
                 handle.set_disk_bytes(bytes);
-                metrics::gauge!("pontoon_disk_bytes").set(bytes as f64);
+                metrics::gauge!(names::DISK_BYTES).set(bytes as f64);
             }
             Err(error) => tracing::debug!(%error, "measuring the data directory"),
         }

@@ -34,6 +34,7 @@ use crate::storage::identity::DataDir;
 use crate::storage::log::{LogState, LogStore, ReplicaRecord};
 use crate::storage::state::{ReplicaState, StateHeader};
 use crate::telemetry;
+use crate::telemetry::metrics as names;
 
 /// What a node is and where it keeps things.
 pub struct Site {
@@ -208,14 +209,14 @@ impl Supervisor {
             routes.push((shard, Route { replica, target }));
         }
         self.shared.router.update(|all| all.extend(routes));
-        metrics::gauge!("pontoon_replicas").set(self.addrs.len() as f64);
+        metrics::gauge!(names::REPLICAS).set(self.addrs.len() as f64);
         self.opening.send_modify(|left| *left = left.map(|left| left.saturating_sub(count)));
     }
 
     /// A better map is known: keep it, tell others, do what it orders.
     fn take_map(&mut self, map: ClusterMap, ctx: &mut Context<Self>) {
         tracing::debug!(version = map.version, "new cluster map");
-        metrics::gauge!("pontoon_map_version").set(map.version as f64);
+        metrics::gauge!(names::MAP_VERSION).set(map.version as f64);
         let orders = self.replicas.orders(&map, self.site.node);
         let peers: Vec<_> = (map.nodes.values())
             .filter(|n| n.id != self.site.node)
@@ -426,7 +427,7 @@ impl Handler<ReplicaDown> for Supervisor {
             return;
         };
         tracing::error!(%shard, %replica, incarnation, reason, ?verdict, "replica crashed");
-        metrics::counter!("pontoon_replica_restarts_total").increment(1);
+        metrics::counter!(names::REPLICA_RESTARTS).increment(1);
         self.addrs.remove(&replica);
         self.led.remove(&shard);
         self.hub(shard).do_send(Forget(replica, incarnation));
@@ -476,7 +477,7 @@ impl Handler<LeaderChanged> for Supervisor {
         } else {
             self.led.remove(&changed.shard);
         }
-        metrics::gauge!("pontoon_leaders").set(self.led.len() as f64);
+        metrics::gauge!(names::LEADERS).set(self.led.len() as f64);
     }
 }
 

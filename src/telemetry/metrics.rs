@@ -62,16 +62,14 @@ metrics_table! {
         "Time to write one gathered batch of all groups to the raft log and sync it, in seconds.";
     LOG_ENTRIES = "pontoon_log_entries_total", Counter, [],
         "Entries made durable in the raft log.";
-    LOG_WRITES = "pontoon_log_writes_total", Counter, [],
-        "Gathered batches written to the raft log, each with one sync.";
-    LOG_BYTES = "pontoon_log_bytes", Gauge, [],
-        "Size of the raft log on disk, in bytes.";
+    LOG_BATCH_WRITES = "pontoon_log_batch_writes", Histogram, [],
+        "Writes of groups gathered into one append of the raft log, with one sync.";
+    LOG_BATCH_BYTES = "pontoon_log_batch_bytes", Histogram, [],
+        "Size of such an append, in bytes.";
     APPLY_ENTRIES = "pontoon_apply_entries_total", Counter, [],
         "Committed entries executed by replicas of this node.";
-    APPLY_COMMANDS = "pontoon_apply_commands_total", Counter, [],
-        "Commands executed by replicas of this node; an entry holds one or more.";
-    REPLICAS = "pontoon_replicas", Gauge, ["state"],
-        "Replicas on this node, by state.";
+    REPLICAS = "pontoon_replicas", Gauge, [],
+        "Replicas that run on this node.";
     LEADERS = "pontoon_leaders", Gauge, [],
         "Replicas on this node that lead their group.";
     LEADER_CHANGES = "pontoon_leader_changes_total", Counter, [],
@@ -82,18 +80,30 @@ metrics_table! {
         "Time of one round that moves frozen memtables into the state store, in seconds.";
     MEMTABLE_BYTES = "pontoon_memtable_bytes", Gauge, [],
         "Memtables of all replicas on this node, in bytes.";
-    PEER_BYTES = "pontoon_peer_bytes_total", Counter, ["direction"],
-        "Bytes exchanged with other nodes; direction is in or out.";
-    PEER_FRAMES = "pontoon_peer_frames_total", Counter, ["direction"],
-        "Frames exchanged with other nodes; direction is in or out.";
+    PEER_SENT_FRAMES = "pontoon_peer_sent_frames_total", Counter, ["lane"],
+        "Frames sent to other nodes, by class of connection.";
+    PEER_SENT_MESSAGES = "pontoon_peer_sent_messages_total", Counter, ["lane"],
+        "Raft messages sent to other nodes.";
+    PEER_SENT_BYTES = "pontoon_peer_sent_bytes_total", Counter, ["lane"],
+        "Bytes sent to other nodes.";
+    PEER_RECEIVED_FRAMES = "pontoon_peer_received_frames_total", Counter, ["lane"],
+        "Frames received from other nodes.";
+    PEER_RECEIVED_MESSAGES = "pontoon_peer_received_messages_total", Counter, ["lane"],
+        "Raft messages received from other nodes.";
+    PEER_RECEIVED_BYTES = "pontoon_peer_received_bytes_total", Counter, ["lane"],
+        "Bytes received from other nodes.";
+    PEER_MESSAGES_DROPPED = "pontoon_peer_messages_dropped_total", Counter, ["lane", "why"],
+        "Raft messages that never left this node; raft sends them again.";
     PEER_DROPPED = "pontoon_peer_dropped_total", Counter, [],
-        "Raft messages dropped because the outbox to their node was full or not connected.";
+        "Raft messages that arrived while their replica's mailbox was full; raft sends them again.";
+    PEER_RECONNECTS = "pontoon_peer_reconnects_total", Counter, ["lane"],
+        "Connections to other nodes made anew after one was lost.";
     PEER_CONNECTIONS = "pontoon_peer_connections", Gauge, [],
-        "Connections with other nodes.";
-    CLIENT_CONNECTIONS = "pontoon_client_connections", Gauge, [],
-        "Connections from clients.";
-    CLIENT_OPERATIONS = "pontoon_client_operations_total", Counter, ["kind"],
-        "Operations received from clients, by kind.";
+        "Connections from other nodes.";
+    PEER_MALFORMED = "pontoon_peer_malformed_total", Counter, [],
+        "Peer connections closed because of what came over them.";
+    PEER_REFUSED = "pontoon_peer_refused_total", Counter, [],
+        "Peer connections refused at their greeting.";
     MAP_VERSION = "pontoon_map_version", Gauge, [],
         "Version of the cluster map that this node knows.";
     DISK_BYTES = "pontoon_disk_bytes", Gauge, [],

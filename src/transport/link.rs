@@ -23,6 +23,7 @@ use super::{Timings, TransportError, frame, handshake};
 use crate::codec::hello::{Lane, PeerHello, ProtocolRange};
 use crate::codec::peer::{PeerFrame, encode, encode_raft};
 use crate::limits::FRAME_TARGET_BYTES;
+use crate::telemetry::metrics as names;
 
 /// How a link is doing.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -151,7 +152,7 @@ fn connected(peer: &Peer, link: &PeerLane, address: &str, incarnation: u64) {
     drop(state);
     let lane = link.lane.name();
     if !first {
-        counter!("pontoon_peer_reconnects_total", "lane" => lane).increment(1);
+        counter!(names::PEER_RECONNECTS, "lane" => lane).increment(1);
     }
     info!(node = %peer.node, address, lane, incarnation, "connected to a peer");
 }
@@ -212,9 +213,9 @@ async fn drive(
             return Err(error);
         }
         let lane = lane.name();
-        counter!("pontoon_peer_sent_frames_total", "lane" => lane).increment(frames);
-        counter!("pontoon_peer_sent_messages_total", "lane" => lane).increment(messages as u64);
-        counter!("pontoon_peer_sent_bytes_total", "lane" => lane).increment(buffer.len() as u64);
+        counter!(names::PEER_SENT_FRAMES, "lane" => lane).increment(frames);
+        counter!(names::PEER_SENT_MESSAGES, "lane" => lane).increment(messages as u64);
+        counter!(names::PEER_SENT_BYTES, "lane" => lane).increment(buffer.len() as u64);
         if buffer.capacity() > 4 * FRAME_TARGET_BYTES {
             buffer = Vec::new();
         }

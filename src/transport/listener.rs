@@ -32,6 +32,7 @@ use crate::codec::peer::{NodeHeartbeat, PeerFrame, PeerRequest, PeerResponse, de
 use crate::ids::NodeId;
 use crate::limits::{FRAME_BYTES_MAX, PEER_CONNECTIONS_MAX, PEER_REQUESTS_MAX, REQUEST_FRAME_BYTES_MAX};
 use crate::refusal::Refusal;
+use crate::telemetry::metrics as names;
 
 /// What a node does with what its peers send. Called on the thread of [`serve`]; must not block.
 pub trait PeerHandler {
@@ -122,14 +123,14 @@ struct Counted;
 
 impl Counted {
     fn new() -> Counted {
-        gauge!("pontoon_peer_connections").increment(1.0);
+        gauge!(names::PEER_CONNECTIONS).increment(1.0);
         Counted
     }
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        gauge!("pontoon_peer_connections").decrement(1.0);
+        gauge!(names::PEER_CONNECTIONS).decrement(1.0);
     }
 }
 
@@ -161,12 +162,12 @@ async fn accept(
 fn report(from: SocketAddr, error: &TransportError) {
     match error {
         TransportError::Frame(_) | TransportError::Codec(_) | TransportError::Protocol(_) => {
-            counter!("pontoon_peer_malformed_total").increment(1);
+            counter!(names::PEER_MALFORMED).increment(1);
             warn!(%from, %error, "closed a peer connection");
         }
         // The dialler logs it, once.
         TransportError::Refused(_) => {
-            counter!("pontoon_peer_refused_total").increment(1);
+            counter!(names::PEER_REFUSED).increment(1);
             debug!(%from, %error, "refused a peer connection");
         }
         _ => debug!(%from, %error, "a peer connection ended"),
@@ -240,7 +241,7 @@ async fn receive(
         // What came before a bad frame was good.
         if !messages.is_empty() {
             let lane = hello.lane.name();
-            counter!("pontoon_peer_received_messages_total", "lane" => lane).increment(messages.len() as u64);
+            counter!(names::PEER_RECEIVED_MESSAGES, "lane" => lane).increment(messages.len() as u64);
             handler.raft(hello.from_node, messages);
         }
         frames?;
@@ -287,8 +288,8 @@ fn take_frames(
 
 fn received(lane: Lane, payload: &Bytes) {
     let bytes = (HEADER_BYTES + payload.len()) as u64;
-    counter!("pontoon_peer_received_frames_total", "lane" => lane.name()).increment(1);
-    counter!("pontoon_peer_received_bytes_total", "lane" => lane.name()).increment(bytes);
+    counter!(names::PEER_RECEIVED_FRAMES, "lane" => lane.name()).increment(1);
+    counter!(names::PEER_RECEIVED_BYTES, "lane" => lane.name()).increment(bytes);
 }
 
 /// The lane of requests.

@@ -27,6 +27,7 @@ use crate::codec::messages::{check, wire_size};
 use crate::codec::peer::NodeHeartbeat;
 use crate::ids::{ClusterId, NodeId};
 use crate::limits::{FRAME_BYTES_MAX, FRAME_TARGET_BYTES, OUTBOX_BYTES_MAX, OUTBOX_CONTROL_BYTES_MAX};
+use crate::telemetry::metrics as names;
 
 /// Called when messages to a node were lost; from the thread that sent them or from the link's. It
 /// must not block, and may be called often.
@@ -303,7 +304,7 @@ impl PeerNetwork {
 
 pub(super) fn count_dropped(lane: Lane, why: &'static str, messages: usize) {
     if messages > 0 {
-        counter!("pontoon_peer_messages_dropped_total", "lane" => lane.name(), "why" => why)
+        counter!(names::PEER_MESSAGES_DROPPED, "lane" => lane.name(), "why" => why)
             .increment(messages as u64);
     }
 }
