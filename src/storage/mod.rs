@@ -24,6 +24,8 @@ pub mod log_memory;
 pub mod memtable;
 mod merge;
 pub mod redo;
+mod sled_files;
+mod sled_record;
 pub mod state;
 
 use std::ops::Bound;
