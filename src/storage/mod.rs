@@ -12,6 +12,7 @@
 
 pub mod engine;
 pub mod engine_memory;
+pub mod engine_sled;
 pub mod flush;
 mod header;
 pub mod identity;
