@@ -7,6 +7,7 @@ use crate::ids::{ClusterId, NodeId};
 use crate::limits;
 use crate::placement::map::{DatabaseRecord, NodeRecord, ShardRecord};
 use crate::placement::plan::PlannedShard;
+use crate::refusal::Refusal;
 
 pub use super::entry::{decode_entry, encode_entry};
 
@@ -164,6 +165,15 @@ pub enum MetaRefusal {
     Other(String),
 }
 
+impl From<MetaRefusal> for Refusal {
+    fn from(refusal: MetaRefusal) -> Refusal {
+        match refusal {
+            MetaRefusal::UnknownDatabase(name) => Refusal::UnknownDatabase(name),
+            other => Refusal::Refused(other.to_string()),
+        }
+    }
+}
+
 /// A read of a shard's state.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Query {
@@ -249,6 +259,12 @@ pub enum LimitError {
         /// The greatest length.
         most: usize,
     },
+}
+
+impl From<LimitError> for Refusal {
+    fn from(error: LimitError) -> Refusal {
+        Refusal::Invalid(error.to_string())
+    }
 }
 
 /// Checks a key against the limits.

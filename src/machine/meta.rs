@@ -272,9 +272,10 @@ fn check_plan(replicas: u32, shards: &[PlannedShard], state: &dyn StateView) -> 
     for (at, shard) in shards.iter().enumerate() {
         let nodes: BTreeSet<_> = shard.nodes.iter().copied().collect();
         if nodes.len() != shard.nodes.len() || shard.nodes.len() != replicas as usize {
-            let list = &shard.nodes;
+            let list: Vec<_> = shard.nodes.iter().map(|node| node.to_string()).collect();
             return invalid(format!(
-                "shard number {at} is on nodes {list:?}, not on {replicas} different ones"
+                "shard number {at} is on nodes {}; it must be on {replicas} different ones",
+                list.join(", ")
             ));
         }
         for node in nodes {

@@ -43,7 +43,7 @@ pub struct PlannedShard {
 pub enum PlanError {
     /// There are fewer nodes than replicas asked for.
     #[error(
-        "{replicas} replicas need {replicas} nodes, but the cluster has {nodes}: add nodes or ask for fewer replicas"
+        "{replicas} replicas need {replicas} nodes, but the cluster has {nodes} (of a weight above 0): add nodes or ask for fewer replicas"
     )]
     TooFewNodes {
         /// Replicas asked for.

@@ -78,7 +78,7 @@ fn too_few_nodes_and_nothing_are_refused() {
     let map = cluster([("", 100), ("", 100), ("", 0)]);
     assert_eq!(
         plan_database(&map, "a", 3, 8).unwrap_err().to_string(),
-        "3 replicas need 3 nodes, but the cluster has 2: add nodes or ask for fewer replicas"
+        "3 replicas need 3 nodes, but the cluster has 2 (of a weight above 0): add nodes or ask for fewer replicas"
     );
     assert_eq!(plan_database(&map, "a", 0, 8), Err(PlanError::Empty));
     assert_eq!(plan_database(&map, "a", 1, 0), Err(PlanError::Empty));

@@ -1,0 +1,316 @@
+//! Commands of the `machine` scripts. A script has two shards at hand, both empty at its start: one of keys
+//! and values, and the metadata shard.
+//!
+//! | command | does |
+//! |---|---|
+//! | `put KEY VALUE`, `delete KEY` | writes |
+//! | `cas KEY VALUE [value=V] [version=N]` | writes under a condition; neither: the key must be absent |
+//! | `get KEY`, `scan [prefix=] [after=] [limit=] [keys=only]` | reads |
+//! | `entry COMMAND…` | the quoted writes in one log entry: prints its bytes, then applies it from those |
+//! | `decode HEX` | reads an entry |
+//! | `state`, `metadata-state` | every stored key, with revision and length |
+//! | `form [nodes=N] [cluster=BYTE]` | forms a cluster of nodes 1 to N, all of them voters |
+//! | `node STORE [zone=] [weight=] [address=]` | adds or updates the node with that store id |
+//! | `create NAME REPLICAS SHARDS` | a database as the planner places it |
+//! | `plan NAME REPLICAS START-END:NODE,…  …` | a database as given; the ends are hexadecimal |
+//! | `drop NAME` | removes a database |
+//! | `map [since=N]` | the map, or what changed after version N |
+
+use bytes::Bytes;
+use pontoon::ids::{Epoch, METADATA_DATABASE, METADATA_SHARD, NodeId, RandomId, ReplicaId};
+use pontoon::machine::command::{
+    Answer, Command, Expect, KvCommand, KvReply, MetaCommand, MetaReply, Query, Reply, Versioned,
+    decode_entry, encode_entry,
+};
+use pontoon::machine::memory::MemoryState;
+use pontoon::machine::{MachineKind, meta, value};
+use pontoon::placement::map::{Member, MemberRole, NodeRecord, ShardRecord};
+use pontoon::placement::plan::{PlannedShard, plan_database};
+use pontoon::placement::ring::RingRange;
+
+use crate::script::{self, Interpreter, quoted};
+
+/// The shards of one script.
+#[derive(Default)]
+pub struct Machines {
+    kv: MemoryState,
+    metadata: MemoryState,
+}
+
+impl Interpreter for Machines {
+    fn execute(&mut self, line: &script::Command) -> Result<String, String> {
+        match line.name.as_str() {
+            "put" | "delete" | "cas" => self.apply(&Command::Kv(write(line)?)),
+            "get" => self.query(&Query::Get {
+                key: bytes(line.word(0)?),
+            }),
+            "scan" => self.query(&Query::Scan {
+                prefix: bytes(line.named("prefix").unwrap_or_default()),
+                after: bytes(line.named("after").unwrap_or_default()),
+                limit: line.named_number("limit", 0)?,
+                keys_only: line.named("keys").is_some_and(|keys| keys == b"only"),
+            }),
+            "entry" => {
+                let lines = line.words_from(0).into_iter();
+                let commands: Result<Vec<_>, String> = lines
+                    .map(|text| Ok(Command::Kv(write(&script::Command::parse_bytes(text)?)?)))
+                    .collect();
+                let data = Bytes::from(encode_entry(&commands?));
+                let mut output = hex(&data);
+                for command in decode_entry(&data).map_err(|e| e.to_string())? {
+                    output += &format!("\n{}", self.apply(&command)?);
+                }
+                Ok(output)
+            }
+            "decode" => {
+                let data = unhex(&line.text(0)?)?;
+                let commands = decode_entry(&data).map_err(|e| e.to_string())?;
+                let lines: Vec<_> = commands.iter().map(|c| format!("{c:?}")).collect();
+                Ok(lines.join("\n"))
+            }
+            "state" => Ok(state(&self.kv)),
+            "metadata-state" => Ok(state(&self.metadata)),
+            "form" => {
+                let nodes = line.named_number("nodes", 3)?;
+                let cluster = line.named_number("cluster", 0xc1)?;
+                self.apply(&Command::Meta(form(nodes, cluster)))
+            }
+            "node" => {
+                let store: u8 = line.number(0)?;
+                let mut record = node(store);
+                record.id = NodeId(0);
+                record.zone = line.named_text("zone")?.unwrap_or_default();
+                record.weight = line.named_number("weight", 100)?;
+                if let Some(address) = line.named_text("address")? {
+                    record.peer_address = address;
+                }
+                self.apply(&Command::Meta(MetaCommand::AddNode(record)))
+            }
+            "create" => {
+                let (name, replicas) = (line.text(0)?, line.number(1)?);
+                let map = meta::cluster_map(&self.metadata).map_err(|e| e.to_string())?;
+                let shards = plan_database(&map, &name, replicas, line.number(2)?)
+                    .map_err(|e| e.to_string())?;
+                self.create(name, replicas, shards)
+            }
+            "plan" => {
+                let words = line.words_from(2).into_iter();
+                let shards = words.map(planned).collect::<Result<_, _>>()?;
+                self.create(line.text(0)?, line.number(1)?, shards)
+            }
+            "drop" => self.apply(&Command::Meta(MetaCommand::DropDatabase {
+                name: line.text(0)?,
+            })),
+            "map" => self.map(line.named_number("since", 0)?),
+            other => Err(format!("unknown command `{other}`")),
+        }
+    }
+}
+
+impl Machines {
+    fn apply(&mut self, command: &Command) -> Result<String, String> {
+        let reply = match command {
+            Command::Kv(_) => MachineKind::Kv.apply(command, &mut self.kv),
+            Command::Meta(_) => MachineKind::Metadata.apply(command, &mut self.metadata),
+        };
+        Ok(match reply.map_err(|e| e.to_string())? {
+            Reply::Kv(KvReply::Written(version)) => format!("written {version}"),
+            Reply::Kv(KvReply::Deleted(version)) => format!("deleted {version}"),
+            Reply::Kv(KvReply::Absent) => "absent".into(),
+            Reply::Kv(KvReply::Mismatch(found)) => format!("mismatch: {}", versioned(&found)),
+            Reply::Meta(MetaReply::Formed(version)) => format!("formed, map version {version}"),
+            Reply::Meta(MetaReply::Node(id)) => format!("node {id}"),
+            Reply::Meta(MetaReply::Database { record, created }) => format!(
+                "database {} `{}`, {} replicas, shards {}{}{}",
+                record.id,
+                record.name,
+                record.replicas,
+                list(&record.shards),
+                if record.dropped { ", dropped" } else { "" },
+                if created { ", created" } else { "" },
+            ),
+            Reply::Meta(MetaReply::Refused(refusal)) => format!("refused: {refusal}"),
+        })
+    }
+
+    fn create(
+        &mut self,
+        name: String,
+        replicas: u32,
+        shards: Vec<PlannedShard>,
+    ) -> Result<String, String> {
+        self.apply(&Command::Meta(MetaCommand::CreateDatabase {
+            name,
+            replicas,
+            shards,
+        }))
+    }
+
+    fn query(&self, query: &Query) -> Result<String, String> {
+        match MachineKind::Kv.query(query, &self.kv) {
+            Ok(Answer::Value(found)) => Ok(versioned(&found)),
+            Ok(Answer::Page { pairs, more }) => {
+                let line = |(key, value): &(Bytes, Versioned)| {
+                    let value = &Some(value.clone());
+                    format!("{}: {}", quoted(key), versioned(value))
+                };
+                let mut lines: Vec<_> = pairs.iter().map(line).collect();
+                lines.push(if more { "more" } else { "end" }.into());
+                Ok(lines.join("\n"))
+            }
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    fn map(&self, since: u64) -> Result<String, String> {
+        let map = meta::cluster_map(&self.metadata).map_err(|e| e.to_string())?;
+        let delta = map.delta(since);
+        let mut lines = vec![format!("version {}", delta.version)];
+        lines.extend(delta.nodes.iter().map(|n| {
+            let zone = if n.zone.is_empty() { "-" } else { &n.zone };
+            format!(
+                "node {} {} zone {zone} weight {} @{}",
+                n.id, n.peer_address, n.weight, n.changed_at
+            )
+        }));
+        lines.extend(delta.databases.iter().map(|d| {
+            let dropped = if d.dropped { " dropped" } else { "" };
+            let shards = list(&d.shards);
+            format!(
+                "database {} `{}` shards {shards}{dropped} @{}",
+                d.id, d.name, d.changed_at
+            )
+        }));
+        lines.extend(delta.shards.iter().map(|s| {
+            let members = s
+                .members
+                .iter()
+                .map(|m| format!("{}:{}", m.replica, m.node));
+            format!(
+                "shard {} {:016x}-{:016x} epoch {},{} replicas on nodes {}{} @{}",
+                s.id,
+                s.range.start,
+                s.range.end,
+                s.epoch.range,
+                s.epoch.conf,
+                members.collect::<Vec<_>>().join(" "),
+                if s.dropped { " dropped" } else { "" },
+                s.changed_at,
+            )
+        }));
+        Ok(lines.join("\n"))
+    }
+}
+
+fn write(line: &script::Command) -> Result<KvCommand, String> {
+    let key = bytes(line.word(0)?);
+    match line.name.as_str() {
+        "put" => Ok(KvCommand::Put {
+            key,
+            value: bytes(line.word(1)?),
+        }),
+        "delete" => Ok(KvCommand::Delete { key }),
+        "cas" => Ok(KvCommand::Cas {
+            key,
+            expect: match (line.named("value"), line.named("version")) {
+                (Some(value), _) => Expect::Value(bytes(value)),
+                (None, Some(_)) => Expect::Version(line.named_number("version", 0)?),
+                (None, None) => Expect::Absent,
+            },
+            value: bytes(line.word(1)?),
+        }),
+        other => Err(format!("`{other}` is not a write")),
+    }
+}
+
+fn node(number: u8) -> NodeRecord {
+    NodeRecord {
+        id: NodeId(number.into()),
+        label: format!("n{number}"),
+        client_address: format!("127.0.0.1:71{number:02}"),
+        peer_address: format!("127.0.0.1:72{number:02}"),
+        zone: String::new(),
+        weight: 100,
+        store_id: RandomId([number; 16]),
+        changed_at: 0,
+    }
+}
+
+fn form(nodes: u8, cluster: u8) -> MetaCommand {
+    let voter = |number: u8| Member {
+        replica: ReplicaId(number.into()),
+        node: NodeId(number.into()),
+        role: MemberRole::Voter,
+    };
+    MetaCommand::Form {
+        cluster_id: RandomId([cluster; 16]),
+        nodes: (1..=nodes).map(node).collect(),
+        metadata: ShardRecord {
+            id: METADATA_SHARD,
+            database: METADATA_DATABASE,
+            range: RingRange::ALL,
+            epoch: Epoch { range: 1, conf: 1 },
+            members: (1..=nodes).map(voter).collect(),
+            dropped: false,
+            changed_at: 0,
+        },
+    }
+}
+
+fn planned(word: &[u8]) -> Result<PlannedShard, String> {
+    let text = String::from_utf8_lossy(word);
+    let parts = text.split_once(':').and_then(|(range, nodes)| {
+        let (start, end) = range.split_once('-')?;
+        let range = RingRange {
+            start: u64::from_str_radix(start, 16).ok()?,
+            end: u64::from_str_radix(end, 16).ok()?,
+        };
+        let nodes = nodes.split(',').map(|n| n.parse().ok().map(NodeId));
+        let nodes = nodes.collect::<Option<_>>()?;
+        Some(PlannedShard { range, nodes })
+    });
+    parts.ok_or_else(|| format!("`{text}` is not START-END:NODE,…"))
+}
+
+fn state(state: &MemoryState) -> String {
+    let mut lines = vec![format!("revision {}", state.revision)];
+    lines.extend(state.pairs.iter().map(|(key, stored)| {
+        let held = match value::header(stored) {
+            Ok((revision, length)) => format!("{length} bytes of revision {revision}"),
+            Err(error) => error.to_string(),
+        };
+        format!("{}: {held}", quoted(key))
+    }));
+    lines.join("\n")
+}
+
+fn versioned(found: &Option<Versioned>) -> String {
+    match found {
+        Some(found) => format!("{} version {}", quoted(&found.value), found.version),
+        None => "absent".into(),
+    }
+}
+
+fn list(ids: &[impl ToString]) -> String {
+    let ids: Vec<_> = ids.iter().map(ToString::to_string).collect();
+    ids.join(",")
+}
+
+fn bytes(bytes: &[u8]) -> Bytes {
+    Bytes::copy_from_slice(bytes)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn unhex(text: &str) -> Result<Bytes, String> {
+    let digits = |at: usize| {
+        text.get(at..at + 2)
+            .and_then(|d| u8::from_str_radix(d, 16).ok())
+    };
+    (0..text.len())
+        .step_by(2)
+        .map(|at| digits(at).ok_or_else(|| format!("`{text}` is not hexadecimal")))
+        .collect()
+}
