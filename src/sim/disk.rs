@@ -175,10 +175,7 @@ impl Disk {
 
     /// The step of the flush under way is done. Returns what its replica is to be told, and whether
     /// the flush goes on.
-    pub fn step_flush(
-        &mut self,
-        dice: &mut Dice,
-    ) -> Result<(Option<FlushProgress>, bool), StorageError> {
+    pub fn step_flush(&mut self, dice: &mut Dice) -> Result<(Option<FlushProgress>, bool), StorageError> {
         let Some((job, stage)) = self.flushing.take() else {
             return Ok((None, false));
         };

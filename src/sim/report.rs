@@ -37,7 +37,12 @@ impl fmt::Display for Report {
         writeln!(
             f,
             "seed {}: {} nodes, {} shards of {} replicas, {} operations; planted: {:?}",
-            options.seed, options.nodes, options.shards, options.replicas, options.operations, options.planted
+            options.seed,
+            options.nodes,
+            options.shards,
+            options.replicas,
+            options.operations,
+            options.planted
         )?;
         writeln!(
             f,
@@ -53,11 +58,9 @@ impl fmt::Display for Report {
         }
         match &self.violation {
             None => write!(f, "no violation"),
-            Some(violation) => write!(
-                f,
-                "VIOLATION of `{}` at seed {}: {}",
-                violation.check, options.seed, violation.detail
-            ),
+            Some(violation) => {
+                write!(f, "VIOLATION of `{}` at seed {}: {}", violation.check, options.seed, violation.detail)
+            }
         }
     }
 }

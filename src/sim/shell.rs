@@ -560,7 +560,14 @@ impl World {
         }
         if let Some(change) = leader {
             self.trace.note(format_args!("{now} replica {replica_id} {change:?}"));
-            observe_leader(&mut self.leaders, self.truths.get(&shard), shard, replica_id, change, &replica.terms)?;
+            observe_leader(
+                &mut self.leaders,
+                self.truths.get(&shard),
+                shard,
+                replica_id,
+                change,
+                &replica.terms,
+            )?;
         }
         if let Some(truth) = self.truths.get_mut(&shard) {
             let header = replica.group.state().header();
@@ -596,7 +603,8 @@ impl World {
                 let at_once = node.disk.write(name, numbered.write);
                 let at_once = at_once.map_err(|e| Violation::new("disk", e.to_string()))?;
                 if at_once {
-                    let event = NodeEvent::Replica(replica_id, incarnation, ReplicaEvent::Persisted(name.number));
+                    let event =
+                        NodeEvent::Replica(replica_id, incarnation, ReplicaEvent::Persisted(name.number));
                     self.clock.after(10, Event::Node(id, event));
                 }
             }

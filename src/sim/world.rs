@@ -210,11 +210,7 @@ impl World {
         Ok(())
     }
 
-    fn run_until(
-        &mut self,
-        otherwise: &str,
-        mut done: impl FnMut(&World) -> bool,
-    ) -> Result<(), Violation> {
+    fn run_until(&mut self, otherwise: &str, mut done: impl FnMut(&World) -> bool) -> Result<(), Violation> {
         let deadline = self.clock.now + LIVENESS_MAX;
         while !done(self) {
             if self.clock.now > deadline {
@@ -334,7 +330,8 @@ impl World {
         let (action, since) = (waiting.action, waiting.since);
         match result {
             Ok(output) => {
-                let told = workload::told(action, &output).map_err(|detail| Violation::new("answers", detail))?;
+                let told =
+                    workload::told(action, &output).map_err(|detail| Violation::new("answers", detail))?;
                 self.end(token, told);
             }
             Err(refusal) => {

@@ -36,7 +36,9 @@ pub fn check(calls: &[Call], truths: &BTreeMap<ShardId, Truth>) -> Result<(), Vi
         if committed != Some(&told) {
             return Err(Violation::new(
                 "durable",
-                format!("acknowledged, but not committed as version {version}: {call:?}; committed: {committed:?}"),
+                format!(
+                    "acknowledged, but not committed as version {version}: {call:?}; committed: {committed:?}"
+                ),
             ));
         }
     }

@@ -64,7 +64,9 @@ pub fn check(calls: &[Call]) -> Result<Searched, Violation> {
 fn relevant(calls: &[Call]) -> Vec<Call> {
     let mut relevant: Vec<Call> = calls
         .iter()
-        .filter(|call| call.told != Told::Refused && (call.action != Action::Get || call.told != Told::Unknown))
+        .filter(|call| {
+            call.told != Told::Refused && (call.action != Action::Get || call.told != Told::Unknown)
+        })
         .copied()
         .collect();
     let sees_presence = relevant.iter().any(|call| {
@@ -77,9 +79,7 @@ fn relevant(calls: &[Call]) -> Vec<Call> {
         // A write that nobody was told of, and whose value nobody saw, needs no place.
         let seen: BTreeSet<Value> = relevant.iter().filter_map(sees).collect();
         relevant.retain(|call| match call.action {
-            Action::Put(value) | Action::Cas(_, value) => {
-                call.told != Told::Unknown || seen.contains(&value)
-            }
+            Action::Put(value) | Action::Cas(_, value) => call.told != Told::Unknown || seen.contains(&value),
             Action::Get | Action::Delete => true,
         });
     }
@@ -134,8 +134,7 @@ impl Search {
         let from = (from..self.calls.len()).find(|&at| !self.done[at]).unwrap_or(self.calls.len());
         let open = (from..self.calls.len()).filter(|&at| !self.done[at]);
         let first_end = open.clone().map(|at| self.calls[at].returned).min().unwrap_or(u64::MAX);
-        let candidates: Vec<usize> =
-            open.take_while(|&at| self.calls[at].invoked < first_end).collect();
+        let candidates: Vec<usize> = open.take_while(|&at| self.calls[at].invoked < first_end).collect();
         for at in candidates {
             let call = self.calls[at];
             for next in apply(state, &call).into_iter().flatten() {

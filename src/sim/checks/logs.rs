@@ -35,8 +35,9 @@ impl Logs {
             if known != found {
                 let (index, term) = (entry.index, entry.term);
                 let what = if known.0 == found.0 { "follows different terms" } else { "has two contents" };
-                let detail =
-                    format!("entry {index} of term {term} of shard {shard} {what}, as replica {replica} has it");
+                let detail = format!(
+                    "entry {index} of term {term} of shard {shard} {what}, as replica {replica} has it"
+                );
                 return Err(Violation::new("logs", detail));
             }
             before = entry.term;
@@ -51,7 +52,8 @@ mod tests {
 
     #[test]
     fn different_entries_at_one_position_are_seen() {
-        let entry = |index, term, data: &'static str| Entry { index, term, data: data.into(), ..Entry::default() };
+        let entry =
+            |index, term, data: &'static str| Entry { index, term, data: data.into(), ..Entry::default() };
         let mut logs = Logs::default();
         let (shard, a, b) = (ShardId(1), ReplicaId(1), ReplicaId(2));
         logs.observe(shard, a, 5, &[entry(6, 6, "x"), entry(7, 6, "y")]).unwrap();

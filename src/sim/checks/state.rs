@@ -9,8 +9,8 @@ use bytes::Bytes;
 use raft::eraftpb::Entry;
 use xxhash_rust::xxh3::Xxh3;
 
-use super::logs::fingerprint;
 use super::Violation;
+use super::logs::fingerprint;
 use crate::ids::{GROUP_START, Index, ReplicaId, ShardId, Term};
 use crate::machine::MachineKind;
 use crate::machine::command::{Command, KvCommand, KvReply, Reply, decode_entry};
@@ -134,10 +134,10 @@ impl Truth {
             )));
         }
         if !entry.data.is_empty() {
-            let unreadable = |error: &dyn std::fmt::Display| violation(format!("entry {}: {error}", entry.index));
+            let unreadable =
+                |error: &dyn std::fmt::Display| violation(format!("entry {}: {error}", entry.index));
             for command in decode_entry(&entry.data).map_err(|e| unreadable(&e))? {
-                let reply =
-                    MachineKind::Kv.apply(&command, &mut self.model).map_err(|e| unreadable(&e))?;
+                let reply = MachineKind::Kv.apply(&command, &mut self.model).map_err(|e| unreadable(&e))?;
                 let Command::Kv(command) = command else { continue };
                 let change = match (command, reply) {
                     (
@@ -167,11 +167,15 @@ impl Truth {
         match self.at(applied) {
             Some(known) if known.state != found => Err(Violation::new(
                 "state",
-                format!("replica {replica} of shard {shard} has another state than it should at entry {applied}"),
+                format!(
+                    "replica {replica} of shard {shard} has another state than it should at entry {applied}"
+                ),
             )),
             None if applied != GROUP_START.index => Err(Violation::new(
                 "state",
-                format!("replica {replica} of shard {shard} starts at entry {applied}, which nobody committed"),
+                format!(
+                    "replica {replica} of shard {shard} starts at entry {applied}, which nobody committed"
+                ),
             )),
             _ => Ok(()),
         }
