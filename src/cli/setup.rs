@@ -258,12 +258,14 @@ fn host(context: &Context, args: &SetupArgs, dir: LocalDir, lock: LocalLock) -> 
     result
 }
 
-/// On a terminal only what calls for attention; in the log file of a cluster in the background
+/// On a terminal only what calls for attention, which the connections among nodes of one process
+/// never do: while the cluster forms some are refused. In the log file of a cluster in the background
 /// everything of interest. `PONTOON__LOG__LEVEL` overrides, as it does for `serve`.
 fn log_settings(detached: bool) -> LogSettings {
+    const TERMINAL: &str = "warn,pontoon::transport::link=error";
     let level = std::env::var("PONTOON__LOG__LEVEL").ok().filter(|level| !level.is_empty());
     LogSettings {
-        level: level.unwrap_or_else(|| if detached { "info" } else { "warn" }.to_owned()),
+        level: level.unwrap_or_else(|| if detached { "info" } else { TERMINAL }.to_owned()),
         format: LogFormat::Text,
     }
 }

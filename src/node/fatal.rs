@@ -1,6 +1,8 @@
 //! The end of a node that can't go on: the first reason wins, and whoever runs the node hears of it.
 
+use std::io;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use tokio::sync::watch;
 
@@ -46,6 +48,23 @@ impl Fatal {
         }
     }
 
+    /// Starts a thread that the whole node depends on: if it panics, the node can't go on.
+    ///
+    /// # Errors
+    /// The system has no thread to give.
+    pub fn thread(
+        &self,
+        name: &str,
+        what: &'static str,
+        body: impl FnOnce() + Send + 'static,
+    ) -> io::Result<JoinHandle<()>> {
+        let guard = self.guard(what);
+        std::thread::Builder::new().name(name.into()).spawn(move || {
+            let _guard = guard;
+            body();
+        })
+    }
+
     /// A guard for `what`.
     pub fn guard(&self, what: &'static str) -> FatalGuard {
         FatalGuard { fatal: self.clone(), what }
@@ -64,5 +83,23 @@ impl Drop for FatalGuard {
             let reason = super::panics::last().unwrap_or_default();
             self.fatal.raise(format!("{} panicked: {reason}", self.what));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_that_panics_is_the_end_of_the_node_and_one_that_ends_is_not() {
+        super::super::panics::install();
+        let fatal = Fatal::new();
+        fatal.thread("ends", "the first thread", || {}).unwrap().join().unwrap();
+        assert_eq!(fatal.reason(), None);
+        assert!(fatal.thread("panics", "the second thread", || panic!("boom")).unwrap().join().is_err());
+        let reason = fatal.reason().expect("a reason");
+        assert!(reason.starts_with("the second thread panicked: boom"), "{reason}");
+        fatal.raise("later".into());
+        assert_eq!(fatal.reason(), Some(reason), "the first reason stays");
     }
 }

@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use tokio::sync::oneshot;
 
+use super::fatal::Fatal;
 use crate::ids::{Incarnation, Position, ReplicaId};
 use crate::storage::flush::{FlushStep, Flusher};
 use crate::storage::state::Frozen;
@@ -43,16 +44,13 @@ pub struct FlushThread {
 }
 
 impl FlushThread {
-    /// Starts the thread. `on_fatal` is called once if a flush fails: what is on disk is then
+    /// Starts the thread. `fatal` is raised if a flush fails or panics: what is on disk is then
     /// unknown, and the node must stop.
-    pub fn start(
-        flusher: Flusher,
-        on_fatal: Box<dyn Fn(String) + Send>,
-    ) -> io::Result<(FlushThread, JoinHandle<()>)> {
+    pub fn start(flusher: Flusher, fatal: Fatal) -> io::Result<(FlushThread, JoinHandle<()>)> {
         let (work, queue) = mpsc::channel();
-        let thread = std::thread::Builder::new()
-            .name("pontoon-flush".into())
-            .spawn(move || run(flusher, queue, on_fatal))?;
+        let raised = fatal.clone();
+        let thread =
+            fatal.thread("pontoon-flush", "the flush thread", move || run(flusher, queue, raised))?;
         Ok((FlushThread { work: Mutex::new(Some(work)) }, thread))
     }
 
@@ -86,7 +84,7 @@ impl FlushThread {
     }
 }
 
-fn run(mut flusher: Flusher, queue: mpsc::Receiver<Work>, on_fatal: Box<dyn Fn(String) + Send>) {
+fn run(mut flusher: Flusher, queue: mpsc::Receiver<Work>, fatal: Fatal) {
     while let Ok(first) = queue.recv() {
         let mut flushes = Vec::new();
         let mut destroy = Vec::new();
@@ -101,7 +99,7 @@ fn run(mut flusher: Flusher, queue: mpsc::Receiver<Work>, on_fatal: Box<dyn Fn(S
         let result = flush(&mut flusher, &flushes)
             .and_then(|()| destroy.into_iter().try_for_each(|replica| flusher.destroy(replica)));
         if let Err(error) = result {
-            on_fatal(format!("flushing state to disk: {error}"));
+            fatal.raise(format!("flushing state to disk: {error}"));
             return;
         }
         for done in barriers {

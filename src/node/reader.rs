@@ -5,6 +5,7 @@ use std::io;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 
+use super::fatal::Fatal;
 use super::ticket::Ticket;
 use crate::group::types::Output;
 use crate::machine::MachineKind;
@@ -28,10 +29,11 @@ pub struct ReadThread {
 }
 
 impl ReadThread {
-    /// Starts the thread; it ends when this handle is dropped and its work is done.
-    pub fn start() -> io::Result<(ReadThread, JoinHandle<()>)> {
+    /// Starts the thread; it ends when this handle is dropped and its work is done. `fatal` is raised
+    /// if it panics: nobody else could answer what waits.
+    pub fn start(fatal: &Fatal) -> io::Result<(ReadThread, JoinHandle<()>)> {
         let (jobs, queue) = mpsc::channel::<ReadJob>();
-        let thread = std::thread::Builder::new().name("pontoon-read".into()).spawn(move || {
+        let thread = fatal.thread("pontoon-read", "the read thread", move || {
             for job in queue {
                 for (ticket, query) in job.reads {
                     let result =

@@ -13,7 +13,7 @@ use super::hub::HubSink;
 use super::log_writer::WriteTask;
 use super::messages::*;
 use super::reader::ReadJob;
-use super::shared::Shared;
+use super::shared::{MemoryShare, Shared};
 use super::supervisor::Supervisor;
 use super::ticket::{Ticket, tickets};
 use crate::codec::GroupMessage;
@@ -43,7 +43,7 @@ pub struct ReplicaActor {
     supervisor: Addr<Supervisor>,
     guard: Guard,
     pump_queued: bool,
-    memory: (usize, usize),
+    memory: MemoryShare,
     /// The last state that is durable.
     flushed: Position,
     flushing: bool,
@@ -99,12 +99,12 @@ impl ReplicaActor {
             replica,
             incarnation,
             group,
+            memory: MemoryShare::new(shared.clone()),
             shared,
             sink,
             supervisor,
             guard,
             pump_queued: false,
-            memory: (0, 0),
             flushed,
             flushing: false,
             map_revision: None,
@@ -128,7 +128,7 @@ impl ReplicaActor {
         };
         self.carry_out(effects, ctx);
         self.account_memory();
-        if self.memory.0 > self.shared.memory.replica_limit() {
+        if self.memory.active() > self.shared.memory.replica_limit() {
             self.freeze();
         }
         if self.shard == METADATA_SHARD {
@@ -216,11 +216,7 @@ impl ReplicaActor {
     }
 
     fn account_memory(&mut self) {
-        let now = self.group.state().memory_bytes();
-        if now != self.memory {
-            self.shared.memory.update(self.memory, now);
-            self.memory = now;
-        }
+        self.memory.set(self.group.state().memory_bytes());
     }
 
     /// Hands recent writes to the flush thread; one flush of a replica at a time.
@@ -297,10 +293,6 @@ impl Actor for ReplicaActor {
     fn started(&mut self, ctx: &mut Context<Self>) {
         ctx.set_mailbox_capacity(limits::REPLICA_MAILBOX_MAX);
         self.queue_pump(ctx);
-    }
-
-    fn stopped(&mut self, _: &mut Context<Self>) {
-        self.shared.memory.update(self.memory, (0, 0));
     }
 }
 
@@ -469,6 +461,9 @@ impl Handler<Inject> for ReplicaActor {
         match inject.0.as_str() {
             "panic" => panic!("injected panic"),
             "error" => self.fail("injected error".into(), ctx),
+            "log-writer-panic" => {
+                self.shared.log_writer.run(Box::new(|_| panic!("injected panic of the log writer")));
+            }
             other => tracing::warn!(fault = other, "unknown fault"),
         }
     }

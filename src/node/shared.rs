@@ -36,6 +36,38 @@ pub struct MemoryGauge {
     limit: usize,
 }
 
+/// What one replica counts for in a node's gauge: nothing any more once it is dropped, on unwinding too.
+pub struct MemoryShare {
+    shared: Arc<Shared>,
+    bytes: (usize, usize),
+}
+
+impl MemoryShare {
+    /// Of a replica without memtables.
+    pub fn new(shared: Arc<Shared>) -> MemoryShare {
+        MemoryShare { shared, bytes: (0, 0) }
+    }
+
+    /// The replica's memtables have so many bytes now, active and frozen.
+    pub fn set(&mut self, bytes: (usize, usize)) {
+        if bytes != self.bytes {
+            self.shared.memory.update(self.bytes, bytes);
+            self.bytes = bytes;
+        }
+    }
+
+    /// Bytes in its active memtable.
+    pub fn active(&self) -> usize {
+        self.bytes.0
+    }
+}
+
+impl Drop for MemoryShare {
+    fn drop(&mut self) {
+        self.shared.memory.update(self.bytes, (0, 0));
+    }
+}
+
 /// What a replica should do about memory.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Pressure {

@@ -97,7 +97,8 @@ pub async fn start(settings: Settings, listeners: Listeners) -> Result<RunningNo
         let client = clone_listener(&listeners.client)?;
         let peer = clone_listener(&listeners.peer)?;
         let (handle, service, stopping) = (handle.clone(), service.clone(), stopping.clone());
-        arbiter.spawn_fn(move || serve_ports(client, peer, handle, service, stopping));
+        let fatal = fatal.clone();
+        arbiter.spawn_fn(move || serve_ports(client, peer, handle, service, stopping, fatal));
     }
     if let Some(http) = listeners.http {
         let health =
@@ -193,16 +194,25 @@ fn serve_ports(
     handle: NodeHandle,
     service: Arc<PeerService>,
     stopping: watch::Receiver<bool>,
+    fatal: Fatal,
 ) {
     let listeners = tokio::net::TcpListener::from_std(client)
         .and_then(|c| Ok((c, tokio::net::TcpListener::from_std(peer)?)));
     match listeners {
         Ok((client, peer)) => {
-            actix::spawn(rpc::serve(client, handle, wait_for_stop(stopping.clone())));
+            let (clients, peers) = (fatal.guard("the client port"), fatal.guard("the peer port"));
+            let stopped = wait_for_stop(stopping.clone());
+            actix::spawn(async move {
+                let _guard = clients;
+                rpc::serve(client, handle, stopped).await;
+            });
             let service: Rc<dyn PeerHandler> = Rc::new(service);
-            actix::spawn(PeerListener::serve(peer, service, wait_for_stop(stopping)));
+            actix::spawn(async move {
+                let _guard = peers;
+                PeerListener::serve(peer, service, wait_for_stop(stopping)).await;
+            });
         }
-        Err(error) => tracing::error!(%error, "listening"),
+        Err(error) => fatal.raise(format!("listening on the node's ports: {error}")),
     }
 }
 
@@ -256,13 +266,10 @@ impl Assembly {
         let fatal = self.fatal.clone();
         let (log_writer, mut threads) =
             (LogWriter::start(log.clone(), Box::new(move |reason| fatal.raise(reason))), Vec::new());
-        let fatal = self.fatal.clone();
         let no_thread = |error: std::io::Error| NodeError::Fatal(format!("starting a thread: {error}"));
-        let (flusher, thread) =
-            FlushThread::start(stores.flusher, Box::new(move |reason| fatal.raise(reason)))
-                .map_err(no_thread)?;
+        let (flusher, thread) = FlushThread::start(stores.flusher, self.fatal.clone()).map_err(no_thread)?;
         threads.push(thread);
-        let (reader, thread) = ReadThread::start().map_err(no_thread)?;
+        let (reader, thread) = ReadThread::start(&self.fatal).map_err(no_thread)?;
         threads.push(thread);
         // The hubs come after the network that they send through.
         let hubs: Arc<OnceLock<Vec<Addr<Hub>>>> = Arc::default();
@@ -310,7 +317,11 @@ impl Assembly {
         .start();
 
         let links = shared.clone();
-        self.data[0].spawn(async move { links.network.run().await });
+        let guard = self.fatal.guard("the network");
+        self.data[0].spawn(async move {
+            let _guard = guard;
+            links.network.run().await;
+        });
         flush_what_holds_back(&shared, all_hubs);
         let refused = supervisor.clone();
         shared.log_writer.on_refused(Box::new(move |replica, incarnation, reason| {

@@ -1,7 +1,7 @@
 //! Nodes as processes of their own, on real sockets and disks, for tests of what a user sees.
 #![allow(dead_code)] // Each test binary uses its own part.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -25,6 +25,28 @@ pub fn free_ports(count: usize) -> Vec<u16> {
     let listeners: Vec<_> =
         (0..count).map(|_| TcpListener::bind("127.0.0.1:0").expect("a free port")).collect();
     listeners.iter().map(|l| l.local_addr().expect("an address").port()).collect()
+}
+
+/// Asks an HTTP port of 127.0.0.1: the status and the body.
+pub fn http_get(port: u16, path: &str) -> std::io::Result<(u16, String)> {
+    let mut stream = std::net::TcpStream::connect(("127.0.0.1", port))?;
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    write!(stream, "GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
+    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
+    Ok((status.expect("a status line"), body.to_owned()))
+}
+
+/// The sum of a metric over all its labels, as in the text of /metrics.
+pub fn metric(text: &str, name: &str) -> Option<f64> {
+    let samples = text.lines().filter_map(|line| {
+        let rest = line.strip_prefix(name)?;
+        let (labels, value) = rest.rsplit_once(' ')?;
+        (labels.is_empty() || labels.starts_with('{')).then(|| value.parse::<f64>().expect("a number"))
+    });
+    samples.fold(None, |sum, value| Some(sum.unwrap_or(0.0) + value))
 }
 
 /// One daemon and its settings.
@@ -59,6 +81,15 @@ impl Cluster {
 
     /// The same on given ports: clients first, then peers.
     pub fn with(count: usize, ports: &[u16], options: Options) -> Cluster {
+        let mut cluster = Cluster::prepared(count, ports, options);
+        for node in 0..count {
+            cluster.spawn(node);
+        }
+        cluster
+    }
+
+    /// Only the settings, nothing started.
+    pub fn prepared(count: usize, ports: &[u16], options: Options) -> Cluster {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let (clients, peers) = ports.split_at(count);
         let advertise = options
@@ -84,11 +115,7 @@ impl Cluster {
                 Node { config, data, client, peer, child: None }
             })
             .collect();
-        let mut cluster = Cluster { dir, nodes };
-        for node in 0..count {
-            cluster.spawn(node);
-        }
-        cluster
+        Cluster { dir, nodes }
     }
 
     /// Starts a node, without waiting.
@@ -126,6 +153,13 @@ impl Cluster {
     pub fn wait_all_ready(&mut self) {
         for node in 0..self.nodes.len() {
             self.wait_ready(node);
+        }
+    }
+
+    /// kill -9, if it runs.
+    pub fn kill_if_running(&mut self, node: usize) {
+        if self.nodes[node].child.is_some() {
+            self.kill(node);
         }
     }
 
