@@ -309,19 +309,19 @@ fn bounds() -> Vec<(&'static str, u64)> {
 /// How a bound may be written.
 fn spellings(name: &str, value: u64) -> Vec<String> {
     let mut digits = value.to_string();
-    for at in (1..digits.len()).rev().filter(|at| (digits.len() - at) % 3 == 0).collect::<Vec<_>>() {
+    for at in (1..digits.len()).rev().filter(|at| (digits.len() - at).is_multiple_of(3)).collect::<Vec<_>>() {
         digits.insert(at, ',');
     }
     let mut spellings = vec![digits];
     if name.contains("_MS") {
         spellings = vec![format!("{value} ms"), format!("{} s", value / 1000)];
-        spellings.retain(|text| value % 1000 == 0 || text.ends_with("ms"));
+        spellings.retain(|text| value.is_multiple_of(1000) || text.ends_with("ms"));
         if value == 60_000 {
             spellings.push("a minute".into());
         }
     } else if name.contains("_BYTES") {
         for (unit, size) in [("KiB", 1 << 10), ("MiB", 1 << 20)] {
-            if value % size == 0 && value / size < 1024 {
+            if value.is_multiple_of(size) && value / size < 1024 {
                 spellings.push(format!("{} {unit}", value / size));
             }
         }
