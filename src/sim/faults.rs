@@ -139,7 +139,7 @@ impl Striker {
             (faults.campaigns, Kind::Campaign),
         ];
         let kinds = kinds.into_iter().filter(|(on, _)| *on).map(|(_, kind)| kind).collect();
-        let every = [300_000, 1_000_000, 3_000_000][dice.below(3)];
+        let every = [500_000, 2_000_000, 6_000_000][dice.below(3)];
         Striker { kinds, power: faults.power, every, partitions: 0, over: false }
     }
 }

@@ -520,7 +520,9 @@ impl World {
     fn drive_disk(&mut self, id: NodeId) {
         let Some(node) = self.nodes.get_mut(&id) else { return };
         let Some(number) = node.process.as_ref().map(|process| process.number) else { return };
-        let slow = if node.slow { 100 } else { 1 };
+        // A disk that acknowledges early takes its time to write.
+        let late = self.options.planted == Some(Planted::AcknowledgeEarly);
+        let slow = if node.slow || late { 100 } else { 1 };
         if node.disk.begin_write() {
             let latency = self.dice.between(100, 3_000) * slow;
             self.clock.after(latency, Event::Node(id, NodeEvent::LogWritten(number)));
@@ -552,7 +554,8 @@ impl World {
             for entry in write.iter().flat_map(|numbered| &numbered.write.entries) {
                 replica.terms.insert(entry.index, entry.term);
             }
-            if before > 0 {
+            // A lone replica leads a term before it is on disk, and leads it again after a crash.
+            if before > 0 && self.options.replicas > 1 {
                 let entries = write.iter().flat_map(|numbered| &numbered.write.entries);
                 let entries: Vec<_> = entries.cloned().collect();
                 self.logs.observe(shard, replica_id, before, &entries)?;
