@@ -531,15 +531,8 @@ fn sled_images(
 }
 
 fn open_sled(node: &Path, synchronous: bool) -> Result<Arc<dyn Engine>, StorageError> {
-    let options = SledOptions {
-        synchronous,
-        ..SledOptions::default()
-    };
-    Ok(Arc::new(SledEngine::open(
-        &node.join("state"),
-        options,
-        STORE,
-    )?))
+    let options = SledOptions { synchronous, ..SledOptions::default() };
+    Ok(Arc::new(SledEngine::open(&node.join("state"), options, STORE)?))
 }
 
 fn check_sled(copied: &Copied, engine: &Arc<dyn Engine>, logs: &[Log]) {
@@ -582,8 +575,5 @@ fn a_power_loss_without_synchronous_files_is_seen() {
         }
         fs::remove_dir_all(copied.path).unwrap();
     }
-    assert!(
-        refused > 10 && whole > 5,
-        "{refused} refused, {whole} whole"
-    );
+    assert!(refused > 10 && whole > 5, "{refused} refused, {whole} whole");
 }

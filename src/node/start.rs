@@ -163,7 +163,7 @@ async fn open_stores(settings: &Settings) -> Result<(DataDir, Stores), NodeError
                     .into(),
             });
         }
-        let options = SledOptions { cache_bytes: storage.cache_bytes };
+        let options = SledOptions { cache_bytes: storage.cache_bytes, ..SledOptions::default() };
         let engine: Arc<dyn Engine> =
             Arc::new(SledEngine::open(&data_dir.state_path(), options, data_dir.store_id())?);
         let flusher = Flusher::open(data_dir.redo_path(), engine.clone())?;
@@ -181,10 +181,9 @@ fn clone_listener(listener: &TcpListener) -> Result<TcpListener, NodeError> {
     clone().map_err(|error| NodeError::Fatal(format!("sharing a listening socket between threads: {error}")))
 }
 
-fn wait_for_stop(mut stopping: watch::Receiver<bool>) -> impl Future<Output = ()> + Send + 'static {
-    async move {
-        // An error means that the node is gone, which is a stop too.
-        stopping.wait_for(|stop| *stop).await.map(|_| ()).unwrap_or(())
+async fn wait_for_stop(mut stopping: watch::Receiver<bool>) {
+    if stopping.wait_for(|stop| *stop).await.is_err() {
+        tracing::debug!("the node is gone, which is a stop too");
     }
 }
 

@@ -389,7 +389,7 @@ impl World {
         for token in replica.open {
             if self.dice.chance(700) {
                 let delay = self.dice.between(100, 2_000);
-                let refusal = Refusal::Unknown("the connection was lost");
+                let refusal = Refusal::Unknown("the connection was lost".into());
                 self.clock.after(delay, Event::Answer(token, Err(refusal)));
             }
         }
@@ -408,7 +408,7 @@ impl World {
         let process = self.nodes.get_mut(&id).and_then(|node| node.process.as_mut());
         let found = process.and_then(|p| p.replicas.iter_mut().find(|(_, r)| r.shard == shard));
         let Some((replica_id, replica)) = found else {
-            let refusal = Err(Refusal::Unavailable("starting"));
+            let refusal = Err(Refusal::Unavailable("starting".into()));
             let delay = self.dice.between(50, 500);
             self.clock.after(delay, Event::Answer(token, refusal));
             return Ok(());

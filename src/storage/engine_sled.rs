@@ -56,10 +56,7 @@ pub struct SledOptions {
 
 impl Default for SledOptions {
     fn default() -> SledOptions {
-        SledOptions {
-            cache_bytes: CACHE_BYTES_DEFAULT,
-            synchronous: true,
-        }
+        SledOptions { cache_bytes: CACHE_BYTES_DEFAULT, synchronous: true }
     }
 }
 
@@ -87,11 +84,7 @@ impl SledEngine {
     /// Opens the store in directory `path`, or creates it for the data directory `store_id`. Errors:
     /// [`IdentityError::InUse`], [`IdentityError::ForeignStore`], [`IdentityError::Newer`];
     /// [`StorageError::Damaged`] for files that sled can't read.
-    pub fn open(
-        path: &Path,
-        options: SledOptions,
-        store_id: StoreId,
-    ) -> Result<SledEngine, StorageError> {
+    pub fn open(path: &Path, options: SledOptions, store_id: StoreId) -> Result<SledEngine, StorageError> {
         fs::create_dir_all(path).map_err(io_error("creating", path))?;
         let files = SledFiles::prepare(path, options.synchronous)?;
         if !files.synchronous() {
@@ -100,10 +93,7 @@ impl SledEngine {
                 "the file system has no synchronous files: a power loss during a flush costs the state store"
             );
         }
-        let config = sled::Config::new()
-            .path(path)
-            .cache_capacity(options.cache_bytes)
-            .flush_every_ms(None);
+        let config = sled::Config::new().path(path).cache_capacity(options.cache_bytes).flush_every_ms(None);
         let db = open_db(path, &config)?;
         let open_tree = |name| contain(path, || db.open_tree(name));
         let chunks = open_tree("chunks")?;
@@ -119,24 +109,14 @@ impl SledEngine {
             db,
             chunks,
             intents,
-            writer: Mutex::new(Writer {
-                next_chunks,
-                any_chunks: last.is_some(),
-                files,
-            }),
+            writer: Mutex::new(Writer { next_chunks, any_chunks: last.is_some(), files }),
             broken: AtomicBool::new(false),
             created,
         };
         if created {
             engine.write(&[
-                (
-                    keys::format_key(),
-                    Some(Bytes::copy_from_slice(&keys::FORMAT_VERSION.to_be_bytes())),
-                ),
-                (
-                    keys::store_id_key(),
-                    Some(Bytes::copy_from_slice(&store_id.0)),
-                ),
+                (keys::format_key(), Some(Bytes::copy_from_slice(&keys::FORMAT_VERSION.to_be_bytes()))),
+                (keys::store_id_key(), Some(Bytes::copy_from_slice(&store_id.0))),
             ])?;
         } else {
             engine.check_identity(store_id)?;
@@ -159,24 +139,16 @@ impl SledEngine {
             .ok_or_else(|| damaged(&self.path, "its format version is missing"))?;
         let path = || self.path.display().to_string();
         if format > keys::FORMAT_VERSION {
-            return Err(IdentityError::Newer {
-                path: path(),
-                found: format,
-                known: keys::FORMAT_VERSION,
-            }
-            .into());
+            return Err(
+                IdentityError::Newer { path: path(), found: format, known: keys::FORMAT_VERSION }.into()
+            );
         }
-        let found = self
-            .get(&keys::store_id_key())?
-            .and_then(|bytes| RandomId::from_slice(&bytes));
+        let found = self.get(&keys::store_id_key())?.and_then(|bytes| RandomId::from_slice(&bytes));
         match found {
             Some(found) if found == expected => Ok(()),
-            Some(found) => Err(IdentityError::ForeignStore {
-                path: path(),
-                found: found.to_string(),
-                expected,
+            Some(found) => {
+                Err(IdentityError::ForeignStore { path: path(), found: found.to_string(), expected }.into())
             }
-            .into()),
             None => Err(damaged(&self.path, "its store id is missing")),
         }
     }
@@ -204,12 +176,7 @@ impl SledEngine {
         Ok(())
     }
 
-    fn write_one(
-        &self,
-        writer: &mut Writer,
-        key: &[u8],
-        value: Option<&Bytes>,
-    ) -> Result<(), StorageError> {
+    fn write_one(&self, writer: &mut Writer, key: &[u8], value: Option<&Bytes>) -> Result<(), StorageError> {
         let old = if writer.any_chunks {
             match self.run(|| self.db.get(key))? {
                 Some(record) => self.parse(&record)?.chunks(),
@@ -227,9 +194,7 @@ impl SledEngine {
         };
         match (value, new) {
             (Some(_), Some(at)) => self.run(|| self.db.insert(key, at.encode()))?,
-            (Some(value), None) => {
-                self.run(|| self.db.insert(key, Record::encode_inline(value)))?
-            }
+            (Some(value), None) => self.run(|| self.db.insert(key, Record::encode_inline(value)))?,
             (None, _) => self.run(|| self.db.remove(key))?,
         };
         if let Some(old) = old {
@@ -241,21 +206,12 @@ impl SledEngine {
         Ok(())
     }
 
-    fn write_chunks(
-        &self,
-        writer: &mut Writer,
-        key: &[u8],
-        value: &Bytes,
-    ) -> Result<ChunkRef, StorageError> {
+    fn write_chunks(&self, writer: &mut Writer, key: &[u8], value: &Bytes) -> Result<ChunkRef, StorageError> {
         let len = u32::try_from(value.len()).map_err(|_| StorageError::Engine {
             engine: NAME,
             reason: format!("a value of {} bytes is too long", value.len()),
         })?;
-        let at = ChunkRef {
-            id: writer.next_chunks,
-            len,
-            sum: crc32c::crc32c(value),
-        };
+        let at = ChunkRef { id: writer.next_chunks, len, sum: crc32c::crc32c(value) };
         writer.next_chunks += 1;
         writer.any_chunks = true;
         self.intend(at, key)?;
@@ -293,10 +249,7 @@ impl SledEngine {
             match self.run(|| self.db.get(key))? {
                 None => return Ok(None),
                 Some(again) if again == record => {
-                    return Err(damaged(
-                        &self.path,
-                        "chunks of a value are missing or wrong",
-                    ));
+                    return Err(damaged(&self.path, "chunks of a value are missing or wrong"));
                 }
                 Some(again) => record = again,
             }
@@ -324,10 +277,7 @@ impl SledEngine {
         if self.broken.load(Ordering::Relaxed) {
             return Err(StorageError::Engine {
                 engine: NAME,
-                reason: format!(
-                    "{} failed before; restart the node to recover it",
-                    self.path.display()
-                ),
+                reason: format!("{} failed before; restart the node to recover it", self.path.display()),
             });
         }
         let result = contain(&self.path, call);
@@ -343,11 +293,7 @@ impl SledEngine {
     }
 
     fn range(&self, from: Bound<&[u8]>, to: &[u8]) -> Option<sled::Iter> {
-        let upper = if to.is_empty() {
-            Bound::Unbounded
-        } else {
-            Bound::Excluded(to.to_vec())
-        };
+        let upper = if to.is_empty() { Bound::Unbounded } else { Bound::Excluded(to.to_vec()) };
         let crossed = match from {
             Bound::Included(from) | Bound::Excluded(from) => !to.is_empty() && from >= to,
             Bound::Unbounded => false,
@@ -414,10 +360,9 @@ impl Engine for SledEngine {
         let mut writer = self.writer();
         let result = match self.run(|| self.db.flush()) {
             Ok(_) => writer.files.sync(),
-            Err(error) => Err(StorageError::SyncFailed {
-                path: self.path.join("db"),
-                reason: error.to_string(),
-            }),
+            Err(error) => {
+                Err(StorageError::SyncFailed { path: self.path.join("db"), reason: error.to_string() })
+            }
         };
         if result.is_err() {
             self.broken.store(true, Ordering::Relaxed);
@@ -455,11 +400,9 @@ fn open_db(path: &Path, config: &sled::Config) -> Result<sled::Db, StorageError>
         }
         attempts += 1;
         if attempts == LOCK_ATTEMPTS {
-            return Err(IdentityError::InUse {
-                path: path.display().to_string(),
-                holder: String::new(),
-            }
-            .into());
+            return Err(
+                IdentityError::InUse { path: path.display().to_string(), holder: String::new() }.into()
+            );
         }
         std::thread::sleep(LOCK_RETRY);
     }
@@ -472,10 +415,9 @@ fn contain<T>(path: &Path, call: impl FnOnce() -> sled::Result<T>) -> Result<T, 
         Ok(Err(sled::Error::Corruption { at, .. })) => {
             Err(damaged(path, &format!("sled finds it corrupt at {at:?}")))
         }
-        Ok(Err(error)) => Err(StorageError::Engine {
-            engine: NAME,
-            reason: format!("{}: {error}", path.display()),
-        }),
+        Ok(Err(error)) => {
+            Err(StorageError::Engine { engine: NAME, reason: format!("{}: {error}", path.display()) })
+        }
         Err(panic) => {
             let text = panic
                 .downcast_ref::<String>()
@@ -488,10 +430,7 @@ fn contain<T>(path: &Path, call: impl FnOnce() -> sled::Result<T>) -> Result<T, 
 }
 
 fn damaged(path: &Path, detail: &str) -> StorageError {
-    StorageError::Damaged {
-        what: format!("state store {}", path.display()),
-        detail: detail.to_owned(),
-    }
+    StorageError::Damaged { what: format!("state store {}", path.display()), detail: detail.to_owned() }
 }
 
 #[cfg(test)]

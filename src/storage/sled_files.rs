@@ -99,9 +99,7 @@ impl SledFiles {
     /// Makes durable what opening has created: names, and `conf`, which sled doesn't sync.
     pub fn sync_names(&self) -> Result<(), StorageError> {
         let conf = self.dir.join("conf");
-        File::open(&conf)
-            .and_then(|file| file.sync_all())
-            .map_err(sync_error(&conf))?;
+        File::open(&conf).and_then(|file| file.sync_all()).map_err(sync_error(&conf))?;
         atomic_file::sync_dir(&self.dir)?;
         atomic_file::sync_parent(&self.dir)
     }
@@ -155,9 +153,8 @@ impl SledFiles {
 #[cfg(target_os = "linux")]
 fn set_synchronous(file: &File) -> bool {
     use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
-    ioctl_getflags(file).is_ok_and(|flags| {
-        flags.contains(IFlags::SYNC) || ioctl_setflags(file, flags | IFlags::SYNC).is_ok()
-    })
+    ioctl_getflags(file)
+        .is_ok_and(|flags| flags.contains(IFlags::SYNC) || ioctl_setflags(file, flags | IFlags::SYNC).is_ok())
 }
 
 /// Elsewhere sled syncs the file after each of its writes.

@@ -116,11 +116,7 @@ mod tests {
         let value = Bytes::from_static(b"value");
         let inline = Record::encode_inline(&value);
         assert_eq!(Record::decode(&inline), Some(Record::Inline(value)));
-        let at = ChunkRef {
-            id: 1 << 40,
-            len: CHUNK_BYTES as u32 + 1,
-            sum: 77,
-        };
+        let at = ChunkRef { id: 1 << 40, len: CHUNK_BYTES as u32 + 1, sum: 77 };
         let bytes = at.encode();
         assert_eq!(Record::decode(&bytes), Some(Record::Chunked(at)));
         assert_eq!(at.count(), 2);
