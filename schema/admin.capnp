@@ -23,48 +23,48 @@ interface Admin {
 
 struct VoidResult {
   union {
-    ok @0 :Void;
-    error @1 :Types.Error;
+    ok @0 :Void;             # done
+    error @1 :Types.Error;   # not done, or its end isn't known: see `applied`
   }
 }
 
 struct DatabaseResult {
   union {
-    database @0 :Types.DatabaseRecord;
-    error @1 :Types.Error;
+    database @0 :Types.DatabaseRecord;   # as it is now
+    error @1 :Types.Error;   # not done, or its end isn't known: see `applied`
   }
   created @2 :Bool;          # false: it existed already
 }
 
 enum NodeState {
-  starting @0;
-  ready @1;
-  stopping @2;
+  starting @0;               # not yet a member, or its replicas are being opened
+  ready @1;                  # serves
+  stopping @2;               # hands leadership over, takes nothing new
 }
 
 struct NodeStatus {
   node @0 :UInt64;           # NodeId; 0 while not yet a member
-  clusterId @1 :Data;
-  label @2 :Text;
-  state @3 :NodeState;
-  mapVersion @4 :UInt64;
+  clusterId @1 :Data;        # 16 bytes
+  label @2 :Text;            # the operator's name for it (`node.id` in the settings)
+  state @3 :NodeState;       # of the node as a whole
+  mapVersion @4 :UInt64;     # version of the cluster map it holds
   diskBytes @5 :UInt64;      # bytes in the data directory, as last measured
-  replicas @6 :List(ReplicaStatus);
-  software @7 :Text;
-  protocol @8 :Types.ProtocolRange;
-  pid @9 :UInt32;
-  uptimeMs @10 :UInt64;
+  replicas @6 :List(ReplicaStatus);   # all that it holds, that of the metadata shard too
+  software @7 :Text;         # name and version of its program
+  protocol @8 :Types.ProtocolRange;   # versions it speaks on the client port
+  pid @9 :UInt32;            # its process
+  uptimeMs @10 :UInt64;      # milliseconds since it started
 }
 
 enum ReplicaRole {
-  follower @0;
-  candidate @1;
-  leader @2;
-  learner @3;
+  follower @0;               # follows a leader, or waits for one
+  candidate @1;              # asks the others for their votes
+  leader @2;                 # leads, or takes itself for the leader of its term
+  learner @3;                # receives the log without a vote
 }
 
 enum ReplicaState {
-  serving @0;
+  serving @0;                # takes part in its group
   recovering @1;             # re-applying its log after a start
   restarting @2;             # crashed; the supervisor will rebuild it
   quarantined @3;            # crashed too often; out of service until the node restarts
@@ -72,15 +72,15 @@ enum ReplicaState {
 }
 
 struct ReplicaStatus {
-  shard @0 :UInt64;
-  replica @1 :UInt64;
-  role @2 :ReplicaRole;
-  state @3 :ReplicaState;
-  term @4 :UInt64;
+  shard @0 :UInt64;          # ShardId
+  replica @1 :UInt64;        # ReplicaId
+  role @2 :ReplicaRole;      # in its group, as it sees it
+  state @3 :ReplicaState;    # whether it works
+  term @4 :UInt64;           # raft term
   leader @5 :UInt64;         # ReplicaId of the leader it knows; 0: none
-  applied @6 :UInt64;        # log index
-  committed @7 :UInt64;
-  last @8 :UInt64;
+  applied @6 :UInt64;        # log index up to which its state is made
+  committed @7 :UInt64;      # log index up to which it knows entries as committed
+  last @8 :UInt64;           # log index of its last entry
   restarts @9 :UInt32;       # since the node started
   message @10 :Text;         # why it isn't serving
 }

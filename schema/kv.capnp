@@ -14,7 +14,7 @@ interface Gate {
 }
 
 struct Hello {
-  protocol @0 :Types.ProtocolRange;
+  protocol @0 :Types.ProtocolRange;  # what the client speaks; this is version 1
   software @1 :Text;         # name and version of the client, for the node's log
   features @2 :List(Text);   # what the client can do beyond the protocol version; unknown names are ignored
   credentials @3 :Data;      # reserved: leave empty
@@ -24,8 +24,8 @@ struct Welcome {
   protocol @0 :UInt32;       # the version this connection speaks
   clusterId @1 :Data;        # 16 bytes
   node @2 :UInt64;           # NodeId of the node that answers
-  software @3 :Text;
-  features @4 :List(Text);
+  software @3 :Text;         # name and version of the node's program
+  features @4 :List(Text);   # what the node can do beyond the protocol version
 }
 
 interface Kv {
@@ -46,8 +46,9 @@ interface Kv {
   delete @5 (database :Text, key :Data, timeoutMs :UInt32) -> (result :OpResult);
   cas @6 (database :Text, key :Data, expect :Expect, value :Data, timeoutMs :UInt32) -> (result :OpResult);
   # Plain calls for clients without routing, valid on any node: it finds the leader and forwards, one
-  # hop. `timeoutMs` 0 means the node's default (10,000). A write is tried once: if its
-  # outcome can't be known the answer is an `unknownOutcome` error.
+  # hop. `timeoutMs` 0 means the node's default (10,000); at most 600,000. What certainly had no effect
+  # is tried again until then. A write whose outcome can't be known is not: the answer is an
+  # `unknownOutcome` error.
 }
 
 struct Expect {
@@ -62,20 +63,20 @@ struct Expect {
 struct Operation {
   key @0 :Data;              # 1 to 4,096 bytes
   union {
-    get @1 :Void;
+    get @1 :Void;            # read the key, linearizably
     put @2 :Data;            # the value, at most 8 MiB
-    delete @3 :Void;
+    delete @3 :Void;         # remove the key
     cas :group {
-      expect @4 :Expect;
-      value @5 :Data;
+      expect @4 :Expect;     # the condition
+      value @5 :Data;        # the new value if it holds, at most 8 MiB
     }
   }
 }
 
 struct BatchRequest {
-  shard @0 :UInt64;
+  shard @0 :UInt64;          # ShardId; all keys must lie in its range
   rangeVersion @1 :UInt64;   # the shard's epoch.range by which the sender routed
-  operations @2 :List(Operation);
+  operations @2 :List(Operation);   # at most 1,024
   timeoutMs @3 :UInt32;      # the sender stops waiting after this; 0: the node's default
   forwarded @4 :Bool;        # sent by a node for a plain call; never forwarded again
 }
@@ -91,7 +92,7 @@ struct BatchResponse {
 struct OpResult {
   union {
     value :group {           # get: found
-      value @0 :Data;
+      value @0 :Data;        # exactly the bytes that were put
       version @1 :UInt64;    # the shard's revision that wrote it; grows with every write to the shard
     }
     absent @2 :Void;         # get, delete: there is no such key
@@ -100,35 +101,35 @@ struct OpResult {
     mismatch :group {        # cas: the condition didn't hold, nothing was changed
       found @5 :Bool;        # whether the key exists
       value @6 :Data;        # its value and version, if it does
-      version @7 :UInt64;
+      version @7 :UInt64;    # 0 if it doesn't
     }
-    error @8 :Types.Error;
+    error @8 :Types.Error;   # no result; says what may be concluded
   }
 }
 
 struct ScanRequest {
-  shard @0 :UInt64;
-  rangeVersion @1 :UInt64;
+  shard @0 :UInt64;          # ShardId
+  rangeVersion @1 :UInt64;   # as in BatchRequest
   prefix @2 :Data;           # only keys that begin so
   after @3 :Data;            # only keys greater than this; empty: from the start
-  limit @4 :UInt32;          # at most so many pairs; 0: the node's own bound. A page is bounded in bytes too
-  keysOnly @5 :Bool;
-  timeoutMs @6 :UInt32;
+  limit @4 :UInt32;          # at most so many pairs; 0: the node's own bound (1,000). A page is bounded in bytes too
+  keysOnly @5 :Bool;         # leave the values out
+  timeoutMs @6 :UInt32;      # as in BatchRequest
 }
 
 struct ScanResponse {
   union {
     page :group {
-      pairs @0 :List(Pair);
+      pairs @0 :List(Pair);  # in ascending order of their keys, as bytes
       more @1 :Bool;         # true: ask again with `after` = the last key
     }
-    error @2 :Types.Error;
+    error @2 :Types.Error;   # there is no page
   }
-  route @3 :Types.MapDelta;
+  route @3 :Types.MapDelta;  # as in BatchResponse
 }
 
 struct Pair {
-  key @0 :Data;
+  key @0 :Data;              # as it was put
   value @1 :Data;            # empty with keysOnly
-  version @2 :UInt64;
+  version @2 :UInt64;        # the shard's revision that wrote the value
 }

@@ -13,11 +13,11 @@ enum Lane {
 }
 
 struct PeerHello {
-  protocol @0 :Types.ProtocolRange;
+  protocol @0 :Types.ProtocolRange;  # versions of the peer protocol that the dialler speaks
   clusterId @1 :Data;        # 16 bytes; empty: not yet a member (lane `request` only)
   fromNode @2 :UInt64;       # 0: not yet a member
   toNode @3 :UInt64;         # the node meant; 0: whoever answers (lane `request` only)
-  lane @4 :Lane;
+  lane @4 :Lane;             # what this connection is for
   incarnation @5 :UInt64;    # drawn at each start of the process
 }
 
@@ -26,65 +26,66 @@ struct PeerWelcome {
     accepted @0 :UInt32;     # the protocol version spoken from here on
     refused @1 :Text;        # why not, for the dialler's log
   }
-  node @2 :UInt64;
-  incarnation @3 :UInt64;
+  node @2 :UInt64;           # NodeId of the node that answers; 0: not yet a member
+  incarnation @3 :UInt64;    # drawn at each start of its process
 }
 
 struct PeerFrame {
   union {
-    raft @0 :List(RaftMessage);
-    heartbeat @1 :NodeHeartbeat;
-    request @2 :PeerRequest;
-    response @3 :PeerResponse;
+    raft @0 :List(RaftMessage);   # of any number of groups; lanes `control` and `append`
+    heartbeat @1 :NodeHeartbeat;  # lane `control`
+    request @2 :PeerRequest;      # lane `request`, from the dialler
+    response @3 :PeerResponse;    # lane `request`, from the acceptor
   }
 }
 
 struct NodeHeartbeat {
-  node @0 :UInt64;
-  incarnation @1 :UInt64;
+  node @0 :UInt64;           # NodeId of the sender
+  incarnation @1 :UInt64;    # which start of its process
   mapVersion @2 :UInt64;     # version of the cluster map the sender holds
 }
 
 struct RaftEntry {
-  term @0 :UInt64;
-  index @1 :UInt64;
+  term @0 :UInt64;           # of the leader that proposed it
+  index @1 :UInt64;          # its place in the log
   kind @2 :UInt8;            # eraftpb EntryType: 0 normal, 1 conf change, 2 conf change v2
-  data @3 :Data;
-  context @4 :Data;
+  data @3 :Data;             # a batch of commands (`machine::entry`), or a change of membership
+  context @4 :Data;          # of a change of membership: the MemberRecords it is about
 }
 
 struct RaftMessage {
   # One message of raft-rs and the address of its group.
-  shard @0 :UInt64;
-  epoch @1 :Types.Epoch;
+  # The fields from `kind` on are those of raft-rs, which defines what each kind of message uses.
+  shard @0 :UInt64;          # ShardId
+  epoch @1 :Types.Epoch;     # of the shard as the sender knows it
   kind @2 :UInt8;            # eraftpb MessageType
   to @3 :UInt64;             # ReplicaId
   from @4 :UInt64;           # ReplicaId
-  term @5 :UInt64;
-  logTerm @6 :UInt64;
-  index @7 :UInt64;
-  commit @8 :UInt64;
-  commitTerm @9 :UInt64;
-  reject @10 :Bool;
-  rejectHint @11 :UInt64;
-  requestSnapshot @12 :UInt64;
-  priority @13 :Int64;
-  context @14 :Data;
-  entries @15 :List(RaftEntry);
-  snapshot @16 :SnapshotHeader;
+  term @5 :UInt64;           # of the sender; 0: none
+  logTerm @6 :UInt64;        # term of the entry at `index`
+  index @7 :UInt64;          # log index before `entries`, or that is acknowledged
+  commit @8 :UInt64;         # log index up to which the sender knows entries as committed
+  commitTerm @9 :UInt64;     # term of the entry at `commit`
+  reject @10 :Bool;          # answer: no
+  rejectHint @11 :UInt64;    # log index at which to try instead
+  requestSnapshot @12 :UInt64;   # log index from which a snapshot is asked for; 0: none
+  priority @13 :Int64;       # of a candidate
+  context @14 :Data;         # of a read round: incarnation and counter; of a vote: kind of campaign
+  entries @15 :List(RaftEntry);  # consecutive, in order
+  snapshot @16 :SnapshotHeader;  # absent in all but snapshot messages
   safeIndex @17 :UInt64;     # from a leader: no replica of the group still needs an entry up to here
 }
 
 struct SnapshotHeader {
   # Metadata of a snapshot; its data travels on the snapshot lane. Reserved.
-  index @0 :UInt64;
-  term @1 :UInt64;
-  voters @2 :List(UInt64);
-  learners @3 :List(UInt64);
-  votersOutgoing @4 :List(UInt64);
-  learnersNext @5 :List(UInt64);
-  autoLeave @6 :Bool;
-  stream @7 :UInt64;
+  index @0 :UInt64;          # log index of the last entry in it
+  term @1 :UInt64;           # that entry's term
+  voters @2 :List(UInt64);   # ReplicaIds; with the next four fields raft's ConfState
+  learners @3 :List(UInt64);        # ReplicaIds
+  votersOutgoing @4 :List(UInt64);  # ReplicaIds, during a joint change
+  learnersNext @5 :List(UInt64);    # ReplicaIds, during a joint change
+  autoLeave @6 :Bool;        # whether the joint change ends by itself
+  stream @7 :UInt64;         # names the stream that brings the data
 }
 
 struct PeerRequest {
@@ -100,14 +101,14 @@ struct PeerRequest {
 }
 
 struct PeerResponse {
-  id @0 :UInt64;
+  id @0 :UInt64;             # of the request
   union {
-    error @1 :Types.Error;
-    probe @2 :ProbeAnswer;
-    claimed @3 :Void;
-    formed @4 :Void;
-    joined @5 :JoinAnswer;
-    map @6 :Types.MapDelta;
+    error @1 :Types.Error;   # refused
+    probe @2 :ProbeAnswer;   # who this node is
+    claimed @3 :Void;        # recorded durably
+    formed @4 :Void;         # recorded durably
+    joined @5 :JoinAnswer;   # welcome
+    map @6 :Types.MapDelta;  # what changed
     meta @7 :Data;           # store.capnp MetaReply
   }
 }
@@ -118,22 +119,22 @@ struct ProbeAnswer {
     claimed @1 :Data;        # has recorded this cluster id, not yet a member
     member @2 :Data;         # belongs to this cluster
   }
-  storeId @3 :Data;
-  peerAddress @4 :Text;
-  clientAddress @5 :Text;
-  zone @6 :Text;
-  weight @7 :UInt32;
-  label @8 :Text;
+  storeId @3 :Data;          # this and the next five: see Types.NodeRecord
+  peerAddress @4 :Text;      # HOST:PORT
+  clientAddress @5 :Text;    # HOST:PORT
+  zone @6 :Text;             # failure domain
+  weight @7 :UInt32;         # share of replicas; 100 is ordinary
+  label @8 :Text;            # the operator's name for the node
   node @9 :UInt64;           # NodeId of a member; 0 otherwise
 }
 
 struct Formation {
   # The first content of a cluster, alike for all its first voters; `node` tells the receiver which
   # of them it is.
-  clusterId @0 :Data;
-  node @1 :UInt64;
-  nodes @2 :List(Types.NodeRecord);
-  metadata @3 :Types.ShardRecord;
+  clusterId @0 :Data;        # 16 bytes
+  node @1 :UInt64;           # NodeId of the receiver
+  nodes @2 :List(Types.NodeRecord);   # the first voters of the metadata shard
+  metadata @3 :Types.ShardRecord;     # shard 0
 }
 
 struct JoinRequest {
@@ -142,6 +143,6 @@ struct JoinRequest {
 }
 
 struct JoinAnswer {
-  node @0 :UInt64;
-  map @1 :Types.MapDelta;
+  node @0 :UInt64;           # NodeId of the new member
+  map @1 :Types.MapDelta;    # the whole cluster map
 }

@@ -12,25 +12,25 @@ struct Identity {
 }
 
 enum MachineKind {
-  kv @0;
-  metadata @1;
+  kv @0;                     # keys and values
+  metadata @1;               # nodes, databases, the shard map
 }
 
 enum ReplicaPhase {
-  active @0;
+  active @0;                 # started whenever the node is
   tombstone @1;              # removed: its id is never started again
 }
 
 struct ReplicaRecord {
   # Catalogue of the node's replicas, in the reserved group of the log engine.
-  replica @0 :UInt64;
-  shard @1 :UInt64;
-  database @2 :UInt64;
-  machine @3 :MachineKind;
-  phase @4 :ReplicaPhase;
-  start @5 :UInt64;          # ring range
-  end @6 :UInt64;
-  epoch @7 :Types.Epoch;
+  replica @0 :UInt64;        # ReplicaId
+  shard @1 :UInt64;          # ShardId
+  database @2 :UInt64;       # DatabaseId
+  machine @3 :MachineKind;   # which state machine runs in it
+  phase @4 :ReplicaPhase;    # whether it still exists
+  start @5 :UInt64;          # first position of its ring range, inclusive
+  end @6 :UInt64;            # last position, inclusive
+  epoch @7 :Types.Epoch;     # at creation
   members @8 :List(Types.MemberRecord);   # at creation
   generation @9 :UInt32;     # install generation of its state keys
 }
@@ -38,41 +38,41 @@ struct ReplicaRecord {
 struct StateHeader {
   # One per replica and generation in the state store, and per replica in a redo file: where the
   # state stands. Written in the same batch as the data it describes.
-  applied @0 :UInt64;
-  appliedTerm @1 :UInt64;
+  applied @0 :UInt64;        # log index of the last entry in it
+  appliedTerm @1 :UInt64;    # that entry's term
   revision @2 :UInt64;       # the shard's revision counter
-  epoch @3 :Types.Epoch;
-  members @4 :List(Types.MemberRecord);
-  voters @5 :List(UInt64);   # raft ConfState
-  learners @6 :List(UInt64);
-  votersOutgoing @7 :List(UInt64);
-  learnersNext @8 :List(UInt64);
-  autoLeave @9 :Bool;
+  epoch @3 :Types.Epoch;     # of the shard as of `applied`
+  members @4 :List(Types.MemberRecord);   # likewise
+  voters @5 :List(UInt64);   # ReplicaIds; with the next four fields raft's ConfState
+  learners @6 :List(UInt64);        # ReplicaIds
+  votersOutgoing @7 :List(UInt64);  # ReplicaIds, during a joint change
+  learnersNext @8 :List(UInt64);    # ReplicaIds, during a joint change
+  autoLeave @9 :Bool;        # whether the joint change ends by itself
 }
 
 struct MetaCommand {
   # A command of the metadata machine.
   union {
     form :group {            # first command of a cluster; repeating it changes nothing
-      clusterId @0 :Data;
-      nodes @1 :List(Types.NodeRecord);
-      metadata @2 :Types.ShardRecord;
+      clusterId @0 :Data;    # 16 bytes
+      nodes @1 :List(Types.NodeRecord);   # its first members
+      metadata @2 :Types.ShardRecord;     # shard 0
     }
     addNode @3 :Types.NodeRecord;      # id 0: allocate; a known storeId updates its record
     createDatabase :group {
-      name @4 :Text;
-      replicas @5 :UInt32;
+      name @4 :Text;         # [A-Za-z0-9_-]{1,64}
+      replicas @5 :UInt32;   # voters of each shard
       shards @6 :List(PlannedShard);   # in ascending order, covering the ring
     }
-    dropDatabase @7 :Text;
+    dropDatabase @7 :Text;   # its name
   }
 }
 
 struct PlannedShard {
   # A shard as the proposer planned it. The plan travels in the command so that a change of the
   # planner can't make replicas differ.
-  start @0 :UInt64;
-  end @1 :UInt64;
+  start @0 :UInt64;          # first position of its ring range, inclusive
+  end @1 :UInt64;            # last position, inclusive
   nodes @2 :List(UInt64);    # NodeIds of its voters
 }
 
@@ -80,8 +80,8 @@ struct MetaReply {
   union {
     formed @0 :UInt64;       # map version
     node @1 :UInt64;         # NodeId
-    database @2 :Types.DatabaseRecord;
-    refused @3 :Text;
+    database @2 :Types.DatabaseRecord;   # as it is now
+    refused @3 :Text;        # why not
   }
   created @4 :Bool;          # database: false if it was there already
   refusal @5 :MetaRefusal;   # refused: which rule, for programs; `refused` is the same for persons
@@ -90,19 +90,19 @@ struct MetaReply {
 struct MetaRefusal {
   # Why the metadata machine refuses a command. A reader that doesn't know the member shows the text.
   union {
-    other @0 :Void;
+    other @0 :Void;          # see the text
     otherCluster :group {    # form: this cluster was formed with another identity
       have @1 :Data;         # 16 bytes
       asked @2 :Data;        # 16 bytes
     }
     nameTaken :group {       # createDatabase: by a database with other numbers, which are
-      name @3 :Text;
-      replicas @4 :UInt32;
-      shards @5 :UInt32;
+      name @3 :Text;         # of the database
+      replicas @4 :UInt32;   # that it has
+      shards @5 :UInt32;     # that it has
     }
-    unknownDatabase @6 :Text;
+    unknownDatabase @6 :Text;   # dropDatabase: the name
     unknownNode @7 :UInt64;  # createDatabase: a planned NodeId that isn't a member
-    invalidPlan @8 :Text;
-    notFormed @9 :Void;
+    invalidPlan @8 :Text;    # createDatabase: the rule that the plan breaks
+    notFormed @9 :Void;      # no command works before `form`
   }
 }

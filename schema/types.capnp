@@ -8,8 +8,8 @@
 struct ProtocolRange {
   # The protocol versions a side speaks, both ends included. Two sides use the greatest version that
   # both speak; if there is none, the connection is refused with a message that says which.
-  min @0 :UInt32;
-  max @1 :UInt32;
+  min @0 :UInt32;            # the oldest version spoken, from 1
+  max @1 :UInt32;            # the newest
 }
 
 struct NodeRecord {
@@ -30,7 +30,7 @@ struct DatabaseRecord {
   replicas @2 :UInt32;       # voters that each shard should have
   shards @3 :List(UInt64);   # ShardIds in ascending order of their ranges
   dropped @4 :Bool;          # true: the name is free again, the record stays to tell late readers
-  changedAt @5 :UInt64;
+  changedAt @5 :UInt64;      # as in NodeRecord
 }
 
 enum MemberRole {
@@ -41,7 +41,7 @@ enum MemberRole {
 struct MemberRecord {
   replica @0 :UInt64;        # ReplicaId: the raft id; unique in the cluster, never reused
   node @1 :UInt64;           # NodeId that holds it
-  role @2 :MemberRole;
+  role @2 :MemberRole;       # whether it votes
 }
 
 struct Epoch {
@@ -55,20 +55,22 @@ struct ShardRecord {
   database @1 :UInt64;       # DatabaseId
   start @2 :UInt64;          # first position on the 64-bit ring, inclusive
   end @3 :UInt64;            # last position, inclusive
-  epoch @4 :Epoch;
-  members @5 :List(MemberRecord);
-  dropped @6 :Bool;
-  changedAt @7 :UInt64;
+  epoch @4 :Epoch;           # versions of this description
+  members @5 :List(MemberRecord);   # its replicas; which of them leads is not part of the map
+  dropped @6 :Bool;          # true: its database was dropped
+  changedAt @7 :UInt64;      # as in NodeRecord
 }
 
 struct MapDelta {
-  # The cluster map, or what changed in it: every record whose `changedAt` is above `since`.
+  # The cluster map, or what changed in it: every record whose `changedAt` is above `since`. A receiver
+  # whose own version is at least `since` is at `version` afterwards; another one takes the records
+  # over and keeps its version. So a delta with `since` = `version` is a set of fresh records, no more.
   clusterId @0 :Data;        # 16 bytes
   since @1 :UInt64;          # 0: the whole map
   version @2 :UInt64;        # version after applying this delta
-  nodes @3 :List(NodeRecord);
-  databases @4 :List(DatabaseRecord);
-  shards @5 :List(ShardRecord);
+  nodes @3 :List(NodeRecord);           # each takes the place of an older one of the same id
+  databases @4 :List(DatabaseRecord);   # likewise; dropped ones stay in the map, marked
+  shards @5 :List(ShardRecord);         # likewise
 }
 
 enum Applied {
@@ -79,24 +81,24 @@ enum Applied {
 struct Error {
   # Why an operation got no result. The fixed fields come first so that a client which doesn't know
   # the member of the union still knows what it may do.
-  applied @0 :Applied;
+  applied @0 :Applied;       # whether the operation may have had an effect; holds for any member
   retryable @1 :Bool;        # true: the same request may succeed later or elsewhere
   retryAfterMs @2 :UInt32;   # milliseconds to wait before that; 0: at once
   message @3 :Text;          # for a person: the thing, the cause, the way out
 
   union {
-    other @4 :Void;
+    other @4 :Void;          # see the message
     notLeader :group {       # this replica doesn't lead the shard
-      shard @5 :UInt64;
+      shard @5 :UInt64;      # ShardId, as asked for
       leaderNode @6 :UInt64; # NodeId of the leader as far as known; 0: unknown
     }
     staleRoute :group {      # the request was routed with an old range version, or to a wrong node
-      shard @7 :UInt64;
+      shard @7 :UInt64;      # ShardId, as asked for
       rangeVersion @8 :UInt64;  # the version in force here; 0: the shard isn't here
       asked @18 :UInt64;     # the version in the request
     }
     busy @9 :Void;           # a bounded queue is full; retryAfterMs says when to come back
-    unknownDatabase @10 :Text;
+    unknownDatabase @10 :Text;  # its name; no retry helps until somebody creates it
     invalid @11 :Void;       # the request breaks a rule (limits, malformed); never retryable
     unknownOutcome @12 :Void;   # proposed, but leadership, replica or node was lost before the answer
     superseded @13 :Void;    # another entry was committed at its place: certainly not applied

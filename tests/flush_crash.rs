@@ -427,12 +427,13 @@ fn a_destroy_cut_short_is_finished_later() {
 /// How the files of an image differ from what the page cache held.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Image {
-    /// Not at all: the process was killed.
+    /// Not at all: the process was killed; or the power failed, and each write of sled was durable.
     Killed,
     /// Nothing since the last sync of each file arrived.
     OnlySynced,
-    /// Files are cut to the length they had at the last sync; what was written below that arrived.
-    CutToSynced,
+    /// The power failed on a file system without synchronous files: files are cut to the length they
+    /// had at the last sync, what was written below that arrived, and the machine has a new boot id.
+    Cut,
 }
 
 /// A copy of a node's files at one point of a flush.
@@ -476,10 +477,16 @@ fn cut_to_synced(image: &Path, synced: &Path) {
 
 /// Runs a node on sled and copies its files at every point of every flush. What is in `redo` under a
 /// final name is synced by then; what is in `state` is as durable as the last `sync` of the engine.
-fn sled_images(home: &Path, logs: &[Log], rounds: usize) -> Vec<Copied> {
+fn sled_images(
+    home: &Path,
+    logs: &[Log],
+    rounds: usize,
+    synchronous: bool,
+    kinds: &'static [Image],
+) -> Vec<Copied> {
     let live = home.join("live");
     let synced = home.join("synced");
-    let engine = open_sled(&live).unwrap();
+    let engine = open_sled(&live, synchronous).unwrap();
     let mut flusher = Flusher::open(live.join("redo"), engine.clone()).unwrap();
     let logged = Arc::new(Mutex::new(vec![GROUP_START.index; logs.len()]));
     copy_dir(&live.join("state"), &synced);
@@ -493,15 +500,20 @@ fn sled_images(home: &Path, logs: &[Log], rounds: usize) -> Vec<Copied> {
                 copy_dir(&live.join("state"), &synced);
             }
             number += 1;
-            for image in [Image::Killed, Image::OnlySynced, Image::CutToSynced] {
+            for &image in kinds {
                 let path = home.join(format!("{number}-{image:?}"));
                 copy_dir(&live.join("redo"), &path.join("redo"));
                 match image {
                     Image::OnlySynced => copy_dir(&synced, &path.join("state")),
                     _ => copy_dir(&live.join("state"), &path.join("state")),
                 }
-                if image == Image::CutToSynced {
+                if image == Image::Cut {
+                    let marker = path.join("state").join("UNSYNCED");
+                    let marked = marker.exists();
                     cut_to_synced(&path.join("state"), &synced);
+                    if marked {
+                        fs::write(marker, "another boot").unwrap();
+                    }
                 }
                 images.lock().unwrap().push(Copied {
                     point: format!("{number} ({point:?})"),
@@ -518,26 +530,50 @@ fn sled_images(home: &Path, logs: &[Log], rounds: usize) -> Vec<Copied> {
     Arc::into_inner(images).unwrap().into_inner().unwrap()
 }
 
-fn open_sled(node: &Path) -> Result<Arc<dyn Engine>, StorageError> {
-    let engine = SledEngine::open(&node.join("state"), SledOptions::default(), STORE)?;
-    Ok(Arc::new(engine))
+fn open_sled(node: &Path, synchronous: bool) -> Result<Arc<dyn Engine>, StorageError> {
+    let options = SledOptions { synchronous, ..SledOptions::default() };
+    Ok(Arc::new(SledEngine::open(&node.join("state"), options, STORE)?))
+}
+
+fn check_sled(copied: &Copied, engine: &Arc<dyn Engine>, logs: &[Log]) {
+    let context = format!("point {}, {:?}", copied.point, copied.image);
+    let mut flusher = Flusher::open(copied.path.join("redo"), engine.clone()).unwrap();
+    check_recovery(engine, &mut flusher, logs, &copied.logged, &context);
 }
 
 #[test]
 fn a_crash_at_any_point_on_sled() {
     let logs = REPLICAS.map(|replica| Log::draw(replica, 1200, 500, true));
     let home = tempfile::tempdir().unwrap();
-    let images = sled_images(home.path(), &logs, 3);
-    assert!(images.len() > 60, "only {} images", images.len());
+    let kinds = &[Image::Killed, Image::OnlySynced];
+    let images = sled_images(home.path(), &logs, 3, true, kinds);
+    assert!(images.len() > 40, "only {} images", images.len());
     for copied in images {
-        let context = format!("point {}, {:?}", copied.point, copied.image);
-        let engine = match open_sled(&copied.path) {
-            Ok(engine) => engine,
-            Err(error) => panic!("{context}: {error}"),
-        };
-        let mut flusher = Flusher::open(copied.path.join("redo"), engine.clone()).unwrap();
-        check_recovery(&engine, &mut flusher, &logs, &copied.logged, &context);
-        drop((engine, flusher));
+        let engine = open_sled(&copied.path, false).unwrap();
+        check_sled(&copied, &engine, &logs);
+        drop(engine);
         fs::remove_dir_all(copied.path).unwrap();
     }
+}
+
+/// Where writes can't be made durable one by one, sled may lose old data to a power loss without a
+/// word. A store that was being written then is refused; one that wasn't is whole.
+#[test]
+fn a_power_loss_without_synchronous_files_is_seen() {
+    let logs = REPLICAS.map(|replica| Log::draw(replica, 1200, 500, true));
+    let home = tempfile::tempdir().unwrap();
+    let images = sled_images(home.path(), &logs, 3, false, &[Image::Cut]);
+    let (mut refused, mut whole) = (0, 0);
+    for copied in images {
+        match open_sled(&copied.path, false) {
+            Ok(engine) => {
+                check_sled(&copied, &engine, &logs);
+                whole += 1;
+            }
+            Err(StorageError::Damaged { .. }) => refused += 1,
+            Err(error) => panic!("point {}: {error}", copied.point),
+        }
+        fs::remove_dir_all(copied.path).unwrap();
+    }
+    assert!(refused > 10 && whole > 5, "{refused} refused, {whole} whole");
 }

@@ -195,7 +195,10 @@ pub fn scan(context: &Context, args: ScanArgs) -> Result<Exit, Failure> {
             let page = match scan.next_page().await {
                 Ok(page) => page,
                 Err(error) => {
-                    close_array(context, count)?;
+                    // What was begun is ended, so that it can be read, and says that it isn't all.
+                    if context.json() && count > 0 {
+                        output::line(format!("],\"count\":{count},\"complete\":false}}"))?;
+                    }
                     return Err(error.into());
                 }
             };

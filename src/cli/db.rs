@@ -9,6 +9,7 @@ use super::failure::{Exit, Failure};
 use super::output;
 use super::setup;
 use super::status;
+use crate::client::ClientError;
 use crate::placement::map::DatabaseRecord;
 
 /// `db ...`
@@ -67,7 +68,14 @@ fn drop(context: &Context, args: &DbDropArgs) -> Result<Exit, Failure> {
         return Err(Failure::negative("declined", "nothing was removed"));
     }
     with_session(context, async |session| {
-        Ok(session.client.drop_database(&args.name, session.remaining()).await?)
+        let dropped = session.client.drop_database(&args.name, session.remaining()).await;
+        dropped.map_err(|error| match error {
+            ClientError::Unknown(why) => Failure::unknown(format!(
+                "dropping database `{}`: {why}; `pontoon db list` tells whether it is gone",
+                args.name
+            )),
+            error => error.into(),
+        })
     })?;
     if context.json() {
         output::json(&json!({"name": args.name, "dropped": true}))?;

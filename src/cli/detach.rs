@@ -9,19 +9,20 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
+use super::args::SetupArgs;
 use super::context::Context;
 use super::failure::{Exit, Failure};
 use super::local::LocalDir;
 use super::output;
 use super::serve::ignore_closed_pipe;
-use super::setup::TIMEOUT;
+use super::setup::timeout;
 use super::signals::Signals;
 
 /// How often the parent looks whether its child is ready.
 const POLL: Duration = Duration::from_millis(20);
 
 /// Starts this program again in the background and waits until it is ready or has failed.
-pub fn detach(context: &Context, dir: &LocalDir) -> Result<Exit, Failure> {
+pub fn detach(context: &Context, args: &SetupArgs, dir: &LocalDir) -> Result<Exit, Failure> {
     let signals = Signals::listen(None)?;
     let logs = dir.logs_dir();
     fs::create_dir_all(&logs).map_err(|error| Failure::io("creating", &logs, error))?;
@@ -46,7 +47,7 @@ pub fn detach(context: &Context, dir: &LocalDir) -> Result<Exit, Failure> {
         .map_err(|error| Failure::io("starting", &program, error))?;
 
     // The child gives up by itself; this is for one that can't even do that.
-    let deadline = Instant::now() + context.timeout_or(TIMEOUT) * 2 + Duration::from_secs(10);
+    let deadline = Instant::now() + timeout(context, args) * 2 + Duration::from_secs(10);
     loop {
         let exited = child
             .try_wait()
@@ -106,6 +107,7 @@ fn child_failure(code: Option<i32>, log: &Path, start: u64) -> Failure {
         Some(1) => Failure::negative("setup_failed", message),
         Some(2) => Failure::usage("setup_failed", message),
         Some(3) => Failure::unavailable(message),
+        Some(4) => Failure::unknown(message),
         _ => Failure::internal(message),
     }
 }

@@ -72,6 +72,11 @@ impl Failure {
         Failure { retryable: true, ..Failure::new(Exit::Unavailable, "unavailable", message) }
     }
 
+    /// It may have been done, or may yet be.
+    pub fn unknown(message: impl Into<String>) -> Failure {
+        Failure { outcome: Outcome::Unknown, ..Failure::new(Exit::Unknown, "outcome_unknown", message) }
+    }
+
     /// A thread of a node failed.
     pub fn internal(message: impl Into<String>) -> Failure {
         Failure::new(Exit::Internal, "internal", message)
@@ -102,14 +107,7 @@ impl From<ClientError> for Failure {
     fn from(error: ClientError) -> Failure {
         let message = error.to_string();
         match error {
-            ClientError::Unknown(_) => Failure {
-                outcome: Outcome::Unknown,
-                ..Failure::new(
-                    Exit::Unknown,
-                    "outcome_unknown",
-                    format!("{message}; read the key to find out"),
-                )
-            },
+            ClientError::Unknown(_) => Failure::unknown(format!("{message}; read the key to find out")),
             ClientError::Invalid(_) => Failure::usage("invalid", message),
             ClientError::NotApplied(why) => match why {
                 NotApplied::UnknownDatabase(_) => Failure::negative("unknown_database", why.to_string()),

@@ -583,8 +583,12 @@ impl<T> Group<T> {
         let safe_index = self.safe_index();
         let epoch = self.epoch();
         let members = &self.state.header().members;
-        for message in self.messages.drain(..) {
+        let leads_term = self.leads().then_some(self.raft.raft.term);
+        for mut message in self.messages.drain(..) {
             let to = ReplicaId(message.to);
+            if !mend_append(&mut message, leads_term, self.raft.store()) {
+                continue;
+            }
             match members.iter().find(|m| m.replica == to) {
                 Some(member) => {
                     let message = GroupMessage { shard: self.shard, epoch, safe_index, message };
@@ -717,6 +721,29 @@ impl<T> Group<T> {
             self.raft.raft.set_randomized_election_timeout(self.timeout.1);
         }
     }
+}
+
+/// Makes an append say which entry its entries follow; false if that can't be told any more.
+///
+/// raft-rs 0.7.0 batches entries into an append that waits for the same follower. If that one is
+/// empty it doesn't look whether they follow on it, and after a rejection, or an acknowledgement
+/// that came out of order, they don't: the follower would panic, or the message be refused on its way
+/// and sent again only after a while.
+///
+/// Only the leader of the message's term still has the log that the entries are from.
+fn mend_append(message: &mut Message, leads_term: Option<Term>, log: &GroupLog) -> bool {
+    if message.get_msg_type() != MessageType::MsgAppend {
+        return true;
+    }
+    let Some(before) = message.entries.first().map(|first| first.index - 1) else { return true };
+    if before != message.index {
+        let Some(term) = log.term_at(before).filter(|_| leads_term == Some(message.term)) else {
+            return false;
+        };
+        message.index = before;
+        message.log_term = term;
+    }
+    true
 }
 
 fn busy(what: &'static str) -> Refusal {

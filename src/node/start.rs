@@ -165,7 +165,7 @@ async fn open_stores(settings: &Settings) -> Result<(DataDir, Stores), NodeError
         if is_member && log.is_new() {
             return Err(StorageError::from(lost_log(&path)));
         }
-        let options = SledOptions { cache_bytes: storage.cache_bytes };
+        let options = SledOptions { cache_bytes: storage.cache_bytes, ..SledOptions::default() };
         let engine: Arc<dyn Engine> =
             Arc::new(SledEngine::open(&data_dir.state_path(), options, data_dir.store_id())?);
         let flusher = Flusher::open(data_dir.redo_path(), engine.clone())?;
@@ -205,8 +205,9 @@ fn clone_listener(listener: &TcpListener) -> Result<TcpListener, NodeError> {
 }
 
 async fn wait_for_stop(mut stopping: watch::Receiver<bool>) {
-    // An error means that the node is gone, which is a stop too.
-    stopping.wait_for(|stop| *stop).await.map(|_| ()).unwrap_or(());
+    if stopping.wait_for(|stop| *stop).await.is_err() {
+        tracing::debug!("the node is gone, which is a stop too");
+    }
 }
 
 fn serve_ports(

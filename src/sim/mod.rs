@@ -1,1 +1,114 @@
 //! Whole clusters of the same core under simulated time, network and disk.
+//!
+//! [`run`] takes a seed and lets a cluster of [`crate::group::driver::Group`]s live through faults for
+//! a while, and then without them, in one thread and without a clock: the same seed gives the same
+//! events. What is real: groups with raft-rs, state machines, memtables, commands and their encoding,
+//! the log and engine contracts. What is simulated:
+//!
+//! - [`world`]: time, as a queue of events; the shell of a node (what [`crate::node`] does with actors);
+//!   [`faults`]: what goes wrong, and when.
+//! - [`network`]: delay, loss, duplication, reordering, partitions in one or both directions.
+//! - [`disk`]: log writes take time and are lost in whole or in part by a crash before they are done;
+//!   writes to the engine survive a crash as they like until they are synced; flushes have steps
+//!   between which a crash can come.
+//! - [`workload`] and [`history`]: clients, and what they were told. [`checks`]: what must hold.
+//!
+//! Not simulated: torn or rotten bytes on disk and a log that loses what it has acknowledged (the
+//! suites of the storage test those on files), the codec and the transport beneath messages, the
+//! supervisor's decisions, changes of membership, more than one database, clients in other processes.
+//!
+//! A seed picks which kinds of faults it uses, so that no kind always hides another.
+
+pub mod checks;
+mod dice;
+pub mod disk;
+pub mod faults;
+pub mod history;
+pub mod network;
+pub mod report;
+mod shell;
+pub mod workload;
+pub mod world;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use checks::Violation;
+use dice::Dice;
+pub use faults::Faults;
+pub use report::Report;
+use world::World;
+
+/// Simulated time in microseconds since the start.
+pub type Time = u64;
+
+/// A bug that is put in on purpose, to see that the checks find it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Planted {
+    /// Log writes are acknowledged before they are durable.
+    AcknowledgeEarly,
+    /// Votes don't reach the disk.
+    VoteNotPersisted,
+    /// Reads are answered from the state of any replica that takes itself for the leader, without
+    /// asking the others.
+    StaleReads,
+    /// The log is compacted when a memtable is frozen, before that is durable.
+    CompactEarly,
+    /// Flushes write the engine without a redo file before it.
+    NoRedoFile,
+}
+
+/// What to simulate.
+#[derive(Clone, PartialEq, Debug)]
+pub struct SimOptions {
+    /// Decides everything that is left to chance.
+    pub seed: u64,
+    /// Nodes.
+    pub nodes: usize,
+    /// Shards.
+    pub shards: usize,
+    /// Replicas of each shard; at most `nodes`.
+    pub replicas: usize,
+    /// Operations of all clients together.
+    pub operations: usize,
+    /// What goes wrong.
+    pub faults: Faults,
+    /// A bug to put in.
+    pub planted: Option<Planted>,
+    /// How many of the last events the report tells.
+    pub trace: usize,
+}
+
+impl SimOptions {
+    /// A cluster and faults as a seed decides.
+    pub fn of_seed(seed: u64) -> SimOptions {
+        // Another sequence than that of the run.
+        let mut dice = Dice::new(!seed);
+        let replicas = [3, 3, 3, 3, 3, 3, 5, 5, 2, 1][dice.below(10)];
+        SimOptions {
+            seed,
+            nodes: replicas.max(3) + dice.below(3),
+            shards: 1 + dice.below(3),
+            replicas,
+            operations: 300,
+            faults: Faults::some(&mut dice),
+            planted: None,
+            trace: 0,
+        }
+    }
+}
+
+/// Simulates. A panic of the core is a violation like any other.
+pub fn run(options: SimOptions) -> Report {
+    let mut world = World::new(options);
+    let outcome = catch_unwind(AssertUnwindSafe(|| world.live()));
+    let violation = match outcome {
+        Ok(Ok(())) => None,
+        Ok(Err(violation)) => Some(violation),
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().map(String::as_str);
+            let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+            Some(Violation::new("panic", text.unwrap_or("a panic without a text")))
+        }
+    };
+    world.into_report(violation)
+}

@@ -2,9 +2,8 @@
 //!
 //! What sled 0.34.7 needs to be told or spared:
 //!
-//! - Its `flush()` on Linux is `sync_file_range`, which neither waits for the disk's cache nor writes
-//!   the file's new length. Durable means `flush()`, then `sync_data` on its file `db`, over a handle
-//!   that was open while sled wrote, so that an error in writing back is reported to us.
+//! - Its `flush()` on Linux is `sync_file_range`, not fsync: neither what it calls durable is that, nor
+//!   what it builds on that. [`super::sled_files`] makes it so.
 //! - A tree node that is greater than a quarter of a segment (128 KiB) goes to a file of its own in
 //!   `blobs/`, which it never syncs, and whose loss takes the node. Nodes split at 16 keys, so small
 //!   records keep nodes small: a value above [`INLINE_BYTES_MAX`], key included, is cut into chunks
@@ -16,15 +15,9 @@
 //! - It panics where it meets what it doesn't expect, damaged files above all. Every call is caught;
 //!   after a panic the engine answers nothing but errors, since sled's inside is unknown then.
 //!
-//! A record of the main tree is `0` and the value, or `1`, id of its chunks (8 bytes), length of
-//! the value (4), crc32c of the value (4), all big endian; its chunks are under id (8) and number
-//! (4) in the tree `chunks`. Ids are never used twice between two opens, so that a reader who finds
-//! chunks gone looks at the record again: it has changed. The tree `intents` names the chunks that a
-//! write is about to make or to orphan; what a crash leaves of them is removed at open.
+//! The form of records and chunks is in [`super::sled_record`].
 
-use std::collections::BTreeSet;
-use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs;
 use std::ops::Bound;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -34,22 +27,19 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::atomic_file::{self, io_error, sync_error};
+use super::atomic_file::io_error;
 use super::engine::{Engine, Mutation};
 use super::identity::IdentityError;
+use super::sled_files::SledFiles;
+pub use super::sled_record::{CHUNK_BYTES, INLINE_BYTES_MAX};
+use super::sled_record::{ChunkRef, Record, chunk_id, chunk_key, is_great};
 use super::{StorageError, keys};
 use crate::ids::{RandomId, StoreId};
 
 /// Cache of sled unless set otherwise, in bytes.
 pub const CACHE_BYTES_DEFAULT: u64 = 64 << 20;
-/// Key and value together up to here are one record of the main tree.
-pub const INLINE_BYTES_MAX: usize = 4096;
-/// Bytes of a value in one chunk.
-pub const CHUNK_BYTES: usize = 4096;
 
 const NAME: &str = "sled";
-const INLINE: u8 = 0;
-const CHUNKED: u8 = 1;
 /// A store that was just closed may take a moment to let go of its files.
 const LOCK_ATTEMPTS: u32 = 100;
 const LOCK_RETRY: Duration = Duration::from_millis(10);
@@ -59,11 +49,14 @@ const LOCK_RETRY: Duration = Duration::from_millis(10);
 pub struct SledOptions {
     /// Memory for cached tree nodes, in bytes.
     pub cache_bytes: u64,
+    /// Have each write of sled be durable when it returns, where the file system can. Without it a
+    /// power loss during a flush costs the state store; for tests.
+    pub synchronous: bool,
 }
 
 impl Default for SledOptions {
     fn default() -> SledOptions {
-        SledOptions { cache_bytes: CACHE_BYTES_DEFAULT }
+        SledOptions { cache_bytes: CACHE_BYTES_DEFAULT, synchronous: true }
     }
 }
 
@@ -73,8 +66,6 @@ pub struct SledEngine {
     db: sled::Db,
     chunks: sled::Tree,
     intents: sled::Tree,
-    /// Held to report what sled's own handle may not: errors of writing back.
-    file: File,
     /// One writer at a time, so that chunk ids and intents need no more care.
     writer: Mutex<Writer>,
     /// sled has panicked or a sync has failed.
@@ -86,15 +77,7 @@ struct Writer {
     next_chunks: u64,
     /// Whether any value is chunked: if none is, a write needn't look for the old one's.
     any_chunks: bool,
-    synced_blobs: BTreeSet<OsString>,
-}
-
-/// Where the chunks of a value are.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct ChunkRef {
-    id: u64,
-    len: u32,
-    sum: u32,
+    files: SledFiles,
 }
 
 impl SledEngine {
@@ -103,14 +86,18 @@ impl SledEngine {
     /// [`StorageError::Damaged`] for files that sled can't read.
     pub fn open(path: &Path, options: SledOptions, store_id: StoreId) -> Result<SledEngine, StorageError> {
         fs::create_dir_all(path).map_err(io_error("creating", path))?;
-        remove_unfinished_snapshots(path)?;
+        let files = SledFiles::prepare(path, options.synchronous)?;
+        if !files.synchronous() {
+            tracing::warn!(
+                directory = %path.display(),
+                "the file system has no synchronous files: a power loss during a flush costs the state store"
+            );
+        }
         let config = sled::Config::new().path(path).cache_capacity(options.cache_bytes).flush_every_ms(None);
         let db = open_db(path, &config)?;
         let open_tree = |name| contain(path, || db.open_tree(name));
         let chunks = open_tree("chunks")?;
         let intents = open_tree("intents")?;
-        let file_path = path.join("db");
-        let file = File::open(&file_path).map_err(io_error("opening", &file_path))?;
         let last = contain(path, || chunks.last())?;
         let next_chunks = match &last {
             Some((key, _)) => chunk_id(key).ok_or_else(|| damaged(path, "a chunk's key"))? + 1,
@@ -122,12 +109,7 @@ impl SledEngine {
             db,
             chunks,
             intents,
-            file,
-            writer: Mutex::new(Writer {
-                next_chunks,
-                any_chunks: last.is_some(),
-                synced_blobs: BTreeSet::new(),
-            }),
+            writer: Mutex::new(Writer { next_chunks, any_chunks: last.is_some(), files }),
             broken: AtomicBool::new(false),
             created,
         };
@@ -140,12 +122,8 @@ impl SledEngine {
             engine.check_identity(store_id)?;
             engine.finish_intents()?;
         }
-        // The names of sled's files, and its `conf`, which it doesn't sync.
-        let conf = path.join("conf");
-        File::open(&conf).and_then(|file| file.sync_all()).map_err(sync_error(&conf))?;
         engine.sync()?;
-        atomic_file::sync_dir(path)?;
-        atomic_file::sync_parent(path)?;
+        engine.writer().files.sync_names()?;
         Ok(engine)
     }
 
@@ -177,7 +155,8 @@ impl SledEngine {
 
     /// Removes chunks that a crash left without a record.
     fn finish_intents(&self) -> Result<(), StorageError> {
-        let writer = self.writer();
+        let mut writer = self.writer();
+        writer.files.before_write()?;
         for item in self.intents.iter() {
             let (id, intent) = self.run(|| item)?;
             let malformed = || damaged(&self.path, "an intent");
@@ -185,7 +164,7 @@ impl SledEngine {
             let (count, key) = intent.split_first_chunk::<4>().ok_or_else(malformed)?;
             let record = self.run(|| self.db.get(key))?;
             let kept = match &record {
-                Some(record) => self.parse(record)?.err().is_some_and(|at| at.id == id),
+                Some(record) => self.parse(record)?.chunks().is_some_and(|at| at.id == id),
                 None => false,
             };
             if !kept {
@@ -200,7 +179,7 @@ impl SledEngine {
     fn write_one(&self, writer: &mut Writer, key: &[u8], value: Option<&Bytes>) -> Result<(), StorageError> {
         let old = if writer.any_chunks {
             match self.run(|| self.db.get(key))? {
-                Some(record) => self.parse(&record)?.err(),
+                Some(record) => self.parse(&record)?.chunks(),
                 None => None,
             }
         } else {
@@ -214,13 +193,8 @@ impl SledEngine {
             _ => None,
         };
         match (value, new) {
-            (Some(_), Some(at)) => self.run(|| self.db.insert(key, at.record()))?,
-            (Some(value), None) => {
-                let mut record = Vec::with_capacity(1 + value.len());
-                record.push(INLINE);
-                record.extend_from_slice(value);
-                self.run(|| self.db.insert(key, record))?
-            }
+            (Some(_), Some(at)) => self.run(|| self.db.insert(key, at.encode()))?,
+            (Some(value), None) => self.run(|| self.db.insert(key, Record::encode_inline(value)))?,
             (None, _) => self.run(|| self.db.remove(key))?,
         };
         if let Some(old) = old {
@@ -265,8 +239,8 @@ impl SledEngine {
         let mut record = record;
         loop {
             let at = match self.parse(&record)? {
-                Ok(value) => return Ok(Some(value)),
-                Err(at) => at,
+                Record::Inline(value) => return Ok(Some(value)),
+                Record::Chunked(at) => at,
             };
             if let Some(value) = self.read_chunks(at)? {
                 return Ok(Some(value));
@@ -294,46 +268,8 @@ impl SledEngine {
         Ok(whole.then(|| value.into()))
     }
 
-    /// The value in a record, or where its chunks are.
-    fn parse(&self, record: &[u8]) -> Result<Result<Bytes, ChunkRef>, StorageError> {
-        match record.split_first() {
-            Some((&INLINE, value)) => Ok(Ok(Bytes::copy_from_slice(value))),
-            Some((&CHUNKED, rest)) if rest.len() == 16 => {
-                let word =
-                    |at: usize| u32::from_be_bytes([rest[at], rest[at + 1], rest[at + 2], rest[at + 3]]);
-                Ok(Err(ChunkRef {
-                    id: u64::from(word(0)) << 32 | u64::from(word(4)),
-                    len: word(8),
-                    sum: word(12),
-                }))
-            }
-            _ => Err(damaged(&self.path, "a record has an unknown form")),
-        }
-    }
-
-    fn sync_blobs(&self, writer: &mut Writer) -> Result<(), StorageError> {
-        let dir = self.path.join("blobs");
-        let mut present = BTreeSet::new();
-        let mut new = false;
-        for item in fs::read_dir(&dir).map_err(io_error("listing", &dir))? {
-            let name = item.map_err(io_error("listing", &dir))?.file_name();
-            if !writer.synced_blobs.contains(&name) {
-                let path = dir.join(&name);
-                match File::open(&path) {
-                    Ok(file) => file.sync_all().map_err(sync_error(&path))?,
-                    // sled removes blobs in the background.
-                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
-                    Err(error) => return Err(io_error("opening", &path)(error)),
-                }
-                new = true;
-            }
-            present.insert(name);
-        }
-        if new {
-            atomic_file::sync_dir(&dir)?;
-        }
-        writer.synced_blobs = present;
-        Ok(())
+    fn parse(&self, bytes: &[u8]) -> Result<Record, StorageError> {
+        Record::decode(bytes).ok_or_else(|| damaged(&self.path, "a record has an unknown form"))
     }
 
     /// Calls into sled.
@@ -413,6 +349,7 @@ impl Engine for SledEngine {
 
     fn write(&self, batch: &[Mutation]) -> Result<(), StorageError> {
         let mut writer = self.writer();
+        writer.files.before_write()?;
         for (key, value) in batch {
             self.write_one(&mut writer, key, value.as_ref())?;
         }
@@ -421,12 +358,11 @@ impl Engine for SledEngine {
 
     fn sync(&self) -> Result<(), StorageError> {
         let mut writer = self.writer();
-        let path = self.path.join("db");
         let result = match self.run(|| self.db.flush()) {
-            Ok(_) => {
-                self.file.sync_data().map_err(sync_error(&path)).and_then(|()| self.sync_blobs(&mut writer))
+            Ok(_) => writer.files.sync(),
+            Err(error) => {
+                Err(StorageError::SyncFailed { path: self.path.join("db"), reason: error.to_string() })
             }
-            Err(error) => Err(StorageError::SyncFailed { path, reason: error.to_string() }),
         };
         if result.is_err() {
             self.broken.store(true, Ordering::Relaxed);
@@ -450,36 +386,6 @@ impl Engine for SledEngine {
     }
 }
 
-impl ChunkRef {
-    fn count(self) -> u32 {
-        self.len.div_ceil(CHUNK_BYTES as u32)
-    }
-
-    fn record(self) -> Vec<u8> {
-        let mut record = vec![CHUNKED];
-        record.extend_from_slice(&self.id.to_be_bytes());
-        record.extend_from_slice(&self.len.to_be_bytes());
-        record.extend_from_slice(&self.sum.to_be_bytes());
-        record
-    }
-}
-
-/// A value that is no longer than a record which points to its chunks never gains by that.
-fn is_great(key: &[u8], value: &[u8]) -> bool {
-    key.len() + value.len() > INLINE_BYTES_MAX && value.len() > 64
-}
-
-fn chunk_key(id: u64, number: u32) -> [u8; 12] {
-    let mut key = [0; 12];
-    key[..8].copy_from_slice(&id.to_be_bytes());
-    key[8..].copy_from_slice(&number.to_be_bytes());
-    key
-}
-
-fn chunk_id(key: &[u8]) -> Option<u64> {
-    key.first_chunk::<8>().map(|id| u64::from_be_bytes(*id))
-}
-
 fn open_db(path: &Path, config: &sled::Config) -> Result<sled::Db, StorageError> {
     let mut attempts = 0;
     loop {
@@ -500,18 +406,6 @@ fn open_db(path: &Path, config: &sled::Config) -> Result<sled::Db, StorageError>
         }
         std::thread::sleep(LOCK_RETRY);
     }
-}
-
-fn remove_unfinished_snapshots(path: &Path) -> Result<(), StorageError> {
-    for item in fs::read_dir(path).map_err(io_error("listing", path))? {
-        let item = item.map_err(io_error("listing", path))?;
-        let name = item.file_name();
-        let name = name.to_string_lossy();
-        if name.starts_with("snap.") && name.ends_with(".generating") {
-            fs::remove_file(item.path()).map_err(io_error("removing", &item.path()))?;
-        }
-    }
-    Ok(())
 }
 
 /// Runs a call of sled and makes errors and panics ours.
@@ -537,4 +431,36 @@ fn contain<T>(path: &Path, call: impl FnOnce() -> sled::Result<T>) -> Result<T, 
 
 fn damaged(path: &Path, detail: &str) -> StorageError {
     StorageError::Damaged { what: format!("state store {}", path.display()), detail: detail.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(path: &Path) -> SledEngine {
+        SledEngine::open(path, SledOptions::default(), RandomId([1; 16])).unwrap()
+    }
+
+    #[test]
+    fn chunks_without_a_record_are_removed_at_open() {
+        let home = tempfile::tempdir().unwrap();
+        let engine = open(home.path());
+        let great = Some(Bytes::from(vec![1; 3 * CHUNK_BYTES]));
+        engine.write(&[(b"kept".to_vec(), great.clone())]).unwrap();
+        // A crash between the chunks and their record, and one between a removal and its chunks.
+        let mut writer = engine.writer();
+        let value = Bytes::from(vec![2; 5 * CHUNK_BYTES]);
+        engine.write_chunks(&mut writer, b"never", &value).unwrap();
+        let record = engine.db.get("kept").unwrap().unwrap();
+        let kept = Record::decode(&record).unwrap().chunks().unwrap();
+        engine.intend(kept, b"kept").unwrap();
+        drop(writer);
+        assert_eq!((engine.chunks.len(), engine.intents.len()), (8, 2));
+        drop(engine);
+        let engine = open(home.path());
+        assert_eq!((engine.chunks.len(), engine.intents.len()), (3, 0));
+        assert_eq!(engine.get(b"kept").unwrap(), great);
+        engine.write(&[(b"kept".to_vec(), None)]).unwrap();
+        assert_eq!((engine.chunks.len(), engine.intents.len()), (0, 0));
+    }
 }

@@ -4,6 +4,7 @@
 //! - [`engine`]: the trait of the ordered key-value engine under the state; [`engine_sled`] and [`engine_memory`].
 //! - [`memtable`]: recent applied writes of one replica. [`state`]: one replica's state: memtables over the engine.
 //! - [`flush`]: freezing memtables into redo files ([`redo`]) and the engine; recovery from redo files.
+//! - [`sled_files`], [`sled_record`]: what sled's files need, and how it stores a value.
 //! - [`keys`]: the layout of state keys. [`identity`]: who owns a data directory.
 //!
 //! What is assumed of the disk: data is safe once `fdatasync` on its file (and, for a new or renamed
@@ -24,6 +25,8 @@ pub mod log_memory;
 pub mod memtable;
 mod merge;
 pub mod redo;
+pub mod sled_files;
+pub mod sled_record;
 pub mod state;
 
 use std::ops::Bound;

@@ -15,7 +15,7 @@ use pontoon::placement::map::{ClusterMap, DatabaseRecord, Member, MemberRole, No
 use pontoon::placement::ring::{self, equal_ranges};
 use pontoon::refusal::Refusal;
 use pontoon::schema::admin_capnp::admin;
-use pontoon::schema::kv_capnp::{expect, gate, kv, op_result, operation};
+use pontoon::schema::kv_capnp::{batch_request, batch_response, expect, gate, kv, op_result, operation};
 use pontoon::transport::rpc_stream::{reader_options, rpc_streams};
 use tokio::sync::{Notify, oneshot};
 use tokio::task::spawn_local;
@@ -252,7 +252,6 @@ impl kv::Server for Fake {
             }
             (record.epoch.range != request.get_range_version()).then_some(record.epoch.range)
         };
-        let mut response = results.get().init_response();
         let refusal = match act {
             Act::Serve | Act::WrongVersion | Act::ApplyAndDrop => None,
             Act::Slow(time) => {
@@ -269,37 +268,9 @@ impl kv::Server for Fake {
             }
             Act::Unknown => Some(Refusal::Unknown("leadership was lost".into())),
         };
-        let mut shared = self.shared.lock().unwrap();
-        if let Some(range_version) = stale {
-            let refusal = Refusal::StaleRoute { shard, asked: request.get_range_version(), range_version };
-            write_refusal(&refusal, response.reborrow().init_error());
-            let mut route = shared.map.delta(0);
-            route.since = route.version;
-            write_delta(&route, response.init_route());
-            return Ok(());
-        }
-        let unknown = matches!(act, Act::Unknown);
-        let mut list = match refusal {
-            Some(refusal) if !unknown => {
-                write_refusal(&refusal, response.init_error());
-                return Ok(());
-            }
-            refusal => {
-                let mut list = response.init_results(operations.len());
-                if let Some(refusal) = refusal {
-                    for at in 0..list.len() {
-                        write_refusal(&refusal, list.reborrow().get(at).init_error());
-                    }
-                }
-                list
-            }
-        };
-        for (at, operation) in operations.iter().enumerate() {
-            let result = list.reborrow().get(at as u32);
-            apply(&mut shared, operation, (!unknown).then_some(result))?;
-        }
-        if matches!(act, Act::ApplyAndDrop) {
-            drop(shared);
+        let act = (act, refusal, stale);
+        let closes = self.answer(act, request, results.get().init_response())?;
+        if closes {
             self.drop.notify_one();
             std::future::pending::<()>().await;
         }
@@ -331,6 +302,49 @@ impl kv::Server for Fake {
             pair.set_version(*version);
         }
         Ok(())
+    }
+}
+
+impl Fake {
+    /// Does what `act` says with a batch. Returns whether the connection is to be closed instead of
+    /// answering.
+    fn answer(
+        &self,
+        (act, refusal, stale): (Act, Option<Refusal>, Option<u64>),
+        request: batch_request::Reader<'_>,
+        mut response: batch_response::Builder<'_>,
+    ) -> Result<bool, capnp::Error> {
+        let (shard, operations) = (ShardId(request.get_shard()), request.get_operations()?);
+        let mut shared = self.shared.lock().unwrap();
+        if let Some(range_version) = stale {
+            let refusal = Refusal::StaleRoute { shard, asked: request.get_range_version(), range_version };
+            write_refusal(&refusal, response.reborrow().init_error());
+            let mut route = shared.map.delta(0);
+            route.since = route.version;
+            write_delta(&route, response.init_route());
+            return Ok(false);
+        }
+        let unknown = matches!(act, Act::Unknown);
+        let mut list = match refusal {
+            Some(refusal) if !unknown => {
+                write_refusal(&refusal, response.init_error());
+                return Ok(false);
+            }
+            refusal => {
+                let mut list = response.init_results(operations.len());
+                if let Some(refusal) = refusal {
+                    for at in 0..list.len() {
+                        write_refusal(&refusal, list.reborrow().get(at).init_error());
+                    }
+                }
+                list
+            }
+        };
+        for (at, operation) in operations.iter().enumerate() {
+            let result = list.reborrow().get(at as u32);
+            apply(&mut shared, operation, (!unknown).then_some(result))?;
+        }
+        Ok(matches!(act, Act::ApplyAndDrop))
     }
 }
 

@@ -1,0 +1,275 @@
+//! What one simulated node keeps on disk, and what a crash leaves of it.
+//!
+//! The log and the engine are the in-memory stores of [`crate::storage`]; this is the time that
+//! passes between asking for a write and having it, which is where a crash can come. One log write is
+//! under way at a time, for all replicas of the node, and one flush.
+//!
+//! ```text
+//! flush:  freeze ─► (redo file durable) "logged" ─► engine.write … engine.write ─► engine.sync ─► "absorbed"
+//! ```
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use super::Planted;
+use super::dice::Dice;
+use crate::ids::{Incarnation, Position, ReplicaId};
+use crate::storage::engine::{Engine, Mutation};
+use crate::storage::engine_memory::{CrashLoss, MemoryEngine};
+use crate::storage::flush::FlushStep;
+use crate::storage::log::{LogStore, LogWrite, ReplicaRecord};
+use crate::storage::log_memory::MemoryLog;
+use crate::storage::state::Frozen;
+use crate::storage::{StorageError, keys};
+
+/// A log write that is acknowledged with this.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct WriteName {
+    /// Whose.
+    pub replica: ReplicaId,
+    /// Which start of it.
+    pub incarnation: Incarnation,
+    /// Its number there.
+    pub number: u64,
+}
+
+enum LogWork {
+    Write(WriteName, LogWrite),
+    Compact(ReplicaId, Position),
+}
+
+struct FlushJob {
+    incarnation: Incarnation,
+    frozen: Arc<Frozen>,
+}
+
+/// Where the flush under way stands.
+enum Stage {
+    /// The redo file is being written.
+    Logging,
+    /// The engine gets the rest of these.
+    Writing(VecDeque<Mutation>),
+}
+
+/// How far a flush came.
+#[derive(Clone, Copy, Debug)]
+pub struct FlushProgress {
+    /// Whose.
+    pub replica: ReplicaId,
+    /// Which start of it.
+    pub incarnation: Incarnation,
+    /// The stage that was reached.
+    pub step: FlushStep,
+    /// Applied position of what is flushed.
+    pub position: Position,
+}
+
+/// See the module page.
+pub struct Disk {
+    /// The raft log.
+    pub log: Arc<MemoryLog>,
+    /// The engine under the states.
+    pub engine: Arc<MemoryEngine>,
+    planted: Option<Planted>,
+    /// With a disk that acknowledges early, what is really on it.
+    honest: MemoryLog,
+    /// Durable redo files, oldest first.
+    redo: VecDeque<Arc<Frozen>>,
+    queued: VecDeque<LogWork>,
+    writing: VecDeque<LogWork>,
+    flushes: VecDeque<FlushJob>,
+    flushing: Option<(FlushJob, Stage)>,
+}
+
+impl Disk {
+    /// An empty disk.
+    pub fn new(planted: Option<Planted>) -> Disk {
+        Disk {
+            log: Arc::new(MemoryLog::new()),
+            engine: Arc::new(MemoryEngine::new()),
+            planted,
+            honest: MemoryLog::new(),
+            redo: VecDeque::new(),
+            queued: VecDeque::new(),
+            writing: VecDeque::new(),
+            flushes: VecDeque::new(),
+            flushing: None,
+        }
+    }
+
+    /// Queues a log write. True: it is acknowledged at once, which is a planted bug.
+    pub fn write(&mut self, name: WriteName, write: LogWrite) -> Result<bool, StorageError> {
+        let early = self.planted == Some(Planted::AcknowledgeEarly);
+        if early {
+            self.log.write(std::slice::from_ref(&write))?;
+        }
+        self.queued.push_back(LogWork::Write(name, write));
+        Ok(early)
+    }
+
+    /// Queues a compaction behind all writes so far.
+    pub fn compact(&mut self, replica: ReplicaId, to: Position) {
+        self.queued.push_back(LogWork::Compact(replica, to));
+    }
+
+    /// Begins to write all that is queued, unless a write is under way or nothing is queued.
+    pub fn begin_write(&mut self) -> bool {
+        if !self.writing.is_empty() || self.queued.is_empty() {
+            return false;
+        }
+        std::mem::swap(&mut self.writing, &mut self.queued);
+        true
+    }
+
+    /// The write under way is durable. Returns whose they were.
+    pub fn finish_write(&mut self) -> Result<Vec<WriteName>, StorageError> {
+        let mut names = Vec::new();
+        for work in std::mem::take(&mut self.writing) {
+            if let LogWork::Write(name, _) = &work {
+                names.push(*name);
+            }
+            self.store(work)?;
+        }
+        Ok(names)
+    }
+
+    /// Adds replicas with empty logs.
+    pub fn create(&mut self, records: &[ReplicaRecord]) -> Result<(), StorageError> {
+        self.honest.create(records)?;
+        self.log.create(records)
+    }
+
+    fn store(&self, work: LogWork) -> Result<(), StorageError> {
+        if self.planted == Some(Planted::AcknowledgeEarly) {
+            if let LogWork::Compact(replica, to) = work {
+                self.log.compact(replica, to)?;
+            }
+            return store(&self.honest, work);
+        }
+        match work {
+            LogWork::Write(name, mut write) => {
+                if self.planted == Some(Planted::VoteNotPersisted)
+                    && let Some(hard_state) = &mut write.hard_state
+                {
+                    hard_state.vote = 0;
+                }
+                store(&self.log, LogWork::Write(name, write))
+            }
+            work @ LogWork::Compact(..) => store(&self.log, work),
+        }
+    }
+
+    /// Queues a flush.
+    pub fn flush(&mut self, incarnation: Incarnation, frozen: Arc<Frozen>) {
+        self.flushes.push_back(FlushJob { incarnation, frozen });
+    }
+
+    /// Begins the next flush, unless one is under way or none is queued.
+    pub fn begin_flush(&mut self) -> bool {
+        if self.flushing.is_some() {
+            return false;
+        }
+        self.flushing = self.flushes.pop_front().map(|job| (job, Stage::Logging));
+        self.flushing.is_some()
+    }
+
+    /// The step of the flush under way is done. Returns what its replica is to be told, and whether
+    /// the flush goes on.
+    pub fn step_flush(&mut self, dice: &mut Dice) -> Result<(Option<FlushProgress>, bool), StorageError> {
+        let Some((job, stage)) = self.flushing.take() else {
+            return Ok((None, false));
+        };
+        let progress = |step| FlushProgress {
+            replica: job.frozen.replica,
+            incarnation: job.incarnation,
+            step,
+            position: job.frozen.header.applied,
+        };
+        match stage {
+            Stage::Logging => {
+                let told = progress(FlushStep::Logged);
+                if self.planted != Some(Planted::NoRedoFile) {
+                    self.redo.push_back(job.frozen.clone());
+                }
+                let mutations = mutations(&job.frozen).into();
+                self.flushing = Some((job, Stage::Writing(mutations)));
+                Ok((Some(told), true))
+            }
+            Stage::Writing(mut rest) if !rest.is_empty() => {
+                let count = 1 + dice.below(rest.len().min(4));
+                let batch: Vec<Mutation> = rest.drain(..count).collect();
+                self.engine.write(&batch)?;
+                self.flushing = Some((job, Stage::Writing(rest)));
+                Ok((None, true))
+            }
+            Stage::Writing(_) => {
+                self.engine.sync()?;
+                let told = progress(FlushStep::Absorbed);
+                self.redo.retain(|frozen| !Arc::ptr_eq(frozen, &job.frozen));
+                Ok((Some(told), false))
+            }
+        }
+    }
+
+    /// Whether work of a replica is under way or queued.
+    pub fn is_busy_with(&self, replica: ReplicaId) -> bool {
+        let log = self.queued.iter().chain(&self.writing).any(|work| match work {
+            LogWork::Write(name, _) => name.replica == replica,
+            LogWork::Compact(of, _) => *of == replica,
+        });
+        let jobs = self.flushes.iter().chain(self.flushing.iter().map(|(job, _)| job));
+        log || jobs.into_iter().any(|job| job.frozen.replica == replica)
+    }
+
+    /// The node crashes. Of the log write under way a prefix has reached the disk: none, some or
+    /// all of the replicas' parts, each whole. What was queued is gone, and of what was written to
+    /// the engine without a sync as much as `loss` says.
+    pub fn crash(&mut self, loss: CrashLoss, dice: &mut Dice) -> Result<(), StorageError> {
+        let kept = dice.below(self.writing.len() + 1);
+        for work in std::mem::take(&mut self.writing).into_iter().take(kept) {
+            self.store(work)?;
+        }
+        self.queued.clear();
+        self.flushes.clear();
+        self.flushing = None;
+        if self.planted == Some(Planted::AcknowledgeEarly) {
+            self.log = Arc::new(self.honest.clone());
+        }
+        self.engine.crash(loss);
+        Ok(())
+    }
+
+    /// The node starts: redo files are applied whole, in order, before anything is read. It may crash
+    /// on the way and begin anew.
+    pub fn recover(&mut self, dice: &mut Dice) -> Result<(), StorageError> {
+        if dice.chance(250) {
+            let all: Vec<Mutation> = self.redo.iter().flat_map(|frozen| mutations(frozen)).collect();
+            for mutation in all.iter().take(dice.below(all.len() + 1)) {
+                self.engine.write(std::slice::from_ref(mutation))?;
+            }
+            self.engine.crash(CrashLoss::Random(dice.any()));
+        }
+        for frozen in &self.redo {
+            self.engine.write(&mutations(frozen))?;
+        }
+        self.engine.sync()?;
+        self.redo.clear();
+        Ok(())
+    }
+}
+
+fn store(log: &MemoryLog, work: LogWork) -> Result<(), StorageError> {
+    match work {
+        LogWork::Write(_, write) => log.write(&[write]),
+        LogWork::Compact(replica, to) => log.compact(replica, to),
+    }
+}
+
+/// A frozen table as the engine stores it, sorted by key.
+fn mutations(frozen: &Frozen) -> Vec<Mutation> {
+    let (replica, generation) = (frozen.replica, frozen.generation);
+    let header = (keys::header_key(replica, generation), Some(frozen.header.encode().into()));
+    let writes = frozen.table.entries.iter();
+    let writes = writes.map(|(key, value)| (keys::user_key(replica, generation, key), value.clone()));
+    std::iter::once(header).chain(writes).collect()
+}

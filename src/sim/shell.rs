@@ -1,0 +1,721 @@
+//! A simulated node: what the actors of [`crate::node`] do around groups, as events.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use raft::eraftpb::ConfState;
+
+use super::checks::Violation;
+use super::disk::{Disk, WriteName};
+use super::world::{Event, World};
+use super::{Planted, Time};
+use crate::codec::{GroupMessage, messages};
+use crate::group::driver::{Group, GroupOptions};
+use crate::group::types::{Effects, Fetch, LeaderChange, Operation, Output};
+use crate::ids::{GROUP_START, Incarnation, Index, NodeId, Position, ReplicaId, ShardId, Term};
+use crate::limits;
+use crate::machine::MachineKind;
+use crate::machine::command::Query;
+use crate::placement::map::MemberRole;
+use crate::refusal::Refusal;
+use crate::storage::StorageError;
+use crate::storage::engine_memory::CrashLoss;
+use crate::storage::flush::FlushStep;
+use crate::storage::log::{LogStore, ReplicaRecord};
+use crate::storage::state::{ReplicaState, StateHeader, StateReader};
+
+/// Something that happens to a node.
+pub(super) enum NodeEvent {
+    /// The process starts.
+    Start,
+    /// Time passes for the process with this number.
+    Tick(u64),
+    /// A message arrives.
+    Message(NodeId, Box<GroupMessage>),
+    /// A link is found broken.
+    Unreachable(NodeId),
+    /// A client asks.
+    Request { token: u64, shard: ShardId, operation: Operation },
+    /// The log write under way is done.
+    LogWritten(u64),
+    /// A step of the flush under way is done.
+    FlushStep(u64),
+    /// Time to freeze memtables.
+    Freeze(u64),
+    /// A replica that crashed alone is opened again, once its old work is done.
+    Reopen(u64, ReplicaId),
+    /// Something for one start of a replica.
+    Replica(ReplicaId, Incarnation, ReplicaEvent),
+}
+
+/// Something that happens to one start of a replica.
+pub(super) enum ReplicaEvent {
+    /// Its inputs are to be worked on.
+    Pump,
+    /// A log write is durable.
+    Persisted(u64),
+    /// Log entries are read.
+    Fetch(Fetch),
+    /// Queries are answered from the engine.
+    Read(Box<StateReader>, Vec<(u64, Query)>),
+    /// It has memory again.
+    ResumeApply,
+}
+
+/// A node: its disk, and its process while it runs.
+pub(super) struct Node {
+    pub id: NodeId,
+    pub disk: Disk,
+    pub process: Option<Process>,
+    /// Replicas it holds.
+    pub records: Vec<ReplicaRecord>,
+    /// Nothing happens in its process until then.
+    pub paused_until: Time,
+    /// Its disk is slow.
+    pub slow: bool,
+    tick: Time,
+    starts: u64,
+    incarnations: Incarnation,
+}
+
+/// A running process.
+pub(super) struct Process {
+    number: u64,
+    pub replicas: BTreeMap<ReplicaId, Replica>,
+}
+
+/// A replica and what its actor would keep beside the group.
+pub(super) struct Replica {
+    pub shard: ShardId,
+    pub incarnation: Incarnation,
+    pub group: Group<u64>,
+    flushed: Position,
+    flushing: bool,
+    pump_queued: bool,
+    ticks: u64,
+    /// What the checks have seen it apply.
+    observed: Index,
+    /// Terms of the entries in its log, as handed to the log writer.
+    terms: BTreeMap<Index, Term>,
+    /// Operations submitted and not ended.
+    open: BTreeSet<u64>,
+}
+
+impl Node {
+    pub fn new(id: NodeId, disk: Disk, tick: Time) -> Node {
+        Node {
+            id,
+            disk,
+            process: None,
+            records: Vec::new(),
+            paused_until: 0,
+            slow: false,
+            tick,
+            starts: 0,
+            incarnations: 0,
+        }
+    }
+
+    fn replica(&self, id: ReplicaId) -> Option<&Replica> {
+        self.process.as_ref()?.replicas.get(&id)
+    }
+
+    pub fn replica_mut(&mut self, id: ReplicaId) -> Option<&mut Replica> {
+        self.process.as_mut()?.replicas.get_mut(&id)
+    }
+
+    fn is_process(&self, number: u64) -> bool {
+        self.process.as_ref().is_some_and(|process| process.number == number)
+    }
+
+    /// Whether it takes itself for the leader of a shard.
+    pub fn leads(&self, shard: ShardId) -> bool {
+        self.replicas().any(|(_, replica)| replica.shard == shard && replica.group.leads())
+    }
+
+    pub fn replicas(&self) -> impl Iterator<Item = (ReplicaId, &Replica)> {
+        self.process.iter().flat_map(|process| process.replicas.iter().map(|(id, replica)| (*id, replica)))
+    }
+
+    /// Applied index of a replica that runs.
+    pub fn applied(&self, id: ReplicaId) -> Option<Index> {
+        Some(self.replica(id)?.observed)
+    }
+
+    /// Operations that were submitted and have not ended.
+    pub fn open_tokens(&self) -> impl Iterator<Item = (ReplicaId, u64)> {
+        self.replicas().flat_map(|(id, replica)| replica.open.iter().map(move |token| (id, *token)))
+    }
+
+    /// For a report.
+    pub fn describe(&self) -> String {
+        if self.process.is_none() {
+            return "down".into();
+        }
+        let line = |(id, replica): (ReplicaId, &Replica)| format!("\n    {id}: {:?}", replica.group.status());
+        self.replicas().map(line).collect()
+    }
+}
+
+impl World {
+    pub(super) fn on_node_event(&mut self, id: NodeId, event: NodeEvent) -> Result<(), Violation> {
+        let now = self.clock.now;
+        match event {
+            NodeEvent::Start => self.start(id),
+            NodeEvent::Tick(process) => {
+                let Some(node) = self.nodes.get_mut(&id).filter(|node| node.is_process(process)) else {
+                    return Ok(());
+                };
+                self.clock.after(node.tick, Event::Node(id, NodeEvent::Tick(process)));
+                let ids: Vec<ReplicaId> = node.replicas().map(|(id, _)| id).collect();
+                for replica_id in ids {
+                    let Some(replica) = self.replica(id, replica_id) else { continue };
+                    replica.group.tick();
+                    replica.ticks += 1;
+                    if replica.ticks.is_multiple_of(limits::COMPACT_TICKS) {
+                        self.compact(id, replica_id);
+                    }
+                    self.queue_pump(id, replica_id);
+                }
+                Ok(())
+            }
+            NodeEvent::Message(from, message) => {
+                let target = ReplicaId(message.message.to);
+                let Some(replica) = self.replica(id, target) else { return Ok(()) };
+                replica.group.step(*message).map_err(|error| {
+                    Violation::new("replica", format!("replica {target}, message of node {from}: {error}"))
+                })?;
+                self.queue_pump(id, target);
+                Ok(())
+            }
+            NodeEvent::Unreachable(peer) => {
+                let Some(node) = self.nodes.get_mut(&id) else { return Ok(()) };
+                let mut told = Vec::new();
+                for (replica_id, replica) in node.process.iter_mut().flat_map(|p| p.replicas.iter_mut()) {
+                    if let Some(of_peer) = replica.group.replica_on(peer) {
+                        replica.group.on_unreachable(of_peer);
+                        told.push(*replica_id);
+                    }
+                }
+                told.into_iter().for_each(|replica| self.queue_pump(id, replica));
+                Ok(())
+            }
+            NodeEvent::Request { token, shard, operation } => self.on_request(id, token, shard, operation),
+            NodeEvent::LogWritten(process) => {
+                let Some(node) = self.nodes.get_mut(&id).filter(|node| node.is_process(process)) else {
+                    return Ok(());
+                };
+                let names = node.disk.finish_write().map_err(|e| Violation::new("disk", e.to_string()))?;
+                self.trace.note(format_args!("{now} node {id} log written {names:?}"));
+                for name in names {
+                    let delay = self.dice.between(0, 200);
+                    let event = ReplicaEvent::Persisted(name.number);
+                    let event = NodeEvent::Replica(name.replica, name.incarnation, event);
+                    self.clock.after(delay, Event::Node(id, event));
+                }
+                self.drive_disk(id);
+                Ok(())
+            }
+            NodeEvent::FlushStep(process) => self.on_flush_step(id, process),
+            NodeEvent::Freeze(process) => {
+                self.freeze_some(id, process);
+                Ok(())
+            }
+            NodeEvent::Reopen(process, replica) => {
+                let Some(node) = self.nodes.get_mut(&id).filter(|node| node.is_process(process)) else {
+                    return Ok(());
+                };
+                if node.disk.is_busy_with(replica) {
+                    self.clock.after(5_000, Event::Node(id, NodeEvent::Reopen(process, replica)));
+                    return Ok(());
+                }
+                self.open(id, replica)
+            }
+            NodeEvent::Replica(replica, incarnation, event) => {
+                if self.replica(id, replica).is_none_or(|r| r.incarnation != incarnation) {
+                    return Ok(());
+                }
+                self.on_replica_event(id, replica, event)
+            }
+        }
+    }
+
+    fn on_replica_event(
+        &mut self,
+        id: NodeId,
+        replica_id: ReplicaId,
+        event: ReplicaEvent,
+    ) -> Result<(), Violation> {
+        match event {
+            ReplicaEvent::Pump => return self.pump(id, replica_id),
+            ReplicaEvent::Persisted(number) => {
+                if let Some(replica) = self.replica(id, replica_id) {
+                    replica.group.on_persisted(number);
+                }
+            }
+            ReplicaEvent::Fetch(fetch) => {
+                self.count("fetches");
+                let Some(node) = self.nodes.get_mut(&id) else { return Ok(()) };
+                let read = node.disk.log.entries(replica_id, fetch.low, fetch.high, fetch.max_bytes);
+                let entries = match read {
+                    Ok(entries) => entries,
+                    Err(error) => {
+                        let detail = format!("replica {replica_id} fetches {fetch:?}: {error}");
+                        return Err(Violation::new("replica", detail));
+                    }
+                };
+                if let Some(replica) = node.replica_mut(replica_id) {
+                    replica.group.on_fetched(entries);
+                }
+            }
+            ReplicaEvent::Read(reader, reads) => {
+                for (token, query) in reads {
+                    self.count("engine reads");
+                    let answer = MachineKind::Kv.query(&query, &*reader);
+                    let answer = answer.map_err(|e| Violation::new("replica", e.to_string()))?;
+                    self.answer(id, replica_id, token, Ok(Output::Answer(answer)))?;
+                }
+                return Ok(());
+            }
+            ReplicaEvent::ResumeApply => {
+                if let Some(replica) = self.replica(id, replica_id) {
+                    replica.group.pause_apply(false);
+                }
+            }
+        }
+        self.queue_pump(id, replica_id);
+        Ok(())
+    }
+
+    pub(super) fn replica(&mut self, node: NodeId, replica: ReplicaId) -> Option<&mut Replica> {
+        self.nodes.get_mut(&node)?.replica_mut(replica)
+    }
+
+    /// The replica is pumped soon, once for all inputs that come until then.
+    pub(super) fn queue_pump(&mut self, id: NodeId, replica_id: ReplicaId) {
+        let delay = self.dice.between(0, 200);
+        let Some(replica) = self.replica(id, replica_id) else { return };
+        if !std::mem::replace(&mut replica.pump_queued, true) {
+            let event = NodeEvent::Replica(replica_id, replica.incarnation, ReplicaEvent::Pump);
+            self.clock.after(delay, Event::Node(id, event));
+        }
+    }
+
+    // ------------------------------------------------------------------------ start, stop, crash
+
+    fn start(&mut self, id: NodeId) -> Result<(), Violation> {
+        let Some(node) = self.nodes.get_mut(&id).filter(|node| node.process.is_none()) else {
+            return Ok(());
+        };
+        node.starts += 1;
+        let number = node.starts;
+        self.trace.note(format_args!("{} node {id} starts, {number}", self.clock.now));
+        node.disk.recover(&mut self.dice).map_err(|e| Violation::new("disk", e.to_string()))?;
+        node.process = Some(Process { number, replicas: BTreeMap::new() });
+        let first_tick = self.dice.between(0, node.tick);
+        let ids: Vec<ReplicaId> = node.records.iter().map(|record| record.replica).collect();
+        for replica in ids {
+            self.open(id, replica)?;
+        }
+        self.clock.after(first_tick, Event::Node(id, NodeEvent::Tick(number)));
+        let freeze = self.dice.between(200_000, 3_000_000);
+        self.clock.after(freeze, Event::Node(id, NodeEvent::Freeze(number)));
+        Ok(())
+    }
+
+    /// Opens a replica from what is on disk.
+    fn open(&mut self, id: NodeId, replica_id: ReplicaId) -> Result<(), Violation> {
+        let Some(node) = self.nodes.get_mut(&id) else { return Ok(()) };
+        let Some(record) = node.records.iter().find(|record| record.replica == replica_id) else {
+            return Ok(());
+        };
+        node.incarnations += 1;
+        let incarnation = node.incarnations;
+        let shard = record.shard;
+        let opened = open_group(record, incarnation, &node.disk);
+        let (group, terms) = opened.map_err(|detail| {
+            Violation::new("open", format!("replica {replica_id} of node {id} can't be opened: {detail}"))
+        })?;
+        let flushed = group.state().header().applied;
+        if let Some(truth) = self.truths.get(&shard) {
+            truth.compare(shard, replica_id, flushed.index, group.state())?;
+        }
+        if let Some(process) = &mut node.process {
+            let replica = Replica {
+                shard,
+                incarnation,
+                group,
+                flushed,
+                flushing: false,
+                pump_queued: false,
+                ticks: 0,
+                observed: flushed.index,
+                terms,
+                open: BTreeSet::new(),
+            };
+            process.replicas.insert(replica_id, replica);
+        }
+        self.queue_pump(id, replica_id);
+        Ok(())
+    }
+
+    /// The process ends at once, and comes back after a time. `loss`: what the engine loses.
+    pub(super) fn crash(&mut self, id: NodeId, loss: CrashLoss, back: Time) -> Result<(), Violation> {
+        let Some(node) = self.nodes.get_mut(&id) else { return Ok(()) };
+        let Some(process) = node.process.take() else { return Ok(()) };
+        self.trace.note(format_args!("{} node {id} crashes, {loss:?}", self.clock.now));
+        node.paused_until = 0;
+        node.disk.crash(loss, &mut self.dice).map_err(|e| Violation::new("disk", e.to_string()))?;
+        for replica in process.replicas.into_values() {
+            self.disconnect(replica);
+        }
+        self.clock.after(back, Event::Node(id, NodeEvent::Start));
+        Ok(())
+    }
+
+    /// One replica ends, as after a panic, and is opened again.
+    pub(super) fn crash_replica(&mut self, id: NodeId, replica_id: ReplicaId) {
+        let Some(process) = self.nodes.get_mut(&id).and_then(|node| node.process.as_mut()) else { return };
+        let Some(replica) = process.replicas.remove(&replica_id) else { return };
+        let number = process.number;
+        self.trace.note(format_args!("{} replica {replica_id} crashes", self.clock.now));
+        self.disconnect(replica);
+        let delay = limits::RESTART_BACKOFF_MS * 1_000;
+        self.clock.after(delay, Event::Node(id, NodeEvent::Reopen(number, replica_id)));
+    }
+
+    /// Clients learn that the replica is gone, or they don't.
+    fn disconnect(&mut self, replica: Replica) {
+        for token in replica.open {
+            if self.dice.chance(700) {
+                let delay = self.dice.between(100, 2_000);
+                let refusal = Refusal::Unknown("the connection was lost".into());
+                self.clock.after(delay, Event::Answer(token, Err(refusal)));
+            }
+        }
+    }
+
+    // ------------------------------------------------------------------------------------ inputs
+
+    fn on_request(
+        &mut self,
+        id: NodeId,
+        token: u64,
+        shard: ShardId,
+        operation: Operation,
+    ) -> Result<(), Violation> {
+        let stale = self.options.planted == Some(Planted::StaleReads);
+        let process = self.nodes.get_mut(&id).and_then(|node| node.process.as_mut());
+        let found = process.and_then(|p| p.replicas.iter_mut().find(|(_, r)| r.shard == shard));
+        let Some((replica_id, replica)) = found else {
+            let refusal = Err(Refusal::Unavailable("starting".into()));
+            let delay = self.dice.between(50, 500);
+            self.clock.after(delay, Event::Answer(token, refusal));
+            return Ok(());
+        };
+        let replica_id = *replica_id;
+        if !replica.open.insert(token) {
+            return Err(Violation::new("answers", format!("operation {token:x} was submitted twice")));
+        }
+        if let Operation::Query(query) = &operation
+            && stale
+            && replica.group.leads()
+        {
+            let answer = MachineKind::Kv.query(query, replica.group.state());
+            let answer = answer.map_err(|e| Violation::new("replica", e.to_string()))?;
+            return self.answer(id, replica_id, token, Ok(Output::Answer(answer)));
+        }
+        replica.group.submit(operation, token);
+        self.queue_pump(id, replica_id);
+        Ok(())
+    }
+
+    /// An operation ends: its client hears of it.
+    fn answer(
+        &mut self,
+        id: NodeId,
+        replica_id: ReplicaId,
+        token: u64,
+        result: Result<Output, Refusal>,
+    ) -> Result<(), Violation> {
+        if self.replica(id, replica_id).is_some_and(|replica| !replica.open.remove(&token)) {
+            let detail = format!("replica {replica_id} ended operation {token:x} twice: {result:?}");
+            return Err(Violation::new("answers", detail));
+        }
+        let delay = self.dice.between(50, 500);
+        self.clock.after(delay, Event::Answer(token, result));
+        Ok(())
+    }
+
+    fn freeze_some(&mut self, id: NodeId, process: u64) {
+        let Some(node) = self.nodes.get_mut(&id).filter(|node| node.is_process(process)) else { return };
+        let early = self.options.planted == Some(Planted::CompactEarly);
+        let mut compact = Vec::new();
+        let ids: Vec<ReplicaId> = node.replicas().map(|(id, _)| id).collect();
+        for replica_id in ids {
+            let chosen = self.dice.chance(600);
+            let Some(replica) = node.replica_mut(replica_id).filter(|r| chosen && !r.flushing) else {
+                continue;
+            };
+            if let Some(frozen) = replica.group.freeze() {
+                replica.flushing = true;
+                if early {
+                    replica.flushed = frozen.header.applied;
+                    compact.push(replica_id);
+                }
+                let incarnation = replica.incarnation;
+                node.disk.flush(incarnation, frozen);
+            }
+        }
+        compact.into_iter().for_each(|replica| self.compact(id, replica));
+        self.drive_disk(id);
+        let next = self.dice.between(200_000, 3_000_000);
+        self.clock.after(next, Event::Node(id, NodeEvent::Freeze(process)));
+    }
+
+    fn on_flush_step(&mut self, id: NodeId, process: u64) -> Result<(), Violation> {
+        let Some(node) = self.nodes.get_mut(&id).filter(|node| node.is_process(process)) else {
+            return Ok(());
+        };
+        let stepped = node.disk.step_flush(&mut self.dice);
+        let (told, goes_on) = stepped.map_err(|e| Violation::new("disk", e.to_string()))?;
+        if let Some(told) = told {
+            self.trace.note(format_args!("{} node {id} flush {told:?}", self.clock.now));
+            let replica = node.replica_mut(told.replica).filter(|r| r.incarnation == told.incarnation);
+            match (replica, told.step) {
+                (Some(replica), FlushStep::Logged) => {
+                    replica.flushed = told.position;
+                    self.compact(id, told.replica);
+                }
+                (Some(replica), FlushStep::Absorbed) => {
+                    replica.group.release(told.position.index);
+                    replica.flushing = false;
+                    self.count("flushes");
+                }
+                (None, _) => {}
+            }
+        }
+        if goes_on {
+            let delay = self.dice.between(100, 20_000);
+            self.clock.after(delay, Event::Node(id, NodeEvent::FlushStep(process)));
+        }
+        self.drive_disk(id);
+        Ok(())
+    }
+
+    fn compact(&mut self, id: NodeId, replica_id: ReplicaId) {
+        let Some(node) = self.nodes.get_mut(&id) else { return };
+        let Some(replica) = node.replica_mut(replica_id) else { return };
+        let flushed = replica.flushed;
+        if let Some(to) = replica.group.compact(flushed) {
+            replica.terms = replica.terms.split_off(&to.index);
+            self.trace.note(format_args!("{} replica {replica_id} compacts to {to:?}", self.clock.now));
+            node.disk.compact(replica_id, to);
+            self.count("compactions");
+            self.drive_disk(id);
+        }
+    }
+
+    /// Begins what the disk is asked for, as far as it is idle.
+    fn drive_disk(&mut self, id: NodeId) {
+        let Some(node) = self.nodes.get_mut(&id) else { return };
+        let Some(number) = node.process.as_ref().map(|process| process.number) else { return };
+        // A disk that acknowledges early takes its time to write.
+        let late = self.options.planted == Some(Planted::AcknowledgeEarly);
+        let slow = if node.slow || late { 100 } else { 1 };
+        if node.disk.begin_write() {
+            let latency = self.dice.between(100, 3_000) * slow;
+            self.clock.after(latency, Event::Node(id, NodeEvent::LogWritten(number)));
+        }
+        if node.disk.begin_flush() {
+            let latency = self.dice.between(500, 30_000) * slow.min(10);
+            self.clock.after(latency, Event::Node(id, NodeEvent::FlushStep(number)));
+        }
+    }
+
+    // -------------------------------------------------------------------------------------- pump
+
+    fn pump(&mut self, id: NodeId, replica_id: ReplicaId) -> Result<(), Violation> {
+        let now = self.clock.now;
+        let Some(node) = self.nodes.get_mut(&id) else { return Ok(()) };
+        let Some(replica) = node.process.as_mut().and_then(|p| p.replicas.get_mut(&replica_id)) else {
+            return Ok(());
+        };
+        replica.pump_queued = false;
+        let (shard, incarnation) = (replica.shard, replica.incarnation);
+        let effects = replica
+            .group
+            .pump()
+            .map_err(|error| Violation::new("replica", format!("replica {replica_id} stops: {error}")))?;
+        let Effects { messages, write, done, reads, fetch, leader, more } = effects;
+        if let Some(first) = write.as_ref().and_then(|numbered| numbered.write.entries.first()) {
+            let before = replica.terms.range(..first.index).next_back().map_or(0, |(_, term)| *term);
+            replica.terms.split_off(&first.index);
+            for entry in write.iter().flat_map(|numbered| &numbered.write.entries) {
+                replica.terms.insert(entry.index, entry.term);
+            }
+            // A lone replica leads a term before it is on disk, and leads it again after a crash.
+            if before > 0 && self.options.replicas > 1 {
+                let entries = write.iter().flat_map(|numbered| &numbered.write.entries);
+                let entries: Vec<_> = entries.cloned().collect();
+                self.logs.observe(shard, replica_id, before, &entries)?;
+            }
+        }
+        if let Some(change) = leader {
+            self.trace.note(format_args!("{now} replica {replica_id} {change:?}"));
+            observe_leader(
+                &mut self.leaders,
+                self.truths.get(&shard),
+                shard,
+                replica_id,
+                change,
+                &replica.terms,
+            )?;
+        }
+        if let Some(truth) = self.truths.get_mut(&shard) {
+            let header = replica.group.state().header();
+            let (from, to) = (replica.observed + 1, header.applied.index);
+            if from <= to {
+                let term = replica.group.status().term;
+                let entries = node.disk.log.entries(replica_id, from, to + 1, usize::MAX);
+                let entries = entries.map_err(|e| Violation::new("disk", e.to_string()))?;
+                if entries.len() as u64 != to + 1 - from {
+                    let detail = format!("replica {replica_id} applied up to {to}, its log on disk has less");
+                    return Err(Violation::new("state", detail));
+                }
+                for entry in &entries {
+                    truth.apply(shard, replica_id, term, entry)?;
+                }
+                replica.observed = to;
+                truth.compare(shard, replica_id, to, replica.group.state())?;
+                self.trace.note(format_args!("{now} replica {replica_id} applied {to}"));
+            }
+        }
+        let reader = (!reads.is_empty()).then(|| Box::new(replica.group.state().reader()));
+        for (to, message) in messages {
+            self.send(id, to, message)?;
+        }
+        if let Some(numbered) = write {
+            let name = WriteName { replica: replica_id, incarnation, number: numbered.number };
+            self.trace.note(format_args!(
+                "{now} replica {replica_id} writes {} entries {:?}",
+                numbered.write.entries.len(),
+                numbered.write.hard_state.as_ref().map(|hs| (hs.term, hs.vote, hs.commit))
+            ));
+            if let Some(node) = self.nodes.get_mut(&id) {
+                let at_once = node.disk.write(name, numbered.write);
+                let at_once = at_once.map_err(|e| Violation::new("disk", e.to_string()))?;
+                if at_once {
+                    let event =
+                        NodeEvent::Replica(replica_id, incarnation, ReplicaEvent::Persisted(name.number));
+                    self.clock.after(10, Event::Node(id, event));
+                }
+            }
+        }
+        self.drive_disk(id);
+        for (token, result) in done {
+            self.answer(id, replica_id, token, result)?;
+        }
+        let mut later = |delay, event| {
+            self.clock.after(delay, Event::Node(id, NodeEvent::Replica(replica_id, incarnation, event)));
+        };
+        if let Some(reader) = reader {
+            later(self.dice.between(50, 3_000), ReplicaEvent::Read(reader, reads));
+        }
+        if let Some(fetch) = fetch {
+            later(self.dice.between(50, 5_000), ReplicaEvent::Fetch(fetch));
+        }
+        if more {
+            self.queue_pump(id, replica_id);
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, from: NodeId, to: NodeId, message: GroupMessage) -> Result<(), Violation> {
+        messages::check(&message)
+            .map_err(|error| Violation::new("messages", format!("{error}: {:?}", message.message)))?;
+        let now = self.clock.now;
+        let m = &message.message;
+        self.trace.note(format_args!(
+            "{now} {}->{} {:?} term {} index {} log term {} commit {} entries {} reject {} safe {}",
+            m.from,
+            m.to,
+            m.get_msg_type(),
+            m.term,
+            m.index,
+            m.log_term,
+            m.commit,
+            m.entries.len(),
+            m.reject,
+            message.safe_index
+        ));
+        let arrivals = self.network.arrivals(now, from, to, &mut self.dice);
+        if arrivals.is_empty() {
+            self.count("messages lost");
+            if self.dice.chance(50) {
+                let delay = self.dice.between(100, 100_000);
+                self.clock.after(delay, Event::Node(from, NodeEvent::Unreachable(to)));
+            }
+        }
+        if arrivals.len() > 1 {
+            self.count("messages duplicated");
+        }
+        for at in arrivals {
+            let event = NodeEvent::Message(from, Box::new(message.clone()));
+            self.clock.after(at - now, Event::Node(to, event));
+        }
+        Ok(())
+    }
+}
+
+fn observe_leader(
+    leaders: &mut super::checks::leaders::Leaders,
+    truth: Option<&super::checks::state::Truth>,
+    shard: ShardId,
+    replica: ReplicaId,
+    change: LeaderChange,
+    terms: &BTreeMap<Index, Term>,
+) -> Result<(), Violation> {
+    if let Some(leader) = change.leader {
+        leaders.observe(shard, change.term, leader)?;
+    }
+    let (true, Some(truth)) = (change.local, truth) else { return Ok(()) };
+    // Compacted entries are on disk at every replica; what is missing behind the last has no term.
+    let first = terms.keys().next().copied().unwrap_or(Index::MAX);
+    truth.check_leader(shard, replica, change.term, |index| {
+        (index >= first).then(|| terms.get(&index).copied().unwrap_or(0))
+    })
+}
+
+/// A group from what is on disk, with the terms of the entries in its log.
+fn open_group(
+    record: &ReplicaRecord,
+    incarnation: Incarnation,
+    disk: &Disk,
+) -> Result<(Group<u64>, BTreeMap<Index, Term>), String> {
+    let text = |error: StorageError| error.to_string();
+    let voters = record.members.iter().filter(|m| m.role == MemberRole::Voter);
+    let initial = StateHeader {
+        applied: GROUP_START,
+        revision: 0,
+        epoch: record.epoch,
+        members: record.members.clone(),
+        conf_state: ConfState { voters: voters.map(|m| m.replica.0).collect(), ..ConfState::default() },
+    };
+    let log = disk.log.load(record.replica).map_err(text)?;
+    let entries = disk.log.entries(record.replica, log.truncated.index + 1, log.last + 1, usize::MAX);
+    let mut terms: BTreeMap<Index, Term> =
+        entries.map_err(text)?.iter().map(|entry| (entry.index, entry.term)).collect();
+    terms.insert(log.truncated.index, log.truncated.term);
+    let state = ReplicaState::open(disk.engine.clone(), record.replica, record.generation, initial);
+    let options = GroupOptions {
+        shard: record.shard,
+        machine: record.machine,
+        replica: record.replica,
+        incarnation,
+        logger: slog::Logger::root(slog::Discard, slog::o!()),
+    };
+    let store: Arc<dyn LogStore> = disk.log.clone();
+    let group = Group::open(options, store, log, state.map_err(text)?).map_err(|error| error.to_string())?;
+    Ok((group, terms))
+}

@@ -1,0 +1,427 @@
+//! The event loop: time, nodes, clients, and the two phases of a run.
+
+use std::collections::BTreeMap;
+
+use super::checks::leaders::Leaders;
+use super::checks::logs::Logs;
+use super::checks::state::Truth;
+use super::checks::{Violation, durable, linear};
+use super::dice::Dice;
+use super::disk::Disk;
+use super::faults::{FaultEvent, Striker};
+use super::history::{Action, History, Told};
+use super::network::Network;
+use super::report::{Report, Trace};
+use super::shell::{Node, NodeEvent};
+use super::workload::{self, Client, GIVE_UP, KEYS, Waiting};
+use super::{SimOptions, Time};
+use crate::group::types::Output;
+use crate::ids::{DatabaseId, Epoch, NodeId, ReplicaId, ShardId};
+use crate::machine::MachineKind;
+use crate::placement::map::{Member, MemberRole};
+use crate::placement::ring::equal_ranges;
+use crate::refusal::{Outcome, Refusal};
+use crate::storage::log::{ReplicaPhase, ReplicaRecord};
+
+/// Clients of each shard.
+const CLIENTS_PER_SHARD: usize = 4;
+/// The phase with faults ends after this time at the latest.
+const SAFETY_MAX: Time = 120_000_000;
+/// Without faults, each step of recovery ends within this time.
+const LIVENESS_MAX: Time = 30_000_000;
+
+/// Something that will happen.
+pub(super) enum Event {
+    /// To a node; waits while the node is paused.
+    Node(NodeId, NodeEvent),
+    /// A client may begin its next operation.
+    Begin(usize),
+    /// A client tries its operation, again.
+    Attempt(u64),
+    /// A client gets an answer.
+    Answer(u64, Result<Output, Refusal>),
+    /// A client has waited long enough for an attempt.
+    Timeout(u64),
+    /// Something goes wrong, or is mended.
+    Fault(FaultEvent),
+}
+
+/// Simulated time and what is to come.
+pub(super) struct Clock {
+    pub now: Time,
+    next: u64,
+    queue: BTreeMap<(Time, u64), Event>,
+}
+
+impl Clock {
+    /// `event` happens `delay` from now, after what was planned for that moment before.
+    pub fn after(&mut self, delay: Time, event: Event) {
+        self.next += 1;
+        self.queue.insert((self.now + delay, self.next), event);
+    }
+}
+
+/// A simulated cluster and its clients.
+pub struct World {
+    pub(super) options: SimOptions,
+    pub(super) clock: Clock,
+    pub(super) dice: Dice,
+    pub(super) network: Network,
+    pub(super) nodes: BTreeMap<NodeId, Node>,
+    pub(super) members: BTreeMap<ShardId, Vec<Member>>,
+    pub(super) striker: Striker,
+    clients: Vec<Client>,
+    history: History,
+    pub(super) leaders: Leaders,
+    pub(super) logs: Logs,
+    pub(super) truths: BTreeMap<ShardId, Truth>,
+    pub(super) counts: BTreeMap<&'static str, u64>,
+    pub(super) trace: Trace,
+    events: u64,
+    undecided: usize,
+}
+
+impl World {
+    /// A cluster that has not started yet. Numbers that make no sense are moved to the nearest that do.
+    pub fn new(mut options: SimOptions) -> World {
+        options.nodes = options.nodes.max(1);
+        options.shards = options.shards.max(1);
+        options.replicas = options.replicas.clamp(1, options.nodes);
+        let mut dice = Dice::new(options.seed);
+        let mut nodes = BTreeMap::new();
+        for id in (1..=options.nodes as u64).map(NodeId) {
+            let drift = if options.faults.drift { (70, 140) } else { (98, 102) };
+            let tick = crate::limits::TICK_MS * 10 * dice.between(drift.0, drift.1);
+            nodes.insert(id, Node::new(id, Disk::new(options.planted), tick));
+        }
+        let striker = Striker::new(&options.faults, &mut dice);
+        let mut world = World {
+            clock: Clock { now: 0, next: 0, queue: BTreeMap::new() },
+            dice,
+            network: Network::new(),
+            nodes,
+            members: BTreeMap::new(),
+            striker,
+            clients: Vec::new(),
+            history: History::default(),
+            leaders: Leaders::default(),
+            logs: Logs::default(),
+            truths: BTreeMap::new(),
+            counts: BTreeMap::new(),
+            trace: Trace::new(options.trace),
+            events: 0,
+            undecided: 0,
+            options,
+        };
+        world.place_shards();
+        world
+    }
+
+    fn place_shards(&mut self) {
+        let SimOptions { nodes, shards, replicas, operations, .. } = self.options;
+        let ranges = equal_ranges(u32::try_from(shards).unwrap_or(u32::MAX));
+        for (at, range) in ranges.into_iter().enumerate() {
+            let shard = ShardId(at as u64 + 1);
+            let members: Vec<Member> = (0..replicas)
+                .map(|copy| Member {
+                    replica: ReplicaId(shard.0 * 100 + copy as u64 + 1),
+                    node: NodeId(((at + copy) % nodes) as u64 + 1),
+                    role: MemberRole::Voter,
+                })
+                .collect();
+            for member in &members {
+                if let Some(node) = self.nodes.get_mut(&member.node) {
+                    node.records.push(ReplicaRecord {
+                        replica: member.replica,
+                        shard,
+                        database: DatabaseId(1),
+                        machine: MachineKind::Kv,
+                        phase: ReplicaPhase::Active,
+                        range,
+                        epoch: Epoch { range: 1, conf: 1 },
+                        members: members.clone(),
+                        generation: 1,
+                    });
+                }
+            }
+            self.members.insert(shard, members);
+            self.truths.insert(shard, Truth::default());
+            for _ in 0..CLIENTS_PER_SHARD {
+                let budget = operations / (shards * CLIENTS_PER_SHARD);
+                self.clients.push(Client::new(self.clients.len(), shard, budget));
+            }
+        }
+    }
+
+    /// Lives through both phases.
+    pub(super) fn live(&mut self) -> Result<(), Violation> {
+        for id in self.nodes.keys().copied().collect::<Vec<_>>() {
+            if let Some(node) = self.nodes.get_mut(&id) {
+                let records = node.records.clone();
+                node.disk.create(&records).map_err(|e| Violation::new("disk", e.to_string()))?;
+            }
+            self.clock.after(0, Event::Node(id, NodeEvent::Start));
+        }
+        for client in 0..self.clients.len() {
+            let delay = self.dice.between(0, 2_000_000);
+            self.clock.after(delay, Event::Begin(client));
+        }
+        self.clock.after(0, Event::Fault(FaultEvent::Strike));
+        while self.clock.now < SAFETY_MAX && !self.clients.iter().all(Client::is_idle) {
+            self.step()?;
+        }
+        self.end_faults();
+        self.recover()?;
+        self.trace.note(format_args!("{} checks the history", self.clock.now));
+        durable::check(&self.history.calls, &self.truths)?;
+        self.undecided = linear::check(&self.history.calls)?.undecided;
+        Ok(())
+    }
+
+    /// The phase without faults: everything must work again, within bounds.
+    fn recover(&mut self) -> Result<(), Violation> {
+        for client in &mut self.clients {
+            client.budget = 0;
+        }
+        self.run_until("a shard has no leader", World::every_shard_is_led)?;
+        self.run_until("a client waits for an answer", |world| world.clients.iter().all(Client::is_idle))?;
+        let mut scripts = Vec::new();
+        for shard in self.members.keys().copied().collect::<Vec<_>>() {
+            let mut client = Client::new(self.clients.len(), shard, 0);
+            for key in 0..KEYS {
+                let value = client.next_value();
+                client.script.extend([(key, Action::Get), (key, Action::Put(value)), (key, Action::Get)]);
+            }
+            scripts.push(client.script.len());
+            self.clock.after(0, Event::Begin(self.clients.len()));
+            self.clients.push(client);
+        }
+        self.run_until("a new operation does not succeed", |world| {
+            let last = world.clients.iter().rev().take(world.members.len());
+            last.zip(scripts.iter().rev()).all(|(client, wanted)| client.scripted == *wanted)
+        })?;
+        self.run_until("the replicas of a shard are not equal", World::replicas_agree)?;
+        for node in self.nodes.values() {
+            if let Some((id, token)) = node.open_tokens().next() {
+                let detail = format!("replica {id} never ended operation {token:x}");
+                return Err(Violation::new("answers", detail));
+            }
+        }
+        Ok(())
+    }
+
+    fn run_until(&mut self, otherwise: &str, mut done: impl FnMut(&World) -> bool) -> Result<(), Violation> {
+        let deadline = self.clock.now + LIVENESS_MAX;
+        while !done(self) {
+            if self.clock.now > deadline {
+                let seconds = LIVENESS_MAX / 1_000_000;
+                let detail = format!("{otherwise}, {seconds} s after it should; {}", self.describe());
+                return Err(Violation::new("liveness", detail));
+            }
+            // Looking after each single event would cost more than the events.
+            for _ in 0..50 {
+                self.step()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn every_shard_is_led(&self) -> bool {
+        let led = |shard: &ShardId| self.nodes.values().any(|node| node.leads(*shard));
+        self.members.keys().all(led)
+    }
+
+    fn replicas_agree(&self) -> bool {
+        self.members.iter().all(|(shard, members)| {
+            let last = self.truths.get(shard).map_or(0, Truth::last);
+            members.iter().all(|member| {
+                let node = self.nodes.get(&member.node);
+                node.and_then(|node| node.applied(member.replica)) == Some(last)
+            })
+        })
+    }
+
+    fn describe(&self) -> String {
+        let mut text = String::new();
+        for node in self.nodes.values() {
+            for (replica, token) in node.open_tokens() {
+                text += &format!("\n  operation {token:x} waits at replica {replica}");
+            }
+            text += &format!("\n  node {}: {}", node.id, node.describe());
+        }
+        text
+    }
+
+    /// One event.
+    fn step(&mut self) -> Result<(), Violation> {
+        let Some(((time, _), event)) = self.clock.queue.pop_first() else {
+            return Err(Violation::new("liveness", "nothing will ever happen again"));
+        };
+        self.clock.now = time;
+        self.events += 1;
+        match event {
+            Event::Node(id, event) => {
+                let paused_until = self.nodes.get(&id).map_or(0, |node| node.paused_until);
+                if paused_until > time {
+                    self.clock.after(paused_until - time, Event::Node(id, event));
+                    return Ok(());
+                }
+                self.on_node_event(id, event)
+            }
+            Event::Begin(client) => {
+                self.begin(client);
+                Ok(())
+            }
+            Event::Attempt(token) => {
+                self.attempt(token);
+                Ok(())
+            }
+            Event::Answer(token, result) => self.on_answer(token, result),
+            Event::Timeout(token) => {
+                self.on_timeout(token);
+                Ok(())
+            }
+            Event::Fault(event) => self.on_fault(event),
+        }
+    }
+
+    /// One more of what the report counts.
+    pub(super) fn count(&mut self, what: &'static str) {
+        *self.counts.entry(what).or_default() += 1;
+    }
+
+    // ---------------------------------------------------------------------------------- clients
+
+    fn begin(&mut self, number: usize) {
+        let client = &mut self.clients[number];
+        if client.waiting.is_some() {
+            return;
+        }
+        let Some((key, action)) = client.choose(&mut self.dice) else { return };
+        let call = self.history.invoke(number, client.shard, key, action);
+        let token = client.next_token();
+        client.waiting = Some(Waiting { call, key, action, since: self.clock.now, token });
+        self.trace.note(format_args!("{} client {number} k{key} {action:?}", self.clock.now));
+        self.attempt(token);
+    }
+
+    /// The client of an attempt, if it still waits for that one.
+    fn waiting(&mut self, token: u64) -> Option<&mut Client> {
+        let client = self.clients.get_mut(Client::of_token(token))?;
+        client.waiting.as_ref().is_some_and(|waiting| waiting.token == token).then_some(client)
+    }
+
+    fn attempt(&mut self, token: u64) {
+        let Some(client) = self.waiting(token) else { return };
+        let (shard, leader) = (client.shard, client.leader);
+        let Some((key, action)) = client.waiting.as_ref().map(|w| (w.key, w.action)) else { return };
+        let members = self.members.get(&shard).map_or(&[][..], Vec::as_slice);
+        let Some(node) = leader.or_else(|| self.dice.pick(members).map(|m| m.node)) else { return };
+        let delay = self.dice.between(50, 1_000);
+        let operation = workload::operation(key, action);
+        self.clock.after(delay, Event::Node(node, NodeEvent::Request { token, shard, operation }));
+        let patience = if action == Action::Get { 1_000_000 } else { 4_000_000 };
+        let patience = self.dice.between(patience / 2, patience);
+        self.clock.after(patience, Event::Timeout(token));
+    }
+
+    fn on_answer(&mut self, token: u64, result: Result<Output, Refusal>) -> Result<(), Violation> {
+        let now = self.clock.now;
+        self.trace.note(format_args!("{now} answer {token:x} {result:?}"));
+        let Some(client) = self.waiting(token) else { return Ok(()) };
+        let Some(waiting) = client.waiting.as_ref() else { return Ok(()) };
+        let (action, since) = (waiting.action, waiting.since);
+        match result {
+            Ok(output) => {
+                let told =
+                    workload::told(action, &output).map_err(|detail| Violation::new("answers", detail))?;
+                self.end(token, told);
+            }
+            Err(refusal) => {
+                client.leader = match &refusal {
+                    Refusal::NotLeader { leader, .. } => *leader,
+                    _ => None,
+                };
+                let scripted = client.budget == 0;
+                if action != Action::Get && refusal.outcome() == Outcome::Unknown {
+                    self.end(token, Told::Unknown);
+                } else if !refusal.retryable() {
+                    let detail = format!("{action:?} is refused for ever: {refusal}");
+                    return Err(Violation::new("answers", detail));
+                } else if now > since + GIVE_UP && !scripted {
+                    self.end(token, Told::Refused);
+                } else {
+                    self.try_again(token);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn on_timeout(&mut self, token: u64) {
+        let Some(client) = self.waiting(token) else { return };
+        client.leader = None;
+        if client.waiting.as_ref().is_some_and(|waiting| waiting.action == Action::Get) {
+            self.try_again(token);
+        } else {
+            self.trace.note(format_args!("{} timeout {token:x}", self.clock.now));
+            self.end(token, Told::Unknown);
+        }
+    }
+
+    fn try_again(&mut self, token: u64) {
+        let delay = self.dice.between(1_000, 50_000);
+        let Some(client) = self.waiting(token) else { return };
+        let next = client.next_token();
+        if let Some(waiting) = &mut client.waiting {
+            waiting.token = next;
+        }
+        self.clock.after(delay, Event::Attempt(next));
+    }
+
+    fn end(&mut self, token: u64, told: Told) {
+        let number = Client::of_token(token);
+        let pause = self.dice.between(1_000, 120_000);
+        let Some(client) = self.waiting(token) else { return };
+        let Some(Waiting { call, key, action, .. }) = client.waiting.take() else { return };
+        client.learn(key, action, told);
+        let told_result = !matches!(told, Told::Unknown | Told::Refused);
+        client.scripted += usize::from(told_result);
+        if !told_result && client.budget == 0 && number >= self.members.len() * CLIENTS_PER_SHARD {
+            // What a script asks for must succeed; another value, since this one may have been written.
+            let client = &mut self.clients[number];
+            let action = if let Action::Put(_) = action { Action::Put(client.next_value()) } else { action };
+            client.script.insert(0, (key, action));
+        }
+        self.history.end(call, told);
+        self.clock.after(pause, Event::Begin(number));
+    }
+
+    // ----------------------------------------------------------------------------------- report
+
+    pub(super) fn into_report(mut self, violation: Option<Violation>) -> Report {
+        let mut operations: BTreeMap<&'static str, u64> = BTreeMap::new();
+        for call in &self.history.calls {
+            let kind = match call.told {
+                Told::Unknown if call.action == Action::Get => "unanswered",
+                Told::Unknown => "unknown",
+                Told::Refused => "refused",
+                _ => "answered",
+            };
+            *operations.entry(kind).or_default() += 1;
+        }
+        self.counts.insert("elections", self.leaders.elections());
+        self.counts.insert("entries", self.truths.values().map(|t| t.last()).sum());
+        Report {
+            options: self.options,
+            violation,
+            counts: self.counts,
+            time: self.clock.now,
+            events: self.events,
+            operations,
+            undecided: self.undecided,
+            trace_hash: self.trace.hash(),
+            trace: self.trace.into_lines(),
+        }
+    }
+}

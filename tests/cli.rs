@@ -1,0 +1,20 @@
+//! The binary as a user meets it: every command against clusters that run, on real sockets and disks.
+//! Each test has a home of its own, so that they run side by side.
+
+#[path = "support/cluster.rs"]
+mod cluster;
+#[path = "support/cli.rs"]
+mod harness;
+
+#[path = "cli/data.rs"]
+mod data;
+#[path = "cli/exit_codes.rs"]
+mod exit_codes;
+#[path = "cli/local.rs"]
+mod local;
+#[path = "cli/quick_start.rs"]
+mod quick_start;
+#[path = "cli/report.rs"]
+mod report;
+#[path = "cli/status.rs"]
+mod status;

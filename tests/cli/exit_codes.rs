@@ -1,0 +1,380 @@
+//! Every exit code, and the error objects of `--json`.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::process::Stdio;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use serde_json::json;
+
+use crate::harness::{HANG, Home, PORTS, Running};
+
+/// One daemon behind a proxy that it advertises, so that every client call goes through there.
+struct Proxied {
+    home: Home,
+    proxy: Proxy,
+    _node: Running,
+}
+
+/// Carries bytes both ways. Once a request holds the marker, it is carried still, and nothing comes
+/// back any more.
+#[derive(Clone)]
+struct Proxy {
+    address: String,
+    state: Arc<ProxyState>,
+}
+
+#[derive(Default)]
+struct ProxyState {
+    /// The bytes to look for; none: everything is carried.
+    marker: Mutex<Vec<u8>>,
+    /// A request with the marker went by.
+    seen: AtomicBool,
+    /// What happens then: the connection is closed, or stays open and silent.
+    close: AtomicBool,
+}
+
+impl Proxy {
+    fn start(to: String) -> Proxy {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let state = Arc::new(ProxyState::default());
+        let shared = state.clone();
+        std::thread::spawn(move || {
+            for client in listener.incoming().flatten() {
+                let Ok(server) = TcpStream::connect(&to) else { continue };
+                carry(client, server, shared.clone());
+            }
+        });
+        Proxy { address, state }
+    }
+
+    fn cut_at(&self, marker: &str, close: bool) {
+        self.state.close.store(close, Ordering::SeqCst);
+        self.state.seen.store(false, Ordering::SeqCst);
+        *self.state.marker.lock().unwrap() = marker.as_bytes().to_vec();
+    }
+
+    /// Carries everything again; says whether the marker went by.
+    fn heal(&self) -> bool {
+        self.state.marker.lock().unwrap().clear();
+        self.state.seen.swap(false, Ordering::SeqCst)
+    }
+}
+
+fn carry(client: TcpStream, server: TcpStream, state: Arc<ProxyState>) {
+    let (mut from_client, mut to_server) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+    let forth = state.clone();
+    std::thread::spawn(move || {
+        let mut chunk = [0; 65536];
+        let mut tail = Vec::new();
+        while let Ok(read @ 1..) = from_client.read(&mut chunk) {
+            let marker = forth.marker.lock().unwrap().clone();
+            tail.extend_from_slice(&chunk[..read]);
+            let found = !marker.is_empty() && tail.windows(marker.len()).any(|window| window == marker);
+            if found {
+                // Before the request is on its way: its answer can't be faster.
+                forth.seen.store(true, Ordering::SeqCst);
+            }
+            tail.drain(..tail.len().saturating_sub(64));
+            if to_server.write_all(&chunk[..read]).is_err() {
+                break;
+            }
+            if found && forth.close.load(Ordering::SeqCst) {
+                // Time for the request to arrive, then the line is dead.
+                std::thread::sleep(Duration::from_millis(300));
+                break;
+            }
+        }
+        from_client.shutdown(Shutdown::Both).ok();
+        to_server.shutdown(Shutdown::Both).ok();
+    });
+    let (mut from_server, mut to_client) = (server, client);
+    std::thread::spawn(move || {
+        let mut chunk = [0; 65536];
+        while let Ok(read @ 1..) = from_server.read(&mut chunk) {
+            if state.seen.load(Ordering::SeqCst) {
+                continue;
+            }
+            if to_client.write_all(&chunk[..read]).is_err() {
+                break;
+            }
+        }
+        from_server.shutdown(Shutdown::Both).ok();
+        to_client.shutdown(Shutdown::Both).ok();
+    });
+}
+
+impl Proxied {
+    fn start() -> Proxied {
+        let home = Home::new();
+        let _ports = PORTS.read().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let listeners: Vec<_> = (0..2).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+        let addresses: Vec<String> = listeners.iter().map(|l| l.local_addr().unwrap().to_string()).collect();
+        drop(listeners);
+        let (client, peer) = (&addresses[0], &addresses[1]);
+        let proxy = Proxy::start(client.clone());
+        let config = home.file("n1.toml");
+        let text = format!(
+            "[node]\nid = \"n1\"\ndata_dir = {:?}\n[client]\nlisten = \"{client}\"\nadvertise = \"{}\"\n\
+             [peer]\nlisten = \"{peer}\"\n[cluster]\ninitial = [\"{peer}\"]\n",
+            home.file("n1"),
+            proxy.address,
+        );
+        std::fs::write(&config, text).unwrap();
+        let node = home.spawn(&["serve", "--config", config.to_str().unwrap()]);
+        node.wait_for("ready node=", Duration::from_secs(30));
+        let proxied = Proxied { home, proxy, _node: node };
+        proxied.run(&["db", "create", "db", "1", "1"]).ok();
+        proxied
+    }
+
+    fn command(&self, args: &[&str]) -> std::process::Command {
+        let mut command = self.home.command(args);
+        command.env("PONTOON_CLUSTER", &self.proxy.address);
+        command
+    }
+
+    fn run(&self, args: &[&str]) -> crate::harness::Ended {
+        Running::spawn(self.command(args)).end(Duration::from_secs(60))
+    }
+}
+
+#[test]
+fn a_cas_whose_answer_is_lost_ends_with_4() {
+    let cluster = Proxied::start();
+    cluster.run(&["set", "db", "lock", "free"]).ok();
+    for (close, key) in [(true, "closed"), (false, "silent")] {
+        cluster.proxy.cut_at(&format!("holder-{key}"), close);
+        let ended = cluster.run(&[
+            "cas",
+            "db",
+            key,
+            "--absent",
+            &format!("holder-{key}"),
+            "--json",
+            "--timeout",
+            "3s",
+        ]);
+        assert!(cluster.proxy.heal(), "{key}: the request went by");
+        assert!(ended.took < Duration::from_secs(9), "{key}: {:?}", ended.took);
+        let error = ended.exits(4).json_error();
+        assert_eq!(error["code"], "outcome_unknown", "{key}");
+        assert_eq!(error["outcome"], "unknown", "{key}");
+        // Sent again, it might be applied twice.
+        assert_eq!(error["retryable"], false, "{key}");
+        // It was applied, exactly once, and a read tells.
+        let got = cluster.run(&["get", "db", key]).ok();
+        assert_eq!(got.text(), format!("holder-{key}"));
+    }
+    // As text.
+    cluster.proxy.cut_at("third-holder", true);
+    let ended = cluster.run(&["cas", "db", "lock", "--expect", "free", "third-holder"]);
+    cluster.proxy.heal();
+    ended.exits(4).says(&["error: ", "read the key"]);
+    assert_eq!(cluster.run(&["get", "db", "lock"]).ok().text(), "third-holder");
+}
+
+#[test]
+fn a_set_or_delete_whose_answer_is_lost_is_sent_again() {
+    let cluster = Proxied::start();
+    // The marker goes by once, the line is cut, and the second attempt gets through.
+    cluster.proxy.cut_at("once-only", true);
+    let healer = cluster.proxy.clone();
+    let heal = std::thread::spawn(move || {
+        let begun = Instant::now();
+        while !healer.state.seen.load(Ordering::SeqCst) {
+            assert!(begun.elapsed() < Duration::from_secs(30), "no request went by");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(Duration::from_millis(350));
+        healer.heal();
+    });
+    cluster.run(&["set", "db", "k", "once-only"]).ok();
+    heal.join().unwrap();
+    assert_eq!(cluster.run(&["get", "db", "k"]).ok().text(), "once-only");
+
+    // Cut for as long as it tries: nobody can know.
+    cluster.proxy.cut_at("never-told", false);
+    let ended = cluster.run(&["set", "db", "k", "never-told", "--timeout", "1s", "--json"]);
+    cluster.proxy.heal();
+    assert!(ended.took < Duration::from_secs(3), "{:?}", ended.took);
+    let error = ended.exits(4).json_error();
+    assert_eq!(error["outcome"], "unknown");
+    // A read has no effect that could be unknown.
+    cluster.run(&["set", "db", "read-me", "v"]).ok();
+    cluster.proxy.cut_at("read-me", false);
+    let ended = cluster.run(&["get", "db", "read-me", "--timeout", "1s", "--json"]);
+    cluster.proxy.heal();
+    assert!(ended.took < Duration::from_secs(3), "{:?}", ended.took);
+    let error = ended.exits(3).json_error();
+    assert_eq!((&error["outcome"], &error["retryable"]), (&json!("not_applied"), &json!(true)));
+}
+
+#[test]
+fn nobody_there_ends_with_3_within_the_timeout() {
+    let home = Home::new();
+    // No cluster at all: at once.
+    for command in
+        [&["get", "db", "k"][..], &["set", "db", "k", "v"], &["status"], &["health"], &["db", "list"]]
+    {
+        let ended = home.run(command).exits(3).says(&["pontoon setup"]);
+        assert!(ended.took < Duration::from_secs(2), "{command:?}: {:?}", ended.took);
+        let error = home.run(&[command, &["--json"]].concat()).exits(3).json_error();
+        assert_eq!((&error["outcome"], &error["retryable"]), (&json!("not_applied"), &json!(true)));
+    }
+    // One that is there and doesn't answer: its processes stand still.
+    let home = Home::with_cluster("db", 3, 2);
+    home.run(&["set", "db", "k", "old"]).ok();
+    let pid = rustix::process::Pid::from_raw(home.pid() as i32).unwrap();
+    rustix::process::kill_process(pid, Signal::STOP).unwrap();
+    for command in [
+        &["get", "db", "k"][..],
+        &["set", "db", "k", "new"],
+        &["delete", "db", "k"],
+        &["cas", "db", "k", "--expect", "old", "new"],
+        &["status"],
+        &["db", "create", "two", "1", "1"],
+    ] {
+        let ended = home.run(&[command, &["--timeout", "1s", "--json"]].concat());
+        let took = ended.took;
+        let error = ended.exits(3).json_error();
+        assert_eq!((&error["outcome"], &error["retryable"]), (&json!("not_applied"), &json!(true)));
+        assert!(took > Duration::from_millis(900), "{command:?}: it tries for the whole time: {took:?}");
+        assert!(took < Duration::from_secs(3), "{command:?}: {took:?}");
+    }
+    rustix::process::kill_process(pid, Signal::CONT).unwrap();
+    // «Certainly not applied», also now that it goes on.
+    assert_eq!(home.run(&["get", "db", "k"]).ok().text(), "old");
+    home.run(&["stop"]).ok();
+}
+
+#[test]
+fn negative_answers_end_with_1() {
+    let home = Home::with_cluster("db", 1, 1);
+    let absent = home.run(&["get", "db", "nobody"]).exits(1).says(&["nobody"]);
+    assert_eq!(absent.text(), "", "a message is no data");
+    home.run(&["delete", "db", "nobody"]).exits(1).says(&["nobody"]);
+    home.run(&["set", "db", "k", "v"]).ok();
+    for condition in [&["--absent"][..], &["--expect", "w"], &["--version", "999"]] {
+        let command = [&["cas", "db", "k"], condition, &["new"]].concat();
+        home.run(&command).exits(1).says(&["`k` was not changed"]);
+        let there = home.run(&[&command[..], &["--json"]].concat()).exits(1).json();
+        assert_eq!((&there["value"], &there["written"]), (&json!("v"), &json!(false)));
+    }
+    home.run(&["cas", "db", "nobody", "--expect", "w", "new"]).exits(1).says(&["doesn't exist"]);
+    assert_eq!(home.run(&["get", "db", "k"]).ok().text(), "v");
+    home.run(&["get", "nodb", "k"]).exits(1);
+    home.run(&["setup", "db", "1", "2"]).exits(1);
+    // Refused by the cluster: it has one node.
+    let error = home.run(&["db", "create", "two", "3", "1", "--json"]).exits(1).json_error();
+    assert_eq!((&error["retryable"], &error["outcome"]), (&json!(false), &json!("not_applied")));
+    home.run(&["stop"]).ok();
+}
+
+#[test]
+fn a_test_that_fails_ends_with_1() {
+    let home = Home::new();
+    let ports = PORTS.read().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let test = home.spawn(&["test", "leader-failure", "3", "--timeout", "8s"]);
+    // With a second of three nodes dead nobody can be elected.
+    test.wait_for("Crashing leader at ", HANG);
+    let leader = test.stdout().lines().last().unwrap().split(' ').nth(3).unwrap().to_owned();
+    let victim = home.processes().into_iter().find(|pid| {
+        let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let words: Vec<_> = command.split(|byte| *byte == 0).map(String::from_utf8_lossy).collect();
+        words.get(1).is_some_and(|word| word == "serve")
+            && words.iter().any(|word| {
+                let config = std::fs::read_to_string(&**word);
+                word.ends_with(".toml") && config.is_ok_and(|text| !text.contains(&leader))
+            })
+    });
+    let victim = rustix::process::Pid::from_raw(victim.expect("a survivor") as i32).unwrap();
+    rustix::process::kill_process(victim, Signal::KILL).unwrap();
+    test.end(Duration::from_secs(25)).exits(1).says(&["the test failed"]);
+    drop(ports);
+    home.assert_nothing_left();
+}
+
+#[test]
+fn mistakes_end_with_2() {
+    let home = Home::with_cluster("db", 1, 1);
+    let long = "x".repeat(65);
+    for command in [
+        &["nonsense"][..],
+        &["set", "db", "k"],
+        &["get", "db"],
+        &["get", "db", "k", "extra"],
+        &["get", "db", "k", "--timeout", "soon"],
+        &["get", "db", "k", "--cluster", "nowhere"],
+        &["cas", "db", "k", "v"],
+        &["setup", "two", "0", "1"],
+        &["setup", "two", "8", "1"],
+        &["setup", "two", "1", "0"],
+        &["setup", "two", "1", "4097"],
+        &["setup", "a b", "1", "1"],
+        &["setup", "", "1", "1"],
+        &["setup", &long, "1", "1"],
+        &["setup", "two", "3", "1", "--nodes", "2"],
+        &["db", "create", "ä", "1", "1"],
+        &["test", "leader-failure", "2"],
+        &["test", "replication", "2"],
+        &["test", "replication", "8"],
+        &["serve", "--config", "/nowhere.toml"],
+        &["completions", "tcsh"],
+    ] {
+        let ended = home.run(command).exits(2);
+        assert_eq!(ended.text(), "", "{command:?}");
+        assert!(!ended.errors().is_empty(), "{command:?}");
+        // `--json` first: what follows the keys of some commands is a key.
+        let error = home.run(&[&["--json"], command].concat()).exits(2).json_error();
+        assert_eq!((&error["retryable"], &error["outcome"]), (&json!(false), &json!("not_applied")));
+    }
+    home.run(&["test", "leader-failure", "2"]).exits(2).says(&["majority", "at least 3"]);
+    home.run(&["stop"]).ok();
+}
+
+#[test]
+fn a_second_ctrl_c_ends_with_130_at_once() {
+    let home = Home::with_cluster("db", 1, 1);
+    let pid = rustix::process::Pid::from_raw(home.pid() as i32).unwrap();
+    // It connects, it reads, and then the cluster stands still with lines on the way.
+    let mut command = home.command(&["import", "db", "--timeout", "60s"]);
+    command.stdin(Stdio::piped());
+    let mut import = Running::spawn(command);
+    let mut stdin = import.child.stdin.take().unwrap();
+    stdin.write_all(b"{\"key\":\"first\",\"value\":\"1\"}\n").unwrap();
+    let begun = Instant::now();
+    while home.run(&["get", "db", "first"]).code != Some(0) {
+        assert!(begun.elapsed() < Duration::from_secs(30), "{}", import.stderr());
+    }
+    rustix::process::kill_process(pid, Signal::STOP).unwrap();
+    stdin.write_all(b"{\"key\":\"second\",\"value\":\"2\"}\n").unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    import.signal(Signal::INT);
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(import.child.try_wait().unwrap().is_none(), "the first waits for what is on the way");
+    import.signal(Signal::INT);
+    import.end(Duration::from_secs(2)).exits(130);
+    rustix::process::kill_process(pid, Signal::CONT).unwrap();
+    home.run(&["stop"]).ok();
+}
+
+#[test]
+fn a_second_ctrl_c_ends_a_node_that_takes_its_time() {
+    // Alone of three: handing over leadership finds nobody.
+    let mut cluster = crate::cluster::Cluster::new(3);
+    cluster.wait_all_ready();
+    for node in 1..3 {
+        cluster.signal(node, Signal::STOP);
+    }
+    cluster.signal(0, Signal::INT);
+    std::thread::sleep(Duration::from_millis(100));
+    cluster.signal(0, Signal::INT);
+    let status = cluster.wait_exit(0, Duration::from_secs(2));
+    // If it led nothing, it had nothing to hand over and was faster.
+    assert!(matches!(status.code(), Some(130 | 0)), "{status:?}");
+}
