@@ -97,12 +97,13 @@ impl MemoryGauge {
         (self.active.load(Ordering::Relaxed), self.frozen.load(Ordering::Relaxed))
     }
 
-    /// What the whole node should do.
+    /// What the whole node should do. Flushing begins at half the bound, so that the other half takes
+    /// what is written while it is under way.
     pub fn pressure(&self) -> Pressure {
         let (active, frozen) = self.bytes();
-        if active + frozen > 2 * self.limit {
+        if active + frozen > self.limit {
             Pressure::Pause
-        } else if active > self.limit {
+        } else if active > self.limit / 2 {
             Pressure::Flush
         } else {
             Pressure::Low
@@ -122,15 +123,15 @@ mod tests {
     #[test]
     fn pressure_follows_the_sums_both_ways() {
         let gauge = MemoryGauge::new(100);
-        gauge.update((0, 0), (60, 0));
-        gauge.update((0, 0), (50, 0));
+        gauge.update((0, 0), (30, 0));
+        gauge.update((0, 0), (25, 0));
         assert_eq!(gauge.pressure(), Pressure::Flush);
-        gauge.update((60, 0), (0, 60));
+        gauge.update((30, 0), (0, 30));
         assert_eq!(gauge.pressure(), Pressure::Low);
-        gauge.update((50, 0), (150, 0));
+        gauge.update((25, 0), (75, 0));
         assert_eq!(gauge.pressure(), Pressure::Pause);
-        gauge.update((0, 60), (0, 0));
-        gauge.update((150, 0), (0, 0));
+        gauge.update((0, 30), (0, 0));
+        gauge.update((75, 0), (0, 0));
         assert_eq!(gauge.bytes(), (0, 0));
     }
 }

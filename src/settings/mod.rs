@@ -98,8 +98,8 @@ pub struct LogSettings {
 pub struct StorageSettings {
     /// Cache of the state engine, in bytes.
     pub cache_bytes: u64,
-    /// Memtables of all replicas together, in bytes: above, the largest are flushed; above twice
-    /// this, applying pauses.
+    /// Memtables of all replicas together, in bytes: above half of this they are flushed; above all
+    /// of it, applying pauses.
     pub memtable_bytes: u64,
     /// Size of one raft log file, in bytes.
     pub log_file_bytes: u64,
