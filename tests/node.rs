@@ -246,6 +246,65 @@ async fn rules_and_limits_are_told_as_what_they_are() {
 }
 
 #[actix::test]
+async fn a_dropped_database_is_gone_for_good_also_under_load() {
+    let mut cluster = LocalCluster::start(3).await;
+    let client = cluster.client().await;
+    for round in 0..3 {
+        let (database, shards) = cluster.database(&client, "db", 3, 4).await;
+        assert_eq!(database.get("key-0").await.expect("a read"), None, "round {round} begins empty");
+        let writers: Vec<_> = (0..8)
+            .map(|writer| {
+                let database = database.clone();
+                actix::spawn(async move {
+                    loop {
+                        match database.put(format!("key-{writer}"), "v").await {
+                            Ok(_) => {}
+                            Err(ClientError::NotApplied(NotApplied::UnknownDatabase(_))) => return,
+                            // The answer to the last one may have gone with its replica.
+                            Err(ClientError::Unknown(_)) => return,
+                            Err(other) => panic!("{other}"),
+                        }
+                    }
+                })
+            })
+            .collect();
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        client.drop_database("db", PATIENCE).await.expect("dropped");
+        for writer in writers {
+            tokio::time::timeout(PATIENCE, writer).await.expect("in time").expect("a writer");
+        }
+        for node in 0..3 {
+            let handle = cluster.handle(node);
+            let begun = Instant::now();
+            while handle.report().await.replicas.iter().any(|r| shards.contains(&r.shard)) {
+                assert!(begun.elapsed() < PATIENCE, "node {node} still holds a dropped shard");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+        // Tombstones don't rise.
+        cluster.stop(round).await;
+        cluster.restart(round).await;
+        cluster.wait_ready().await;
+        let held = cluster.handle(round).report().await.replicas;
+        assert_eq!(held.len(), 1, "only the metadata replica: {held:?}");
+    }
+    client.close().await;
+    cluster.stop_all().await;
+}
+
+#[actix::test]
+async fn stopped_at_any_moment_of_its_start_a_node_leaves_its_directory_free() {
+    let mut cluster = LocalCluster::start_with(1, |peers| peers.to_vec()).await;
+    for millis in (0..120).step_by(8) {
+        tokio::time::sleep(Duration::from_millis(millis)).await;
+        cluster.stop(0).await;
+        cluster.restart(0).await;
+    }
+    cluster.wait_ready().await;
+    cluster.stop_all().await;
+}
+
+#[actix::test]
 async fn a_node_without_company_waits_and_stops_when_told() {
     let mut cluster = LocalCluster::start_with(3, |peers| peers.to_vec()).await;
     // The second and third go before a cluster is formed, or just after; the first must cope with both.

@@ -172,6 +172,9 @@ impl NodeHandle {
         timeout: Duration,
     ) -> Result<Vec<Result<Output, Refusal>>, Refusal> {
         let addr = self.member()?.router.replica(shard)?;
+        if operations.is_empty() {
+            return Ok(Vec::new());
+        }
         // Counted before the look at the phase: who waits for the count sees this one or stops it.
         let _counted = InFlight::begin(&self.inner);
         if self.phase() == NodePhase::Stopping {
@@ -218,7 +221,10 @@ impl NodeHandle {
             };
             // The leader, if the last answer named one; else each voter in turn.
             let target = hint.take().filter(|node| metadata.member_on(*node).is_some());
-            let target = target.unwrap_or_else(|| metadata.members[attempt % metadata.members.len()].node);
+            let in_turn = metadata.members.get(attempt % metadata.members.len().max(1));
+            let Some(target) = target.or(in_turn.map(|member| member.node)) else {
+                return Err(Refusal::Unavailable("the map names no replica of the metadata shard".into()));
+            };
             let patience = left.min(Duration::from_millis(limits::META_ATTEMPT_MS));
             let answer = if target == self.node() {
                 self.meta_here(command.clone(), patience).await

@@ -512,12 +512,21 @@ impl RunningNode {
         }
         let arbiters: Vec<_> = self.data.into_iter().chain([self.control]).collect();
         let (done, joined) = oneshot::channel();
+        let late = self.running;
         // Joining blocks; a thread that hangs must not keep the process.
         std::thread::spawn(move || {
             for arbiter in arbiters {
                 if arbiter.join().is_err() {
                     tracing::error!("a thread of actors panicked");
                 }
+            }
+            // The node may have become a member while it was told to stop: then its stores are open, and
+            // the next start in this process would find them in use.
+            let late = late.lock().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some(Running { shared, threads: more, .. }) = late {
+                shared.flusher.close();
+                shared.log_writer.stop();
+                threads.extend(more);
             }
             for thread in threads {
                 if thread.join().is_err() {
