@@ -359,6 +359,9 @@ impl<T> Group<T> {
         }
         self.follow_leadership(&mut effects);
         self.serve_reads(&mut effects)?;
+        // Reads that arrived during a round which has just ended, or before this leader's first entry
+        // was committed: there may be no other input that would start their round.
+        self.start_read_round();
         effects.fetch = self.start_fetch();
         self.route_messages(&mut effects);
         effects.done = std::mem::take(&mut self.done);
