@@ -228,6 +228,10 @@ impl<T> Group<T> {
     fn check(&self, message: &Message) -> Result<(), &'static str> {
         let log = &self.raft.raft.raft_log;
         match message.get_msg_type() {
+            // A leader of the past may well be of another opinion. Raft tells it of the present term.
+            MessageType::MsgHeartbeat | MessageType::MsgAppend if message.term < self.raft.raft.term => {
+                Ok(())
+            }
             MessageType::MsgHeartbeat if message.commit > log.last_index() => {
                 Err("a leader counts on entries that this log has lost")
             }
