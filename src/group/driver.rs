@@ -190,7 +190,10 @@ impl<T> Group<T> {
         self.draw_timeout();
         if self.stepped_down.is_some_and(|at| self.ticks - at > UNDECIDED_TICKS_MAX) {
             self.stepped_down = None;
-            self.done.extend(self.proposals.drain().map(|caller| {
+            // Elected again, it decides what is older itself, with its first entry; what it has
+            // proposed since is none of those.
+            let below = if self.leads() { self.raft.raft.term } else { Term::MAX };
+            self.done.extend(self.proposals.drain_below(below).into_iter().map(|caller| {
                 (caller, Err(Refusal::Unknown("leadership was lost before the entry was committed")))
             }));
         }
@@ -532,7 +535,10 @@ impl<T> Group<T> {
         };
         if now != self.leader {
             if self.leader.local && !now.local {
-                self.stepped_down = Some(self.ticks);
+                // While older proposals wait, theirs is the time that counts.
+                if self.stepped_down.is_none() || !self.proposals.any_below(self.leader.term) {
+                    self.stepped_down = Some(self.ticks);
+                }
             }
             self.leader = now;
             effects.leader = Some(now);
