@@ -380,7 +380,8 @@ impl World {
         let number = process.number;
         self.trace.note(format_args!("{} replica {replica_id} crashes", self.clock.now));
         self.disconnect(replica);
-        let delay = limits::RESTART_BACKOFF_MS * 1_000;
+        // Sooner than in a node, so that messages of before meet the new start.
+        let delay = self.dice.between(500, limits::RESTART_BACKOFF_MS * 1_000);
         self.clock.after(delay, Event::Node(id, NodeEvent::Reopen(number, replica_id)));
     }
 
