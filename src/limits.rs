@@ -92,6 +92,8 @@ pub const SCAN_BYTES_MAX: usize = MIB;
 pub const TICK_MS: u64 = 100;
 /// Ticks between heartbeats of a leader.
 pub const HEARTBEAT_TICKS: usize = 2;
+/// Ticks between attempts of a new group's preferred leader to be elected before any timeout.
+pub const EAGER_TICKS: u64 = 2;
 /// Least election timeout in ticks.
 pub const ELECTION_TICKS_MIN: usize = 10;
 /// Greatest election timeout in ticks, exclusive.

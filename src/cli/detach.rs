@@ -3,7 +3,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use super::args::SetupArgs;
 use super::context::Context;
 use super::failure::{Exit, Failure};
-use super::local::LocalDir;
+use super::local::{Holder, LocalDir};
 use super::output;
 use super::serve::ignore_closed_pipe;
 use super::setup::timeout;
@@ -26,8 +26,9 @@ pub fn detach(context: &Context, args: &SetupArgs, dir: &LocalDir) -> Result<Exi
     let signals = Signals::listen(None)?;
     let logs = dir.logs_dir();
     fs::create_dir_all(&logs).map_err(|error| Failure::io("creating", &logs, error))?;
-    let (out_path, err_path) = (logs.join("setup.out"), logs.join("setup.log"));
-    let out = File::create(&out_path).map_err(|e| Failure::io("writing", &out_path, e))?;
+    let err_path = logs.join("setup.log");
+    // The child's own: should two setups run at once, neither may take the other's `ready` for its.
+    let (out, told) = Told::create(logs.join(format!("setup-{}.out", std::process::id())))?;
     let mut err = OpenOptions::new()
         .create(true)
         .append(true)
@@ -52,8 +53,13 @@ pub fn detach(context: &Context, args: &SetupArgs, dir: &LocalDir) -> Result<Exi
         let exited = child
             .try_wait()
             .map_err(|error| Failure::internal(format!("waiting for the cluster: {error}")))?;
-        let text = fs::read(&out_path).map_err(|e| Failure::io("reading", &out_path, e))?;
-        if is_ready(&text, context.json()) {
+        let text = told.read()?;
+        // The one that runs the nodes stays; one that found others running ends when it is ready.
+        let done = match exited {
+            Some(status) => status.success(),
+            None => dir.holder()? == Holder::Process(Some(child.id())),
+        };
+        if done && is_ready(&text, context.json()) {
             output::bytes(&text).or_else(ignore_closed_pipe)?;
             return Ok(Exit::Done);
         }
@@ -69,6 +75,29 @@ pub fn detach(context: &Context, args: &SetupArgs, dir: &LocalDir) -> Result<Exi
             }));
         }
         std::thread::sleep(POLL);
+    }
+}
+
+/// What the child has written to its stdout so far; of no use once it has been passed on.
+struct Told {
+    path: PathBuf,
+}
+
+impl Told {
+    fn create(path: PathBuf) -> Result<(File, Told), Failure> {
+        let file = File::create(&path).map_err(|e| Failure::io("writing", &path, e))?;
+        Ok((file, Told { path }))
+    }
+
+    fn read(&self) -> Result<Vec<u8>, Failure> {
+        fs::read(&self.path).map_err(|error| Failure::io("reading", &self.path, error))
+    }
+}
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        // If it stays, `clean` removes it.
+        fs::remove_file(&self.path).ok();
     }
 }
 
