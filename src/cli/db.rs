@@ -67,7 +67,8 @@ fn drop(context: &Context, args: &DbDropArgs) -> Result<Exit, Failure> {
         return Err(Failure::negative("declined", "nothing was removed"));
     }
     with_session(context, async |session| {
-        Ok(session.client.drop_database(&args.name, session.remaining()).await?)
+        let dropped = session.client.drop_database(&args.name, session.remaining()).await;
+        dropped.map_err(|error| Failure::of_database(format!("dropping database `{}`", args.name), error))
     })?;
     if context.json() {
         output::json(&json!({"name": args.name, "dropped": true}))?;

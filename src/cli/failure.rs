@@ -98,6 +98,20 @@ impl fmt::Display for Failure {
     }
 }
 
+impl Failure {
+    /// The failure of a command about a whole database: whether it was done is told by the list of
+    /// databases, not by a key.
+    pub fn of_database(action: impl fmt::Display, error: ClientError) -> Failure {
+        let unknown = matches!(error, ClientError::Unknown(_)).then(|| error.to_string());
+        let failure = Failure::from(error);
+        let message = match unknown {
+            Some(text) => format!("{action}: {text}; `pontoon db list` tells whether it was done"),
+            None => format!("{action}: {}", failure.message),
+        };
+        Failure { message, ..failure }
+    }
+}
+
 impl From<ClientError> for Failure {
     fn from(error: ClientError) -> Failure {
         let message = error.to_string();

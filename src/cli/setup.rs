@@ -167,14 +167,8 @@ pub async fn create_database(
     // Also where it exists: this waits until each of its shards has a leader.
     let made = client.create_database(name, replicas, shards, timeout);
     made.await.map_err(|error| {
-        let failure = Failure::from(error);
-        Failure {
-            message: format!(
-                "creating database `{name}` with {replicas} replicas and {shards} shards: {}",
-                failure.message
-            ),
-            ..failure
-        }
+        let action = format!("creating database `{name}` with {replicas} replicas and {shards} shards");
+        Failure::of_database(action, error)
     })
 }
 
