@@ -92,6 +92,8 @@ pub const SCAN_BYTES_MAX: usize = MIB;
 pub const TICK_MS: u64 = 100;
 /// Ticks between heartbeats of a leader.
 pub const HEARTBEAT_TICKS: usize = 2;
+/// Ticks between attempts of a new group's preferred leader to be elected before any timeout.
+pub const EAGER_TICKS: u64 = 2;
 /// Least election timeout in ticks.
 pub const ELECTION_TICKS_MIN: usize = 10;
 /// Greatest election timeout in ticks, exclusive.
@@ -101,6 +103,9 @@ pub const ELECTION_TICKS_MAX: usize = 20;
 pub const NODE_HEARTBEAT_MS: u64 = 500;
 /// Time a stopping node gives its connections to write their last answers, in milliseconds.
 pub const LAST_ANSWERS_MS: u64 = 20;
+/// Time a stopping node gives to operations in flight, which the next leader may still commit, in
+/// milliseconds.
+pub const IN_FLIGHT_MS_MAX: u64 = 1_000;
 /// Time between attempts to become a member, in milliseconds.
 pub const MEMBERSHIP_RETRY_MS: u64 = 200;
 /// Time for one attempt to reach the metadata leader, in milliseconds.

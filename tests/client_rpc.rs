@@ -422,7 +422,7 @@ mod port {
         let text = error.to_string();
         assert!(matches!(error, ClientError::NotApplied(NotApplied::Unavailable { .. })), "{text}");
         assert!(text.contains("isn't a member"), "{text}");
-        let made = client.create_database("db", 1, 1, Duration::from_millis(200)).await;
+        let made = client.create_database("db", 1, 1, Duration::from_secs(3)).await;
         assert!(matches!(made, Err(ClientError::NotApplied(_))), "{made:?}");
         let made = client.create_database("d b", 1, 1, Duration::from_millis(200)).await;
         assert!(matches!(made, Err(ClientError::Invalid(_))), "{made:?}");

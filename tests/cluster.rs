@@ -170,3 +170,42 @@ async fn a_signal_stops_a_node_within_five_seconds_even_without_a_majority() {
     assert_eq!(value.value, "v");
     client.close().await;
 }
+
+/// Resident memory of a process, in bytes.
+#[cfg(target_os = "linux")]
+fn resident(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("its status");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("its memory");
+    line.trim().trim_end_matches("kB").trim().parse::<u64>().expect("a number") * 1024
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn more_data_than_memory_is_taken_within_bounds() {
+    const MIB: usize = 1 << 20;
+    let mut cluster = Cluster::new(3);
+    cluster.wait_all_ready();
+    let client = cluster.client().await;
+    // Far more than memtables (32 MiB) and cache (16 MiB) of a node hold, and the log (64 MiB).
+    let database = cluster.database(&client, "large", 3, 4).await.with_timeout(Duration::from_secs(60));
+    let (values, size) = (240, MIB);
+    let mut most = 0;
+    for round in 0..values / 24 {
+        let puts = (0..24).map(|number| {
+            let mut value = vec![number as u8; size];
+            value[..8].copy_from_slice(&(round as u64).to_be_bytes());
+            database.put(format!("key-{}", round * 24 + number), value)
+        });
+        for put in futures_util::future::join_all(puts).await {
+            put.expect("written, if slowly");
+        }
+        let together: u64 = (0..3).map(|node| resident(cluster.pid(node))).sum();
+        most = together.max(most);
+    }
+    assert!(most < 600 * MIB as u64, "three nodes took {} MiB together", most / MIB as u64);
+    for number in 0..values {
+        let found = database.get(format!("key-{number}")).await.expect("a read").expect("there");
+        assert_eq!((found.value.len(), found.value[8]), (size, (number % 24) as u8), "key-{number}");
+    }
+    client.close().await;
+}

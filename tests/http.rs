@@ -61,7 +61,7 @@ async fn a_node_tells_when_it_is_ready_and_what_it_does() {
         ("pontoon_reads_total", 40.0),
         ("pontoon_log_sync_seconds_count", 40.0),
         ("pontoon_log_entries_total", 40.0),
-        ("pontoon_log_batch_writes_count", 40.0),
+        ("pontoon_log_writes_total", 40.0),
         ("pontoon_apply_entries_total", 80.0),
     ] {
         let moved = sum(&after, name) - sum(&before, name);

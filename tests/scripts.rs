@@ -4,12 +4,19 @@
 #[path = "support/script.rs"]
 mod script;
 
-// Each area has the interpreter of its commands beside its scripts. To add one (such as `group`): a
+// Each area has the interpreter of its commands beside its scripts. To add one: a
 // directory, its interpreter as a module here, and a test below.
+#[path = "scripts/group/interpreter.rs"]
+mod group;
 #[path = "scripts/machine/interpreter.rs"]
 mod machine;
 #[path = "scripts/placement/interpreter.rs"]
 mod placement;
+
+#[test]
+fn group_scripts() {
+    script::run_area("group", group::Groups::default);
+}
 
 #[test]
 fn machine_scripts() {

@@ -9,6 +9,7 @@ use super::failure::{Exit, Failure};
 use super::output;
 use super::setup;
 use super::status;
+use crate::client::ClientError;
 use crate::placement::map::DatabaseRecord;
 
 /// `db ...`
@@ -68,7 +69,13 @@ fn drop(context: &Context, args: &DbDropArgs) -> Result<Exit, Failure> {
     }
     with_session(context, async |session| {
         let dropped = session.client.drop_database(&args.name, session.remaining()).await;
-        dropped.map_err(|error| Failure::of_database(format!("dropping database `{}`", args.name), error))
+        dropped.map_err(|error| match error {
+            ClientError::Unknown(why) => Failure::unknown(format!(
+                "dropping database `{}`: {why}; `pontoon db list` tells whether it is gone",
+                args.name
+            )),
+            error => error.into(),
+        })
     })?;
     if context.json() {
         output::json(&json!({"name": args.name, "dropped": true}))?;

@@ -3,30 +3,32 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
+use super::args::SetupArgs;
 use super::context::Context;
 use super::failure::{Exit, Failure};
-use super::local::LocalDir;
+use super::local::{Holder, LocalDir};
 use super::output;
 use super::serve::ignore_closed_pipe;
-use super::setup::TIMEOUT;
+use super::setup::timeout;
 use super::signals::Signals;
 
 /// How often the parent looks whether its child is ready.
 const POLL: Duration = Duration::from_millis(20);
 
 /// Starts this program again in the background and waits until it is ready or has failed.
-pub fn detach(context: &Context, dir: &LocalDir) -> Result<Exit, Failure> {
+pub fn detach(context: &Context, args: &SetupArgs, dir: &LocalDir) -> Result<Exit, Failure> {
     let signals = Signals::listen(None)?;
     let logs = dir.logs_dir();
     fs::create_dir_all(&logs).map_err(|error| Failure::io("creating", &logs, error))?;
-    let (out_path, err_path) = (logs.join("setup.out"), logs.join("setup.log"));
-    let out = File::create(&out_path).map_err(|e| Failure::io("writing", &out_path, e))?;
+    let err_path = logs.join("setup.log");
+    // The child's own: should two setups run at once, neither may take the other's `ready` for its.
+    let (out, told) = Told::create(logs.join(format!("setup-{}.out", std::process::id())))?;
     let mut err = OpenOptions::new()
         .create(true)
         .append(true)
@@ -46,13 +48,18 @@ pub fn detach(context: &Context, dir: &LocalDir) -> Result<Exit, Failure> {
         .map_err(|error| Failure::io("starting", &program, error))?;
 
     // The child gives up by itself; this is for one that can't even do that.
-    let deadline = Instant::now() + context.timeout_or(TIMEOUT) * 2 + Duration::from_secs(10);
+    let deadline = Instant::now() + timeout(context, args) * 2 + Duration::from_secs(10);
     loop {
         let exited = child
             .try_wait()
             .map_err(|error| Failure::internal(format!("waiting for the cluster: {error}")))?;
-        let text = fs::read(&out_path).map_err(|e| Failure::io("reading", &out_path, e))?;
-        if is_ready(&text, context.json()) {
+        let text = told.read()?;
+        // The one that runs the nodes stays; one that found others running ends when it is ready.
+        let done = match exited {
+            Some(status) => status.success(),
+            None => dir.holder()? == Holder::Process(Some(child.id())),
+        };
+        if done && is_ready(&text, context.json()) {
             output::bytes(&text).or_else(ignore_closed_pipe)?;
             return Ok(Exit::Done);
         }
@@ -68,6 +75,29 @@ pub fn detach(context: &Context, dir: &LocalDir) -> Result<Exit, Failure> {
             }));
         }
         std::thread::sleep(POLL);
+    }
+}
+
+/// What the child has written to its stdout so far; of no use once it has been passed on.
+struct Told {
+    path: PathBuf,
+}
+
+impl Told {
+    fn create(path: PathBuf) -> Result<(File, Told), Failure> {
+        let file = File::create(&path).map_err(|e| Failure::io("writing", &path, e))?;
+        Ok((file, Told { path }))
+    }
+
+    fn read(&self) -> Result<Vec<u8>, Failure> {
+        fs::read(&self.path).map_err(|error| Failure::io("reading", &self.path, error))
+    }
+}
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        // If it stays, `clean` removes it.
+        fs::remove_file(&self.path).ok();
     }
 }
 
@@ -106,6 +136,7 @@ fn child_failure(code: Option<i32>, log: &Path, start: u64) -> Failure {
         Some(1) => Failure::negative("setup_failed", message),
         Some(2) => Failure::usage("setup_failed", message),
         Some(3) => Failure::unavailable(message),
+        Some(4) => Failure::unknown(message),
         _ => Failure::internal(message),
     }
 }

@@ -72,6 +72,11 @@ impl Failure {
         Failure { retryable: true, ..Failure::new(Exit::Unavailable, "unavailable", message) }
     }
 
+    /// It may have been done, or may yet be.
+    pub fn unknown(message: impl Into<String>) -> Failure {
+        Failure { outcome: Outcome::Unknown, ..Failure::new(Exit::Unknown, "outcome_unknown", message) }
+    }
+
     /// A thread of a node failed.
     pub fn internal(message: impl Into<String>) -> Failure {
         Failure::new(Exit::Internal, "internal", message)
@@ -98,32 +103,11 @@ impl fmt::Display for Failure {
     }
 }
 
-impl Failure {
-    /// The failure of a command about a whole database: whether it was done is told by the list of
-    /// databases, not by a key.
-    pub fn of_database(action: impl fmt::Display, error: ClientError) -> Failure {
-        let unknown = matches!(error, ClientError::Unknown(_)).then(|| error.to_string());
-        let failure = Failure::from(error);
-        let message = match unknown {
-            Some(text) => format!("{action}: {text}; `pontoon db list` tells whether it was done"),
-            None => format!("{action}: {}", failure.message),
-        };
-        Failure { message, ..failure }
-    }
-}
-
 impl From<ClientError> for Failure {
     fn from(error: ClientError) -> Failure {
         let message = error.to_string();
         match error {
-            ClientError::Unknown(_) => Failure {
-                outcome: Outcome::Unknown,
-                ..Failure::new(
-                    Exit::Unknown,
-                    "outcome_unknown",
-                    format!("{message}; read the key to find out"),
-                )
-            },
+            ClientError::Unknown(_) => Failure::unknown(format!("{message}; read the key to find out")),
             ClientError::Invalid(_) => Failure::usage("invalid", message),
             ClientError::NotApplied(why) => match why {
                 NotApplied::UnknownDatabase(_) => Failure::negative("unknown_database", why.to_string()),

@@ -35,7 +35,7 @@ const PORTS: std::ops::Range<u16> = 20_000..30_000;
 /// Content of `cluster.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClusterFile {
-    /// Always [`FORMAT`].
+    /// What the file is known by; always the same.
     pub format: String,
     /// Version of this format.
     pub version: u32,

@@ -23,14 +23,17 @@ use super::serve::{
 };
 use super::signals::Signals;
 use super::status;
-use crate::client::Client;
+use crate::client::{Client, ClientError};
+use crate::limits::TIMEOUT_MAX_MS;
 use crate::node::handle::NodeHandle;
 use crate::node::{self, Listeners, RunningNode};
 use crate::placement::map::{ClusterMap, DatabaseRecord};
 use crate::settings::{LogFormat, LogSettings, Settings};
 
-/// Deadline of a setup where none is given: thousands of shards take a while on a small machine.
-pub const TIMEOUT: Duration = Duration::from_secs(60);
+/// Deadline of a setup where none is given, and what each replica adds to it: thousands of them take a
+/// while on a small machine, which also starts every node.
+const TIMEOUT: Duration = Duration::from_secs(60);
+const TIMEOUT_PER_REPLICA: Duration = Duration::from_millis(20);
 
 /// How often another process's `cluster.json` is looked for.
 const POLL: Duration = Duration::from_millis(20);
@@ -58,13 +61,19 @@ pub fn setup(context: &Context, args: &SetupArgs) -> Result<Exit, Failure> {
         check_against(cluster, args, &dir)?;
     }
     if args.detach {
-        return detach(context, &dir);
+        return detach(context, args, &dir);
     }
     match dir.lock()? {
         Ok(lock) => host(context, args, dir, lock),
         // Somebody else was faster.
         Err(_) => create_in_running(context, args, &dir),
     }
+}
+
+/// The deadline of each step of a setup.
+pub fn timeout(context: &Context, args: &SetupArgs) -> Duration {
+    let most = Duration::from_millis(TIMEOUT_MAX_MS);
+    context.timeout_or((TIMEOUT + TIMEOUT_PER_REPLICA * (args.replicas * args.partitions)).min(most))
 }
 
 fn too_few_nodes(nodes: u32, replicas: u32) -> Failure {
@@ -119,7 +128,7 @@ fn check_numbers(name: &str, asked: (u32, u32), have: (u32, u32)) -> Result<(), 
 
 fn create_in_running(context: &Context, args: &SetupArgs, dir: &LocalDir) -> Result<Exit, Failure> {
     // A cluster that is just starting has the lock a moment before its file.
-    let deadline = Instant::now() + context.timeout_or(TIMEOUT);
+    let deadline = Instant::now() + timeout(context, args);
     let cluster = loop {
         if let Some(cluster) = dir.read()? {
             break cluster;
@@ -139,7 +148,7 @@ fn create_in_running(context: &Context, args: &SetupArgs, dir: &LocalDir) -> Res
 /// Creates the database in a cluster that runs elsewhere.
 fn create_there(context: &Context, args: &SetupArgs, addresses: Vec<String>) -> Result<Exit, Failure> {
     block_on(async {
-        let session = Session::open(addresses, context.timeout_or(TIMEOUT)).await?;
+        let session = Session::open(addresses, timeout(context, args)).await?;
         let result = async {
             create(&session.client, args, session.remaining()).await?;
             show(context, &session.client, args, None).await
@@ -167,8 +176,16 @@ pub async fn create_database(
     // Also where it exists: this waits until each of its shards has a leader.
     let made = client.create_database(name, replicas, shards, timeout);
     made.await.map_err(|error| {
-        let action = format!("creating database `{name}` with {replicas} replicas and {shards} shards");
-        Failure::of_database(action, error)
+        let what = format!("creating database `{name}` with {replicas} replicas and {shards} shards");
+        match error {
+            ClientError::Unknown(why) => Failure::unknown(format!(
+                "{what}: {why}; it may be under way, and the same command again waits for its end"
+            )),
+            error => {
+                let failure = Failure::from(error);
+                Failure { message: format!("{what}: {}", failure.message), ..failure }
+            }
+        }
     })
 }
 
@@ -213,7 +230,7 @@ fn host(context: &Context, args: &SetupArgs, dir: LocalDir, lock: LocalLock) -> 
     dir.write(&cluster)?;
     let settings: Vec<Settings> = all_settings(&cluster, &dir);
     start_log(&log_settings(args.detached))?;
-    let timeout = context.timeout_or(TIMEOUT);
+    let timeout = timeout(context, args);
     let result = on_system(async {
         // Nodes that run so far, kept here so that a failed start stops them too.
         let mut nodes = Vec::new();

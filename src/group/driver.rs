@@ -191,7 +191,10 @@ impl<T> Group<T> {
         self.draw_timeout();
         if self.stepped_down.is_some_and(|at| self.ticks - at > UNDECIDED_TICKS_MAX) {
             self.stepped_down = None;
-            self.done.extend(self.proposals.drain().map(|caller| {
+            // Elected again, it decides what is older itself, with its first entry; what it has
+            // proposed since is none of those.
+            let below = if self.leads() { self.raft.raft.term } else { Term::MAX };
+            self.done.extend(self.proposals.drain_below(below).into_iter().map(|caller| {
                 (caller, Err(Refusal::Unknown("leadership was lost before the entry was committed".into())))
             }));
         }
@@ -229,6 +232,10 @@ impl<T> Group<T> {
     fn check(&self, message: &Message) -> Result<(), &'static str> {
         let log = &self.raft.raft.raft_log;
         match message.get_msg_type() {
+            // A leader of the past may well be of another opinion. Raft tells it of the present term.
+            MessageType::MsgHeartbeat | MessageType::MsgAppend if message.term < self.raft.raft.term => {
+                Ok(())
+            }
             MessageType::MsgHeartbeat if message.commit > log.last_index() => {
                 Err("a leader counts on entries that this log has lost")
             }
@@ -365,6 +372,9 @@ impl<T> Group<T> {
         }
         self.follow_leadership(&mut effects);
         self.serve_reads(&mut effects)?;
+        // Reads that arrived during a round which has just ended, or before this leader's first entry
+        // was committed: there may be no other input that would start their round.
+        self.start_read_round();
         effects.fetch = self.start_fetch();
         self.route_messages(&mut effects);
         effects.done = std::mem::take(&mut self.done);
@@ -532,7 +542,10 @@ impl<T> Group<T> {
         };
         if now != self.leader {
             if self.leader.local && !now.local {
-                self.stepped_down = Some(self.ticks);
+                // While older proposals wait, theirs is the time that counts.
+                if self.stepped_down.is_none() || !self.proposals.any_below(self.leader.term) {
+                    self.stepped_down = Some(self.ticks);
+                }
             }
             self.leader = now;
             effects.leader = Some(now);

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::ids::Position;
+use crate::ids::{Position, Term};
 
 /// Proposals in the log, not yet decided. `T` is what the caller is answered with.
 pub struct Proposals<T> {
@@ -77,6 +77,22 @@ impl<T> Proposals<T> {
         decided
     }
 
+    /// Whether anyone waits for an entry of a term below `term`.
+    pub fn any_below(&self, term: Term) -> bool {
+        self.waiting.keys().any(|&(_, of)| of < term)
+    }
+
+    /// Takes everyone who waits for an entry of a term below `term`.
+    pub fn drain_below(&mut self, term: Term) -> Vec<T> {
+        let (below, rest) =
+            std::mem::take(&mut self.waiting).into_iter().partition(|((_, of), _)| *of < term);
+        self.waiting = rest;
+        let below: BTreeMap<_, Vec<T>> = below;
+        let drained: Vec<T> = below.into_values().flatten().collect();
+        self.count -= drained.len();
+        drained
+    }
+
     /// Everyone who waits, because the outcome can't be awaited here any longer.
     pub fn drain(&mut self) -> impl Iterator<Item = T> {
         self.count = 0;
@@ -106,6 +122,16 @@ mod tests {
         let decided = proposals.decide(at(7, 2));
         assert_eq!((decided.applied, decided.superseded), (vec!['a', 'b'], vec![]));
         assert_eq!(proposals.len(), 1);
+    }
+
+    #[test]
+    fn those_of_older_terms_are_drained_alone() {
+        let mut proposals = Proposals::new();
+        proposals.insert(at(7, 2), vec!['a', 'b']);
+        proposals.insert(at(8, 3), vec!['c']);
+        assert_eq!(proposals.drain_below(3), vec!['a', 'b']);
+        assert_eq!(proposals.len(), 1);
+        assert_eq!(proposals.decide(at(8, 3)).applied, vec!['c']);
     }
 
     #[test]

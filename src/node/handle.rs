@@ -1,6 +1,6 @@
 //! A node as its services see it.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -33,6 +33,7 @@ struct Inner {
     started: Instant,
     phase: watch::Sender<NodePhase>,
     disk_bytes: AtomicU64,
+    in_flight: AtomicUsize,
     empty_map: Arc<ClusterMap>,
     member: OnceLock<Member>,
 }
@@ -114,6 +115,7 @@ impl NodeHandle {
                 started: Instant::now(),
                 phase: watch::Sender::new(NodePhase::Starting),
                 disk_bytes: AtomicU64::new(0),
+                in_flight: AtomicUsize::new(0),
                 empty_map: Arc::default(),
                 member: OnceLock::new(),
             }),
@@ -170,6 +172,11 @@ impl NodeHandle {
         timeout: Duration,
     ) -> Result<Vec<Result<Output, Refusal>>, Refusal> {
         let addr = self.member()?.router.replica(shard)?;
+        if operations.is_empty() {
+            return Ok(Vec::new());
+        }
+        // Counted before the look at the phase: who waits for the count sees this one or stops it.
+        let _counted = InFlight::begin(&self.inner);
         if self.phase() == NodePhase::Stopping {
             return Err(Refusal::Unavailable("the node is stopping".into()));
         }
@@ -186,6 +193,14 @@ impl NodeHandle {
             // The mailbox was dropped with the message in it: the replica crashed before it saw it.
             Ok(Err(_)) => Err(Refusal::Unavailable("the replica is being rebuilt after a crash".into())),
             Err(_) => Ok(writes.into_iter().map(|writes| Err(timed_out(writes))).collect()),
+        }
+    }
+
+    /// Waits until nothing that was submitted is under way. For the end of a node, so it looks now
+    /// and then instead of costing every operation a wake-up.
+    pub async fn idle(&self) {
+        while self.inner.in_flight.load(Ordering::SeqCst) > 0 {
+            tokio::time::sleep(Duration::from_millis(limits::LAST_ANSWERS_MS)).await;
         }
     }
 
@@ -206,7 +221,10 @@ impl NodeHandle {
             };
             // The leader, if the last answer named one; else each voter in turn.
             let target = hint.take().filter(|node| metadata.member_on(*node).is_some());
-            let target = target.unwrap_or_else(|| metadata.members[attempt % metadata.members.len()].node);
+            let in_turn = metadata.members.get(attempt % metadata.members.len().max(1));
+            let Some(target) = target.or(in_turn.map(|member| member.node)) else {
+                return Err(Refusal::Unavailable("the map names no replica of the metadata shard".into()));
+            };
             let patience = left.min(Duration::from_millis(limits::META_ATTEMPT_MS));
             let answer = if target == self.node() {
                 self.meta_here(command.clone(), patience).await
@@ -297,6 +315,22 @@ impl NodeHandle {
         {
             Err(Refusal::Refused(format!("this build has no test hooks: shard {shard} will not `{fault}`")))
         }
+    }
+}
+
+/// A batch of operations that was submitted, until its caller has the results or gave up.
+struct InFlight<'a>(&'a Inner);
+
+impl InFlight<'_> {
+    fn begin(inner: &Inner) -> InFlight<'_> {
+        inner.in_flight.fetch_add(1, Ordering::SeqCst);
+        InFlight(inner)
+    }
+}
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        self.0.in_flight.fetch_sub(1, Ordering::SeqCst);
     }
 }
 

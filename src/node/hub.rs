@@ -11,6 +11,7 @@ use super::fatal::{Fatal, FatalGuard};
 use super::flusher::FlushSink;
 use super::log_writer::PersistSink;
 use super::messages::*;
+use super::panics::contained;
 use super::replica::ReplicaActor;
 use super::shared::{Pressure, Shared};
 use super::supervisor::Supervisor;
@@ -139,9 +140,10 @@ impl Handler<StartReplica> for Hub {
     type Result = Result<Addr<ReplicaActor>, String>;
     fn handle(&mut self, start: StartReplica, ctx: &mut Context<Self>) -> Self::Result {
         let GroupOptions { shard, replica, incarnation, .. } = start.options;
-        let group: Group<Ticket> =
-            Group::open(start.options, self.shared.log.clone(), start.log, start.state)
-                .map_err(|error| error.to_string())?;
+        // raft-rs panics on a log it can't make sense of; that is this replica's end, not the hub's.
+        let log = self.shared.log.clone();
+        let opened = contained(|| Group::open(start.options, log, start.log, start.state));
+        let group: Group<Ticket> = opened?.map_err(|error| error.to_string())?;
         let sink = self.sink.get_or_insert_with(|| Arc::new(HubSink(ctx.address()))).clone();
         let actor = ReplicaActor::new(
             shard,

@@ -438,9 +438,9 @@ fn write_batch(shared: &Shared, batch: Vec<WriteTask>) -> Result<(), StorageErro
     metrics::histogram!(names::LOG_SYNC_SECONDS).record(begun.elapsed().as_secs_f64());
     let entries = writes.iter().map(|w| w.entries.len() as u64).sum();
     metrics::counter!(names::LOG_ENTRIES).increment(entries);
-    metrics::histogram!(names::LOG_BATCH_WRITES).record(writes.len() as f64);
+    metrics::counter!(names::LOG_WRITES).increment(1);
     let bytes: usize = writes.iter().map(LogWrite::size).sum();
-    metrics::histogram!(names::LOG_BATCH_BYTES).record(bytes as f64);
+    metrics::counter!(names::LOG_BYTES).increment(bytes as u64);
     // There are as many sinks as arbiters: a few.
     let mut told: Vec<(Arc<dyn PersistSink>, Vec<Name>)> = Vec::new();
     for (name, done) in names {

@@ -251,11 +251,17 @@ impl ReplicaActor {
         if self.eager_ticks == 0 {
             return;
         }
-        if self.group.status().leader.is_some() {
+        let status = self.group.status();
+        if status.leader.is_some() {
             self.eager_ticks = 0;
             return;
         }
         self.eager_ticks -= 1;
+        // Votes on their way need their time: beginning anew at each tick would void them.
+        if status.role == raft::StateRole::Candidate || !self.eager_ticks.is_multiple_of(limits::EAGER_TICKS)
+        {
+            return;
+        }
         if let Err(error) = self.group.campaign() {
             self.fail(error.to_string(), ctx);
         }
@@ -401,7 +407,7 @@ impl Handler<PeerUnreachable> for ReplicaActor {
 impl Handler<Campaign> for ReplicaActor {
     type Result = ();
     fn handle(&mut self, _: Campaign, ctx: &mut Context<Self>) {
-        self.eager_ticks = limits::ELECTION_TICKS_MIN as u64;
+        self.eager_ticks = limits::ELECTION_TICKS_MIN as u64 + 1;
         self.campaign_eagerly(ctx);
         self.queue_pump(ctx);
     }

@@ -23,6 +23,8 @@ pub struct Slot {
     /// Restarts since the node started.
     pub restarts: u32,
     crashes: VecDeque<Instant>,
+    /// The last start of it that is known to have ended.
+    ended: Incarnation,
 }
 
 /// What to do about a crashed replica.
@@ -72,6 +74,7 @@ impl Replicas {
             health: ReplicaHealth::Recovering,
             restarts: 0,
             crashes: VecDeque::new(),
+            ended: 0,
         };
         self.slots.insert(slot.record.replica, slot);
     }
@@ -124,6 +127,28 @@ impl Replicas {
         self.tombstones.insert(replica);
     }
 
+    /// The attempt to start `incarnation` of `replica` has come to an end: it serves, or why it can't.
+    /// False if that is no news any more: the replica was removed, or this start of it has crashed,
+    /// which may become known first.
+    pub fn started(
+        &mut self,
+        replica: ReplicaId,
+        incarnation: Incarnation,
+        result: Result<(), String>,
+    ) -> bool {
+        let Some(slot) = self.slots.get_mut(&replica) else {
+            return false;
+        };
+        let current = slot.incarnation == incarnation && slot.ended < incarnation;
+        if current {
+            slot.health = match result {
+                Ok(()) => ReplicaHealth::Serving,
+                Err(reason) => ReplicaHealth::Failed(reason),
+            };
+        }
+        current
+    }
+
     /// Incarnation `incarnation` of `replica` ended at `now` for `reason`. `None` if it isn't the
     /// current one: old news.
     pub fn crashed(
@@ -137,6 +162,7 @@ impl Replicas {
         if slot.incarnation != incarnation {
             return None;
         }
+        slot.ended = incarnation;
         let window = Duration::from_millis(limits::CRASH_WINDOW_MS);
         slot.crashes.push_back(now);
         while slot.crashes.front().is_some_and(|&at| now.duration_since(at) > window) {
@@ -201,6 +227,27 @@ mod tests {
         assert_eq!(replicas.orders(&map(true), NodeId(2)).remove, vec![ReplicaId(9)]);
         replicas.removed(ReplicaId(9));
         assert!(replicas.orders(&map(false), NodeId(2)).create.is_empty(), "a tombstone stays one");
+    }
+
+    #[test]
+    fn a_crash_that_is_known_before_the_start_is_not_forgotten() {
+        let mut replicas = Replicas::default();
+        replicas.created(&replicas.orders(&map(false), NodeId(2)).create);
+        let now = Instant::now();
+        for incarnation in 1..=limits::CRASHES_MAX as Incarnation {
+            replicas.get_mut(ReplicaId(9)).unwrap().incarnation = incarnation;
+            assert!(replicas.crashed(ReplicaId(9), incarnation, "boom", now).is_some());
+            assert!(!replicas.started(ReplicaId(9), incarnation, Ok(())));
+        }
+        let health = replicas.get_mut(ReplicaId(9)).unwrap().health.clone();
+        assert_eq!(health, ReplicaHealth::Quarantined("boom".into()));
+        assert!(!replicas.started(ReplicaId(8), 1, Ok(())), "removed");
+        replicas.get_mut(ReplicaId(9)).unwrap().incarnation += 1;
+        let next = limits::CRASHES_MAX as Incarnation + 1;
+        assert!(replicas.started(ReplicaId(9), next, Ok(())));
+        assert_eq!(replicas.get_mut(ReplicaId(9)).unwrap().health, ReplicaHealth::Serving);
+        assert!(replicas.started(ReplicaId(9), next, Err("no".into())));
+        assert_eq!(replicas.get_mut(ReplicaId(9)).unwrap().health, ReplicaHealth::Failed("no".into()));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Starting and stopping a node: what is made in which order, and taken down in which.
 
 use std::net::TcpListener;
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
@@ -30,7 +31,7 @@ use crate::storage::StorageError;
 use crate::storage::engine::Engine;
 use crate::storage::engine_sled::{SledEngine, SledOptions};
 use crate::storage::flush::Flusher;
-use crate::storage::identity::DataDir;
+use crate::storage::identity::{DataDir, IdentityError};
 use crate::storage::log::LogStore;
 use crate::storage::log_disk::{DiskLog, DiskLogOptions};
 use crate::telemetry::http::HealthView;
@@ -154,14 +155,15 @@ async fn open_stores(settings: &Settings) -> Result<(DataDir, Stores), NodeError
             purge_bytes: storage.log_bytes,
             spare_files: storage.log_spare_files,
         };
-        let log = DiskLog::open(&data_dir.log_path(), options, data_dir.store_id())?;
-        if log.is_new() && data_dir.node().is_some() {
-            return Err(StorageError::Damaged {
-                what: format!("the raft log in {}", data_dir.log_path().display()),
-                detail: "it is missing, though this node is a member: votes and entries it promised to keep are gone. \
-                         Remove the node's directory and let it join as a new node"
-                    .into(),
-            });
+        let path = data_dir.log_path();
+        let is_member = data_dir.node().is_some();
+        // Before it is opened: that makes a new log, which the next start would take for the old one.
+        if is_member && !has_log(&path)? {
+            return Err(StorageError::from(lost_log(&path)));
+        }
+        let log = DiskLog::open(&path, options, data_dir.store_id())?;
+        if is_member && log.is_new() {
+            return Err(StorageError::from(lost_log(&path)));
         }
         let options = SledOptions { cache_bytes: storage.cache_bytes, ..SledOptions::default() };
         let engine: Arc<dyn Engine> =
@@ -171,6 +173,27 @@ async fn open_stores(settings: &Settings) -> Result<(DataDir, Stores), NodeError
     };
     let opened = tokio::task::spawn_blocking(open).await;
     Ok(opened.map_err(|error| NodeError::Fatal(format!("opening the stores: {error}")))??)
+}
+
+/// Whether a directory holds any file of a raft log.
+fn has_log(path: &Path) -> Result<bool, StorageError> {
+    let failed = |source| StorageError::Io { action: "listing", path: path.to_owned(), source };
+    for entry in std::fs::read_dir(path).map_err(failed)? {
+        if Path::new(&entry.map_err(failed)?.file_name()).extension().is_some_and(|e| e == "raftlog") {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn lost_log(path: &Path) -> IdentityError {
+    IdentityError::Damaged {
+        path: path.display().to_string(),
+        detail:
+            "the raft log is missing, though this node is a member: votes and entries that it promised to \
+                 keep are gone"
+                .into(),
+    }
 }
 
 fn clone_listener(listener: &TcpListener) -> Result<TcpListener, NodeError> {
@@ -463,8 +486,14 @@ impl RunningNode {
         if let Some(running) = &running {
             hand_over(&running.supervisor, end).await;
         }
+        // From here on nothing more is taken; what was taken before may still be committed by the next
+        // leader, and its callers should hear so.
         self.handle.set_phase(NodePhase::Stopping);
         self.shutdown.send_replace(true);
+        let patience = end.min(Instant::now() + Duration::from_millis(limits::IN_FLIGHT_MS_MAX));
+        if tokio::time::timeout_at(patience.into(), self.handle.idle()).await.is_err() {
+            tracing::info!("operations are still in flight; their outcome is unknown to their callers");
+        }
         let mut threads = Vec::new();
         if let Some(running) = running {
             if tokio::time::timeout_at(end.into(), running.supervisor.send(StopAll)).await.is_err() {
@@ -483,12 +512,21 @@ impl RunningNode {
         }
         let arbiters: Vec<_> = self.data.into_iter().chain([self.control]).collect();
         let (done, joined) = oneshot::channel();
+        let late = self.running;
         // Joining blocks; a thread that hangs must not keep the process.
         std::thread::spawn(move || {
             for arbiter in arbiters {
                 if arbiter.join().is_err() {
                     tracing::error!("a thread of actors panicked");
                 }
+            }
+            // The node may have become a member while it was told to stop: then its stores are open, and
+            // the next start in this process would find them in use.
+            let late = late.lock().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some(Running { shared, threads: more, .. }) = late {
+                shared.flusher.close();
+                shared.log_writer.stop();
+                threads.extend(more);
             }
             for thread in threads {
                 if thread.join().is_err() {

@@ -18,6 +18,7 @@ use super::handle::{ReplicaHealth, ReplicaReport};
 use super::hub::{Forget, Hub, StartReplica, hub_of};
 use super::map_cache;
 use super::messages::*;
+use super::panics::contained;
 use super::replica::ReplicaActor;
 use super::replicas::{Orders, Replicas, Slot, Verdict};
 use super::router::Route;
@@ -93,8 +94,11 @@ pub struct StopAll;
 
 struct Opened {
     record: ReplicaRecord,
-    found: Result<(LogState, ReplicaState), StorageError>,
+    found: Result<(LogState, ReplicaState), String>,
 }
+
+/// A replica that was started, or why it can't be.
+type Started = (ShardId, ReplicaId, Incarnation, Result<Addr<ReplicaActor>, String>);
 
 impl Supervisor {
     /// A supervisor of the replicas in `catalogue`. `opening` shows how many are not yet running.
@@ -137,20 +141,23 @@ impl Supervisor {
         let engine = self.site.engine.clone();
         let read = tokio::task::spawn_blocking(move || {
             let open = |record: ReplicaRecord| {
-                let found = open_stores(log.as_ref(), &engine, &record);
+                let found = contained(|| open_stores(log.as_ref(), &engine, &record));
+                let found = found.and_then(|found| found.map_err(|error| error.to_string()));
                 Opened { record, found }
             };
             records.into_iter().map(open).collect::<Vec<_>>()
         });
         ctx.spawn(fut::wrap_future(read).map(move |opened, act: &mut Self, ctx| match opened {
             Ok(opened) => act.start(opened, campaign, ctx),
-            Err(error) => tracing::error!(%error, "opening replicas"),
+            Err(error) => tracing::debug!(%error, "the node ended while it opened replicas"),
         }));
     }
 
     fn start(&mut self, opened: Vec<Opened>, campaign: HashSet<ReplicaId>, ctx: &mut Context<Self>) {
         let mut starts = Vec::new();
+        let count = opened.len();
         for Opened { record, found } in opened {
+            // Removed meanwhile, with its shard.
             let Some(slot) = self.replicas.get_mut(record.replica) else {
                 continue;
             };
@@ -169,31 +176,32 @@ impl Supervisor {
                             .await
                             .unwrap_or_else(|error| Err(format!("its thread has ended: {error}")))
                     }
-                    Err(error) => Err(error.to_string()),
+                    Err(error) => Err(error),
                 };
-                (shard, replica, result)
+                (shard, replica, incarnation, result)
             });
         }
         let all = futures_util::future::join_all(starts);
-        ctx.spawn(
-            fut::wrap_future(all).map(move |started, act: &mut Self, _| act.started_all(started, &campaign)),
-        );
+        ctx.spawn(fut::wrap_future(all).map(move |started, act: &mut Self, _| {
+            act.started_all(started, &campaign);
+            act.opening.send_modify(|left| *left = left.map(|left| left.saturating_sub(count)));
+        }));
     }
 
-    fn started_all(
-        &mut self,
-        started: Vec<(ShardId, ReplicaId, Result<Addr<ReplicaActor>, String>)>,
-        campaign: &HashSet<ReplicaId>,
-    ) {
-        let count = started.len();
+    fn started_all(&mut self, started: Vec<Started>, campaign: &HashSet<ReplicaId>) {
         let mut routes = Vec::new();
-        for (shard, replica, result) in started {
-            let Some(slot) = self.replicas.get_mut(replica) else {
+        for (shard, replica, incarnation, result) in started {
+            let outcome = result.as_ref().map(drop).map_err(String::clone);
+            if !self.replicas.started(replica, incarnation, outcome) {
+                // Its shard was dropped while it started, and `remove` found no address to stop; or it
+                // has crashed already, and then this reaches nobody.
+                if let Ok(addr) = result {
+                    addr.do_send(StopReplica);
+                }
                 continue;
-            };
+            }
             let target = match result {
                 Ok(addr) => {
-                    slot.health = ReplicaHealth::Serving;
                     if campaign.contains(&replica) {
                         addr.do_send(Campaign);
                     }
@@ -202,15 +210,13 @@ impl Supervisor {
                 }
                 Err(reason) => {
                     tracing::error!(%shard, %replica, reason, "replica can't be opened");
-                    slot.health = ReplicaHealth::Failed(reason);
-                    Err(slot.health.clone())
+                    Err(ReplicaHealth::Failed(reason))
                 }
             };
             routes.push((shard, Route { replica, target }));
         }
         self.shared.router.update(|all| all.extend(routes));
         metrics::gauge!(names::REPLICAS).set(self.addrs.len() as f64);
-        self.opening.send_modify(|left| *left = left.map(|left| left.saturating_sub(count)));
     }
 
     /// A better map is known: keep it, tell others, do what it orders.

@@ -113,6 +113,10 @@ pub(super) enum FaultEvent {
     Calm,
     /// A disk is fast again.
     FastDisk(NodeId),
+    /// A replica is told to hand leadership over, if it leads.
+    Transfer(NodeId, ReplicaId),
+    /// A replica ends.
+    CrashReplica(NodeId, ReplicaId),
 }
 
 /// Chooses faults.
@@ -139,7 +143,7 @@ impl Striker {
             (faults.campaigns, Kind::Campaign),
         ];
         let kinds = kinds.into_iter().filter(|(on, _)| *on).map(|(_, kind)| kind).collect();
-        let every = [300_000, 1_000_000, 3_000_000][dice.below(3)];
+        let every = [500_000, 2_000_000, 6_000_000][dice.below(3)];
         Striker { kinds, power: faults.power, every, partitions: 0, over: false }
     }
 }
@@ -159,6 +163,8 @@ impl World {
             }
             FaultEvent::Heal(partition) => self.network.heal(partition),
             FaultEvent::Calm => self.network.quality = Quality::GOOD,
+            FaultEvent::Transfer(node, replica) => self.transfer(node, replica),
+            FaultEvent::CrashReplica(node, replica) => self.crash_replica(node, replica),
             FaultEvent::FastDisk(node) => {
                 if let Some(node) = self.nodes.get_mut(&node) {
                     node.slow = false;
@@ -210,13 +216,10 @@ impl World {
                 }
             }
             Kind::Transfer => {
-                let successors = self.replica(node, replica).map(|r| r.group.successors());
-                let to = successors.and_then(|all| self.dice.pick(&all).copied());
-                if let (Some(to), Some(replica)) = (to, self.replica(node, replica)) {
-                    replica.group.transfer(to);
-                    self.count("transfers");
+                self.transfer(node, replica);
+                if self.dice.chance(400) {
+                    self.contest(node, replica);
                 }
-                self.queue_pump(node, replica);
             }
             Kind::SlowDisk => {
                 self.count("slow disks");
@@ -249,6 +252,29 @@ impl World {
             }
         }
         Ok(())
+    }
+
+    fn transfer(&mut self, node: NodeId, replica: ReplicaId) {
+        let successors = self.replica(node, replica).map(|r| r.group.successors());
+        let to = successors.and_then(|all| self.dice.pick(&all).copied());
+        if let (Some(to), Some(replica)) = (to, self.replica(node, replica)) {
+            replica.group.transfer(to);
+            self.count("transfers");
+        }
+        self.queue_pump(node, replica);
+    }
+
+    /// Two replicas are told to take over in the same term, and a third forgets what isn't on disk.
+    fn contest(&mut self, node: NodeId, replica: ReplicaId) {
+        let delay = self.dice.between(200, 3_000);
+        self.clock.after(delay, Event::Fault(FaultEvent::Transfer(node, replica)));
+        let voters = self.members.values().find(|members| members.iter().any(|m| m.replica == replica));
+        let voters: Vec<_> = voters.into_iter().flatten().filter(|m| m.replica != replica).collect();
+        if let Some(voter) = self.dice.pick(&voters).filter(|_| self.striker.kinds.contains(&Kind::Replica)) {
+            let delay = self.dice.between(1_000, 100_000);
+            self.clock.after(delay, Event::Fault(FaultEvent::CrashReplica(voter.node, voter.replica)));
+            self.count("contests");
+        }
     }
 
     /// A node and one of its replicas: often the leader of a shard, since that hurts most.

@@ -5,8 +5,8 @@
 //! events. What is real: groups with raft-rs, state machines, memtables, commands and their encoding,
 //! the log and engine contracts. What is simulated:
 //!
-//! - [`world`]: time, as a queue of events; the shell of a node (what [`crate::node`] does with actors);
-//!   [`faults`]: what goes wrong, and when.
+//! - [`world`]: time, as a queue of events. `shell` and `pump`: what [`crate::node`] does around groups with
+//!   actors. [`faults`]: what goes wrong, and when.
 //! - [`network`]: delay, loss, duplication, reordering, partitions in one or both directions.
 //! - [`disk`]: log writes take time and are lost in whole or in part by a crash before they are done;
 //!   writes to the engine survive a crash as they like until they are synced; flushes have steps
@@ -25,6 +25,7 @@ pub mod disk;
 pub mod faults;
 pub mod history;
 pub mod network;
+mod pump;
 pub mod report;
 mod shell;
 pub mod workload;

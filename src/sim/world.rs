@@ -244,6 +244,9 @@ impl World {
     fn describe(&self) -> String {
         let mut text = String::new();
         for node in self.nodes.values() {
+            for (replica, token) in node.open_tokens() {
+                text += &format!("\n  operation {token:x} waits at replica {replica}");
+            }
             text += &format!("\n  node {}: {}", node.id, node.describe());
         }
         text

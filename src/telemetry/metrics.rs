@@ -62,10 +62,10 @@ metrics_table! {
         "Time to write one gathered batch of all groups to the raft log and sync it, in seconds.";
     LOG_ENTRIES = "pontoon_log_entries_total", Counter, [],
         "Entries made durable in the raft log.";
-    LOG_BATCH_WRITES = "pontoon_log_batch_writes", Histogram, [],
-        "Writes of groups gathered into one append of the raft log, with one sync.";
-    LOG_BATCH_BYTES = "pontoon_log_batch_bytes", Histogram, [],
-        "Size of such an append, in bytes.";
+    LOG_WRITES = "pontoon_log_writes_total", Counter, [],
+        "Appends to the raft log, each of which gathers writes of many groups behind one sync.";
+    LOG_BYTES = "pontoon_log_bytes_total", Counter, [],
+        "Bytes made durable in the raft log, about.";
     APPLY_ENTRIES = "pontoon_apply_entries_total", Counter, [],
         "Committed entries executed by replicas of this node.";
     REPLICAS = "pontoon_replicas", Gauge, [],

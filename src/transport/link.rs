@@ -36,7 +36,13 @@ pub struct LinkState {
     pub connections: u64,
     /// Why it isn't connected, or why the last connection ended.
     pub error: Option<String>,
+    /// Refusals in a row. A few are usual while a cluster forms: this node is a member already, the
+    /// peer is about to be.
+    pub refusals: u32,
 }
+
+/// Refusals in a row that say nothing yet; with the delays between attempts, a second or two of them.
+const REFUSALS_USUAL: u32 = 6;
 
 /// A connection that passed its handshake.
 struct Connection {
@@ -149,6 +155,7 @@ fn connected(peer: &Peer, link: &PeerLane, address: &str, incarnation: u64) {
     state.incarnation = incarnation;
     state.connections += 1;
     state.error = None;
+    state.refusals = 0;
     drop(state);
     let lane = link.lane.name();
     if !first {
@@ -164,10 +171,17 @@ fn disconnected(peer: &Peer, link: &PeerLane, address: &str, error: &TransportEr
     let was_connected = std::mem::replace(&mut state.connected, false);
     let news = was_connected || state.error.as_deref() != Some(&text);
     state.error = Some(text);
+    let refused =
+        matches!(error, TransportError::Refused(_) | TransportError::Protocol(_) | TransportError::Frame(_));
+    state.refusals = if refused { state.refusals.saturating_add(1) } else { 0 };
+    let refusals = state.refusals;
     drop(state);
     let (node, lane) = (peer.node, link.lane.name());
     match error {
-        TransportError::Refused(_) | TransportError::Protocol(_) | TransportError::Frame(_) if news => {
+        _ if refused && refusals < REFUSALS_USUAL => {
+            debug!(%node, address, lane, %error, "a peer doesn't take this node's connection yet");
+        }
+        _ if refused && (refusals == REFUSALS_USUAL || news) => {
             warn!(%node, address, lane, %error, "a peer doesn't take this node's connection");
         }
         _ if was_connected => info!(%node, address, lane, %error, "lost the connection to a peer"),

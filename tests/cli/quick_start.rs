@@ -145,7 +145,7 @@ fn readme_three_daemons_and_a_kill() {
         script.push('\n');
     }
     // What a reader would do next.
-    script.push_str("\ntwo=$(jobs -p %2)\nthree=$(jobs -p %3)\nkill %2 %3\nwait $two\nwait $three\n");
+    script.push_str("\np2=$(jobs -p %2) p3=$(jobs -p %3)\nkill $p2 $p3\nwait $p2\nwait $p3\n");
     let mut command = Command::new("bash");
     home.environment(&mut command);
     command.args(["-c", &script]).current_dir(home.path()).env_remove("PONTOON_DATA");

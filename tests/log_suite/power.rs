@@ -318,7 +318,7 @@ fn a_directory_that_is_not_this_nodes_is_refused() {
     assert!(!DiskLog::open(&path, options(), STORE).unwrap().is_new());
     let other = pontoon::ids::RandomId([8; 16]);
     let foreign = DiskLog::open(&path, options(), other).map(|_| ());
-    assert!(matches!(foreign, Err(StorageError::Damaged { .. })), "{foreign:?}");
+    assert!(matches!(foreign, Err(StorageError::Identity(_))), "{foreign:?}");
 }
 
 /// The log engine caches the last block read on a thread without asking whose it is.

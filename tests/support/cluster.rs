@@ -170,6 +170,11 @@ impl Cluster {
         child.wait().expect("its end");
     }
 
+    /// Process id of a running node.
+    pub fn pid(&self, node: usize) -> u32 {
+        self.nodes[node].child.as_ref().expect("running").id()
+    }
+
     /// Sends a signal.
     pub fn signal(&self, node: usize, signal: rustix::process::Signal) {
         let child = self.nodes[node].child.as_ref().expect("running");

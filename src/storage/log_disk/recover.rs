@@ -8,6 +8,7 @@ use super::record::{self, CATALOGUE_GROUP, HARD_STATE_KEY, IDENTITY_KEY, TRUNCAT
 use super::{DiskLog, RaftEntries, Replicas, damaged_log};
 use crate::ids::{Index, ReplicaId, StoreId, Term};
 use crate::storage::StorageError;
+use crate::storage::identity::IdentityError;
 use crate::storage::log::{Extent, LogState, ReplicaPhase, term_starts};
 
 impl<F: FileSystem + 'static> DiskLog<F> {
@@ -18,9 +19,12 @@ impl<F: FileSystem + 'static> DiskLog<F> {
             Some(value) => {
                 let found = record::decode_identity(&value).map_err(|e| self.damaged(e))?;
                 if found != store_id {
-                    return Err(self.damaged(format!(
-                        "it belongs to store {found}, but the directory's identity says {store_id}; restore the directory as it was, or have the node rejoin with an empty one"
-                    )));
+                    return Err(IdentityError::ForeignStore {
+                        path: self.dir.display().to_string(),
+                        found: found.to_string(),
+                        expected: store_id,
+                    }
+                    .into());
                 }
             }
             None if engine.is_empty() => {

@@ -1,0 +1,168 @@
+//! One pass over a simulated replica: its effects are looked at by the checks and carried out, in the
+//! order in which [`crate::node`] does it.
+
+use std::collections::BTreeMap;
+
+use super::checks::Violation;
+use super::checks::leaders::Leaders;
+use super::checks::state::Truth;
+use super::disk::WriteName;
+use super::shell::{NodeEvent, ReplicaEvent};
+use super::world::{Event, World};
+use crate::codec::{GroupMessage, messages};
+use crate::group::types::{Effects, LeaderChange};
+use crate::ids::{Index, NodeId, ReplicaId, ShardId, Term};
+use crate::storage::log::LogStore;
+
+impl World {
+    pub(super) fn pump(&mut self, id: NodeId, replica_id: ReplicaId) -> Result<(), Violation> {
+        let now = self.clock.now;
+        let Some(node) = self.nodes.get_mut(&id) else { return Ok(()) };
+        let Some(replica) = node.process.as_mut().and_then(|p| p.replicas.get_mut(&replica_id)) else {
+            return Ok(());
+        };
+        replica.pump_queued = false;
+        let (shard, incarnation) = (replica.shard, replica.incarnation);
+        let effects = replica
+            .group
+            .pump()
+            .map_err(|error| Violation::new("replica", format!("replica {replica_id} stops: {error}")))?;
+        let Effects { messages, write, done, reads, fetch, leader, more } = effects;
+        if let Some(first) = write.as_ref().and_then(|numbered| numbered.write.entries.first()) {
+            let before = replica.terms.range(..first.index).next_back().map_or(0, |(_, term)| *term);
+            replica.terms.split_off(&first.index);
+            for entry in write.iter().flat_map(|numbered| &numbered.write.entries) {
+                replica.terms.insert(entry.index, entry.term);
+            }
+            // A lone replica leads a term before it is on disk, and leads it again after a crash.
+            if before > 0 && self.options.replicas > 1 {
+                let entries = write.iter().flat_map(|numbered| &numbered.write.entries);
+                let entries: Vec<_> = entries.cloned().collect();
+                self.logs.observe(shard, replica_id, before, &entries)?;
+            }
+        }
+        if let Some(change) = leader {
+            self.trace.note(format_args!("{now} replica {replica_id} {change:?}"));
+            observe_leader(
+                &mut self.leaders,
+                self.truths.get(&shard),
+                shard,
+                replica_id,
+                change,
+                &replica.terms,
+            )?;
+        }
+        if let Some(truth) = self.truths.get_mut(&shard) {
+            let header = replica.group.state().header();
+            let (from, to) = (replica.observed + 1, header.applied.index);
+            if from <= to {
+                let term = replica.group.status().term;
+                let entries = node.disk.log.entries(replica_id, from, to + 1, usize::MAX);
+                let entries = entries.map_err(|e| Violation::new("disk", e.to_string()))?;
+                if entries.len() as u64 != to + 1 - from {
+                    let detail = format!("replica {replica_id} applied up to {to}, its log on disk has less");
+                    return Err(Violation::new("state", detail));
+                }
+                for entry in &entries {
+                    truth.apply(shard, replica_id, term, entry)?;
+                }
+                replica.observed = to;
+                truth.compare(shard, replica_id, to, replica.group.state())?;
+                self.trace.note(format_args!("{now} replica {replica_id} applied {to}"));
+            }
+        }
+        let reader = (!reads.is_empty()).then(|| Box::new(replica.group.state().reader()));
+        for (to, message) in messages {
+            self.send(id, to, message)?;
+        }
+        if let Some(numbered) = write {
+            let name = WriteName { replica: replica_id, incarnation, number: numbered.number };
+            self.trace.note(format_args!(
+                "{now} replica {replica_id} writes {} entries {:?}",
+                numbered.write.entries.len(),
+                numbered.write.hard_state.as_ref().map(|hs| (hs.term, hs.vote, hs.commit))
+            ));
+            if let Some(node) = self.nodes.get_mut(&id) {
+                let at_once = node.disk.write(name, numbered.write);
+                let at_once = at_once.map_err(|e| Violation::new("disk", e.to_string()))?;
+                if at_once {
+                    let event =
+                        NodeEvent::Replica(replica_id, incarnation, ReplicaEvent::Persisted(name.number));
+                    self.clock.after(10, Event::Node(id, event));
+                }
+            }
+        }
+        self.drive_disk(id);
+        for (token, result) in done {
+            self.answer(id, replica_id, token, result)?;
+        }
+        let mut later = |delay, event| {
+            self.clock.after(delay, Event::Node(id, NodeEvent::Replica(replica_id, incarnation, event)));
+        };
+        if let Some(reader) = reader {
+            later(self.dice.between(50, 3_000), ReplicaEvent::Read(reader, reads));
+        }
+        if let Some(fetch) = fetch {
+            later(self.dice.between(50, 5_000), ReplicaEvent::Fetch(fetch));
+        }
+        if more {
+            self.queue_pump(id, replica_id);
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, from: NodeId, to: NodeId, message: GroupMessage) -> Result<(), Violation> {
+        messages::check(&message)
+            .map_err(|error| Violation::new("messages", format!("{error}: {:?}", message.message)))?;
+        let now = self.clock.now;
+        let m = &message.message;
+        self.trace.note(format_args!(
+            "{now} {}->{} {:?} term {} index {} log term {} commit {} entries {} reject {} safe {}",
+            m.from,
+            m.to,
+            m.get_msg_type(),
+            m.term,
+            m.index,
+            m.log_term,
+            m.commit,
+            m.entries.len(),
+            m.reject,
+            message.safe_index
+        ));
+        let arrivals = self.network.arrivals(now, from, to, &mut self.dice);
+        if arrivals.is_empty() {
+            self.count("messages lost");
+            if self.dice.chance(50) {
+                let delay = self.dice.between(100, 100_000);
+                self.clock.after(delay, Event::Node(from, NodeEvent::Unreachable(to)));
+            }
+        }
+        if arrivals.len() > 1 {
+            self.count("messages duplicated");
+        }
+        for at in arrivals {
+            let event = NodeEvent::Message(from, Box::new(message.clone()));
+            self.clock.after(at - now, Event::Node(to, event));
+        }
+        Ok(())
+    }
+}
+
+fn observe_leader(
+    leaders: &mut Leaders,
+    truth: Option<&Truth>,
+    shard: ShardId,
+    replica: ReplicaId,
+    change: LeaderChange,
+    terms: &BTreeMap<Index, Term>,
+) -> Result<(), Violation> {
+    if let Some(leader) = change.leader {
+        leaders.observe(shard, change.term, leader)?;
+    }
+    let (true, Some(truth)) = (change.local, truth) else { return Ok(()) };
+    // Compacted entries are on disk at every replica; what is missing behind the last has no term.
+    let first = terms.keys().next().copied().unwrap_or(Index::MAX);
+    truth.check_leader(shard, replica, change.term, |index| {
+        (index >= first).then(|| terms.get(&index).copied().unwrap_or(0))
+    })
+}

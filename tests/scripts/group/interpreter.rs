@@ -1,0 +1,482 @@
+//! Commands of the `group` scripts: one shard of real groups, whose messages, disk writes and time move
+//! only when the script says so. Nodes and replicas have the same numbers. Nothing is pumped twice
+//! unless there is more to do, and what comes out is printed in the order of the effects: leadership,
+//! messages, the log write, ends of operations, a fetch.
+//!
+//! | command | does |
+//! |---|---|
+//! | `group [voters=3]` | makes the group; must come first |
+//! | `campaign N`, `transfer N M` | begins an election; hands leadership over |
+//! | `elect N` | the same as `campaign`, then settles |
+//! | `put N KEY VALUE [pump=no]`, `get N KEY [pump=no]` | asks node N; operations are numbered #1, #2, … |
+//! | `pump N` | does what inputs asked for |
+//! | `deliver [to=N] [brief=yes]` | delivers the messages under way, in order, then pumps the receivers |
+//! | `lose` | drops the messages under way |
+//! | `persist N` | all log writes of N are durable |
+//! | `fetch N` | reads the log entries that N asked for |
+//! | `flush N` | makes N's state durable and drops the log entries that nobody needs |
+//! | `tick N COUNT [brief=yes]` | time passes at N; for `all`, at everybody. Brief: as `settle` prints |
+//! | `pause N`, `resume N` | applying stops for want of memory |
+//! | `cut N`, `heal` | N can't be reached nor reach others |
+//! | `crash N`, `restart N [pump=no]` | writes that are not durable are lost |
+//! | `settle` | delivers, persists and fetches until nothing moves; prints only who leads and ends of operations |
+//! | `status` | where each replica stands |
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fmt::Write as _;
+use std::sync::Arc;
+
+use pontoon::codec::GroupMessage;
+use pontoon::group::driver::{Group, GroupOptions};
+use pontoon::group::types::{Effects, Fetch, NumberedWrite, Operation, Output};
+use pontoon::ids::{DatabaseId, Epoch, GROUP_START, NodeId, ReplicaId, ShardId};
+use pontoon::machine::MachineKind;
+use pontoon::machine::command::{Answer, Command, KvCommand, KvReply, Query, Reply, Versioned};
+use pontoon::placement::map::{Member, MemberRole};
+use pontoon::placement::ring::RingRange;
+use pontoon::refusal::Refusal;
+use pontoon::storage::engine::Engine;
+use pontoon::storage::engine_memory::{CrashLoss, MemoryEngine};
+use pontoon::storage::keys;
+use pontoon::storage::log::{LogStore, ReplicaPhase, ReplicaRecord};
+use pontoon::storage::log_memory::MemoryLog;
+use pontoon::storage::state::{ReplicaState, StateHeader};
+use raft::eraftpb::{ConfState, Entry, Message, MessageType};
+
+use crate::script::{self, Interpreter, quoted};
+
+const SHARD: ShardId = ShardId(1);
+const GENERATION: u32 = 1;
+/// Rounds after which a group that doesn't come to rest is a mistake.
+const SETTLE_ROUNDS_MAX: usize = 100;
+
+/// The group of one script.
+#[derive(Default)]
+pub struct Groups {
+    nodes: BTreeMap<u64, Node>,
+    /// Messages under way, in the order they were sent.
+    wire: VecDeque<(u64, u64, GroupMessage)>,
+    cut: BTreeSet<u64>,
+    operations: u64,
+    incarnations: u64,
+    /// While settling, messages and writes are not printed.
+    brief: bool,
+}
+
+struct Node {
+    log: Arc<MemoryLog>,
+    engine: Arc<MemoryEngine>,
+    /// `None` while it is down.
+    group: Option<Group<u64>>,
+    writes: VecDeque<NumberedWrite>,
+    fetch: Option<Fetch>,
+}
+
+impl Interpreter for Groups {
+    fn execute(&mut self, line: &script::Command) -> Result<String, String> {
+        if line.name == "group" {
+            return self.create(line.named_number("voters", 3)?);
+        }
+        match line.name.as_str() {
+            "campaign" => {
+                let node = line.number(0)?;
+                self.group(node)?.campaign().map_err(|e| e.to_string())?;
+                self.pump(node)
+            }
+            "elect" => {
+                let node = line.number(0)?;
+                self.group(node)?.campaign().map_err(|e| e.to_string())?;
+                self.brief = true;
+                let begun = self.pump(node)?;
+                Ok(begun + &self.settle()?)
+            }
+            "transfer" => {
+                let node = line.number(0)?;
+                self.group(node)?.transfer(ReplicaId(line.number(1)?));
+                self.pump(node)
+            }
+            "put" => {
+                let (key, value) = (line.word(1)?.to_vec().into(), line.word(2)?.to_vec().into());
+                self.submit(line, Operation::Command(Command::Kv(KvCommand::Put { key, value })))
+            }
+            "get" => {
+                let key = line.word(1)?.to_vec().into();
+                self.submit(line, Operation::Query(Query::Get { key }))
+            }
+            "pump" => self.pump(line.number(0)?),
+            "deliver" => {
+                let to = line.named_text("to")?.map(|_| line.named_number("to", 0)).transpose()?;
+                self.brief = line.named("brief").is_some();
+                let output = self.deliver(to);
+                self.brief = false;
+                output
+            }
+            "lose" => {
+                let lost = std::mem::take(&mut self.wire).len();
+                Ok(format!("{lost} messages lost"))
+            }
+            "persist" => self.persist(line.number(0)?),
+            "fetch" => self.fetch(line.number(0)?),
+            "flush" => self.flush(line.number(0)?),
+            "tick" => {
+                let count: u64 = line.number(1)?;
+                let nodes: Vec<u64> = match line.text(0)?.as_str() {
+                    "all" => self.nodes.keys().copied().collect(),
+                    _ => vec![line.number(0)?],
+                };
+                let mut output = String::new();
+                self.brief = line.named("brief").is_some();
+                for _ in 0..count {
+                    for &node in &nodes {
+                        if let Ok(group) = self.group(node) {
+                            group.tick();
+                            output += &self.pump(node)?;
+                        }
+                    }
+                }
+                self.brief = false;
+                Ok(output)
+            }
+            "pause" | "resume" => {
+                let node = line.number(0)?;
+                self.group(node)?.pause_apply(line.name == "pause");
+                self.pump(node)
+            }
+            "cut" => {
+                self.cut.insert(line.number(0)?);
+                Ok(String::new())
+            }
+            "heal" => {
+                self.cut.clear();
+                Ok(String::new())
+            }
+            "crash" => self.crash(line.number(0)?),
+            "restart" => {
+                let node = line.number(0)?;
+                let mut output = self.open(node)?;
+                if line.named("pump").is_none() {
+                    output += &self.pump(node)?;
+                }
+                Ok(output)
+            }
+            "settle" => self.settle(),
+            "status" => self.status(),
+            other => Err(format!("unknown command `{other}`")),
+        }
+    }
+}
+
+impl Groups {
+    fn group(&mut self, node: u64) -> Result<&mut Group<u64>, String> {
+        let found = self.node(node)?.group.as_mut();
+        found.ok_or_else(|| format!("node {node} is down"))
+    }
+
+    fn node(&mut self, node: u64) -> Result<&mut Node, String> {
+        self.nodes.get_mut(&node).ok_or_else(|| format!("there is no node {node}"))
+    }
+
+    fn members(voters: u64) -> Vec<Member> {
+        let member = |id| Member { replica: ReplicaId(id), node: NodeId(id), role: MemberRole::Voter };
+        (1..=voters).map(member).collect()
+    }
+
+    fn create(&mut self, voters: u64) -> Result<String, String> {
+        for id in 1..=voters {
+            let log = Arc::new(MemoryLog::new());
+            let record = ReplicaRecord {
+                replica: ReplicaId(id),
+                shard: SHARD,
+                database: DatabaseId(1),
+                machine: MachineKind::Kv,
+                phase: ReplicaPhase::Active,
+                range: RingRange::ALL,
+                epoch: Epoch { range: 1, conf: 1 },
+                members: Groups::members(voters),
+                generation: GENERATION,
+            };
+            log.create(&[record]).map_err(|e| e.to_string())?;
+            let engine = Arc::new(MemoryEngine::new());
+            let node = Node { log, engine, group: None, writes: VecDeque::new(), fetch: None };
+            self.nodes.insert(id, node);
+        }
+        for id in 1..=voters {
+            self.open(id)?;
+        }
+        Ok(format!("{voters} voters, log begins after {} of term {}", GROUP_START.index, GROUP_START.term))
+    }
+
+    fn open(&mut self, id: u64) -> Result<String, String> {
+        self.incarnations += 1;
+        let incarnation = self.incarnations;
+        let members = Groups::members(self.nodes.len() as u64);
+        let node = self.node(id)?;
+        if node.group.is_some() {
+            return Err(format!("node {id} is running"));
+        }
+        let replica = ReplicaId(id);
+        let initial = StateHeader {
+            applied: GROUP_START,
+            revision: 0,
+            epoch: Epoch { range: 1, conf: 1 },
+            conf_state: ConfState {
+                voters: members.iter().map(|m| m.replica.0).collect(),
+                ..ConfState::default()
+            },
+            members,
+        };
+        let log = node.log.load(replica).map_err(|e| e.to_string())?;
+        let state = ReplicaState::open(node.engine.clone(), replica, GENERATION, initial)
+            .map_err(|e| e.to_string())?;
+        let options = GroupOptions {
+            shard: SHARD,
+            machine: MachineKind::Kv,
+            replica,
+            incarnation,
+            logger: slog::Logger::root(slog::Discard, slog::o!()),
+        };
+        let (last, applied) = (log.last, state.header().applied.index);
+        let (term, commit) = (log.hard_state.term, log.hard_state.commit);
+        let group = Group::open(options, node.log.clone(), log, state).map_err(|e| e.to_string())?;
+        let recovering = if group.recovering() { ", re-applies" } else { "" };
+        node.group = Some(group);
+        Ok(format!(
+            "{id}: starts in term {term}, log to {last}, commit {commit}, state to {applied}{recovering}\n"
+        ))
+    }
+
+    fn crash(&mut self, id: u64) -> Result<String, String> {
+        self.group(id)?;
+        let node = self.node(id)?;
+        node.group = None;
+        node.fetch = None;
+        node.engine.crash(CrashLoss::Everything);
+        let lost = std::mem::take(&mut node.writes).len();
+        Ok(format!("{id}: {lost} writes lost"))
+    }
+
+    fn submit(&mut self, line: &script::Command, operation: Operation) -> Result<String, String> {
+        let node = line.number(0)?;
+        self.operations += 1;
+        let token = self.operations;
+        self.group(node)?.submit(operation, token);
+        if line.named("pump").is_some() { Ok(String::new()) } else { self.pump(node) }
+    }
+
+    fn deliver(&mut self, only: Option<u64>) -> Result<String, String> {
+        let mut receivers = BTreeSet::new();
+        for (from, to, message) in std::mem::take(&mut self.wire) {
+            if only.is_some_and(|only| only != to) {
+                self.wire.push_back((from, to, message));
+                continue;
+            }
+            let cut = self.cut.contains(&from) || self.cut.contains(&to);
+            if let (false, Ok(group)) = (cut, self.group(to)) {
+                group.step(message).map_err(|e| e.to_string())?;
+                receivers.insert(to);
+            }
+        }
+        receivers.into_iter().map(|node| self.pump(node)).collect()
+    }
+
+    fn persist(&mut self, id: u64) -> Result<String, String> {
+        let node = self.node(id)?;
+        let Some(last) = node.writes.back().map(|write| write.number) else {
+            return Ok(format!("{id}: nothing to write"));
+        };
+        let writes: Vec<_> = node.writes.drain(..).map(|numbered| numbered.write).collect();
+        node.log.write(&writes).map_err(|e| e.to_string())?;
+        self.group(id)?.on_persisted(last);
+        self.pump(id)
+    }
+
+    fn fetch(&mut self, id: u64) -> Result<String, String> {
+        let node = self.node(id)?;
+        let fetch = node.fetch.take().ok_or_else(|| format!("node {id} asked for nothing"))?;
+        let entries = node.log.entries(ReplicaId(id), fetch.low, fetch.high, fetch.max_bytes);
+        let entries = entries.map_err(|e| e.to_string())?;
+        self.group(id)?.on_fetched(entries);
+        self.pump(id)
+    }
+
+    fn flush(&mut self, id: u64) -> Result<String, String> {
+        let Some(frozen) = self.group(id)?.freeze() else {
+            return Ok(format!("{id}: nothing to flush"));
+        };
+        let applied = frozen.header.applied;
+        let node = self.node(id)?;
+        let header = (keys::header_key(ReplicaId(id), GENERATION), Some(frozen.header.encode().into()));
+        let user = |key: &Vec<u8>| keys::user_key(ReplicaId(id), GENERATION, key);
+        let mut batch = vec![header];
+        batch.extend(frozen.table.entries.iter().map(|(key, value)| (user(key), value.clone())));
+        node.engine.write(&batch).and_then(|()| node.engine.sync()).map_err(|e| e.to_string())?;
+        let log = node.log.clone();
+        let group = self.group(id)?;
+        group.release(applied.index);
+        let mut output = format!("{id}: state durable to {}", applied.index);
+        if let Some(to) = group.compact(applied) {
+            log.compact(ReplicaId(id), to).map_err(|e| e.to_string())?;
+            write!(output, ", log begins after {}", to.index).map_err(|e| e.to_string())?;
+        }
+        Ok(output)
+    }
+
+    fn settle(&mut self) -> Result<String, String> {
+        self.brief = true;
+        let mut output = String::new();
+        for _ in 0..SETTLE_ROUNDS_MAX {
+            for id in self.nodes.keys().copied().collect::<Vec<_>>() {
+                let node = self.node(id)?;
+                let (writes, fetch) = (!node.writes.is_empty(), node.fetch.is_some());
+                if writes {
+                    output += &self.persist(id)?;
+                }
+                if fetch {
+                    output += &self.fetch(id)?;
+                }
+            }
+            if self.wire.is_empty() && self.nodes.values().all(|n| n.writes.is_empty() && n.fetch.is_none()) {
+                self.brief = false;
+                return Ok(output);
+            }
+            output += &self.deliver(None)?;
+        }
+        Err("the group doesn't come to rest".into())
+    }
+
+    /// Pumps a node until it has no more to do, and prints its effects.
+    fn pump(&mut self, id: u64) -> Result<String, String> {
+        let mut output = String::new();
+        loop {
+            let effects = self.group(id)?.pump().map_err(|e| e.to_string())?;
+            let more = effects.more;
+            output += &self.carry_out(id, effects)?;
+            if !more {
+                return Ok(output);
+            }
+        }
+    }
+
+    fn carry_out(&mut self, id: u64, effects: Effects<u64>) -> Result<String, String> {
+        let Effects { messages, write, done, reads, fetch, leader, more: _ } = effects;
+        let mut lines = Vec::new();
+        if let Some(change) = leader {
+            let who = match change.leader {
+                Some(_) if change.local => "leads".into(),
+                Some(leader) => format!("follows {leader}"),
+                None => "knows no leader".into(),
+            };
+            if change.local || !self.brief {
+                lines.push(format!("{id}: {who} in term {}", change.term));
+            }
+        }
+        for (to, message) in messages {
+            if !self.brief {
+                lines.push(format!("{id} -> {to}: {}", describe(&message.message)));
+            }
+            self.wire.push_back((id, to.0, message));
+        }
+        if let Some(numbered) = write {
+            if !self.brief {
+                let mut line = format!("{id}: write {}", numbered.number);
+                line += &entries(&numbered.write.entries);
+                if let Some(hard_state) = &numbered.write.hard_state {
+                    let (term, vote) = (hard_state.term, hard_state.vote);
+                    line += &format!(", term {term} vote {vote} commit {}", hard_state.commit);
+                }
+                lines.push(line);
+            }
+            self.node(id)?.writes.push_back(numbered);
+        }
+        for (token, result) in done {
+            lines.push(format!("{id}: #{token} {}", end(&result)));
+        }
+        if !reads.is_empty() {
+            let reader = self.group(id)?.state().reader();
+            for (token, query) in reads {
+                let answer = MachineKind::Kv.query(&query, &reader).map_err(|e| e.to_string())?;
+                lines.push(format!("{id}: #{token} {} (from the engine)", end(&Ok(Output::Answer(answer)))));
+            }
+        }
+        if let Some(fetch) = fetch {
+            if !self.brief {
+                lines.push(format!("{id}: fetch entries {} to {}", fetch.low, fetch.high - 1));
+            }
+            self.node(id)?.fetch = Some(fetch);
+        }
+        Ok(lines.into_iter().map(|line| line + "\n").collect())
+    }
+
+    fn status(&mut self) -> Result<String, String> {
+        let mut output = String::new();
+        for (id, node) in &self.nodes {
+            let Some(group) = &node.group else {
+                output += &format!("{id}: down\n");
+                continue;
+            };
+            let status = group.status();
+            let leader = status.leader.map_or("none".into(), |leader| leader.to_string());
+            output += &format!(
+                "{id}: {:?}, term {}, leader {leader}, last {}, committed {}, applied {}{}\n",
+                status.role,
+                status.term,
+                status.last,
+                status.committed,
+                status.applied,
+                if status.recovering { ", recovering" } else { "" }
+            );
+        }
+        Ok(output)
+    }
+}
+
+fn describe(message: &Message) -> String {
+    let term = message.term;
+    let kind = format!("{:?}", message.get_msg_type());
+    let kind = kind.strip_prefix("Msg").unwrap_or(&kind);
+    let round = if message.context.is_empty() { "" } else { ", read round" };
+    match message.get_msg_type() {
+        MessageType::MsgAppend => {
+            let after = format!("after {} of term {}", message.index, message.log_term);
+            format!("{kind} term {term}, {after}{}, commit {}", entries(&message.entries), message.commit)
+        }
+        MessageType::MsgAppendResponse if message.reject => {
+            format!("{kind} term {term}, rejects {}, has {}", message.index, message.reject_hint)
+        }
+        MessageType::MsgAppendResponse => format!("{kind} term {term}, has {}", message.index),
+        MessageType::MsgHeartbeat => format!("{kind} term {term}, commit {}{round}", message.commit),
+        MessageType::MsgHeartbeatResponse => format!("{kind} term {term}{round}"),
+        MessageType::MsgRequestVote | MessageType::MsgRequestPreVote => {
+            format!("{kind} term {term}, log to {} of term {}", message.index, message.log_term)
+        }
+        MessageType::MsgRequestVoteResponse | MessageType::MsgRequestPreVoteResponse => {
+            let vote = if message.reject { "no" } else { "yes" };
+            format!("{kind} term {term}, {vote}")
+        }
+        _ => format!("{kind} term {term}"),
+    }
+}
+
+fn entries(entries: &[Entry]) -> String {
+    let words: Vec<_> = entries.iter().map(|e| format!("{} of term {}", e.index, e.term)).collect();
+    if words.is_empty() { String::new() } else { format!(", entries [{}]", words.join(", ")) }
+}
+
+fn end(result: &Result<Output, Refusal>) -> String {
+    let found = |value: &Option<Versioned>| match value {
+        Some(found) => format!("{} version {}", quoted(&found.value), found.version),
+        None => "absent".into(),
+    };
+    match result {
+        Ok(Output::Reply(Reply::Kv(KvReply::Written(version)))) => format!("written, version {version}"),
+        Ok(Output::Answer(Answer::Value(value))) => format!("is {}", found(value)),
+        Ok(other) => format!("{other:?}"),
+        Err(refusal) => {
+            let hint = match refusal {
+                Refusal::NotLeader { leader: Some(leader), .. } => format!("; ask node {leader}"),
+                _ => String::new(),
+            };
+            format!("{:?}: {refusal}{hint}", refusal.outcome())
+        }
+    }
+}
