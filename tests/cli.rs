@@ -8,6 +8,8 @@ mod harness;
 
 #[path = "cli/data.rs"]
 mod data;
+#[path = "cli/degraded.rs"]
+mod degraded;
 #[path = "cli/exit_codes.rs"]
 mod exit_codes;
 #[path = "cli/local.rs"]
