@@ -8,10 +8,10 @@ use std::ops::Range;
 
 use pontoon::sim::{Faults, Planted, SimOptions, run};
 
-/// Seeds that once showed a bug, and the bug.
+/// Seeds that once showed a bug, and the bug. A change of the simulation gives them other events: then find
+/// others by taking the fix out.
 const REGRESSIONS: &[(u64, &str)] = &[
     (13, "raft-rs batched entries into an empty append that they didn't follow on"),
-    (33, "the same, with the first entry of a log"),
     (55, "the same, far behind"),
 ];
 
@@ -132,10 +132,10 @@ fn reads_that_skip_the_quorum_are_caught() {
 
 #[test]
 fn a_log_that_is_compacted_before_the_flush_is_durable_is_caught() {
-    is_caught(Planted::CompactEarly, CRASHES, 20, &["open"]);
+    is_caught(Planted::CompactEarly, CRASHES, 60, &["open"]);
 }
 
 #[test]
 fn a_flush_without_a_redo_file_is_caught() {
-    is_caught(Planted::NoRedoFile, CRASHES, 20, &["state", "open"]);
+    is_caught(Planted::NoRedoFile, CRASHES, 60, &["state", "open"]);
 }
