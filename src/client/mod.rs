@@ -267,7 +267,7 @@ pub struct Database {
 
 impl Database {
     /// The same database with another deadline per operation, at most
-    /// [`TIMEOUT_MAX_MS`](crate::limits::TIMEOUT_MAX_MS).
+    /// [`TIMEOUT_MAX_MS`].
     pub fn with_timeout(&self, timeout: Duration) -> Database {
         Database { timeout, ..self.clone() }
     }

@@ -1,6 +1,6 @@
 //! A shard replica as an actor: a mailbox in front of a [`Group`], and its effects carried out.
 //!
-//! Handlers only enqueue; one [`Pump`] per mailbox pass does the work, so that a burst of requests
+//! Handlers only enqueue; one `Pump` per mailbox pass does the work, so that a burst of requests
 //! becomes one proposal and one disk write. A panic anywhere in here, raft-rs included, ends this
 //! actor alone: the guard it owns tells the supervisor, which rebuilds the replica from disk.
 
@@ -24,6 +24,7 @@ use crate::limits;
 use crate::machine::command::Query;
 use crate::machine::{kv, meta};
 use crate::refusal::Refusal;
+use crate::storage::StorageError;
 use crate::storage::flush::FlushStep;
 use crate::telemetry::metrics as names;
 
@@ -200,6 +201,8 @@ impl ReplicaActor {
                 act.group.on_fetched(entries);
                 act.queue_pump(ctx);
             }
+            // Compacted while the read was under way: raft asks anew, or finds that it needn't.
+            Ok(Err(StorageError::Compacted(_))) => act.group.on_fetched(Vec::new()),
             Ok(Err(error)) => act.fail(error.to_string(), ctx),
             Err(error) => act.fail(format!("reading the raft log: {error}"), ctx),
         }));

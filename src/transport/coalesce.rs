@@ -1,4 +1,4 @@
-//! An [`AsyncWrite`] that gathers messages: writing appends to a buffer, flushing is free, and a
+//! An `AsyncWrite` that gathers messages: writing appends to a buffer, flushing is free, and a
 //! *flusher* writes the buffer out.
 //!
 //! The RPC library writes a message in pieces and flushes after each, and a small TCP write costs more
