@@ -265,7 +265,8 @@ fn host(context: &Context, args: &SetupArgs, dir: LocalDir, lock: LocalLock) -> 
     if let Err(failure) = dir.write(&cluster) {
         output::note(failure.message);
     }
-    drop(lock);
+    // Held until the process is gone: who finds it free may rely on that nothing of the cluster runs.
+    std::mem::forget(lock);
     result
 }
 
