@@ -17,8 +17,9 @@ use super::{ClientError, NotApplied};
 use crate::limits::{RETRY_MS_MAX, RETRY_MS_MIN};
 use crate::refusal::{Outcome, Refusal};
 
-/// An attempt isn't begun with less time than this.
-const ATTEMPT_MIN: Duration = Duration::from_millis(1);
+/// An attempt isn't begun with less time than this: one that the deadline cuts short would turn a
+/// certain "not applied" into an "unknown".
+const ATTEMPT_MIN: Duration = Duration::from_millis(25);
 
 /// What may be repeated.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

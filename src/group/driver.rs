@@ -242,8 +242,9 @@ impl<T> Group<T> {
             MessageType::MsgAppend => {
                 let committed = message.entries.iter().take_while(|e| e.index <= log.committed);
                 for entry in committed {
-                    // Compacted entries can't be compared; raft-rs answers those by itself.
-                    if self.raft.store().term_at(entry.index).is_some_and(|term| term != entry.term) {
+                    // Raft's own view: the store may still hold what an unstable entry has replaced.
+                    // Compacted entries (term 0 or an error) can't be compared; raft-rs answers those.
+                    if log.term(entry.index).is_ok_and(|term| term != 0 && term != entry.term) {
                         return Err("a leader's entries contradict what is committed here");
                     }
                 }

@@ -19,8 +19,8 @@ use crate::ids::{METADATA_SHARD, NodeId, ReplicaId, ShardId};
 use crate::limits;
 use crate::machine::command::{Command, MetaCommand, MetaReply, Reply};
 use crate::placement::map::ClusterMap;
-use crate::refusal::Refusal;
-use crate::transport::call::{HelloConfig, PeerClient};
+use crate::refusal::{Outcome, Refusal};
+use crate::transport::call::{CallError, HelloConfig, PeerClient};
 
 /// What a service on any thread of the node may do with it. Cheap to clone.
 #[derive(Clone)]
@@ -209,11 +209,13 @@ impl NodeHandle {
     pub async fn meta(&self, command: MetaCommand, timeout: Duration) -> Result<MetaReply, Refusal> {
         let deadline = Instant::now() + timeout;
         let mut last = Refusal::Deadline;
+        // An attempt whose outcome is unknown leaves the command's unknown, whatever comes after.
+        let mut unknown = None;
         let mut hint = Some(self.node());
         for attempt in 0.. {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(last);
+                return Err(unknown.unwrap_or(last));
             }
             let map = self.map();
             let Some(metadata) = map.shards.get(&METADATA_SHARD) else {
@@ -245,12 +247,15 @@ impl NodeHandle {
                     if let Refusal::NotLeader { leader: Some(leader), .. } = refusal {
                         hint = Some(leader);
                     }
+                    if refusal.outcome() == Outcome::Unknown {
+                        unknown = Some(refusal.clone());
+                    }
                     last = refusal;
                 }
             }
             tokio::time::sleep(Duration::from_millis(limits::META_RETRY_MS).min(left)).await;
         }
-        Err(last)
+        Err(unknown.unwrap_or(last))
     }
 
     /// Executes a metadata command if this node leads the metadata shard.
@@ -347,6 +352,10 @@ async fn meta_there(address: &str, command: MetaCommand, timeout: Duration) -> R
         Ok(PeerResponse::Meta(reply)) => Ok(reply),
         Ok(PeerResponse::Refused(refusal)) => Err(refusal),
         Ok(_) => Err(Refusal::Unknown("a peer gave an answer to another question".into())),
+        Err(error @ (CallError::Unreachable { .. } | CallError::Refused { .. })) => {
+            tracing::debug!(address, %error, "asking for a metadata command");
+            Err(Refusal::Unavailable("the leader of the metadata shard is not in reach".into()))
+        }
         Err(error) => {
             tracing::debug!(address, %error, "asking for a metadata command");
             Err(Refusal::Unknown("the connection to the metadata leader was lost".into()))
