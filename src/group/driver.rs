@@ -265,7 +265,7 @@ impl<T> Group<T> {
             return;
         }
         match operation {
-            Operation::Command(command) => self.queued.push_back((token, command)),
+            Operation::Command { command, .. } => self.queued.push_back((token, command)),
             Operation::Query(query) => self.reads.push((token, query)),
         }
     }

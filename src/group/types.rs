@@ -3,6 +3,7 @@
 use crate::codec::GroupMessage;
 use crate::ids::{Incarnation, Index, NodeId, ReplicaId, Term};
 use crate::machine::command::{Answer, Command, Query, Reply};
+use crate::machine::session::SessionTag;
 use crate::refusal::Refusal;
 use crate::storage::log::LogWrite;
 
@@ -10,7 +11,12 @@ use crate::storage::log::LogWrite;
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Operation {
     /// A write, or for the metadata shard a change of the map: goes through the log.
-    Command(Command),
+    Command {
+        /// What to do.
+        command: Command,
+        /// For a command that may be sent again: whose it is, and which.
+        session: Option<SessionTag>,
+    },
     /// A linearizable read: waits for a read index, then reads the state.
     Query(Query),
 }

@@ -10,6 +10,7 @@ use crate::placement::plan::PlannedShard;
 use crate::refusal::Refusal;
 
 pub use super::entry::{decode_entry, encode_entry};
+use super::session::SessionReply;
 
 /// What a state machine executes.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -216,6 +217,8 @@ pub enum Reply {
     Kv(KvReply),
     /// From the metadata machine.
     Meta(MetaReply),
+    /// From the session table: the command was not executed.
+    Session(SessionReply),
 }
 
 /// Bytes that are not a command or an entry this version understands.

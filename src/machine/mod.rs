@@ -4,7 +4,7 @@
 //!
 //! - [`command`]: commands, replies, queries, limits. - [`entry`]: the format of a log entry.
 //! - [`kv`]: the key-value machine. - [`value`]: the format of a stored value.
-//! - [`meta`]: the metadata shard's machine.
+//! - [`session`]: clients' sessions, for exactly-once commands. - [`meta`]: the metadata shard's machine.
 
 pub mod command;
 pub mod entry;
@@ -12,6 +12,7 @@ pub mod kv;
 #[cfg(any(test, feature = "test-hooks"))]
 pub mod memory;
 pub mod meta;
+pub mod session;
 pub mod value;
 
 use crate::storage::{StateBatch, StateView, StorageError};

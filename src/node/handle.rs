@@ -181,7 +181,7 @@ impl NodeHandle {
             return Err(Refusal::Unavailable("the node is stopping".into()));
         }
         let (reply, results) = oneshot::channel();
-        let writes: Vec<bool> = operations.iter().map(|o| matches!(o, Operation::Command(_))).collect();
+        let writes: Vec<bool> = operations.iter().map(|o| matches!(o, Operation::Command { .. })).collect();
         addr.try_send(Submit { range_version, operations, reply }).map_err(|error| match error {
             SendError::Full(_) => {
                 Refusal::Busy { what: "the shard's mailbox".into(), retry_after_ms: limits::BUSY_RETRY_MS }
@@ -260,7 +260,7 @@ impl NodeHandle {
 
     /// Executes a metadata command if this node leads the metadata shard.
     pub async fn meta_here(&self, command: MetaCommand, timeout: Duration) -> Result<MetaReply, Refusal> {
-        let operation = Operation::Command(Command::Meta(command));
+        let operation = Operation::Command { command: Command::Meta(command), session: None };
         let range_version = self.map().shards.get(&METADATA_SHARD).map_or(0, |s| s.epoch.range);
         let results = self.submit(METADATA_SHARD, range_version, vec![operation], timeout).await?;
         match results.into_iter().next() {

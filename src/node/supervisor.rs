@@ -349,7 +349,10 @@ impl Supervisor {
         let (reply, results) = tokio::sync::oneshot::channel();
         let submit = Submit {
             range_version: metadata.epoch.range,
-            operations: vec![crate::group::types::Operation::Command(Command::Meta(command))],
+            operations: vec![crate::group::types::Operation::Command {
+                command: Command::Meta(command),
+                session: None,
+            }],
             reply,
         };
         match self.shared.router.replica(METADATA_SHARD) {

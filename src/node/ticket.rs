@@ -40,7 +40,7 @@ pub fn tickets(operations: &[Operation], reply: oneshot::Sender<Results>) -> Vec
     let tickets = operations.iter().zip(0..).map(|(operation, index)| Ticket {
         batch: batch.clone(),
         index,
-        writes: matches!(operation, Operation::Command(_)),
+        writes: matches!(operation, Operation::Command { .. }),
         ended: false,
     });
     tickets.collect()
@@ -95,7 +95,7 @@ mod tests {
     fn results_arrive_together_in_order_and_a_dropped_ticket_counts() {
         let operations = [
             Operation::Query(Query::Get { key: "a".into() }),
-            Operation::Command(Command::Kv(KvCommand::Delete { key: "b".into() })),
+            Operation::Command { command: Command::Kv(KvCommand::Delete { key: "b".into() }), session: None },
         ];
         let (reply, mut results) = oneshot::channel();
         let mut tickets = tickets(&operations, reply);

@@ -49,7 +49,7 @@ pub fn to_group(operation: client::Operation) -> Operation {
         client::Operation::Delete(key) => KvCommand::Delete { key },
         client::Operation::Cas(key, expect, value) => KvCommand::Cas { key, expect, value },
     };
-    Operation::Command(Command::Kv(command))
+    Operation::Command { command: Command::Kv(command), session: None }
 }
 
 /// A replica's output as the result of an operation.
@@ -62,7 +62,7 @@ pub fn from_group(output: Output) -> Result<OperationResult, Refusal> {
             KvReply::Absent => OperationResult::Deleted(None),
             KvReply::Mismatch(there) => OperationResult::Mismatch(there),
         }),
-        Output::Answer(Answer::Page { .. }) | Output::Reply(Reply::Meta(_)) => {
+        Output::Answer(Answer::Page { .. }) | Output::Reply(Reply::Meta(_) | Reply::Session(_)) => {
             Err(Refusal::Unknown("the replica answered another question".into()))
         }
     }

@@ -49,7 +49,7 @@ pub fn operation(key: Key, action: Action) -> Operation {
             KvCommand::Cas { key, expect, value: value_bytes(value).into() }
         }
     };
-    Operation::Command(Command::Kv(command))
+    Operation::Command { command: Command::Kv(command), session: None }
 }
 
 /// What a client makes of an output. `Err`: not an answer to what it asked.

@@ -97,7 +97,10 @@ impl Interpreter for Groups {
             }
             "put" => {
                 let (key, value) = (line.word(1)?.to_vec().into(), line.word(2)?.to_vec().into());
-                self.submit(line, Operation::Command(Command::Kv(KvCommand::Put { key, value })))
+                self.submit(
+                    line,
+                    Operation::Command { command: Command::Kv(KvCommand::Put { key, value }), session: None },
+                )
             }
             "get" => {
                 let key = line.word(1)?.to_vec().into();

@@ -125,6 +125,7 @@ impl Machines {
                 if created { ", created" } else { "" },
             ),
             Reply::Meta(MetaReply::Refused(refusal)) => format!("refused: {refusal}"),
+            Reply::Session(reply) => format!("{reply:?}"),
         })
     }
 
