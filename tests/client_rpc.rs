@@ -97,32 +97,92 @@ async fn operations_that_wait_share_a_call() {
 }
 
 #[tokio::test]
-async fn a_cas_whose_answer_is_lost_is_unknown_and_not_repeated() {
+async fn a_command_whose_answer_is_lost_is_repeated_and_takes_effect_once() {
     let fakes = Fakes::start(1, 1);
     let (_client, db) = connect(&fakes).await;
-    fakes.next(1, Act::ApplyAndDrop);
-    let lost = db.cas(key("a"), Expect::Absent, key("1")).await;
-    assert!(matches!(lost, Err(ClientError::Unknown(_))), "{lost:?}");
-    assert_eq!(fakes.calls(1), [1]);
-    // The connection is replaced, and the caller finds out.
-    let found = db.get(key("a")).await.unwrap().unwrap();
-    assert_eq!(found.value, key("1"));
-    fakes.next(1, Act::Unknown);
-    let lost = db.cas(key("a"), Expect::Absent, key("1")).await;
-    assert!(matches!(lost, Err(ClientError::Unknown(_))), "{lost:?}");
+    let lose = || {
+        fakes.next(1, Act::ApplyAndDrop);
+        fakes.next(1, Act::Unknown);
+    };
+    lose();
+    assert_eq!(db.put(key("a"), key("1")).await, Ok(1));
+    lose();
+    assert_eq!(db.cas(key("a"), Expect::Version(1), key("2")).await, Ok(Cas::Written(2)));
+    lose();
+    assert_eq!(db.delete(key("a")).await, Ok(Some(3)));
+    lose();
+    assert_eq!(db.get(key("a")).await, Ok(None));
+    // The three attempts of each command carry one tag, and ask for the session until it is there.
+    let tags = fakes.tags();
+    let ttl_ms = 10 * pontoon::limits::TIMEOUT_DEFAULT_MS as u32;
+    for (at, tags) in tags.iter().enumerate().take(9) {
+        let sequence = at as u64 / 3 + 1;
+        assert_eq!(tags.session, fakes.tags()[0].session);
+        assert_eq!(tags.sequences, [sequence]);
+        assert_eq!(tags.acked_below, sequence, "each was answered before the next");
+        assert_eq!(tags.open_ttl_ms, if at < 3 { ttl_ms } else { 0 });
+    }
+    assert_eq!(tags[0].session.len(), 16);
+    let reads: Vec<_> = tags[9..].iter().map(|tags| (tags.session.len(), &tags.sequences[..])).collect();
+    assert_eq!(reads, [(0, &[0][..]); 3], "reads need no session");
 }
 
 #[tokio::test]
-async fn a_put_whose_answer_is_lost_is_repeated() {
+async fn an_expired_session_is_replaced_unless_the_outcome_is_unknown() {
     let fakes = Fakes::start(1, 1);
     let (_client, db) = connect(&fakes).await;
+    assert_eq!(db.put(key("a"), key("1")).await, Ok(1));
+    fakes.next(1, Act::Forget);
+    assert_eq!(db.put(key("a"), key("2")).await, Ok(2));
+    let tags = fakes.tags();
+    assert_eq!(tags.len(), 3);
+    assert_ne!(tags[1].session, tags[2].session);
+    assert_eq!((tags[2].acked_below, &tags[2].sequences[..]), (1, &[1][..]));
+    assert!(tags[2].open_ttl_ms > 0);
+    // Whether the first attempt took effect can't be told any more, and another could do it again.
     fakes.next(1, Act::ApplyAndDrop);
-    fakes.next(1, Act::Unknown);
-    let version = db.put(key("a"), key("1")).await.unwrap();
-    assert_eq!(version, 3, "each attempt was applied: at least once");
-    assert_eq!(fakes.calls(1), [1, 1, 1]);
-    fakes.next(1, Act::ApplyAndDrop);
-    assert!(db.get(key("a")).await.unwrap().is_some());
+    fakes.next(1, Act::Forget);
+    let lost = db.put(key("a"), key("3")).await;
+    assert!(matches!(&lost, Err(ClientError::Unknown(text)) if text.contains("session")), "{lost:?}");
+    assert_eq!(fakes.tags().len(), 5);
+    assert_eq!(db.put(key("a"), key("4")).await, Ok(4));
+}
+
+/// Each shard has a session of its own, and only what has ended is acknowledged.
+#[tokio::test]
+async fn commands_under_way_are_not_acknowledged() {
+    let fakes = Fakes::start(1, 4);
+    let (_client, db) = connect(&fakes).await;
+    fakes.always(1, Act::Slow(Duration::from_millis(5)));
+    let tasks: Vec<_> = (0..8)
+        .map(|task| {
+            let db = db.clone();
+            tokio::spawn(async move {
+                for n in 0..20 {
+                    db.put(key(&format!("{task}/{n}")), key("v")).await.unwrap();
+                }
+            })
+        })
+        .collect();
+    for task in tasks {
+        task.await.unwrap();
+    }
+    let tags = fakes.tags();
+    let mut sessions: Vec<_> = tags.iter().map(|tags| &tags.session).collect();
+    sessions.sort();
+    sessions.dedup();
+    assert_eq!(sessions.len(), 4);
+    for tags in &tags {
+        assert!(tags.sequences.iter().all(|sequence| *sequence >= tags.acked_below), "{tags:?}");
+    }
+    // It does advance.
+    let last = tags.iter().map(|tags| tags.acked_below).max();
+    assert!(last > Some(8), "{last:?}");
+    let mut given: Vec<_> =
+        tags.iter().flat_map(|tags| tags.sequences.iter().map(|n| (tags.session.clone(), *n))).collect();
+    given.sort();
+    given.dedup();
+    assert_eq!(given.len(), 160);
 }
 
 #[tokio::test]

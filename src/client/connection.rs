@@ -19,7 +19,7 @@ use crate::ids::{ClusterId, NodeId, RandomId};
 use crate::limits::{DIAL_BACKOFF_MS_MAX, DIAL_MS_MAX, RETRY_MS_MIN};
 use crate::schema::{admin_capnp::admin, kv_capnp::gate, kv_capnp::kv};
 use crate::transport::rpc_stream::{reader_options, rpc_streams};
-use crate::version::{PROTOCOL_MAX, PROTOCOL_MIN};
+use crate::version::{PROTOCOL_MAX, PROTOCOL_SESSIONS};
 
 /// Why there is no connection. For a person.
 pub type DialError = Rc<str>;
@@ -153,16 +153,17 @@ async fn dial(address: &str) -> Result<Connection, String> {
     let mut hello = request.get().init_hello();
     hello.set_software(concat!("pontoon-rust ", env!("CARGO_PKG_VERSION")));
     let mut range = hello.init_protocol();
-    range.set_min(PROTOCOL_MIN);
+    // A node without sessions would apply a repeated command again.
+    range.set_min(PROTOCOL_SESSIONS);
     range.set_max(PROTOCOL_MAX);
     let text = |e: capnp::Error| e.to_string();
     let response = request.send().promise.await.map_err(text)?;
     let response = response.get().map_err(text)?;
     let welcome = response.get_welcome().map_err(text)?;
     let protocol = welcome.get_protocol();
-    if !(PROTOCOL_MIN..=PROTOCOL_MAX).contains(&protocol) {
+    if !(PROTOCOL_SESSIONS..=PROTOCOL_MAX).contains(&protocol) {
         return Err(format!(
-            "the node speaks protocol {protocol}, this client {PROTOCOL_MIN} to {PROTOCOL_MAX}"
+            "the node speaks protocol {protocol}, this client {PROTOCOL_SESSIONS} to {PROTOCOL_MAX}"
         ));
     }
     let cluster_id = RandomId::from_slice(welcome.get_cluster_id().map_err(text)?);

@@ -3,12 +3,18 @@
 //! An operation leaves at once while fewer than [`CALLS_PER_SHARD_MAX`] calls to its shard are under
 //! way; otherwise it waits, and all that wait leave together in the next call. So a lone operation
 //! never waits, and the busier a shard, the larger its calls.
+//!
+//! Each lane has a session, whose tags its commands get when they leave for the first time. A call
+//! has one session: a command of another one waits for the next, and so does what stands behind it.
 
 use std::collections::{HashMap, VecDeque};
+use std::rc::Rc;
 use std::time::Instant;
 
+use super::retry::Kind;
+use super::session::{Current, Moment, Session};
 use super::ticket::Ticket;
-use crate::ids::ShardId;
+use crate::ids::{SessionId, ShardId};
 use crate::limits::{BATCH_BYTES_MAX, BATCH_OPERATIONS_MAX, CALLS_PER_SHARD_MAX};
 
 #[derive(Default)]
@@ -17,6 +23,7 @@ struct Lane {
     calls: usize,
     /// No deadline in the queue is before this; `None` for an empty queue.
     earliest: Option<Instant>,
+    session: Current,
 }
 
 /// All queues.
@@ -49,8 +56,15 @@ impl Lanes {
     }
 
     /// Takes the next call to `shard`, whose range version is now `range_version` (`None`: the map
-    /// has no such shard any more). Counts it as under way, unless its batch is empty.
-    pub fn next(&mut self, shard: ShardId, range_version: Option<u64>) -> Next {
+    /// has no such shard any more). Counts it as under way, unless its batch is empty. Commands get
+    /// their tags, by the time `now`; `draw` gives the id of a new session.
+    pub fn next(
+        &mut self,
+        shard: ShardId,
+        range_version: Option<u64>,
+        now: Moment,
+        draw: &mut dyn FnMut() -> SessionId,
+    ) -> Next {
         let Some(lane) = self.lanes.get_mut(&shard) else {
             return Next::Wait;
         };
@@ -58,21 +72,37 @@ impl Lanes {
             return Next::Wait;
         }
         let (mut batch, mut stale, mut bytes) = (Vec::new(), Vec::new(), 0);
-        while let Some(ticket) = lane.queue.front() {
-            let size = ticket.operation.size();
-            let full = batch.len() == BATCH_OPERATIONS_MAX || bytes + size > BATCH_BYTES_MAX;
-            if full && !batch.is_empty() {
-                break;
+        let mut session: Option<Rc<Session>> = None;
+        while let Some(ticket) = lane.queue.front_mut() {
+            let fresh = Some(ticket.range_version) == range_version;
+            if fresh && ticket.open() {
+                let size = ticket.operation.size();
+                let full = batch.len() == BATCH_OPERATIONS_MAX || bytes + size > BATCH_BYTES_MAX;
+                if full && !batch.is_empty() {
+                    break;
+                }
+                if ticket.kind == Kind::ExactlyOnce {
+                    if ticket.tag.is_none() {
+                        let within = ticket.deadline.within;
+                        ticket.tag = lane.session.tag(within, session.as_ref(), now, draw);
+                    }
+                    let own = ticket.tag.as_ref().map(|tag| tag.session());
+                    match (&session, own) {
+                        (None, Some(own)) => session = Some(own.clone()),
+                        (Some(session), Some(own)) if Rc::ptr_eq(session, own) => (),
+                        _ => break,
+                    }
+                }
+                bytes += size;
             }
             let Some(ticket) = lane.queue.pop_front() else {
                 break;
             };
             if !ticket.open() {
                 // Its caller is gone, or it has expired: not sent.
-            } else if Some(ticket.range_version) != range_version {
+            } else if !fresh {
                 stale.push(ticket);
             } else {
-                bytes += size;
                 batch.push(ticket);
             }
         }
@@ -138,8 +168,12 @@ mod tests {
         (ticket, end)
     }
 
+    fn next(lanes: &mut Lanes) -> Next {
+        lanes.next(SHARD, Some(1), Duration::ZERO, &mut SessionId::random)
+    }
+
     fn sizes(lanes: &mut Lanes) -> Option<(usize, usize)> {
-        match lanes.next(SHARD, Some(1)) {
+        match next(lanes) {
             Next::Wait => None,
             Next::Call { batch, stale } => Some((batch.len(), stale.len())),
         }
@@ -197,6 +231,44 @@ mod tests {
         let (good, _end2) = ticket(1, 1000);
         lanes.push(SHARD, good);
         assert_eq!(sizes(&mut lanes), Some((1, 1)));
+    }
+
+    #[test]
+    fn a_command_gets_a_tag_when_it_leaves_and_keeps_it() {
+        let mut lanes = Lanes::default();
+        let (put, _end) = ticket(1, 1000);
+        let load = Rc::<Load>::default();
+        let (reply, _read_end) = oneshot::channel();
+        let (get, reply) = (Operation::Get(Bytes::from_static(b"k")), Reply::One(reply, None));
+        let mut get = Ticket::new(get, "db".into(), put.deadline, false, reply, &load);
+        get.range_version = 1;
+        lanes.push(SHARD, get);
+        lanes.push(SHARD, put);
+        let Next::Call { mut batch, .. } = next(&mut lanes) else { panic!("nothing to send") };
+        assert!(batch[0].tag.is_none(), "a read needs none");
+        let tag = batch[1].tag.as_ref().unwrap();
+        let (session, sequence) = (tag.session().clone(), tag.sequence());
+        // Meanwhile the lane has taken another session; the second attempt is of the first all the same,
+        // and those of the new one don't share its call.
+        session.lost();
+        let (newer, _newer_end) = ticket(1, 1000);
+        let (last, _last_end) = ticket(1, 1000);
+        lanes.push(SHARD, newer);
+        lanes.push(SHARD, batch.remove(1));
+        lanes.push(SHARD, batch.remove(0));
+        lanes.push(SHARD, last);
+        let mut sent = Vec::new();
+        for _ in 0..3 {
+            let Next::Call { batch, .. } = next(&mut lanes) else { panic!("nothing to send") };
+            sent.push(batch);
+        }
+        assert_eq!(sent.iter().map(Vec::len).collect::<Vec<_>>(), [1, 2, 1]);
+        let tag = sent[1][0].tag.as_ref().unwrap();
+        assert!(Rc::ptr_eq(tag.session(), &session));
+        assert_eq!(tag.sequence(), sequence);
+        let newer = |at: usize| sent[at][0].tag.as_ref().unwrap();
+        assert!(Rc::ptr_eq(newer(0).session(), newer(2).session()));
+        assert_eq!((newer(0).sequence(), newer(2).sequence()), (1, 2));
     }
 
     #[test]

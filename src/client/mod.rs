@@ -6,14 +6,16 @@
 //! retried until the deadline where that is safe.
 //!
 //! - [`routing`]: the cached map and who leads; [`retry`]: what a failure means; `lanes`: which
-//!   operations share a call. These are sans-I/O.
+//!   operations share a call; `session`: what makes a repeated command take effect once. These are
+//!   sans-I/O.
 //! - `driver`: the tokio shell around them; `calls`, `refresh`, `connection`: what it sends and where;
 //!   `ticket`: an operation and its caller; `wire`: the protocol.
 //! - `local`: the same for use inside a node, on a thread that is there already.
 //!
 //! What it promises: every operation ends at its deadline at the latest, with a result or an error that
-//! says what the caller may conclude. A put or delete whose outcome is unknown is sent again, so it may
-//! be applied more than once; a cas is not.
+//! says what the caller may conclude. A put, delete or cas takes effect at most once, however often it has
+//! to be sent: each carries a tag, by which the shard knows it again. One that succeeds took effect
+//! exactly once.
 
 mod admin;
 mod calls;
@@ -26,6 +28,7 @@ mod refresh;
 pub mod retry;
 pub mod routing;
 mod scan;
+mod session;
 mod ticket;
 pub(crate) mod wire;
 
@@ -53,7 +56,8 @@ pub enum ClientError {
     /// Certainly not applied, now or later.
     #[error("not applied: {0}")]
     NotApplied(NotApplied),
-    /// It may have been applied. For a compare-and-set, read the key to find out.
+    /// It may have been applied, once. What is repeated until the deadline is the same command; this
+    /// one had no answer until then.
     #[error("outcome unknown: {0}")]
     Unknown(String),
     /// The operation breaks a rule; it was not sent or not accepted, and no retry helps.
@@ -280,7 +284,7 @@ impl Database {
         }
     }
 
-    /// Sets a key's value; the new version. An unknown outcome is retried: at least once.
+    /// Sets a key's value; the new version.
     pub async fn put(&self, key: impl Into<Bytes>, value: impl Into<Bytes>) -> Result<u64, ClientError> {
         match self.one(Operation::Put(key.into(), value.into())).await? {
             OperationResult::Written(version) => Ok(version),
@@ -288,8 +292,7 @@ impl Database {
         }
     }
 
-    /// Removes a key; the version of the deletion, or `None` if there was no such key. An unknown
-    /// outcome is retried: at least once.
+    /// Removes a key; the version of the deletion, or `None` if there was no such key.
     pub async fn delete(&self, key: impl Into<Bytes>) -> Result<Option<u64>, ClientError> {
         match self.one(Operation::Delete(key.into())).await? {
             OperationResult::Deleted(version) => Ok(version),
@@ -297,7 +300,7 @@ impl Database {
         }
     }
 
-    /// Sets a key's value if the condition holds. An unknown outcome is [`ClientError::Unknown`].
+    /// Sets a key's value if the condition holds.
     pub async fn cas(
         &self,
         key: impl Into<Bytes>,

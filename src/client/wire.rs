@@ -3,6 +3,7 @@
 
 use bytes::Bytes;
 
+use super::session::Header;
 use super::{Operation, OperationResult};
 use crate::codec::CodecError;
 use crate::codec::refusal::read_refusal;
@@ -12,7 +13,14 @@ use crate::machine::command::{Expect, Versioned};
 use crate::node::handle::{NodePhase, NodeReport, ReplicaHealth, ReplicaReport};
 use crate::refusal::Refusal;
 use crate::schema::admin_capnp::{NodeState, ReplicaRole, ReplicaState, node_status};
-use crate::schema::kv_capnp::{expect, op_result, operation, scan_response};
+use crate::schema::kv_capnp::{batch_request, expect, op_result, operation, scan_response};
+
+/// Writes the session of a batch's commands.
+pub fn write_session(from: &Header, mut to: batch_request::Builder<'_>) {
+    to.set_session(&from.id.0);
+    to.set_open_ttl_ms(from.open_ttl_ms);
+    to.set_acked_below(from.acked_below);
+}
 
 /// Writes an operation.
 pub fn write_operation(from: &Operation, mut to: operation::Builder<'_>) {

@@ -248,6 +248,10 @@ impl Kv {
         if let Err(refusal) = data_shard(shard) {
             return Ok(Err(refusal));
         }
+        let session = match wire::read_session(request)? {
+            Ok(session) => session,
+            Err(refusal) => return Ok(Err(refusal)),
+        };
         let range_version = request.get_range_version();
         // The replica checks the version and not the keys. A key in the wrong shard would never be found
         // again, so a client that errs is told here, wherever the map at hand can tell.
@@ -264,16 +268,18 @@ impl Kv {
             bytes: 0,
         };
         for operation in list.iter() {
+            let tag = wire::read_tag(operation, session.as_ref());
             let operation = wire::read_operation(operation).map_err(unreadable)?;
             let misplaced = range.is_some_and(|r| !r.contains(ring::position(operation.key())));
-            let refused = match client::check(&operation) {
-                Err(error) => Some(Refusal::Invalid(error.to_string())),
-                Ok(()) if misplaced => Some(Refusal::Invalid(format!(
+            let refused = match (client::check(&operation), tag) {
+                (Err(error), _) => Some(Refusal::Invalid(error.to_string())),
+                (_, Err(refusal)) => Some(refusal),
+                _ if misplaced => Some(Refusal::Invalid(format!(
                     "the key does not belong to shard {shard}; route by its position on the ring"
                 ))),
-                Ok(()) => {
+                (Ok(()), Ok(tag)) => {
                     batch.bytes += operation.size();
-                    batch.operations.push(wire::to_group(operation));
+                    batch.operations.push(wire::to_group(operation, tag));
                     None
                 }
             };
@@ -323,7 +329,7 @@ impl Kv {
             shard.member_on(node.node())?;
             (shard.id, shard.epoch.range)
         };
-        let operations = vec![wire::to_group(operation.clone())];
+        let operations = vec![wire::to_group(operation.clone(), None)];
         let ends = node.submit(shard, version, operations, within).await;
         Some(ends.and_then(|ends| match ends.into_iter().next() {
             Some(Ok(output)) => wire::from_group(output),

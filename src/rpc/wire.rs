@@ -7,14 +7,15 @@ use crate::codec::CodecError;
 use crate::codec::records::write_delta;
 use crate::codec::refusal::write_refusal;
 use crate::group::types::{Operation, Output};
-use crate::ids::{ClusterId, ShardId};
+use crate::ids::{ClusterId, SessionId, ShardId};
 use crate::limits::ANSWER_BYTES_MAX;
 use crate::machine::command::{Answer, Command, Expect, KvCommand, KvReply, Query, Reply, Versioned};
+use crate::machine::session::SessionTag;
 use crate::node::handle::{NodePhase, NodeReport, ReplicaHealth};
 use crate::placement::map::{ClusterMap, MapDelta};
 use crate::refusal::{Outcome, Refusal};
 use crate::schema::admin_capnp::{NodeState, ReplicaRole, ReplicaState, node_status, replica_status};
-use crate::schema::kv_capnp::{expect, op_result, operation, scan_response};
+use crate::schema::kv_capnp::{batch_request, expect, op_result, operation, scan_response};
 use crate::schema::types_capnp::{Applied, error, map_delta};
 
 /// Reads an operation. Keys and values are copied once, out of the message.
@@ -41,15 +42,66 @@ pub fn read_expect(from: expect::Reader<'_>) -> Result<Expect, CodecError> {
     })
 }
 
+/// What a batch says of its session.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BatchSession {
+    id: SessionId,
+    open: Option<u32>,
+    acked_below: u64,
+}
+
+/// Reads the session of a batch, if it has one. The inner error is one of the sender's making.
+pub fn read_session(
+    from: batch_request::Reader<'_>,
+) -> Result<Result<Option<BatchSession>, Refusal>, capnp::Error> {
+    let bytes = from.get_session()?;
+    let (ttl_ms, acked_below) = (from.get_open_ttl_ms(), from.get_acked_below());
+    Ok(match SessionId::from_slice(bytes) {
+        Some(id) => Ok(Some(BatchSession { id, open: (ttl_ms > 0).then_some(ttl_ms), acked_below })),
+        None if !bytes.is_empty() => {
+            Err(Refusal::Invalid(format!("the session has {} bytes; it must have 16", bytes.len())))
+        }
+        None if ttl_ms > 0 || acked_below > 0 => {
+            Err(Refusal::Invalid("`openTtlMs` and `ackedBelow` say something of no session".into()))
+        }
+        None => Ok(None),
+    })
+}
+
+/// The tag of an operation, if it has one.
+pub fn read_tag(
+    from: operation::Reader<'_>,
+    session: Option<&BatchSession>,
+) -> Result<Option<SessionTag>, Refusal> {
+    let invalid = |text: &str| Err(Refusal::Invalid(text.into()));
+    let sequence = from.get_sequence();
+    match session {
+        _ if sequence == 0 => Ok(None),
+        _ if matches!(from.which(), Ok(operation::Get(()))) => {
+            invalid("a get has no sequence: there is nothing to remember of it")
+        }
+        None => invalid("the operation has a sequence, but its batch no session"),
+        Some(session) if sequence < session.acked_below => {
+            invalid("the batch acknowledges the result of an operation that it asks for")
+        }
+        Some(session) => Ok(Some(SessionTag {
+            session: session.id,
+            sequence,
+            acked_below: session.acked_below,
+            open: session.open,
+        })),
+    }
+}
+
 /// The operation as a replica takes it.
-pub fn to_group(operation: client::Operation) -> Operation {
+pub fn to_group(operation: client::Operation, session: Option<SessionTag>) -> Operation {
     let command = match operation {
         client::Operation::Get(key) => return Operation::Query(Query::Get { key }),
         client::Operation::Put(key, value) => KvCommand::Put { key, value },
         client::Operation::Delete(key) => KvCommand::Delete { key },
         client::Operation::Cas(key, expect, value) => KvCommand::Cas { key, expect, value },
     };
-    Operation::Command { command: Command::Kv(command), session: None }
+    Operation::Command { command: Command::Kv(command), session }
 }
 
 /// A replica's output as the result of an operation.
@@ -321,6 +373,60 @@ mod tests {
             let mut message = capnp::message::Builder::new_default();
             write_page(&pairs, more, message.init_root());
             prop_assert_eq!(read_page(message.get_root_as_reader()?).unwrap(), Ok((pairs, more)));
+        }
+    }
+
+    /// What a node makes of a batch's session and its one operation.
+    fn tag(
+        session: &[u8],
+        header: (u32, u64),
+        sequence: u64,
+        operation: &client::Operation,
+    ) -> Result<Option<SessionTag>, Refusal> {
+        let mut message = capnp::message::Builder::new_default();
+        let mut request = message.init_root::<batch_request::Builder<'_>>();
+        request.set_session(session);
+        request.set_open_ttl_ms(header.0);
+        request.set_acked_below(header.1);
+        let mut one = request.init_operations(1).get(0);
+        one.set_sequence(sequence);
+        write_operation(operation, one);
+        let request: batch_request::Reader<'_> = message.get_root_as_reader().unwrap();
+        let session = read_session(request).unwrap()?;
+        read_tag(request.get_operations().unwrap().get(0), session.as_ref())
+    }
+
+    #[test]
+    fn tags_are_checked() {
+        let (get, put) = (
+            client::Operation::Get(Bytes::from_static(b"k")),
+            client::Operation::Put(Bytes::from_static(b"k"), Bytes::from_static(b"v")),
+        );
+        let id = [7; 16];
+        let whole = SessionTag {
+            session: SessionId::from_slice(&id).unwrap(),
+            sequence: 5,
+            acked_below: 5,
+            open: Some(10_000),
+        };
+        assert_eq!(tag(&id, (10_000, 5), 5, &put), Ok(Some(whole)));
+        assert_eq!(tag(&id, (0, 0), 1, &put).unwrap().unwrap().open, None);
+        for (session, header, sequence, operation) in
+            [(&id[..], (10_000, 5), 0, &put), (&id[..], (10_000, 5), 0, &get), (&[], (0, 0), 0, &put)]
+        {
+            assert_eq!(tag(session, header, sequence, operation), Ok(None));
+        }
+        for (session, header, sequence, operation) in [
+            (&id[..15], (0, 0), 1, &put),
+            (&[0; 17][..], (0, 0), 0, &put),
+            (&[], (0, 0), 1, &put),
+            (&[], (10_000, 0), 0, &put),
+            (&[], (0, 1), 0, &get),
+            (&id[..], (0, 6), 5, &put),
+            (&id[..], (0, 0), 1, &get),
+        ] {
+            let refused = tag(session, header, sequence, operation);
+            assert!(matches!(refused, Err(Refusal::Invalid(_))), "{refused:?}");
         }
     }
 
