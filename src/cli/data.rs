@@ -288,7 +288,7 @@ fn worse(worst: &mut Option<Failure>, key: &[u8], failure: Failure) {
 }
 
 fn unexpected(result: &OperationResult) -> Failure {
-    Failure::from(ClientError::Unknown(format!("the answer doesn't fit the question: {result:?}")))
+    ClientError::Unknown(format!("the answer doesn't fit the question: {result:?}").into()).into()
 }
 
 fn condition(condition: CasCondition) -> Result<Expect, Failure> {

@@ -56,13 +56,40 @@ pub enum ClientError {
     /// Certainly not applied, now or later.
     #[error("not applied: {0}")]
     NotApplied(NotApplied),
-    /// It may have been applied, once. What is repeated until the deadline is the same command; this
-    /// one had no answer until then.
+    /// It may have been applied; if so, once.
     #[error("outcome unknown: {0}")]
-    Unknown(String),
+    Unknown(Unknown),
     /// The operation breaks a rule; it was not sent or not accepted, and no retry helps.
     #[error("{0}")]
     Invalid(String),
+}
+
+/// Why nobody can tell whether an operation was applied.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Unknown {
+    /// There was an attempt without an answer, and none after it that told until the deadline. What
+    /// happened last.
+    #[error("{0}")]
+    NoAnswer(String),
+    /// The shard has forgotten the session under which an earlier attempt was made. Rare: the operation
+    /// was held up for longer than its deadline, by a machine that slept for instance.
+    #[error("{}", Refusal::SessionExpired)]
+    SessionExpired,
+    /// The session has told the shard to forget the result. Not to be met in this library's own use.
+    #[error("{}", Refusal::StaleCommand)]
+    StaleCommand,
+}
+
+impl From<String> for Unknown {
+    fn from(text: String) -> Unknown {
+        Unknown::NoAnswer(text)
+    }
+}
+
+impl From<&str> for Unknown {
+    fn from(text: &str) -> Unknown {
+        text.to_owned().into()
+    }
 }
 
 /// Why an operation was certainly not applied.
@@ -378,7 +405,7 @@ impl Database {
 
 /// An answer to another kind of operation. `wire` lets none through.
 fn mismatched(result: &OperationResult) -> ClientError {
-    ClientError::Unknown(format!("the answer is of another kind: {result:?}"))
+    ClientError::Unknown(format!("the answer is of another kind: {result:?}").into())
 }
 
 /// Whether an operation keeps the rules; what it holds is not sent otherwise.

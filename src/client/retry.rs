@@ -16,7 +16,7 @@
 
 use std::time::Duration;
 
-use super::{ClientError, NotApplied};
+use super::{ClientError, NotApplied, Unknown};
 use crate::limits::{RETRY_MS_MAX, RETRY_MS_MIN};
 use crate::refusal::{Outcome, Refusal};
 
@@ -137,7 +137,11 @@ pub fn decide(
 /// The error of an operation that is given up after `failure`.
 pub fn give_up(unknown: bool, failure: Failure, within: Duration) -> ClientError {
     if unknown {
-        return ClientError::Unknown(failure.text());
+        return ClientError::Unknown(match failure {
+            Failure::Refused(Refusal::SessionExpired) => Unknown::SessionExpired,
+            Failure::Refused(Refusal::StaleCommand) => Unknown::StaleCommand,
+            failure => Unknown::NoAnswer(failure.text()),
+        });
     }
     match failure {
         Failure::Refused(Refusal::Invalid(text)) => ClientError::Invalid(text),
@@ -256,7 +260,7 @@ mod tests {
         assert!(matches!(next(expired()), Decision::Renew(_)));
         assert!(matches!(next(expired()), Decision::Renew(_)), "nothing happened meanwhile either");
         assert!(matches!(next(Failure::Lost("gone".into())), Decision::Retry(_)));
-        assert!(matches!(next(expired()), Decision::Fail(ClientError::Unknown(_))));
+        assert_eq!(next(expired()), Decision::Fail(ClientError::Unknown(Unknown::SessionExpired)));
         // Too late for a new one: certainly not applied, but no refusal for good.
         let late = decide(Kind::ExactlyOnce, &mut Attempts::default(), expired(), Duration::ZERO, WITHIN, 7);
         assert!(matches!(late, Decision::Fail(ClientError::NotApplied(NotApplied::Unavailable { .. }))));

@@ -304,7 +304,7 @@ impl Kv {
         match self.here(database, &operation, within).await {
             Some(Ok(result)) => return Ok(result),
             Some(Err(refusal)) if refusal.outcome() == Outcome::Unknown => {
-                return Err(ClientError::Unknown(refusal.to_string()));
+                return Err(ClientError::Unknown(refusal.to_string().into()));
             }
             // Certainly not applied: whoever leads, or will, may still do it.
             Some(Err(refusal)) if refusal.retryable() => (),

@@ -181,10 +181,10 @@ pub fn write_result(
 /// Writes what became of a call that was carried to another node.
 pub fn write_client_error(from: &ClientError, mut to: error::Builder<'_>) {
     match from {
-        ClientError::Unknown(text) => {
+        ClientError::Unknown(why) => {
             to.set_applied(Applied::Unknown);
             to.set_retryable(true);
-            to.set_message(text.as_str());
+            to.set_message(why.to_string().as_str());
             to.set_unknown_outcome(());
         }
         ClientError::Invalid(text) => write_refusal(&Refusal::Invalid(text.clone()), to),
