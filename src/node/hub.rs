@@ -104,6 +104,7 @@ impl Hub {
         let pressure = self.shared.memory.pressure();
         let (active, frozen) = self.shared.memory.bytes();
         metrics::gauge!(names::MEMTABLE_BYTES).set((active + frozen) as f64);
+        metrics::gauge!(names::SESSIONS).set(self.shared.memory.sessions() as f64);
         let pause = pressure == Pressure::Pause;
         for (_, addr) in self.replicas.values() {
             if pressure != Pressure::Low {

@@ -29,10 +29,12 @@ pub struct Shared {
     pub memory: MemoryGauge,
 }
 
-/// Bytes in memtables of all replicas of a node, against their bound.
+/// Bytes in memtables of all replicas of a node, against their bound; and their sessions, whose tables
+/// are bounded per shard.
 pub struct MemoryGauge {
     active: AtomicUsize,
     frozen: AtomicUsize,
+    sessions: AtomicUsize,
     limit: usize,
 }
 
@@ -40,12 +42,13 @@ pub struct MemoryGauge {
 pub struct MemoryShare {
     shared: Arc<Shared>,
     bytes: (usize, usize),
+    sessions: usize,
 }
 
 impl MemoryShare {
     /// Of a replica without memtables.
     pub fn new(shared: Arc<Shared>) -> MemoryShare {
-        MemoryShare { shared, bytes: (0, 0) }
+        MemoryShare { shared, bytes: (0, 0), sessions: 0 }
     }
 
     /// The replica's memtables have so many bytes now, active and frozen.
@@ -53,6 +56,14 @@ impl MemoryShare {
         if bytes != self.bytes {
             self.shared.memory.update(self.bytes, bytes);
             self.bytes = bytes;
+        }
+    }
+
+    /// Its shard has so many sessions now.
+    pub fn set_sessions(&mut self, sessions: usize) {
+        if sessions != self.sessions {
+            self.shared.memory.update_sessions(self.sessions, sessions);
+            self.sessions = sessions;
         }
     }
 
@@ -65,6 +76,7 @@ impl MemoryShare {
 impl Drop for MemoryShare {
     fn drop(&mut self) {
         self.shared.memory.update(self.bytes, (0, 0));
+        self.shared.memory.update_sessions(self.sessions, 0);
     }
 }
 
@@ -82,7 +94,8 @@ pub enum Pressure {
 impl MemoryGauge {
     /// A gauge with a bound in bytes.
     pub fn new(limit: usize) -> MemoryGauge {
-        MemoryGauge { active: AtomicUsize::new(0), frozen: AtomicUsize::new(0), limit }
+        let zero = || AtomicUsize::new(0);
+        MemoryGauge { active: zero(), frozen: zero(), sessions: zero(), limit }
     }
 
     /// A replica's memtables went from `before` to `after` (active, frozen) bytes.
@@ -90,6 +103,16 @@ impl MemoryGauge {
         // Wrapping, so that one atomic add does both directions; the sums never go below zero.
         self.active.fetch_add(after.0.wrapping_sub(before.0), Ordering::Relaxed);
         self.frozen.fetch_add(after.1.wrapping_sub(before.1), Ordering::Relaxed);
+    }
+
+    /// The sessions of a replica went from `before` to `after`.
+    pub fn update_sessions(&self, before: usize, after: usize) {
+        self.sessions.fetch_add(after.wrapping_sub(before), Ordering::Relaxed);
+    }
+
+    /// Sessions of all replicas.
+    pub fn sessions(&self) -> usize {
+        self.sessions.load(Ordering::Relaxed)
     }
 
     /// Bytes in active and in frozen memtables.
