@@ -57,7 +57,17 @@ fn seeds_show_no_violation() {
         return; // Too few seeds for what follows.
     }
     // A simulation in which nothing happens shows nothing.
-    for what in ["answered", "unknown", "crashes", "partitions", "fetches", "flushes", "compactions"] {
+    for what in [
+        "answered",
+        "unknown",
+        "crashes",
+        "partitions",
+        "fetches",
+        "flushes",
+        "compactions",
+        "commands sent again",
+        "sessions expired",
+    ] {
         assert!(totals.get(what).is_some_and(|count| *count > 0), "no {what}: {totals:?}");
     }
     assert_eq!(undecided, 0, "histories too long for the check of linearizability");
@@ -138,4 +148,14 @@ fn a_log_that_is_compacted_before_the_flush_is_durable_is_caught() {
 #[test]
 fn a_flush_without_a_redo_file_is_caught() {
     is_caught(Planted::NoRedoFile, CRASHES, 60, &["state", "open"]);
+}
+
+#[test]
+fn a_flush_without_the_sessions_is_caught() {
+    is_caught(Planted::SessionsForgotten, CRASHES, 60, &["state", "open", "once"]);
+}
+
+#[test]
+fn a_retry_that_is_taken_for_another_command_is_caught() {
+    is_caught(Planted::RetryAppliesTwice, ANY, 20, &["once"]);
 }

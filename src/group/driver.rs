@@ -7,6 +7,7 @@ use std::sync::Arc;
 use raft::eraftpb::{Entry, EntryType, Message, MessageType};
 use raft::{Config, GetEntriesContext, RawNode, StateRole};
 
+use super::clock::SessionClock;
 use super::election;
 use super::log::GroupLog;
 use super::proposals::Proposals;
@@ -15,7 +16,8 @@ use super::types::{Effects, Fetch, GroupStatus, LeaderChange, NumberedWrite, Ope
 use crate::codec::GroupMessage;
 use crate::ids::{Epoch, Incarnation, Index, NodeId, Position, ReplicaId, ShardId, Term};
 use crate::limits;
-use crate::machine::command::{Command, FormatError, Query, decode_entry, encode_entry};
+use crate::machine::command::{FormatError, Query, Reply, TaggedCommand, decode_entry, encode_entry};
+use crate::machine::entry::TAG_BYTES;
 use crate::machine::{ApplyError, MachineKind};
 use crate::refusal::Refusal;
 use crate::storage::StorageError;
@@ -76,7 +78,7 @@ pub struct Group<T> {
     raft: RawNode<GroupLog>,
     state: ReplicaState,
     /// Commands not yet proposed.
-    queued: VecDeque<(T, Command)>,
+    queued: VecDeque<(T, TaggedCommand)>,
     proposals: Proposals<T>,
     reads: Reads<(T, Query)>,
     unpersisted: VecDeque<Unpersisted>,
@@ -89,6 +91,8 @@ pub struct Group<T> {
     apply_paused: bool,
     fetching: Option<GetEntriesContext>,
     ticks: u64,
+    /// What entries with commands of sessions are stamped with.
+    clock: SessionClock,
     stepped_down: Option<u64>,
     leader: LeaderChange,
     /// The election timeout in ticks, and the term it holds in.
@@ -169,6 +173,7 @@ impl<T> Group<T> {
             apply_paused: false,
             fetching: None,
             ticks: 0,
+            clock: SessionClock::default(),
             stepped_down: None,
             timeout: (Term::MAX, 0),
             safe_index: 0,
@@ -189,6 +194,9 @@ impl<T> Group<T> {
         }
         self.raft.tick();
         self.draw_timeout();
+        if self.leads() {
+            self.clock.tick(self.raft.raft.term, self.state.header().log_time);
+        }
         if self.stepped_down.is_some_and(|at| self.ticks - at > UNDECIDED_TICKS_MAX) {
             self.stepped_down = None;
             // Elected again, it decides what is older itself, with its first entry; what it has
@@ -265,7 +273,7 @@ impl<T> Group<T> {
             return;
         }
         match operation {
-            Operation::Command { command, .. } => self.queued.push_back((token, command)),
+            Operation::Command { command, session } => self.queued.push_back((token, (command, session))),
             Operation::Query(query) => self.reads.push((token, query)),
         }
     }
@@ -393,8 +401,8 @@ impl<T> Group<T> {
             let mut bytes = 0;
             let mut tokens = Vec::new();
             let mut commands = Vec::new();
-            while let Some((_, command)) = self.queued.front() {
-                let size = command.size();
+            while let Some((_, (command, tag))) = self.queued.front() {
+                let size = command.size() + tag.map_or(0, |_| TAG_BYTES);
                 let full =
                     bytes + size > limits::ENTRY_TARGET_BYTES || commands.len() >= limits::ENTRY_COMMANDS_MAX;
                 if full && !commands.is_empty() {
@@ -406,7 +414,8 @@ impl<T> Group<T> {
                     commands.push(command);
                 }
             }
-            let data = encode_entry(&commands);
+            let stamp = self.clock.stamp(self.raft.raft.term, self.state.header().log_time);
+            let data = encode_entry(&commands, stamp);
             match self.raft.propose(Vec::new(), data) {
                 Ok(()) => {
                     metrics::counter!(names::PROPOSALS).increment(tokens.len() as u64);
@@ -515,19 +524,14 @@ impl<T> Group<T> {
         let mut replies = Vec::new();
         // An empty entry is a new leader's first.
         if !entry.data.is_empty() {
-            let commands = decode_entry(&entry.data).map_err(ApplyError::Format)?;
-            replies.reserve(commands.len());
-            for command in &commands {
-                replies.push(self.machine.apply(command, &mut self.state)?);
-            }
+            let entry = decode_entry(&entry.data).map_err(ApplyError::Format)?;
+            replies = self.machine.apply_entry(&entry, &mut self.state)?;
         }
         self.state.set_applied(position);
         let decided = self.proposals.decide(position);
         if !decided.applied.is_empty() {
             assert_eq!(decided.applied.len(), replies.len(), "an entry has one reply per command");
-            self.done.extend(
-                decided.applied.into_iter().zip(replies).map(|(t, reply)| (t, Ok(Output::Reply(reply)))),
-            );
+            self.done.extend(decided.applied.into_iter().zip(replies.into_iter().map(conclude)));
         }
         self.done.extend(decided.superseded.into_iter().map(|t| (t, Err(Refusal::Superseded))));
         Ok(())
@@ -758,6 +762,14 @@ fn mend_append(message: &mut Message, leads_term: Option<Term>, log: &GroupLog) 
         message.log_term = term;
     }
     true
+}
+
+/// What a caller is told of the reply to its command.
+fn conclude(reply: Reply) -> Result<Output, Refusal> {
+    match reply {
+        Reply::Session(reply) => Err(reply.into()),
+        reply => Ok(Output::Reply(reply)),
+    }
 }
 
 fn busy(what: &'static str) -> Refusal {

@@ -21,6 +21,8 @@
 //! What the group promises:
 //! - `compacted ≤ flushed ≤ applied ≤ committed`, and `applied ≤ persisted ≤ last`.
 //! - A reply to a command is given only after its entry is durable at a quorum and applied here.
+//! - A command of a session takes effect at most once, however often it is submitted, and where, until
+//!   its session ends (see [`crate::machine::session`]).
 //! - An answer to a query reflects everything that was acknowledged before the query arrived.
 //! - Every submitted operation ends exactly once: with an output or a refusal that tells whether it
 //!   may have had an effect.
@@ -28,6 +30,7 @@
 //! Omitted so far: configuration changes (an entry that asks for one stops the replica) and
 //! snapshots to lagging followers (a log entry stays until every replica has it).
 
+pub mod clock;
 pub mod driver;
 pub mod election;
 pub mod log;

@@ -9,7 +9,7 @@ use crate::placement::map::{DatabaseRecord, NodeRecord, ShardRecord};
 use crate::placement::plan::PlannedShard;
 use crate::refusal::Refusal;
 
-pub use super::entry::{decode_entry, encode_entry};
+pub use super::entry::{Entry, TaggedCommand, decode_entry, encode_entry};
 use super::session::SessionReply;
 
 /// What a state machine executes.

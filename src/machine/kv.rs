@@ -28,17 +28,21 @@ pub fn apply(command: &KvCommand, state: &mut dyn StateBatch) -> Result<KvReply,
         }
         KvCommand::Cas { key, expect, value } => {
             let found = get(key, state)?;
-            let holds = match (expect, &found) {
-                (Expect::Absent, found) => found.is_none(),
-                (Expect::Value(expected), Some(found)) => *expected == found.value,
-                (Expect::Version(expected), Some(found)) => *expected == found.version,
-                (Expect::Value(_) | Expect::Version(_), None) => false,
-            };
-            if !holds {
+            if !holds(expect, found.as_ref()) {
                 return Ok(KvReply::Mismatch(found));
             }
             Ok(write(key, value, state))
         }
+    }
+}
+
+/// Whether a condition holds for what was found at its key.
+pub fn holds(expect: &Expect, found: Option<&Versioned>) -> bool {
+    match (expect, found) {
+        (Expect::Absent, found) => found.is_none(),
+        (Expect::Value(expected), Some(found)) => *expected == found.value,
+        (Expect::Version(expected), Some(found)) => *expected == found.version,
+        (Expect::Value(_) | Expect::Version(_), None) => false,
     }
 }
 
@@ -62,7 +66,8 @@ fn write(key: &[u8], value: &[u8], state: &mut dyn StateBatch) -> KvReply {
     KvReply::Written(revision)
 }
 
-fn get<S: StateView + ?Sized>(key: &[u8], state: &S) -> Result<Option<Versioned>, StorageError> {
+/// The value of a key.
+pub fn get<S: StateView + ?Sized>(key: &[u8], state: &S) -> Result<Option<Versioned>, StorageError> {
     let stored = state.get(key)?;
     let read = stored.as_ref().map(value::decode).transpose();
     read.map_err(|error| damaged(key, &error))

@@ -394,6 +394,7 @@ fn open_stores(
     let initial = StateHeader {
         applied: GROUP_START,
         revision: 0,
+        log_time: 0,
         epoch: record.epoch,
         members: record.members.clone(),
         conf_state,

@@ -191,7 +191,7 @@ impl Disk {
                 if self.planted != Some(Planted::NoRedoFile) {
                     self.redo.push_back(job.frozen.clone());
                 }
-                let mutations = mutations(&job.frozen).into();
+                let mutations = self.mutations(&job.frozen).into();
                 self.flushing = Some((job, Stage::Writing(mutations)));
                 Ok((Some(told), true))
             }
@@ -209,6 +209,16 @@ impl Disk {
                 Ok((Some(told), false))
             }
         }
+    }
+
+    /// A frozen table as the engine stores it, sorted by key.
+    fn mutations(&self, frozen: &Frozen) -> Vec<Mutation> {
+        let mut mutations = frozen.mutations();
+        if self.planted == Some(Planted::SessionsForgotten) {
+            let session = |key: &[u8]| key.get(keys::PREFIX_BYTES - 1) == Some(&keys::KIND_SESSION);
+            mutations.retain(|(key, _)| !session(key));
+        }
+        mutations
     }
 
     /// Whether work of a replica is under way or queued.
@@ -243,14 +253,14 @@ impl Disk {
     /// on the way and begin anew.
     pub fn recover(&mut self, dice: &mut Dice) -> Result<(), StorageError> {
         if dice.chance(250) {
-            let all: Vec<Mutation> = self.redo.iter().flat_map(|frozen| mutations(frozen)).collect();
+            let all: Vec<Mutation> = self.redo.iter().flat_map(|frozen| self.mutations(frozen)).collect();
             for mutation in all.iter().take(dice.below(all.len() + 1)) {
                 self.engine.write(std::slice::from_ref(mutation))?;
             }
             self.engine.crash(CrashLoss::Random(dice.any()));
         }
         for frozen in &self.redo {
-            self.engine.write(&mutations(frozen))?;
+            self.engine.write(&self.mutations(frozen))?;
         }
         self.engine.sync()?;
         self.redo.clear();
@@ -263,13 +273,4 @@ fn store(log: &MemoryLog, work: LogWork) -> Result<(), StorageError> {
         LogWork::Write(_, write) => log.write(&[write]),
         LogWork::Compact(replica, to) => log.compact(replica, to),
     }
-}
-
-/// A frozen table as the engine stores it, sorted by key.
-fn mutations(frozen: &Frozen) -> Vec<Mutation> {
-    let (replica, generation) = (frozen.replica, frozen.generation);
-    let header = (keys::header_key(replica, generation), Some(frozen.header.encode().into()));
-    let writes = frozen.table.entries.iter();
-    let writes = writes.map(|(key, value)| (keys::user_key(replica, generation, key), value.clone()));
-    std::iter::once(header).chain(writes).collect()
 }

@@ -56,6 +56,10 @@ pub enum Planted {
     CompactEarly,
     /// Flushes write the engine without a redo file before it.
     NoRedoFile,
+    /// Flushes leave out the session table.
+    SessionsForgotten,
+    /// A command that is sent again is taken for another one.
+    RetryAppliesTwice,
 }
 
 /// What to simulate.

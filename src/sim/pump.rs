@@ -67,7 +67,8 @@ impl World {
                     truth.apply(shard, replica_id, term, entry)?;
                 }
                 replica.observed = to;
-                truth.compare(shard, replica_id, to, replica.group.state())?;
+                let state = replica.group.state();
+                truth.compare(shard, replica_id, to, state, state.session_table())?;
                 self.trace.note(format_args!("{now} replica {replica_id} applied {to}"));
             }
         }

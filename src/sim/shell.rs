@@ -338,7 +338,7 @@ impl World {
         })?;
         let flushed = group.state().header().applied;
         if let Some(truth) = self.truths.get(&shard) {
-            truth.compare(shard, replica_id, flushed.index, group.state())?;
+            truth.compare(shard, replica_id, flushed.index, group.state(), group.state().session_table())?;
         }
         if let Some(process) = &mut node.process {
             let replica = Replica {
@@ -546,6 +546,7 @@ fn open_group(
     let initial = StateHeader {
         applied: GROUP_START,
         revision: 0,
+        log_time: 0,
         epoch: record.epoch,
         members: record.members.clone(),
         conf_state: ConfState { voters: voters.map(|m| m.replica.0).collect(), ..ConfState::default() },

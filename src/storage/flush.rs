@@ -166,7 +166,7 @@ impl Flusher {
         let mut writer = RedoWriter::create(&self.redo_dir, self.next_sequence)?;
         let filled = sources.iter().try_for_each(|source| {
             writer.section(&source.section)?;
-            source.each(&mut |key, value| writer.change(key, value.map(|value| &value[..])))
+            source.each(&mut |kind, key, value| writer.change(kind, key, value.map(|value| &value[..])))
         });
         if let Err(error) = filled.and_then(|()| self.at(FlushPoint::RedoWritten)) {
             // Frees the space, which may be what is missing. The first error is the one to tell; an
@@ -193,8 +193,8 @@ impl Flusher {
         let mut batch = Batch::new(&*engine);
         for source in sources {
             let Section { replica, generation, .. } = source.section;
-            source.each(&mut |key, value| {
-                let key = keys::user_key(replica, generation, key);
+            source.each(&mut |kind, key, value| {
+                let key = keys::key_of_kind(replica, generation, kind, key);
                 if batch.push(key, value.cloned())? {
                     self.at(FlushPoint::BatchWritten)?;
                 }
@@ -239,8 +239,8 @@ pub fn choose(active: &[(ReplicaId, usize)], bytes_max: usize) -> Vec<ReplicaId>
         .collect()
 }
 
-/// Takes a key and its new value.
-type Change<'a> = dyn FnMut(&[u8], Option<&bytes::Bytes>) -> Result<(), StorageError> + 'a;
+/// Takes the kind of a key, the key and its new value.
+type Change<'a> = dyn FnMut(u8, &[u8], Option<&bytes::Bytes>) -> Result<(), StorageError> + 'a;
 
 /// All tables of one replica generation in a flush, as if they were one.
 struct Source<'a> {
@@ -252,13 +252,13 @@ struct Source<'a> {
 impl Source<'_> {
     /// Calls `change` with the newest change of each key, in key order.
     fn each(&self, change: &mut Change<'_>) -> Result<(), StorageError> {
-        let mut layers: Vec<_> = self
-            .tables
-            .iter()
-            .map(|frozen| merge::layer(&frozen.table, std::ops::Bound::Unbounded, &[]))
-            .collect();
-        while let Some((key, value)) = merge::next(&mut layers, None) {
-            change(key, value.as_ref())?;
+        for (at, kind) in [keys::KIND_USER, keys::KIND_SESSION].into_iter().enumerate() {
+            let parts = self.tables.iter().map(|frozen| frozen.parts()[at].1);
+            let mut layers: Vec<_> =
+                parts.map(|table| merge::layer(table, std::ops::Bound::Unbounded, &[])).collect();
+            while let Some((key, value)) = merge::next(&mut layers, None) {
+                change(kind, key, value.as_ref())?;
+            }
         }
         Ok(())
     }
@@ -358,14 +358,14 @@ fn reapply(path: &Path, sequence: u64, engine: &dyn Engine) -> Result<(), Storag
                 check_fits(path, engine, &section)?;
                 current = Some(section);
             }
-            Record::Change(key, value) => {
+            Record::Change(kind, key, value) => {
                 let Some(section) = &current else {
                     return Err(StorageError::Damaged {
                         what: format!("redo file {}", path.display()),
                         detail: "a change precedes the first section".into(),
                     });
                 };
-                let key = keys::user_key(section.replica, section.generation, &key);
+                let key = keys::key_of_kind(section.replica, section.generation, kind, &key);
                 batch.push(key, value)?;
             }
         }

@@ -119,7 +119,7 @@ fn a_redo_file_older_than_the_state_is_refused() {
     let mut flusher = Flusher::open(dir.path().to_owned(), engine.clone()).unwrap();
     let mut old = RedoWriter::create(dir.path(), 99).unwrap();
     old.section(&section(0)).unwrap();
-    old.change(b"a", Some(b"stale")).unwrap();
+    old.change(keys::KIND_USER, b"a", Some(b"stale")).unwrap();
     old.finish().unwrap();
     apply(&mut state, 6, "a", Some("x"));
     flusher.flush(&[state.freeze().unwrap()], &mut |_| {}).unwrap();

@@ -4,8 +4,8 @@
 //! |---|---|
 //! | 8 | ReplicaId, big endian; 0 (no replica) marks records of the whole store |
 //! | 4 | install generation, big endian; 0 for records of the whole store |
-//! | 1 | kind: [`KIND_HEADER`], [`KIND_USER`] or [`KIND_STORE`] |
-//! | n | kind header: nothing. Kind user: the user's key. Kind store: the record's name |
+//! | 1 | kind: [`KIND_HEADER`], [`KIND_USER`], [`KIND_SESSION`] or [`KIND_STORE`] |
+//! | n | kind header: nothing. Kind user: the user's key. Kind session: its id. Kind store: the record's name |
 //!
 //! Big endian keeps one replica's keys together and a generation's user keys in user-key order, so
 //! that a scan of a shard is one range of the engine, and the header precedes the data.
@@ -16,17 +16,19 @@
 
 use crate::ids::ReplicaId;
 
-/// Version of this layout and of the header record; a greater one in a store is refused.
+/// Version of this layout; a greater one in a store is refused.
 pub const FORMAT_VERSION: u32 = 1;
 
 /// Kind of the record that says where a replica's state stands.
 pub const KIND_HEADER: u8 = 0;
 /// Kind of the records of a replica's data.
 pub const KIND_USER: u8 = 1;
+/// Kind of the records of client sessions.
+pub const KIND_SESSION: u8 = 2;
 /// Kind of the records of the whole store.
 pub const KIND_STORE: u8 = 0xff;
 
-/// Bytes before the user's key.
+/// Bytes before the user's key, or what stands in its place.
 pub const PREFIX_BYTES: usize = 13;
 
 /// What all keys of one kind of one replica generation begin with.
@@ -45,8 +47,13 @@ pub fn header_key(replica: ReplicaId, generation: u32) -> Vec<u8> {
 
 /// The engine's key for a user's key.
 pub fn user_key(replica: ReplicaId, generation: u32, key: &[u8]) -> Vec<u8> {
+    key_of_kind(replica, generation, KIND_USER, key)
+}
+
+/// The engine's key for what one kind of records calls `key`.
+pub fn key_of_kind(replica: ReplicaId, generation: u32, kind: u8, key: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(PREFIX_BYTES + key.len());
-    bytes.extend_from_slice(&prefix(replica, generation, KIND_USER));
+    bytes.extend_from_slice(&prefix(replica, generation, kind));
     bytes.extend_from_slice(key);
     bytes
 }
@@ -98,6 +105,8 @@ mod tests {
             user_key(ReplicaId(1), 0, b""),
             user_key(ReplicaId(1), 0, &[0xff; 40]),
             user_end(ReplicaId(1), 0).to_vec(),
+            key_of_kind(ReplicaId(1), 0, KIND_SESSION, &[0; 16]),
+            key_of_kind(ReplicaId(1), 0, KIND_SESSION, &[0xff; 16]),
             header_key(ReplicaId(1), 1),
             user_key(ReplicaId(1), 1, b"a"),
             header_key(ReplicaId(256), 0),
@@ -105,7 +114,7 @@ mod tests {
         ];
         assert!(keys.is_sorted());
         let (from, to) = replica_range(ReplicaId(1));
-        assert!(keys[0] < from && keys[1] >= from && keys[6] < to && keys[7] >= to);
+        assert!(keys[0] < from && keys[1] >= from && keys[8] < to && keys[9] >= to);
         assert!(replica_range(ReplicaId(u64::MAX)).1.is_empty());
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! - [`log`]: the trait of the raft log; [`log_disk`] on raft-engine, [`log_memory`] for tests and simulation.
 //! - [`engine`]: the trait of the ordered key-value engine under the state; [`engine_sled`] and [`engine_memory`].
+//! - [`sessions`]: what one replica remembers of client sessions.
 //! - [`memtable`]: recent applied writes of one replica. [`state`]: one replica's state: memtables over the engine.
 //! - [`flush`]: freezing memtables into redo files ([`redo`]) and the engine; recovery from redo files.
 //! - [`sled_files`], [`sled_record`]: what sled's files need, and how it stores a value.
@@ -25,6 +26,7 @@ pub mod log_memory;
 pub mod memtable;
 mod merge;
 pub mod redo;
+pub mod sessions;
 pub mod sled_files;
 pub mod sled_record;
 pub mod state;
@@ -114,4 +116,7 @@ pub trait StateBatch: StateView {
 
     /// Increments the shard's revision counter and returns the new revision.
     fn next_revision(&mut self) -> u64;
+
+    /// The session table, to be changed.
+    fn sessions(&mut self) -> &mut sessions::SessionTable;
 }

@@ -9,6 +9,8 @@
 //! | `campaign N`, `transfer N M` | begins an election; hands leadership over |
 //! | `elect N` | the same as `campaign`, then settles |
 //! | `put N KEY VALUE [pump=no]`, `get N KEY [pump=no]` | asks node N; operations are numbered #1, #2, … |
+//! | `put … session=BYTE seq=N [acked=N] [open=MS]` | the same as a command of a session |
+//! | `sessions N` | time and content of N's session table |
 //! | `pump N` | does what inputs asked for |
 //! | `deliver [to=N] [brief=yes]` | delivers the messages under way, in order, then pumps the receivers |
 //! | `lose` | drops the messages under way |
@@ -29,15 +31,15 @@ use std::sync::Arc;
 use pontoon::codec::GroupMessage;
 use pontoon::group::driver::{Group, GroupOptions};
 use pontoon::group::types::{Effects, Fetch, NumberedWrite, Operation, Output};
-use pontoon::ids::{DatabaseId, Epoch, GROUP_START, NodeId, ReplicaId, ShardId};
+use pontoon::ids::{DatabaseId, Epoch, GROUP_START, NodeId, RandomId, ReplicaId, ShardId};
 use pontoon::machine::MachineKind;
 use pontoon::machine::command::{Answer, Command, KvCommand, KvReply, Query, Reply, Versioned};
+use pontoon::machine::session::SessionTag;
 use pontoon::placement::map::{Member, MemberRole};
 use pontoon::placement::ring::RingRange;
 use pontoon::refusal::Refusal;
 use pontoon::storage::engine::Engine;
 use pontoon::storage::engine_memory::{CrashLoss, MemoryEngine};
-use pontoon::storage::keys;
 use pontoon::storage::log::{LogStore, ReplicaPhase, ReplicaRecord};
 use pontoon::storage::log_memory::MemoryLog;
 use pontoon::storage::state::{ReplicaState, StateHeader};
@@ -97,10 +99,8 @@ impl Interpreter for Groups {
             }
             "put" => {
                 let (key, value) = (line.word(1)?.to_vec().into(), line.word(2)?.to_vec().into());
-                self.submit(
-                    line,
-                    Operation::Command { command: Command::Kv(KvCommand::Put { key, value }), session: None },
-                )
+                let (command, session) = (Command::Kv(KvCommand::Put { key, value }), tag(line)?);
+                self.submit(line, Operation::Command { command, session })
             }
             "get" => {
                 let key = line.word(1)?.to_vec().into();
@@ -164,6 +164,17 @@ impl Interpreter for Groups {
             }
             "settle" => self.settle(),
             "status" => self.status(),
+            "sessions" => {
+                let table = self.group(line.number(0)?)?.state().session_table().clone();
+                let mut output = format!("time {}", table.log_time());
+                for id in table.records().keys() {
+                    let session = table.get(*id).ok_or("a session without content")?;
+                    let (acked_below, results) = (session.acked_below(), session.results());
+                    write!(output, "\n{:02x} acknowledged below {acked_below}, {results} results", id.0[0])
+                        .map_err(|e| e.to_string())?;
+                }
+                Ok(output)
+            }
             other => Err(format!("unknown command `{other}`")),
         }
     }
@@ -221,6 +232,7 @@ impl Groups {
         let initial = StateHeader {
             applied: GROUP_START,
             revision: 0,
+            log_time: 0,
             epoch: Epoch { range: 1, conf: 1 },
             conf_state: ConfState {
                 voters: members.iter().map(|m| m.replica.0).collect(),
@@ -308,11 +320,10 @@ impl Groups {
         };
         let applied = frozen.header.applied;
         let node = self.node(id)?;
-        let header = (keys::header_key(ReplicaId(id), GENERATION), Some(frozen.header.encode().into()));
-        let user = |key: &Vec<u8>| keys::user_key(ReplicaId(id), GENERATION, key);
-        let mut batch = vec![header];
-        batch.extend(frozen.table.entries.iter().map(|(key, value)| (user(key), value.clone())));
-        node.engine.write(&batch).and_then(|()| node.engine.sync()).map_err(|e| e.to_string())?;
+        node.engine
+            .write(&frozen.mutations())
+            .and_then(|()| node.engine.sync())
+            .map_err(|e| e.to_string())?;
         let log = node.log.clone();
         let group = self.group(id)?;
         group.release(applied.index);
@@ -431,6 +442,19 @@ impl Groups {
         }
         Ok(output)
     }
+}
+
+/// The tag of a write that names a session.
+fn tag(line: &script::Command) -> Result<Option<SessionTag>, String> {
+    if line.named("session").is_none() {
+        return Ok(None);
+    }
+    Ok(Some(SessionTag {
+        session: RandomId([line.named_number("session", 0)?; 16]),
+        sequence: line.named_number("seq", 0)?,
+        acked_below: line.named_number("acked", 0)?,
+        open: line.named("open").map(|_| line.named_number("open", 0)).transpose()?,
+    }))
 }
 
 fn describe(message: &Message) -> String {
