@@ -111,7 +111,6 @@ impl From<ClientError> for Failure {
                 code: match why {
                     Unknown::NoAnswer(_) => "outcome_unknown",
                     Unknown::SessionExpired => "session_expired",
-                    Unknown::StaleCommand => "stale_command",
                 },
                 ..Failure::unknown(format!("{message}; read the key to find out"))
             },
@@ -150,7 +149,6 @@ mod tests {
         for (error, exit, code) in [
             (ClientError::Unknown("lost".into()), 4, "outcome_unknown"),
             (ClientError::Unknown(Unknown::SessionExpired), 4, "session_expired"),
-            (ClientError::Unknown(Unknown::StaleCommand), 4, "stale_command"),
             (ClientError::Invalid("empty key".into()), 2, "invalid"),
             (ClientError::NotApplied(NotApplied::UnknownDatabase("x".into())), 1, "unknown_database"),
             (refused(Refusal::Invalid("no".into())), 1, "refused"),

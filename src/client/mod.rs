@@ -75,9 +75,6 @@ pub enum Unknown {
     /// was held up for longer than its deadline, by a machine that slept for instance.
     #[error("{}", Refusal::SessionExpired)]
     SessionExpired,
-    /// The session has told the shard to forget the result. Not to be met in this library's own use.
-    #[error("{}", Refusal::StaleCommand)]
-    StaleCommand,
 }
 
 impl From<String> for Unknown {

@@ -6,9 +6,13 @@
 //! | certainly not applied, may work later | again | again | again | again |
 //! | outcome unknown | again | again, under the same tag | again: at least once | fails as unknown |
 //! | the shard doesn't have its session | – | again under a new one, unless an earlier attempt's outcome is unknown: then it fails so | – | – |
-//! | its session has acknowledged it | – | fails as unknown | – | – |
+//! | forgotten by its session | – | again under a new tag: it had no effect | – | – |
 //! | certainly not applied, never will | fails | fails | fails | fails |
 //! | no time left | not applied | unknown if any attempt was | unknown if any attempt was | not applied |
+//!
+//! *Forgotten* (`StaleCommand`) is a command that its client acknowledged, or one that changed nothing when
+//! it came first and would now. This library acknowledges no command under way, so to it only the second
+//! can be said; and that settles what became of all attempts under this tag, now and later.
 //!
 //! A write that fails for good after an earlier attempt with unknown outcome is reported as unknown:
 //! that earlier attempt may have been applied. Repeatable changes are those of the cluster: a database
@@ -117,10 +121,13 @@ pub fn decide(
     entropy: u64,
 ) -> Decision {
     attempts.failed = attempts.failed.saturating_add(1);
-    // The shard says so instead of applying the command: of this attempt that is certain.
-    let renew = kind == Kind::ExactlyOnce && failure == Failure::Refused(Refusal::SessionExpired);
+    let tagged = kind == Kind::ExactlyOnce;
+    let expired = tagged && failure == Failure::Refused(Refusal::SessionExpired);
+    let settled = tagged && failure == Failure::Refused(Refusal::StaleCommand);
+    // Either is said instead of applying the command: of this attempt it is certain.
+    let renew = expired || settled;
     let unknown = kind != Kind::Read && !renew && failure.outcome() == Outcome::Unknown;
-    attempts.unknown |= unknown;
+    attempts.unknown = (attempts.unknown || unknown) && !settled;
     let hopeless = match renew {
         // Under a new session the command would be a new one.
         true => attempts.unknown,
@@ -139,7 +146,6 @@ pub fn give_up(unknown: bool, failure: Failure, within: Duration) -> ClientError
     if unknown {
         return ClientError::Unknown(match failure {
             Failure::Refused(Refusal::SessionExpired) => Unknown::SessionExpired,
-            Failure::Refused(Refusal::StaleCommand) => Unknown::StaleCommand,
             failure => Unknown::NoAnswer(failure.text()),
         });
     }
@@ -150,7 +156,11 @@ pub fn give_up(unknown: bool, failure: Failure, within: Duration) -> ClientError
         }
         // What more time would have helped is not a "no".
         Failure::Refused(refusal)
-            if !refusal.retryable() && !matches!(refusal, Refusal::Deadline | Refusal::SessionExpired) =>
+            if !refusal.retryable()
+                && !matches!(
+                    refusal,
+                    Refusal::Deadline | Refusal::SessionExpired | Refusal::StaleCommand
+                ) =>
         {
             ClientError::NotApplied(NotApplied::Refused(refusal))
         }
@@ -220,8 +230,9 @@ mod tests {
         assert_eq!(after(Once, lost()), unknown);
         let expired = || Failure::Refused(Refusal::SessionExpired);
         assert!(matches!(after(ExactlyOnce, expired()), Decision::Renew(_)));
-        let stale = Failure::Refused(Refusal::StaleCommand);
-        for (kind, failure) in [(ExactlyOnce, stale), (Repeatable, expired()), (Once, expired())] {
+        let stale = || Failure::Refused(Refusal::StaleCommand);
+        assert!(matches!(after(ExactlyOnce, stale()), Decision::Renew(_)));
+        for (kind, failure) in [(Once, stale()), (Repeatable, expired()), (Once, expired())] {
             let end = after(kind, failure.clone());
             assert!(matches!(end, Decision::Fail(ClientError::Unknown(_))), "{kind:?} {failure:?}");
         }
@@ -261,6 +272,12 @@ mod tests {
         assert!(matches!(next(expired()), Decision::Renew(_)), "nothing happened meanwhile either");
         assert!(matches!(next(Failure::Lost("gone".into())), Decision::Retry(_)));
         assert_eq!(next(expired()), Decision::Fail(ClientError::Unknown(Unknown::SessionExpired)));
+        // That it changed nothing under its tag is known again; then it may have another.
+        let mut attempts = Attempts::default();
+        let mut next = |failure| decide(Kind::ExactlyOnce, &mut attempts, failure, WITHIN, WITHIN, 7);
+        assert!(matches!(next(Failure::Lost("gone".into())), Decision::Retry(_)));
+        assert!(matches!(next(Failure::Refused(Refusal::StaleCommand)), Decision::Renew(_)));
+        assert!(matches!(next(expired()), Decision::Renew(_)));
         // Too late for a new one: certainly not applied, but no refusal for good.
         let late = decide(Kind::ExactlyOnce, &mut Attempts::default(), expired(), Duration::ZERO, WITHIN, 7);
         assert!(matches!(late, Decision::Fail(ClientError::NotApplied(NotApplied::Unavailable { .. }))));
@@ -326,19 +343,21 @@ mod tests {
                 rounds += 1;
                 prop_assert!(rounds < 50_000, "it never ends");
                 prop_assert!(!(kind == Kind::Once && may_have_happened), "repeated after an unknown outcome");
-                // An expired session tells a tagged command that this attempt at least had no effect.
-                let expired = *failure == Failure::Refused(Refusal::SessionExpired);
-                may_have_happened |=
-                    failure.outcome() == Outcome::Unknown && !(expired && kind == Kind::ExactlyOnce);
+                // These two tell a tagged command that this attempt had no effect, or none ever had.
+                let tagged = kind == Kind::ExactlyOnce;
+                let expired = tagged && *failure == Failure::Refused(Refusal::SessionExpired);
+                let settled = tagged && *failure == Failure::Refused(Refusal::StaleCommand);
+                may_have_happened |= failure.outcome() == Outcome::Unknown && !expired;
+                may_have_happened &= !settled;
                 match decide(kind, &mut attempts, failure.clone(), within - spent, within, *entropy) {
                     Decision::Renew(after) => {
-                        prop_assert!(kind == Kind::ExactlyOnce && expired);
-                        prop_assert!(!may_have_happened, "re-sent under another session");
+                        prop_assert!(expired || settled);
+                        prop_assert!(!may_have_happened, "re-sent under another tag");
                         prop_assert!(spent + after < within);
                         spent += after;
                     }
                     Decision::Retry(after) => {
-                        prop_assert!(!(kind == Kind::ExactlyOnce && expired), "under a session that is gone");
+                        prop_assert!(!expired && !settled, "under a tag that leads nowhere");
                         prop_assert!(spent + after < within);
                         spent += after;
                     }

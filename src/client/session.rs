@@ -28,12 +28,17 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use crate::ids::SessionId;
-use crate::limits::SESSION_WINDOW_MAX;
+use crate::limits::{SESSION_WINDOW_MAX, TIMEOUT_MAX_MS};
+use crate::machine::session::{LIFETIME_MS, RESULTS_MAX};
 
 /// Time to live of a session, in the greatest deadlines of its commands.
 const TTL_DEADLINES: u32 = 10;
-/// A session of brief commands lives so long all the same, so that it may be used for more of them.
-const TTL_MIN: Duration = Duration::from_secs(10);
+/// What a shard makes of less.
+const TTL_MIN: Duration = Duration::from_millis(*LIFETIME_MS.start() as u64);
+
+const _: () = assert!(TTL_DEADLINES as u64 * TIMEOUT_MAX_MS <= *LIFETIME_MS.end() as u64);
+// The shard never has to refuse a command for want of room among the results of its session.
+const _: () = assert!(SESSION_WINDOW_MAX <= RESULTS_MAX);
 
 /// A point in time on the client's clock: since some moment in the past, always the same.
 pub type Moment = Duration;

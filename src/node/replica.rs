@@ -220,6 +220,7 @@ impl ReplicaActor {
 
     fn account_memory(&mut self) {
         self.memory.set(self.group.state().memory_bytes());
+        self.memory.set_sessions(self.group.state().session_table().len());
     }
 
     /// Hands recent writes to the flush thread; one flush of a replica at a time.

@@ -136,7 +136,12 @@ async fn requests(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, deaf: &Atomic
     tokio::time::sleep(Duration::from_millis(500)).await;
 }
 
-async fn replies(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, deaf: Arc<AtomicBool>, shared: Arc<Shared>) {
+async fn replies(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    deaf: Arc<AtomicBool>,
+    shared: Arc<Shared>,
+) {
     let mut bytes = vec![0; 64 * 1024];
     while let Ok(read @ 1..) = from.read(&mut bytes).await {
         if shared.strikes(|odds| odds.silence) {
