@@ -377,7 +377,9 @@ async fn a_full_table_refuses_new_sessions_and_serves_the_others() {
             let kv = wire.leader().await;
             let most = pontoon::machine::session::SESSIONS_MAX as u64;
             // None of them expires meanwhile.
-            let opening = |id| Session { id, open_ttl_ms: 600_000, acked_below: 0 };
+            fn opening(id: &[u8; 16]) -> Session<'_> {
+                Session { id, open_ttl_ms: 600_000, acked_below: 0 }
+            }
             let mut number = 0;
             while number < most {
                 let ids: Vec<_> = (number..most.min(number + 512)).map(id).collect();
