@@ -187,9 +187,6 @@ pub const PEER_IDLE_MS_MAX: u64 = 5_000;
 pub const COALESCE_BYTES_MAX: usize = MIB;
 /// Client library: calls under way for one shard; operations that arrive meanwhile share the next.
 pub const CALLS_PER_SHARD_MAX: usize = 4;
-/// Client library: commands of one session from the first under way on, whose results the shard keeps;
-/// beyond them further commands get another session.
-pub const SESSION_WINDOW_MAX: usize = 8 * 1024;
 /// Client library: longest attempt at one node, in milliseconds, so that a hung node is left for another.
 pub const ATTEMPT_MS_MAX: u64 = 2_000;
 /// Client library: bytes for which an attempt is given one further millisecond.

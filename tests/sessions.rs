@@ -176,7 +176,7 @@ async fn counters_are_exact_though_replies_are_cut_and_leaders_killed() {
     replies.set(Odds::default());
     assert_eq!(tally.errors, []);
     let faults = replies.faults();
-    assert!(faults > 30, "only {faults} replies were lost");
+    assert!(faults > 10, "only {faults} replies were lost");
     println!("{} writes, {} additions, {faults} faults", tally.writes.values().sum::<u64>(), tally.added);
     // Late requests arrive, if any are still on their way.
     tokio::time::sleep(Duration::from_secs(3)).await;

@@ -323,6 +323,8 @@ async fn sweep(driver: Weak<Driver>, queued: Rc<Notify>) {
             };
             let now = Instant::now();
             let waiting = driver.lanes.borrow_mut().expire(now) | driver.refresh.expire(now);
+            // What they wait for may have ended without a call: given up between two attempts.
+            driver.touched.borrow_mut().extend(driver.lanes.borrow().held());
             driver.flush();
             if !waiting {
                 break;

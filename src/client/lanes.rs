@@ -5,7 +5,8 @@
 //! never waits, and the busier a shard, the larger its calls.
 //!
 //! Each lane has a session, whose tags its commands get when they leave for the first time. A call
-//! has one session: a command of another one waits for the next, and so does what stands behind it.
+//! has one session: a command of another one waits for the next, and so does what stands behind it. What
+//! leaves again goes first, since others may have to wait until it has ended.
 
 use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
@@ -34,7 +35,8 @@ pub struct Lanes {
 
 /// What to do next for a shard.
 pub enum Next {
-    /// Nothing: no operation waits, or enough calls are under way.
+    /// Nothing: no operation waits, or enough calls are under way, or what waits does so for a command
+    /// of its session to end.
     Wait,
     /// Send these; [`Lanes::finished`] tells when the call is over. `stale` were queued under another
     /// range version and must be routed anew: their keys may belong to another shard now.
@@ -52,7 +54,10 @@ impl Lanes {
         let lane = self.lanes.entry(shard).or_default();
         let at = ticket.deadline.at;
         lane.earliest = Some(lane.earliest.map_or(at, |earliest| earliest.min(at)));
-        lane.queue.push_back(ticket);
+        match ticket.tag {
+            Some(_) => lane.queue.push_front(ticket),
+            None => lane.queue.push_back(ticket),
+        }
     }
 
     /// Takes the next call to `shard`, whose range version is now `range_version` (`None`: the map
@@ -108,11 +113,19 @@ impl Lanes {
         }
         if lane.queue.is_empty() {
             lane.earliest = None;
+        } else if batch.is_empty() && stale.is_empty() {
+            return Next::Wait;
         }
         if !batch.is_empty() {
             lane.calls += 1;
         }
         Next::Call { batch, stale }
+    }
+
+    /// Shards for which something waits though another call might be made.
+    pub fn held(&self) -> impl Iterator<Item = ShardId> {
+        let held = |lane: &Lane| lane.calls < CALLS_PER_SHARD_MAX && !lane.queue.is_empty();
+        self.lanes.iter().filter(move |(_, lane)| held(lane)).map(|(shard, _)| *shard)
     }
 
     /// A call to `shard` is over.
@@ -150,6 +163,7 @@ mod tests {
     use super::*;
     use crate::client::ticket::{Deadline, Load, Reply};
     use crate::client::{End, Operation};
+    use crate::machine::session::RESULTS_MAX;
     use bytes::Bytes;
     use std::rc::Rc;
     use std::time::Duration;
@@ -253,22 +267,55 @@ mod tests {
         session.lost();
         let (newer, _newer_end) = ticket(1, 1000);
         let (last, _last_end) = ticket(1, 1000);
+        lanes.push(SHARD, batch.remove(0));
         lanes.push(SHARD, newer);
-        lanes.push(SHARD, batch.remove(1));
         lanes.push(SHARD, batch.remove(0));
         lanes.push(SHARD, last);
         let mut sent = Vec::new();
-        for _ in 0..3 {
+        for _ in 0..2 {
             let Next::Call { batch, .. } = next(&mut lanes) else { panic!("nothing to send") };
             sent.push(batch);
         }
-        assert_eq!(sent.iter().map(Vec::len).collect::<Vec<_>>(), [1, 2, 1]);
-        let tag = sent[1][0].tag.as_ref().unwrap();
-        assert!(Rc::ptr_eq(tag.session(), &session));
+        assert_eq!(sent.iter().map(Vec::len).collect::<Vec<_>>(), [2, 2]);
+        let tag = sent[0][0].tag.as_ref().unwrap();
+        assert!(Rc::ptr_eq(tag.session(), &session), "what leaves again goes first");
         assert_eq!(tag.sequence(), sequence);
-        let newer = |at: usize| sent[at][0].tag.as_ref().unwrap();
-        assert!(Rc::ptr_eq(newer(0).session(), newer(2).session()));
-        assert_eq!((newer(0).sequence(), newer(2).sequence()), (1, 2));
+        assert!(sent[0][1].tag.is_none(), "a read goes along with any");
+        let newer = |at: usize| sent[1][at].tag.as_ref().unwrap();
+        assert!(Rc::ptr_eq(newer(0).session(), newer(1).session()));
+        assert_eq!((newer(0).sequence(), newer(1).sequence()), (1, 2));
+    }
+
+    /// A session's window of results is as wide as the shard allows; who comes then waits, and goes as
+    /// soon as the command at its start has ended.
+    #[test]
+    fn a_command_that_is_held_up_holds_up_only_so_many() {
+        let mut lanes = Lanes::default();
+        let mut kept = Vec::new();
+        let mut call = |lanes: &mut Lanes| {
+            for _ in 0..BATCH_OPERATIONS_MAX {
+                let (ticket, end) = ticket(1, 1000);
+                kept.push(end);
+                lanes.push(SHARD, ticket);
+            }
+            let sent = next(lanes);
+            lanes.finished(SHARD);
+            sent
+        };
+        let Next::Call { batch: mut stuck, .. } = call(&mut lanes) else { panic!("nothing to send") };
+        stuck.truncate(1);
+        for _ in 1..RESULTS_MAX / BATCH_OPERATIONS_MAX {
+            assert!(matches!(call(&mut lanes), Next::Call { .. }));
+        }
+        assert_eq!(lanes.held().count(), 0);
+        assert!(matches!(call(&mut lanes), Next::Wait));
+        assert_eq!(lanes.held().collect::<Vec<_>>(), [SHARD]);
+        // Sent again it isn't behind those that wait for it.
+        lanes.push(SHARD, stuck.remove(0));
+        let Next::Call { batch, .. } = next(&mut lanes) else { panic!("nothing to send") };
+        assert_eq!(batch.len(), 1);
+        drop(batch);
+        assert_eq!(sizes(&mut lanes), Some((BATCH_OPERATIONS_MAX, 0)));
     }
 
     #[test]

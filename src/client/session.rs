@@ -8,14 +8,18 @@
 //!   (none) ───────────────► opening ───────────────────────────────────────► open
 //!                              │                                               │
 //!                              └──► left: new commands get another session ◄───┘
-//!                                   idle too long, expired at the shard, a deadline that it
-//!                                   doesn't cover, or too many commands behind one under way
+//!                                   idle too long, expired at the shard, or a deadline
+//!                                   that it doesn't cover
 //! ```
 //!
 //! While it is opening every command asks for it to be opened, so whichever comes first does: a session
 //! costs no call and no log entry of its own. Commands of a session that was left keep their tags until
 //! they end. That is the rule everything here serves: a command that may have been applied is never sent
 //! under another tag.
+//!
+//! A shard keeps the results from the first command under way on, and only so many. Where one is held up,
+//! the lane's next commands wait rather than take another session: what a session that was left has of
+//! results stays with the shard until it expires, at the cost of all.
 //!
 //! A shard forgets a session that wasn't used for its time to live, measured in time during which it had
 //! a leader. A tag is used for half of that, by a clock which also counts while the machine sleeps. So a
@@ -28,7 +32,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use crate::ids::SessionId;
-use crate::limits::{SESSION_WINDOW_MAX, TIMEOUT_MAX_MS};
+use crate::limits::TIMEOUT_MAX_MS;
 use crate::machine::session::{LIFETIME_MS, RESULTS_MAX};
 
 /// Time to live of a session, in the greatest deadlines of its commands.
@@ -37,8 +41,6 @@ const TTL_DEADLINES: u32 = 10;
 const TTL_MIN: Duration = Duration::from_millis(*LIFETIME_MS.start() as u64);
 
 const _: () = assert!(TTL_DEADLINES as u64 * TIMEOUT_MAX_MS <= *LIFETIME_MS.end() as u64);
-// The shard never has to refuse a command for want of room among the results of its session.
-const _: () = assert!(SESSION_WINDOW_MAX <= RESULTS_MAX);
 
 /// A point in time on the client's clock: since some moment in the past, always the same.
 pub type Moment = Duration;
@@ -106,17 +108,18 @@ impl Session {
     /// Whether a new command with so much time may have a tag of it.
     fn serves(&self, within: Duration, now: Moment) -> bool {
         let state = self.state.borrow();
-        !state.lost
-            && ttl(within) <= self.ttl
-            && now.saturating_sub(state.used) <= self.ttl / 2
-            && state.window.len() < SESSION_WINDOW_MAX
+        !state.lost && ttl(within) <= self.ttl && now.saturating_sub(state.used) <= self.ttl / 2
     }
 
-    fn tag(self: &Rc<Session>, now: Moment) -> Tag {
+    /// `None`: the shard might have no room for one more result.
+    fn tag(self: &Rc<Session>, now: Moment) -> Option<Tag> {
         let mut state = self.state.borrow_mut();
+        if state.window.len() >= RESULTS_MAX {
+            return None;
+        }
         let sequence = state.acked_below + state.window.len() as u64;
         state.window.push_back(true);
-        Tag { session: self.clone(), sequence, given: now }
+        Some(Tag { session: self.clone(), sequence, given: now })
     }
 
     fn ended(&self, sequence: u64) {
@@ -173,8 +176,9 @@ impl Drop for Tag {
 pub struct Current(Option<Rc<Session>>);
 
 impl Current {
-    /// A tag for a command with so much time, if it is one of the session `only` or that is `None`.
-    /// `draw` gives the id of a new session where one is needed.
+    /// A tag for a command with so much time; `None` if it has to wait: because it would be one of another
+    /// session than `only`, or until a command before it has ended. `draw` gives the id of a new session
+    /// where one is needed.
     pub fn tag(
         &mut self,
         within: Duration,
@@ -188,7 +192,7 @@ impl Current {
         };
         match only {
             Some(only) if !Rc::ptr_eq(only, session) => None,
-            _ => Some(session.tag(now)),
+            _ => session.tag(now),
         }
     }
 }
@@ -273,13 +277,18 @@ mod tests {
     }
 
     #[test]
-    fn the_window_of_unforgotten_results_is_bounded() {
+    fn no_more_commands_are_given_than_the_shard_keeps_results() {
         let mut lane = Lane::default();
-        let stuck = lane.tag(SECOND, SECOND);
-        let rest = (1..SESSION_WINDOW_MAX).map(|_| place(&lane.tag(SECOND, SECOND)));
-        assert!(rest.into_iter().all(|(session, _)| session == 1));
-        assert_eq!(place(&lane.tag(SECOND, SECOND)), (2, 1));
+        let mut draw = || RandomId([1; 16]);
+        let mut next = || lane.current.tag(SECOND, None, SECOND, &mut draw);
+        let stuck = next().unwrap();
+        for _ in 1..RESULTS_MAX {
+            assert!(next().is_some());
+        }
+        assert!(next().is_none());
         assert_eq!(stuck.session.header().acked_below, 1);
+        drop(stuck);
+        assert_eq!(next().map(|tag| tag.sequence), Some(RESULTS_MAX as u64 + 1));
     }
 
     #[test]
