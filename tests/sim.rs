@@ -137,7 +137,7 @@ fn a_vote_that_is_not_persisted_is_caught() {
 
 #[test]
 fn reads_that_skip_the_quorum_are_caught() {
-    is_caught(Planted::StaleReads, ANY, 20, &["linear"]);
+    is_caught(Planted::StaleReads, ANY, 60, &["linear"]);
 }
 
 #[test]

@@ -14,7 +14,7 @@ use crate::storage::engine_memory::CrashLoss;
 /// Which kinds of faults happen.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Faults {
-    /// Messages are lost, doubled, late and out of order.
+    /// Messages are lost, doubled, late and out of order; what clients send is late.
     pub messages: bool,
     /// Links carry nothing for a while, in both directions or in one.
     pub partitions: bool,

@@ -325,8 +325,8 @@ impl World {
         let members = self.members.get(&shard).map_or(&[][..], Vec::as_slice);
         let Some(node) = leader.or_else(|| self.dice.pick(members).map(|m| m.node)) else { return };
         // Now and then a connection is stuck, and what was sent on it arrives after a later attempt.
-        let delay = if self.dice.chance(30) { LATE } else { 1_000 };
-        let delay = self.dice.between(50, delay);
+        let late = self.options.faults.messages && self.dice.chance(50);
+        let delay = self.dice.between(50, if late { LATE } else { 1_000 });
         if again && tag.is_some() {
             self.count("commands sent again");
             if let (Some(Planted::RetryAppliesTwice), Some(tag)) = (self.options.planted, &mut tag) {
@@ -446,8 +446,9 @@ impl World {
 
     fn end(&mut self, token: u64, told: Told) {
         let number = Client::of_token(token);
-        // Now and then a client rests until its session has ended.
-        let rest = if self.dice.chance(5) { RESTS } else { (1_000, 120_000) };
+        // Now and then a client rests until its session has ended. Nobody waits for it then.
+        let idle = self.clients.get(number).is_some_and(|client| client.budget > 0);
+        let rest = if idle && self.dice.chance(10) { RESTS } else { (1_000, 120_000) };
         let pause = self.dice.between(rest.0, rest.1);
         let Some(client) = self.waiting(token) else { return };
         let Some(Waiting { call, key, action, .. }) = client.waiting.take() else { return };
