@@ -13,6 +13,7 @@ use pontoon::sim::{Faults, Planted, SimOptions, run};
 const REGRESSIONS: &[(u64, &str)] = &[
     (6, "raft-rs batched entries into an empty append that they didn't follow on"),
     (213, "the same, far behind"),
+    (561, "raft-rs went back further than a follower had acknowledged, to where the log was compacted"),
     (23, "a deletion that had found nothing came again, late, and deleted"),
     (187, "the same, in a session of many commands"),
 ];
