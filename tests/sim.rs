@@ -11,8 +11,11 @@ use pontoon::sim::{Faults, Planted, SimOptions, run};
 /// Seeds that once showed a bug, and the bug. A change of the simulation gives them other events: then find
 /// others by taking the fix out.
 const REGRESSIONS: &[(u64, &str)] = &[
-    (13, "raft-rs batched entries into an empty append that they didn't follow on"),
-    (55, "the same, far behind"),
+    (6, "raft-rs batched entries into an empty append that they didn't follow on"),
+    (213, "the same, far behind"),
+    (561, "raft-rs went back further than a follower had acknowledged, to where the log was compacted"),
+    (23, "a deletion that had found nothing came again, late, and deleted"),
+    (187, "the same, in a session of many commands"),
 ];
 
 const CRASHES: Faults = Faults { crashes: true, power: true, slow_disks: true, ..Faults::NONE };

@@ -225,6 +225,7 @@ impl<T> Group<T> {
         {
             self.safe_index = self.safe_index.max(safe_index);
         }
+        let from = message.from;
         match self.raft.step(message) {
             // From a replica that isn't a member (any more), or with nothing to do about it.
             Ok(())
@@ -232,8 +233,19 @@ impl<T> Group<T> {
                 {}
             Err(error) => return Err(error.into()),
         }
+        self.mend_progress(from);
         self.draw_timeout();
         Ok(())
+    }
+
+    /// Sends a follower what comes after that which it has acknowledged, and nothing before.
+    ///
+    /// A rejection that an acknowledgement has overtaken makes raft-rs 0.7.0 go back further than that. If
+    /// the log is compacted there, it would never send the follower anything again.
+    fn mend_progress(&mut self, follower: u64) {
+        if let Some(progress) = self.raft.raft.mut_prs().get_mut(follower) {
+            progress.next_idx = progress.next_idx.max(progress.matched + 1);
+        }
     }
 
     /// What raft-rs would panic on, were it true.

@@ -41,6 +41,7 @@ use super::session::SessionTag;
 use crate::codec::meta;
 use crate::codec::varint::{self, VarintError};
 use crate::ids::SessionId;
+use crate::limits;
 
 const VERSION: u8 = 1;
 
@@ -68,6 +69,12 @@ const COMMANDS_EXPECTED: usize = 64;
 pub const ENTRY_HEAD_BYTES: usize = 22;
 /// Bytes that a command's tag takes in an entry, at most.
 pub const TAG_BYTES: usize = 44;
+
+const _: () = assert!(
+    ENTRY_HEAD_BYTES + TAG_BYTES + 24 + limits::KEY_BYTES_MAX + 2 * limits::VALUE_BYTES_MAX
+        <= limits::ENTRY_BYTES_MAX,
+    "an entry has room for the greatest command"
+);
 
 /// A command and, if it may come again, whose it is and which.
 pub type TaggedCommand = (Command, Option<SessionTag>);

@@ -382,11 +382,14 @@ impl World {
                     self.try_again(token);
                 }
             }
-            // It changed nothing, which another attempt's lost answer said.
+            // It changed nothing, which another attempt's lost answer said, and won't under this tag: none
+            // of its own is below what the client has acknowledged.
             (Refusal::StaleCommand, Some(_)) if before && matches!(action, Action::Cas(..)) => {
+                waiting.perhaps_applied = false;
                 client.session_is(true);
                 self.count("commands stale");
-                self.end(token, Told::Unknown);
+                self.tag_anew(token);
+                self.try_again(token);
             }
             (refusal, tag) if action != Action::Get && refusal.outcome() == Outcome::Unknown => {
                 if matches!(refusal, Refusal::SessionExpired | Refusal::StaleCommand) {
