@@ -156,5 +156,8 @@ mod tests {
         gauge.update((0, 30), (0, 0));
         gauge.update((75, 0), (0, 0));
         assert_eq!(gauge.bytes(), (0, 0));
+        gauge.update_sessions(0, 3);
+        gauge.update_sessions(2, 1);
+        assert_eq!(gauge.sessions(), 2);
     }
 }
