@@ -163,6 +163,23 @@ pub const FRAME_ENTRIES_MAX: usize = 256 * 1024;
 pub const SNAPSHOT_MEMBERS_MAX: usize = 64;
 /// Greatest frame of a request between nodes, in bytes; a greater one closes the connection.
 pub const REQUEST_FRAME_BYTES_MAX: usize = 8 * MIB;
+/// Bytes of a snapshot file in one frame.
+pub const SNAPSHOT_CHUNK_BYTES: usize = 256 * KIB;
+/// Greatest frame of the snapshot lane, in bytes; a greater one closes the connection.
+pub const SNAPSHOT_FRAME_BYTES_MAX: usize = SNAPSHOT_CHUNK_BYTES + 4 * KIB;
+/// Time without sending of which the allowance is saved up for a burst, in milliseconds.
+pub const SNAPSHOT_BURST_MS: u64 = 100;
+/// Snapshots that a node sends at a time; more wait.
+pub const SNAPSHOTS_SENT_MAX: usize = 4;
+/// Snapshots that a node receives at a time; offers of more are `busy`.
+pub const SNAPSHOTS_RECEIVED_MAX: usize = 2;
+/// Snapshots that a node is receiving, or has received a part of, in bytes; a greater one is refused,
+/// and the oldest parts that nobody adds to give way to new ones.
+pub const SNAPSHOTS_RECEIVED_BYTES_MAX: u64 = 1 << 40;
+/// A part of a snapshot that nobody has added to for so long is removed, in milliseconds.
+pub const SNAPSHOT_PART_MS_MAX: u64 = 3_600_000;
+/// After so many milliseconds a snapshot that was `busy` is to be offered again.
+pub const SNAPSHOT_BUSY_MS: u32 = 500;
 /// Greatest first frame of a peer connection, in bytes.
 pub const HELLO_FRAME_BYTES_MAX: usize = 64 * KIB;
 /// Text of a refused peer connection, in bytes; the rest is cut off.
@@ -229,6 +246,7 @@ const _: () = assert!(APPEND_TARGET_BYTES / 8 <= MESSAGE_ENTRIES_MAX);
 // An entry takes 40 bytes or more of a frame, which may exceed its target by one message.
 const _: () = assert!(FRAME_TARGET_BYTES / 40 + MESSAGE_ENTRIES_MAX <= FRAME_ENTRIES_MAX);
 const _: () = assert!(REQUEST_FRAME_BYTES_MAX <= FRAME_BYTES_MAX);
+const _: () = assert!(SNAPSHOT_FRAME_BYTES_MAX <= FRAME_BYTES_MAX);
 const _: () = assert!(OUTBOX_CONTROL_BYTES_MAX <= OUTBOX_BYTES_MAX);
 const _: () = assert!(KEEPALIVE_MS * 3 < PEER_IDLE_MS_MAX);
 const _: () = assert!(UNCOMMITTED_BYTES_MAX <= LOG_QUEUE_BYTES_MAX);

@@ -23,7 +23,7 @@ pub enum Lane {
     Append,
     /// Formation, join, map pulls: request and answer.
     Request,
-    /// Reserved.
+    /// One snapshot of one shard: an offer, its bytes, and answers.
     Snapshot,
 }
 
@@ -202,7 +202,7 @@ impl PeerWelcome {
 }
 
 /// Text of a stranger, fit for a log: bounded and without control characters.
-fn printable(text: &str) -> String {
+pub(super) fn printable(text: &str) -> String {
     let mut end = text.len().min(REFUSAL_BYTES_MAX);
     while !text.is_char_boundary(end) {
         end -= 1;

@@ -16,6 +16,7 @@ use crate::codec::records::{
     write_node, write_shard,
 };
 use crate::codec::refusal::{read_refusal, write_refusal};
+use crate::codec::snapshot::{SnapshotFrame, read_snapshot, write_snapshot};
 use crate::codec::{CodecError, GroupMessage};
 use crate::ids::{ClusterId, NodeId};
 use crate::limits::{FRAME_ENTRIES_MAX, FRAME_MESSAGES_MAX, NESTING_MAX};
@@ -37,6 +38,8 @@ pub enum PeerFrame {
     Request(u64, PeerRequest),
     /// The answer to the request of that id.
     Response(u64, PeerResponse),
+    /// A step of a snapshot's way to a follower.
+    Snapshot(SnapshotFrame),
 }
 
 /// Liveness of a node.
@@ -156,6 +159,9 @@ pub fn encode(frame: &PeerFrame, out: &mut Vec<u8>) -> Result<(), CodecError> {
             to.set_id(*id);
             write_response(response, to);
         }),
+        PeerFrame::Snapshot(frame) => {
+            write(out, frame.size(), |to| write_snapshot(frame, to.init_snapshot()))
+        }
     }
 }
 
@@ -259,6 +265,7 @@ pub fn decode(payload: Bytes) -> Result<PeerFrame, CodecError> {
                 let from = from?;
                 Ok(PeerFrame::Response(from.get_id(), read_response(from)?))
             }
+            peer_frame::Snapshot(from) => Ok(PeerFrame::Snapshot(read_snapshot(from?, buffer)?)),
         }
     })
 }

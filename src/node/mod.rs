@@ -27,6 +27,7 @@ pub mod replicas;
 pub mod router;
 pub mod service;
 pub mod shared;
+pub mod snapshots;
 pub mod start;
 pub mod supervisor;
 pub mod ticket;

@@ -16,6 +16,7 @@ use super::supervisor::Supervisor;
 use crate::codec::GroupMessage;
 use crate::codec::hello::{Lane, PeerHello};
 use crate::codec::peer::{Membership, NodeHeartbeat, PeerRequest, PeerResponse};
+use crate::codec::snapshot::{SnapshotAnswer, SnapshotOffer};
 use crate::ids::{METADATA_SHARD, NodeId};
 use crate::limits;
 use crate::machine::command::{MetaCommand, MetaReply};
@@ -24,6 +25,7 @@ use crate::telemetry::metrics as names;
 use crate::transport::call::{HelloConfig, PeerClient};
 use crate::transport::handshake::Identity;
 use crate::transport::listener::PeerHandler;
+use crate::transport::snapshot::receiver::SnapshotSink;
 
 /// Where messages go once the node is a member.
 pub struct Destinations {
@@ -192,6 +194,15 @@ impl PeerHandler for Arc<PeerService> {
     fn request(&self, request: PeerRequest) -> LocalBoxFuture<'static, PeerResponse> {
         let asked = self.asked.clone();
         Box::pin(async move { asked.answer(request).await.unwrap_or_else(PeerResponse::Refused) })
+    }
+
+    fn snapshot(
+        &self,
+        _from: NodeId,
+        _offer: SnapshotOffer,
+    ) -> LocalBoxFuture<'static, Result<Box<dyn SnapshotSink>, SnapshotAnswer>> {
+        let refused = SnapshotAnswer::Refused("this node takes no snapshots".into());
+        Box::pin(std::future::ready(Err(refused)))
     }
 
     fn client_address(&self) -> String {

@@ -10,7 +10,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::future::LocalBoxFuture;
 use futures_util::stream::FuturesUnordered;
@@ -25,10 +24,12 @@ use tracing::{debug, info, warn};
 use super::frame::{self, FrameError, FrameReader, HEADER_BYTES};
 use super::handshake::{Identity, accept_hello, accept_preamble};
 use super::link::write;
+use super::snapshot::receiver::{self, SnapshotSink};
 use super::{Timings, TransportError, foreign};
 use crate::codec::GroupMessage;
 use crate::codec::hello::{Lane, PeerHello};
 use crate::codec::peer::{NodeHeartbeat, PeerFrame, PeerRequest, PeerResponse, decode, encode};
+use crate::codec::snapshot::{SnapshotAnswer, SnapshotOffer};
 use crate::ids::NodeId;
 use crate::limits::{FRAME_BYTES_MAX, PEER_CONNECTIONS_MAX, PEER_REQUESTS_MAX, REQUEST_FRAME_BYTES_MAX};
 use crate::refusal::Refusal;
@@ -49,6 +50,13 @@ pub trait PeerHandler {
     /// A question; its answer goes back on the connection it came on. The future runs to its end even
     /// if the caller hangs up, unless the listener is stopped.
     fn request(&self, request: PeerRequest) -> LocalBoxFuture<'static, PeerResponse>;
+
+    /// A snapshot is offered: where its bytes go, or the answer that ends it.
+    fn snapshot(
+        &self,
+        from: NodeId,
+        offer: SnapshotOffer,
+    ) -> LocalBoxFuture<'static, Result<Box<dyn SnapshotSink>, SnapshotAnswer>>;
 
     /// Where clients find this node, for those who dial the wrong port.
     fn client_address(&self) -> String;
@@ -190,18 +198,15 @@ async fn connection(
         }
         Ok(result) => result?,
     }
-    let judge = |hello: &PeerHello| match hello.lane {
-        Lane::Snapshot => Err("this version keeps no snapshot lane".to_owned()),
-        _ => handler.hello(hello),
-    };
-    let (hello, reader) = timeout(limit, accept_hello(&mut stream, judge))
+    let (hello, reader) = timeout(limit, accept_hello(&mut stream, |hello| handler.hello(hello)))
         .await
         .map_err(|_| TransportError::Timeout("the handshake"))??;
     let lane = hello.lane.name();
     debug!(%from, node = %hello.from_node, lane, "a peer connected");
     match hello.lane {
         Lane::Request => answer(stream, reader, handler, timings).await,
-        _ => receive(stream, reader, &hello, handler, timings).await,
+        Lane::Snapshot => receiver::receive(stream, reader, &hello, handler, timings).await,
+        Lane::Control | Lane::Append => receive(stream, reader, &hello, handler, timings).await,
     }
 }
 
@@ -261,7 +266,7 @@ fn take_frames(
     messages: &mut Vec<GroupMessage>,
 ) -> Result<(), TransportError> {
     while let Some(payload) = reader.take()? {
-        received(hello.lane, &payload);
+        received(hello.lane, HEADER_BYTES + payload.len());
         match decode(payload)? {
             PeerFrame::Raft(more) if messages.is_empty() => *messages = more,
             PeerFrame::Raft(more) => messages.extend(more),
@@ -275,9 +280,9 @@ fn take_frames(
                 }
                 handler.heartbeat(heartbeat);
             }
-            PeerFrame::Request(..) | PeerFrame::Response(..) => {
+            PeerFrame::Request(..) | PeerFrame::Response(..) | PeerFrame::Snapshot(..) => {
                 return Err(TransportError::Protocol(format!(
-                    "a request or response on lane {}",
+                    "a request, response or snapshot on lane {}",
                     hello.lane.name()
                 )));
             }
@@ -286,10 +291,10 @@ fn take_frames(
     Ok(())
 }
 
-fn received(lane: Lane, payload: &Bytes) {
-    let bytes = (HEADER_BYTES + payload.len()) as u64;
+/// Counts a frame of so many bytes.
+pub(super) fn received(lane: Lane, bytes: usize) {
     counter!(names::PEER_RECEIVED_FRAMES, "lane" => lane.name()).increment(1);
-    counter!(names::PEER_RECEIVED_BYTES, "lane" => lane.name()).increment(bytes);
+    counter!(names::PEER_RECEIVED_BYTES, "lane" => lane.name()).increment(bytes as u64);
 }
 
 /// The lane of requests.
@@ -308,7 +313,7 @@ async fn answer(
             let Some(payload) = reader.take()? else {
                 break;
             };
-            received(Lane::Request, &payload);
+            received(Lane::Request, HEADER_BYTES + payload.len());
             let PeerFrame::Request(id, request) = decode(payload)? else {
                 return Err(TransportError::Protocol("not a request on lane request".into()));
             };

@@ -13,6 +13,7 @@
 //! - [`network`]: what a node sends: one [`network::PeerNetwork`] for all its groups and threads.
 //! - [`outbox`], [`link`]: a bounded queue and a connection per peer and lane, beneath it.
 //! - [`listener`]: what a node receives. - [`call`]: one request to a node, one answer.
+//! - [`snapshot`]: one snapshot file to one node.
 //! - [`coalesce`], [`rpc_stream`]: a TCP stream as client RPC wants it.
 //! - [`foreign`]: what a client hears on the peer port, and a node on the client port.
 //!
@@ -33,6 +34,7 @@ pub mod listener;
 pub mod network;
 pub mod outbox;
 pub mod rpc_stream;
+pub mod snapshot;
 
 use std::io;
 use std::time::Duration;

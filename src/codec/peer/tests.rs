@@ -3,6 +3,7 @@
 use super::*;
 use crate::codec::messages::tests::any_message;
 use crate::codec::records::tests::{any_delta, any_id, any_node, any_shard};
+use crate::codec::snapshot::tests::any_snapshot_frame;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use raft::eraftpb::{Entry, Message, MessageType};
@@ -62,6 +63,7 @@ fn any_frame() -> impl Strategy<Value = PeerFrame> {
         }),
         (any::<u64>(), any_request()).prop_map(|(id, it)| PeerFrame::Request(id, it)),
         (any::<u64>(), any_response()).prop_map(|(id, it)| PeerFrame::Response(id, it)),
+        any_snapshot_frame().prop_map(PeerFrame::Snapshot),
     ]
 }
 
