@@ -88,6 +88,14 @@ pub const SCAN_PAIRS_MAX: usize = 1000;
 /// Bytes in one page of a scan; a page always has at least one pair.
 pub const SCAN_BYTES_MAX: usize = MIB;
 
+/// Ticks without an answer after which a follower counts as dead: less log is kept for it.
+pub const FOLLOWER_DEAD_TICKS: u64 = 100;
+/// Ticks after a failed snapshot before the next is made for the same follower.
+pub const SNAPSHOT_RETRY_TICKS: u64 = 20;
+/// Ticks for which less log is kept after the node has found its log too large. Longer than the time
+/// between two such looks ([`LOG_PURGE_MS`]).
+pub const LOG_PRESSED_TICKS: u64 = 150;
+
 /// Length of a raft tick in milliseconds.
 pub const TICK_MS: u64 = 100;
 /// Ticks between heartbeats of a leader.
@@ -239,6 +247,9 @@ const _: () = assert!(FRAME_BYTES_MAX <= OUTBOX_BYTES_MAX);
 const _: () = assert!(ENTRY_BYTES_MAX <= UNCOMMITTED_BYTES_MAX);
 const _: () = assert!(BATCH_OPERATIONS_MAX <= REPLICA_PENDING_MAX);
 const _: () = assert!(IMPORT_BATCH_PAIRS <= BATCH_OPERATIONS_MAX);
+const _: () = assert!(LOG_PRESSED_TICKS * TICK_MS > LOG_PURGE_MS);
+// Check-quorum clears raft's own mark of who answered once per election timeout.
+const _: () = assert!(FOLLOWER_DEAD_TICKS > 2 * ELECTION_TICKS_MAX as u64);
 const _: () = assert!(HEARTBEAT_TICKS * 2 < ELECTION_TICKS_MIN);
 const _: () = assert!(ELECTION_TICKS_MIN < ELECTION_TICKS_MAX);
 // Distinct election windows, one tick wide, for all replicas of a group.

@@ -27,7 +27,7 @@ impl World {
             .group
             .pump()
             .map_err(|error| Violation::new("replica", format!("replica {replica_id} stops: {error}")))?;
-        let Effects { messages, write, done, reads, fetch, leader, more } = effects;
+        let Effects { messages, write, done, reads, fetch, snapshot, leader, more } = effects;
         if let Some(first) = write.as_ref().and_then(|numbered| numbered.write.entries.first()) {
             let before = replica.terms.range(..first.index).next_back().map_or(0, |(_, term)| *term);
             replica.terms.split_off(&first.index);
@@ -40,6 +40,9 @@ impl World {
                 let entries: Vec<_> = entries.cloned().collect();
                 self.logs.observe(shard, replica_id, before, &entries)?;
             }
+        }
+        if let Some(wanted) = snapshot {
+            replica.group.snapshot_done(wanted.to, false);
         }
         if let Some(change) = leader {
             self.trace.note(format_args!("{now} replica {replica_id} {change:?}"));

@@ -10,6 +10,7 @@ use super::disk::Disk;
 use super::world::{Event, World};
 use super::{Planted, Time};
 use crate::codec::GroupMessage;
+use crate::group::catch_up::Retention;
 use crate::group::driver::{Group, GroupOptions};
 use crate::group::types::{Fetch, Operation, Output};
 use crate::ids::{GROUP_START, Incarnation, Index, NodeId, Position, ReplicaId, ShardId, Term};
@@ -561,6 +562,7 @@ fn open_group(
         machine: record.machine,
         replica: record.replica,
         incarnation,
+        retention: Retention::new(u64::MAX),
         logger: slog::Logger::root(slog::Discard, slog::o!()),
     };
     let store: Arc<dyn LogStore> = disk.log.clone();

@@ -27,6 +27,7 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 
 use pontoon::codec::GroupMessage;
+use pontoon::group::catch_up::Retention;
 use pontoon::group::driver::{Group, GroupOptions};
 use pontoon::group::types::{Effects, Fetch, NumberedWrite, Operation, Output};
 use pontoon::ids::{DatabaseId, Epoch, GROUP_START, NodeId, ReplicaId, ShardId};
@@ -229,6 +230,7 @@ impl Groups {
         let state = ReplicaState::open(node.engine.clone(), replica, GENERATION, initial)
             .map_err(|e| e.to_string())?;
         let options = GroupOptions {
+            retention: Retention::new(u64::MAX),
             shard: SHARD,
             machine: MachineKind::Kv,
             replica,
@@ -358,7 +360,7 @@ impl Groups {
     }
 
     fn carry_out(&mut self, id: u64, effects: Effects<u64>) -> Result<String, String> {
-        let Effects { messages, write, done, reads, fetch, leader, more: _ } = effects;
+        let Effects { messages, write, done, reads, fetch, snapshot: _, leader, more: _ } = effects;
         let mut lines = Vec::new();
         if let Some(change) = leader {
             let who = match change.leader {
