@@ -41,9 +41,6 @@ impl World {
                 self.logs.observe(shard, replica_id, before, &entries)?;
             }
         }
-        if let Some(wanted) = snapshot {
-            replica.group.snapshot_done(wanted.to, false);
-        }
         if let Some(change) = leader {
             self.trace.note(format_args!("{now} replica {replica_id} {change:?}"));
             observe_leader(
@@ -107,6 +104,9 @@ impl World {
         }
         if let Some(fetch) = fetch {
             later(self.dice.between(50, 5_000), ReplicaEvent::Fetch(fetch));
+        }
+        if let Some(wanted) = snapshot {
+            self.want_snapshot(id, replica_id, wanted);
         }
         if more {
             self.queue_pump(id, replica_id);
