@@ -83,6 +83,10 @@ pub type ClusterId = RandomId;
 /// Identity of a node's data directory, drawn when it is made.
 pub type StoreId = RandomId;
 
+/// Identity of a snapshot file, drawn when it is begun: what a receiver has of one stream never goes
+/// on with another.
+pub type StreamId = RandomId;
+
 impl RandomId {
     /// Draws a new one from the operating system's generator.
     pub fn random() -> RandomId {

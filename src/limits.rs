@@ -78,6 +78,17 @@ pub const FLUSH_BATCH_KEYS: usize = 256;
 /// A flush batch is closed at this many bytes of keys and values.
 pub const FLUSH_BATCH_BYTES: usize = 64 * KIB;
 
+/// Bytes of records in one block of a snapshot file, which has one checksum.
+pub const SNAPSHOT_BLOCK_BYTES: usize = 256 * KIB;
+/// A snapshot file that is being written is synced each time so many bytes were added, so that no
+/// sync of the log waits behind one of gigabytes.
+pub const SNAPSHOT_SYNC_BYTES: u64 = 8 * MIB as u64;
+/// Bytes of redo files that are kept for one snapshot which is being made; above, it is given up: the
+/// shard is written faster than it is read.
+pub const SNAPSHOT_REDO_BYTES_MAX: u64 = 8 * 1024 * MIB as u64;
+/// Bytes of all snapshot files of a node, made and received; above, no more is made or received.
+pub const SNAPSHOT_FILES_BYTES_MAX: u64 = 256 * 1024 * MIB as u64;
+
 /// Connections a node accepts on its client port; more wait in the listen queue.
 pub const CLIENT_CONNECTIONS_MAX: usize = 4096;
 /// Connections a node accepts on its peer port.
@@ -228,6 +239,7 @@ pub const CLIENT_DRAIN_MS_MAX: u64 = 1_500;
 
 // value ≤ entry ≤ append message ≤ frame ≤ traversal limit.
 const _: () = assert!(KEY_BYTES_MAX + VALUE_BYTES_MAX <= ENTRY_BYTES_MAX);
+const _: () = assert!(SNAPSHOT_REDO_BYTES_MAX <= SNAPSHOT_FILES_BYTES_MAX);
 const _: () = assert!(ENTRY_TARGET_BYTES <= ENTRY_BYTES_MAX);
 const _: () = assert!(ENTRY_BYTES_MAX + APPEND_TARGET_BYTES <= FRAME_BYTES_MAX);
 // A frame is closed once it has reached its target, so it may exceed that by one message.
