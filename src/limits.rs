@@ -101,6 +101,8 @@ pub const SCAN_BYTES_MAX: usize = MIB;
 
 /// Ticks without an answer after which a follower counts as dead: less log is kept for it.
 pub const FOLLOWER_DEAD_TICKS: u64 = 100;
+/// Bytes of log that are kept behind a snapshot under way, at least, however little is kept otherwise.
+pub const SNAPSHOT_LOG_BYTES_MIN: u64 = MIB as u64;
 /// Ticks after a failed snapshot before the next is made for the same follower.
 pub const SNAPSHOT_RETRY_TICKS: u64 = 20;
 /// Ticks for which less log is kept after the node has found its log too large. Longer than the time

@@ -607,8 +607,9 @@ fn seed_range(text: &str) -> Result<std::ops::Range<u64>, String> {
 }
 
 fn fault_list(text: &str) -> Result<Faults, String> {
-    Faults::parse(text)
-        .map_err(|name| format!("`{name}` is no kind of fault; there are {}, all, none", Faults::NAMES.join(", ")))
+    Faults::parse(text).map_err(|name| {
+        format!("`{name}` is no kind of fault; there are {}, all, none", Faults::NAMES.join(", "))
+    })
 }
 
 /// A positive time as `500ms`, `10s`, `1m30s`; a bare number is seconds.

@@ -9,9 +9,9 @@
 //!
 //! ```text
 //!               raft asks                shell: made at B          shell: installed
-//!   (nothing) ────────────► Making ──────────────────────► Bringing ───────────────► Offered ──► (probed from B on)
-//!                             │ log held where it begins      │ log held at B            raft takes the offer
-//!                             └───────────── failed ──────────┴──► Resting, then asked anew
+//!   (nothing) ────────────► Making ──────────────────────► Bringing ───────────────► Offered ─► Noted ─► (nothing)
+//!                             │ log held where it begins      │ log held at B    raft takes the offer  │ follower acknowledges
+//!                             └───────────── failed ──────────┴──► Resting ─► asked anew ◄─────────────┘ or needs more
 //! ```
 //!
 //! raft-rs learns of a snapshot only when it is installed already: its progress then goes through the
@@ -19,8 +19,9 @@
 //! installed there, is the shell's. Until then raft finds the snapshot "temporarily unavailable", asks
 //! again with every heartbeat, and goes on counting the follower's answers.
 //!
-//! Invariant: while a snapshot at B is under way, the entries after B stay in this log, unless that
-//! would take more than [`Retention::snapshot`]; then the snapshot is worth nothing and is made anew.
+//! Invariant: while a snapshot at B is under way, and until the follower has acknowledged an entry behind it,
+//! the entries after B stay in this log, unless that would take more than [`Retention::snapshot`];
+//! then the snapshot is worth nothing and is made anew.
 
 use std::collections::BTreeMap;
 
@@ -42,7 +43,8 @@ pub struct Retention {
 impl Retention {
     /// From the one number that an operator sets: what a dead follower is kept.
     pub fn new(dead: u64) -> Retention {
-        Retention { live: dead.saturating_mul(4), dead, snapshot: dead.saturating_mul(16) }
+        let snapshot = dead.saturating_mul(16).max(limits::SNAPSHOT_LOG_BYTES_MIN);
+        Retention { live: dead.saturating_mul(4), dead, snapshot }
     }
 
     /// How finely a log has to know its size to keep these bounds.
@@ -65,8 +67,21 @@ enum Transfer {
     Bringing(Position),
     /// It is installed; raft is to be told.
     Offered(Position),
+    /// raft goes on from there, or is about to.
+    Noted(Position),
     /// It failed; not asked for again before this tick.
     Resting(u64),
+}
+
+impl Transfer {
+    /// From where on the log has to stay for it.
+    fn held(&self) -> Option<Index> {
+        match *self {
+            Transfer::Making(held) => Some(held),
+            Transfer::Bringing(at) | Transfer::Offered(at) | Transfer::Noted(at) => Some(at.index),
+            Transfer::Resting(_) => None,
+        }
+    }
 }
 
 /// The followers of a leader.
@@ -136,13 +151,7 @@ impl CatchUp {
             };
             safe = safe.min(matched.max(kept));
         }
-        for transfer in self.transfers.values() {
-            let (Transfer::Making(held)
-            | Transfer::Bringing(Position { index: held, .. })
-            | Transfer::Offered(Position { index: held, .. })) = *transfer
-            else {
-                continue;
-            };
+        for held in self.transfers.values().filter_map(Transfer::held) {
             if held < safe {
                 safe = safe.min(held.max(log.index_before(retention.snapshot)));
             }
@@ -154,7 +163,7 @@ impl CatchUp {
     pub fn wanted(&mut self, replica: ReplicaId, log: &GroupLog, now: u64) -> bool {
         match self.transfers.get(&replica) {
             Some(Transfer::Resting(until)) if now < *until => false,
-            None | Some(Transfer::Resting(_)) => {
+            None | Some(Transfer::Resting(_) | Transfer::Noted(_)) => {
                 self.transfers.insert(replica, Transfer::Making(log.truncated().index));
                 true
             }
@@ -183,10 +192,22 @@ impl CatchUp {
         };
     }
 
-    /// The follower has told that it is beyond what a snapshot would give it, or raft has taken the
-    /// offer: nothing more to do.
-    pub fn forget(&mut self, replica: ReplicaId) {
-        self.transfers.remove(&replica);
+    /// raft has taken the offer.
+    pub fn noted(&mut self, replica: ReplicaId) {
+        if let Some(transfer) = self.transfers.get_mut(&replica)
+            && let Transfer::Offered(position) = *transfer
+        {
+            *transfer = Transfer::Noted(position);
+        }
+    }
+
+    /// The follower gets entries from the log, the last acknowledged one at `matched`. If that is
+    /// behind its snapshot, or it doesn't need one any more, there is nothing more to do.
+    pub fn replicates(&mut self, replica: ReplicaId, matched: Index) {
+        if self.transfers.get(&replica).is_some_and(|transfer| transfer.held().is_none_or(|at| at <= matched))
+        {
+            self.transfers.remove(&replica);
+        }
     }
 
     /// The position from which raft may go on with `replica`.

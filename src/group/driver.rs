@@ -629,13 +629,11 @@ impl<T> Group<T> {
         if !self.leads() {
             return;
         }
-        let first = self.raft.store().truncated().index + 1;
         for (id, progress) in self.raft.raft.prs().iter() {
             let id = ReplicaId(*id);
             self.catch_up.observe(id, progress.recent_active || id == self.replica, self.ticks);
-            // It has come so far by itself, or by a snapshot that raft has been told of.
-            if progress.state == ProgressState::Replicate && progress.next_idx >= first {
-                self.catch_up.forget(id);
+            if progress.state == ProgressState::Replicate {
+                self.catch_up.replicates(id, progress.matched);
             }
         }
         self.raft.mut_store().set_snapshots(self.catch_up.offered());
@@ -666,7 +664,7 @@ impl<T> Group<T> {
         }
         for to in noted {
             self.raft.report_snapshot(to, SnapshotStatus::Finish);
-            self.catch_up.forget(ReplicaId(to));
+            self.catch_up.noted(ReplicaId(to));
         }
         self.raft.mut_store().set_snapshots(self.catch_up.offered());
     }

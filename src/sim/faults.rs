@@ -71,8 +71,17 @@ impl Faults {
 
     /// Their names, in the order of the fields.
     pub const NAMES: [&'static str; 11] = [
-        "messages", "partitions", "crashes", "power", "pauses", "transfers", "slow-disks", "memory", "replicas",
-        "campaigns", "drift",
+        "messages",
+        "partitions",
+        "crashes",
+        "power",
+        "pauses",
+        "transfers",
+        "slow-disks",
+        "memory",
+        "replicas",
+        "campaigns",
+        "drift",
     ];
 
     fn switch(&mut self, name: &str) -> Option<&mut bool> {

@@ -24,7 +24,7 @@ use crate::group::types::SnapshotWanted;
 use crate::ids::{Epoch, NodeId, Position, ReplicaId, Term};
 use crate::placement::map::Member;
 use crate::storage::engine::{Engine, Mutation};
-use crate::storage::log::{Install, LogStore};
+use crate::storage::log::Install;
 use crate::storage::state::StateHeader;
 use crate::storage::{StorageError, keys};
 
@@ -87,7 +87,9 @@ impl World {
     }
 
     fn later(&mut self, id: NodeId, replica_id: ReplicaId, delay: Time, event: SnapshotEvent) {
-        let Some(incarnation) = self.replica(id, replica_id).map(|replica| replica.incarnation) else { return };
+        let Some(incarnation) = self.replica(id, replica_id).map(|replica| replica.incarnation) else {
+            return;
+        };
         let event = NodeEvent::Replica(replica_id, incarnation, ReplicaEvent::Snapshot(event));
         self.clock.after(delay, Event::Node(id, event));
     }
@@ -117,7 +119,8 @@ impl World {
         let Some(generation) = node.record(replica_id).map(|record| record.generation) else { return Ok(()) };
         let image = image(&*node.disk.engine, replica_id, generation).map_err(failed)?;
         let image = image.ok_or_else(|| Violation::new("snapshots", "of a state that was never flushed"))?;
-        let made = node.replica_mut(replica_id).is_some_and(|r| r.group.snapshot_made(wanted.to, image.position));
+        let made =
+            node.replica_mut(replica_id).is_some_and(|r| r.group.snapshot_made(wanted.to, image.position));
         if !made {
             self.count("snapshots given up");
             return Ok(());
@@ -139,7 +142,8 @@ impl World {
         let Some(number) = node.process_number() else { return Ok(()) };
         match event {
             InstallEvent::Arrived(route, image) => {
-                let needed = node.replica(route.to).is_some_and(|r| r.group.status().applied < image.position.index);
+                let needed =
+                    node.replica(route.to).is_some_and(|r| r.group.status().applied < image.position.index);
                 if !needed || node.installing.contains(&route.to) {
                     let installed = !needed;
                     self.report(route, installed);
@@ -147,18 +151,24 @@ impl World {
                 }
                 node.installing.insert(route.to);
                 // What an earlier attempt has left would mix with it.
-                let Some(generation) = node.record(route.to).map(|record| record.generation) else { return Ok(()) };
+                let Some(generation) = node.record(route.to).map(|record| record.generation) else {
+                    return Ok(());
+                };
                 node.disk.sweep(route.to, generation).map_err(failed)?;
                 self.install_later(id, InstallEvent::Loaded(number, route, image, 0));
                 Ok(())
             }
-            InstallEvent::Loaded(process, ..) | InstallEvent::Switch(process, ..) | InstallEvent::Sweep(process, _)
+            InstallEvent::Loaded(process, ..)
+            | InstallEvent::Switch(process, ..)
+            | InstallEvent::Sweep(process, _)
                 if process != number =>
             {
                 Ok(())
             }
             InstallEvent::Loaded(_, route, image, count) => {
-                let Some(generation) = node.record(route.to).map(|record| record.generation + 1) else { return Ok(()) };
+                let Some(generation) = node.record(route.to).map(|record| record.generation + 1) else {
+                    return Ok(());
+                };
                 let rest = image.records.get(count..).unwrap_or_default();
                 let batch: Vec<Mutation> = (rest.iter().take(1 + self.dice.below(4)))
                     .map(|(key, value)| (keys::from_local(route.to, generation, key), Some(value.clone())))
@@ -181,7 +191,9 @@ impl World {
                     self.install_later(id, InstallEvent::Switch(number, route, image));
                     return Ok(());
                 }
-                let Some(generation) = node.record(route.to).map(|record| record.generation + 1) else { return Ok(()) };
+                let Some(generation) = node.record(route.to).map(|record| record.generation + 1) else {
+                    return Ok(());
+                };
                 let install = Install {
                     generation,
                     position: image.position,
@@ -211,7 +223,9 @@ impl World {
                 self.open(id, route.to)
             }
             InstallEvent::Sweep(_, replica) => {
-                let Some(generation) = node.record(replica).map(|record| record.generation) else { return Ok(()) };
+                let Some(generation) = node.record(replica).map(|record| record.generation) else {
+                    return Ok(());
+                };
                 if !node.installing.contains(&replica) {
                     node.disk.sweep(replica, generation).map_err(failed)?;
                 }

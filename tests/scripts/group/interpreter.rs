@@ -56,6 +56,9 @@ const KEEP_ALL: u64 = u64::MAX;
 /// Rounds after which a group that doesn't come to rest is a mistake.
 const SETTLE_ROUNDS_MAX: usize = 100;
 
+/// What a snapshot holds, under keys that name no replica.
+type Records = Vec<(Vec<u8>, bytes::Bytes)>;
+
 /// The group of one script.
 #[derive(Default)]
 pub struct Groups {
@@ -77,8 +80,8 @@ struct Node {
     group: Option<Group<u64>>,
     writes: VecDeque<NumberedWrite>,
     fetch: Option<Fetch>,
-    /// A snapshot that it was asked for, and once it is made, its position.
-    snapshot: Option<(SnapshotWanted, Option<Position>)>,
+    /// A snapshot that it was asked for, and once it is made, its position and records.
+    snapshot: Option<(SnapshotWanted, Option<(Position, Records)>)>,
     /// Of its state's keys.
     generation: u32,
     /// Up to where its state is durable.
@@ -364,7 +367,14 @@ impl Groups {
         let Some((wanted, made)) = &mut node.snapshot else {
             return Err(format!("node {id} was asked for no snapshot"));
         };
-        *made = Some(at);
+        let mut records = Records::new();
+        let (from, end) = keys::generation_range(ReplicaId(id), node.generation);
+        let scanned = node.engine.scan(Bound::Included(&from), &end, &mut |key, value| {
+            records.extend(keys::local_key(key).map(|local| (local.to_vec(), value)));
+            true
+        });
+        scanned.map_err(|e| e.to_string())?;
+        *made = Some((at, records));
         let to = wanted.to;
         if self.group(id)?.snapshot_made(to, at) {
             return Ok(format!("{id}: snapshot for {to} at {} of term {}", at.index, at.term));
@@ -377,23 +387,16 @@ impl Groups {
     /// replica is opened anew.
     fn bring(&mut self, id: u64, lost: bool) -> Result<String, String> {
         let node = self.node(id)?;
-        let Some((wanted, Some(position))) = node.snapshot.take() else {
+        let Some((wanted, Some((position, records)))) = node.snapshot.take() else {
             return Err(format!("node {id} has made no snapshot"));
         };
         let to = wanted.to;
         let mut output = String::new();
         if !lost {
-            let mut records = Vec::new();
-            let (from, end) = keys::generation_range(ReplicaId(id), node.generation);
-            let scanned = node.engine.scan(Bound::Included(&from), &end, &mut |key, value| {
-                records.push((keys::local_key(key).map(<[u8]>::to_vec), value));
-                true
-            });
-            scanned.map_err(|e| e.to_string())?;
             let target = self.node(to.0)?;
             let generation = target.generation + 1;
             let batch: Vec<_> = (records.into_iter())
-                .filter_map(|(local, value)| Some((keys::from_local(to, generation, &local?), Some(value))))
+                .map(|(local, value)| (keys::from_local(to, generation, &local), Some(value)))
                 .collect();
             target.engine.write(&batch).and_then(|()| target.engine.sync()).map_err(|e| e.to_string())?;
             let (epoch, members) = (Epoch { range: 1, conf: 1 }, Groups::members(3));
