@@ -51,6 +51,8 @@ pub const READ_ROUNDS_MAX: usize = 1;
 pub const WRITES_IN_FLIGHT_MAX: usize = 4;
 /// Bytes of committed entries taken from raft in one pass, so that one group can't hold its thread.
 pub const APPLY_PASS_BYTES: u64 = MIB as u64;
+/// Bytes of log that a replica has yet to apply, above which it begins no election.
+pub const CAMPAIGN_BACKLOG_BYTES_MAX: u64 = 16 * MIB as u64;
 /// Bytes of recent log entries a group keeps in memory beyond those it must.
 pub const ENTRY_CACHE_BYTES: usize = 2 * MIB;
 

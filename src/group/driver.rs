@@ -65,8 +65,8 @@ struct Unpersisted {
     ready: u64,
     /// The write that must be durable; of a ready without one, that of the ready before it.
     write: u64,
-    /// The last entry of the ready.
-    last: Option<Position>,
+    /// The first and the last entry of the ready.
+    entries: Option<(Index, Position)>,
     /// What may leave after that: a vote or an acknowledgement promises what is on disk.
     pub(super) messages: Vec<Message>,
 }
@@ -192,7 +192,7 @@ impl<T> Group<T> {
     /// Time: one tick has passed.
     pub fn tick(&mut self) {
         self.ticks += 1;
-        if self.recovering() {
+        if self.recovering() || (self.backlogged() && !self.leads()) {
             return;
         }
         self.raft.tick();
@@ -215,6 +215,9 @@ impl<T> Group<T> {
         let safe_index = message.safe_index;
         let message = message.message;
         if message.to != self.replica.0 || self.recovering() {
+            return Ok(());
+        }
+        if message.get_msg_type() == MessageType::MsgTimeoutNow && self.backlogged() {
             return Ok(());
         }
         if let Err(reason) = self.check(&message) {
@@ -270,10 +273,19 @@ impl<T> Group<T> {
             let Some(unpersisted) = self.unpersisted.pop_front() else {
                 break;
             };
-            if let Some(last) = unpersisted.last {
-                self.raft.mut_store().set_persisted(last);
+            // Entries that a write under way replaces must not be counted as durable: those that replace
+            // them may bear the same terms again, and would be taken for them.
+            let replaced = unpersisted.entries.is_some_and(|(_, last)| {
+                let later = self.unpersisted.iter().filter_map(|u| u.entries);
+                later.into_iter().any(|(first, _)| first <= last.index)
+            });
+            if !replaced {
+                if let Some((_, last)) = unpersisted.entries {
+                    self.raft.mut_store().set_persisted(last);
+                }
+                // Covers those of the readies before it that were passed over.
+                self.raft.on_persist_ready(unpersisted.ready);
             }
-            self.raft.on_persist_ready(unpersisted.ready);
             self.messages.extend(unpersisted.messages);
         }
     }
@@ -295,7 +307,7 @@ impl<T> Group<T> {
 
     /// Begins an election now, rather than after a timeout; for a new group's first leader.
     pub fn campaign(&mut self) -> Result<(), GroupError> {
-        if !self.recovering() {
+        if !self.recovering() && !self.backlogged() {
             self.raft.campaign()?;
         }
         Ok(())
@@ -430,7 +442,8 @@ impl<T> Group<T> {
         }
         let committed = ready.take_committed_entries();
         let entries = ready.take_entries();
-        let last = entries.last().map(|e| Position { index: e.index, term: e.term });
+        let ends = entries.first().zip(entries.last());
+        let ends = ends.map(|(first, last)| (first.index, Position { index: last.index, term: last.term }));
         self.raft.mut_store().append(&entries);
         let number = ready.number();
         let messages = ready.take_persisted_messages();
@@ -447,7 +460,12 @@ impl<T> Group<T> {
         self.raft.advance_append_async(ready);
         self.conclude_snapshots();
         if write.is_some() || !self.unpersisted.is_empty() {
-            self.unpersisted.push_back(Unpersisted { ready: number, write: self.writes, last, messages });
+            self.unpersisted.push_back(Unpersisted {
+                ready: number,
+                write: self.writes,
+                entries: ends,
+                messages,
+            });
         } else {
             self.raft.on_persist_ready(number);
             self.messages.extend(messages);
@@ -463,6 +481,9 @@ impl<T> Group<T> {
             self.handed = last.index;
         }
         if self.apply_paused {
+            // What is durable can be read again: a follower goes on accepting entries meanwhile, and memory
+            // is what is short.
+            self.raft.mut_store().trim_cache(Index::MAX);
             return Ok(());
         }
         let entries = if caught_up {
@@ -694,6 +715,13 @@ impl<T> Group<T> {
         self.applied() < self.recover_to
     }
 
+    /// So much is committed and not applied that this replica begins no election: as a leader it
+    /// could serve nobody for long, and raft-rs would read all of that at once, looking for
+    /// changes of membership in it.
+    fn backlogged(&self) -> bool {
+        self.raft.store().bytes_behind(self.applied()) > limits::CAMPAIGN_BACKLOG_BYTES_MAX
+    }
+
     /// The shard's epoch, as applied here.
     pub fn epoch(&self) -> Epoch {
         self.state.header().epoch
@@ -777,3 +805,7 @@ fn busy(what: &'static str) -> Refusal {
 fn damaged(replica: ReplicaId, detail: String) -> GroupError {
     StorageError::Damaged { what: format!("replica {replica}"), detail }.into()
 }
+
+#[cfg(test)]
+#[path = "driver_tests.rs"]
+mod tests;

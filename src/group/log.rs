@@ -123,6 +123,13 @@ impl GroupLog {
         }
     }
 
+    /// Bytes of the entries behind `index`, told by marks, so a little more.
+    pub fn bytes_behind(&self, index: Index) -> u64 {
+        let before = self.marks.partition_point(|&(at, _)| at <= index);
+        let at = before.checked_sub(1).and_then(|mark| self.marks.get(mark)).map_or(0, |&(_, at)| at);
+        self.appended_bytes - at
+    }
+
     fn truncate_suffix(&mut self, from: Index) {
         while self.cache.back().is_some_and(|e| e.index >= from) {
             if let Some(entry) = self.cache.pop_back() {
@@ -152,6 +159,12 @@ impl GroupLog {
         if position.index > self.persisted && self.term_at(position.index) == Some(position.term) {
             self.persisted = position.index;
         }
+    }
+
+    /// Bytes of the entries in memory.
+    #[cfg(test)]
+    pub fn cache_bytes(&self) -> usize {
+        self.cache_bytes
     }
 
     /// Forgets cached entries that are durable and applied, oldest first, beyond the cache's bound.

@@ -32,9 +32,11 @@ impl<T> Group<T> {
                 Ok(())
             }
             MessageType::MsgSnapshot => Err("snapshots travel on a lane of their own"),
-            MessageType::MsgReadIndex | MessageType::MsgReadIndexResp | MessageType::MsgPropose => {
-                Err("requests are not forwarded between replicas")
-            }
+            // A follower would send these on to its leader; raft-rs panics on one that has a term.
+            MessageType::MsgReadIndex
+            | MessageType::MsgReadIndexResp
+            | MessageType::MsgPropose
+            | MessageType::MsgTransferLeader => Err("requests are not forwarded between replicas"),
             _ => Ok(()),
         }
     }
