@@ -91,16 +91,15 @@ impl Follower {
     }
 }
 
-/// An append of the leader `from`: entries of the terms given, after entry `after`, all committed.
-fn append(from: u64, term: Term, after: Position, terms: &[Term], bytes: usize) -> Message {
+/// An append of the leader `from`: entries of the terms given, after entry `after`, committed up to `commit`.
+fn append(from: u64, term: Term, after: Position, terms: &[Term], commit: Index, bytes: usize) -> Message {
     let mut message =
-        Message { from, to: 3, term, index: after.index, log_term: after.term, ..Message::default() };
+        Message { from, to: 3, term, index: after.index, log_term: after.term, commit, ..Message::default() };
     message.set_msg_type(MessageType::MsgAppend);
     for (index, term) in (after.index + 1..).zip(terms) {
         let command = KvCommand::Put { key: "k".into(), value: vec![0; bytes].into() };
         let data = encode_entry(&[Command::Kv(command)]).into();
         message.entries.push(Entry { index, term: *term, data, ..Entry::default() });
-        message.commit = index;
     }
     message
 }
@@ -108,7 +107,7 @@ fn append(from: u64, term: Term, after: Position, terms: &[Term], bytes: usize) 
 #[test]
 fn a_request_that_a_follower_would_forward_is_dropped() {
     let mut follower = Follower::new();
-    follower.step(append(1, 6, GROUP_START, &[6], 1));
+    follower.step(append(1, 6, GROUP_START, &[6], 6, 1));
     let mut message = Message { from: 2, to: 3, term: 6, ..Message::default() };
     message.set_msg_type(MessageType::MsgTransferLeader);
     // raft-rs panics on it, in a follower that knows its leader.
@@ -120,9 +119,9 @@ fn a_request_that_a_follower_would_forward_is_dropped() {
 fn the_acknowledgement_of_a_replaced_write_counts_for_nothing() {
     let mut follower = Follower::new();
     // Three leaders one after the other, while the log writer is busy; the last has the first one's entries.
-    follower.step(append(1, 6, GROUP_START, &[6, 6, 6], 1));
-    follower.step(append(2, 7, GROUP_START, &[7], 1));
-    follower.step(append(1, 8, GROUP_START, &[6, 6, 6], 1));
+    follower.step(append(1, 6, GROUP_START, &[6, 6, 6], 0, 1));
+    follower.step(append(2, 7, GROUP_START, &[7], 0, 1));
+    follower.step(append(1, 8, GROUP_START, &[6, 6, 6], 8, 1));
     follower.persist();
     // What is on disk now is about to be overwritten: entry 6 of term 7, and nothing behind it.
     assert_eq!(follower.applied(), GROUP_START.index);
@@ -140,7 +139,7 @@ fn a_follower_that_does_not_apply_keeps_neither_its_backlog_in_memory_nor_an_ele
     let mib = 1024 * 1024;
     let count = 4 + limits::CAMPAIGN_BACKLOG_BYTES_MAX as usize / mib;
     for _ in 0..count {
-        follower.step(append(1, 6, after, &[6], mib));
+        follower.step(append(1, 6, after, &[6], after.index + 1, mib));
         after = Position { index: after.index + 1, term: 6 };
         follower.persist();
     }
