@@ -83,8 +83,8 @@ pub type ClusterId = RandomId;
 /// Identity of a node's data directory, drawn when it is made.
 pub type StoreId = RandomId;
 
-/// Identity of a snapshot file, drawn when it is made: what was received of it under that name is a
-/// part of it, whatever connection brought it.
+/// Identity of a snapshot file, drawn when it is begun: what a receiver has of one stream never goes
+/// on with another.
 pub type StreamId = RandomId;
 
 impl RandomId {

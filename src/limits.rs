@@ -51,6 +51,8 @@ pub const READ_ROUNDS_MAX: usize = 1;
 pub const WRITES_IN_FLIGHT_MAX: usize = 4;
 /// Bytes of committed entries taken from raft in one pass, so that one group can't hold its thread.
 pub const APPLY_PASS_BYTES: u64 = MIB as u64;
+/// Bytes of log that a replica has yet to apply, above which it begins no election.
+pub const CAMPAIGN_BACKLOG_BYTES_MAX: u64 = 16 * MIB as u64;
 /// Bytes of recent log entries a group keeps in memory beyond those it must.
 pub const ENTRY_CACHE_BYTES: usize = 2 * MIB;
 
@@ -78,6 +80,17 @@ pub const FLUSH_BATCH_KEYS: usize = 256;
 /// A flush batch is closed at this many bytes of keys and values.
 pub const FLUSH_BATCH_BYTES: usize = 64 * KIB;
 
+/// Bytes of records in one block of a snapshot file, which has one checksum.
+pub const SNAPSHOT_BLOCK_BYTES: usize = 256 * KIB;
+/// A snapshot file that is being written is synced each time so many bytes were added, so that no
+/// sync of the log waits behind one of gigabytes.
+pub const SNAPSHOT_SYNC_BYTES: u64 = 8 * MIB as u64;
+/// Bytes of redo files that are kept for one snapshot which is being made; above, it is given up: the
+/// shard is written faster than it is read.
+pub const SNAPSHOT_REDO_BYTES_MAX: u64 = 8 * 1024 * MIB as u64;
+/// Bytes of all snapshot files of a node, made and received; above, no more is made or received.
+pub const SNAPSHOT_FILES_BYTES_MAX: u64 = 256 * 1024 * MIB as u64;
+
 /// Connections a node accepts on its client port; more wait in the listen queue.
 pub const CLIENT_CONNECTIONS_MAX: usize = 4096;
 /// Connections a node accepts on its peer port.
@@ -87,6 +100,16 @@ pub const PEER_CONNECTIONS_MAX: usize = 1024;
 pub const SCAN_PAIRS_MAX: usize = 1000;
 /// Bytes in one page of a scan; a page always has at least one pair.
 pub const SCAN_BYTES_MAX: usize = MIB;
+
+/// Ticks without an answer after which a follower counts as dead: less log is kept for it.
+pub const FOLLOWER_DEAD_TICKS: u64 = 100;
+/// Bytes of log that are kept behind a snapshot under way, at least, however little is kept otherwise.
+pub const SNAPSHOT_LOG_BYTES_MIN: u64 = MIB as u64;
+/// Ticks after a failed snapshot before the next is made for the same follower.
+pub const SNAPSHOT_RETRY_TICKS: u64 = 20;
+/// Ticks for which less log is kept after the node has found its log too large. Longer than the time
+/// between two such looks ([`LOG_PURGE_MS`]).
+pub const LOG_PRESSED_TICKS: u64 = 150;
 
 /// Length of a raft tick in milliseconds.
 pub const TICK_MS: u64 = 100;
@@ -237,6 +260,7 @@ pub const CLIENT_DRAIN_MS_MAX: u64 = 1_500;
 
 // value ≤ entry ≤ append message ≤ frame ≤ traversal limit.
 const _: () = assert!(KEY_BYTES_MAX + VALUE_BYTES_MAX <= ENTRY_BYTES_MAX);
+const _: () = assert!(SNAPSHOT_REDO_BYTES_MAX <= SNAPSHOT_FILES_BYTES_MAX);
 const _: () = assert!(ENTRY_TARGET_BYTES <= ENTRY_BYTES_MAX);
 const _: () = assert!(ENTRY_BYTES_MAX + APPEND_TARGET_BYTES <= FRAME_BYTES_MAX);
 // A frame is closed once it has reached its target, so it may exceed that by one message.
@@ -257,6 +281,9 @@ const _: () = assert!(FRAME_BYTES_MAX <= OUTBOX_BYTES_MAX);
 const _: () = assert!(ENTRY_BYTES_MAX <= UNCOMMITTED_BYTES_MAX);
 const _: () = assert!(BATCH_OPERATIONS_MAX <= REPLICA_PENDING_MAX);
 const _: () = assert!(IMPORT_BATCH_PAIRS <= BATCH_OPERATIONS_MAX);
+const _: () = assert!(LOG_PRESSED_TICKS * TICK_MS > LOG_PURGE_MS);
+// Check-quorum clears raft's own mark of who answered once per election timeout.
+const _: () = assert!(FOLLOWER_DEAD_TICKS > 2 * ELECTION_TICKS_MAX as u64);
 const _: () = assert!(HEARTBEAT_TICKS * 2 < ELECTION_TICKS_MIN);
 const _: () = assert!(ELECTION_TICKS_MIN < ELECTION_TICKS_MAX);
 // Distinct election windows, one tick wide, for all replicas of a group.

@@ -388,6 +388,7 @@ fn the_defaults_are_those_of_the_reference() {
         ("memtable_bytes", "\"64MiB\""),
         ("log_file_bytes", "\"32MiB\""),
         ("log_bytes", "\"256MiB\""),
+        ("log_keep_bytes", "\"8MiB\""),
         ("log_spare_files", "2"),
         ("level", "\"info\""),
     ] {
@@ -465,6 +466,7 @@ fn settings() -> impl Strategy<Value = Settings> {
             settings.storage.memtable_bytes = storage.1;
             settings.storage.log_file_bytes = storage.2;
             settings.storage.log_bytes = storage.2 * storage.3;
+            settings.storage.log_keep_bytes = storage.2;
             settings.storage.log_spare_files = storage.4;
             settings
         },

@@ -57,7 +57,18 @@ fn seeds_show_no_violation() {
         return; // Too few seeds for what follows.
     }
     // A simulation in which nothing happens shows nothing.
-    for what in ["answered", "unknown", "crashes", "partitions", "fetches", "flushes", "compactions"] {
+    let expected = [
+        "answered",
+        "unknown",
+        "crashes",
+        "partitions",
+        "fetches",
+        "flushes",
+        "compactions",
+        "snapshots installed",
+        "snapshots not needed",
+    ];
+    for what in expected {
         assert!(totals.get(what).is_some_and(|count| *count > 0), "no {what}: {totals:?}");
     }
     assert_eq!(undecided, 0, "histories too long for the check of linearizability");
@@ -97,6 +108,7 @@ fn is_caught(planted: Planted, faults: Faults, seeds_max: u64, among: &[&str]) {
             nodes: 3,
             shards: 3,
             replicas: 3,
+            retention: if planted == Planted::InstallUnsynced { 0 } else { u64::MAX },
             faults,
             planted: Some(planted),
             ..SimOptions::of_seed(seed)
@@ -133,6 +145,11 @@ fn reads_that_skip_the_quorum_are_caught() {
 #[test]
 fn a_log_that_is_compacted_before_the_flush_is_durable_is_caught() {
     is_caught(Planted::CompactEarly, CRASHES, 60, &["open"]);
+}
+
+#[test]
+fn a_snapshot_installed_before_it_is_durable_is_caught() {
+    is_caught(Planted::InstallUnsynced, CRASHES, 200, &["state", "open"]);
 }
 
 #[test]

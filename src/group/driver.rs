@@ -5,13 +5,16 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use raft::eraftpb::{Entry, EntryType, Message, MessageType};
-use raft::{Config, GetEntriesContext, RawNode, StateRole};
+use raft::{Config, GetEntriesContext, ProgressState, RawNode, SnapshotStatus, StateRole};
 
+use super::catch_up::{CatchUp, Retention};
 use super::election;
 use super::log::GroupLog;
 use super::proposals::Proposals;
 use super::reads::Reads;
-use super::types::{Effects, Fetch, GroupStatus, LeaderChange, NumberedWrite, Operation, Output};
+use super::types::{
+    Effects, Fetch, GroupStatus, LeaderChange, NumberedWrite, Operation, Output, SnapshotWanted,
+};
 use crate::codec::GroupMessage;
 use crate::ids::{Epoch, Incarnation, Index, NodeId, Position, ReplicaId, ShardId, Term};
 use crate::limits;
@@ -51,6 +54,8 @@ pub struct GroupOptions {
     pub replica: ReplicaId,
     /// Which start of the replica this is.
     pub incarnation: Incarnation,
+    /// What is kept of the log for followers that lag.
+    pub retention: Retention,
     /// Where raft-rs logs.
     pub logger: slog::Logger,
 }
@@ -60,21 +65,21 @@ struct Unpersisted {
     ready: u64,
     /// The write that must be durable; of a ready without one, that of the ready before it.
     write: u64,
-    /// The last entry of the ready.
-    last: Option<Position>,
+    /// The first and the last entry of the ready.
+    entries: Option<(Index, Position)>,
     /// What may leave after that: a vote or an acknowledgement promises what is on disk.
-    messages: Vec<Message>,
+    pub(super) messages: Vec<Message>,
 }
 
 /// One replica of a shard. `T` is the caller's token for an operation: handed in by
 /// [`Group::submit`], handed back once with the result.
 pub struct Group<T> {
-    shard: ShardId,
+    pub(super) shard: ShardId,
     machine: MachineKind,
     replica: ReplicaId,
     incarnation: Incarnation,
-    raft: RawNode<GroupLog>,
-    state: ReplicaState,
+    pub(super) raft: RawNode<GroupLog>,
+    pub(super) state: ReplicaState,
     /// Commands not yet proposed.
     queued: VecDeque<(T, Command)>,
     proposals: Proposals<T>,
@@ -95,7 +100,8 @@ pub struct Group<T> {
     timeout: (Term, usize),
     /// As told by the leader.
     safe_index: Index,
-    messages: Vec<Message>,
+    catch_up: CatchUp,
+    pub(super) messages: Vec<Message>,
     done: Vec<(T, Result<Output, Refusal>)>,
 }
 
@@ -149,7 +155,8 @@ impl<T> Group<T> {
             max_committed_size_per_ready: limits::APPLY_PASS_BYTES,
             ..Config::default()
         };
-        let log = GroupLog::new(options.replica, store, log, state.header().conf_state.clone());
+        let conf_state = state.header().conf_state.clone();
+        let log = GroupLog::new(options.replica, store, log, conf_state, options.retention.mark_bytes());
         let raft = RawNode::new(&config, log, &options.logger)?;
         let mut group = Group {
             shard: options.shard,
@@ -172,6 +179,7 @@ impl<T> Group<T> {
             stepped_down: None,
             timeout: (Term::MAX, 0),
             safe_index: 0,
+            catch_up: CatchUp::new(options.retention),
             messages: Vec::new(),
             done: Vec::new(),
         };
@@ -184,11 +192,12 @@ impl<T> Group<T> {
     /// Time: one tick has passed.
     pub fn tick(&mut self) {
         self.ticks += 1;
-        if self.recovering() {
+        if self.recovering() || (self.backlogged() && !self.leads()) {
             return;
         }
         self.raft.tick();
         self.draw_timeout();
+        self.observe_followers();
         if self.stepped_down.is_some_and(|at| self.ticks - at > UNDECIDED_TICKS_MAX) {
             self.stepped_down = None;
             // Elected again, it decides what is older itself, with its first entry; what it has
@@ -206,6 +215,9 @@ impl<T> Group<T> {
         let safe_index = message.safe_index;
         let message = message.message;
         if message.to != self.replica.0 || self.recovering() {
+            return Ok(());
+        }
+        if message.get_msg_type() == MessageType::MsgTimeoutNow && self.backlogged() {
             return Ok(());
         }
         if let Err(reason) = self.check(&message) {
@@ -226,36 +238,6 @@ impl<T> Group<T> {
         }
         self.draw_timeout();
         Ok(())
-    }
-
-    /// What raft-rs would panic on, were it true.
-    fn check(&self, message: &Message) -> Result<(), &'static str> {
-        let log = &self.raft.raft.raft_log;
-        match message.get_msg_type() {
-            // A leader of the past may well be of another opinion. Raft tells it of the present term.
-            MessageType::MsgHeartbeat | MessageType::MsgAppend if message.term < self.raft.raft.term => {
-                Ok(())
-            }
-            MessageType::MsgHeartbeat if message.commit > log.last_index() => {
-                Err("a leader counts on entries that this log has lost")
-            }
-            MessageType::MsgAppend => {
-                let committed = message.entries.iter().take_while(|e| e.index <= log.committed);
-                for entry in committed {
-                    // Raft's own view: the store may still hold what an unstable entry has replaced.
-                    // Compacted entries (term 0 or an error) can't be compared; raft-rs answers those.
-                    if log.term(entry.index).is_ok_and(|term| term != 0 && term != entry.term) {
-                        return Err("a leader's entries contradict what is committed here");
-                    }
-                }
-                Ok(())
-            }
-            MessageType::MsgSnapshot => Err("snapshots are not taken"),
-            MessageType::MsgReadIndex | MessageType::MsgReadIndexResp | MessageType::MsgPropose => {
-                Err("requests are not forwarded between replicas")
-            }
-            _ => Ok(()),
-        }
     }
 
     /// Asks for an operation. Its end comes with `token` in the effects of this or a later pump.
@@ -291,10 +273,19 @@ impl<T> Group<T> {
             let Some(unpersisted) = self.unpersisted.pop_front() else {
                 break;
             };
-            if let Some(last) = unpersisted.last {
-                self.raft.mut_store().set_persisted(last);
+            // Entries that a write under way replaces must not be counted as durable: those that replace
+            // them may bear the same terms again, and would be taken for them.
+            let replaced = unpersisted.entries.is_some_and(|(_, last)| {
+                let later = self.unpersisted.iter().filter_map(|u| u.entries);
+                later.into_iter().any(|(first, _)| first <= last.index)
+            });
+            if !replaced {
+                if let Some((_, last)) = unpersisted.entries {
+                    self.raft.mut_store().set_persisted(last);
+                }
+                // Covers those of the readies before it that were passed over.
+                self.raft.on_persist_ready(unpersisted.ready);
             }
-            self.raft.on_persist_ready(unpersisted.ready);
             self.messages.extend(unpersisted.messages);
         }
     }
@@ -316,7 +307,7 @@ impl<T> Group<T> {
 
     /// Begins an election now, rather than after a timeout; for a new group's first leader.
     pub fn campaign(&mut self) -> Result<(), GroupError> {
-        if !self.recovering() {
+        if !self.recovering() && !self.backlogged() {
             self.raft.campaign()?;
         }
         Ok(())
@@ -360,6 +351,7 @@ impl<T> Group<T> {
             done: Vec::new(),
             reads: Vec::new(),
             fetch: None,
+            snapshot: None,
             leader: None,
             more: false,
         };
@@ -377,6 +369,7 @@ impl<T> Group<T> {
         // was committed: there may be no other input that would start their round.
         self.start_read_round();
         effects.fetch = self.start_fetch();
+        effects.snapshot = self.want_snapshot();
         self.route_messages(&mut effects);
         effects.done = std::mem::take(&mut self.done);
         effects.more = self.raft.has_ready() || (!self.apply_paused && self.handed > self.applied());
@@ -449,7 +442,8 @@ impl<T> Group<T> {
         }
         let committed = ready.take_committed_entries();
         let entries = ready.take_entries();
-        let last = entries.last().map(|e| Position { index: e.index, term: e.term });
+        let ends = entries.first().zip(entries.last());
+        let ends = ends.map(|(first, last)| (first.index, Position { index: last.index, term: last.term }));
         self.raft.mut_store().append(&entries);
         let number = ready.number();
         let messages = ready.take_persisted_messages();
@@ -464,8 +458,14 @@ impl<T> Group<T> {
             }
         });
         self.raft.advance_append_async(ready);
+        self.conclude_snapshots();
         if write.is_some() || !self.unpersisted.is_empty() {
-            self.unpersisted.push_back(Unpersisted { ready: number, write: self.writes, last, messages });
+            self.unpersisted.push_back(Unpersisted {
+                ready: number,
+                write: self.writes,
+                entries: ends,
+                messages,
+            });
         } else {
             self.raft.on_persist_ready(number);
             self.messages.extend(messages);
@@ -481,6 +481,9 @@ impl<T> Group<T> {
             self.handed = last.index;
         }
         if self.apply_paused {
+            // What is durable can be read again: a follower goes on accepting entries meanwhile, and memory
+            // is what is short.
+            self.raft.mut_store().trim_cache(Index::MAX);
             return Ok(());
         }
         let entries = if caught_up {
@@ -549,6 +552,7 @@ impl<T> Group<T> {
                 }
             }
             self.leader = now;
+            self.catch_up.reset();
             effects.leader = Some(now);
         }
         let waiting = !self.queued.is_empty() || !self.reads.is_empty();
@@ -590,31 +594,6 @@ impl<T> Group<T> {
         Some(fetch)
     }
 
-    fn route_messages(&mut self, effects: &mut Effects<T>) {
-        if self.messages.is_empty() {
-            return;
-        }
-        let safe_index = self.safe_index();
-        let epoch = self.epoch();
-        let members = &self.state.header().members;
-        let leads_term = self.leads().then_some(self.raft.raft.term);
-        for mut message in self.messages.drain(..) {
-            let to = ReplicaId(message.to);
-            if !mend_append(&mut message, leads_term, self.raft.store()) {
-                continue;
-            }
-            match members.iter().find(|m| m.replica == to) {
-                Some(member) => {
-                    let message = GroupMessage { shard: self.shard, epoch, safe_index, message };
-                    effects.messages.push((member.node, message));
-                }
-                None => {
-                    tracing::debug!(shard = %self.shard, to = %to, "no node for a raft message")
-                }
-            }
-        }
-    }
-
     // ------------------------------------------------------------------------- flush and compaction
 
     /// Freezes recent writes for a flush; `None` if there are none.
@@ -627,10 +606,11 @@ impl<T> Group<T> {
         self.state.release(index);
     }
 
-    /// Forgets log entries that every replica has and that are in the durable state up to
-    /// `flushed`. Returns the position up to which the shell must drop them from the store.
+    /// Forgets log entries that are in the durable state up to `flushed` and that no follower will be
+    /// sent any more ([`super::catch_up`]). Returns the position up to which the shell must drop them from
+    /// the store.
     pub fn compact(&mut self, flushed: Position) -> Option<Position> {
-        let index = flushed.index.min(self.safe_index());
+        let index = flushed.index.min(self.compactable());
         let log = self.raft.mut_store();
         if index <= log.truncated().index {
             return None;
@@ -640,13 +620,87 @@ impl<T> Group<T> {
         Some(to)
     }
 
-    /// The highest index that every replica of the group has on disk, as far as known.
-    fn safe_index(&self) -> Index {
+    /// The node's log is too large: for a while, less of it is kept for followers that lag.
+    pub fn press_log(&mut self) {
+        self.catch_up.press(self.ticks);
+    }
+
+    fn compactable(&self) -> Index {
+        if !self.leads() && self.catch_up.is_pressed(self.ticks) {
+            // Kept for the case that this replica leads next; a snapshot does as well.
+            return self.applied();
+        }
+        self.safe_index()
+    }
+
+    /// Up to which index no replica of the group will be sent entries any more, as far as known.
+    pub(super) fn safe_index(&self) -> Index {
         if self.leads() {
-            self.raft.raft.prs().iter().map(|(_, progress)| progress.matched).min().unwrap_or(0)
+            let progress = self.raft.raft.prs().iter();
+            let matched = progress.map(|(id, progress)| (ReplicaId(*id), progress.matched));
+            self.catch_up
+                .safe_index(matched, self.raft.store(), self.ticks)
+                .min(self.raft.raft.raft_log.committed)
         } else {
             self.safe_index
         }
+    }
+
+    fn observe_followers(&mut self) {
+        if !self.leads() {
+            return;
+        }
+        for (id, progress) in self.raft.raft.prs().iter() {
+            let id = ReplicaId(*id);
+            self.catch_up.observe(id, progress.recent_active || id == self.replica, self.ticks);
+            if progress.state == ProgressState::Replicate {
+                self.catch_up.replicates(id, progress.matched);
+            }
+        }
+        self.raft.mut_store().set_snapshots(self.catch_up.offered());
+    }
+
+    fn want_snapshot(&mut self) -> Option<SnapshotWanted> {
+        let asked = self.raft.mut_store().take_snapshots_wanted();
+        if !self.leads() {
+            return None;
+        }
+        // One at a time; raft asks again for the others.
+        asked.into_iter().find_map(|to| {
+            let node = self.node_of(to)?;
+            let wanted = self.catch_up.wanted(to, self.raft.store(), self.ticks);
+            wanted.then_some(SnapshotWanted { to, node, term: self.raft.raft.term })
+        })
+    }
+
+    /// raft has taken note of snapshots that are installed: it may go on behind them. Its own messages
+    /// about them don't leave ([`Group::route_messages`]).
+    fn conclude_snapshots(&mut self) {
+        let noted: Vec<u64> = (self.messages.iter())
+            .filter(|message| message.get_msg_type() == MessageType::MsgSnapshot)
+            .map(|message| message.to)
+            .collect();
+        if noted.is_empty() {
+            return;
+        }
+        for to in noted {
+            self.raft.report_snapshot(to, SnapshotStatus::Finish);
+            self.catch_up.noted(ReplicaId(to));
+        }
+        self.raft.mut_store().set_snapshots(self.catch_up.offered());
+    }
+
+    /// The snapshot for `to` is made, exact at `position`, and can be brought there. False: nobody
+    /// wants it any more (leadership has moved, or the log has gone on too far), and it can be dropped.
+    pub fn snapshot_made(&mut self, to: ReplicaId, position: Position) -> bool {
+        self.leads() && self.catch_up.made(to, position, self.raft.store())
+    }
+
+    /// The follower has installed the snapshot, or has no need of it; or that has failed, or can't be
+    /// told, and it is asked for anew if need be.
+    pub fn snapshot_done(&mut self, to: ReplicaId, installed: bool) {
+        self.catch_up.done(to, installed, self.raft.store(), self.ticks);
+        self.raft.mut_store().set_snapshots(self.catch_up.offered());
     }
 
     // ------------------------------------------------------------------------------------ queries
@@ -659,6 +713,13 @@ impl<T> Group<T> {
     /// Still re-applying what was committed before the start.
     pub fn recovering(&self) -> bool {
         self.applied() < self.recover_to
+    }
+
+    /// So much is committed and not applied that this replica begins no election: as a leader it
+    /// could serve nobody for long, and raft-rs would read all of that at once, looking for
+    /// changes of membership in it.
+    fn backlogged(&self) -> bool {
+        self.raft.store().bytes_behind(self.applied()) > limits::CAMPAIGN_BACKLOG_BYTES_MAX
     }
 
     /// The shard's epoch, as applied here.
@@ -737,29 +798,6 @@ impl<T> Group<T> {
     }
 }
 
-/// Makes an append say which entry its entries follow; false if that can't be told any more.
-///
-/// raft-rs 0.7.0 batches entries into an append that waits for the same follower. If that one is
-/// empty it doesn't look whether they follow on it, and after a rejection, or an acknowledgement
-/// that came out of order, they don't: the follower would panic, or the message be refused on its way
-/// and sent again only after a while.
-///
-/// Only the leader of the message's term still has the log that the entries are from.
-fn mend_append(message: &mut Message, leads_term: Option<Term>, log: &GroupLog) -> bool {
-    if message.get_msg_type() != MessageType::MsgAppend {
-        return true;
-    }
-    let Some(before) = message.entries.first().map(|first| first.index - 1) else { return true };
-    if before != message.index {
-        let Some(term) = log.term_at(before).filter(|_| leads_term == Some(message.term)) else {
-            return false;
-        };
-        message.index = before;
-        message.log_term = term;
-    }
-    true
-}
-
 fn busy(what: &'static str) -> Refusal {
     Refusal::Busy { what: what.into(), retry_after_ms: limits::BUSY_RETRY_MS }
 }
@@ -767,3 +805,7 @@ fn busy(what: &'static str) -> Refusal {
 fn damaged(replica: ReplicaId, detail: String) -> GroupError {
     StorageError::Damaged { what: format!("replica {replica}"), detail }.into()
 }
+
+#[cfg(test)]
+#[path = "driver_tests.rs"]
+mod tests;

@@ -9,7 +9,7 @@
 //! and end at `last`.
 
 use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
@@ -38,11 +38,21 @@ pub struct GroupLog {
     terms: Vec<(Index, Term)>,
     cache: VecDeque<Entry>,
     cache_bytes: usize,
+    /// Bytes of all entries appended since the log was opened, replaced ones left out.
+    appended_bytes: u64,
+    /// Bytes between two marks.
+    mark_bytes: u64,
+    /// Now and then an index, and `appended_bytes` before the entry that follows on it; ascending.
+    marks: VecDeque<(Index, u64)>,
     persisted: Index,
     /// A read that a follower needs and raft is told to wait for.
     wanted: RefCell<Option<(Fetch, GetEntriesContext)>>,
     /// What was fetched, until raft has asked for it again.
     fetched: RefCell<Vec<Entry>>,
+    /// Followers for which raft asked for a snapshot, since it was last looked at.
+    snapshots_wanted: RefCell<Vec<ReplicaId>>,
+    /// Snapshots that followers have installed, for raft to learn of.
+    snapshots: BTreeMap<ReplicaId, Position>,
     /// Why the store could not be read; raft only sees "unavailable".
     failure: Cell<Option<StorageError>>,
 }
@@ -54,6 +64,7 @@ impl GroupLog {
         store: Arc<dyn LogStore>,
         state: LogState,
         conf_state: ConfState,
+        mark_bytes: u64,
     ) -> GroupLog {
         GroupLog {
             replica,
@@ -65,9 +76,14 @@ impl GroupLog {
             terms: state.terms,
             cache: VecDeque::new(),
             cache_bytes: 0,
+            appended_bytes: 0,
+            mark_bytes,
+            marks: VecDeque::from([(state.last, 0)]),
             persisted: state.last,
             wanted: RefCell::new(None),
             fetched: RefCell::new(Vec::new()),
+            snapshots_wanted: RefCell::new(Vec::new()),
+            snapshots: BTreeMap::new(),
             failure: Cell::new(None),
         }
     }
@@ -88,8 +104,30 @@ impl GroupLog {
             }
             self.last = entry.index;
             self.cache_bytes += entry_bytes(entry);
+            self.appended_bytes += entry_bytes(entry) as u64;
+            if self.marks.back().is_none_or(|&(_, at)| self.appended_bytes - at >= self.mark_bytes) {
+                self.marks.push_back((entry.index, self.appended_bytes));
+            }
             self.cache.push_back(entry.clone());
         }
+    }
+
+    /// The least index behind which the log holds no more than `bytes`, told by marks, so a little
+    /// less; the truncated one if it holds less. What the log held when it
+    /// was opened counts for nothing, since its size is not known without reading it.
+    pub fn index_before(&self, bytes: u64) -> Index {
+        let from = self.appended_bytes.saturating_sub(bytes);
+        match self.marks.partition_point(|&(_, at)| at < from) {
+            0 => self.truncated.index,
+            first => self.marks.get(first).map_or(self.last, |&(index, _)| index),
+        }
+    }
+
+    /// Bytes of the entries behind `index`, told by marks, so a little more.
+    pub fn bytes_behind(&self, index: Index) -> u64 {
+        let before = self.marks.partition_point(|&(at, _)| at <= index);
+        let at = before.checked_sub(1).and_then(|mark| self.marks.get(mark)).map_or(0, |&(_, at)| at);
+        self.appended_bytes - at
     }
 
     fn truncate_suffix(&mut self, from: Index) {
@@ -102,6 +140,13 @@ impl GroupLog {
             self.terms.pop();
         }
         self.last = from - 1;
+        while self.marks.back().is_some_and(|&(index, _)| index > self.last) {
+            self.marks.pop_back();
+        }
+        // A little too much, by what follows on the last mark: it makes the log give way early.
+        if self.marks.is_empty() {
+            self.marks.push_back((self.last, self.appended_bytes));
+        }
         self.persisted = self.persisted.min(self.last);
         // What was fetched for a follower may have been replaced.
         self.fetched.borrow_mut().clear();
@@ -114,6 +159,12 @@ impl GroupLog {
         if position.index > self.persisted && self.term_at(position.index) == Some(position.term) {
             self.persisted = position.index;
         }
+    }
+
+    /// Bytes of the entries in memory.
+    #[cfg(test)]
+    pub fn cache_bytes(&self) -> usize {
+        self.cache_bytes
     }
 
     /// Forgets cached entries that are durable and applied, oldest first, beyond the cache's bound.
@@ -144,6 +195,9 @@ impl GroupLog {
             if let Some(entry) = self.cache.pop_front() {
                 self.cache_bytes -= entry_bytes(&entry);
             }
+        }
+        while self.marks.len() > 1 && self.marks[1].0 <= to.index {
+            self.marks.pop_front();
         }
         let runs_before = self.terms.partition_point(|&(index, _)| index <= to.index + 1);
         if runs_before > 0 {
@@ -209,6 +263,17 @@ impl GroupLog {
         // They may have been replaced or compacted while the read was under way.
         let valid = entries.iter().all(|e| self.term_at(e.index) == Some(e.term));
         *self.fetched.borrow_mut() = if valid { entries } else { Vec::new() };
+    }
+
+    /// Followers for which raft asked for a snapshot since the last call.
+    pub fn take_snapshots_wanted(&mut self) -> Vec<ReplicaId> {
+        std::mem::take(self.snapshots_wanted.get_mut())
+    }
+
+    /// Sets which followers have installed a snapshot, and where, for raft to go on from there.
+    pub fn set_snapshots(&mut self, installed: impl Iterator<Item = (ReplicaId, Position)>) {
+        self.snapshots.clear();
+        self.snapshots.extend(installed);
     }
 
     /// Why the store could not be read, if it couldn't. The replica must stop.
@@ -292,9 +357,25 @@ impl Storage for GroupLog {
         Ok(self.last)
     }
 
-    fn snapshot(&self, _request_index: u64, _to: u64) -> raft::Result<Snapshot> {
-        // Entries that a replica still needs are never compacted (`safe_index`), so only a replica
-        // without a log asks for this.
-        Err(RaftStorageError::SnapshotTemporarilyUnavailable.into())
+    fn snapshot(&self, request_index: u64, to: u64) -> raft::Result<Snapshot> {
+        let to = ReplicaId(to);
+        match self.snapshots.get(&to) {
+            Some(at) if at.index >= self.truncated.index.max(request_index) => {
+                let mut snapshot = Snapshot::default();
+                let metadata = snapshot.mut_metadata();
+                metadata.index = at.index;
+                metadata.term = at.term;
+                // raft-rs wants one here; nobody reads it, since the message isn't sent.
+                metadata.set_conf_state(self.conf_state.clone());
+                Ok(snapshot)
+            }
+            _ => {
+                let mut wanted = self.snapshots_wanted.borrow_mut();
+                if !wanted.contains(&to) {
+                    wanted.push(to);
+                }
+                Err(RaftStorageError::SnapshotTemporarilyUnavailable.into())
+            }
+        }
     }
 }

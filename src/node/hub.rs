@@ -108,7 +108,7 @@ impl Hub {
         for (_, addr) in self.replicas.values() {
             if pressure != Pressure::Low {
                 // All of them: a flush covers all tables frozen in a round, at one sync.
-                addr.do_send(Freeze);
+                addr.do_send(Freeze { for_log: false });
             }
             if pause != self.paused {
                 addr.do_send(PauseApply(pause));
@@ -233,7 +233,7 @@ impl Handler<FreezeBatch> for Hub {
     fn handle(&mut self, batch: FreezeBatch, _: &mut Context<Self>) {
         for replica in batch.0.iter() {
             if let Some((_, addr)) = self.replicas.get(replica) {
-                addr.do_send(Freeze);
+                addr.do_send(Freeze { for_log: true });
             }
         }
     }

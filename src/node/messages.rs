@@ -59,10 +59,13 @@ pub struct Flushed {
     pub position: Position,
 }
 
-/// Hub or supervisor → replica: flush the memtable soon, for memory or for log space.
+/// Hub → replica: flush the memtable soon.
 #[derive(Message)]
 #[rtype(result = "()")]
-pub struct Freeze;
+pub struct Freeze {
+    /// Not for memory but because the node's log is too large: the log gives way too.
+    pub for_log: bool,
+}
 
 /// Hub → replica: stop or resume applying, for memory.
 #[derive(Message)]

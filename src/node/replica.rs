@@ -138,7 +138,7 @@ impl ReplicaActor {
     }
 
     fn carry_out(&mut self, effects: Effects<Ticket>, ctx: &mut Context<Self>) {
-        let Effects { messages, write, done, reads, fetch, leader, more } = effects;
+        let Effects { messages, write, done, reads, fetch, snapshot, leader, more } = effects;
         // Messages of this pass are those that may leave before the write below.
         if !messages.is_empty() {
             self.shared.network.send(by_node(messages));
@@ -160,6 +160,9 @@ impl ReplicaActor {
         self.read_elsewhere(reads);
         if let Some(fetch) = fetch {
             self.fetch(fetch, ctx);
+        }
+        if let Some(wanted) = snapshot {
+            self.group.snapshot_done(wanted.to, false);
         }
         if let Some(change) = leader {
             metrics::counter!(names::LEADER_CHANGES).increment(1);
@@ -384,7 +387,10 @@ impl Handler<Flushed> for ReplicaActor {
 
 impl Handler<Freeze> for ReplicaActor {
     type Result = ();
-    fn handle(&mut self, _: Freeze, _: &mut Context<Self>) {
+    fn handle(&mut self, freeze: Freeze, _: &mut Context<Self>) {
+        if freeze.for_log {
+            self.group.press_log();
+        }
         self.freeze();
     }
 }

@@ -22,6 +22,7 @@ use super::service::{Destinations, PeerService};
 use super::shared::{MemoryGauge, Shared};
 use super::supervisor::{EndReplica, HandOver, OpenAll, Site, StopAll, Supervisor};
 use super::{Listeners, NodeError, map_cache, panics};
+use crate::group::catch_up::Retention;
 use crate::ids::{ClusterId, NodeId, ReplicaId};
 use crate::limits;
 use crate::machine::command::MetaCommand;
@@ -325,7 +326,13 @@ impl Assembly {
         if hubs.set(all_hubs.clone()).is_err() {
             unreachable!("hubs are made once");
         }
-        let site = Site { node, incarnation, data_dir: self.data_dir.clone(), engine: stores.engine };
+        let site = Site {
+            node,
+            incarnation,
+            data_dir: self.data_dir.clone(),
+            engine: stores.engine,
+            retention: Retention::new(self.settings.storage.log_keep_bytes),
+        };
         let mut opening = self.opening.subscribe();
         let supervisor = Supervisor::new(
             site,

@@ -24,6 +24,7 @@ use super::replicas::{Orders, Replicas, Slot, Verdict};
 use super::router::Route;
 use super::shared::Shared;
 use crate::codec::peer::NodeHeartbeat;
+use crate::group::catch_up::Retention;
 use crate::group::driver::GroupOptions;
 use crate::ids::{GROUP_START, Incarnation, METADATA_SHARD, NodeId, ReplicaId, ShardId};
 use crate::limits;
@@ -47,6 +48,8 @@ pub struct Site {
     pub data_dir: Arc<Mutex<DataDir>>,
     /// Its state engine.
     pub engine: Arc<dyn Engine>,
+    /// What its replicas keep of their logs for others that lag.
+    pub retention: Retention,
 }
 
 /// See the module page.
@@ -165,12 +168,19 @@ impl Supervisor {
             let (shard, replica, incarnation) = (record.shard, record.replica, slot.incarnation);
             let hub = self.hub(shard).clone();
             let supervisor = ctx.address();
+            let retention = self.site.retention;
             starts.push(async move {
                 let result = match found {
                     Ok((log, state)) => {
                         let logger = telemetry::log::raft_logger(shard, replica);
-                        let options =
-                            GroupOptions { shard, machine: record.machine, replica, incarnation, logger };
+                        let options = GroupOptions {
+                            shard,
+                            machine: record.machine,
+                            replica,
+                            incarnation,
+                            retention,
+                            logger,
+                        };
                         let start = StartReplica { options, log, state, supervisor };
                         hub.send(start)
                             .await

@@ -147,6 +147,7 @@ impl Reader {
         let memtable_bytes = self.number("storage.memtable_bytes");
         let log_file_bytes = self.number("storage.log_file_bytes");
         let log_bytes = self.number("storage.log_bytes");
+        let log_keep_bytes = self.number("storage.log_keep_bytes");
         let log_spare_files = self.number("storage.log_spare_files");
         if let (Some(file), Some(log)) = (log_file_bytes, log_bytes) {
             let files = log / file;
@@ -175,6 +176,7 @@ impl Reader {
             memtable_bytes: memtable_bytes?,
             log_file_bytes: log_file_bytes?,
             log_bytes: log_bytes?,
+            log_keep_bytes: log_keep_bytes?,
             log_spare_files: log_spare_files?.try_into().ok()?,
         })
     }

@@ -79,6 +79,7 @@ pub(super) const KEYS: &[Key] = &[
     size("storage.memtable_bytes", MEMTABLE_BYTES_MIN, 64 * GIB),
     size("storage.log_file_bytes", MIB, GIB),
     size("storage.log_bytes", 16 * MIB, 1024 * GIB),
+    size("storage.log_keep_bytes", 64 * KIB, 64 * GIB),
     count("storage.log_spare_files", 0, 64),
 ];
 

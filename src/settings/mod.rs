@@ -105,6 +105,8 @@ pub struct StorageSettings {
     pub log_file_bytes: u64,
     /// Raft log size above which old entries are flushed and compacted, in bytes.
     pub log_bytes: u64,
+    /// Raft log of one shard that is kept for a replica which doesn't answer, in bytes.
+    pub log_keep_bytes: u64,
     /// Log files prepared ahead for reuse.
     pub log_spare_files: usize,
 }
@@ -183,6 +185,7 @@ impl Settings {
                 memtable_bytes: 32 * MIB,
                 log_file_bytes: 8 * MIB,
                 log_bytes: 64 * MIB,
+                log_keep_bytes: 8 * MIB,
                 log_spare_files: 0,
             },
         }
@@ -235,6 +238,7 @@ impl Settings {
                 ("memtable_bytes", whole(self.storage.memtable_bytes)),
                 ("log_file_bytes", whole(self.storage.log_file_bytes)),
                 ("log_bytes", whole(self.storage.log_bytes)),
+                ("log_keep_bytes", whole(self.storage.log_keep_bytes)),
                 ("log_spare_files", whole(self.storage.log_spare_files as u64)),
             ],
         );

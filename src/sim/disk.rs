@@ -9,6 +9,7 @@
 //! ```
 
 use std::collections::VecDeque;
+use std::ops::Bound;
 use std::sync::Arc;
 
 use super::Planted;
@@ -17,7 +18,7 @@ use crate::ids::{Incarnation, Position, ReplicaId};
 use crate::storage::engine::{Engine, Mutation};
 use crate::storage::engine_memory::{CrashLoss, MemoryEngine};
 use crate::storage::flush::FlushStep;
-use crate::storage::log::{LogStore, LogWrite, ReplicaRecord};
+use crate::storage::log::{Install, LogStore, LogWrite, ReplicaRecord};
 use crate::storage::log_memory::MemoryLog;
 use crate::storage::state::Frozen;
 use crate::storage::{StorageError, keys};
@@ -217,8 +218,35 @@ impl Disk {
             LogWork::Write(name, _) => name.replica == replica,
             LogWork::Compact(of, _) => *of == replica,
         });
+        log || self.is_flushing(replica)
+    }
+
+    /// Whether a flush of a replica is under way or queued.
+    pub fn is_flushing(&self, replica: ReplicaId) -> bool {
         let jobs = self.flushes.iter().chain(self.flushing.iter().map(|(job, _)| job));
-        log || jobs.into_iter().any(|job| job.frozen.replica == replica)
+        jobs.into_iter().any(|job| job.frozen.replica == replica)
+    }
+
+    /// A replica goes on from a snapshot.
+    pub fn install(&mut self, replica: ReplicaId, install: &Install) -> Result<(), StorageError> {
+        if self.planted == Some(Planted::AcknowledgeEarly) {
+            self.honest.install(replica, install)?;
+        }
+        self.log.install(replica, install)
+    }
+
+    /// Removes what the engine has of a replica in other generations than this.
+    pub fn sweep(&mut self, replica: ReplicaId, generation: u32) -> Result<(), StorageError> {
+        let (from, to) = keys::replica_range(replica);
+        let mut stray: Vec<Mutation> = Vec::new();
+        self.engine.scan_keys(Bound::Included(&from), &to, &mut |key| {
+            if keys::generation_of(key) != Some(generation) {
+                stray.push((key.to_vec(), None));
+            }
+            true
+        })?;
+        self.engine.write(&stray)?;
+        self.engine.sync()
     }
 
     /// The node crashes. Of the log write under way a prefix has reached the disk: none, some or

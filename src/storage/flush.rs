@@ -22,6 +22,7 @@ use std::collections::btree_map::Entry;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::collect::{Collected, Collection, Collections};
 use super::engine::{Engine, Mutation};
 use super::merge;
 use super::redo::{self, Record, RedoReader, RedoWriter, Section};
@@ -66,6 +67,7 @@ pub struct Flusher {
     next_sequence: u64,
     /// Why a redo file was left behind: nothing may be flushed any more.
     failed: Option<String>,
+    collections: Collections,
     hook: Option<FlushHook>,
 }
 
@@ -91,6 +93,7 @@ impl Flusher {
             engine,
             next_sequence: files.last().map_or(1, |(sequence, _)| sequence + 1),
             failed: None,
+            collections: Collections::default(),
             hook: None,
         })
     }
@@ -136,6 +139,7 @@ impl Flusher {
     /// recorded before that the replica is gone: a crash leaves a part, to be removed by calling again.
     pub fn destroy(&mut self, replica: ReplicaId) -> Result<(), StorageError> {
         self.check_usable()?;
+        self.collections.fail(replica, "the replica is removed");
         let (mut from, to) = keys::replica_range(replica);
         loop {
             let mut batch: Vec<Mutation> = Vec::with_capacity(FLUSH_BATCH_KEYS);
@@ -149,6 +153,27 @@ impl Flusher {
             self.at(FlushPoint::BatchWritten)?;
         }
         self.engine.sync()
+    }
+
+    /// Begins to keep the redo files of the flushes to come that hold writes of this generation, as
+    /// second names in `dir`, which is on the same file system. `None` if the engine holds no state of
+    /// it: nothing was ever flushed, and the caller sees to that first.
+    pub fn begin_collection(
+        &mut self,
+        replica: ReplicaId,
+        generation: u32,
+        dir: &Path,
+    ) -> Result<Option<Collection>, StorageError> {
+        self.check_usable()?;
+        self.collections.begin(&*self.engine, replica, generation, dir)
+    }
+
+    /// Ends a collection: every flush since its begin that holds writes of its generation is in one of
+    /// the files, and the engine has them all. An error if one couldn't be kept, or the replica is
+    /// removed.
+    pub fn end_collection(&mut self, collection: &Collection) -> Result<Collected, StorageError> {
+        self.check_usable()?;
+        self.collections.end(collection)
     }
 
     fn check_usable(&self) -> Result<(), StorageError> {
@@ -206,6 +231,9 @@ impl Flusher {
         progress(FlushStep::Absorbed);
         self.engine.sync()?;
         self.at(FlushPoint::EngineSynced)?;
+        self.collections.keep(path, self.next_sequence - 1, |replica, generation| {
+            sources.iter().any(|s| (s.section.replica, s.section.generation) == (replica, generation))
+        });
         atomic_file::remove(path)?;
         self.at(FlushPoint::RedoRemoved)
     }
@@ -304,19 +332,19 @@ fn held(engine: &dyn Engine, replica: ReplicaId, generation: u32) -> Result<Inde
 
 /// Collects changes and hands them to the engine in bounded, sorted batches, so that nobody who
 /// reads beside waits for long.
-struct Batch<'a> {
+pub(super) struct Batch<'a> {
     engine: &'a dyn Engine,
     mutations: Vec<Mutation>,
     bytes: usize,
 }
 
 impl<'a> Batch<'a> {
-    fn new(engine: &'a dyn Engine) -> Batch<'a> {
+    pub fn new(engine: &'a dyn Engine) -> Batch<'a> {
         Batch { engine, mutations: Vec::with_capacity(FLUSH_BATCH_KEYS), bytes: 0 }
     }
 
     /// Adds a change; true if that completed a batch, which the engine then has.
-    fn push(&mut self, key: Vec<u8>, value: Option<bytes::Bytes>) -> Result<bool, StorageError> {
+    pub fn push(&mut self, key: Vec<u8>, value: Option<bytes::Bytes>) -> Result<bool, StorageError> {
         self.bytes += key.len() + value.as_ref().map_or(0, bytes::Bytes::len);
         self.mutations.push((key, value));
         let full = self.mutations.len() >= FLUSH_BATCH_KEYS || self.bytes >= FLUSH_BATCH_BYTES;
@@ -334,7 +362,8 @@ impl<'a> Batch<'a> {
         self.write()
     }
 
-    fn write(&mut self) -> Result<(), StorageError> {
+    /// Writes what is left.
+    pub fn write(&mut self) -> Result<(), StorageError> {
         if !self.mutations.is_empty() {
             self.engine.write(&self.mutations)?;
             self.mutations.clear();

@@ -197,6 +197,11 @@ impl DataDir {
         self.path.join("redo")
     }
 
+    /// Where snapshot files are.
+    pub fn snapshots_path(&self) -> PathBuf {
+        self.path.join("snapshots")
+    }
+
     /// Records durably that the directory belongs to this cluster. From then on it refuses any other.
     pub fn record_cluster(&mut self, cluster: ClusterId) -> Result<(), IdentityError> {
         match self.identity.cluster_id {

@@ -5,6 +5,8 @@
 //! - [`memtable`]: recent applied writes of one replica. [`state`]: one replica's state: memtables over the engine.
 //! - [`flush`]: freezing memtables into redo files ([`redo`]) and the engine; recovery from redo files.
 //! - [`sled_files`], [`sled_record`]: what sled's files need, and how it stores a value.
+//! - [`snapshot`]: a shard's state as a file ([`snapshot_file`]), exact at one index; [`snapshot_dir`]: where
+//!   these files are; [`collect`]: what flushes leave for them; [`generations`]: what they are loaded into.
 //! - [`keys`]: the layout of state keys. [`identity`]: who owns a data directory.
 //!
 //! What is assumed of the disk: data is safe once `fdatasync` on its file (and, for a new or renamed
@@ -12,10 +14,12 @@
 //! on disk and is never retried; anything else may be lost, torn or old after a crash.
 
 mod atomic_file;
+pub mod collect;
 pub mod engine;
 pub mod engine_memory;
 pub mod engine_sled;
 pub mod flush;
+pub mod generations;
 mod header;
 pub mod identity;
 pub mod keys;
@@ -27,6 +31,9 @@ mod merge;
 pub mod redo;
 pub mod sled_files;
 pub mod sled_record;
+pub mod snapshot;
+pub mod snapshot_dir;
+pub mod snapshot_file;
 pub mod state;
 
 use std::ops::Bound;

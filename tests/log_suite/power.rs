@@ -31,6 +31,10 @@ struct Expected {
     truncated: Position,
     last: Index,
     removed: bool,
+    /// Grows with each installed snapshot.
+    generation: u32,
+    /// The last of these: the log never begins before it.
+    installed: Position,
 }
 
 type Model = BTreeMap<u64, Expected>;
@@ -42,6 +46,8 @@ fn expected() -> Expected {
         truncated: GROUP_START,
         last: GROUP_START.index,
         removed: false,
+        generation: record(1).generation,
+        installed: GROUP_START,
     }
 }
 
@@ -73,6 +79,22 @@ fn step(log: &DiskLog<LossyFs>, model: &Model, rng: &mut Rng) -> (Result<(), Sto
             }
         }
         (4, Some(_)) => log.purge().map(|_| ()),
+        (5, Some(replica)) => {
+            let e = after.get_mut(replica).unwrap();
+            let floor = e.hard_state.commit.max(e.truncated.index);
+            // Beyond the log for the most part; else its entry there is of another term.
+            let index = floor + 1 + rng.below(e.last - floor + 4);
+            let position = Position { index, term: e.hard_state.term + 1 };
+            let leader_term = position.term + rng.below(2);
+            e.generation += 1;
+            e.installed = position;
+            e.truncated = position;
+            e.entries.clear();
+            e.last = index;
+            e.hard_state = hard_state(leader_term, 0, index);
+            let install = install(e.generation, index, position.term, leader_term);
+            log.install(ReplicaId(*replica), &install)
+        }
         _ => {
             let mut writes = Vec::new();
             for replica in &living {
@@ -126,6 +148,9 @@ fn compare(log: &DiskLog<LossyFs>, model: &Model) -> Result<(), String> {
         if e.removed {
             continue;
         }
+        if record.generation != e.generation {
+            return Err(format!("replica {replica} has generation {}", record.generation));
+        }
         let state = log.load(replica).map_err(|e| e.to_string())?;
         let low = state.truncated.index;
         let found = log.entries(replica, low + 1, state.last + 1, usize::MAX).map_err(|e| e.to_string())?;
@@ -133,6 +158,8 @@ fn compare(log: &DiskLog<LossyFs>, model: &Model) -> Result<(), String> {
         if state.hard_state != e.hard_state
             || state.last != e.last
             || low > e.truncated.index
+            || low < e.installed.index
+            || (low == e.installed.index && state.truncated != e.installed)
             || found != wanted
         {
             return Err(format!("replica {replica}: {state:?} and {} entries, not {e:?}", found.len()));

@@ -8,7 +8,7 @@ use super::*;
 use crate::ids::{DatabaseId, Epoch, Index, Position, ShardId};
 use crate::machine::MachineKind;
 use crate::placement::ring::RingRange;
-use crate::storage::log::{LogState, ReplicaPhase, ReplicaRecord};
+use crate::storage::log::{Install, LogState, ReplicaPhase, ReplicaRecord};
 use crate::storage::log_memory::{FailedWrite, MemoryLog};
 
 const LONG: Duration = Duration::from_secs(10);
@@ -37,6 +37,9 @@ impl LogStore for GatedLog {
     }
     fn remove(&self, replicas: &[ReplicaId]) -> Result<(), StorageError> {
         self.inner.remove(replicas)
+    }
+    fn install(&self, replica: ReplicaId, install: &Install) -> Result<(), StorageError> {
+        self.inner.install(replica, install)
     }
     fn load(&self, replica: ReplicaId) -> Result<LogState, StorageError> {
         self.inner.load(replica)

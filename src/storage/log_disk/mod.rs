@@ -9,6 +9,8 @@
 //! - *Compaction in order.* A `Compact` command and the truncated position that tells of it are one
 //!   batch. It isn't synced, but nothing is purged before it is: else a power loss could bring back
 //!   the old position without the entries that should follow it.
+//! - *Installations whole.* The command that drops a log and the records that begin it anew are one
+//!   batch, in that order; the engine remembers the command until files older than it are gone.
 //! - *Tombstones first.* A removed replica's record is durable before its log is dropped, and a
 //!   removal that a crash cut short is finished at the next open.
 //!
@@ -35,7 +37,7 @@ use raft_engine::env::{DefaultFileSystem, FileSystem};
 use raft_engine::{Command, LogBatch, MessageExt};
 
 use super::StorageError;
-use super::log::{Extent, LogState, LogStore, LogWrite, ReplicaPhase, ReplicaRecord};
+use super::log::{Extent, Install, LogState, LogStore, LogWrite, ReplicaPhase, ReplicaRecord};
 use crate::ids::{GROUP_START, Index, Position, ReplicaId, StoreId};
 use guard::EngineGuard;
 pub(crate) use guard::panic_text;
@@ -280,6 +282,38 @@ impl<F: FileSystem + 'static> LogStore for DiskLog<F> {
             replicas.catalogue.append(&mut tombstones);
         }
         self.engine.write(batch, true)
+    }
+
+    fn install(&self, replica: ReplicaId, install: &Install) -> Result<(), StorageError> {
+        let _order = self.order();
+        let extent = self.extent(replica)?;
+        let held = self.read_state(replica)?;
+        let position = install.position;
+        let term_at = (extent.truncated.index < position.index && position.index <= extent.last)
+            .then(|| self.term(replica, position.index))
+            .transpose()?;
+        let (record, hard_state) = {
+            let replicas = self.replicas();
+            let record = replicas.catalogue.get(&replica).ok_or_else(|| StorageError::Inconsistent {
+                replica,
+                reason: "the node has no such replica".into(),
+            })?;
+            install.apply(record, extent, &held.hard_state, term_at)?
+        };
+        let mut batch = LogBatch::with_capacity(4);
+        // First: the engine carries out a batch in order, and this drops the records too.
+        batch.add_command(replica.0, Command::Clean);
+        batch
+            .put_message(replica.0, HARD_STATE_KEY.to_vec(), &hard_state)
+            .map_err(|e| self.engine.error(e))?;
+        self.put(&mut batch, replica.0, TRUNCATED_KEY, record::encode_position(position))?;
+        let key = record::replica_key(replica);
+        self.put(&mut batch, CATALOGUE_GROUP, &key, record::encode_replica(&record)?)?;
+        // The extent changes first, as in a compaction; the record only when it is durable.
+        self.replicas_mut().extents.insert(replica, Extent::empty(position));
+        self.engine.write(batch, true)?;
+        self.replicas_mut().catalogue.insert(replica, record);
+        Ok(())
     }
 
     fn load(&self, replica: ReplicaId) -> Result<LogState, StorageError> {

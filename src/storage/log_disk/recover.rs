@@ -150,7 +150,8 @@ impl<F: FileSystem + 'static> DiskLog<F> {
         Ok(LogState { hard_state, truncated, last, terms })
     }
 
-    fn term(&self, replica: ReplicaId, index: Index) -> Result<Term, StorageError> {
+    /// The term of an entry that the log must have.
+    pub(super) fn term(&self, replica: ReplicaId, index: Index) -> Result<Term, StorageError> {
         self.engine
             .read(|engine| engine.get_entry::<RaftEntries>(replica.0, index))
             .map_err(|e| damaged_log(replica, e))?
