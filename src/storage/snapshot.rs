@@ -123,11 +123,11 @@ impl SnapshotCheck {
 
     /// Reads on for about `bytes`; the file, if that was the rest of it and all of it is whole.
     pub fn step(&mut self, bytes: u64) -> Result<Option<SnapshotFile>, StorageError> {
-        let end = self.reader.bytes().saturating_add(bytes.max(1));
-        while self.reader.bytes() < end {
-            let record = self.reader.read().map_err(|error| read_error(&self.path, error))?;
-            if record.is_none() {
-                break;
+        let mut done = 0;
+        while done < bytes {
+            match self.reader.read().map_err(|error| read_error(&self.path, error))? {
+                Some(record) => done += record.size(),
+                None => break,
             }
         }
         Ok(self.reader.summary().map(|summary| SnapshotFile {
@@ -365,10 +365,12 @@ impl SnapshotLoader {
         if self.complete {
             return Ok(true);
         }
-        let end = self.reader.bytes().saturating_add(bytes.max(1));
+        let mut done = 0;
         let mut batch = Batch::new(&*self.engine);
-        while self.reader.bytes() < end {
-            match self.reader.read().map_err(|error| read_error(&self.file.path, error))? {
+        while done < bytes {
+            let record = self.reader.read().map_err(|error| read_error(&self.file.path, error))?;
+            done += record.as_ref().map_or(0, Record::size);
+            match record {
                 Some(Record::Change(local, value)) => {
                     batch.push(keys::from_local(self.replica, self.generation, &local), value)?;
                 }
