@@ -209,6 +209,12 @@ impl SnapshotBuilder {
             Stage::Scanned => self.stage = Stage::Scanned,
             Stage::Overlaying { collected, mut left, reached } => {
                 let Some((sequence, path)) = left.pop() else {
+                    if reached != collected.header {
+                        return Err(self.misuse(&format!(
+                            "it has reached entry {} and the state is at {}: a flush is missing",
+                            reached.applied.index, collected.header.applied.index
+                        )));
+                    }
                     return self.complete(&reached).map(BuildStep::Complete);
                 };
                 let reached = self.overlay(&path, sequence, reached)?;
@@ -227,7 +233,7 @@ impl SnapshotBuilder {
         if !matches!(self.stage, Stage::Scanned) {
             return Err(self.misuse("redo files were given to it before or after their time"));
         }
-        let left = collected.files.iter().rev().cloned().collect();
+        let left = collected.files.links.iter().rev().cloned().collect();
         self.stage = Stage::Overlaying { collected, left, reached: self.collection.base.clone() };
         Ok(())
     }
