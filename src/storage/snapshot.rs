@@ -141,6 +141,7 @@ impl SnapshotCheck {
 
 /// What a step of a [`SnapshotBuilder`] came to.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "looked at once and gone; the large one comes once per file")]
 pub enum BuildStep {
     /// There is more to do.
     More,
@@ -165,13 +166,16 @@ enum Stage {
     /// Keys up to this one are copied; `None`: none yet.
     Scanning(Option<Vec<u8>>),
     Scanned,
-    /// Redo files yet to be copied, the oldest last, and where the state stands without them.
-    Overlaying {
-        collected: Collected,
-        left: Vec<(u64, PathBuf)>,
-        reached: StateHeader,
-    },
+    Overlaying(Box<Overlays>),
     Complete,
+}
+
+struct Overlays {
+    collected: Collected,
+    /// Redo files yet to be copied, the oldest last.
+    left: Vec<(u64, PathBuf)>,
+    /// Where the state stands without them.
+    reached: StateHeader,
 }
 
 impl SnapshotBuilder {
@@ -207,18 +211,12 @@ impl SnapshotBuilder {
                 self.stage = self.scan(last, bytes)?;
             }
             Stage::Scanned => self.stage = Stage::Scanned,
-            Stage::Overlaying { collected, mut left, reached } => {
-                let Some((sequence, path)) = left.pop() else {
-                    if reached != collected.header {
-                        return Err(self.misuse(&format!(
-                            "it has reached entry {} and the state is at {}: a flush is missing",
-                            reached.applied.index, collected.header.applied.index
-                        )));
-                    }
-                    return self.complete(&reached).map(BuildStep::Complete);
+            Stage::Overlaying(mut overlays) => {
+                let Some((sequence, path)) = overlays.left.pop() else {
+                    return self.complete(&overlays).map(BuildStep::Complete);
                 };
-                let reached = self.overlay(&path, sequence, reached)?;
-                self.stage = Stage::Overlaying { collected, left, reached };
+                overlays.reached = self.overlay(&path, sequence, overlays.reached)?;
+                self.stage = Stage::Overlaying(overlays);
             }
             Stage::Complete => return Err(self.misuse("it has failed, or is complete")),
         }
@@ -234,7 +232,8 @@ impl SnapshotBuilder {
             return Err(self.misuse("redo files were given to it before or after their time"));
         }
         let left = collected.files.links.iter().rev().cloned().collect();
-        self.stage = Stage::Overlaying { collected, left, reached: self.collection.base.clone() };
+        let reached = self.collection.base.clone();
+        self.stage = Stage::Overlaying(Box::new(Overlays { collected, left, reached }));
         Ok(())
     }
 
@@ -300,7 +299,14 @@ impl SnapshotBuilder {
         self.writer.output_mut().pace()
     }
 
-    fn complete(&mut self, header: &StateHeader) -> Result<SnapshotFile, StorageError> {
+    fn complete(&mut self, overlays: &Overlays) -> Result<SnapshotFile, StorageError> {
+        let Overlays { collected, reached: header, .. } = overlays;
+        if *header != collected.header {
+            return Err(self.misuse(&format!(
+                "it has reached entry {} and the state is at {}: a flush is missing",
+                header.applied.index, collected.header.applied.index
+            )));
+        }
         let error = self.write_error();
         let summary = self.writer.finish(header).map_err(error)?;
         let bytes = self.writer.bytes();
