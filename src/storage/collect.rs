@@ -35,16 +35,25 @@ impl Collection {
     }
 }
 
-/// The redo files of an ended collection, oldest first. They are removed when this is dropped.
-#[derive(Default, Debug)]
+/// What an ended collection has.
+#[derive(Debug)]
 pub struct Collected {
-    /// Sequence number and second name of each.
-    pub files: Vec<(u64, PathBuf)>,
+    /// Where the state stands that the engine holds at the end.
+    pub header: StateHeader,
+    /// The redo files that lead there from [`Collection::base`].
+    pub files: RedoLinks,
 }
 
-impl Drop for Collected {
+/// Redo files by their second names, oldest first. They are removed when this is dropped.
+#[derive(Default, Debug)]
+pub struct RedoLinks {
+    /// Sequence number and name of each.
+    pub links: Vec<(u64, PathBuf)>,
+}
+
+impl Drop for RedoLinks {
     fn drop(&mut self) {
-        for (_, path) in &self.files {
+        for (_, path) in &self.links {
             // One that stays is removed at the next start.
             if let Err(error) = std::fs::remove_file(path) {
                 tracing::warn!(path = %path.display(), %error, "a redo file kept for a snapshot stays");
@@ -66,7 +75,7 @@ struct Running {
     generation: u32,
     dir: PathBuf,
     wanted: Weak<()>,
-    collected: Collected,
+    files: RedoLinks,
     bytes: u64,
     failed: Option<String>,
 }
@@ -80,11 +89,9 @@ impl Collections {
         generation: u32,
         dir: &Path,
     ) -> Result<Option<Collection>, StorageError> {
-        let Some(bytes) = engine.get(&keys::header_key(replica, generation))? else {
+        let Some(base) = header(engine, replica, generation)? else {
             return Ok(None);
         };
-        let what = format!("state of replica {replica} (generation {generation})");
-        let base = StateHeader::decode(&bytes, &what)?;
         self.begun += 1;
         let wanted = Arc::new(());
         self.running.push(Running {
@@ -93,7 +100,7 @@ impl Collections {
             generation,
             dir: dir.to_owned(),
             wanted: Arc::downgrade(&wanted),
-            collected: Collected::default(),
+            files: RedoLinks::default(),
             bytes: 0,
             failed: None,
         });
@@ -121,21 +128,36 @@ impl Collections {
         }
     }
 
-    /// Ends one and hands over its files.
-    pub fn end(&mut self, collection: &Collection) -> Result<Collected, StorageError> {
-        let failed = |reason| StorageError::Engine {
+    /// Ends one and hands over what it has.
+    pub fn end(&mut self, engine: &dyn Engine, collection: &Collection) -> Result<Collected, StorageError> {
+        let Collection { replica, generation, .. } = *collection;
+        let failed = |reason: String| StorageError::Engine {
             engine: "snapshot",
-            reason: format!("making a snapshot of replica {}: {reason}", collection.replica),
+            reason: format!("making a snapshot of replica {replica}: {reason}"),
         };
         let Some(at) = self.running.iter().position(|running| running.number == collection.number) else {
-            return Err(failed("the flusher doesn't know of it".to_owned()));
+            return Err(failed("the flusher doesn't know of it".into()));
         };
         let running = self.running.swap_remove(at);
-        match running.failed {
-            Some(reason) => Err(failed(reason)),
-            None => Ok(running.collected),
+        if let Some(reason) = running.failed {
+            return Err(failed(reason));
         }
+        // The header is the first thing to go when a generation is destroyed: as long as it is there,
+        // nothing was missing under the scan.
+        let header = header(engine, replica, generation)?
+            .ok_or_else(|| failed(format!("generation {generation} was destroyed meanwhile")))?;
+        Ok(Collected { header, files: running.files })
     }
+}
+
+fn header(
+    engine: &dyn Engine,
+    replica: ReplicaId,
+    generation: u32,
+) -> Result<Option<StateHeader>, StorageError> {
+    let what = || format!("state of replica {replica} (generation {generation})");
+    let bytes = engine.get(&keys::header_key(replica, generation))?;
+    bytes.map(|bytes| StateHeader::decode(&bytes, &what())).transpose()
 }
 
 impl Running {
@@ -149,13 +171,13 @@ impl Running {
         }
         let link = self.dir.join(format!("{:016x}-{sequence:016x}.{LINK}", self.number));
         std::fs::hard_link(path, &link).map_err(|e| io_error("linking", &link)(e).to_string())?;
-        self.collected.files.push((sequence, link));
+        self.files.links.push((sequence, link));
         Ok(())
     }
 
     fn fail(&mut self, reason: String) {
         self.failed = Some(reason);
-        self.collected = Collected::default();
+        self.files = RedoLinks::default();
         self.bytes = 0;
     }
 }

@@ -169,11 +169,11 @@ impl Flusher {
     }
 
     /// Ends a collection: every flush since its begin that holds writes of its generation is in one of
-    /// the files, and the engine has them all. An error if one couldn't be kept, or the replica is
-    /// removed.
+    /// the files, and the engine has them all. An error if one couldn't be kept, or the
+    /// generation was destroyed meanwhile.
     pub fn end_collection(&mut self, collection: &Collection) -> Result<Collected, StorageError> {
         self.check_usable()?;
-        self.collections.end(collection)
+        self.collections.end(&*self.engine, collection)
     }
 
     fn check_usable(&self) -> Result<(), StorageError> {

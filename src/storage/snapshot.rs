@@ -123,11 +123,11 @@ impl SnapshotCheck {
 
     /// Reads on for about `bytes`; the file, if that was the rest of it and all of it is whole.
     pub fn step(&mut self, bytes: u64) -> Result<Option<SnapshotFile>, StorageError> {
-        let end = self.reader.bytes().saturating_add(bytes.max(1));
-        while self.reader.bytes() < end {
-            let record = self.reader.read().map_err(|error| read_error(&self.path, error))?;
-            if record.is_none() {
-                break;
+        let mut done = 0;
+        while done < bytes {
+            match self.reader.read().map_err(|error| read_error(&self.path, error))? {
+                Some(record) => done += record.size(),
+                None => break,
             }
         }
         Ok(self.reader.summary().map(|summary| SnapshotFile {
@@ -141,6 +141,7 @@ impl SnapshotCheck {
 
 /// What a step of a [`SnapshotBuilder`] came to.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "looked at once and gone; the large one comes once per file")]
 pub enum BuildStep {
     /// There is more to do.
     More,
@@ -165,13 +166,16 @@ enum Stage {
     /// Keys up to this one are copied; `None`: none yet.
     Scanning(Option<Vec<u8>>),
     Scanned,
-    /// Redo files yet to be copied, the oldest last, and where the state stands without them.
-    Overlaying {
-        collected: Collected,
-        left: Vec<(u64, PathBuf)>,
-        reached: StateHeader,
-    },
+    Overlaying(Box<Overlays>),
     Complete,
+}
+
+struct Overlays {
+    collected: Collected,
+    /// Redo files yet to be copied, the oldest last.
+    left: Vec<(u64, PathBuf)>,
+    /// Where the state stands without them.
+    reached: StateHeader,
 }
 
 impl SnapshotBuilder {
@@ -207,12 +211,12 @@ impl SnapshotBuilder {
                 self.stage = self.scan(last, bytes)?;
             }
             Stage::Scanned => self.stage = Stage::Scanned,
-            Stage::Overlaying { collected, mut left, reached } => {
-                let Some((sequence, path)) = left.pop() else {
-                    return self.complete(&reached).map(BuildStep::Complete);
+            Stage::Overlaying(mut overlays) => {
+                let Some((sequence, path)) = overlays.left.pop() else {
+                    return self.complete(&overlays).map(BuildStep::Complete);
                 };
-                let reached = self.overlay(&path, sequence, reached)?;
-                self.stage = Stage::Overlaying { collected, left, reached };
+                overlays.reached = self.overlay(&path, sequence, overlays.reached)?;
+                self.stage = Stage::Overlaying(overlays);
             }
             Stage::Complete => return Err(self.misuse("it has failed, or is complete")),
         }
@@ -227,8 +231,9 @@ impl SnapshotBuilder {
         if !matches!(self.stage, Stage::Scanned) {
             return Err(self.misuse("redo files were given to it before or after their time"));
         }
-        let left = collected.files.iter().rev().cloned().collect();
-        self.stage = Stage::Overlaying { collected, left, reached: self.collection.base.clone() };
+        let left = collected.files.links.iter().rev().cloned().collect();
+        let reached = self.collection.base.clone();
+        self.stage = Stage::Overlaying(Box::new(Overlays { collected, left, reached }));
         Ok(())
     }
 
@@ -294,7 +299,14 @@ impl SnapshotBuilder {
         self.writer.output_mut().pace()
     }
 
-    fn complete(&mut self, header: &StateHeader) -> Result<SnapshotFile, StorageError> {
+    fn complete(&mut self, overlays: &Overlays) -> Result<SnapshotFile, StorageError> {
+        let Overlays { collected, reached: header, .. } = overlays;
+        if *header != collected.header {
+            return Err(self.misuse(&format!(
+                "it has reached entry {} and the state is at {}: a flush is missing",
+                header.applied.index, collected.header.applied.index
+            )));
+        }
         let error = self.write_error();
         let summary = self.writer.finish(header).map_err(error)?;
         let bytes = self.writer.bytes();
@@ -365,10 +377,12 @@ impl SnapshotLoader {
         if self.complete {
             return Ok(true);
         }
-        let end = self.reader.bytes().saturating_add(bytes.max(1));
+        let mut done = 0;
         let mut batch = Batch::new(&*self.engine);
-        while self.reader.bytes() < end {
-            match self.reader.read().map_err(|error| read_error(&self.file.path, error))? {
+        while done < bytes {
+            let record = self.reader.read().map_err(|error| read_error(&self.file.path, error))?;
+            done += record.as_ref().map_or(0, Record::size);
+            match record {
                 Some(Record::Change(local, value)) => {
                     batch.push(keys::from_local(self.replica, self.generation, &local), value)?;
                 }

@@ -89,6 +89,16 @@ pub enum Record {
     Overlay,
 }
 
+impl Record {
+    /// Its bytes in a snapshot, about; never 0.
+    pub fn size(&self) -> u64 {
+        match self {
+            Record::Change(key, value) => (9 + key.len() + value.as_ref().map_or(0, Bytes::len)) as u64,
+            Record::Overlay => 1,
+        }
+    }
+}
+
 /// Why bytes can't be read as a snapshot.
 #[derive(Debug)]
 pub enum ReadError {
