@@ -186,7 +186,7 @@ struct SnapshotAnswer {
     notNeeded @1 :Void;      # the replica has all that is in it
     busy @2 :UInt32;         # not now; milliseconds after which to offer it again
     refused @3 :Text;        # never; for the dialler's log
-    working @4 :Void;        # after `end`: still checking and loading it
+    working @4 :Void;        # still looking at what it has, or checking and loading the whole
     installed @5 :Void;      # the replica stands at the snapshot, durably
     failed @6 :Text;         # the file can't be used; another one must be made. For the dialler's log
   }

@@ -196,9 +196,27 @@ pub const SNAPSHOT_BURST_MS: u64 = 100;
 pub const SNAPSHOTS_SENT_MAX: usize = 4;
 /// Snapshots that a node receives at a time; offers of more are `busy`.
 pub const SNAPSHOTS_RECEIVED_MAX: usize = 2;
-/// Snapshots that a node is receiving, or has received a part of, in bytes; a greater one is refused,
-/// and the oldest parts that nobody adds to give way to new ones.
-pub const SNAPSHOTS_RECEIVED_BYTES_MAX: u64 = 1 << 40;
+/// Bytes of a snapshot that are made, checked or loaded before other work gets its turn.
+pub const SNAPSHOT_STEP_BYTES: usize = 256 * KIB;
+/// Keys of an old generation of a replica's state that are removed before other work gets its turn.
+pub const SWEEP_STEP_KEYS: usize = 1024;
+/// A snapshot file that was made is kept so long after its last use, for another follower or another
+/// attempt, in milliseconds.
+pub const SNAPSHOT_KEEP_MS: u64 = 120_000;
+/// First delay before a snapshot whose transfer failed is offered again, in milliseconds; doubles.
+pub const SNAPSHOT_AGAIN_MS_MIN: u64 = 100;
+/// Longest delay before that, in milliseconds.
+pub const SNAPSHOT_AGAIN_MS_MAX: u64 = 2_000;
+/// Time without progress after which the transfer of a snapshot is given up, in milliseconds; the group
+/// then asks anew, if the follower answers and needs one still.
+pub const SNAPSHOT_PATIENCE_MS: u64 = 30_000;
+/// Time between looks whether a replica's state was flushed, before a snapshot is made of it, in
+/// milliseconds.
+pub const SNAPSHOT_FLUSH_WAIT_MS: u64 = 200;
+/// Such looks.
+pub const SNAPSHOT_FLUSH_WAITS_MAX: usize = 25;
+/// Time between looks for snapshot files that nobody needs any more, in milliseconds.
+pub const SNAPSHOT_TIDY_MS: u64 = 10_000;
 /// A part of a snapshot that nobody has added to for so long is removed, in milliseconds.
 pub const SNAPSHOT_PART_MS_MAX: u64 = 3_600_000;
 /// After so many milliseconds a snapshot that was `busy` is to be offered again.

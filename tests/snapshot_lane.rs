@@ -15,9 +15,12 @@ use pontoon::codec::GroupMessage;
 use pontoon::codec::hello::{Lane, PeerHello, ProtocolRange};
 use pontoon::codec::peer::{NodeHeartbeat, PeerFrame, PeerRequest, PeerResponse, encode};
 use pontoon::codec::snapshot::{SnapshotAnswer, SnapshotFrame, SnapshotOffer};
-use pontoon::ids::{ClusterId, Epoch, NodeId, Position, RandomId, ReplicaId, ShardId};
-use pontoon::limits::SNAPSHOT_CHUNK_BYTES;
-use pontoon::node::snapshots::inbox::{Inbox, InboxBounds, PartSink};
+use pontoon::ids::{ClusterId, Epoch, NodeId, Position, RandomId, ReplicaId, ShardId, StreamId};
+use pontoon::limits::{SNAPSHOT_BLOCK_BYTES, SNAPSHOT_CHUNK_BYTES};
+use pontoon::node::snapshots::inbox::{Inbox, PartSink};
+use pontoon::storage::snapshot_dir::SnapshotDir;
+use pontoon::storage::snapshot_file::{HEAD_BYTES, Origin, SnapshotWriter};
+use pontoon::storage::state::StateHeader;
 use pontoon::transport::Timings;
 use pontoon::transport::frame;
 use pontoon::transport::handshake::{self, Identity};
@@ -32,6 +35,10 @@ use tokio::time::{sleep, timeout};
 
 const CLUSTER: ClusterId = RandomId([7; 16]);
 const MIB: usize = 1 << 20;
+const STREAM: StreamId = RandomId([3; 16]);
+const POSITION: Position = Position { index: 100, term: 6 };
+/// Bytes up to the end of the first block: from here on a transfer can go on.
+const BLOCK: usize = HEAD_BYTES + 4 + SNAPSHOT_BLOCK_BYTES + 4;
 
 fn timings() -> Timings {
     Timings {
@@ -134,9 +141,34 @@ impl Drop for Setting {
     }
 }
 
+/// A snapshot file with values of so many bytes together.
+fn content(bytes: usize) -> Vec<u8> {
+    let origin = Origin { stream: STREAM, shard: ShardId(1), replica: ReplicaId(12) };
+    let mut content = Vec::new();
+    let mut writer = SnapshotWriter::new(&mut content, origin).unwrap();
+    let mut left = bytes;
+    for key in 0u32.. {
+        if left == 0 {
+            break;
+        }
+        let value = vec![key as u8; left.min(1000)];
+        writer.change(&[&[1][..], &key.to_be_bytes()].concat(), Some(&value)).unwrap();
+        left -= value.len();
+    }
+    let header = StateHeader {
+        applied: POSITION,
+        revision: 1,
+        epoch: Epoch::default(),
+        members: Vec::new(),
+        conf_state: raft::eraftpb::ConfState::default(),
+    };
+    writer.finish(&header).unwrap();
+    content
+}
+
 async fn setting(bytes: usize) -> Setting {
     let dir = tempfile::tempdir().unwrap();
-    let inbox = Inbox::open(dir.path().join("in"), InboxBounds::default()).unwrap();
+    let inbox = Inbox::new(SnapshotDir::open(&dir.path().join("snapshots"), 1 << 30).unwrap());
     let taker = Rc::new(Taker {
         inbox,
         instead: RefCell::default(),
@@ -148,7 +180,7 @@ async fn setting(bytes: usize) -> Setting {
     let address = listener.local_addr().unwrap();
     let config = ListenerConfig { timings: timings(), ..ListenerConfig::default() };
     let task = spawn_local(serve(listener, taker.clone(), config, std::future::pending()));
-    let content: Vec<u8> = (0..bytes).map(|at| (at / 7 + at / 1000) as u8).collect();
+    let content = content(bytes);
     let path = dir.path().join("snapshot");
     std::fs::write(&path, &content).unwrap();
     let file = Arc::new(File::open(path).unwrap());
@@ -158,12 +190,12 @@ async fn setting(bytes: usize) -> Setting {
 impl Setting {
     fn offer(&self) -> SnapshotOffer {
         SnapshotOffer {
-            stream: RandomId([3; 16]),
+            stream: STREAM,
             shard: ShardId(1),
             from: ReplicaId(12),
             to: ReplicaId(11),
             epoch: Epoch::default(),
-            position: Position { index: 100, term: 6 },
+            position: POSITION,
             leader_term: 7,
             bytes: self.content.len() as u64,
         }
@@ -184,7 +216,7 @@ impl Setting {
 
     /// What has been received so far.
     fn received(&self) -> Vec<u8> {
-        let mut entries = std::fs::read_dir(self.dir.path().join("in")).unwrap();
+        let mut entries = std::fs::read_dir(self.dir.path().join("snapshots/in")).unwrap();
         let entry = entries.next().expect("a part").unwrap();
         assert!(entries.next().is_none(), "one part");
         std::fs::read(entry.path()).unwrap()
@@ -243,7 +275,7 @@ async fn cutting_proxy(target: SocketAddr, cuts: Vec<usize>) -> SocketAddr {
 #[tokio::test]
 async fn a_file_arrives_whole() {
     local(async {
-        for bytes in [1, SNAPSHOT_CHUNK_BYTES, 3 * MIB + 5] {
+        for bytes in [0, SNAPSHOT_CHUNK_BYTES, 3 * MIB + 5] {
             let setting = setting(bytes).await;
             assert_eq!(setting.send().await.unwrap(), (Delivery::Installed, 0));
             assert!(setting.received() == setting.content);
@@ -273,7 +305,7 @@ async fn a_transfer_that_is_cut_goes_on_where_it_ended() {
             sleep(Duration::from_millis(50)).await;
         };
         assert_eq!(attempts, 3);
-        assert!(resumed as usize > 2 * MIB, "resumed at {resumed}");
+        assert!(resumed as usize > MIB, "resumed at {resumed}");
         assert_eq!(setting.taker.begun.borrow().len(), 3);
         assert!(setting.received() == setting.content);
     })
@@ -297,11 +329,8 @@ async fn every_answer_reaches_the_sender() {
                 Rc::new(move |_| Box::pin(std::future::ready(answer.clone())));
             assert_eq!(setting.send().await.unwrap().0, delivery, "in the end");
         }
-        // Neither is an answer to an offer.
-        for answer in [SnapshotAnswer::Working, SnapshotAnswer::ResumeAt(11)] {
-            *setting.taker.instead.borrow_mut() = Some(answer);
-            assert!(matches!(setting.send().await, Err(SendError::Link(_))));
-        }
+        *setting.taker.instead.borrow_mut() = Some(SnapshotAnswer::ResumeAt(1 << 40));
+        assert!(matches!(setting.send().await, Err(SendError::Link(_))), "beyond the end");
     })
     .await;
 }
@@ -315,7 +344,9 @@ async fn a_verdict_amid_the_bytes_ends_the_transfer() {
         assert_eq!(setting.send().await.unwrap(), (busy, 0));
         // What came before is kept.
         setting.taker.room.set(u64::MAX);
-        assert_eq!(setting.send().await.unwrap(), (Delivery::Installed, 2 * MIB as u64));
+        let (delivery, resumed) = setting.send().await.unwrap();
+        assert_eq!(delivery, Delivery::Installed);
+        assert!(resumed as usize > MIB, "resumed at {resumed}");
         assert!(setting.received() == setting.content);
     })
     .await;
@@ -362,18 +393,26 @@ async fn a_file_that_is_shorter_than_offered_is_the_senders_fault() {
 #[tokio::test]
 async fn a_wrong_step_costs_the_connection_and_no_byte_that_came_before() {
     local(async {
-        let setting = setting(1000).await;
+        let setting = setting(MIB).await;
         let offer = step(SnapshotFrame::Offer(setting.offer()));
-        let chunk = |offset, bytes: usize| {
-            step(SnapshotFrame::Chunk { offset, data: setting.content[..bytes].to_vec().into() })
+        let whole = setting.content.len() as u64;
+        let chunk = |offset: u64, bytes: usize| {
+            let at = usize::try_from(offset).unwrap_or(0).min(setting.content.len() - bytes);
+            let data = setting.content[at..at + bytes].to_vec();
+            step(SnapshotFrame::Chunk { offset, data: data.into() })
         };
+        let block = BLOCK as u64;
+        let first = [
+            chunk(0, SNAPSHOT_CHUNK_BYTES),
+            chunk(SNAPSHOT_CHUNK_BYTES as u64, BLOCK - SNAPSHOT_CHUNK_BYTES),
+        ];
         let heartbeat = NodeHeartbeat { node: NodeId(2), incarnation: 1, map_version: 0 };
-        let mut garbled = chunk(100, 100);
+        let mut garbled = chunk(block, 100);
         *garbled.last_mut().unwrap() ^= 1;
         let wrong = [
-            chunk(101, 10),
+            chunk(block + 1, 10),
             chunk(0, 10),
-            chunk(100, 901),
+            chunk(whole - 10, 11),
             chunk(u64::MAX, 1),
             step(SnapshotFrame::End),
             offer.clone(),
@@ -384,17 +423,17 @@ async fn a_wrong_step_costs_the_connection_and_no_byte_that_came_before() {
         ];
         for (case, wrong) in wrong.into_iter().enumerate() {
             let mut stream = setting.dial().await;
-            let first = if case == 0 { chunk(0, 100) } else { Vec::new() };
+            let first = if case == 0 { first.concat() } else { Vec::new() };
             stream.write_all(&[&offer[..], &first, &wrong].concat()).await.unwrap();
             let mut answers = Vec::new();
             let read = timeout(Duration::from_secs(5), stream.read_to_end(&mut answers)).await;
             // Closed, with nothing after the answer to the offer.
             let resume =
-                step(SnapshotFrame::Answer(SnapshotAnswer::ResumeAt(if case == 0 { 0 } else { 100 })));
+                step(SnapshotFrame::Answer(SnapshotAnswer::ResumeAt(if case == 0 { 0 } else { block })));
             if read.expect("the connection stays open").is_ok() {
                 assert_eq!(answers, resume, "case {case}");
             }
-            assert!(setting.received() == setting.content[..100], "case {case}");
+            assert!(setting.received() == setting.content[..BLOCK], "case {case}");
         }
         // No offer at all.
         let mut stream = setting.dial().await;
@@ -402,7 +441,7 @@ async fn a_wrong_step_costs_the_connection_and_no_byte_that_came_before() {
         let mut answers = Vec::new();
         let read = timeout(Duration::from_secs(5), stream.read_to_end(&mut answers)).await;
         assert!(read.expect("the connection stays open").map_or(true, |bytes| bytes == 0));
-        assert_eq!(setting.send().await.unwrap(), (Delivery::Installed, 100));
+        assert_eq!(setting.send().await.unwrap(), (Delivery::Installed, block));
         assert!(setting.received() == setting.content);
     })
     .await;

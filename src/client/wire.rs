@@ -114,9 +114,15 @@ pub fn read_report(from: node_status::Reader<'_>) -> Result<NodeReport, CodecErr
             ReplicaState::Restarting => ReplicaHealth::Restarting(message()?),
             ReplicaState::Quarantined => ReplicaHealth::Quarantined(message()?),
             ReplicaState::Failed => ReplicaHealth::Failed(message()?),
+            ReplicaState::Installing => ReplicaHealth::Installing,
         };
         let role = replica.get_role().map_err(|_| unknown("ReplicaStatus.role"))?;
-        let running = matches!(health, ReplicaHealth::Serving | ReplicaHealth::Recovering);
+        let running = match health {
+            ReplicaHealth::Serving | ReplicaHealth::Recovering => true,
+            // It is stopped for the moment of the switch; every replica that runs has a term.
+            ReplicaHealth::Installing => replica.get_term() > 0,
+            _ => false,
+        };
         let leader = replica.get_leader();
         let group = running.then(|| GroupStatus {
             role: match role {

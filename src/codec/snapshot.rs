@@ -66,7 +66,7 @@ pub enum SnapshotAnswer {
     },
     /// Never; why, for the log.
     Refused(String),
-    /// The file has arrived and is being checked and loaded.
+    /// Still looking at what there is of it, or checking and loading the whole.
     Working,
     /// The replica stands at the snapshot, durably.
     Installed,

@@ -66,6 +66,8 @@ pub enum ReplicaHealth {
     Serving,
     /// Re-applying its log after a start.
     Recovering,
+    /// Too far behind for the log of its leader: receives or installs a snapshot.
+    Installing,
     /// Crashed; will be rebuilt.
     Restarting(String),
     /// Crashed too often.

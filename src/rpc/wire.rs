@@ -224,6 +224,7 @@ fn write_replica(replica: &crate::node::handle::ReplicaReport, mut to: replica_s
         ReplicaHealth::Serving if replica.group.is_none() => (ReplicaState::Recovering, ""),
         ReplicaHealth::Serving => (ReplicaState::Serving, ""),
         ReplicaHealth::Recovering => (ReplicaState::Recovering, ""),
+        ReplicaHealth::Installing => (ReplicaState::Installing, ""),
         ReplicaHealth::Restarting(why) => (ReplicaState::Restarting, why.as_str()),
         ReplicaHealth::Quarantined(why) => (ReplicaState::Quarantined, why.as_str()),
         ReplicaHealth::Failed(why) => (ReplicaState::Failed, why.as_str()),
@@ -400,11 +401,12 @@ mod tests {
             phase: NodePhase::Stopping,
             disk_bytes: 99,
             replicas: vec![
-                replica(1, ReplicaHealth::Serving, Some(group)),
+                replica(1, ReplicaHealth::Serving, Some(group.clone())),
                 replica(2, ReplicaHealth::Recovering, Some(recovering)),
                 replica(3, ReplicaHealth::Restarting(why()), None),
                 replica(4, ReplicaHealth::Quarantined(why()), None),
                 replica(5, ReplicaHealth::Failed(why()), None),
+                replica(6, ReplicaHealth::Installing, Some(group)),
             ],
             uptime: Duration::from_millis(1234),
         };

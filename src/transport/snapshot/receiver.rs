@@ -41,28 +41,42 @@ pub(in crate::transport) async fn receive(
     let SnapshotFrame::Offer(offer) = take(&mut reader, &mut stream, timings).await? else {
         return Err(TransportError::Protocol("a snapshot without an offer".into()));
     };
-    let mut sink = match handler.snapshot(hello.from_node, offer).await {
+    let (judged, listening) =
+        while_working(handler.snapshot(hello.from_node, offer), &mut stream, timings).await;
+    if !listening {
+        return Err(TransportError::Closed);
+    }
+    let mut sink = match judged {
         Ok(sink) => sink,
         Err(answer) => return part(stream, answer, timings).await,
     };
     let start = SnapshotFrame::Answer(SnapshotAnswer::ResumeAt(sink.offset()));
     say(&mut stream, start, timings).await?;
-    match take_chunks(&mut reader, &mut stream, &offer, &mut *sink, timings).await? {
-        Ok(()) => {}
-        Err(answer) => return part(stream, answer, timings).await,
+    if let Err(answer) = take_chunks(&mut reader, &mut stream, &offer, &mut *sink, timings).await? {
+        return part(stream, answer, timings).await;
     }
-    let mut verdict = sink.finish();
+    let (answer, listening) = while_working(sink.finish(), &mut stream, timings).await;
+    match listening {
+        true => part(stream, answer, timings).await,
+        false => Ok(()),
+    }
+}
+
+/// Waits for `work` and tells the other side now and then that it goes on; whether that still listens.
+/// If it doesn't, it will ask again, and the work is done for its own sake.
+async fn while_working<T>(
+    mut work: LocalBoxFuture<'static, T>,
+    stream: &mut TcpStream,
+    timings: &Timings,
+) -> (T, bool) {
     let mut listening = true;
     loop {
         tokio::select! {
-            answer = &mut verdict => {
-                return if listening { part(stream, answer, timings).await } else { Ok(()) };
-            }
+            done = &mut work => return (done, listening),
             () = sleep(timings.keepalive), if listening => {
                 let working = SnapshotFrame::Answer(SnapshotAnswer::Working);
-                if let Err(error) = say(&mut stream, working, timings).await {
-                    // It hung up, and will ask again; the rest is done for its own sake.
-                    debug!(%error, node = %hello.from_node, "a snapshot's sender is gone");
+                if let Err(error) = say(stream, working, timings).await {
+                    debug!(%error, "the sender of a snapshot is gone");
                     listening = false;
                 }
             }

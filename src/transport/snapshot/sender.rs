@@ -79,36 +79,23 @@ pub async fn send(
     reader.set_max(SNAPSHOT_FRAME_BYTES_MAX);
     let (mut input, mut output) = stream.split();
     send_step(&mut output, SnapshotFrame::Offer(*offer), timings).await?;
-    let at = match answer(&mut reader, &mut input, timings).await? {
+    let at = match verdict(&mut reader, &mut input, timings).await? {
         SnapshotAnswer::ResumeAt(at) if at <= offer.bytes => at,
         SnapshotAnswer::ResumeAt(at) => {
             let reason = format!("it wants to go on at byte {at} of {}", offer.bytes);
             return Err(TransportError::Protocol(reason).into());
         }
-        SnapshotAnswer::Working => return Err(out_of_turn("working").into()),
         verdict => return delivered(verdict),
     };
     if at > 0 {
         resumed(at);
     }
     // An answer that comes early is a verdict: the rest isn't wanted.
-    let early = tokio::select! {
-        // Silence is right while chunks flow, so this answer has no time limit of its own.
-        verdict = read_early(&mut reader, &mut input, timings) => Some(verdict?),
-        sent = send_chunks(&mut output, at, offer.bytes, file, throttle, timings) => {
-            sent?;
-            None
-        }
-    };
-    if let Some(verdict) = early {
-        return delivered(verdict);
+    tokio::select! {
+        early = read_early(&mut reader, &mut input, timings) => return delivered(early?),
+        sent = send_chunks(&mut output, at, offer.bytes, file, throttle, timings) => sent?,
     }
-    loop {
-        match answer(&mut reader, &mut input, timings).await? {
-            SnapshotAnswer::Working => {}
-            verdict => return delivered(verdict),
-        }
-    }
+    delivered(verdict(&mut reader, &mut input, timings).await?)
 }
 
 /// Passes the handshake; what the other side sent after its welcome is in the reader.
@@ -142,7 +129,21 @@ async fn answer(
     }
 }
 
-/// As [`answer`], however long it takes.
+/// The next answer that says something: while the other side works, it says so now and then.
+async fn verdict(
+    reader: &mut FrameReader,
+    input: &mut (impl AsyncRead + Unpin),
+    timings: &Timings,
+) -> Result<SnapshotAnswer, TransportError> {
+    loop {
+        match answer(reader, input, timings).await? {
+            SnapshotAnswer::Working => {}
+            verdict => return Ok(verdict),
+        }
+    }
+}
+
+/// As [`answer`], however long it takes: silence is right while chunks flow.
 async fn read_early(
     reader: &mut FrameReader,
     input: &mut (impl AsyncRead + Unpin),
