@@ -1,5 +1,6 @@
 //! The flush thread: gathers frozen memtables of all replicas and makes them durable in one round,
-//! one redo file and one sync for many; removes the state of dropped replicas in between.
+//! one redo file and one sync for many; removes the state of dropped replicas in between, and does
+//! there what must not fall into a flush.
 
 use std::io;
 use std::sync::mpsc;
@@ -31,8 +32,12 @@ pub trait FlushSink: Send + Sync {
     fn flushed(&self, step: FlushStep, batch: Vec<(ReplicaId, Incarnation, Position)>);
 }
 
+/// Something to be done with the flusher between two flushes. It must not take long: flushes wait.
+pub type FlusherJob = Box<dyn FnOnce(&mut Flusher) + Send>;
+
 enum Work {
     Flush(FlushJob),
+    Run(FlusherJob),
     Destroy(ReplicaId),
     /// Answered when everything submitted before is done.
     Barrier(oneshot::Sender<()>),
@@ -57,6 +62,11 @@ impl FlushThread {
     /// Hands over a frozen memtable.
     pub fn submit(&self, job: FlushJob) {
         self.send(Work::Flush(job));
+    }
+
+    /// Does something between two flushes. Dropped undone once the thread has ended.
+    pub fn run(&self, job: FlusherJob) {
+        self.send(Work::Run(job));
     }
 
     /// Removes all state of a replica that is a tombstone.
@@ -88,10 +98,12 @@ fn run(mut flusher: Flusher, queue: mpsc::Receiver<Work>, fatal: Fatal) {
     while let Ok(first) = queue.recv() {
         let mut flushes = Vec::new();
         let mut destroy = Vec::new();
+        let mut jobs = Vec::new();
         let mut barriers = Vec::new();
         for work in std::iter::once(first).chain(queue.try_iter()) {
             match work {
                 Work::Flush(job) => flushes.push(job),
+                Work::Run(job) => jobs.push(job),
                 Work::Destroy(replica) => destroy.push(replica),
                 Work::Barrier(done) => barriers.push(done),
             }
@@ -101,6 +113,9 @@ fn run(mut flusher: Flusher, queue: mpsc::Receiver<Work>, fatal: Fatal) {
         if let Err(error) = result {
             fatal.raise(format!("flushing state to disk: {error}"));
             return;
+        }
+        for job in jobs {
+            job(&mut flusher);
         }
         for done in barriers {
             if done.send(()).is_err() {

@@ -67,6 +67,28 @@ pub struct Freeze {
     pub for_log: bool,
 }
 
+/// Snapshot thread → replica: the snapshot for this follower is made, exact at this position. Whether it
+/// is wanted still.
+#[derive(Message)]
+#[rtype(result = "bool")]
+pub struct SnapshotMade {
+    /// The follower.
+    pub to: ReplicaId,
+    /// Its last entry.
+    pub position: Position,
+}
+
+/// Snapshot thread → replica: what it did for this follower has ended. Never dropped: one for each
+/// order.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct SnapshotDone {
+    /// The follower.
+    pub to: ReplicaId,
+    /// Whether it has the snapshot, or what is better.
+    pub installed: bool,
+}
+
 /// Hub → replica: stop or resume applying, for memory.
 #[derive(Message)]
 #[rtype(result = "()")]

@@ -7,6 +7,8 @@
 //! | log writer | one gathered write and sync at a time, for all replicas | on the disk |
 //! | flush thread | one flush of frozen memtables at a time | on the disk |
 //! | read thread | queries that memory can't answer | on the disk |
+//! | snapshot thread | one snapshot made and one loaded at a time, in turns ([`snapshots`]) | on the disk and the flush thread |
+//! | sending thread | snapshots on their way to other nodes | never for long |
 //!
 //! What crosses threads crosses in batches. A panic in a replica ends that replica; a panic in
 //! anything shared (a hub, the supervisor, a thread of the table's lower half) is fatal for the node:

@@ -14,11 +14,12 @@ use super::log_writer::WriteTask;
 use super::messages::*;
 use super::reader::ReadJob;
 use super::shared::{MemoryShare, Shared};
+use super::snapshots::outgoing::Order;
 use super::supervisor::Supervisor;
 use super::ticket::{Ticket, tickets};
 use crate::codec::GroupMessage;
 use crate::group::driver::Group;
-use crate::group::types::{Effects, Fetch};
+use crate::group::types::{Effects, Fetch, SnapshotWanted};
 use crate::ids::{Incarnation, METADATA_SHARD, NodeId, Position, ReplicaId, ShardId};
 use crate::limits;
 use crate::machine::command::Query;
@@ -162,9 +163,12 @@ impl ReplicaActor {
             self.fetch(fetch, ctx);
         }
         if let Some(wanted) = snapshot {
-            self.group.snapshot_done(wanted.to, false);
+            self.bring_snapshot(wanted, ctx);
         }
         if let Some(change) = leader {
+            if !change.local {
+                self.shared.snapshots.outgoing.cancel(self.replica);
+            }
             metrics::counter!(names::LEADER_CHANGES).increment(1);
             self.supervisor.do_send(LeaderChanged { shard: self.shard, replica: self.replica, change });
         }
@@ -209,6 +213,21 @@ impl ReplicaActor {
             Ok(Err(error)) => act.fail(error.to_string(), ctx),
             Err(error) => act.fail(format!("reading the raft log: {error}"), ctx),
         }));
+    }
+
+    /// Has a follower brought up to date whose next log entries are gone.
+    fn bring_snapshot(&mut self, wanted: SnapshotWanted, ctx: &mut Context<Self>) {
+        let SnapshotWanted { to, node, term } = wanted;
+        tracing::info!(shard = %self.shard, replica = %self.replica, %to, %node, "a follower needs a snapshot");
+        self.shared.snapshots.outgoing.bring(Order {
+            shard: self.shard,
+            from: self.replica,
+            generation: self.group.state().reader().generation,
+            term,
+            to,
+            node,
+            replica: ctx.address(),
+        });
     }
 
     /// Ends this replica because of an error; the supervisor rebuilds it from disk.
@@ -392,6 +411,21 @@ impl Handler<Freeze> for ReplicaActor {
             self.group.press_log();
         }
         self.freeze();
+    }
+}
+
+impl Handler<SnapshotMade> for ReplicaActor {
+    type Result = bool;
+    fn handle(&mut self, made: SnapshotMade, _: &mut Context<Self>) -> bool {
+        self.group.snapshot_made(made.to, made.position)
+    }
+}
+
+impl Handler<SnapshotDone> for ReplicaActor {
+    type Result = ();
+    fn handle(&mut self, done: SnapshotDone, ctx: &mut Context<Self>) {
+        self.group.snapshot_done(done.to, done.installed);
+        self.queue_pump(ctx);
     }
 }
 

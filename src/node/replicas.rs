@@ -5,11 +5,12 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use super::handle::ReplicaHealth;
+use crate::codec::snapshot::{SnapshotAnswer, SnapshotOffer};
 use crate::ids::{Incarnation, METADATA_SHARD, NodeId, ReplicaId, ShardId};
 use crate::limits;
 use crate::machine::MachineKind;
 use crate::placement::map::{ClusterMap, ShardRecord};
-use crate::storage::log::{ReplicaPhase, ReplicaRecord};
+use crate::storage::log::{Install, ReplicaPhase, ReplicaRecord};
 
 /// One replica of this node.
 #[derive(Debug)]
@@ -23,6 +24,10 @@ pub struct Slot {
     /// Restarts since the node started.
     pub restarts: u32,
     crashes: VecDeque<Instant>,
+    /// It is being read from disk and started, or soon will be.
+    opening: bool,
+    /// It is stopped for a while, to be switched to a snapshot.
+    installing: bool,
     /// The last start of it that is known to have ended.
     ended: Incarnation,
 }
@@ -74,6 +79,8 @@ impl Replicas {
             health: ReplicaHealth::Recovering,
             restarts: 0,
             crashes: VecDeque::new(),
+            opening: true,
+            installing: false,
             ended: 0,
         };
         self.slots.insert(slot.record.replica, slot);
@@ -141,6 +148,7 @@ impl Replicas {
         };
         let current = slot.incarnation == incarnation && slot.ended < incarnation;
         if current {
+            slot.opening = false;
             slot.health = match result {
                 Ok(()) => ReplicaHealth::Serving,
                 Err(reason) => ReplicaHealth::Failed(reason),
@@ -159,7 +167,7 @@ impl Replicas {
         now: Instant,
     ) -> Option<(ShardId, Verdict)> {
         let slot = self.slots.get_mut(&replica)?;
-        if slot.incarnation != incarnation {
+        if slot.incarnation != incarnation || slot.installing {
             return None;
         }
         slot.ended = incarnation;
@@ -168,6 +176,7 @@ impl Replicas {
         while slot.crashes.front().is_some_and(|&at| now.duration_since(at) > window) {
             slot.crashes.pop_front();
         }
+        slot.opening = slot.crashes.len() < limits::CRASHES_MAX;
         let verdict = if slot.crashes.len() >= limits::CRASHES_MAX {
             slot.health = ReplicaHealth::Quarantined(reason.to_owned());
             Verdict::Quarantine
@@ -178,6 +187,69 @@ impl Replicas {
         };
         Some((slot.record.shard, verdict))
     }
+}
+
+impl Replicas {
+    /// Whether a replica may take a snapshot: the generation of its state, or what to answer.
+    pub fn judge(&self, offer: &SnapshotOffer) -> Result<u32, SnapshotAnswer> {
+        let replica = offer.to;
+        let Some(slot) = self.slots.get(&replica) else {
+            return Err(match self.tombstones.contains(&replica) {
+                true => SnapshotAnswer::Refused(format!("replica {replica} was removed from this node")),
+                // Created by an order of the metadata shard alone, which may be on its way.
+                false => busy(),
+            });
+        };
+        let record = &slot.record;
+        if record.shard != offer.shard {
+            return Err(SnapshotAnswer::Refused(format!(
+                "replica {replica} is of shard {}, not of {}",
+                record.shard, offer.shard
+            )));
+        }
+        if offer.epoch.range < record.epoch.range || offer.epoch.conf < record.epoch.conf {
+            return Err(SnapshotAnswer::Refused(format!(
+                "replica {replica} knows of {:?}, the snapshot is of {:?}",
+                record.epoch, offer.epoch
+            )));
+        }
+        match &slot.health {
+            _ if slot.opening || slot.installing => Err(busy()),
+            ReplicaHealth::Quarantined(reason) => {
+                Err(SnapshotAnswer::Refused(format!("replica {replica} crashed too often: {reason}")))
+            }
+            _ => Ok(record.generation),
+        }
+    }
+
+    /// A replica is to be stopped and switched to a snapshot: its shard and the start of it that ends.
+    /// From here on its end is no crash. Inside an error: what to answer.
+    pub fn begin_install(&mut self, replica: ReplicaId) -> Result<(ShardId, Incarnation), SnapshotAnswer> {
+        let slot = self.slots.get_mut(&replica).ok_or_else(busy)?;
+        if slot.opening || slot.installing {
+            return Err(busy());
+        }
+        slot.installing = true;
+        slot.health = ReplicaHealth::Installing;
+        Ok((slot.record.shard, slot.incarnation))
+    }
+
+    /// It is switched, if `installed` says to what, or goes on as it was; its record, from which it is to
+    /// be opened. `None` if it was removed meanwhile.
+    pub fn end_install(&mut self, replica: ReplicaId, installed: Option<Install>) -> Option<ReplicaRecord> {
+        let slot = self.slots.get_mut(&replica)?;
+        slot.installing = false;
+        slot.opening = true;
+        slot.health = ReplicaHealth::Recovering;
+        if let Some(Install { generation, epoch, members, .. }) = installed {
+            slot.record = ReplicaRecord { generation, epoch, members, ..slot.record.clone() };
+        }
+        Some(slot.record.clone())
+    }
+}
+
+fn busy() -> SnapshotAnswer {
+    SnapshotAnswer::Busy { retry_after_ms: limits::SNAPSHOT_BUSY_MS }
 }
 
 /// The catalogue entry of a replica that `shard` orders.
@@ -248,6 +320,78 @@ mod tests {
         assert_eq!(replicas.get_mut(ReplicaId(9)).unwrap().health, ReplicaHealth::Serving);
         assert!(replicas.started(ReplicaId(9), next, Err("no".into())));
         assert_eq!(replicas.get_mut(ReplicaId(9)).unwrap().health, ReplicaHealth::Failed("no".into()));
+    }
+
+    fn offer() -> SnapshotOffer {
+        SnapshotOffer {
+            stream: crate::ids::RandomId([1; 16]),
+            shard: ShardId(4),
+            from: ReplicaId(8),
+            to: ReplicaId(9),
+            epoch: Epoch { range: 1, conf: 1 },
+            position: crate::ids::Position { index: 80, term: 6 },
+            leader_term: 6,
+            bytes: 100,
+        }
+    }
+
+    fn refused(verdict: Result<u32, SnapshotAnswer>) -> bool {
+        matches!(verdict, Err(SnapshotAnswer::Refused(_)))
+    }
+
+    #[test]
+    fn snapshots_are_for_replicas_of_this_node_that_are_not_just_being_opened() {
+        let mut replicas = Replicas::default();
+        assert_eq!(replicas.judge(&offer()), Err(busy()), "not created yet");
+        replicas.created(&replicas.orders(&map(false), NodeId(2)).create);
+        assert_eq!(replicas.judge(&offer()), Err(busy()), "being opened");
+        replicas.get_mut(ReplicaId(9)).unwrap().incarnation = 1;
+        assert!(replicas.started(ReplicaId(9), 1, Ok(())));
+        assert_eq!(replicas.judge(&offer()), Ok(1));
+        assert!(refused(replicas.judge(&SnapshotOffer { shard: ShardId(5), ..offer() })));
+        assert!(refused(replicas.judge(&SnapshotOffer { epoch: Epoch { range: 0, conf: 1 }, ..offer() })));
+        assert!(refused(replicas.judge(&SnapshotOffer { epoch: Epoch { range: 1, conf: 0 }, ..offer() })));
+        let now = Instant::now();
+        assert!(replicas.crashed(ReplicaId(9), 1, "boom", now).is_some());
+        assert_eq!(replicas.judge(&offer()), Err(busy()), "about to be opened");
+        assert_eq!(replicas.begin_install(ReplicaId(9)), Err(busy()));
+        for _ in 1..limits::CRASHES_MAX {
+            replicas.crashed(ReplicaId(9), 1, "boom", now);
+        }
+        assert!(refused(replicas.judge(&offer())), "quarantined");
+        replicas.removed(ReplicaId(9));
+        assert!(refused(replicas.judge(&offer())), "removed");
+    }
+
+    #[test]
+    fn an_installation_ends_one_start_and_the_record_names_the_next_generation() {
+        let mut replicas = Replicas::default();
+        replicas.created(&replicas.orders(&map(false), NodeId(2)).create);
+        replicas.get_mut(ReplicaId(9)).unwrap().incarnation = 1;
+        assert!(replicas.started(ReplicaId(9), 1, Ok(())));
+        assert_eq!(replicas.begin_install(ReplicaId(9)), Ok((ShardId(4), 1)));
+        assert_eq!(replicas.begin_install(ReplicaId(9)), Err(busy()), "one at a time");
+        assert_eq!(replicas.judge(&offer()), Err(busy()));
+        assert_eq!(replicas.crashed(ReplicaId(9), 1, "stopped", Instant::now()), None, "its end is no crash");
+        let install = Install {
+            generation: 2,
+            position: offer().position,
+            leader_term: 6,
+            epoch: Epoch { range: 1, conf: 3 },
+            members: Vec::new(),
+        };
+        let record = replicas.end_install(ReplicaId(9), Some(install)).expect("a replica");
+        assert_eq!((record.generation, record.epoch.conf), (2, 3));
+        assert_eq!(replicas.judge(&offer()), Err(SnapshotAnswer::Refused(
+            "replica 9 knows of Epoch { range: 1, conf: 3 }, the snapshot is of Epoch { range: 1, conf: 1 }".into()
+        )));
+        replicas.get_mut(ReplicaId(9)).unwrap().incarnation = 2;
+        assert!(replicas.started(ReplicaId(9), 2, Ok(())));
+        // One that comes to nothing leaves the record as it was.
+        assert_eq!(replicas.begin_install(ReplicaId(9)), Ok((ShardId(4), 2)));
+        assert_eq!(replicas.end_install(ReplicaId(9), None), Some(record));
+        replicas.removed(ReplicaId(9));
+        assert_eq!(replicas.end_install(ReplicaId(9), None), None);
     }
 
     #[test]

@@ -12,6 +12,8 @@ use super::handle::NodeHandle;
 use super::hub::{Deliver, Hub, hub_of};
 use super::membership::Applicant;
 use super::messages::MapNews;
+use super::shared::Shared;
+use super::snapshots::install;
 use super::supervisor::Supervisor;
 use crate::codec::GroupMessage;
 use crate::codec::hello::{Lane, PeerHello};
@@ -33,7 +35,9 @@ pub struct Destinations {
     pub data_hubs: Vec<Addr<Hub>>,
     /// The thread that owns the metadata replica.
     pub control_hub: Addr<Hub>,
-    /// For news of the map.
+    /// For snapshots.
+    pub shared: Arc<Shared>,
+    /// For news of the map, and snapshots.
     pub supervisor: Addr<Supervisor>,
 }
 
@@ -199,10 +203,13 @@ impl PeerHandler for Arc<PeerService> {
     fn snapshot(
         &self,
         _from: NodeId,
-        _offer: SnapshotOffer,
+        offer: SnapshotOffer,
     ) -> LocalBoxFuture<'static, Result<Box<dyn SnapshotSink>, SnapshotAnswer>> {
-        let refused = SnapshotAnswer::Refused("this node takes no snapshots".into());
-        Box::pin(std::future::ready(Err(refused)))
+        let Some(to) = self.destinations.get() else {
+            let busy = SnapshotAnswer::Busy { retry_after_ms: limits::SNAPSHOT_BUSY_MS };
+            return Box::pin(std::future::ready(Err(busy)));
+        };
+        Box::pin(install::take(to.shared.clone(), to.supervisor.clone(), offer))
     }
 
     fn client_address(&self) -> String {

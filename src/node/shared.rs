@@ -1,4 +1,5 @@
-//! What all threads of a node use: the log writer, the flush and read threads, the network, the
+//! What all threads of a node use: the log writer, the flush and read threads,
+//! snapshots, the network, the
 //! memory gauge. Each is safe to call from an arbiter: none of them blocks.
 
 use std::sync::Arc;
@@ -8,6 +9,7 @@ use super::flusher::FlushThread;
 use super::log_writer::LogWriter;
 use super::reader::ReadThread;
 use super::router::Router;
+use super::snapshots::Snapshots;
 use crate::storage::log::LogStore;
 use crate::transport::network::PeerNetwork;
 
@@ -18,9 +20,11 @@ pub struct Shared {
     /// Its writer.
     pub log_writer: LogWriter,
     /// Flushes memtables.
-    pub flusher: FlushThread,
+    pub flusher: Arc<FlushThread>,
     /// Reads the state engine.
     pub reader: ReadThread,
+    /// Snapshots from and to other nodes.
+    pub snapshots: Snapshots,
     /// To other nodes.
     pub network: PeerNetwork,
     /// Shards to replicas, and the cluster map.

@@ -20,6 +20,10 @@ use super::reader::ReadThread;
 use super::router::Router;
 use super::service::{Destinations, PeerService};
 use super::shared::{MemoryGauge, Shared};
+use super::snapshots::Snapshots;
+use super::snapshots::inbox::Inbox;
+use super::snapshots::outgoing::{self, Outgoing};
+use super::snapshots::worker::{self, Worker};
 use super::supervisor::{EndReplica, HandOver, OpenAll, Site, StopAll, Supervisor};
 use super::{Listeners, NodeError, map_cache, panics};
 use crate::group::catch_up::Retention;
@@ -35,6 +39,7 @@ use crate::storage::flush::Flusher;
 use crate::storage::identity::{DataDir, IdentityError};
 use crate::storage::log::LogStore;
 use crate::storage::log_disk::{DiskLog, DiskLogOptions};
+use crate::storage::snapshot_dir::SnapshotDir;
 use crate::telemetry::http::HealthView;
 use crate::telemetry::metrics as names;
 use crate::transport::listener::{PeerHandler, PeerListener};
@@ -65,6 +70,7 @@ struct Stores {
     log: Arc<DiskLog>,
     engine: Arc<dyn Engine>,
     flusher: Flusher,
+    snapshots: SnapshotDir,
 }
 
 /// Starts a node: opens its directory, binds its threads, and begins to form or join. Must be called
@@ -170,7 +176,8 @@ async fn open_stores(settings: &Settings) -> Result<(DataDir, Stores), NodeError
         let engine: Arc<dyn Engine> =
             Arc::new(SledEngine::open(&data_dir.state_path(), options, data_dir.store_id())?);
         let flusher = Flusher::open(data_dir.redo_path(), engine.clone())?;
-        Ok((data_dir, Stores { log: Arc::new(log), engine, flusher }))
+        let snapshots = SnapshotDir::open(&data_dir.snapshots_path(), limits::SNAPSHOT_FILES_BYTES_MAX)?;
+        Ok((data_dir, Stores { log: Arc::new(log), engine, flusher, snapshots }))
     };
     let opened = tokio::task::spawn_blocking(open).await;
     Ok(opened.map_err(|error| NodeError::Fatal(format!("opening the stores: {error}")))??)
@@ -294,6 +301,15 @@ impl Assembly {
         threads.push(thread);
         let (reader, thread) = ReadThread::start(&self.fatal).map_err(no_thread)?;
         threads.push(thread);
+        let flusher = Arc::new(flusher);
+        let (worker, thread) = Worker::start(worker::Tools {
+            dir: stores.snapshots.clone(),
+            engine: stores.engine.clone(),
+            flusher: flusher.clone(),
+            fatal: self.fatal.clone(),
+        })
+        .map_err(no_thread)?;
+        threads.push(thread);
         // The hubs come after the network that they send through.
         let hubs: Arc<OnceLock<Vec<Addr<Hub>>>> = Arc::default();
         let told = hubs.clone();
@@ -304,11 +320,25 @@ impl Assembly {
         };
         let network =
             PeerNetwork::new(PeerNetworkConfig::new(cluster, node, incarnation, Arc::new(on_unreachable)));
+        let (worker, inbox) = (Arc::new(worker), Inbox::new(stores.snapshots.clone()));
+        let tools = outgoing::Tools {
+            cluster_id: cluster,
+            node,
+            incarnation,
+            network: network.clone(),
+            worker: worker.clone(),
+            dir: stores.snapshots,
+            inbox: inbox.clone(),
+            bytes_per_second: self.settings.snapshot.bytes_per_second,
+        };
+        let (outgoing, thread) = Outgoing::start(tools, &self.fatal).map_err(no_thread)?;
+        threads.push(thread);
         let shared = Arc::new(Shared {
             log,
             log_writer,
             flusher,
             reader,
+            snapshots: Snapshots { inbox, outgoing, worker },
             network,
             router: router.clone(),
             memory: MemoryGauge::new(
@@ -361,6 +391,7 @@ impl Assembly {
         self.service.set_destinations(Destinations {
             data_hubs,
             control_hub,
+            shared,
             supervisor: supervisor.clone(),
         });
         self.handle.set_member(Member { node, router, supervisor: supervisor.clone() });
@@ -508,6 +539,7 @@ impl RunningNode {
             }
             // Connections get a moment to write what they were just answered.
             tokio::time::sleep(Duration::from_millis(limits::LAST_ANSWERS_MS)).await;
+            running.shared.snapshots.close();
             running.shared.flusher.close();
             running.shared.network.set_peers(&[]);
             threads = running.threads;
@@ -531,6 +563,7 @@ impl RunningNode {
             // the next start in this process would find them in use.
             let late = late.lock().unwrap_or_else(PoisonError::into_inner).take();
             if let Some(Running { shared, threads: more, .. }) = late {
+                shared.snapshots.close();
                 shared.flusher.close();
                 shared.log_writer.stop();
                 threads.extend(more);

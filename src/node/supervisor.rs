@@ -55,16 +55,17 @@ pub struct Site {
 /// See the module page.
 pub struct Supervisor {
     site: Site,
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     data_hubs: Vec<Addr<Hub>>,
     control_hub: Addr<Hub>,
-    replicas: Replicas,
-    addrs: BTreeMap<ReplicaId, Addr<ReplicaActor>>,
-    led: HashSet<ShardId>,
+    pub(super) replicas: Replicas,
+    pub(super) addrs: BTreeMap<ReplicaId, Addr<ReplicaActor>>,
+    pub(super) led: HashSet<ShardId>,
     /// Replicas of the catalogue that are not yet running; the node is ready at zero.
     opening: watch::Sender<Option<usize>>,
     saving_map: bool,
     map_unsaved: bool,
+    pub(super) fatal: Fatal,
     _guard: FatalGuard,
 }
 
@@ -126,10 +127,11 @@ impl Supervisor {
             saving_map: false,
             map_unsaved: false,
             _guard: fatal.guard("the supervisor"),
+            fatal,
         }
     }
 
-    fn hub(&self, shard: ShardId) -> &Addr<Hub> {
+    pub(super) fn hub(&self, shard: ShardId) -> &Addr<Hub> {
         if shard == METADATA_SHARD {
             &self.control_hub
         } else {
@@ -139,7 +141,12 @@ impl Supervisor {
 
     /// Reads log and state of `records` from disk, off this thread, and starts their actors.
     /// `campaign`: those to elect at once.
-    fn open(&mut self, records: Vec<ReplicaRecord>, campaign: HashSet<ReplicaId>, ctx: &mut Context<Self>) {
+    pub(super) fn open(
+        &mut self,
+        records: Vec<ReplicaRecord>,
+        campaign: HashSet<ReplicaId>,
+        ctx: &mut Context<Self>,
+    ) {
         let log = self.shared.log.clone();
         let engine = self.site.engine.clone();
         let read = tokio::task::spawn_blocking(move || {
@@ -302,11 +309,14 @@ impl Supervisor {
                 tracing::debug!(%error, "the replica had ended already");
             }
             fence(&shared, replica, incarnation).await;
-            let flusher = shared.clone();
+            let ending = shared.clone();
             shared.log_writer.run(Box::new(move |log| match log.remove(&[replica]) {
-                Ok(()) => flusher.flusher.destroy(replica),
+                Ok(()) => ending.flusher.destroy(replica),
                 Err(error) => tracing::error!(%replica, %error, "recording a tombstone"),
             }));
+            if let Err(error) = tokio::task::spawn_blocking(move || shared.snapshots.forget(replica)).await {
+                tracing::debug!(%error, "the node ended while it removed snapshots");
+            }
         }));
     }
 
@@ -378,7 +388,7 @@ impl Supervisor {
 }
 
 /// Waits until nothing of a dead incarnation can reach the disk any more.
-async fn fence(shared: &Shared, replica: ReplicaId, incarnation: Incarnation) {
+pub(super) async fn fence(shared: &Shared, replica: ReplicaId, incarnation: Incarnation) {
     if shared.log_writer.fence(replica, incarnation).await.is_err() || shared.flusher.barrier().await.is_err()
     {
         tracing::debug!("the node's storage threads have ended");
@@ -426,6 +436,10 @@ impl Handler<OpenAll> for Supervisor {
             self.shared.flusher.destroy(replica);
         }
         let records: Vec<_> = self.replicas.iter().map(|slot| slot.record.clone()).collect();
+        for record in &records {
+            // What a crash has left of a snapshot that was being loaded, or of the state before one.
+            self.shared.snapshots.worker.sweep(record.replica, record.generation);
+        }
         // Set before anything is started, so that nobody sees "ready" in between.
         self.opening.send_replace(Some(records.len()));
         self.open(records, HashSet::new(), ctx);
@@ -444,6 +458,7 @@ impl Handler<ReplicaDown> for Supervisor {
         };
         tracing::error!(%shard, %replica, incarnation, reason, ?verdict, "replica crashed");
         metrics::counter!(names::REPLICA_RESTARTS).increment(1);
+        self.shared.snapshots.outgoing.cancel(replica);
         self.addrs.remove(&replica);
         self.led.remove(&shard);
         self.hub(shard).do_send(Forget(replica, incarnation));
@@ -521,6 +536,7 @@ impl Handler<Report> for Supervisor {
     fn handle(&mut self, _: Report, _: &mut Context<Self>) -> Self::Result {
         let asked = self.replicas.iter().map(|slot: &Slot| {
             let addr = self.addrs.get(&slot.record.replica).cloned();
+            let receives = self.shared.snapshots.inbox.receives(slot.record.replica);
             let mut report = ReplicaReport {
                 shard: slot.record.shard,
                 replica: slot.record.replica,
@@ -534,6 +550,8 @@ impl Handler<Report> for Supervisor {
                 {
                     if status.recovering {
                         report.health = ReplicaHealth::Recovering;
+                    } else if receives {
+                        report.health = ReplicaHealth::Installing;
                     }
                     report.group = Some(status);
                 }

@@ -36,6 +36,7 @@ impl Reader {
         let cluster = self.cluster();
         let log = self.log();
         let storage = self.storage();
+        let bytes_per_second = self.number("snapshot.bytes_per_second");
         self.ports(client.as_ref(), peer.as_ref(), http_listen.flatten());
         if let (Some(cluster), Some(peer)) = (&cluster, &peer) {
             self.membership(cluster, peer);
@@ -48,6 +49,7 @@ impl Reader {
             cluster: cluster?,
             log: log?,
             storage: storage?,
+            snapshot: SnapshotSettings { bytes_per_second: bytes_per_second? },
         })
     }
 

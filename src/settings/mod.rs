@@ -37,6 +37,8 @@ pub struct Settings {
     pub log: LogSettings,
     /// `storage.*`
     pub storage: StorageSettings,
+    /// `snapshot.*`
+    pub snapshot: SnapshotSettings,
 }
 
 /// Who this node is.
@@ -109,6 +111,13 @@ pub struct StorageSettings {
     pub log_keep_bytes: u64,
     /// Log files prepared ahead for reuse.
     pub log_spare_files: usize,
+}
+
+/// How followers that lag too far are brought up to date.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SnapshotSettings {
+    /// Bytes that a node sends in a second, over all snapshots.
+    pub bytes_per_second: u64,
 }
 
 impl Settings {
@@ -188,6 +197,7 @@ impl Settings {
                 log_keep_bytes: 8 * MIB,
                 log_spare_files: 0,
             },
+            snapshot: SnapshotSettings { bytes_per_second: 64 * MIB },
         }
     }
 
@@ -242,6 +252,7 @@ impl Settings {
                 ("log_spare_files", whole(self.storage.log_spare_files as u64)),
             ],
         );
+        section("snapshot", &[("bytes_per_second", whole(self.snapshot.bytes_per_second))]);
         out
     }
 }

@@ -80,6 +80,16 @@ metrics_table! {
         "Time of one round that moves frozen memtables into the state store, in seconds.";
     MEMTABLE_BYTES = "pontoon_memtable_bytes", Gauge, [],
         "Memtables of all replicas on this node, in bytes.";
+    SNAPSHOTS_MADE = "pontoon_snapshots_made_total", Counter, [],
+        "Snapshot files made of shards on this node.";
+    SNAPSHOTS_SENT = "pontoon_snapshots_sent_total", Counter, [],
+        "Snapshots that were brought to a replica on another node and installed there.";
+    SNAPSHOTS_INSTALLED = "pontoon_snapshots_installed_total", Counter, [],
+        "Snapshots that were received and installed on this node.";
+    SNAPSHOTS_RESUMED = "pontoon_snapshots_resumed_total", Counter, [],
+        "Transfers of a snapshot from this node that went on where an earlier one was cut.";
+    SNAPSHOTS_FAILED = "pontoon_snapshots_failed_total", Counter, ["step"],
+        "Snapshots that could not be made, sent or installed on this node; another one follows if it is needed still.";
     PEER_SENT_FRAMES = "pontoon_peer_sent_frames_total", Counter, ["lane"],
         "Frames sent to other nodes, by class of connection.";
     PEER_SENT_MESSAGES = "pontoon_peer_sent_messages_total", Counter, ["lane"],
