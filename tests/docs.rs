@@ -297,6 +297,8 @@ fn bounds() -> Vec<(&'static str, u64)> {
         HELLO_FRAME_BYTES_MAX,
         KEEPALIVE_MS,
         PEER_IDLE_MS_MAX,
+        SNAPSHOTS_SENT_MAX,
+        SNAPSHOTS_RECEIVED_MAX,
         CRASHES_MAX,
         CRASH_WINDOW_MS,
         STOP_MS_MAX,
