@@ -10,6 +10,7 @@ use super::log_writer::LogWriter;
 use super::reader::ReadThread;
 use super::router::Router;
 use super::snapshots::Snapshots;
+use crate::ids::{Incarnation, ReplicaId};
 use crate::storage::log::LogStore;
 use crate::transport::network::PeerNetwork;
 
@@ -31,6 +32,16 @@ pub struct Shared {
     pub router: Arc<Router>,
     /// Memtables of the node.
     pub memory: MemoryGauge,
+}
+
+impl Shared {
+    /// Waits until nothing of a dead incarnation can reach the disk any more.
+    pub async fn fence(&self, replica: ReplicaId, incarnation: Incarnation) {
+        if self.log_writer.fence(replica, incarnation).await.is_err() || self.flusher.barrier().await.is_err()
+        {
+            tracing::debug!("the node's storage threads have ended");
+        }
+    }
 }
 
 /// Bytes in memtables of all replicas of a node, against their bound.

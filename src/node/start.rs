@@ -21,9 +21,7 @@ use super::router::Router;
 use super::service::{Destinations, PeerService};
 use super::shared::{MemoryGauge, Shared};
 use super::snapshots::Snapshots;
-use super::snapshots::inbox::Inbox;
-use super::snapshots::outgoing::{self, Outgoing};
-use super::snapshots::worker::{self, Worker};
+use super::snapshots::{outgoing, worker};
 use super::supervisor::{EndReplica, HandOver, OpenAll, Site, StopAll, Supervisor};
 use super::{Listeners, NodeError, map_cache, panics};
 use crate::group::catch_up::Retention;
@@ -301,15 +299,6 @@ impl Assembly {
         threads.push(thread);
         let (reader, thread) = ReadThread::start(&self.fatal).map_err(no_thread)?;
         threads.push(thread);
-        let flusher = Arc::new(flusher);
-        let (worker, thread) = Worker::start(worker::Tools {
-            dir: stores.snapshots.clone(),
-            engine: stores.engine.clone(),
-            flusher: flusher.clone(),
-            fatal: self.fatal.clone(),
-        })
-        .map_err(no_thread)?;
-        threads.push(thread);
         // The hubs come after the network that they send through.
         let hubs: Arc<OnceLock<Vec<Addr<Hub>>>> = Arc::default();
         let told = hubs.clone();
@@ -320,25 +309,25 @@ impl Assembly {
         };
         let network =
             PeerNetwork::new(PeerNetworkConfig::new(cluster, node, incarnation, Arc::new(on_unreachable)));
-        let (worker, inbox) = (Arc::new(worker), Inbox::new(stores.snapshots.clone()));
-        let tools = outgoing::Tools {
+        let (flusher, fatal) = (Arc::new(flusher), self.fatal.clone());
+        let (engine, dir) = (stores.engine.clone(), stores.snapshots);
+        let tools = worker::Tools { dir, engine, flusher: flusher.clone(), fatal };
+        let bytes_per_second = self.settings.snapshot.bytes_per_second;
+        let origin = outgoing::Origin {
             cluster_id: cluster,
             node,
             incarnation,
             network: network.clone(),
-            worker: worker.clone(),
-            dir: stores.snapshots,
-            inbox: inbox.clone(),
-            bytes_per_second: self.settings.snapshot.bytes_per_second,
+            bytes_per_second,
         };
-        let (outgoing, thread) = Outgoing::start(tools, &self.fatal).map_err(no_thread)?;
-        threads.push(thread);
+        let (snapshots, more) = Snapshots::start(tools, origin).map_err(no_thread)?;
+        threads.extend(more);
         let shared = Arc::new(Shared {
             log,
             log_writer,
             flusher,
             reader,
-            snapshots: Snapshots { inbox, outgoing, worker },
+            snapshots,
             network,
             router: router.clone(),
             memory: MemoryGauge::new(

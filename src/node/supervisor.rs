@@ -308,7 +308,7 @@ impl Supervisor {
             {
                 tracing::debug!(%error, "the replica had ended already");
             }
-            fence(&shared, replica, incarnation).await;
+            shared.fence(replica, incarnation).await;
             let ending = shared.clone();
             shared.log_writer.run(Box::new(move |log| match log.remove(&[replica]) {
                 Ok(()) => ending.flusher.destroy(replica),
@@ -384,14 +384,6 @@ impl Supervisor {
                 Err(_) => tracing::warn!("the metadata replica ended while forming the cluster"),
             }
         });
-    }
-}
-
-/// Waits until nothing of a dead incarnation can reach the disk any more.
-pub(super) async fn fence(shared: &Shared, replica: ReplicaId, incarnation: Incarnation) {
-    if shared.log_writer.fence(replica, incarnation).await.is_err() || shared.flusher.barrier().await.is_err()
-    {
-        tracing::debug!("the node's storage threads have ended");
     }
 }
 
@@ -477,7 +469,7 @@ impl Handler<ReplicaDown> for Supervisor {
         let shared = self.shared.clone();
         let fence = async move {
             actix::clock::sleep(after).await;
-            fence(&shared, replica, incarnation).await;
+            shared.fence(replica, incarnation).await;
         };
         ctx.spawn(fut::wrap_future(fence).map(move |(), act: &mut Self, ctx| {
             act.open(vec![record], HashSet::new(), ctx);

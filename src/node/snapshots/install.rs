@@ -17,7 +17,7 @@ use crate::node::hub::Forget;
 use crate::node::messages::{AskStatus, StopReplica};
 use crate::node::router::Route;
 use crate::node::shared::Shared;
-use crate::node::supervisor::{Supervisor, fence};
+use crate::node::supervisor::Supervisor;
 use crate::storage::StorageError;
 use crate::storage::log::Install;
 use crate::telemetry::metrics as names;
@@ -191,7 +191,7 @@ impl Handler<InstallSnapshot> for Supervisor {
             {
                 tracing::debug!(%error, "the replica had ended already");
             }
-            fence(&shared, replica, incarnation).await;
+            shared.fence(replica, incarnation).await;
             let (done, written) = oneshot::channel();
             let to_write = install.clone();
             shared.log_writer.run(Box::new(move |log| {

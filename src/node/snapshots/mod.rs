@@ -25,7 +25,9 @@ pub mod install;
 pub mod outgoing;
 pub mod worker;
 
+use std::io;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use crate::ids::ReplicaId;
 use inbox::Inbox;
@@ -43,6 +45,22 @@ pub struct Snapshots {
 }
 
 impl Snapshots {
+    /// Starts the threads, which are returned too.
+    ///
+    /// # Errors
+    /// The system has no thread to give.
+    pub fn start(
+        tools: worker::Tools,
+        origin: outgoing::Origin,
+    ) -> io::Result<(Snapshots, [JoinHandle<()>; 2])> {
+        let (dir, fatal) = (tools.dir.clone(), tools.fatal.clone());
+        let (worker, working) = Worker::start(tools)?;
+        let (worker, inbox) = (Arc::new(worker), Inbox::new(dir.clone()));
+        let tools = outgoing::Tools { origin, worker: worker.clone(), dir, inbox: inbox.clone() };
+        let (outgoing, sending) = Outgoing::start(tools, &fatal)?;
+        Ok((Snapshots { inbox, outgoing, worker }, [working, sending]))
+    }
+
     /// Takes no more work; the threads end after their present steps.
     pub fn close(&self) {
         self.outgoing.close();

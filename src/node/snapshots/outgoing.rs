@@ -63,8 +63,8 @@ enum Command {
     Forget(ReplicaId),
 }
 
-/// What the thread works with.
-pub struct Tools {
+/// Who sends, and how fast.
+pub struct Origin {
     /// The cluster.
     pub cluster_id: ClusterId,
     /// This node.
@@ -73,14 +73,20 @@ pub struct Tools {
     pub incarnation: u64,
     /// Knows where nodes are.
     pub network: PeerNetwork,
+    /// Bytes per second, over all transfers.
+    pub bytes_per_second: u64,
+}
+
+/// What the thread works with.
+pub struct Tools {
+    /// Who sends.
+    pub origin: Origin,
     /// Makes the files.
     pub worker: Arc<Worker>,
     /// Where they are.
     pub dir: SnapshotDir,
     /// What comes in, to be tidied too.
     pub inbox: Inbox,
-    /// Bytes per second, over all transfers.
-    pub bytes_per_second: u64,
 }
 
 /// The way to the thread. Bounded: a replica has one order for each follower, and takes it back with
@@ -197,7 +203,7 @@ fn stop(running: &mut HashMap<ReplicaId, (ReplicaId, AbortHandle)>, gone: Replic
 impl Sending {
     fn new(tools: Tools) -> Sending {
         Sending {
-            throttle: Throttle::new(tools.bytes_per_second),
+            throttle: Throttle::new(tools.origin.bytes_per_second),
             places: Semaphore::new(SNAPSHOTS_SENT_MAX),
             files: RefCell::default(),
             tools,
@@ -350,17 +356,17 @@ impl Sending {
 
     /// Tries until there is an outcome.
     async fn deliver(&self, order: &Order, offer: &SnapshotOffer, file: &Arc<File>) -> Next {
-        let tools = &self.tools;
+        let origin = &self.tools.origin;
         let parties = Parties {
-            cluster_id: tools.cluster_id,
-            from: tools.node,
-            incarnation: tools.incarnation,
+            cluster_id: origin.cluster_id,
+            from: origin.node,
+            incarnation: origin.incarnation,
             to: order.node,
         };
         let timings = Timings::default();
         let mut attempts = Attempts::new();
         loop {
-            let Some(address) = tools.network.address(order.node) else {
+            let Some(address) = origin.network.address(order.node) else {
                 return Next::GiveUp(format!("node {} is not known", order.node));
             };
             let resumed = |at| {
