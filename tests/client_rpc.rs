@@ -7,7 +7,7 @@ mod fake;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use fake::{Act, Fakes, dead_address};
+use fake::{Act, Fakes, dead_address, peer_port};
 use pontoon::client::options::ClientOptions;
 use pontoon::client::{
     Cas, Client, ClientError, Database, NotApplied, Operation, OperationResult, ScanOptions,
@@ -214,6 +214,35 @@ async fn any_seed_may_be_down_and_a_dead_node_is_left() {
     let error = Client::connect_with(nobody).await.err().unwrap();
     assert!(matches!(error, ClientError::NotApplied(NotApplied::Unavailable { .. })));
     assert!(begun.elapsed() < Duration::from_secs(1));
+}
+
+#[tokio::test]
+async fn peer_ports_alone_are_named_at_once() {
+    let ports = [peer_port(), peer_port()];
+    let named = |error: ClientError| {
+        let ClientError::Invalid(text) = &error else { panic!("{error:?}") };
+        assert!(text.contains("peer port") && text.contains("clients use 192.0.2.1:7101"), "{text}");
+        assert!(ports.iter().all(|port| text.contains(port.as_str())), "{text}");
+    };
+    let begun = Instant::now();
+    named(Client::connect(ports.clone()).await.err().unwrap());
+    let client = Client::unconnected(ClientOptions::new(ports.clone())).unwrap();
+    named(client.database("db").put(key("a"), key("1")).await.unwrap_err());
+    named(client.database("db").scan(ScanOptions::default()).next_page().await.unwrap_err());
+    named(client.create_database("new", 1, 1, Duration::from_secs(10)).await.unwrap_err());
+    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+
+    // A node that is down may come back: worth the time that was given.
+    let seeds = [ports[0].clone(), dead_address()];
+    let brief = ClientOptions { timeout: Duration::from_millis(300), ..ClientOptions::new(seeds) };
+    let error = Client::connect_with(brief).await.err().unwrap();
+    assert!(matches!(error, ClientError::NotApplied(NotApplied::Unavailable { .. })), "{error:?}");
+    assert!(error.to_string().contains("peer port"), "{error}");
+
+    // One good address is enough.
+    let fakes = Fakes::start(1, 1);
+    let client = Client::connect([ports[0].clone(), fakes.address(1), ports[1].clone()]).await.unwrap();
+    client.database("db").put(key("a"), key("1")).await.unwrap();
 }
 
 #[tokio::test]

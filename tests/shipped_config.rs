@@ -109,11 +109,15 @@ fn the_shipped_files_make_a_cluster_of_three() {
 
     // A client on a peer port is told where to go, and so is a node on a client port.
     let begun = Instant::now();
-    let output = run(&["--timeout", "2s", "get", "mydb", "testkey", "--cluster", &address(ports[3])]);
-    let says = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(3), "{says}");
-    assert!(says.contains("peer port") && says.contains(&address(ports[0])), "{says}");
-    assert!(begun.elapsed() < Duration::from_secs(5));
+    for args in [&["get", "mydb", "testkey"][..], &["status"]] {
+        let output = run(&[args, &["--cluster", &address(ports[3])]].concat());
+        let says = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{says}");
+        assert!(says.contains("peer port") && says.contains(&address(ports[0])), "{says}");
+    }
+    assert!(begun.elapsed() < Duration::from_secs(5), "it waited for its deadline");
+    let mixed = format!("{},{}", address(ports[4]), address(ports[1]));
+    assert_eq!(done(&["get", "mydb", "testkey", "--cluster", &mixed]), b"testval");
     let mut stream = TcpStream::connect(address(ports[0])).expect("connected");
     stream.write_all(&preamble()).expect("sent");
     stream.set_read_timeout(Some(Duration::from_secs(5))).expect("a socket");

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::calls::{persist, told};
-use super::connection::Connection;
+use super::connection::{Connection, Obstacle, Obstacles};
 use super::driver::Driver;
 use super::refresh::Ask;
 use super::retry::{Failure, Kind};
@@ -123,7 +123,7 @@ impl Client {
                 let driver = driver.clone();
                 async move {
                     if driver.routing.borrow().range_version(shard).is_none() {
-                        driver.ask_map(Ask::All).await.map_err(Failure::NotSent)?;
+                        driver.ask_map(Ask::All).await?;
                         if driver.routing.borrow().range_version(shard).is_none() {
                             let text = format!("there is no shard {shard}");
                             return Err(Failure::Refused(Refusal::Refused(text)));
@@ -183,7 +183,7 @@ impl Client {
             persist(Kind::Read, deadline, |_| {
                 let driver = driver.clone();
                 async move {
-                    driver.ask_map(Ask::One).await.map_err(Failure::NotSent)?;
+                    driver.ask_map(Ask::One).await?;
                     Ok(driver.routing.borrow().map().clone())
                 }
             })
@@ -228,15 +228,15 @@ impl Driver {
     /// A connection to any node of the cluster.
     async fn any_node(self: &Rc<Driver>) -> Result<(String, Rc<Connection>), Failure> {
         let limit = Duration::from_millis(ATTEMPT_MS_MAX);
-        let mut last = String::from("no address of any node is known");
+        let mut obstacles = Obstacles::default();
         for address in self.addresses() {
             match tokio::time::timeout(limit, self.pool.get(&address, true)).await {
                 Ok(Ok(connection)) => return Ok((address, connection)),
-                Ok(Err(why)) => last = why.to_string(),
-                Err(_) => last = format!("{address}: no welcome within {limit:?}"),
+                Ok(Err(obstacle)) => obstacles.add(&obstacle),
+                Err(_) => obstacles.add(&Obstacle::from(format!("{address}: no welcome within {limit:?}"))),
             }
         }
-        Err(Failure::NotSent(last))
+        Err(obstacles.failure())
     }
 
     /// Takes over the map of the node behind `connection`.

@@ -2,6 +2,7 @@
 //! All share one store, whose version counts every write.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::io::Write;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -60,6 +61,22 @@ pub struct Fakes {
 pub fn dead_address() -> String {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     listener.local_addr().unwrap().to_string()
+}
+
+/// The peer port of a node whose client port is 192.0.2.1:7101, as a client sees it.
+pub fn peer_port() -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let answer = pontoon::transport::foreign::abort_for_client("192.0.2.1:7101").unwrap();
+            // A client that is gone already needs no answer.
+            stream.write_all(&answer).and_then(|()| stream.shutdown(std::net::Shutdown::Write)).ok();
+            std::io::copy(&mut stream, &mut std::io::sink()).ok();
+        }
+    });
+    address
 }
 
 impl Fakes {
