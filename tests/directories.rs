@@ -187,6 +187,43 @@ async fn a_member_whose_log_is_gone_doesnt_start_however_often_it_is_tried() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_whose_log_is_empty_doesnt_start_however_often_it_is_tried() {
+    let [cluster, _] = two_stopped().await;
+    let data = &cluster.nodes[0].data;
+    for entry in std::fs::read_dir(data.join("log")).expect("listing") {
+        let path = entry.expect("an entry").path();
+        std::fs::File::options().write(true).truncate(true).open(&path).expect("emptied");
+    }
+    for attempt in 1..=3 {
+        let (code, says) = refused(&cluster, 0);
+        assert_eq!(code, Some(2), "attempt {attempt}: {says}");
+        assert!(says.contains("/log") && says.contains("missing"), "{says}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn stores_without_an_identity_are_refused_however_often_it_is_tried() {
+    let [cluster, _] = two_stopped().await;
+    let data = &cluster.nodes[0].data;
+    std::fs::remove_file(data.join("IDENTITY")).expect("removed");
+    // First all of it, then each part alone.
+    for gone in ["map", "redo", "state", "log"] {
+        let before = files(data);
+        for attempt in 1..=3 {
+            let (code, says) = refused(&cluster, 0);
+            assert_eq!(code, Some(2), "before {gone} went, attempt {attempt}: {says}");
+            assert!(says.contains("not a Pontoon data directory"), "{says}");
+            assert_same(&before, &files(data));
+        }
+        let path = data.join(gone);
+        match gone {
+            "map" => std::fs::remove_file(path).expect("removed"),
+            _ => std::fs::remove_dir_all(path).expect("removed"),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_cluster_map_is_damage_that_is_named() {
     let [cluster, _] = two_stopped().await;
     std::fs::remove_file(cluster.nodes[0].data.join("map")).expect("removed");

@@ -1,7 +1,6 @@
 //! Starting and stopping a node: what is made in which order, and taken down in which.
 
 use std::net::TcpListener;
-use std::path::Path;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
@@ -31,7 +30,7 @@ use crate::storage::StorageError;
 use crate::storage::engine::Engine;
 use crate::storage::engine_sled::{SledEngine, SledOptions};
 use crate::storage::flush::Flusher;
-use crate::storage::identity::{DataDir, IdentityError};
+use crate::storage::identity::DataDir;
 use crate::storage::log::LogStore;
 use crate::storage::log_disk::{DiskLog, DiskLogOptions};
 use crate::telemetry::http::HealthView;
@@ -147,7 +146,7 @@ fn data_threads(settings: &Settings) -> usize {
 
 async fn open_stores(settings: &Settings) -> Result<(DataDir, Stores), NodeError> {
     let settings = settings.clone();
-    let open = move || {
+    let open = move || -> Result<_, StorageError> {
         let storage = &settings.storage;
         let data_dir = DataDir::open(&settings.node.data_dir).map_err(StorageError::from)?;
         let options = DiskLogOptions {
@@ -156,44 +155,18 @@ async fn open_stores(settings: &Settings) -> Result<(DataDir, Stores), NodeError
             spare_files: storage.log_spare_files,
         };
         let path = data_dir.log_path();
-        let is_member = data_dir.node().is_some();
-        // Before it is opened: that makes a new log, which the next start would take for the old one.
-        if is_member && !has_log(&path)? {
-            return Err(StorageError::from(lost_log(&path)));
-        }
-        let log = DiskLog::open(&path, options, data_dir.store_id())?;
-        if is_member && log.is_new() {
-            return Err(StorageError::from(lost_log(&path)));
-        }
+        let store_id = data_dir.store_id();
+        let log = match data_dir.node() {
+            Some(_) => DiskLog::open_existing(&path, options, store_id)?,
+            None => DiskLog::open(&path, options, store_id)?,
+        };
         let options = SledOptions { cache_bytes: storage.cache_bytes, ..SledOptions::default() };
-        let engine: Arc<dyn Engine> =
-            Arc::new(SledEngine::open(&data_dir.state_path(), options, data_dir.store_id())?);
+        let engine: Arc<dyn Engine> = Arc::new(SledEngine::open(&data_dir.state_path(), options, store_id)?);
         let flusher = Flusher::open(data_dir.redo_path(), engine.clone())?;
         Ok((data_dir, Stores { log: Arc::new(log), engine, flusher }))
     };
     let opened = tokio::task::spawn_blocking(open).await;
     Ok(opened.map_err(|error| NodeError::Fatal(format!("opening the stores: {error}")))??)
-}
-
-/// Whether a directory holds any file of a raft log.
-fn has_log(path: &Path) -> Result<bool, StorageError> {
-    let failed = |source| StorageError::Io { action: "listing", path: path.to_owned(), source };
-    for entry in std::fs::read_dir(path).map_err(failed)? {
-        if Path::new(&entry.map_err(failed)?.file_name()).extension().is_some_and(|e| e == "raftlog") {
-            return Ok(true);
-        }
-    }
-    Ok(false)
-}
-
-fn lost_log(path: &Path) -> IdentityError {
-    IdentityError::Damaged {
-        path: path.display().to_string(),
-        detail:
-            "the raft log is missing, though this node is a member: votes and entries that it promised to \
-                 keep are gone"
-                .into(),
-    }
 }
 
 fn clone_listener(listener: &TcpListener) -> Result<TcpListener, NodeError> {

@@ -321,6 +321,26 @@ fn a_directory_that_is_not_this_nodes_is_refused() {
     assert!(matches!(foreign, Err(StorageError::Identity(_))), "{foreign:?}");
 }
 
+#[test]
+fn a_log_that_should_be_there_is_never_made_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("log");
+    let refused = || {
+        let found = DiskLog::open_existing(&path, options(), STORE).map(|_| ());
+        assert!(matches!(found, Err(StorageError::Identity(_))), "{found:?}");
+    };
+    std::fs::create_dir(&path).unwrap();
+    refused();
+    assert_eq!(std::fs::read_dir(&path).unwrap().count(), 0, "nothing is put there");
+    // A file without content, as after a power loss or a careless copy.
+    std::fs::write(path.join("0000000000000001.raftlog"), b"").unwrap();
+    for _ in 0..3 {
+        refused();
+    }
+    drop(DiskLog::open(&path, options(), STORE).unwrap());
+    DiskLog::open_existing(&path, options(), STORE).unwrap();
+}
+
 /// The log engine caches the last block read on a thread without asking whose it is.
 #[test]
 fn two_logs_read_on_one_thread_do_not_mix() {

@@ -15,7 +15,7 @@
 //! The engine tolerates a torn tail: it drops the last, unfinished batch, which nobody was told of.
 //! It can't tell that from a tail that was acknowledged and lost. So [`LogStore::load`] refuses a
 //! commit index beyond the last entry, the caller compares [`LogState::last`] with the applied index
-//! of the state, and [`DiskLog::is_new`] tells a caller who knows better that the log is missing.
+//! of the state, and [`DiskLog::open_existing`] is for a caller who knows that there was a log.
 //!
 //! Not compressed: entries are written once and, but for a lagging follower, never read; one thread
 //! writes for all groups, and a compressed block would have to be unpacked whole for one entry.
@@ -35,6 +35,7 @@ use raft_engine::env::{DefaultFileSystem, FileSystem};
 use raft_engine::{Command, LogBatch, MessageExt};
 
 use super::StorageError;
+use super::identity::IdentityError;
 use super::log::{Extent, LogState, LogStore, LogWrite, ReplicaPhase, ReplicaRecord};
 use crate::ids::{GROUP_START, Index, Position, ReplicaId, StoreId};
 use guard::EngineGuard;
@@ -98,6 +99,20 @@ impl DiskLog<DefaultFileSystem> {
     pub fn open(dir: &Path, options: DiskLogOptions, store_id: StoreId) -> Result<DiskLog, StorageError> {
         DiskLog::open_with_file_system(dir, options, store_id, Arc::new(DefaultFileSystem))
     }
+
+    /// [`DiskLog::open`] for a node that has had a log. If there is none, or an empty one, it is lost: the
+    /// node is refused, now and whenever it is tried again, since nothing is written that a later try
+    /// could take for the log.
+    pub fn open_existing(
+        dir: &Path,
+        options: DiskLogOptions,
+        store_id: StoreId,
+    ) -> Result<DiskLog, StorageError> {
+        if !has_files(dir)? {
+            return Err(lost(dir));
+        }
+        DiskLog::open_as(dir, options, store_id, Arc::new(DefaultFileSystem), false)
+    }
 }
 
 impl<F: FileSystem + 'static> DiskLog<F> {
@@ -107,6 +122,16 @@ impl<F: FileSystem + 'static> DiskLog<F> {
         options: DiskLogOptions,
         store_id: StoreId,
         file_system: Arc<F>,
+    ) -> Result<DiskLog<F>, StorageError> {
+        DiskLog::open_as(dir, options, store_id, file_system, true)
+    }
+
+    fn open_as(
+        dir: &Path,
+        options: DiskLogOptions,
+        store_id: StoreId,
+        file_system: Arc<F>,
+        may_create: bool,
     ) -> Result<DiskLog<F>, StorageError> {
         let io = |action, path: &Path| {
             let path = path.to_path_buf();
@@ -128,13 +153,12 @@ impl<F: FileSystem + 'static> DiskLog<F> {
             order: Mutex::new(WriteOrder { unsynced: false, purging: false }),
             replicas: RwLock::default(),
         };
-        log.check_identity(store_id)?;
+        log.check_identity(store_id, may_create)?;
         log.read_catalogue()?;
         Ok(log)
     }
 
-    /// Whether opening found no log and made an empty one. If the node has had one, it is lost, and
-    /// the node must not start under its identity.
+    /// Whether opening found no log and made an empty one.
     pub fn is_new(&self) -> bool {
         self.is_new
     }
@@ -382,6 +406,24 @@ impl<F: FileSystem + 'static> LogStore for DiskLog<F> {
         // engine's own estimate.
         sizes.unwrap_or_else(|_| self.engine.get().get_used_size() as u64)
     }
+}
+
+/// Whether a directory holds any file of a log.
+fn has_files(dir: &Path) -> Result<bool, StorageError> {
+    let failed = |source| StorageError::Io { action: "listing", path: dir.to_owned(), source };
+    for entry in std::fs::read_dir(dir).map_err(failed)? {
+        if Path::new(&entry.map_err(failed)?.file_name()).extension().is_some_and(|e| e == "raftlog") {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// The error of a node whose log is gone.
+fn lost(dir: &Path) -> StorageError {
+    let detail = "the raft log is missing, though this node is a member: votes and entries that it promised to \
+                  keep are gone";
+    IdentityError::Damaged { path: dir.display().to_string(), detail: detail.into() }.into()
 }
 
 fn damaged_log(replica: ReplicaId, detail: impl ToString) -> StorageError {

@@ -12,8 +12,8 @@ use crate::storage::identity::IdentityError;
 use crate::storage::log::{Extent, LogState, ReplicaPhase, term_starts};
 
 impl<F: FileSystem + 'static> DiskLog<F> {
-    /// Compares the store id with the caller's, or writes it if the log is empty.
-    pub(super) fn check_identity(&mut self, store_id: StoreId) -> Result<(), StorageError> {
+    /// Compares the store id with the caller's, or writes it if the log is empty and may be.
+    pub(super) fn check_identity(&mut self, store_id: StoreId, may_create: bool) -> Result<(), StorageError> {
         let engine = self.engine.get();
         match engine.get(CATALOGUE_GROUP, IDENTITY_KEY) {
             Some(value) => {
@@ -27,6 +27,7 @@ impl<F: FileSystem + 'static> DiskLog<F> {
                     .into());
                 }
             }
+            None if engine.is_empty() && !may_create => return Err(super::lost(&self.dir)),
             None if engine.is_empty() => {
                 let mut batch = LogBatch::default();
                 let value = record::encode_identity(store_id);
