@@ -17,6 +17,8 @@
 //! ```
 //!
 //! A listed node that finds a member instead joins that cluster as a new node.
+//!
+//! A member may have to ask the same nodes for a cluster map, if its own is lost.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -30,7 +32,7 @@ use super::map_cache;
 use crate::codec::peer::{Formation, Membership, PeerRequest, PeerResponse, ProbeAnswer};
 use crate::ids::{ClusterId, Epoch, METADATA_DATABASE, METADATA_SHARD, NodeId, RandomId, ReplicaId};
 use crate::limits;
-use crate::placement::map::{ClusterMap, Member, MemberRole, NodeRecord, ShardRecord};
+use crate::placement::map::{ClusterMap, MapDelta, Member, MemberRole, NodeRecord, ShardRecord};
 use crate::placement::ring::RingRange;
 use crate::refusal::Refusal;
 use crate::settings::ClusterSettings;
@@ -162,8 +164,8 @@ impl Applicant {
         }
     }
 
-    /// One round; what stands in the way, if anything.
-    async fn attempt(self: &Arc<Self>) -> Option<String> {
+    /// Peer addresses of the nodes that the settings list, without this one's.
+    fn others(&self) -> Vec<&str> {
         let own = self.record.peer_address.as_str();
         let mut addresses: Vec<&str> = Vec::new();
         for address in self.settings.initial.iter().chain(&self.settings.join).map(String::as_str) {
@@ -171,6 +173,62 @@ impl Applicant {
                 addresses.push(address);
             }
         }
+        addresses
+    }
+
+    /// The cluster map of a node that the settings list, as soon as one of them answers with it. `None` if
+    /// they list no other.
+    pub async fn map_of_a_peer(&self, cluster: ClusterId) -> Option<ClusterMap> {
+        let mut told = String::new();
+        while !self.others().is_empty() {
+            match self.ask_for_map(cluster, 0).await {
+                Ok(delta) => {
+                    let mut map = ClusterMap::default();
+                    map.merge(delta);
+                    return Some(map);
+                }
+                Err(obstacle) if obstacle == told => {}
+                Err(obstacle) => {
+                    tracing::info!("waiting for the cluster map: {obstacle}");
+                    told = obstacle;
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(limits::MEMBERSHIP_RETRY_MS)).await;
+        }
+        None
+    }
+
+    /// What changed in the cluster map after version `since`: the newest answer of the nodes that the
+    /// settings list, all asked at once.
+    async fn ask_for_map(&self, cluster: ClusterId, since: u64) -> Result<MapDelta, String> {
+        let answers = self.others().into_iter().map(|address| async move {
+            let timeout = Duration::from_millis(limits::MAP_PULL_MS_MAX);
+            let refused = match ask(address, PeerRequest::Map { since }, timeout).await {
+                Ok(PeerResponse::Map(delta)) if delta.cluster_id == cluster => return Ok(delta),
+                Ok(PeerResponse::Map(delta)) => format!("it belongs to cluster {}", delta.cluster_id),
+                Ok(PeerResponse::Refused(refusal)) => refusal.to_string(),
+                Ok(other) => format!("unexpected answer {other:?}"),
+                Err(error) => error,
+            };
+            Err(format!("{address}: {refused}"))
+        });
+        let mut newest: Result<MapDelta, String> = Err("there is nobody to ask".to_owned());
+        for answer in join_all(answers).await {
+            let better = match (&newest, &answer) {
+                (Ok(have), Ok(delta)) => delta.version > have.version,
+                (Ok(_), Err(_)) => false,
+                (Err(_), _) => true,
+            };
+            if better {
+                newest = answer;
+            }
+        }
+        newest
+    }
+
+    /// One round; what stands in the way, if anything.
+    async fn attempt(self: &Arc<Self>) -> Option<String> {
+        let addresses = self.others();
         let answers: BTreeMap<&str, Result<ProbeAnswer, String>> =
             join_all(addresses.iter().map(|&address| async move { (address, probe(address).await) }))
                 .await

@@ -101,8 +101,12 @@ impl Asked {
                 }
             }
             PeerRequest::Map { since } => {
-                self.cluster()?;
-                Ok(PeerResponse::Map(self.handle.map().delta(since)))
+                let (own, map) = (self.cluster()?, self.handle.map());
+                if map.cluster_id != own {
+                    // Its cached map was lost, and it looks for another itself.
+                    return Err(Refusal::Unavailable("the node has no cluster map yet".into()));
+                }
+                Ok(PeerResponse::Map(map.delta(since)))
             }
             PeerRequest::Meta(command) => {
                 self.cluster()?;

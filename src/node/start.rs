@@ -252,7 +252,7 @@ impl Assembly {
     async fn run(self, stores: Stores) -> Result<(), NodeError> {
         let (cluster, node) = self.applicant.become_member().await?;
         tracing::info!(%cluster, %node, "member");
-        let map = self.load_map(cluster)?;
+        let map = self.map_to_start_from(cluster, node, stores.log.clone(), stores.engine.clone()).await?;
         let first_map = (map.version == 0).then(|| Arc::new(map.clone()));
         let router = Arc::new(Router::new(map));
         let incarnation = self.incarnation;
@@ -342,24 +342,37 @@ impl Assembly {
         Ok(())
     }
 
-    fn load_map(&self, cluster: ClusterId) -> Result<ClusterMap, NodeError> {
-        let damaged = |detail: String| {
+    /// The cached map, or another that serves as well.
+    async fn map_to_start_from(
+        &self,
+        cluster: ClusterId,
+        node: NodeId,
+        log: Arc<DiskLog>,
+        engine: Arc<dyn Engine>,
+    ) -> Result<ClusterMap, NodeError> {
+        let cached = map_cache::load(&self.data_dir.lock().unwrap_or_else(PoisonError::into_inner), cluster);
+        let why = match cached {
+            Ok(map) => return Ok(map),
+            Err(why) => why,
+        };
+        tracing::warn!(why, "the cached cluster map can't be used; looking for another");
+        let own = NodeRecord { id: node, ..self.applicant.record().clone() };
+        let read =
+            tokio::task::spawn_blocking(move || map_cache::of_own_replica(&*log, &engine, cluster, own));
+        match read.await.map_err(|error| error.to_string()).map(|map| map.map_err(|e| e.to_string())) {
+            Ok(Ok(Some(map))) => return Ok(map),
+            Ok(Ok(None)) => {}
+            Ok(Err(error)) | Err(error) => {
+                tracing::warn!(error, "the metadata replica here has no map either")
+            }
+        }
+        self.applicant.map_of_a_peer(cluster).await.ok_or_else(|| {
             NodeError::Membership(format!(
-                "the cached cluster map in {} can't be used: {detail}. Copy the file `map` of another node of the \
-                 cluster here, or remove the directory and let the node join anew",
+                "the cached cluster map in {} can't be used: {why}; and the settings name no other node to ask for \
+                 it. Name one in `cluster.join`, or copy its file `map` here",
                 self.settings.node.data_dir.display()
             ))
-        };
-        let bytes = self.data_dir.lock().unwrap_or_else(PoisonError::into_inner).load_map();
-        let map = map_cache::decode(&bytes.ok_or_else(|| damaged("it is missing or damaged".into()))?)
-            .map_err(|error| damaged(error.to_string()))?;
-        if map.cluster_id != cluster {
-            return Err(damaged(format!(
-                "it is of cluster {}, the node belongs to {cluster}",
-                map.cluster_id
-            )));
-        }
-        Ok(map)
+        })
     }
 }
 

@@ -376,7 +376,7 @@ async fn fence(shared: &Shared, replica: ReplicaId, incarnation: Incarnation) {
 }
 
 /// Reads what the disk has of one replica.
-fn open_stores(
+pub(super) fn open_stores(
     log: &dyn LogStore,
     engine: &Arc<dyn Engine>,
     record: &ReplicaRecord,
