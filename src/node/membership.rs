@@ -18,20 +18,26 @@
 //!
 //! A listed node that finds a member instead joins that cluster as a new node.
 //!
-//! A member may have to ask the same nodes for a cluster map, if its own is lost.
+//! A member keeps what the cluster knows of it up to date ([`keep_record`]), and may have to ask the same
+//! nodes for a cluster map, if its own is lost.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use actix::Addr;
 use futures_util::future::join_all;
 use tokio::sync::watch;
 
 use super::NodeError;
+use super::handle::NodeHandle;
 use super::map_cache;
+use super::messages::MapNews;
+use super::supervisor::Supervisor;
 use crate::codec::peer::{Formation, Membership, PeerRequest, PeerResponse, ProbeAnswer};
 use crate::ids::{ClusterId, Epoch, METADATA_DATABASE, METADATA_SHARD, NodeId, RandomId, ReplicaId};
 use crate::limits;
+use crate::machine::command::{MetaCommand, MetaReply};
 use crate::placement::map::{ClusterMap, MapDelta, Member, MemberRole, NodeRecord, ShardRecord};
 use crate::placement::ring::RingRange;
 use crate::refusal::Refusal;
@@ -442,6 +448,29 @@ pub async fn spread(map: Arc<ClusterMap>) {
         })
     });
     join_all(tell).await;
+}
+
+/// Tells the metadata shard of this node's addresses, zone and weight, once per start, however long it
+/// takes. The map at hand can't say whether that is news: it may be older than what the cluster has heard
+/// since. To tell what is known already changes nothing.
+pub async fn keep_record(applicant: Arc<Applicant>, handle: NodeHandle, supervisor: Addr<Supervisor>) {
+    loop {
+        let map = handle.map();
+        if map.version > 0 {
+            let command = MetaCommand::AddNode(applicant.record.clone());
+            match handle.meta(command, Duration::from_millis(limits::JOIN_MS_MAX)).await {
+                Ok(MetaReply::Node(_)) => return,
+                Ok(other) => tracing::debug!(?other, "telling the cluster of this node's addresses"),
+                Err(error) => tracing::debug!(%error, "telling the cluster of this node's addresses"),
+            }
+            // The others may have moved too, all of them: then the settings know better than the map.
+            match applicant.ask_for_map(map.cluster_id, map.version).await {
+                Ok(delta) => supervisor.do_send(MapNews(delta)),
+                Err(obstacle) => tracing::debug!(obstacle, "asking for the cluster map"),
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(limits::NODE_HEARTBEAT_MS)).await;
+    }
 }
 
 #[cfg(test)]

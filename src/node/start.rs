@@ -14,7 +14,7 @@ use super::flusher::FlushThread;
 use super::handle::{Member, NodeHandle, NodePhase};
 use super::hub::{FreezeBatch, Hub, Unreachable};
 use super::log_writer::LogWriter;
-use super::membership::{Applicant, spread};
+use super::membership::{Applicant, keep_record, spread};
 use super::reader::ReadThread;
 use super::router::Router;
 use super::service::{Destinations, PeerService};
@@ -23,7 +23,6 @@ use super::supervisor::{EndReplica, HandOver, OpenAll, Site, StopAll, Supervisor
 use super::{Listeners, NodeError, map_cache, panics};
 use crate::ids::{ClusterId, NodeId, ReplicaId};
 use crate::limits;
-use crate::machine::command::MetaCommand;
 use crate::placement::map::{ClusterMap, NodeRecord};
 use crate::settings::Settings;
 use crate::storage::StorageError;
@@ -334,7 +333,7 @@ impl Assembly {
         if let Some(map) = first_map.filter(|_| node == NodeId(1)) {
             actix::spawn(spread(map));
         }
-        actix::spawn(keep_record(self.handle.clone(), self.applicant.record().clone()));
+        actix::spawn(keep_record(self.applicant.clone(), self.handle.clone(), supervisor));
         actix::spawn(measure_disk(self.handle.clone(), self.settings.node.data_dir.clone()));
         if opening.wait_for(|left| *left == Some(0)).await.is_ok() {
             self.handle.set_phase(NodePhase::Ready);
@@ -384,32 +383,6 @@ fn flush_what_holds_back(shared: &Arc<Shared>, hubs: Vec<Addr<Hub>>) {
             hub.do_send(batch.clone());
         }
     }));
-}
-
-/// Tells the metadata shard of this node's addresses, zone and weight, if they changed.
-async fn keep_record(handle: NodeHandle, record: NodeRecord) {
-    loop {
-        let map = handle.map();
-        if map.version > 0 {
-            let same = map
-                .nodes
-                .get(&handle.node())
-                .is_some_and(|known| NodeRecord { id: NodeId(0), changed_at: 0, ..known.clone() } == record);
-            if same {
-                return;
-            }
-            match handle
-                .meta(MetaCommand::AddNode(record.clone()), Duration::from_millis(limits::JOIN_MS_MAX))
-                .await
-            {
-                Ok(_) => return,
-                Err(error) => {
-                    tracing::debug!(%error, "telling the cluster of this node's addresses")
-                }
-            }
-        }
-        tokio::time::sleep(Duration::from_millis(limits::NODE_HEARTBEAT_MS)).await;
-    }
 }
 
 async fn measure_disk(handle: NodeHandle, path: std::path::PathBuf) {
