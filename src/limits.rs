@@ -130,6 +130,9 @@ pub const CRASHES_MAX: usize = 5;
 pub const CRASH_WINDOW_MS: u64 = 60_000;
 /// First delay before a crashed replica is rebuilt, in milliseconds; doubles with each crash in the window.
 pub const RESTART_BACKOFF_MS: u64 = 50;
+/// Longest delay before a replica that can't be opened is tried again, in milliseconds; the first is
+/// [`RESTART_BACKOFF_MS`], and it doubles with each attempt.
+pub const REOPEN_MS_MAX: u64 = 30_000;
 
 /// Deadline of a request that names none, in milliseconds.
 pub const TIMEOUT_DEFAULT_MS: u64 = 10_000;

@@ -299,6 +299,7 @@ fn bounds() -> Vec<(&'static str, u64)> {
         PEER_IDLE_MS_MAX,
         CRASHES_MAX,
         CRASH_WINDOW_MS,
+        REOPEN_MS_MAX,
         STOP_MS_MAX,
         METADATA_VOTERS_MAX,
         CLIENT_CONNECTIONS_MAX,

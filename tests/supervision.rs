@@ -193,6 +193,40 @@ async fn a_lone_replica_comes_back_with_its_data_and_gives_its_memory_back() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_that_cant_be_opened_for_a_while_serves_in_the_end() {
+    let port = free_ports(1)[0];
+    let extra = format!("[http]\nlisten = \"127.0.0.1:{port}\"\n");
+    let mut cluster = Cluster::with(1, &free_ports(2), Options { extra, ..Options::default() });
+    cluster.wait_all_ready();
+    let client = cluster.client().await;
+    let database = cluster.database(&client, "shut", 1, 2).await;
+    let keys = key_per_shard(&client, "shut").await;
+    let (&shard, key) = keys.iter().next().expect("two shards");
+    database.put(key.clone(), "before").await.expect("a write");
+    let address = cluster.nodes[0].client.clone();
+    assert_eq!(cluster::http_get(port, "/readyz").expect("an answer"), (200, "ok\n".into()));
+
+    client.inject(&address, shard, "open-error").await.expect("injected");
+    let failed =
+        |r: &ReplicaReport| matches!(&r.health, ReplicaHealth::Failed(why) if why.contains("injected"));
+    until(&client, &address, shard, "failed", failed).await;
+    let (status, why) = cluster::http_get(port, "/readyz").expect("an answer");
+    assert_eq!(status, 503, "{why}");
+    assert!(why.contains("1 of 3 replicas") && why.contains(&format!("shard {shard} is failed")), "{why}");
+    // The others serve meanwhile.
+    let neighbour = keys.values().nth(1).expect("two shards");
+    database.put(neighbour.clone(), "meanwhile").await.expect("a write");
+
+    let report = until(&client, &address, shard, "open", serving).await;
+    assert_eq!(report.restarts, 1, "an attempt that failed is no restart");
+    holds(&database, key, "before").await;
+    assert_eq!(cluster::http_get(port, "/readyz").expect("an answer"), (200, "ok\n".into()));
+    client.close().await;
+    let told = cluster.log(0).matches("replica can't be opened").count();
+    assert_eq!(told, 1, "once per reason, not once per attempt");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replica_that_keeps_failing_is_quarantined_until_its_node_restarts() {
     let mut cluster = Cluster::new(3);
     cluster.wait_all_ready();

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use super::supervisor::open_stores;
+use super::open::open_stores;
 use crate::codec::CodecError;
 use crate::codec::records::{read_delta, write_delta};
 use crate::ids::{ClusterId, METADATA_DATABASE, METADATA_SHARD};

@@ -15,11 +15,14 @@
 pub mod fatal;
 pub mod flusher;
 pub mod handle;
+#[cfg(feature = "test-hooks")]
+mod hooks;
 pub mod hub;
 pub mod log_writer;
 pub mod map_cache;
 pub mod membership;
 pub mod messages;
+pub mod open;
 pub mod panics;
 pub mod reader;
 pub mod replica;

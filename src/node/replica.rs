@@ -470,6 +470,12 @@ impl Handler<Inject> for ReplicaActor {
         match inject.0.as_str() {
             "panic" => panic!("injected panic"),
             "error" => self.fail("injected error".into(), ctx),
+            "open-error" => {
+                // Six attempts: about three seconds.
+                let fail = super::hooks::FailOpens { replica: self.replica, times: 6 };
+                self.supervisor.do_send(fail);
+                self.fail("injected error".into(), ctx);
+            }
             "log-writer-panic" => {
                 self.shared.log_writer.run(Box::new(|_| panic!("injected panic of the log writer")));
             }

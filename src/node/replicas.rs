@@ -23,6 +23,8 @@ pub struct Slot {
     /// Restarts since the node started.
     pub restarts: u32,
     crashes: VecDeque<Instant>,
+    /// Attempts to open it that have failed since it last served.
+    failures: u32,
     /// The last start of it that is known to have ended.
     ended: Incarnation,
 }
@@ -34,6 +36,42 @@ pub enum Verdict {
     Restart(Duration),
     /// It crashed too often: leave it down until the node restarts.
     Quarantine,
+}
+
+/// What the end of an attempt to start a replica means.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Started {
+    /// It serves, after so many attempts that failed.
+    Serving {
+        /// Attempts.
+        failures: u32,
+    },
+    /// It can't be opened. The reason may pass, as a want of memory or file descriptors does.
+    Failed {
+        /// Time until the next attempt.
+        again: Duration,
+        /// The last attempt did not fail for the same reason.
+        news: bool,
+    },
+    /// No news any more: the replica was removed, or this start of it has crashed, which may become known
+    /// first.
+    Old,
+}
+
+/// How far a node's replicas are, for whoever waits for them or asks.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Readiness {
+    /// Replicas of the catalogue that have not been tried yet; `None` before they are counted.
+    pub untried: Option<usize>,
+    /// Which replicas were open or should be, and aren't, and why; for a person.
+    pub closed: Option<String>,
+}
+
+impl Readiness {
+    /// Whether all replicas that the node held before have been tried.
+    pub fn all_tried(&self) -> bool {
+        self.untried == Some(0)
+    }
 }
 
 /// What a cluster map asks of a node.
@@ -74,6 +112,7 @@ impl Replicas {
             health: ReplicaHealth::Recovering,
             restarts: 0,
             crashes: VecDeque::new(),
+            failures: 0,
             ended: 0,
         };
         self.slots.insert(slot.record.replica, slot);
@@ -128,25 +167,46 @@ impl Replicas {
     }
 
     /// The attempt to start `incarnation` of `replica` has come to an end: it serves, or why it can't.
-    /// False if that is no news any more: the replica was removed, or this start of it has crashed,
-    /// which may become known first.
     pub fn started(
         &mut self,
         replica: ReplicaId,
         incarnation: Incarnation,
         result: Result<(), String>,
-    ) -> bool {
-        let Some(slot) = self.slots.get_mut(&replica) else {
-            return false;
+    ) -> Started {
+        let current = |slot: &&mut Slot| slot.incarnation == incarnation && slot.ended < incarnation;
+        let Some(slot) = self.slots.get_mut(&replica).filter(current) else {
+            return Started::Old;
         };
-        let current = slot.incarnation == incarnation && slot.ended < incarnation;
-        if current {
-            slot.health = match result {
-                Ok(()) => ReplicaHealth::Serving,
-                Err(reason) => ReplicaHealth::Failed(reason),
-            };
+        match result {
+            Ok(()) => {
+                slot.health = ReplicaHealth::Serving;
+                Started::Serving { failures: std::mem::take(&mut slot.failures) }
+            }
+            Err(reason) => {
+                let health = ReplicaHealth::Failed(reason);
+                let news = slot.health != health;
+                slot.health = health;
+                let delay = limits::RESTART_BACKOFF_MS << slot.failures.min(16);
+                slot.failures = slot.failures.saturating_add(1);
+                Started::Failed { again: Duration::from_millis(delay.min(limits::REOPEN_MS_MAX)), news }
+            }
         }
-        current
+    }
+
+    /// Which replicas are not open although they were, or were tried, and why; for a person.
+    pub fn closed(&self) -> Option<String> {
+        let closed = self.iter().filter_map(|slot| match &slot.health {
+            ReplicaHealth::Serving | ReplicaHealth::Recovering => None,
+            ReplicaHealth::Restarting(why) => Some((slot, "restarting", why)),
+            ReplicaHealth::Quarantined(why) => Some((slot, "quarantined", why)),
+            ReplicaHealth::Failed(why) => Some((slot, "failed", why)),
+        });
+        let (mut count, mut first) = (0, None);
+        for (slot, state, why) in closed {
+            count += 1;
+            first.get_or_insert_with(|| format!("that of shard {} is {state}: {why}", slot.record.shard));
+        }
+        first.map(|first| format!("{count} of {} replicas are not open; {first}", self.slots.len()))
     }
 
     /// Incarnation `incarnation` of `replica` ended at `now` for `reason`. `None` if it isn't the
@@ -237,17 +297,49 @@ mod tests {
         for incarnation in 1..=limits::CRASHES_MAX as Incarnation {
             replicas.get_mut(ReplicaId(9)).unwrap().incarnation = incarnation;
             assert!(replicas.crashed(ReplicaId(9), incarnation, "boom", now).is_some());
-            assert!(!replicas.started(ReplicaId(9), incarnation, Ok(())));
+            assert_eq!(replicas.started(ReplicaId(9), incarnation, Ok(())), Started::Old);
         }
         let health = replicas.get_mut(ReplicaId(9)).unwrap().health.clone();
         assert_eq!(health, ReplicaHealth::Quarantined("boom".into()));
-        assert!(!replicas.started(ReplicaId(8), 1, Ok(())), "removed");
+        assert_eq!(replicas.started(ReplicaId(8), 1, Ok(())), Started::Old, "removed");
+        assert!(replicas.closed().expect("one is down").contains("shard 4 is quarantined: boom"));
         replicas.get_mut(ReplicaId(9)).unwrap().incarnation += 1;
         let next = limits::CRASHES_MAX as Incarnation + 1;
-        assert!(replicas.started(ReplicaId(9), next, Ok(())));
+        assert_eq!(replicas.started(ReplicaId(9), next, Ok(())), Started::Serving { failures: 0 });
         assert_eq!(replicas.get_mut(ReplicaId(9)).unwrap().health, ReplicaHealth::Serving);
-        assert!(replicas.started(ReplicaId(9), next, Err("no".into())));
-        assert_eq!(replicas.get_mut(ReplicaId(9)).unwrap().health, ReplicaHealth::Failed("no".into()));
+        assert_eq!(replicas.closed(), None);
+    }
+
+    #[test]
+    fn a_replica_that_cant_be_opened_is_tried_again_ever_more_slowly() {
+        let mut replicas = Replicas::default();
+        replicas.created(&replicas.orders(&map(false), NodeId(2)).create);
+        assert_eq!(replicas.closed(), None, "it was not tried yet");
+        let mut last = Duration::ZERO;
+        for incarnation in 1..20 {
+            replicas.get_mut(ReplicaId(9)).unwrap().incarnation = incarnation;
+            let reason = if incarnation < 10 { "no descriptors" } else { "no memory" };
+            let Started::Failed { again, news } =
+                replicas.started(ReplicaId(9), incarnation, Err(reason.into()))
+            else {
+                panic!("it failed");
+            };
+            assert!(again > last || again == Duration::from_millis(limits::REOPEN_MS_MAX), "{again:?}");
+            assert_eq!(news, incarnation == 1 || incarnation == 10);
+            last = again;
+        }
+        assert_eq!(last, Duration::from_millis(limits::REOPEN_MS_MAX));
+        assert_eq!(
+            replicas.closed().as_deref(),
+            Some("1 of 1 replicas are not open; that of shard 4 is failed: no memory")
+        );
+        replicas.get_mut(ReplicaId(9)).unwrap().incarnation = 20;
+        assert_eq!(replicas.started(ReplicaId(9), 20, Ok(())), Started::Serving { failures: 19 });
+        replicas.get_mut(ReplicaId(9)).unwrap().incarnation = 21;
+        let Started::Failed { again, .. } = replicas.started(ReplicaId(9), 21, Err("no".into())) else {
+            panic!("it failed");
+        };
+        assert_eq!(again, Duration::from_millis(limits::RESTART_BACKOFF_MS), "it begins anew");
     }
 
     #[test]

@@ -16,6 +16,7 @@ use super::hub::{FreezeBatch, Hub, Unreachable};
 use super::log_writer::LogWriter;
 use super::membership::{Applicant, keep_record, spread};
 use super::reader::ReadThread;
+use super::replicas::Readiness;
 use super::router::Router;
 use super::service::{Destinations, PeerService};
 use super::shared::{MemoryGauge, Shared};
@@ -42,7 +43,7 @@ use crate::{rpc, telemetry};
 pub struct RunningNode {
     handle: NodeHandle,
     fatal: Fatal,
-    opening: watch::Receiver<Option<usize>>,
+    readiness: watch::Receiver<Readiness>,
     shutdown: watch::Sender<bool>,
     data: Vec<Arbiter>,
     control: Arbiter,
@@ -87,7 +88,7 @@ pub async fn start(settings: Settings, listeners: Listeners) -> Result<RunningNo
     let incarnation = rand::random::<u64>().max(1);
     let service = Arc::new(PeerService::new(applicant.clone(), handle.clone(), incarnation));
     let (shutdown, stopping) = watch::channel(false);
-    let (opening_tx, opening) = watch::channel(None);
+    let (readiness_tx, readiness) = watch::channel(Readiness::default());
     let data: Vec<Arbiter> = (0..data_threads(&settings)).map(|_| Arbiter::new()).collect();
     let control = Arbiter::new();
     let running = Arc::new(Mutex::new(None));
@@ -101,7 +102,7 @@ pub async fn start(settings: Settings, listeners: Listeners) -> Result<RunningNo
     }
     if let Some(http) = listeners.http {
         let health =
-            Arc::new(Health { handle: handle.clone(), opening: opening.clone(), fatal: fatal.clone() });
+            Arc::new(Health { handle: handle.clone(), readiness: readiness.clone(), fatal: fatal.clone() });
         let stopped = wait_for_stop(stopping.clone());
         control.spawn(async move {
             if let Err(error) = telemetry::http::serve(http, health, stopped).await {
@@ -118,7 +119,7 @@ pub async fn start(settings: Settings, listeners: Listeners) -> Result<RunningNo
         service,
         data_dir: data_dir.clone(),
         data: data.iter().map(Arbiter::handle).collect(),
-        opening: opening_tx,
+        readiness: readiness_tx,
         running: running.clone(),
     };
     let failed = fatal.clone();
@@ -133,7 +134,7 @@ pub async fn start(settings: Settings, listeners: Listeners) -> Result<RunningNo
             _ = cancelled.wait_for(|stop| *stop) => {}
         }
     });
-    Ok(RunningNode { handle, fatal, opening, shutdown, data, control, running, data_dir })
+    Ok(RunningNode { handle, fatal, readiness, shutdown, data, control, running, data_dir })
 }
 
 fn data_threads(settings: &Settings) -> usize {
@@ -212,7 +213,7 @@ fn serve_ports(
 
 struct Health {
     handle: NodeHandle,
-    opening: watch::Receiver<Option<usize>>,
+    readiness: watch::Receiver<Readiness>,
     fatal: Fatal,
 }
 
@@ -225,8 +226,9 @@ impl HealthView for Health {
         match self.handle.phase() {
             NodePhase::Starting => Err("the node is not yet a member of a cluster".into()),
             NodePhase::Stopping => Err("the node is stopping".into()),
-            NodePhase::Ready => match *self.opening.borrow() {
-                Some(0) => Ok(()),
+            NodePhase::Ready => match &*self.readiness.borrow() {
+                Readiness { closed: Some(why), .. } => Err(why.clone()),
+                told if told.all_tried() => Ok(()),
                 _ => Err("replicas are being opened".into()),
             },
         }
@@ -243,7 +245,7 @@ struct Assembly {
     service: Arc<PeerService>,
     data_dir: Arc<Mutex<DataDir>>,
     data: Vec<ArbiterHandle>,
-    opening: watch::Sender<Option<usize>>,
+    readiness: watch::Sender<Readiness>,
     running: Arc<Mutex<Option<Running>>>,
 }
 
@@ -298,14 +300,14 @@ impl Assembly {
             unreachable!("hubs are made once");
         }
         let site = Site { node, incarnation, data_dir: self.data_dir.clone(), engine: stores.engine };
-        let mut opening = self.opening.subscribe();
+        let mut readiness = self.readiness.subscribe();
         let supervisor = Supervisor::new(
             site,
             shared.clone(),
             data_hubs.clone(),
             control_hub.clone(),
             catalogue,
-            self.opening,
+            self.readiness,
             self.fatal.clone(),
         )
         .start();
@@ -335,7 +337,7 @@ impl Assembly {
         }
         actix::spawn(keep_record(self.applicant.clone(), self.handle.clone(), supervisor));
         actix::spawn(measure_disk(self.handle.clone(), self.settings.node.data_dir.clone()));
-        if opening.wait_for(|left| *left == Some(0)).await.is_ok() {
+        if readiness.wait_for(Readiness::all_tried).await.is_ok() {
             self.handle.set_phase(NodePhase::Ready);
         }
         Ok(())
@@ -420,12 +422,12 @@ impl RunningNode {
         self.handle.clone()
     }
 
-    /// Waits until the node is a member and every replica it held before is running.
+    /// Waits until the node is a member and has opened every replica it held before, or has tried to.
     pub async fn ready(&self) -> Result<(), NodeError> {
-        let mut opening = self.opening.clone();
+        let mut readiness = self.readiness.clone();
         tokio::select! {
             reason = self.fatal.raised() => Err(NodeError::Fatal(reason)),
-            opened = opening.wait_for(|left| *left == Some(0)) => match opened {
+            tried = readiness.wait_for(Readiness::all_tried) => match tried {
                 Ok(_) => Ok(()),
                 Err(_) => Err(NodeError::Fatal("the node ended before it was ready".into())),
             },

@@ -10,7 +10,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use actix::prelude::*;
-use raft::eraftpb::ConfState;
 use tokio::sync::watch;
 
 use super::fatal::{Fatal, FatalGuard};
@@ -18,22 +17,22 @@ use super::handle::{ReplicaHealth, ReplicaReport};
 use super::hub::{Forget, Hub, StartReplica, hub_of};
 use super::map_cache;
 use super::messages::*;
+use super::open::open_stores;
 use super::panics::contained;
 use super::replica::ReplicaActor;
-use super::replicas::{Orders, Replicas, Slot, Verdict};
+use super::replicas::{Orders, Readiness, Replicas, Slot, Started, Verdict};
 use super::router::Route;
 use super::shared::Shared;
 use crate::codec::peer::NodeHeartbeat;
 use crate::group::driver::GroupOptions;
-use crate::ids::{GROUP_START, Incarnation, METADATA_SHARD, NodeId, ReplicaId, ShardId};
+use crate::ids::{Incarnation, METADATA_SHARD, NodeId, ReplicaId, ShardId};
 use crate::limits;
 use crate::machine::command::{Command, MetaCommand};
-use crate::placement::map::{ClusterMap, MemberRole};
-use crate::storage::StorageError;
+use crate::placement::map::ClusterMap;
 use crate::storage::engine::Engine;
 use crate::storage::identity::DataDir;
-use crate::storage::log::{LogState, LogStore, ReplicaRecord};
-use crate::storage::state::{ReplicaState, StateHeader};
+use crate::storage::log::{LogState, ReplicaRecord};
+use crate::storage::state::ReplicaState;
 use crate::telemetry;
 use crate::telemetry::metrics as names;
 
@@ -58,8 +57,13 @@ pub struct Supervisor {
     replicas: Replicas,
     addrs: BTreeMap<ReplicaId, Addr<ReplicaActor>>,
     led: HashSet<ShardId>,
-    /// Replicas of the catalogue that are not yet running; the node is ready at zero.
-    opening: watch::Sender<Option<usize>>,
+    /// Replicas of the catalogue that were not tried yet.
+    untried: HashSet<ReplicaId>,
+    readiness: watch::Sender<Readiness>,
+    /// All replicas are to end: none is opened any more.
+    stopping: bool,
+    #[cfg(feature = "test-hooks")]
+    pub(super) hooks: super::hooks::Hooks,
     saving_map: bool,
     map_unsaved: bool,
     _guard: FatalGuard,
@@ -98,17 +102,17 @@ struct Opened {
 }
 
 /// A replica that was started, or why it can't be.
-type Started = (ShardId, ReplicaId, Incarnation, Result<Addr<ReplicaActor>, String>);
+type Attempt = (ShardId, ReplicaId, Incarnation, Result<Addr<ReplicaActor>, String>);
 
 impl Supervisor {
-    /// A supervisor of the replicas in `catalogue`. `opening` shows how many are not yet running.
+    /// A supervisor of the replicas in `catalogue`. `readiness` shows how far they are.
     pub fn new(
         site: Site,
         shared: Arc<Shared>,
         data_hubs: Vec<Addr<Hub>>,
         control_hub: Addr<Hub>,
         catalogue: Vec<ReplicaRecord>,
-        opening: watch::Sender<Option<usize>>,
+        readiness: watch::Sender<Readiness>,
         fatal: Fatal,
     ) -> Supervisor {
         Supervisor {
@@ -119,7 +123,11 @@ impl Supervisor {
             replicas: Replicas::new(catalogue),
             addrs: BTreeMap::new(),
             led: HashSet::new(),
-            opening,
+            untried: HashSet::new(),
+            readiness,
+            stopping: false,
+            #[cfg(feature = "test-hooks")]
+            hooks: Default::default(),
             saving_map: false,
             map_unsaved: false,
             _guard: fatal.guard("the supervisor"),
@@ -137,6 +145,9 @@ impl Supervisor {
     /// Reads log and state of `records` from disk, off this thread, and starts their actors.
     /// `campaign`: those to elect at once.
     fn open(&mut self, records: Vec<ReplicaRecord>, campaign: HashSet<ReplicaId>, ctx: &mut Context<Self>) {
+        if self.stopping {
+            return;
+        }
         let log = self.shared.log.clone();
         let engine = self.site.engine.clone();
         let read = tokio::task::spawn_blocking(move || {
@@ -155,8 +166,10 @@ impl Supervisor {
 
     fn start(&mut self, opened: Vec<Opened>, campaign: HashSet<ReplicaId>, ctx: &mut Context<Self>) {
         let mut starts = Vec::new();
-        let count = opened.len();
+        let tried: Vec<_> = opened.iter().map(|opened| opened.record.replica).collect();
         for Opened { record, found } in opened {
+            #[cfg(feature = "test-hooks")]
+            let found = self.hooks.open(record.replica).and(found);
             // Removed meanwhile, with its shard.
             let Some(slot) = self.replicas.get_mut(record.replica) else {
                 continue;
@@ -182,23 +195,65 @@ impl Supervisor {
             });
         }
         let all = futures_util::future::join_all(starts);
-        ctx.spawn(fut::wrap_future(all).map(move |started, act: &mut Self, _| {
-            act.started_all(started, &campaign);
-            act.opening.send_modify(|left| *left = left.map(|left| left.saturating_sub(count)));
+        ctx.spawn(fut::wrap_future(all).map(move |attempts, act: &mut Self, ctx| {
+            act.started_all(attempts, &campaign, ctx);
+            for replica in &tried {
+                act.untried.remove(replica);
+            }
+            act.tell_readiness();
         }));
     }
 
-    fn started_all(&mut self, started: Vec<Started>, campaign: &HashSet<ReplicaId>) {
+    /// Tries once more to open a replica that couldn't be, unless it was removed or has been since.
+    fn reopen(&mut self, replica: ReplicaId, incarnation: Incarnation, ctx: &mut Context<Self>) {
+        let failed = |slot: &&mut Slot| {
+            slot.incarnation == incarnation && matches!(slot.health, ReplicaHealth::Failed(_))
+        };
+        if let Some(slot) = self.replicas.get_mut(replica).filter(failed) {
+            let record = slot.record.clone();
+            self.open(vec![record], HashSet::new(), ctx);
+        }
+    }
+
+    fn tell_readiness(&self) {
+        let now = Readiness { untried: Some(self.untried.len()), closed: self.replicas.closed() };
+        self.readiness.send_if_modified(|told| {
+            let news = *told != now;
+            *told = now;
+            news
+        });
+    }
+
+    fn started_all(
+        &mut self,
+        attempts: Vec<Attempt>,
+        campaign: &HashSet<ReplicaId>,
+        ctx: &mut Context<Self>,
+    ) {
         let mut routes = Vec::new();
-        for (shard, replica, incarnation, result) in started {
+        for (shard, replica, incarnation, result) in attempts {
             let outcome = result.as_ref().map(drop).map_err(String::clone);
-            if !self.replicas.started(replica, incarnation, outcome) {
-                // Its shard was dropped while it started, and `remove` found no address to stop; or it
-                // has crashed already, and then this reaches nobody.
-                if let Ok(addr) = result {
-                    addr.do_send(StopReplica);
+            match self.replicas.started(replica, incarnation, outcome) {
+                Started::Serving { failures: 0 } => {}
+                Started::Serving { failures } => {
+                    tracing::info!(%shard, %replica, failures, "replica is open after all");
                 }
-                continue;
+                Started::Failed { again, news } => {
+                    let reason = result.as_ref().err();
+                    match news {
+                        true => tracing::error!(%shard, %replica, reason, ?again, "replica can't be opened"),
+                        false => tracing::debug!(%shard, %replica, reason, ?again, "replica can't be opened"),
+                    }
+                    ctx.run_later(again, move |act, ctx| act.reopen(replica, incarnation, ctx));
+                }
+                Started::Old => {
+                    // Its shard was dropped while it started, and `remove` found no address to stop; or
+                    // it has crashed already, and then this reaches nobody.
+                    if let Ok(addr) = result {
+                        addr.do_send(StopReplica);
+                    }
+                    continue;
+                }
             }
             let target = match result {
                 Ok(addr) => {
@@ -208,10 +263,7 @@ impl Supervisor {
                     self.addrs.insert(replica, addr.clone());
                     Ok(addr)
                 }
-                Err(reason) => {
-                    tracing::error!(%shard, %replica, reason, "replica can't be opened");
-                    Err(ReplicaHealth::Failed(reason))
-                }
+                Err(reason) => Err(ReplicaHealth::Failed(reason)),
             };
             routes.push((shard, Route { replica, target }));
         }
@@ -278,6 +330,7 @@ impl Supervisor {
         let (shard, incarnation) = (slot.record.shard, slot.incarnation);
         tracing::info!(%shard, %replica, "removing the replica of a dropped shard");
         self.replicas.removed(replica);
+        self.tell_readiness();
         self.led.remove(&shard);
         self.shared.router.update(|routes| {
             routes.remove(&shard);
@@ -375,30 +428,6 @@ async fn fence(shared: &Shared, replica: ReplicaId, incarnation: Incarnation) {
     }
 }
 
-/// Reads what the disk has of one replica.
-pub(super) fn open_stores(
-    log: &dyn LogStore,
-    engine: &Arc<dyn Engine>,
-    record: &ReplicaRecord,
-) -> Result<(LogState, ReplicaState), StorageError> {
-    let log_state = log.load(record.replica)?;
-    let of_role = |role| record.members.iter().filter(move |m| m.role == role).map(|m| m.replica.0);
-    let conf_state = ConfState {
-        voters: of_role(MemberRole::Voter).collect(),
-        learners: of_role(MemberRole::Learner).collect(),
-        ..ConfState::default()
-    };
-    let initial = StateHeader {
-        applied: GROUP_START,
-        revision: 0,
-        epoch: record.epoch,
-        members: record.members.clone(),
-        conf_state,
-    };
-    let state = ReplicaState::open(engine.clone(), record.replica, record.generation, initial)?;
-    Ok((log_state, state))
-}
-
 impl Actor for Supervisor {
     type Context = Context<Self>;
 
@@ -416,8 +445,9 @@ impl Handler<OpenAll> for Supervisor {
             self.shared.flusher.destroy(replica);
         }
         let records: Vec<_> = self.replicas.iter().map(|slot| slot.record.clone()).collect();
-        // Set before anything is started, so that nobody sees "ready" in between.
-        self.opening.send_replace(Some(records.len()));
+        // Told before anything is started, so that nobody sees "ready" in between.
+        self.untried = records.iter().map(|record| record.replica).collect();
+        self.tell_readiness();
         self.open(records, HashSet::new(), ctx);
         let map = ClusterMap::clone(&self.shared.router.map());
         self.take_map(map, ctx);
@@ -436,6 +466,7 @@ impl Handler<ReplicaDown> for Supervisor {
         metrics::counter!(names::REPLICA_RESTARTS).increment(1);
         self.addrs.remove(&replica);
         self.led.remove(&shard);
+        self.tell_readiness();
         self.hub(shard).do_send(Forget(replica, incarnation));
         let Some(slot) = self.replicas.get_mut(replica) else {
             return;
@@ -558,6 +589,7 @@ impl Handler<HandOver> for Supervisor {
 impl Handler<StopAll> for Supervisor {
     type Result = ResponseFuture<()>;
     fn handle(&mut self, _: StopAll, _: &mut Context<Self>) -> Self::Result {
+        self.stopping = true;
         let stops: Vec<_> = self.addrs.values().map(|addr| addr.send(StopReplica)).collect();
         self.shared.router.update(|routes| routes.clear());
         self.addrs.clear();
