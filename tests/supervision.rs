@@ -5,7 +5,6 @@
 mod cluster;
 
 use std::collections::BTreeMap;
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -317,32 +316,4 @@ async fn a_log_writer_that_panics_ends_the_node_with_70() {
     cluster.wait_ready(0);
     holds(&database, "k", "without it").await;
     client.close().await;
-}
-
-/// Compiling the program again without the feature would cost minutes; what decides whether it is on
-/// is cargo's resolution of features, and that can be asked. A binary built plainly can be named by
-/// PONTOON_PLAIN_BINARY, and is then searched for the hooks.
-#[test]
-fn a_plain_build_has_no_test_hooks() {
-    let features = |edges: &str| {
-        let tree = Command::new(env!("CARGO"))
-            .args(["tree", "--offline", "--locked", "--depth", "0", "--edges", edges, "--format", "{f}"])
-            .current_dir(env!("CARGO_MANIFEST_DIR"))
-            .output()
-            .expect("running cargo");
-        assert!(tree.status.success(), "{}", String::from_utf8_lossy(&tree.stderr));
-        let text = String::from_utf8(tree.stdout).expect("text");
-        text.lines().next().unwrap_or_default().to_owned()
-    };
-    assert_eq!(features("normal"), "", "features of a plain build");
-    assert_eq!(features("normal,dev"), "test-hooks", "features of a build for tests");
-    let hooks = "injected panic";
-    let contains = |path: &std::ffi::OsStr| {
-        let bytes = std::fs::read(path).expect("reading the binary");
-        bytes.windows(hooks.len()).any(|window| window == hooks.as_bytes())
-    };
-    assert!(contains(env!("CARGO_BIN_EXE_pontoon").as_ref()), "this is how a build with hooks looks");
-    if let Some(plain) = std::env::var_os("PONTOON_PLAIN_BINARY") {
-        assert!(!contains(&plain), "{} has test hooks", plain.display());
-    }
 }
