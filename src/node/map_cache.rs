@@ -36,8 +36,8 @@ pub fn of_own_replica(
     cluster: ClusterId,
     own: NodeRecord,
 ) -> Result<Option<ClusterMap>, StorageError> {
-    let catalogue = log.catalogue()?.into_iter();
-    let metadata = catalogue.filter(|r| r.shard == METADATA_SHARD && r.phase == ReplicaPhase::Active).last();
+    let mut catalogue = log.catalogue()?.into_iter();
+    let metadata = catalogue.find(|r| r.shard == METADATA_SHARD && r.phase == ReplicaPhase::Active);
     let Some(record) = metadata else {
         return Ok(None);
     };
