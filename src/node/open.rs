@@ -1,15 +1,24 @@
-//! What a replica starts from: its log and its state as they are on disk.
+//! What a replica starts from: its log and its state as they are on disk, read behind a fence.
 
 use std::sync::Arc;
 
 use raft::eraftpb::ConfState;
 
-use crate::ids::GROUP_START;
+use super::shared::Shared;
+use crate::ids::{GROUP_START, Incarnation, ReplicaId};
 use crate::placement::map::MemberRole;
 use crate::storage::StorageError;
 use crate::storage::engine::Engine;
 use crate::storage::log::{LogState, LogStore, ReplicaRecord};
 use crate::storage::state::{ReplicaState, StateHeader};
+
+/// Waits until nothing of a dead incarnation can reach the disk any more.
+pub async fn fence(shared: &Shared, replica: ReplicaId, incarnation: Incarnation) {
+    if shared.log_writer.fence(replica, incarnation).await.is_err() || shared.flusher.barrier().await.is_err()
+    {
+        tracing::debug!("the node's storage threads have ended");
+    }
+}
 
 /// Reads what the disk has of one replica.
 pub fn open_stores(

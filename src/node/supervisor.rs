@@ -17,7 +17,7 @@ use super::handle::{ReplicaHealth, ReplicaReport};
 use super::hub::{Forget, Hub, StartReplica, hub_of};
 use super::map_cache;
 use super::messages::*;
-use super::open::open_stores;
+use super::open::{fence, open_stores};
 use super::panics::contained;
 use super::replica::ReplicaActor;
 use super::replicas::{Orders, Readiness, Replicas, Slot, Started, Verdict};
@@ -417,14 +417,6 @@ impl Supervisor {
                 Err(_) => tracing::warn!("the metadata replica ended while forming the cluster"),
             }
         });
-    }
-}
-
-/// Waits until nothing of a dead incarnation can reach the disk any more.
-async fn fence(shared: &Shared, replica: ReplicaId, incarnation: Incarnation) {
-    if shared.log_writer.fence(replica, incarnation).await.is_err() || shared.flusher.barrier().await.is_err()
-    {
-        tracing::debug!("the node's storage threads have ended");
     }
 }
 
