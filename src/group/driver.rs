@@ -55,13 +55,15 @@ pub struct GroupOptions {
     pub logger: slog::Logger,
 }
 
-/// A ready that the log writer has not acknowledged.
+/// A write that the log writer has not acknowledged, and what waits for it.
 struct Unpersisted {
+    /// The ready it is of, or the last one without a write that came after it.
     ready: u64,
-    /// The write that must be durable; of a ready without one, that of the ready before it.
     write: u64,
-    /// The last entry of the ready.
+    /// The last entry of the write.
     last: Option<Position>,
+    /// The term in the write.
+    term: Term,
     /// What may leave after that: a vote or an acknowledgement promises what is on disk.
     messages: Vec<Message>,
 }
@@ -81,6 +83,8 @@ pub struct Group<T> {
     reads: Reads<(T, Query)>,
     unpersisted: VecDeque<Unpersisted>,
     writes: u64,
+    /// The term that is on disk.
+    durable_term: Term,
     /// Committed before the start: until it is applied the replica takes no part in elections, nor
     /// serves, since it may not know its own configuration.
     recover_to: Index,
@@ -133,6 +137,7 @@ impl<T> Group<T> {
         // The commit index is stored with the next write, not for its own sake: the state may be ahead.
         log.hard_state.commit = log.hard_state.commit.max(applied.index);
         let recover_to = log.hard_state.commit;
+        let durable_term = log.hard_state.term;
         let config = Config {
             id: options.replica.0,
             election_tick: limits::ELECTION_TICKS_MIN,
@@ -164,6 +169,7 @@ impl<T> Group<T> {
             reads: Reads::new(options.incarnation),
             unpersisted: VecDeque::new(),
             writes: 0,
+            durable_term,
             recover_to,
             handed: applied.index,
             apply_paused: false,
@@ -294,6 +300,7 @@ impl<T> Group<T> {
             if let Some(last) = unpersisted.last {
                 self.raft.mut_store().set_persisted(last);
             }
+            self.durable_term = unpersisted.term;
             self.raft.on_persist_ready(unpersisted.ready);
             self.messages.extend(unpersisted.messages);
         }
@@ -436,7 +443,8 @@ impl<T> Group<T> {
 
     /// Handles one ready, in this order:
     /// 1. A leader's messages leave at once: its own disk write runs beside the followers' (Raft
-    ///    thesis §10.2.1). Everyone else's wait for the write, since they promise what is in it.
+    ///    thesis §10.2.1). Everyone else's wait for the write, since they promise what is in it;
+    ///    those that don't ([`promises_no_write`]) leave at once too.
     /// 2. Entries enter the cache *before* `advance_append_async`, after which raft reads them there.
     /// 3. Entries and hard state go to the writer as one write: a vote on disk without its term, or
     ///    the reverse, would be a double vote.
@@ -452,25 +460,38 @@ impl<T> Group<T> {
         let last = entries.last().map(|e| Position { index: e.index, term: e.term });
         self.raft.mut_store().append(&entries);
         let number = ready.number();
-        let messages = ready.take_persisted_messages();
+        let mut messages = ready.take_persisted_messages();
+        let durable_term = self.durable_term;
+        self.messages.extend(messages.extract_if(.., |m| promises_no_write(m, durable_term)));
         // A ready that only moves the commit index needs no write: it is taken along by the next, and
         // after a crash the quorum tells.
-        let write = ready.must_sync().then(|| {
-            self.writes += 1;
-            let hard_state = self.raft.raft.hard_state();
-            NumberedWrite {
-                number: self.writes,
-                write: LogWrite { replica: self.replica, entries, hard_state: Some(hard_state) },
-            }
-        });
+        let must_sync = ready.must_sync();
         self.raft.advance_append_async(ready);
-        if write.is_some() || !self.unpersisted.is_empty() {
-            self.unpersisted.push_back(Unpersisted { ready: number, write: self.writes, last, messages });
-        } else {
-            self.raft.on_persist_ready(number);
-            self.messages.extend(messages);
+        if must_sync {
+            self.writes += 1;
+            let (write, hard_state) = (self.writes, self.raft.raft.hard_state());
+            self.unpersisted.push_back(Unpersisted {
+                ready: number,
+                write,
+                last,
+                term: hard_state.term,
+                messages,
+            });
+            let write = LogWrite { replica: self.replica, entries, hard_state: Some(hard_state) };
+            return (Some(NumberedWrite { number: self.writes, write }), committed);
         }
-        (write, committed)
+        match self.unpersisted.back_mut() {
+            // It waits for the last write before it, and doesn't count as one more under way.
+            Some(before) => {
+                before.ready = number;
+                before.messages.append(&mut messages);
+            }
+            None => {
+                self.raft.on_persist_ready(number);
+                self.messages.append(&mut messages);
+            }
+        }
+        (None, committed)
     }
 
     /// Applies committed entries: those just handed out if nothing waits, else from the log.
@@ -758,6 +779,25 @@ fn mend_append(message: &mut Message, leads_term: Option<Term>, log: &GroupLog) 
         message.log_term = term;
     }
     true
+}
+
+/// Whether a follower's message needn't wait for the writes under way: it answers a heartbeat, read
+/// rounds included, of a term that is on disk here.
+///
+/// The leader concludes two things from it. This replica is alive. And, for a read: at a moment after
+/// the round began this replica was in the leader's term, so it had not voted in a later one. Votes and
+/// terms leave only when they are durable, so no crash makes it have voted otherwise before that
+/// moment; and if a quorum says so, no later leader was elected before the round began, nor has one
+/// acknowledged a write that the read would miss. That is about the past: no write under way changes it.
+/// Of the log the answer says nothing: the commit index it carries counts for no quorum, and what this
+/// replica holds is told by its acknowledgements of appends, which do wait. They may be overtaken; raft
+/// expects as much of any network.
+///
+/// A term that isn't on disk is left to wait, since this replica could forget that it ever was in it.
+///
+/// Without this each linearizable read would pay for a follower's sync, whoever wrote.
+fn promises_no_write(message: &Message, durable_term: Term) -> bool {
+    message.get_msg_type() == MessageType::MsgHeartbeatResponse && message.term <= durable_term
 }
 
 fn busy(what: &'static str) -> Refusal {
