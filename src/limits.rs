@@ -173,6 +173,8 @@ pub const OUTBOX_CONTROL_BYTES_MAX: usize = 8 * MIB;
 pub const PEER_REQUESTS_MAX: usize = 64;
 /// Bytes a read from a peer asks for at least; a larger frame grows the buffer as it arrives.
 pub const READ_CHUNK_BYTES: usize = 64 * KIB;
+/// A connection keeps its read buffer for the frames to come, unless a frame was larger than this.
+pub const READ_BUFFER_BYTES_MAX: usize = 2 * MIB;
 /// Time for a peer connection to be made, and to pass its handshake, in milliseconds.
 pub const CONNECT_MS_MAX: u64 = 2_000;
 /// First delay before a lost peer is dialled again, in milliseconds; doubles up to the next.

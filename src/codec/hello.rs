@@ -115,7 +115,7 @@ impl PeerHello {
     /// Reads one. On every lane but `request`, the cluster and both nodes must be named.
     pub fn decode(payload: Bytes) -> Result<PeerHello, CodecError> {
         let wrong = |detail: &str| malformed("PeerHello", detail);
-        read_frame_bytes(payload, |reader, _| {
+        read_frame_bytes(payload, |reader| {
             let from = reader.get_root::<peer_hello::Reader<'_>>()?;
             let protocol = from.get_protocol()?;
             let hello = PeerHello {
@@ -190,7 +190,7 @@ impl PeerWelcome {
 
     /// Reads one.
     pub fn decode(payload: Bytes) -> Result<PeerWelcome, CodecError> {
-        read_frame_bytes(payload, |reader, _| {
+        read_frame_bytes(payload, |reader| {
             let from = reader.get_root::<peer_welcome::Reader<'_>>()?;
             let outcome = match from.which()? {
                 peer_welcome::Accepted(version) => Ok(version),

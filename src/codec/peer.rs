@@ -1,7 +1,6 @@
 //! Frames of the peer port: the payload of one frame is one Cap'n Proto message, a `PeerFrame`.
 //!
-//! Reading takes the payload's buffer and checks everything in it; log entries come out as slices of
-//! that buffer (see [`super::messages`]). A frame with anything wrong in it is refused whole: the
+//! Reading checks everything in the payload and copies what it holds. A frame with anything wrong in it is refused whole: the
 //! connection it came on is closed, and the sender starts anew.
 
 use bytes::Bytes;
@@ -208,11 +207,11 @@ impl AsRef<[u8]> for Aligned {
     }
 }
 
-/// Hands a payload to `read` as a Cap'n Proto message and as the buffer under it. The message may be
+/// Hands a payload to `read` as a Cap'n Proto message. The message may be
 /// traversed about once: pointers that share their target can't make it seem larger than it is.
 pub(super) fn read_frame_bytes<T>(
     payload: Bytes,
-    read: impl FnOnce(&Reader<BufferSegments<&[u8]>>, &Bytes) -> Result<T, CodecError>,
+    read: impl FnOnce(&Reader<BufferSegments<&[u8]>>) -> Result<T, CodecError>,
 ) -> Result<T, CodecError> {
     // Buffers begin at an aligned address and frames take whole words, so this hardly ever copies.
     let payload = if payload.as_ptr().align_offset(8) == 0 {
@@ -231,34 +230,32 @@ pub(super) fn read_frame_bytes<T>(
     if rest.len() >= 8 {
         return Err(malformed("frame", format!("{} bytes left over", rest.len())));
     }
-    read(&reader, &payload)
+    read(&reader)
 }
 
 /// Reads the payload of a frame. Nothing in it is taken on trust.
 pub fn decode(payload: Bytes) -> Result<PeerFrame, CodecError> {
-    read_frame_bytes(payload, |reader, buffer| {
-        match reader.get_root::<peer_frame::Reader<'_>>()?.which()? {
-            peer_frame::Raft(list) => {
-                let list = list?;
-                if list.len() as usize > FRAME_MESSAGES_MAX {
-                    return Err(malformed("frame", format!("{} messages", list.len())));
-                }
-                let mut entries_left = FRAME_ENTRIES_MAX;
-                let messages = list
-                    .iter()
-                    .map(|message| read_message(message, buffer, &mut entries_left))
-                    .collect::<Result<_, _>>()?;
-                Ok(PeerFrame::Raft(messages))
+    read_frame_bytes(payload, |reader| match reader.get_root::<peer_frame::Reader<'_>>()?.which()? {
+        peer_frame::Raft(list) => {
+            let list = list?;
+            if list.len() as usize > FRAME_MESSAGES_MAX {
+                return Err(malformed("frame", format!("{} messages", list.len())));
             }
-            peer_frame::Heartbeat(from) => Ok(PeerFrame::Heartbeat(read_heartbeat(from?)?)),
-            peer_frame::Request(from) => {
-                let from = from?;
-                Ok(PeerFrame::Request(from.get_id(), read_request(from)?))
-            }
-            peer_frame::Response(from) => {
-                let from = from?;
-                Ok(PeerFrame::Response(from.get_id(), read_response(from)?))
-            }
+            let mut entries_left = FRAME_ENTRIES_MAX;
+            let messages = list
+                .iter()
+                .map(|message| read_message(message, &mut entries_left))
+                .collect::<Result<_, _>>()?;
+            Ok(PeerFrame::Raft(messages))
+        }
+        peer_frame::Heartbeat(from) => Ok(PeerFrame::Heartbeat(read_heartbeat(from?)?)),
+        peer_frame::Request(from) => {
+            let from = from?;
+            Ok(PeerFrame::Request(from.get_id(), read_request(from)?))
+        }
+        peer_frame::Response(from) => {
+            let from = from?;
+            Ok(PeerFrame::Response(from.get_id(), read_response(from)?))
         }
     })
 }
