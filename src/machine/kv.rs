@@ -132,6 +132,16 @@ mod tests {
     use proptest::prelude::*;
     use std::collections::BTreeMap;
 
+    #[test]
+    fn stored_values_do_not_pin_the_entry_they_came_in() {
+        let entry = Bytes::from(vec![1u8; 1 << 16]);
+        let mut state = MemoryState::default();
+        let command = KvCommand::Put { key: entry.slice(..3), value: entry.slice(10..20) };
+        apply(&command, &mut state).unwrap();
+        drop(command);
+        assert!(entry.is_unique(), "the state holds a copy");
+    }
+
     fn put(state: &mut MemoryState, key: &str, value: &[u8]) -> KvReply {
         let command = KvCommand::Put {
             key: Bytes::copy_from_slice(key.as_bytes()),

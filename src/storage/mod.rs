@@ -106,7 +106,8 @@ pub trait StateView {
 /// A shard's state as a state machine changes it. Changes are visible at once and become part of
 /// the state together with the entry that made them.
 pub trait StateBatch: StateView {
-    /// Sets the value of `key`.
+    /// Sets the value of `key`. `value` is kept as it is and must own its bytes: a slice of a log entry
+    /// would keep all of that in memory.
     fn put(&mut self, key: &[u8], value: Bytes);
 
     /// Removes `key`.

@@ -254,8 +254,7 @@ impl StateView for ReplicaState {
 impl StateBatch for ReplicaState {
     fn put(&mut self, key: &[u8], value: Bytes) {
         self.within_entry = true;
-        // A copy: the value is a slice of a whole log entry, which it would keep in memory.
-        self.active.insert(key, Some(Bytes::copy_from_slice(&value)));
+        self.active.insert(key, Some(value));
     }
 
     fn delete(&mut self, key: &[u8]) {

@@ -135,15 +135,6 @@ fn replicas_and_generations_share_an_engine_unseen() {
 }
 
 #[test]
-fn values_do_not_pin_the_entry_they_came_in() {
-    let mut state = open(&Arc::new(MemoryEngine::new()));
-    let entry = Bytes::from(vec![1u8; 1 << 20]);
-    state.put(b"a", entry.slice(10..20));
-    assert!(entry.is_unique(), "the state holds a copy");
-    assert_eq!(state.get(b"a").unwrap().unwrap().len(), 10);
-}
-
-#[test]
 fn a_page_on_another_thread_keeps_its_moment() {
     let engine = Arc::new(MemoryEngine::new());
     let mut state = open(&engine);
