@@ -51,8 +51,11 @@ pub const READ_ROUNDS_MAX: usize = 1;
 pub const WRITES_IN_FLIGHT_MAX: usize = 4;
 /// Bytes of committed entries taken from raft in one pass, so that one group can't hold its thread.
 pub const APPLY_PASS_BYTES: u64 = MIB as u64;
-/// Bytes of recent log entries a group keeps in memory beyond those it must.
-pub const ENTRY_CACHE_BYTES: usize = 2 * MIB;
+/// Bytes of recent log entries a group keeps in memory beyond those it must: for followers that are a
+/// little behind. Older ones are read from the log.
+pub const ENTRY_CACHE_BYTES: usize = MIB;
+/// Bytes of log entries in memory of all groups of a node, above which each keeps only what it must.
+pub const ENTRY_CACHE_NODE_BYTES: usize = 16 * MIB;
 
 /// Messages in a replica's mailbox; above, requests are `Busy` and raft messages are dropped.
 pub const REPLICA_MAILBOX_MAX: usize = 4 * 1024;
@@ -223,6 +226,7 @@ pub const CLIENT_DRAIN_MS_MAX: u64 = 1_500;
 // value ≤ entry ≤ append message ≤ frame ≤ traversal limit.
 const _: () = assert!(KEY_BYTES_MAX + VALUE_BYTES_MAX <= ENTRY_BYTES_MAX);
 const _: () = assert!(ENTRY_TARGET_BYTES <= ENTRY_BYTES_MAX);
+const _: () = assert!(ENTRY_CACHE_BYTES <= ENTRY_CACHE_NODE_BYTES);
 const _: () = assert!(ENTRY_BYTES_MAX + APPEND_TARGET_BYTES <= FRAME_BYTES_MAX);
 // A frame is closed once it has reached its target, so it may exceed that by one message.
 const _: () = assert!(FRAME_TARGET_BYTES + ENTRY_BYTES_MAX + APPEND_TARGET_BYTES <= FRAME_BYTES_MAX);

@@ -8,7 +8,7 @@ use raft::eraftpb::{Entry, EntryType, Message, MessageType};
 use raft::{Config, GetEntriesContext, RawNode, StateRole};
 
 use super::election;
-use super::log::GroupLog;
+use super::log::{CachedBytes, GroupLog};
 use super::proposals::Proposals;
 use super::reads::Reads;
 use super::types::{Effects, Fetch, GroupStatus, LeaderChange, NumberedWrite, Operation, Output};
@@ -53,6 +53,8 @@ pub struct GroupOptions {
     pub incarnation: Incarnation,
     /// Where raft-rs logs.
     pub logger: slog::Logger,
+    /// Log entries in memory of all groups of the node.
+    pub cached: Arc<CachedBytes>,
 }
 
 /// A write that the log writer has not acknowledged, and what waits for it.
@@ -154,7 +156,8 @@ impl<T> Group<T> {
             max_committed_size_per_ready: limits::APPLY_PASS_BYTES,
             ..Config::default()
         };
-        let log = GroupLog::new(options.replica, store, log, state.header().conf_state.clone());
+        let conf_state = state.header().conf_state.clone();
+        let log = GroupLog::new(options.replica, store, log, conf_state, options.cached);
         let raft = RawNode::new(&config, log, &options.logger)?;
         let mut group = Group {
             shard: options.shard,
@@ -190,6 +193,9 @@ impl<T> Group<T> {
     /// Time: one tick has passed.
     pub fn tick(&mut self) {
         self.ticks += 1;
+        // A group at rest gives way to others.
+        let applied = self.applied();
+        self.raft.mut_store().trim_cache(applied);
         if self.recovering() {
             return;
         }
@@ -502,6 +508,9 @@ impl<T> Group<T> {
             self.handed = last.index;
         }
         if self.apply_paused {
+            // Entries go on arriving for as long as the others are a quorum without this replica. Those
+            // that raft has handed out are read from the log again when applying resumes.
+            self.raft.mut_store().trim_cache(self.handed);
             return Ok(());
         }
         let entries = if caught_up {

@@ -11,6 +11,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
 use raft::{GetEntriesContext, RaftState, Storage, StorageError as RaftStorageError};
@@ -20,6 +21,26 @@ use crate::ids::{Index, Position, ReplicaId, Term};
 use crate::limits;
 use crate::storage::StorageError;
 use crate::storage::log::{LogState, LogStore};
+
+/// Bytes of log entries in the caches of all groups of a node. One per node; each group tells it what
+/// it holds, and holds less while all together hold too much.
+#[derive(Debug, Default)]
+pub struct CachedBytes(AtomicUsize);
+
+impl CachedBytes {
+    /// The sum.
+    pub fn get(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn add(&self, bytes: usize) {
+        self.0.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn sub(&self, bytes: usize) {
+        self.0.fetch_sub(bytes, Ordering::Relaxed);
+    }
+}
 
 /// Bytes that an entry costs in memory and on the wire, about.
 pub fn entry_bytes(entry: &Entry) -> usize {
@@ -38,6 +59,8 @@ pub struct GroupLog {
     terms: Vec<(Index, Term)>,
     cache: VecDeque<Entry>,
     cache_bytes: usize,
+    /// Counts `cache_bytes` of all groups.
+    node_bytes: Arc<CachedBytes>,
     persisted: Index,
     /// A read that a follower needs and raft is told to wait for.
     wanted: RefCell<Option<(Fetch, GetEntriesContext)>>,
@@ -48,12 +71,14 @@ pub struct GroupLog {
 }
 
 impl GroupLog {
-    /// A log as the store has it, with the configuration of the applied state.
+    /// A log as the store has it, with the configuration of the applied state. `node_bytes` is shared by
+    /// the groups of a node.
     pub fn new(
         replica: ReplicaId,
         store: Arc<dyn LogStore>,
         state: LogState,
         conf_state: ConfState,
+        node_bytes: Arc<CachedBytes>,
     ) -> GroupLog {
         GroupLog {
             replica,
@@ -65,6 +90,7 @@ impl GroupLog {
             terms: state.terms,
             cache: VecDeque::new(),
             cache_bytes: 0,
+            node_bytes,
             persisted: state.last,
             wanted: RefCell::new(None),
             fetched: RefCell::new(Vec::new()),
@@ -87,7 +113,9 @@ impl GroupLog {
                 self.terms.push((entry.index, entry.term));
             }
             self.last = entry.index;
-            self.cache_bytes += entry_bytes(entry);
+            let bytes = entry_bytes(entry);
+            self.cache_bytes += bytes;
+            self.node_bytes.add(bytes);
             self.cache.push_back(entry.clone());
         }
     }
@@ -95,7 +123,7 @@ impl GroupLog {
     fn truncate_suffix(&mut self, from: Index) {
         while self.cache.back().is_some_and(|e| e.index >= from) {
             if let Some(entry) = self.cache.pop_back() {
-                self.cache_bytes -= entry_bytes(&entry);
+                self.forget(&entry);
             }
         }
         while self.terms.last().is_some_and(|&(index, _)| index >= from) {
@@ -116,19 +144,27 @@ impl GroupLog {
         }
     }
 
-    /// Forgets cached entries that are durable and applied, oldest first, beyond the cache's bound.
-    pub fn trim_cache(&mut self, applied: Index) {
-        while self.cache_bytes > limits::ENTRY_CACHE_BYTES {
-            let Some(front) = self.cache.front() else {
-                break;
-            };
-            if front.index > applied.min(self.persisted) {
+    /// Forgets cached entries up to `done`, oldest first, that are durable and beyond the cache's bound:
+    /// this group's own, or the node's for all groups, in which case nothing is kept that needn't be.
+    pub fn trim_cache(&mut self, done: Index) {
+        let evictable = done.min(self.persisted);
+        while self.cache_bytes > limits::ENTRY_CACHE_BYTES
+            || self.node_bytes.get() > limits::ENTRY_CACHE_NODE_BYTES
+        {
+            if self.cache.front().is_none_or(|front| front.index > evictable) {
                 break;
             }
             if let Some(entry) = self.cache.pop_front() {
-                self.cache_bytes -= entry_bytes(&entry);
+                self.forget(&entry);
             }
         }
+    }
+
+    /// Counts an entry that left the cache.
+    fn forget(&mut self, entry: &Entry) {
+        let bytes = entry_bytes(entry);
+        self.cache_bytes -= bytes;
+        self.node_bytes.sub(bytes);
     }
 
     /// Forgets everything up to `to`, which the caller drops from the store too.
@@ -142,7 +178,7 @@ impl GroupLog {
         );
         while self.cache.front().is_some_and(|e| e.index <= to.index) {
             if let Some(entry) = self.cache.pop_front() {
-                self.cache_bytes -= entry_bytes(&entry);
+                self.forget(&entry);
             }
         }
         let runs_before = self.terms.partition_point(|&(index, _)| index <= to.index + 1);
@@ -214,6 +250,12 @@ impl GroupLog {
     /// Why the store could not be read, if it couldn't. The replica must stop.
     pub fn take_failure(&mut self) -> Option<StorageError> {
         self.failure.take()
+    }
+}
+
+impl Drop for GroupLog {
+    fn drop(&mut self) {
+        self.node_bytes.sub(self.cache_bytes);
     }
 }
 

@@ -104,6 +104,7 @@ impl Hub {
         let pressure = self.shared.memory.pressure();
         let (active, frozen) = self.shared.memory.bytes();
         metrics::gauge!(names::MEMTABLE_BYTES).set((active + frozen) as f64);
+        metrics::gauge!(names::CACHED_ENTRY_BYTES).set(self.shared.cached_entries.get() as f64);
         let pause = pressure == Pressure::Pause;
         for (_, addr) in self.replicas.values() {
             if pressure != Pressure::Low {

@@ -8,6 +8,7 @@ use super::flusher::FlushThread;
 use super::log_writer::LogWriter;
 use super::reader::ReadThread;
 use super::router::Router;
+use crate::group::log::CachedBytes;
 use crate::storage::log::LogStore;
 use crate::transport::network::PeerNetwork;
 
@@ -27,6 +28,8 @@ pub struct Shared {
     pub router: Arc<Router>,
     /// Memtables of the node.
     pub memory: MemoryGauge,
+    /// Log entries in memory.
+    pub cached_entries: Arc<CachedBytes>,
 }
 
 /// Bytes in memtables of all replicas of a node, against their bound.

@@ -313,6 +313,7 @@ impl Assembly {
             memory: MemoryGauge::new(
                 usize::try_from(self.settings.storage.memtable_bytes).unwrap_or(usize::MAX),
             ),
+            cached_entries: Arc::default(),
         });
 
         let mut data_hubs = Vec::new();

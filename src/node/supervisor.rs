@@ -165,12 +165,13 @@ impl Supervisor {
             let (shard, replica, incarnation) = (record.shard, record.replica, slot.incarnation);
             let hub = self.hub(shard).clone();
             let supervisor = ctx.address();
+            let cached = self.shared.cached_entries.clone();
             starts.push(async move {
                 let result = match found {
                     Ok((log, state)) => {
                         let logger = telemetry::log::raft_logger(shard, replica);
-                        let options =
-                            GroupOptions { shard, machine: record.machine, replica, incarnation, logger };
+                        let machine = record.machine;
+                        let options = GroupOptions { shard, machine, replica, incarnation, logger, cached };
                         let start = StartReplica { options, log, state, supervisor };
                         hub.send(start)
                             .await

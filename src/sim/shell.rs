@@ -562,6 +562,7 @@ fn open_group(
         replica: record.replica,
         incarnation,
         logger: slog::Logger::root(slog::Discard, slog::o!()),
+        cached: Arc::default(),
     };
     let store: Arc<dyn LogStore> = disk.log.clone();
     let group = Group::open(options, store, log, state.map_err(text)?).map_err(|error| error.to_string())?;

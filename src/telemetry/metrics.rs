@@ -80,6 +80,8 @@ metrics_table! {
         "Time of one round that moves frozen memtables into the state store, in seconds.";
     MEMTABLE_BYTES = "pontoon_memtable_bytes", Gauge, [],
         "Memtables of all replicas on this node, in bytes.";
+    CACHED_ENTRY_BYTES = "pontoon_cached_entry_bytes", Gauge, [],
+        "Log entries in memory of all replicas on this node, in bytes.";
     PEER_SENT_FRAMES = "pontoon_peer_sent_frames_total", Counter, ["lane"],
         "Frames sent to other nodes, by class of connection.";
     PEER_SENT_MESSAGES = "pontoon_peer_sent_messages_total", Counter, ["lane"],

@@ -234,6 +234,7 @@ impl Groups {
             replica,
             incarnation,
             logger: slog::Logger::root(slog::Discard, slog::o!()),
+            cached: Arc::default(),
         };
         let (last, applied) = (log.last, state.header().applied.index);
         let (term, commit) = (log.hard_state.term, log.hard_state.commit);
