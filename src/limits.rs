@@ -42,7 +42,7 @@ pub const TRAVERSAL_BYTES_MAX: usize = 64 * MIB;
 pub const NESTING_MAX: i32 = 16;
 
 /// Bytes of entries proposed and not yet committed in one group; above, proposals are `Busy`.
-pub const UNCOMMITTED_BYTES_MAX: usize = 64 * MIB;
+pub const UNCOMMITTED_BYTES_MAX: usize = 32 * MIB;
 /// Proposals and reads that wait in one replica; above, requests are `Busy`.
 pub const REPLICA_PENDING_MAX: usize = 16 * 1024;
 /// Rounds of linearizable reads that wait for a quorum at a time; reads that arrive meanwhile share the next.
@@ -65,9 +65,9 @@ pub const HUB_MAILBOX_MAX: usize = 16 * 1024;
 pub const COMPACT_TICKS: u64 = 50;
 
 /// Bytes waiting in the outbox to one peer; above, messages are dropped and raft sends them again.
-pub const OUTBOX_BYTES_MAX: usize = 64 * MIB;
+pub const OUTBOX_BYTES_MAX: usize = 32 * MIB;
 /// Log writes are gathered into one append of the log engine up to this many bytes.
-pub const LOG_WRITE_TARGET_BYTES: usize = 4 * MIB;
+pub const LOG_WRITE_TARGET_BYTES: usize = 2 * MIB;
 /// Bytes that may wait for the log writer. What bounds them is each group's own limit of entries in
 /// flight; above this the writer takes them still, since an arbiter must not block, and complains.
 pub const LOG_QUEUE_BYTES_MAX: usize = 256 * MIB;
@@ -215,7 +215,7 @@ pub const CLOSE_MS_MAX: u64 = 500;
 pub const THREAD_OPERATIONS_MAX: usize = 64 * 1024;
 /// Bytes of keys and values of client calls that one thread of a node works on; above, calls are
 /// `Busy`, unless there is nothing else.
-pub const THREAD_BYTES_MAX: usize = 128 * MIB;
+pub const THREAD_BYTES_MAX: usize = 64 * MIB;
 /// Values in the answer to one batch, in bytes; gets beyond are `Busy`. An answer has at least one.
 pub const ANSWER_BYTES_MAX: usize = 16 * MIB;
 /// A connection to the client port that sends nothing for so long at its start is closed, in milliseconds.
