@@ -33,7 +33,7 @@ use crate::settings::{LogFormat, LogSettings, Settings};
 /// Deadline of a setup where none is given, and what each replica adds to it: thousands of them take a
 /// while on a small machine, which also starts every node.
 const TIMEOUT: Duration = Duration::from_secs(60);
-const TIMEOUT_PER_REPLICA: Duration = Duration::from_millis(20);
+const TIMEOUT_PER_REPLICA: Duration = Duration::from_millis(40);
 
 /// How often another process's `cluster.json` is looked for.
 const POLL: Duration = Duration::from_millis(20);

@@ -363,6 +363,16 @@ impl<T> Group<T> {
 
     // ------------------------------------------------------------------------------------- pump
 
+    /// Whether a pump would find nothing to do; so it is after most ticks of a group at rest.
+    pub fn at_rest(&self) -> bool {
+        self.queued.is_empty()
+            && self.done.is_empty()
+            && self.messages.is_empty()
+            && self.reads.is_empty()
+            && (self.apply_paused || self.handed == self.applied())
+            && !self.raft.has_ready()
+    }
+
     /// Does what the inputs since the last call ask for, within bounds.
     pub fn pump(&mut self) -> Result<Effects<T>, GroupError> {
         self.propose_queued();

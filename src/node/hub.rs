@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use actix::prelude::*;
 
@@ -32,6 +32,7 @@ pub struct Hub {
     /// One for all replicas of this thread: the log and flush threads call it once per batch.
     sink: Option<Arc<HubSink>>,
     paused: bool,
+    ticked: Instant,
     _guard: FatalGuard,
 }
 
@@ -97,10 +98,19 @@ impl FlushSink for HubSink {
 impl Hub {
     /// A hub without replicas.
     pub fn new(shared: Arc<Shared>, fatal: Fatal) -> Hub {
-        Hub { shared, replicas: HashMap::new(), sink: None, paused: false, _guard: fatal.guard("a hub") }
+        let ticked = Instant::now();
+        let _guard = fatal.guard("a hub");
+        Hub { shared, replicas: HashMap::new(), sink: None, paused: false, ticked, _guard }
     }
 
     fn tick(&mut self) {
+        // The timer makes up for ticks it was late for, all at once. A thread that was late hasn't heard
+        // its peers meanwhile either, and would take them for dead: so its clock stands still instead.
+        let since = self.ticked.elapsed();
+        if since < Duration::from_millis(limits::TICK_MS / 2) {
+            return;
+        }
+        self.ticked += since;
         let pressure = self.shared.memory.pressure();
         let (active, frozen) = self.shared.memory.bytes();
         metrics::gauge!(names::MEMTABLE_BYTES).set((active + frozen) as f64);
