@@ -340,3 +340,53 @@ impl Storage for GroupLog {
         Err(RaftStorageError::SnapshotTemporarilyUnavailable.into())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::GROUP_START;
+    use crate::storage::log_memory::MemoryLog;
+
+    fn log(node_bytes: &Arc<CachedBytes>) -> GroupLog {
+        let state = LogState {
+            hard_state: HardState::default(),
+            truncated: GROUP_START,
+            last: GROUP_START.index,
+            terms: Vec::new(),
+        };
+        let store = Arc::new(MemoryLog::new());
+        GroupLog::new(ReplicaId(1), store, state, ConfState::default(), node_bytes.clone())
+    }
+
+    /// Appends entries of together about `bytes` bytes; returns the position of the last.
+    fn append(log: &mut GroupLog, bytes: usize) -> Position {
+        let data = bytes::Bytes::from(vec![7; limits::ENTRY_CACHE_BYTES / 4]);
+        for _ in 0..bytes / data.len() {
+            let entry = Entry { index: log.last + 1, term: 6, data: data.clone(), ..Entry::default() };
+            log.append(&[entry]);
+        }
+        Position { index: log.last, term: 6 }
+    }
+
+    #[test]
+    fn a_group_keeps_its_share_and_less_while_all_hold_too_much() {
+        let node_bytes = Arc::default();
+        let (mut one, mut other) = (log(&node_bytes), log(&node_bytes));
+        let last = append(&mut one, 4 * limits::ENTRY_CACHE_BYTES);
+        let whole = one.cache_bytes;
+        one.trim_cache(last.index);
+        assert_eq!(one.cache_bytes, whole, "what isn't durable stays");
+        one.set_persisted(last);
+        one.trim_cache(last.index);
+        assert!((limits::ENTRY_CACHE_BYTES / 2..=limits::ENTRY_CACHE_BYTES).contains(&one.cache_bytes));
+
+        append(&mut other, limits::ENTRY_CACHE_NODE_BYTES);
+        assert_eq!(node_bytes.get(), one.cache_bytes + other.cache_bytes);
+        one.trim_cache(last.index - 1);
+        assert_eq!(one.cache.len(), 1, "what isn't applied stays");
+        one.trim_cache(last.index);
+        assert_eq!(one.cache_bytes, 0);
+        drop(other);
+        assert_eq!(node_bytes.get(), 0);
+    }
+}
