@@ -8,12 +8,14 @@ use std::time::{Duration, Instant};
 use local::{LocalCluster, PATIENCE, eventually, get, on_node, put, value};
 use pontoon::client::options::ClientOptions;
 use pontoon::client::{Client, ClientError, NotApplied};
+use pontoon::codec::peer::{PeerRequest, PeerResponse};
 use pontoon::ids::{METADATA_SHARD, NodeId};
 use pontoon::limits;
 use pontoon::machine::command::{Expect, MetaCommand, MetaReply};
 use pontoon::node::handle::NodePhase;
 use pontoon::placement::plan::plan_database;
 use pontoon::refusal::Refusal;
+use pontoon::transport::call::{CallError, HelloConfig, PeerClient};
 
 #[actix::test]
 async fn three_nodes_form_a_cluster_write_read_and_stop() {
@@ -323,5 +325,43 @@ async fn a_node_without_company_waits_and_stops_when_told() {
         cluster.restart(node).await;
     }
     cluster.wait_ready().await;
+    cluster.stop_all().await;
+}
+
+/// Two nodes of a cluster are replaced, at their addresses, by nodes of clusters of their own. The one
+/// that is left still takes them for its own, and must not have them do what it is asked.
+#[actix::test]
+async fn a_command_is_never_executed_by_another_cluster() {
+    let mut cluster = LocalCluster::start(3).await;
+    let old = cluster.handle(0).map().cluster_id;
+    for node in 1..3 {
+        cluster.stop(node).await;
+        let settings = &mut cluster.nodes[node].settings;
+        std::fs::remove_dir_all(&settings.node.data_dir).expect("removed");
+        settings.cluster.initial = vec![settings.peer.advertise.clone()];
+        cluster.restart(node).await;
+        let node = cluster.nodes[node].node.as_ref().expect("running");
+        tokio::time::timeout(PATIENCE, node.ready()).await.expect("in time").expect("ready");
+    }
+    let other = cluster.handle(1);
+    let create = |shards| MetaCommand::CreateDatabase { name: "app".into(), replicas: 1, shards };
+    let shards = plan_database(&other.map(), "app", 1, 1).expect("a plan");
+    other.meta(create(shards), PATIENCE).await.expect("created");
+
+    let drop = MetaCommand::DropDatabase { name: "app".into() };
+    let refused = cluster.handle(0).meta(drop.clone(), Duration::from_secs(5)).await;
+    assert!(refused.is_err(), "without a majority nothing can be dropped: {refused:?}");
+    // Nor by who doesn't say which cluster it means.
+    let address = &cluster.nodes[1].settings.peer.advertise;
+    let unnamed = HelloConfig::default();
+    let named = HelloConfig { cluster_id: Some(old), ..unnamed };
+    for request in [PeerRequest::Meta(drop), PeerRequest::Map { since: 0 }] {
+        let answer = PeerClient::call(address, unnamed, request.clone(), PATIENCE).await;
+        assert!(matches!(answer, Ok(PeerResponse::Refused(Refusal::Refused(_)))), "{answer:?}");
+        let answer = PeerClient::call(address, named, request, PATIENCE).await;
+        assert!(matches!(answer, Err(CallError::Refused { .. })), "{answer:?}");
+    }
+    let databases = other.map();
+    assert!(databases.database("app").is_some_and(|database| !database.dropped));
     cluster.stop_all().await;
 }

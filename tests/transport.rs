@@ -79,7 +79,7 @@ impl PeerHandler for Recorder {
         self.heartbeats.borrow_mut().push(heartbeat);
     }
 
-    fn request(&self, request: PeerRequest) -> LocalBoxFuture<'static, PeerResponse> {
+    fn request(&self, _: &PeerHello, request: PeerRequest) -> LocalBoxFuture<'static, PeerResponse> {
         let requests = self.requests.clone();
         let (now, most) = requests.get();
         requests.set((now + 1, most.max(now + 1)));

@@ -42,6 +42,8 @@ struct Inner {
 pub struct Member {
     /// This node.
     pub node: NodeId,
+    /// Which start of its process this is.
+    pub incarnation: u64,
     /// Its replicas, and the map.
     pub router: Arc<Router>,
     /// Who watches over them.
@@ -156,6 +158,19 @@ impl NodeHandle {
         self.inner.member.get().map_or(NodeId(0), |m| m.node)
     }
 
+    /// How this node introduces itself when it asks another: as a member of its cluster, so that a node
+    /// of another one, at an address that changed hands, refuses.
+    pub fn hello(&self) -> HelloConfig {
+        match self.inner.member.get() {
+            Some(member) => HelloConfig {
+                cluster_id: Some(member.router.map().cluster_id),
+                node: member.node,
+                incarnation: member.incarnation,
+            },
+            None => HelloConfig::default(),
+        }
+    }
+
     /// The cluster map as this node knows it; a cheap snapshot. Empty while it isn't a member.
     pub fn map(&self) -> Arc<ClusterMap> {
         self.inner.member.get().map_or_else(|| self.inner.empty_map.clone(), |m| m.router.map())
@@ -232,7 +247,9 @@ impl NodeHandle {
                 self.meta_here(command.clone(), patience).await
             } else {
                 match map.nodes.get(&target) {
-                    Some(node) => meta_there(&node.peer_address, command.clone(), patience).await,
+                    Some(node) => {
+                        meta_there(&node.peer_address, self.hello(), command.clone(), patience).await
+                    }
                     None => {
                         Err(Refusal::Unavailable("the address of the metadata leader is not known".into()))
                     }
@@ -347,8 +364,13 @@ fn timed_out(writes: bool) -> Refusal {
     }
 }
 
-async fn meta_there(address: &str, command: MetaCommand, timeout: Duration) -> Result<MetaReply, Refusal> {
-    match PeerClient::call(address, HelloConfig::default(), PeerRequest::Meta(command), timeout).await {
+async fn meta_there(
+    address: &str,
+    hello: HelloConfig,
+    command: MetaCommand,
+    timeout: Duration,
+) -> Result<MetaReply, Refusal> {
+    match PeerClient::call(address, hello, PeerRequest::Meta(command), timeout).await {
         Ok(PeerResponse::Meta(reply)) => Ok(reply),
         Ok(PeerResponse::Refused(refusal)) => Err(refusal),
         Ok(_) => Err(Refusal::Unknown("a peer gave an answer to another question".into())),

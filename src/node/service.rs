@@ -16,12 +16,12 @@ use super::supervisor::Supervisor;
 use crate::codec::GroupMessage;
 use crate::codec::hello::{Lane, PeerHello};
 use crate::codec::peer::{Membership, NodeHeartbeat, PeerRequest, PeerResponse};
-use crate::ids::{METADATA_SHARD, NodeId};
+use crate::ids::{ClusterId, METADATA_SHARD, NodeId};
 use crate::limits;
 use crate::machine::command::{MetaCommand, MetaReply};
 use crate::refusal::Refusal;
 use crate::telemetry::metrics as names;
-use crate::transport::call::{HelloConfig, PeerClient};
+use crate::transport::call::PeerClient;
 use crate::transport::handshake::Identity;
 use crate::transport::listener::PeerHandler;
 
@@ -77,7 +77,10 @@ impl Asked {
         }
     }
 
-    async fn answer(&self, request: PeerRequest) -> Result<PeerResponse, Refusal> {
+    /// `named`: the cluster that the caller says it is of. Who asks to form or to join may not know it
+    /// yet. All else comes from a member, and must mean this cluster: an address may have changed hands
+    /// between two, and a command for one must not be executed by the other.
+    async fn answer(&self, named: Option<ClusterId>, request: PeerRequest) -> Result<PeerResponse, Refusal> {
         let timeout = Duration::from_millis(limits::JOIN_MS_MAX);
         match request {
             PeerRequest::Probe => Ok(PeerResponse::Probe(self.applicant.answer())),
@@ -101,20 +104,29 @@ impl Asked {
                 }
             }
             PeerRequest::Map { since } => {
-                self.cluster()?;
+                self.of_this_cluster(named)?;
                 Ok(PeerResponse::Map(self.handle.map().delta(since)))
             }
             PeerRequest::Meta(command) => {
-                self.cluster()?;
+                self.of_this_cluster(named)?;
                 self.handle.meta_here(command, timeout).await.map(PeerResponse::Meta)
             }
         }
     }
 
-    fn cluster(&self) -> Result<crate::ids::ClusterId, Refusal> {
+    fn cluster(&self) -> Result<ClusterId, Refusal> {
         match self.applicant.stage() {
             Membership::Member(cluster, _) => Ok(cluster),
             _ => Err(Refusal::Unavailable("the node is not yet a member of a cluster".into())),
+        }
+    }
+
+    fn of_this_cluster(&self, named: Option<ClusterId>) -> Result<(), Refusal> {
+        let own = self.cluster()?;
+        match named {
+            Some(named) if named == own => Ok(()),
+            Some(_) => Err(Refusal::Refused(format!("this node belongs to cluster {own}"))),
+            None => Err(Refusal::Refused("the caller doesn't say which cluster it means".into())),
         }
     }
 }
@@ -127,12 +139,13 @@ impl PeerHandler for Arc<PeerService> {
             _ if hello.lane == Lane::Request => return identity(NodeId(0)),
             _ => return Err("this node is not yet a member of a cluster".into()),
         };
-        // Who asks to join, or to form, need not know the cluster yet.
-        if hello.lane == Lane::Request && hello.to_node == NodeId(0) {
-            return identity(node);
-        }
-        if hello.cluster_id != Some(cluster) {
+        let anyone = hello.lane == Lane::Request && hello.to_node == NodeId(0);
+        // Who asks to join, or to form, need not know the cluster yet. Who names one must mean this one.
+        if hello.cluster_id != Some(cluster) && !(anyone && hello.cluster_id.is_none()) {
             return Err(format!("this node belongs to cluster {cluster}"));
+        }
+        if anyone {
+            return identity(node);
         }
         if hello.to_node != node {
             return Err(format!("this is node {node}, not {}: its address has changed hands", hello.to_node));
@@ -174,12 +187,13 @@ impl PeerHandler for Arc<PeerService> {
             return;
         }
         let pulling = self.pulling.clone();
+        let hello = self.asked.handle.hello();
         let supervisor = to.supervisor.clone();
         actix::spawn(async move {
             if let Some(node) = map.nodes.get(&heartbeat.node) {
                 let request = PeerRequest::Map { since: map.version };
                 let timeout = Duration::from_millis(limits::MAP_PULL_MS_MAX);
-                match PeerClient::call(&node.peer_address, HelloConfig::default(), request, timeout).await {
+                match PeerClient::call(&node.peer_address, hello, request, timeout).await {
                     Ok(PeerResponse::Map(delta)) => supervisor.do_send(MapNews(delta)),
                     Ok(other) => tracing::debug!(?other, "pulling the cluster map"),
                     Err(error) => tracing::debug!(%error, "pulling the cluster map"),
@@ -189,9 +203,9 @@ impl PeerHandler for Arc<PeerService> {
         });
     }
 
-    fn request(&self, request: PeerRequest) -> LocalBoxFuture<'static, PeerResponse> {
-        let asked = self.asked.clone();
-        Box::pin(async move { asked.answer(request).await.unwrap_or_else(PeerResponse::Refused) })
+    fn request(&self, hello: &PeerHello, request: PeerRequest) -> LocalBoxFuture<'static, PeerResponse> {
+        let (asked, named) = (self.asked.clone(), hello.cluster_id);
+        Box::pin(async move { asked.answer(named, request).await.unwrap_or_else(PeerResponse::Refused) })
     }
 
     fn client_address(&self) -> String {

@@ -356,7 +356,7 @@ impl Assembly {
             control_hub,
             supervisor: supervisor.clone(),
         });
-        self.handle.set_member(Member { node, router, supervisor: supervisor.clone() });
+        self.handle.set_member(Member { node, incarnation, router, supervisor: supervisor.clone() });
         supervisor.do_send(OpenAll);
         if let Some(map) = first_map.filter(|_| node == NodeId(1)) {
             actix::spawn(spread(map));

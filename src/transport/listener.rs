@@ -46,9 +46,9 @@ pub trait PeerHandler {
     /// A member is alive.
     fn heartbeat(&self, heartbeat: NodeHeartbeat);
 
-    /// A question; its answer goes back on the connection it came on. The future runs to its end even
-    /// if the caller hangs up, unless the listener is stopped.
-    fn request(&self, request: PeerRequest) -> LocalBoxFuture<'static, PeerResponse>;
+    /// A question of whoever said `hello`; its answer goes back on the connection it came on. The
+    /// future runs to its end even if the caller hangs up, unless the listener is stopped.
+    fn request(&self, hello: &PeerHello, request: PeerRequest) -> LocalBoxFuture<'static, PeerResponse>;
 
     /// Where clients find this node, for those who dial the wrong port.
     fn client_address(&self) -> String;
@@ -200,7 +200,7 @@ async fn connection(
     let lane = hello.lane.name();
     debug!(%from, node = %hello.from_node, lane, "a peer connected");
     match hello.lane {
-        Lane::Request => answer(stream, reader, handler, timings).await,
+        Lane::Request => answer(stream, reader, &hello, handler, timings).await,
         _ => receive(stream, reader, &hello, handler, timings).await,
     }
 }
@@ -296,6 +296,7 @@ fn received(lane: Lane, payload: &Bytes) {
 async fn answer(
     mut stream: TcpStream,
     mut reader: FrameReader,
+    hello: &PeerHello,
     handler: &dyn PeerHandler,
     timings: &Timings,
 ) -> Result<(), TransportError> {
@@ -312,7 +313,7 @@ async fn answer(
             let PeerFrame::Request(id, request) = decode(payload)? else {
                 return Err(TransportError::Protocol("not a request on lane request".into()));
             };
-            let response = handler.request(request);
+            let response = handler.request(hello, request);
             pending.push(async move { (id, response.await) });
         }
         if !open && pending.is_empty() {
