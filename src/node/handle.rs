@@ -220,17 +220,16 @@ impl NodeHandle {
     }
 
     /// Has the metadata shard's leader, wherever it is, execute a command. Retried until `timeout`:
-    /// the metadata commands are made for that.
+    /// the metadata commands are made for that. A refusal in the metadata shard's words means that the
+    /// command had no effect; where an earlier attempt may have had one, the outcome is unknown.
     pub async fn meta(&self, command: MetaCommand, timeout: Duration) -> Result<MetaReply, Refusal> {
         let deadline = Instant::now() + timeout;
-        let mut last = Refusal::Deadline;
-        // An attempt whose outcome is unknown leaves the command's unknown, whatever comes after.
-        let mut unknown = None;
+        let mut attempts = MetaAttempts::default();
         let mut hint = Some(self.node());
         for attempt in 0.. {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(unknown.unwrap_or(last));
+                return Err(attempts.given_up());
             }
             let map = self.map();
             let Some(metadata) = map.shards.get(&METADATA_SHARD) else {
@@ -255,24 +254,15 @@ impl NodeHandle {
                     }
                 }
             };
-            match answer {
-                Ok(reply) => return Ok(reply),
-                Err(refusal) if !refusal.retryable() && refusal != Refusal::Deadline => {
-                    return Err(refusal);
-                }
-                Err(refusal) => {
-                    if let Refusal::NotLeader { leader: Some(leader), .. } = refusal {
-                        hint = Some(leader);
-                    }
-                    if refusal.outcome() == Outcome::Unknown {
-                        unknown = Some(refusal.clone());
-                    }
-                    last = refusal;
-                }
+            if let Err(Refusal::NotLeader { leader: Some(leader), .. }) = answer {
+                hint = Some(leader);
+            }
+            if let Some(end) = attempts.end(answer) {
+                return end;
             }
             tokio::time::sleep(Duration::from_millis(limits::META_RETRY_MS).min(left)).await;
         }
-        Err(unknown.unwrap_or(last))
+        Err(attempts.given_up())
     }
 
     /// Executes a metadata command if this node leads the metadata shard.
@@ -340,6 +330,44 @@ impl NodeHandle {
     }
 }
 
+/// What the attempts at one metadata command have come to.
+#[derive(Default)]
+struct MetaAttempts {
+    /// The last one whose outcome is unknown: the command's then is too, whatever is refused after it.
+    unknown: Option<Refusal>,
+    /// Why the last one failed.
+    last: Option<Refusal>,
+}
+
+impl MetaAttempts {
+    /// What `answer` makes of the command; `None` if it is to be tried again.
+    ///
+    /// After an attempt that may have been carried out, or may yet be, a refusal tells nothing: "there
+    /// is no such database" may be what this very command, dropping it, has brought about.
+    fn end(&mut self, answer: Result<MetaReply, Refusal>) -> Option<Result<MetaReply, Refusal>> {
+        let refused = match answer {
+            Ok(MetaReply::Refused(refused)) if self.unknown.is_some() => refused.to_string(),
+            Ok(reply) => return Some(Ok(reply)),
+            Err(refusal) if refusal.retryable() || refusal == Refusal::Deadline => {
+                if refusal.outcome() == Outcome::Unknown {
+                    self.unknown = Some(refusal.clone());
+                }
+                self.last = Some(refusal);
+                return None;
+            }
+            Err(refusal) if self.unknown.is_some() => refusal.to_string(),
+            Err(refusal) => return Some(Err(refusal)),
+        };
+        let text = format!("an attempt may have been carried out, and the next was refused: {refused}");
+        Some(Err(Refusal::Unknown(text.into())))
+    }
+
+    /// The end of a command for which there is no time left.
+    fn given_up(self) -> Refusal {
+        self.unknown.or(self.last).unwrap_or(Refusal::Deadline)
+    }
+}
+
 /// A batch of operations that was submitted, until its caller has the results or gave up.
 struct InFlight<'a>(&'a Inner);
 
@@ -382,5 +410,32 @@ async fn meta_there(
             tracing::debug!(address, %error, "asking for a metadata command");
             Err(Refusal::Unknown("the connection to the metadata leader was lost".into()))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::command::MetaRefusal;
+
+    #[test]
+    fn a_refusal_after_an_attempt_in_doubt_is_no_answer() {
+        let no_such = || Ok(MetaReply::Refused(MetaRefusal::UnknownDatabase("app".into())));
+        let mut attempts = MetaAttempts::default();
+        assert_eq!(attempts.end(no_such()), Some(no_such()), "certain at the first attempt");
+
+        let lost = || Err(Refusal::Unknown("the connection was lost".into()));
+        let outcome = |end: Option<Result<MetaReply, Refusal>>| end.map(|end| end.map_err(|r| r.outcome()));
+        for later in [no_such(), Err(Refusal::Refused("no".into())), Err(Refusal::Invalid("no".into()))] {
+            let mut attempts = MetaAttempts::default();
+            assert_eq!(attempts.end(Err(Refusal::Unavailable("not in reach".into()))), None);
+            assert_eq!(attempts.end(lost()), None);
+            assert_eq!(attempts.end(Err(Refusal::Deadline)), None, "certain, but about the last alone");
+            assert_eq!(outcome(attempts.end(later)), Some(Err(Outcome::Unknown)));
+            assert_eq!(attempts.given_up().outcome(), Outcome::Unknown);
+        }
+        let mut attempts = MetaAttempts::default();
+        assert_eq!(attempts.end(lost()), None);
+        assert_eq!(attempts.end(Ok(MetaReply::Formed(1))), Some(Ok(MetaReply::Formed(1))));
     }
 }
