@@ -3,6 +3,7 @@
 #[path = "support/local.rs"]
 mod local;
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use local::{LocalCluster, PATIENCE, eventually, get, on_node, put, value};
@@ -13,6 +14,7 @@ use pontoon::ids::{METADATA_SHARD, NodeId};
 use pontoon::limits;
 use pontoon::machine::command::{Expect, MetaCommand, MetaReply};
 use pontoon::node::handle::NodePhase;
+use pontoon::node::load::Load;
 use pontoon::placement::plan::plan_database;
 use pontoon::refusal::Refusal;
 use pontoon::transport::call::{CallError, HelloConfig, PeerClient};
@@ -214,6 +216,43 @@ async fn what_is_too_much_is_refused_at_once_and_the_rest_is_done() {
     }
     let last = database.get("0").await.expect("a read").expect("there");
     assert_eq!(last.value, "w");
+    client.close().await;
+    cluster.stop_all().await;
+}
+
+/// While the log's disk stands, clients give up and come again. What they left must neither be carried
+/// out when the disk is back, nor take memory that nobody counts.
+#[actix::test]
+async fn what_nobody_waits_for_any_more_is_not_begun() {
+    let mut cluster = LocalCluster::start(1).await;
+    let client = cluster.client().await;
+    let (_, shards) = cluster.database(&client, "db", 1, 1).await;
+    let (handle, shard) = (cluster.handle(0), shards[0]);
+    cluster.leader(shard).await;
+    handle.inject(shard, "log-stall").await.expect("test hooks");
+
+    let mut begun = Vec::new();
+    for number in 0..limits::WRITES_IN_FLIGHT_MAX {
+        let handle = handle.clone();
+        let operation = put(&format!("begun-{number}"), "v");
+        begun.push(actix::spawn(async move { on_node(&handle, shard, operation, PATIENCE).await }));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let load = Arc::<Load>::default();
+    let admitted = Some(Arc::new(load.admit(2, 0).expect("nothing else")));
+    let late = vec![put("late", "v"), get("late")];
+    let impatient = Duration::from_millis(100);
+    let ends = handle.submit_admitted(shard, 1, late, impatient, admitted).await.expect("taken");
+    assert!(matches!(ends[0], Err(Refusal::Unknown(_))), "{ends:?}");
+    assert!(begun.iter().all(|begun| !begun.is_finished()), "the disk stands still");
+    eventually("they don't count any more", || load.operations() == 0).await;
+    assert!(begun.iter().all(|begun| !begun.is_finished()), "before the disk is back");
+
+    for begun in begun {
+        begun.await.expect("no panic").expect("written");
+    }
+    let answer = on_node(&handle, shard, get("late"), PATIENCE).await.expect("read");
+    assert_eq!(value(answer), None);
     client.close().await;
     cluster.stop_all().await;
 }

@@ -10,6 +10,7 @@ use raft::{Config, GetEntriesContext, RawNode, StateRole};
 use super::election;
 use super::log::GroupLog;
 use super::proposals::Proposals;
+use super::queue::Queue;
 use super::reads::Reads;
 use super::types::{Effects, Fetch, GroupStatus, LeaderChange, NumberedWrite, Operation, Output};
 use crate::codec::GroupMessage;
@@ -76,7 +77,7 @@ pub struct Group<T> {
     raft: RawNode<GroupLog>,
     state: ReplicaState,
     /// Commands not yet proposed.
-    queued: VecDeque<(T, Command)>,
+    queued: Queue<T, Command>,
     proposals: Proposals<T>,
     reads: Reads<(T, Query)>,
     unpersisted: VecDeque<Unpersisted>,
@@ -159,7 +160,7 @@ impl<T> Group<T> {
             leader: LeaderChange { term: raft.raft.term, leader: None, local: false },
             raft,
             state,
-            queued: VecDeque::new(),
+            queued: Queue::new(),
             proposals: Proposals::new(),
             reads: Reads::new(options.incarnation),
             unpersisted: VecDeque::new(),
@@ -265,7 +266,10 @@ impl<T> Group<T> {
             return;
         }
         match operation {
-            Operation::Command(command) => self.queued.push_back((token, command)),
+            Operation::Command(command) => {
+                let bytes = command.size();
+                self.queued.push(token, command, bytes);
+            }
             Operation::Query(query) => self.reads.push((token, query)),
         }
     }
@@ -278,11 +282,21 @@ impl<T> Group<T> {
             Some(self.not_leader())
         } else if self.queued.len() + self.proposals.len() + self.reads.len() >= limits::REPLICA_PENDING_MAX {
             Some(busy("operations of the shard"))
+        } else if self.queued.bytes() >= limits::UNCOMMITTED_BYTES_MAX {
+            Some(busy("bytes of the shard's commands"))
         } else if self.apply_paused {
             Some(busy("writes of the node on their way to its state store"))
         } else {
             None
         }
+    }
+
+    /// Ends the operations that wait to be started and whose caller is `gone`: nobody would hear of
+    /// them, and they would only keep those waiting who are still there.
+    pub fn discard(&mut self, gone: impl Fn(&T) -> bool) {
+        let mut dead = self.queued.discard(&gone);
+        dead.extend(self.reads.discard(|(token, _)| gone(token)).into_iter().map(|(token, _)| token));
+        self.done.extend(dead.into_iter().map(|token| (token, Err(Refusal::Deadline))));
     }
 
     /// The log writer has made the write of this number, and all before it, durable.
@@ -336,7 +350,7 @@ impl<T> Group<T> {
     pub fn abandon(&mut self, reason: &'static str) -> Vec<(T, Result<Output, Refusal>)> {
         let mut done = std::mem::take(&mut self.done);
         done.extend(
-            self.queued.drain(..).map(|(token, _)| (token, Err(Refusal::Unavailable(reason.into())))),
+            self.queued.drain().into_iter().map(|token| (token, Err(Refusal::Unavailable(reason.into())))),
         );
         done.extend(
             self.reads
@@ -393,15 +407,14 @@ impl<T> Group<T> {
             let mut bytes = 0;
             let mut tokens = Vec::new();
             let mut commands = Vec::new();
-            while let Some((_, command)) = self.queued.front() {
-                let size = command.size();
+            while let Some(size) = self.queued.next_bytes() {
                 let full =
                     bytes + size > limits::ENTRY_TARGET_BYTES || commands.len() >= limits::ENTRY_COMMANDS_MAX;
                 if full && !commands.is_empty() {
                     break;
                 }
                 bytes += size;
-                if let Some((token, command)) = self.queued.pop_front() {
+                if let Some((token, command)) = self.queued.pop() {
                     tokens.push(token);
                     commands.push(command);
                 }
@@ -418,7 +431,7 @@ impl<T> Group<T> {
                 Err(_) => {
                     let refuse = |token| (token, Err(busy("uncommitted entries of the shard")));
                     self.done.extend(tokens.into_iter().map(refuse));
-                    self.done.extend(self.queued.drain(..).map(|(token, _)| refuse(token)));
+                    self.done.extend(self.queued.drain().into_iter().map(refuse));
                 }
             }
         }
@@ -554,9 +567,9 @@ impl<T> Group<T> {
         let waiting = !self.queued.is_empty() || !self.reads.is_empty();
         if !now.local && waiting {
             let refusal = self.not_leader();
-            let queued = self.queued.drain(..).map(|(token, _)| token);
+            let queued = self.queued.drain();
             let reads = self.reads.drain().into_iter().map(|(token, _)| token);
-            self.done.extend(queued.chain(reads).map(|token| (token, Err(refusal.clone()))));
+            self.done.extend(queued.into_iter().chain(reads).map(|token| (token, Err(refusal.clone()))));
         }
     }
 

@@ -32,5 +32,6 @@ pub mod driver;
 pub mod election;
 pub mod log;
 pub mod proposals;
+pub mod queue;
 pub mod reads;
 pub mod types;

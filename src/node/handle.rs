@@ -8,6 +8,7 @@ use actix::Addr;
 use actix::prelude::SendError;
 use tokio::sync::{oneshot, watch};
 
+use super::load::Admitted;
 #[cfg(feature = "test-hooks")]
 use super::messages::Inject;
 use super::messages::{AskStatus, Report, Submit, Transfer};
@@ -186,6 +187,19 @@ impl NodeHandle {
         operations: Vec<Operation>,
         timeout: Duration,
     ) -> Result<Vec<Result<Output, Refusal>>, Refusal> {
+        self.submit_admitted(shard, range_version, operations, timeout, None).await
+    }
+
+    /// [`NodeHandle::submit`] of operations that count, as `admitted`, until they have really ended:
+    /// that may be after the return of this.
+    pub async fn submit_admitted(
+        &self,
+        shard: ShardId,
+        range_version: u64,
+        operations: Vec<Operation>,
+        timeout: Duration,
+        admitted: Option<Arc<Admitted>>,
+    ) -> Result<Vec<Result<Output, Refusal>>, Refusal> {
         let addr = self.member()?.router.replica(shard)?;
         if operations.is_empty() {
             return Ok(Vec::new());
@@ -197,12 +211,17 @@ impl NodeHandle {
         }
         let (reply, results) = oneshot::channel();
         let writes: Vec<bool> = operations.iter().map(|o| matches!(o, Operation::Command(_))).collect();
-        addr.try_send(Submit { range_version, operations, reply }).map_err(|error| match error {
-            SendError::Full(_) => {
-                Refusal::Busy { what: "the shard's mailbox".into(), retry_after_ms: limits::BUSY_RETRY_MS }
-            }
-            SendError::Closed(_) => Refusal::Unavailable("the replica is being rebuilt after a crash".into()),
-        })?;
+        addr.try_send(Submit { range_version, operations, reply, admitted }).map_err(
+            |error| match error {
+                SendError::Full(_) => Refusal::Busy {
+                    what: "the shard's mailbox".into(),
+                    retry_after_ms: limits::BUSY_RETRY_MS,
+                },
+                SendError::Closed(_) => {
+                    Refusal::Unavailable("the replica is being rebuilt after a crash".into())
+                }
+            },
+        )?;
         match tokio::time::timeout(timeout, results).await {
             Ok(Ok(results)) => results,
             // The mailbox was dropped with the message in it: the replica crashed before it saw it.

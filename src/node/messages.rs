@@ -8,6 +8,7 @@ use raft::eraftpb::Entry;
 use tokio::sync::oneshot;
 
 use super::handle::ReplicaReport;
+use super::load::Admitted;
 use super::ticket::Results;
 use crate::codec::GroupMessage;
 use crate::group::types::{GroupStatus, LeaderChange, Operation};
@@ -26,6 +27,8 @@ pub struct Submit {
     pub operations: Vec<Operation>,
     /// Where the results go: all of them, or a refusal of the whole batch, of which none was started.
     pub reply: oneshot::Sender<Results>,
+    /// What they count for on this node, until they have ended; of a client's.
+    pub admitted: Option<Arc<Admitted>>,
 }
 
 /// Hub → replica: messages of other replicas. Mailbox full: dropped, raft sends again.

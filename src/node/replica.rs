@@ -315,6 +315,12 @@ impl Handler<Pump> for ReplicaActor {
 impl Handler<Submit> for ReplicaActor {
     type Result = ();
     fn handle(&mut self, submit: Submit, ctx: &mut Context<Self>) {
+        if submit.reply.is_closed() {
+            // Its caller gave up while it was in the mailbox.
+            metrics::counter!(names::REFUSALS, "reason" => Refusal::Deadline.kind())
+                .increment(submit.operations.len() as u64);
+            return;
+        }
         let range_version = self.group.epoch().range;
         if submit.range_version != range_version {
             let refusal =
@@ -324,7 +330,7 @@ impl Handler<Submit> for ReplicaActor {
             }
             return;
         }
-        let tickets = tickets(&submit.operations, submit.reply);
+        let tickets = tickets(&submit.operations, submit.reply, submit.admitted);
         for (operation, ticket) in submit.operations.into_iter().zip(tickets) {
             self.group.submit(operation, ticket);
         }
@@ -349,6 +355,7 @@ impl Handler<Tick> for ReplicaActor {
     fn handle(&mut self, _: Tick, ctx: &mut Context<Self>) {
         self.ticks += 1;
         self.group.tick();
+        self.group.discard(Ticket::abandoned);
         self.campaign_eagerly(ctx);
         if self.ticks.is_multiple_of(limits::COMPACT_TICKS) {
             self.compact();
@@ -472,6 +479,11 @@ impl Handler<Inject> for ReplicaActor {
             "error" => self.fail("injected error".into(), ctx),
             "log-writer-panic" => {
                 self.shared.log_writer.run(Box::new(|_| panic!("injected panic of the log writer")));
+            }
+            // A disk that takes its time.
+            "log-stall" => {
+                let stall = std::time::Duration::from_secs(3);
+                self.shared.log_writer.run(Box::new(move |_| std::thread::sleep(stall)));
             }
             other => tracing::warn!(fault = other, "unknown fault"),
         }

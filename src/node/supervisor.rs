@@ -351,6 +351,7 @@ impl Supervisor {
             range_version: metadata.epoch.range,
             operations: vec![crate::group::types::Operation::Command(Command::Meta(command))],
             reply,
+            admitted: None,
         };
         match self.shared.router.replica(METADATA_SHARD) {
             Ok(addr) => addr.do_send(submit),

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -15,6 +16,7 @@ use crate::group::types::{Operation, Output};
 use crate::ids::{METADATA_SHARD, ShardId};
 use crate::limits::{BATCH_OPERATIONS_MAX, KEY_BYTES_MAX, SCAN_PAIRS_MAX};
 use crate::machine::command::{Answer, Query};
+use crate::node::load::Admitted;
 use crate::placement::ring;
 use crate::refusal::{Outcome, Refusal};
 use crate::schema::kv_capnp::{batch_request, batch_response, gate, kv, op_result, scan_request};
@@ -112,9 +114,10 @@ impl kv::Server for Kv {
         let admitted = self.service.load.enter(batch.operations.len(), batch.bytes);
         let ends = match admitted {
             Ok(_guard) if batch.operations.is_empty() => Ok(Vec::new()),
-            Ok(_guard) => {
-                let within = timeout(batch.timeout_ms);
-                node.submit(batch.shard, batch.range_version, batch.operations, within).await
+            Ok(guard) => {
+                let (within, admitted) = (timeout(batch.timeout_ms), Some(guard.admitted()));
+                node.submit_admitted(batch.shard, batch.range_version, batch.operations, within, admitted)
+                    .await
             }
             Err(refusal) => Err(refusal),
         };
@@ -147,9 +150,9 @@ impl kv::Server for Kv {
         let query = read_scan(request)?;
         drop(params);
         let answer = match (query, self.service.load.enter(1, 0)) {
-            (Ok(query), Ok(_guard)) => {
-                let operations = vec![Operation::Query(query)];
-                let ends = node.submit(shard, version, operations, within).await;
+            (Ok(query), Ok(guard)) => {
+                let (operations, admitted) = (vec![Operation::Query(query)], Some(guard.admitted()));
+                let ends = node.submit_admitted(shard, version, operations, within, admitted).await;
                 ends.and_then(|ends| ends.into_iter().next().unwrap_or(Err(NO_ANSWER)))
             }
             (Err(refusal), _) | (_, Err(refusal)) => Err(refusal),
@@ -292,10 +295,10 @@ impl Kv {
         client::check(&operation)?;
         let refused = |refusal| ClientError::NotApplied(client::NotApplied::Refused(refusal));
         let guard = self.service.load.enter(1, operation.size());
-        let _guard = guard.map_err(refused)?;
+        let guard = guard.map_err(refused)?;
         let within = timeout(timeout_ms);
         let deadline = Instant::now() + within;
-        match self.here(database, &operation, within).await {
+        match self.here(database, &operation, within, guard.admitted()).await {
             Some(Ok(result)) => return Ok(result),
             Some(Err(refusal)) if refusal.outcome() == Outcome::Unknown => {
                 return Err(ClientError::Unknown(refusal.to_string()));
@@ -315,6 +318,7 @@ impl Kv {
         database: &str,
         operation: &client::Operation,
         within: std::time::Duration,
+        admitted: Arc<Admitted>,
     ) -> Option<Result<OperationResult, Refusal>> {
         let node = &self.service.node;
         let (shard, version) = {
@@ -324,7 +328,7 @@ impl Kv {
             (shard.id, shard.epoch.range)
         };
         let operations = vec![wire::to_group(operation.clone())];
-        let ends = node.submit(shard, version, operations, within).await;
+        let ends = node.submit_admitted(shard, version, operations, within, Some(admitted)).await;
         Some(ends.and_then(|ends| match ends.into_iter().next() {
             Some(Ok(output)) => wire::from_group(output),
             Some(Err(refusal)) => Err(refusal),

@@ -35,10 +35,10 @@ use tokio::task::{JoinSet, spawn_local};
 
 use crate::client::local::LocalClient;
 use crate::limits::{
-    BUSY_RETRY_MS, CLIENT_CONNECTIONS_MAX, CLIENT_DRAIN_MS_MAX, GREETING_MS_MAX, THREAD_BYTES_MAX,
-    THREAD_OPERATIONS_MAX, TIMEOUT_DEFAULT_MS, TIMEOUT_MAX_MS,
+    CLIENT_CONNECTIONS_MAX, CLIENT_DRAIN_MS_MAX, GREETING_MS_MAX, TIMEOUT_DEFAULT_MS, TIMEOUT_MAX_MS,
 };
 use crate::node::handle::NodeHandle;
+use crate::node::load::{self, Admitted};
 use crate::refusal::Refusal;
 use crate::schema::kv_capnp::gate;
 use crate::transport::foreign::refusal_for_peer;
@@ -213,29 +213,24 @@ async fn is_peer(stream: &TcpStream) -> io::Result<bool> {
 /// What one thread is working on for its clients.
 #[derive(Default)]
 pub(crate) struct Load {
+    /// Calls whose answer isn't given yet.
     calls: Cell<usize>,
-    operations: Cell<usize>,
-    bytes: Cell<usize>,
+    /// Operations that haven't ended, whether or not their call is still waited for.
+    admitted: Arc<load::Load>,
     stopping: Cell<bool>,
     idle: Notify,
 }
 
 impl Load {
-    /// Admits a call with so many operations and bytes, or says why not. It counts until the guard is
-    /// dropped. A call too large for the bounds is admitted when there is nothing else.
+    /// Admits a call with so many operations and bytes, or says why not. The call counts until the guard
+    /// is dropped, its operations until they have ended too: see [`load`].
     pub(crate) fn enter(self: &Rc<Load>, operations: usize, bytes: usize) -> Result<LoadGuard, Refusal> {
         if self.stopping.get() {
             return Err(Refusal::Unavailable("the node is stopping".into()));
         }
-        let full = self.operations.get() + operations > THREAD_OPERATIONS_MAX
-            || self.bytes.get() + bytes > THREAD_BYTES_MAX;
-        if full && self.calls.get() > 0 {
-            return Err(Refusal::Busy { what: "client calls".into(), retry_after_ms: BUSY_RETRY_MS });
-        }
+        let admitted = Arc::new(self.admitted.admit(operations, bytes)?);
         self.calls.set(self.calls.get() + 1);
-        self.operations.set(self.operations.get() + operations);
-        self.bytes.set(self.bytes.get() + bytes);
-        Ok(LoadGuard { load: self.clone(), operations, bytes })
+        Ok(LoadGuard { load: self.clone(), admitted })
     }
 
     async fn idle(&self) {
@@ -248,16 +243,20 @@ impl Load {
 /// See [`Load::enter`].
 pub(crate) struct LoadGuard {
     load: Rc<Load>,
-    operations: usize,
-    bytes: usize,
+    admitted: Arc<Admitted>,
+}
+
+impl LoadGuard {
+    /// To go along with the call's operations.
+    pub(crate) fn admitted(&self) -> Arc<Admitted> {
+        self.admitted.clone()
+    }
 }
 
 impl Drop for LoadGuard {
     fn drop(&mut self) {
         let load = &self.load;
         load.calls.set(load.calls.get() - 1);
-        load.operations.set(load.operations.get() - self.operations);
-        load.bytes.set(load.bytes.get() - self.bytes);
         if load.calls.get() == 0 {
             load.idle.notify_one();
         }
@@ -275,16 +274,17 @@ pub(crate) fn timeout(ms: u32) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::THREAD_OPERATIONS_MAX;
 
     #[test]
-    fn load_is_bounded_but_never_refuses_a_lone_call() {
+    fn a_call_whose_operations_go_on_is_no_call_but_still_a_load() {
         let load = Rc::<Load>::default();
-        let great = load.enter(1, 2 * THREAD_BYTES_MAX).unwrap();
+        let guard = load.enter(THREAD_OPERATIONS_MAX, 1).unwrap();
+        let admitted = guard.admitted();
+        drop(guard);
+        assert_eq!(load.calls.get(), 0);
         assert!(matches!(load.enter(1, 1), Err(Refusal::Busy { .. })));
-        drop(great);
-        let one = load.enter(THREAD_OPERATIONS_MAX, 1).unwrap();
-        assert!(load.enter(1, 1).is_err());
-        drop(one);
+        drop(admitted);
         assert!(load.enter(1, 1).is_ok());
         load.stopping.set(true);
         assert!(matches!(load.enter(1, 1), Err(Refusal::Unavailable(_))));
