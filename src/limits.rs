@@ -30,8 +30,8 @@ pub const ENTRY_TARGET_BYTES: usize = MIB;
 pub const ENTRY_BYTES_MAX: usize = VALUE_BYTES_MAX + 2 * KEY_BYTES_MAX + VALUE_BYTES_MAX + 64;
 /// Entries that raft packs into one append message, unless a single entry is greater.
 pub const APPEND_TARGET_BYTES: usize = MIB;
-/// Append messages under way to one follower.
-pub const APPENDS_IN_FLIGHT_MAX: usize = 128;
+/// Append messages under way to one follower; entries that come meanwhile share the next.
+pub const APPENDS_IN_FLIGHT_MAX: usize = 32;
 /// Greatest peer frame in bytes; a greater one closes the connection.
 pub const FRAME_BYTES_MAX: usize = 32 * MIB;
 /// A peer link closes a frame at this many bytes.
@@ -65,8 +65,9 @@ pub const COMPACT_TICKS: u64 = 50;
 pub const OUTBOX_BYTES_MAX: usize = 64 * MIB;
 /// Log writes are gathered into one append of the log engine up to this many bytes.
 pub const LOG_WRITE_TARGET_BYTES: usize = 4 * MIB;
-/// Bytes that may wait for the log writer. What bounds them is each group's own limit of entries in
-/// flight; above this the writer takes them still, since an arbiter must not block, and complains.
+/// Bytes of entries that may wait in a node for their replica or for the log writer. Above, appends of
+/// leaders are dropped, and raft sends them again. What a node's own leaders propose is bounded by
+/// each group's limits; the writer takes it still, since an arbiter must not block, and complains.
 pub const LOG_QUEUE_BYTES_MAX: usize = 256 * MIB;
 /// What a job or a fence in the log writer's queue counts for, in bytes.
 pub const LOG_JOB_BYTES: usize = 256;

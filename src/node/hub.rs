@@ -9,6 +9,7 @@ use actix::prelude::*;
 
 use super::fatal::{Fatal, FatalGuard};
 use super::flusher::FlushSink;
+use super::intake::Arrived;
 use super::log_writer::PersistSink;
 use super::messages::*;
 use super::panics::contained;
@@ -16,7 +17,6 @@ use super::replica::ReplicaActor;
 use super::shared::{Pressure, Shared};
 use super::supervisor::Supervisor;
 use super::ticket::Ticket;
-use crate::codec::GroupMessage;
 use crate::group::driver::{Group, GroupOptions};
 use crate::ids::{Incarnation, NodeId, Position, ReplicaId, ShardId};
 use crate::limits;
@@ -57,7 +57,7 @@ pub struct Forget(pub ReplicaId, pub Incarnation);
 /// Peer connections → hub: messages for replicas of this thread. Mailbox full: dropped.
 #[derive(Message)]
 #[rtype(result = "()")]
-pub struct Deliver(pub Vec<GroupMessage>);
+pub struct Deliver(pub Arrived);
 
 /// Log writer → hub: these log writes are durable.
 #[derive(Message)]
@@ -104,6 +104,7 @@ impl Hub {
         let pressure = self.shared.memory.pressure();
         let (active, frozen) = self.shared.memory.bytes();
         metrics::gauge!(names::MEMTABLE_BYTES).set((active + frozen) as f64);
+        metrics::gauge!(names::LOG_QUEUE_BYTES).set(self.shared.intake.bytes() as f64);
         let pause = pressure == Pressure::Pause;
         for (_, addr) in self.replicas.values() {
             if pressure != Pressure::Low {
@@ -175,14 +176,8 @@ impl Handler<Forget> for Hub {
 impl Handler<Deliver> for Hub {
     type Result = ();
     fn handle(&mut self, deliver: Deliver, _: &mut Context<Self>) {
-        let mut messages = deliver.0.into_iter().peekable();
-        while let Some(first) = messages.next() {
-            // Neighbours in a frame are often for the same replica.
-            let to = first.message.to;
-            let mut batch = vec![first];
-            while let Some(next) = messages.next_if(|m| m.message.to == to) {
-                batch.push(next);
-            }
+        // Neighbours in a frame are often for the same replica.
+        for (to, batch) in deliver.0.by_receiver() {
             let Some((_, addr)) = self.replicas.get(&ReplicaId(to)) else {
                 tracing::debug!(replica = to, "no such replica here for a raft message");
                 continue;

@@ -8,9 +8,9 @@ use raft::eraftpb::Entry;
 use tokio::sync::oneshot;
 
 use super::handle::ReplicaReport;
+use super::intake::Arrived;
 use super::load::Admitted;
 use super::ticket::Results;
-use crate::codec::GroupMessage;
 use crate::group::types::{GroupStatus, LeaderChange, Operation};
 use crate::ids::{Incarnation, NodeId, Position, ReplicaId, ShardId};
 use crate::placement::map::{ClusterMap, MapDelta};
@@ -34,7 +34,7 @@ pub struct Submit {
 /// Hub → replica: messages of other replicas. Mailbox full: dropped, raft sends again.
 #[derive(Message)]
 #[rtype(result = "()")]
-pub struct Step(pub Vec<GroupMessage>);
+pub struct Step(pub Arrived);
 
 /// Hub → replica: a tick has passed. Mailbox full: dropped; the replica is late anyway.
 #[derive(Message)]

@@ -16,6 +16,7 @@ pub mod fatal;
 pub mod flusher;
 pub mod handle;
 pub mod hub;
+pub mod intake;
 pub mod load;
 pub mod log_writer;
 pub mod map_cache;

@@ -340,8 +340,8 @@ impl Handler<Submit> for ReplicaActor {
 
 impl Handler<Step> for ReplicaActor {
     type Result = ();
-    fn handle(&mut self, step: Step, ctx: &mut Context<Self>) {
-        for message in step.0 {
+    fn handle(&mut self, mut step: Step, ctx: &mut Context<Self>) {
+        for message in step.0.take() {
             if let Err(error) = self.group.step(message) {
                 return self.fail(error.to_string(), ctx);
             }

@@ -10,6 +10,7 @@ use futures_util::future::LocalBoxFuture;
 
 use super::handle::NodeHandle;
 use super::hub::{Deliver, Hub, hub_of};
+use super::intake::Intake;
 use super::membership::Applicant;
 use super::messages::MapNews;
 use super::supervisor::Supervisor;
@@ -31,6 +32,8 @@ pub struct Destinations {
     pub data_hubs: Vec<Addr<Hub>>,
     /// The thread that owns the metadata replica.
     pub control_hub: Addr<Hub>,
+    /// What they pass on their way.
+    pub intake: Arc<Intake>,
     /// For news of the map.
     pub supervisor: Addr<Supervisor>,
 }
@@ -161,17 +164,11 @@ impl PeerHandler for Arc<PeerService> {
             return;
         };
         let hubs = to.data_hubs.len();
-        let mut metadata = Vec::new();
-        let mut data: Vec<Vec<GroupMessage>> = (0..hubs).map(|_| Vec::new()).collect();
-        for message in messages {
-            if message.shard == METADATA_SHARD {
-                metadata.push(message);
-            } else {
-                data[hub_of(message.shard, hubs)].push(message);
-            }
-        }
-        let batches = to.data_hubs.iter().zip(data).chain(std::iter::once((&to.control_hub, metadata)));
-        for (hub, batch) in batches {
+        let batches = to.intake.admit(messages).split(hubs + 1, |message| match message.shard {
+            METADATA_SHARD => hubs,
+            shard => hub_of(shard, hubs),
+        });
+        for (hub, batch) in to.data_hubs.iter().chain([&to.control_hub]).zip(batches) {
             if !batch.is_empty() && hub.try_send(Deliver(batch)).is_err() {
                 metrics::counter!(names::PEER_DROPPED).increment(1);
             }

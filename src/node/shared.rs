@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::flusher::FlushThread;
+use super::intake::Intake;
 use super::log_writer::LogWriter;
 use super::reader::ReadThread;
 use super::router::Router;
@@ -17,6 +18,8 @@ pub struct Shared {
     pub log: Arc<dyn LogStore>,
     /// Its writer.
     pub log_writer: LogWriter,
+    /// Before it, for what other nodes send.
+    pub intake: Arc<Intake>,
     /// Flushes memtables.
     pub flusher: FlushThread,
     /// Reads the state engine.

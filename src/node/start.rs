@@ -14,6 +14,7 @@ use super::fatal::Fatal;
 use super::flusher::FlushThread;
 use super::handle::{Member, NodeHandle, NodePhase};
 use super::hub::{FreezeBatch, Hub, Unreachable};
+use super::intake::Intake;
 use super::log_writer::LogWriter;
 use super::membership::{Applicant, spread};
 use super::reader::ReadThread;
@@ -303,9 +304,11 @@ impl Assembly {
         };
         let network =
             PeerNetwork::new(PeerNetworkConfig::new(cluster, node, incarnation, Arc::new(on_unreachable)));
+        let intake = Arc::new(Intake::new(log_writer.queued_bytes()));
         let shared = Arc::new(Shared {
             log,
             log_writer,
+            intake: intake.clone(),
             flusher,
             reader,
             network,
@@ -354,6 +357,7 @@ impl Assembly {
         self.service.set_destinations(Destinations {
             data_hubs,
             control_hub,
+            intake,
             supervisor: supervisor.clone(),
         });
         self.handle.set_member(Member { node, incarnation, router, supervisor: supervisor.clone() });

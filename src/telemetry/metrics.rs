@@ -66,6 +66,10 @@ metrics_table! {
         "Appends to the raft log, each of which gathers writes of many groups behind one sync.";
     LOG_BYTES = "pontoon_log_bytes_total", Counter, [],
         "Bytes made durable in the raft log, about.";
+    LOG_QUEUE_BYTES = "pontoon_log_queue_bytes", Gauge, [],
+        "Bytes of entries that wait on this node, for their replica or for the raft log's disk.";
+    APPENDS_DROPPED = "pontoon_appends_dropped_total", Counter, [],
+        "Appends of leaders dropped because too much waited for the raft log; raft sends them again.";
     APPLY_ENTRIES = "pontoon_apply_entries_total", Counter, [],
         "Committed entries executed by replicas of this node.";
     REPLICAS = "pontoon_replicas", Gauge, [],

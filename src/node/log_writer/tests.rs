@@ -184,6 +184,29 @@ fn a_batch_is_bounded_in_bytes_but_never_empty() {
 }
 
 #[test]
+fn it_tells_how_much_waits() {
+    let setup = setup(true);
+    let permit = setup.permit.as_ref().unwrap();
+    let (sink, heard) = sink();
+    let queued = setup.writer.queued_bytes();
+    setup.writer.submit(vec![task(1, 1, 1, &sink)]);
+    setup.begun.recv_timeout(LONG).unwrap();
+    assert_eq!(queued(), 0, "what is being written doesn't wait");
+    let (one, two) = (sized(2, 1, 1, 1000, &sink), sized(3, 1, 1, 2000, &sink));
+    let sizes = [one.write.size(), two.write.size()];
+    setup.writer.submit(vec![one, two]);
+    assert_eq!(queued(), sizes[0] + sizes[1]);
+    let _fence = setup.writer.fence(ReplicaId(2), 1);
+    assert_eq!(queued(), sizes[1]);
+    permit.send(()).unwrap();
+    permit.send(()).unwrap();
+    heard.recv_timeout(LONG).unwrap();
+    heard.recv_timeout(LONG).unwrap();
+    assert_eq!(queued(), 0);
+    setup.writer.stop();
+}
+
+#[test]
 fn a_fence_waits_for_what_is_under_way_and_drops_the_rest() {
     let setup = setup(true);
     let permit = setup.permit.as_ref().unwrap();
