@@ -89,6 +89,14 @@ pub const SCAN_PAIRS_MAX: usize = 1000;
 /// Bytes in one page of a scan; a page always has at least one pair.
 pub const SCAN_BYTES_MAX: usize = MIB;
 
+/// Bytes of keys and values that one page of a scan reads; it ends with the pair that exceeds them, also
+/// if only keys are asked for.
+pub const SCAN_READ_BYTES_MAX: usize = 4 * SCAN_BYTES_MAX;
+/// Reads that wait for the state store of a node; above, they are `Busy`.
+pub const READS_WAITING_MAX: usize = 16 * 1024;
+/// For how many of those a page of a scan counts.
+pub const SCAN_WEIGHT: usize = 32;
+
 /// Length of a raft tick in milliseconds.
 pub const TICK_MS: u64 = 100;
 /// Ticks between heartbeats of a leader.

@@ -46,7 +46,9 @@ pub fn apply(command: &KvCommand, state: &mut dyn StateBatch) -> Result<KvReply,
 ///
 /// A page of a scan ends before it exceeds the query's limit (0: none of its own),
 /// [`limits::SCAN_PAIRS_MAX`] pairs or [`limits::SCAN_BYTES_MAX`] bytes of keys and values, but has at least
-/// one pair if there is one. `more` is exact: there is a next pair if and only if it is true.
+/// one pair if there is one. Values that aren't asked for are read all the same: once
+/// [`limits::SCAN_READ_BYTES_MAX`] were, the page ends too. `more` is exact: there is a next pair if
+/// and only if it is true.
 pub fn query(query: &Query, state: &dyn StateView) -> Result<Answer, ApplyError> {
     match query {
         Query::Get { key } => Ok(Answer::Value(get(key, state)?)),
@@ -80,7 +82,7 @@ fn scan(
         limit => limit.min(limits::SCAN_PAIRS_MAX),
     };
     let mut pairs: Vec<(Bytes, Versioned)> = Vec::new();
-    let mut bytes = 0;
+    let (mut bytes, mut read) = (0, 0);
     let mut more = false;
     let mut failed = None;
     state.scan(scan_start(prefix, after), &mut |key, stored| {
@@ -99,10 +101,12 @@ fn scan(
             versioned.value = Bytes::new();
         }
         bytes += key.len() + versioned.value.len();
-        if pairs.len() == most || (bytes > limits::SCAN_BYTES_MAX && !pairs.is_empty()) {
+        let full = bytes > limits::SCAN_BYTES_MAX || read > limits::SCAN_READ_BYTES_MAX;
+        if pairs.len() == most || (full && !pairs.is_empty()) {
             more = true;
             return false;
         }
+        read += key.len() + stored.len();
         pairs.push((Bytes::copy_from_slice(key), versioned));
         true
     })?;
@@ -175,6 +179,18 @@ mod tests {
         assert_eq!(page(&state, all(String::new(), 9, true)).0.len(), 3);
         put(&mut state, "a", &vec![0; 2 * limits::SCAN_BYTES_MAX]);
         assert_eq!(page(&state, all(String::new(), 9, false)), (vec!["a".into()], true));
+    }
+
+    #[test]
+    fn a_page_of_keys_is_bounded_by_the_values_it_reads_over() {
+        let mut state = MemoryState::default();
+        for key in ["a", "b", "c", "d"] {
+            put(&mut state, key, &vec![0; limits::SCAN_READ_BYTES_MAX / 2]);
+        }
+        let (keys, more) = page(&state, all(String::new(), 9, true));
+        assert_eq!((keys, more), (vec!["a".into(), "b".into()], true));
+        let (keys, more) = page(&state, all("b".into(), 9, true));
+        assert_eq!((keys, more), (vec!["c".into(), "d".into()], false), "nothing follows");
     }
 
     #[test]
