@@ -222,6 +222,12 @@ pub const THREAD_OPERATIONS_MAX: usize = 64 * 1024;
 pub const THREAD_BYTES_MAX: usize = 128 * MIB;
 /// Values in the answer to one batch, in bytes; gets beyond are `Busy`. An answer has at least one.
 pub const ANSWER_BYTES_MAX: usize = 16 * MIB;
+/// Bytes of answers on one client connection that it hasn't read; above, no further call is read from
+/// it, and values for those that were are `Busy`.
+pub const CONNECTION_UNSENT_BYTES_MAX: usize = 32 * MIB;
+/// A client connection that reads nothing for so long, though there are answers, is closed, in
+/// milliseconds.
+pub const CONNECTION_STUCK_MS_MAX: u64 = 10_000;
 /// A connection to the client port that sends nothing for so long at its start is closed, in milliseconds.
 pub const GREETING_MS_MAX: u64 = 10_000;
 /// Time that a stopping node gives to client calls in flight, in milliseconds.
@@ -254,6 +260,7 @@ const _: () = assert!(ELECTION_TICKS_MIN < ELECTION_TICKS_MAX);
 const _: () = assert!(ELECTION_TICKS_MAX - ELECTION_TICKS_MIN >= REPLICAS_MAX as usize);
 // An answer fits a message; closing, a second; draining, the time to stop.
 const _: () = assert!(ANSWER_BYTES_MAX + VALUE_BYTES_MAX <= TRAVERSAL_BYTES_MAX / 2);
+const _: () = assert!(ANSWER_BYTES_MAX + VALUE_BYTES_MAX <= CONNECTION_UNSENT_BYTES_MAX);
 const _: () = assert!(2 * VALUE_BYTES_MAX + KEY_BYTES_MAX <= TRAVERSAL_BYTES_MAX / 2);
 const _: () = assert!(CLOSE_MS_MAX < 1_000);
 const _: () = assert!(CLIENT_DRAIN_MS_MAX < STOP_MS_MAX);

@@ -3,9 +3,15 @@
 #[path = "support/local.rs"]
 mod local;
 
+use std::io;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use capnp_rpc::rpc_twoparty_capnp::Side;
+use capnp_rpc::{RpcSystem, twoparty};
+use futures_util::io::AsyncRead;
 use local::{LocalCluster, PATIENCE, eventually, get, on_node, put, value};
 use pontoon::client::options::ClientOptions;
 use pontoon::client::{Client, ClientError, NotApplied};
@@ -17,7 +23,9 @@ use pontoon::node::handle::NodePhase;
 use pontoon::node::load::Load;
 use pontoon::placement::plan::plan_database;
 use pontoon::refusal::Refusal;
+use pontoon::schema::kv_capnp::{gate, op_result};
 use pontoon::transport::call::{CallError, HelloConfig, PeerClient};
+use pontoon::transport::rpc_stream::{reader_options, rpc_streams};
 
 #[actix::test]
 async fn three_nodes_form_a_cluster_write_read_and_stop() {
@@ -253,6 +261,87 @@ async fn what_nobody_waits_for_any_more_is_not_begun() {
     }
     let answer = on_node(&handle, shard, get("late"), PATIENCE).await.expect("read");
     assert_eq!(value(answer), None);
+    client.close().await;
+    cluster.stop_all().await;
+}
+
+/// A client's reading side, until it is let read.
+struct Shut<R> {
+    inner: R,
+    open: tokio::sync::watch::Receiver<bool>,
+}
+
+impl<R: AsyncRead + Unpin> AsyncRead for Shut<R> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, to: &mut [u8]) -> Poll<io::Result<usize>> {
+        let mut open = self.open.clone();
+        if pin!(open.wait_for(|open| *open)).poll(cx).is_pending() {
+            // The test opens it while nothing else goes on: looking again now and then will do.
+            let waker = cx.waker().clone();
+            actix::spawn(async move {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+                waker.wake();
+            });
+            return Poll::Pending;
+        }
+        Pin::new(&mut self.inner).poll_read(cx, to)
+    }
+}
+
+/// The memory of a node is not for the answers of clients that don't read them.
+#[actix::test]
+async fn a_client_that_reads_no_answers_is_given_only_so_many() {
+    const CALLS: usize = 100;
+    let mut cluster = LocalCluster::start(1).await;
+    let client = cluster.client().await;
+    let (database, _) = cluster.database(&client, "db", 1, 1).await;
+    let great = limits::VALUE_BYTES_MAX / 2;
+    database.put("k", vec![7; great]).await.expect("a write");
+
+    let address = &cluster.nodes[0].settings.client.advertise;
+    let stream = tokio::net::TcpStream::connect(address).await.expect("connecting");
+    let (reader, writer, flusher) = rpc_streams(stream).expect("streams");
+    let (open, shut) = tokio::sync::watch::channel(true);
+    let reader = Shut { inner: reader, open: shut };
+    let network = twoparty::VatNetwork::new(reader, writer, Side::Client, reader_options());
+    let mut system = RpcSystem::new(Box::new(network), None);
+    let gate: gate::Client = system.bootstrap(Side::Server);
+    actix::spawn(flusher);
+    actix::spawn(system);
+    let mut hello = gate.open_request();
+    let mut range = hello.get().init_hello().init_protocol();
+    range.set_min(1);
+    range.set_max(1);
+    let welcome = hello.send().promise.await.expect("a welcome");
+    let kv = welcome.get().and_then(|welcome| welcome.get_kv()).expect("the service");
+
+    open.send_replace(false);
+    let calls: Vec<_> = (0..CALLS)
+        .map(|_| {
+            let mut call = kv.get_request();
+            call.get().set_database("db");
+            call.get().set_key(b"k");
+            call.send().promise
+        })
+        .collect();
+    // All are taken in long before that.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    open.send_replace(true);
+    let (mut values, mut busy) = (0, 0);
+    for answer in futures_util::future::join_all(calls).await {
+        let answer = answer.expect("an answer to each");
+        let result = answer.get().and_then(|answer| answer.get_result()).expect("readable");
+        match result.which().expect("a known end") {
+            op_result::Value(value) => {
+                assert_eq!(value.get_value().expect("readable").len(), great);
+                values += 1;
+            }
+            op_result::Error(_) => busy += 1,
+            _ => panic!("a get is a value or an error"),
+        }
+    }
+    assert_eq!(values + busy, CALLS);
+    assert!(values * great >= limits::CONNECTION_UNSENT_BYTES_MAX, "{values} are within the bound");
+    assert!(busy > 0, "all {values} were kept for who didn't read");
     client.close().await;
     cluster.stop_all().await;
 }

@@ -20,16 +20,19 @@ use crate::node::load::Admitted;
 use crate::placement::ring;
 use crate::refusal::{Outcome, Refusal};
 use crate::schema::kv_capnp::{batch_request, batch_response, gate, kv, op_result, scan_request};
+use crate::transport::backlog::Backlog;
 use crate::version::{PROTOCOL_MAX, PROTOCOL_MIN};
 
 /// The door: versions first, then the services.
 pub(crate) struct Gate {
     service: Rc<Service>,
+    backlog: Rc<Backlog>,
 }
 
 impl Gate {
-    pub(crate) fn new(service: Rc<Service>) -> Gate {
-        Gate { service }
+    /// Of a connection with this backlog.
+    pub(crate) fn new(service: Rc<Service>, backlog: Rc<Backlog>) -> Gate {
+        Gate { service, backlog }
     }
 }
 
@@ -59,7 +62,7 @@ impl gate::Server for Gate {
         welcome.set_node(node.node().0);
         welcome.set_software(SOFTWARE);
         let service = self.service.clone();
-        answer.set_kv(capnp_rpc::new_client(Kv { service }));
+        answer.set_kv(capnp_rpc::new_client(Kv { service, backlog: self.backlog.clone() }));
         let service = self.service.clone();
         answer.set_admin(capnp_rpc::new_client(admin::Admin::new(service)));
         Ok(())
@@ -69,6 +72,8 @@ impl gate::Server for Gate {
 /// Data.
 struct Kv {
     service: Rc<Service>,
+    /// Answers that this connection hasn't read.
+    backlog: Rc<Backlog>,
 }
 
 /// A batch as read from the message: what goes to the replica, and what is refused before.
@@ -123,7 +128,8 @@ impl kv::Server for Kv {
         };
         match ends {
             Ok(ends) => {
-                let lost = write_ends(batch.refused, ends, response.reborrow());
+                let room = Room::on(&self.backlog);
+                let lost = write_ends(batch.refused, ends, room, response.reborrow());
                 if lost {
                     wire::write_route(&node.map(), batch.shard, response.init_route());
                 }
@@ -159,6 +165,9 @@ impl kv::Server for Kv {
         };
         let mut response = results.get().init_response();
         match answer {
+            Ok(Output::Answer(Answer::Page { .. })) if self.backlog.full() => {
+                write_refusal(&wire::unread(), response.init_error());
+            }
             Ok(Output::Answer(Answer::Page { pairs, more })) => {
                 wire::write_page(&pairs, more, response);
             }
@@ -184,7 +193,7 @@ impl kv::Server for Kv {
         let ms = request.get_timeout_ms();
         drop(params);
         let end = self.plain(&database, operation, ms).await;
-        write_plain(end, results.get().init_result());
+        write_plain(end, &self.backlog, results.get().init_result());
         Ok(())
     }
 
@@ -200,7 +209,7 @@ impl kv::Server for Kv {
         drop(params);
         let operation = client::Operation::Put(key, value);
         let end = self.plain(&database, operation, ms).await;
-        write_plain(end, results.get().init_result());
+        write_plain(end, &self.backlog, results.get().init_result());
         Ok(())
     }
 
@@ -215,7 +224,7 @@ impl kv::Server for Kv {
         let ms = request.get_timeout_ms();
         drop(params);
         let end = self.plain(&database, operation, ms).await;
-        write_plain(end, results.get().init_result());
+        write_plain(end, &self.backlog, results.get().init_result());
         Ok(())
     }
 
@@ -232,7 +241,7 @@ impl kv::Server for Kv {
         drop(params);
         let operation = client::Operation::Cas(key, expect, value);
         let end = self.plain(&database, operation, ms).await;
-        write_plain(end, results.get().init_result());
+        write_plain(end, &self.backlog, results.get().init_result());
         Ok(())
     }
 }
@@ -343,12 +352,13 @@ const NO_ANSWER: Refusal = Refusal::Unknown(Cow::Borrowed("the replica gave no a
 fn write_ends(
     refused: Vec<Option<Refusal>>,
     ends: Vec<Result<Output, Refusal>>,
+    mut room: Room,
     response: batch_response::Builder<'_>,
 ) -> bool {
     let mut ends = ends.into_iter();
     let count = u32::try_from(refused.len()).unwrap_or(u32::MAX);
     let mut list = response.init_results(count);
-    let (mut room, mut lost) = (Room::default(), false);
+    let mut lost = false;
     for (at, refused) in (0..count).zip(refused) {
         let end = match refused {
             Some(refusal) => Err(refusal),
@@ -363,9 +373,9 @@ fn write_ends(
     lost
 }
 
-fn write_plain(end: Result<OperationResult, ClientError>, to: op_result::Builder<'_>) {
+fn write_plain(end: Result<OperationResult, ClientError>, connection: &Backlog, to: op_result::Builder<'_>) {
     match end {
-        Ok(result) => wire::write_result(Ok(result), &mut Room::default(), to),
+        Ok(result) => wire::write_result(Ok(result), &mut Room::on(connection), to),
         Err(error) => wire::write_client_error(&error, to.init_error()),
     }
 }

@@ -12,7 +12,9 @@
 //! ```
 //!
 //! What comes in is bounded: connections, the size of a message, operations and bytes being worked on
-//! per thread (`Busy` above). A connection that sends what can't be read is closed; nobody else
+//! per thread (`Busy` above). So are the answers that a connection hasn't read: above, no call is read
+//! from it and no value is put out, and it is closed when it reads nothing at all for
+//! [`CONNECTION_STUCK_MS_MAX`]. A connection that sends what can't be read is closed; nobody else
 //! notices. Not here (yet): encryption, and who is calling.
 
 pub mod admin;
@@ -26,8 +28,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use capnp_rpc::rpc_twoparty_capnp::Side;
-use capnp_rpc::{RpcSystem, new_client, twoparty};
+use capnp_rpc::{RpcSystem, new_client};
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
@@ -35,7 +36,8 @@ use tokio::task::{JoinSet, spawn_local};
 
 use crate::client::local::LocalClient;
 use crate::limits::{
-    CLIENT_CONNECTIONS_MAX, CLIENT_DRAIN_MS_MAX, GREETING_MS_MAX, TIMEOUT_DEFAULT_MS, TIMEOUT_MAX_MS,
+    CLIENT_CONNECTIONS_MAX, CLIENT_DRAIN_MS_MAX, CONNECTION_STUCK_MS_MAX, CONNECTION_UNSENT_BYTES_MAX,
+    GREETING_MS_MAX, TIMEOUT_DEFAULT_MS, TIMEOUT_MAX_MS,
 };
 use crate::node::handle::NodeHandle;
 use crate::node::load::{self, Admitted};
@@ -43,7 +45,7 @@ use crate::refusal::Refusal;
 use crate::schema::kv_capnp::gate;
 use crate::transport::foreign::refusal_for_peer;
 use crate::transport::frame::is_peer_preamble;
-use crate::transport::rpc_stream::{reader_options, rpc_streams};
+use crate::transport::rpc_stream::rpc_server;
 
 /// What the software calls itself to the other side.
 pub const SOFTWARE: &str = concat!("pontoon ", env!("CARGO_PKG_VERSION"));
@@ -162,15 +164,14 @@ async fn converse(mut stream: TcpStream, service: &Rc<Service>, mut stopped: wat
         // It sent nothing, or is gone.
         Ok(Err(_)) | Err(_) => return,
     }
-    let (reader, writer, flusher) = match rpc_streams(stream) {
+    let (network, backlog, flusher) = match rpc_server(stream, CONNECTION_UNSENT_BYTES_MAX) {
         Ok(streams) => streams,
         Err(error) => {
             tracing::debug!(%error, "a client connection broke at its start");
             return;
         }
     };
-    let network = twoparty::VatNetwork::new(reader, writer, Side::Server, reader_options());
-    let gate: gate::Client = new_client(kv::Gate::new(service.clone()));
+    let gate: gate::Client = new_client(kv::Gate::new(service.clone(), backlog.clone()));
     let mut system = RpcSystem::new(Box::new(network), Some(gate.client));
     let goodbye = system.get_disconnector();
     let mut flusher = spawn_local(flusher);
@@ -179,6 +180,9 @@ async fn converse(mut stream: TcpStream, service: &Rc<Service>, mut stopped: wat
             if let Err(error) = ended {
                 tracing::debug!(%error, "a client connection was closed");
             }
+        }
+        () = backlog.stuck(Duration::from_millis(CONNECTION_STUCK_MS_MAX)) => {
+            tracing::info!(unsent = backlog.unsent(), "closed a client connection that reads no answers");
         }
         _ = stopped.changed() => {
             // The answers that are ready are sent, then the connection is closed.

@@ -8,7 +8,7 @@ use crate::codec::records::write_delta;
 use crate::codec::refusal::write_refusal;
 use crate::group::types::{Operation, Output};
 use crate::ids::{ClusterId, ShardId};
-use crate::limits::ANSWER_BYTES_MAX;
+use crate::limits::{ANSWER_BYTES_MAX, BUSY_RETRY_MS};
 use crate::machine::command::{Answer, Command, Expect, KvCommand, KvReply, Query, Reply, Versioned};
 use crate::node::handle::{NodePhase, NodeReport, ReplicaHealth};
 use crate::placement::map::{ClusterMap, MapDelta};
@@ -16,6 +16,7 @@ use crate::refusal::{Outcome, Refusal};
 use crate::schema::admin_capnp::{NodeState, ReplicaRole, ReplicaState, node_status, replica_status};
 use crate::schema::kv_capnp::{expect, op_result, operation, scan_response};
 use crate::schema::types_capnp::{Applied, error, map_delta};
+use crate::transport::backlog::Backlog;
 
 /// Reads an operation. Keys and values are copied once, out of the message.
 pub fn read_operation(from: operation::Reader<'_>) -> Result<client::Operation, CodecError> {
@@ -72,24 +73,44 @@ pub fn from_group(output: Output) -> Result<OperationResult, Refusal> {
 pub struct Room {
     left: usize,
     used: bool,
+    /// The connection takes no more values at present.
+    none: bool,
 }
 
 impl Default for Room {
     fn default() -> Room {
-        Room { left: ANSWER_BYTES_MAX, used: false }
+        Room { left: ANSWER_BYTES_MAX, used: false, none: false }
     }
 }
 
 impl Room {
-    /// Takes room for a value. The first always has room.
+    /// Room on a connection with this backlog: none if that is over its bound.
+    pub fn on(connection: &Backlog) -> Room {
+        Room { none: connection.full(), ..Room::default() }
+    }
+
+    /// Takes room for a value. The first always has room, if there is any.
     fn take(&mut self, value: &Versioned) -> bool {
-        let fits = value.value.len() <= self.left || !self.used;
+        let fits = !self.none && (value.value.len() <= self.left || !self.used);
         if fits {
             self.left = self.left.saturating_sub(value.value.len());
             self.used = true;
         }
         fits
     }
+
+    /// Why there is none.
+    fn busy(&self) -> Refusal {
+        if self.none {
+            return unread();
+        }
+        Refusal::Busy { what: "values in one answer".into(), retry_after_ms: 0 }
+    }
+}
+
+/// The refusal of a value on a connection that doesn't read what it was sent before.
+pub fn unread() -> Refusal {
+    Refusal::Busy { what: "answers that the connection hasn't read".into(), retry_after_ms: BUSY_RETRY_MS }
 }
 
 /// Writes the end of an operation. A value for which the answer has no room is left out: neither a get
@@ -103,8 +124,7 @@ pub fn write_result(
         Ok(OperationResult::Value(Some(value)) | OperationResult::Mismatch(Some(value)))
             if !room.take(&value) =>
         {
-            let busy = Refusal::Busy { what: "values in one answer".into(), retry_after_ms: 0 };
-            write_refusal(&busy, to.init_error());
+            write_refusal(&room.busy(), to.init_error());
         }
         Ok(OperationResult::Value(Some(value))) => {
             let mut found = to.init_value();
@@ -352,6 +372,14 @@ mod tests {
         assert!(ask().is_ok());
         let second = ask().unwrap_err();
         assert!(second.retryable() && second.outcome() == Outcome::NotApplied);
+        // None at all where the answers before aren't read; but what a write came to is told.
+        let mut room = Room { none: true, ..Room::default() };
+        assert!(!room.take(&Versioned { value: Bytes::new(), version: 1 }));
+        assert_eq!(room.busy(), unread());
+        let mut message = capnp::message::Builder::new_default();
+        write_result(Ok(OperationResult::Written(1)), &mut room, message.init_root());
+        let put = client::Operation::Put(Bytes::from_static(b"k"), Bytes::new());
+        assert!(read_result(&put, message.get_root_as_reader().unwrap()).unwrap().is_ok());
     }
 
     #[test]
