@@ -16,6 +16,7 @@ use super::panics::contained;
 use super::replica::ReplicaActor;
 use super::shared::{Pressure, Shared};
 use super::supervisor::Supervisor;
+use super::ticker;
 use super::ticket::Ticket;
 use crate::group::driver::{Group, GroupOptions};
 use crate::ids::{Incarnation, NodeId, Position, ReplicaId, ShardId};
@@ -133,7 +134,7 @@ impl Actor for Hub {
 
     fn started(&mut self, ctx: &mut Context<Self>) {
         ctx.set_mailbox_capacity(limits::HUB_MAILBOX_MAX);
-        ctx.run_interval(Duration::from_millis(limits::TICK_MS), |hub, _| hub.tick());
+        ticker::every(ctx, Duration::from_millis(limits::TICK_MS), |hub, _| hub.tick());
     }
 }
 

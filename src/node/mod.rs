@@ -31,6 +31,7 @@ pub mod service;
 pub mod shared;
 pub mod start;
 pub mod supervisor;
+pub mod ticker;
 pub mod ticket;
 
 use std::net::TcpListener;

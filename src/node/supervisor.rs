@@ -23,6 +23,7 @@ use super::replica::ReplicaActor;
 use super::replicas::{Orders, Replicas, Slot, Verdict};
 use super::router::Route;
 use super::shared::Shared;
+use super::ticker;
 use crate::codec::peer::NodeHeartbeat;
 use crate::group::driver::GroupOptions;
 use crate::ids::{GROUP_START, Incarnation, METADATA_SHARD, NodeId, ReplicaId, ShardId};
@@ -405,7 +406,8 @@ impl Actor for Supervisor {
 
     fn started(&mut self, ctx: &mut Context<Self>) {
         ctx.set_mailbox_capacity(limits::HUB_MAILBOX_MAX);
-        ctx.run_interval(Duration::from_millis(limits::NODE_HEARTBEAT_MS), |act, _| act.heartbeat());
+        let period = Duration::from_millis(limits::NODE_HEARTBEAT_MS);
+        ticker::every(ctx, period, |supervisor, _| supervisor.heartbeat());
     }
 }
 
