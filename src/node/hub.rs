@@ -55,6 +55,11 @@ pub struct StartReplica {
 #[rtype(result = "()")]
 pub struct Forget(pub ReplicaId, pub Incarnation);
 
+/// Supervisor → hub: end this incarnation, if it runs, with an error, to be rebuilt from disk.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct FailReplica(pub ReplicaId, pub Incarnation, pub String);
+
 /// Peer connections → hub: messages for replicas of this thread. Mailbox full: dropped.
 #[derive(Message)]
 #[rtype(result = "()")]
@@ -170,6 +175,15 @@ impl Handler<Forget> for Hub {
     fn handle(&mut self, Forget(replica, incarnation): Forget, _: &mut Context<Self>) {
         if self.living(replica, incarnation).is_some() {
             self.replicas.remove(&replica);
+        }
+    }
+}
+
+impl Handler<FailReplica> for Hub {
+    type Result = ();
+    fn handle(&mut self, FailReplica(replica, incarnation, reason): FailReplica, _: &mut Context<Self>) {
+        if let Some(addr) = self.living(replica, incarnation) {
+            addr.do_send(Fail(reason));
         }
     }
 }

@@ -97,7 +97,7 @@ pub struct AskStatus;
 #[rtype(result = "()")]
 pub struct StopReplica;
 
-/// Supervisor → replica: end with an error, to be rebuilt from disk.
+/// Hub → replica: end with an error, to be rebuilt from disk.
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct Fail(pub String);

@@ -15,7 +15,7 @@ use tokio::sync::watch;
 
 use super::fatal::{Fatal, FatalGuard};
 use super::handle::{ReplicaHealth, ReplicaReport};
-use super::hub::{Forget, Hub, StartReplica, hub_of};
+use super::hub::{FailReplica, Forget, Hub, StartReplica, hub_of};
 use super::map_cache;
 use super::messages::*;
 use super::panics::contained;
@@ -466,11 +466,11 @@ impl Handler<ReplicaDown> for Supervisor {
 impl Handler<EndReplica> for Supervisor {
     type Result = ();
     fn handle(&mut self, end: EndReplica, _: &mut Context<Self>) {
-        let EndReplica { replica, incarnation, reason } = end;
-        let current = self.replicas.get_mut(replica).is_some_and(|slot| slot.incarnation == incarnation);
-        if let Some(addr) = self.addrs.get(&replica).filter(|_| current) {
-            // Its guard then reports its end, with this reason.
-            addr.do_send(Fail(reason));
+        // Its hub knows the replica from its start on; here it is known only when all that were to start
+        // with it have. Its guard then reports its end, with this reason.
+        if let Some(slot) = self.replicas.get_mut(end.replica) {
+            let shard = slot.record.shard;
+            self.hub(shard).do_send(FailReplica(end.replica, end.incarnation, end.reason));
         }
     }
 }
@@ -573,3 +573,7 @@ impl Handler<StopAll> for Supervisor {
         })
     }
 }
+
+#[cfg(test)]
+#[path = "supervisor_tests.rs"]
+mod tests;
