@@ -12,7 +12,9 @@ use pontoon::client::options::ClientOptions;
 use pontoon::client::{
     Cas, Client, ClientError, Database, NotApplied, Operation, OperationResult, ScanOptions,
 };
+use pontoon::ids::METADATA_SHARD;
 use pontoon::machine::command::Expect;
+use pontoon::placement::map::ShardRecord;
 
 fn key(text: &str) -> Bytes {
     Bytes::copy_from_slice(text.as_bytes())
@@ -439,4 +441,23 @@ mod port {
         assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
         assert!(client.node_report(&address, Duration::from_secs(5)).await.is_err());
     }
+}
+
+/// The metadata nodes are asked first, in the same order each time.
+#[tokio::test]
+async fn a_change_of_the_cluster_leaves_a_node_that_hangs_for_another() {
+    let fakes = Fakes::start(3, 1);
+    fakes.change_map(|map| {
+        let first = map.shards.values().next().expect("a shard").clone();
+        map.shards.insert(METADATA_SHARD, ShardRecord { id: METADATA_SHARD, ..first });
+    });
+    let hung = (1..=3).min_by_key(|&node| fakes.address(node)).expect("three nodes");
+    let (client, _) = connect(&fakes).await;
+    client.map().await.expect("the map");
+    fakes.always(hung, Act::Hang);
+    let begun = Instant::now();
+    client.drop_database("db", Duration::from_secs(7)).await.expect("by the next one");
+    let took = begun.elapsed();
+    assert!((Duration::from_secs(2)..Duration::from_secs(6)).contains(&took), "{took:?}");
+    client.close().await;
 }

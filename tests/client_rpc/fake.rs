@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use capnp_rpc::rpc_twoparty_capnp::Side;
 use capnp_rpc::{RpcSystem, new_client, twoparty};
-use pontoon::codec::records::write_delta;
+use pontoon::codec::records::{write_database, write_delta};
 use pontoon::codec::refusal::write_refusal;
 use pontoon::ids::{DatabaseId, Epoch, NodeId, RandomId, ReplicaId, ShardId};
 use pontoon::placement::map::{ClusterMap, DatabaseRecord, Member, MemberRole, NodeRecord, ShardRecord};
@@ -218,7 +218,22 @@ impl gate::Server for Fake {
     }
 }
 
-impl admin::Server for Fake {}
+impl admin::Server for Fake {
+    async fn drop_database(
+        self: Rc<Self>,
+        params: admin::DropDatabaseParams,
+        mut results: admin::DropDatabaseResults,
+    ) -> Result<(), capnp::Error> {
+        if let Act::Hang = self.act() {
+            std::future::pending::<()>().await;
+        }
+        let name = params.get()?.get_name()?.to_string()?;
+        let shared = self.shared.lock().unwrap();
+        let database = shared.map.database(&name).expect("a database");
+        write_database(database, results.get().init_result().init_database());
+        Ok(())
+    }
+}
 
 impl kv::Server for Fake {
     async fn map(
