@@ -415,10 +415,10 @@ fn a_destroy_cut_short_is_finished_later() {
     let logged = Mutex::new(vec![0; 2]);
     run_node(&engine, &mut flusher, &logs, 1, &logged).unwrap();
     flusher.set_hook(Box::new(|_| Err(crash())));
-    assert!(flusher.destroy(REPLICAS[0]).is_err());
+    assert!(flusher.destroy(&REPLICAS[..1]).is_err());
     memory.crash(CrashLoss::Random(3));
     let mut flusher = Flusher::open(dir.path().to_owned(), engine.clone()).unwrap();
-    flusher.destroy(REPLICAS[0]).unwrap();
+    flusher.destroy(&REPLICAS[..1]).unwrap();
     assert_eq!(logs[1].difference(&logs[1].open(engine.clone())), None);
     let rest = logs[1].model(logged.lock().unwrap()[1]).pairs.len() + 1;
     assert_eq!(memory.len(), rest, "nothing of the destroyed replica is left");

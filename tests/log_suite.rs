@@ -308,6 +308,21 @@ fn tombstones_never_come_back(mut subject: impl Subject) {
         drop(log);
         subject.reopen();
     }
+    // Nor do those whose state is gone; a living one can't be.
+    subject.log().destroyed(&[ReplicaId(1), ReplicaId(2), ReplicaId(77)]).unwrap();
+    for _ in 0..2 {
+        let log = subject.log();
+        log.create(&[record(1)]).unwrap();
+        log.remove(&[ReplicaId(1)]).unwrap();
+        let phases: Vec<_> = log.catalogue().unwrap().iter().map(|r| (r.replica.0, r.phase)).collect();
+        let expected =
+            [(1, ReplicaPhase::Destroyed), (2, ReplicaPhase::Active), (3, ReplicaPhase::Tombstone)];
+        assert_eq!(phases, expected);
+        assert!(log.load(ReplicaId(1)).is_err());
+        inconsistent(log.write(&[write(1, 6..=6, 6)]));
+        drop(log);
+        subject.reopen();
+    }
 }
 
 fn the_last_hard_state_counts(mut subject: impl Subject) {

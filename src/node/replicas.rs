@@ -50,6 +50,8 @@ pub struct Orders {
 pub struct Replicas {
     slots: BTreeMap<ReplicaId, Slot>,
     tombstones: BTreeSet<ReplicaId>,
+    /// Tombstones of the catalogue whose state may still be on disk.
+    remains: Vec<ReplicaId>,
 }
 
 impl Replicas {
@@ -60,6 +62,10 @@ impl Replicas {
             match record.phase {
                 ReplicaPhase::Active => replicas.insert(record),
                 ReplicaPhase::Tombstone => {
+                    replicas.tombstones.insert(record.replica);
+                    replicas.remains.push(record.replica);
+                }
+                ReplicaPhase::Destroyed => {
                     replicas.tombstones.insert(record.replica);
                 }
             }
@@ -84,9 +90,9 @@ impl Replicas {
         self.slots.values()
     }
 
-    /// The removed ones.
-    pub fn tombstones(&self) -> impl Iterator<Item = ReplicaId> {
-        self.tombstones.iter().copied()
+    /// Takes those that were removed before the node started, and whose state may still be on disk.
+    pub fn take_remains(&mut self) -> Vec<ReplicaId> {
+        std::mem::take(&mut self.remains)
     }
 
     /// One of the living.
@@ -227,6 +233,20 @@ mod tests {
         assert_eq!(replicas.orders(&map(true), NodeId(2)).remove, vec![ReplicaId(9)]);
         replicas.removed(ReplicaId(9));
         assert!(replicas.orders(&map(false), NodeId(2)).create.is_empty(), "a tombstone stays one");
+    }
+
+    #[test]
+    fn only_the_state_of_tombstones_that_may_have_one_is_looked_for() {
+        let phases = [ReplicaPhase::Active, ReplicaPhase::Tombstone, ReplicaPhase::Destroyed];
+        let records = (1..).zip(phases).map(|(number, phase)| ReplicaRecord {
+            replica: ReplicaId(number),
+            phase,
+            ..record_of(&map(false).shards[&ShardId(4)], ReplicaId(number))
+        });
+        let mut replicas = Replicas::new(records.collect());
+        assert_eq!(replicas.take_remains(), [ReplicaId(2)]);
+        assert_eq!(replicas.take_remains(), []);
+        assert_eq!(replicas.iter().map(|slot| slot.record.replica).collect::<Vec<_>>(), [ReplicaId(1)]);
     }
 
     #[test]

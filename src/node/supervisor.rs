@@ -293,9 +293,9 @@ impl Supervisor {
                 tracing::debug!(%error, "the replica had ended already");
             }
             fence(&shared, replica, incarnation).await;
-            let flusher = shared.clone();
+            let then = shared.clone();
             shared.log_writer.run(Box::new(move |log| match log.remove(&[replica]) {
-                Ok(()) => flusher.flusher.destroy(replica),
+                Ok(()) => destroy(&then, vec![replica]),
                 Err(error) => tracing::error!(%replica, %error, "recording a tombstone"),
             }));
         }));
@@ -369,6 +369,20 @@ impl Supervisor {
     }
 }
 
+/// Has the state of tombstones removed, and that noted in the log.
+fn destroy(shared: &Arc<Shared>, replicas: Vec<ReplicaId>) {
+    let then = shared.clone();
+    let done = move |replicas: &[ReplicaId]| {
+        let replicas = replicas.to_vec();
+        then.log_writer.run(Box::new(move |log| {
+            if let Err(error) = log.destroyed(&replicas) {
+                tracing::warn!(%error, "noting that the state of removed replicas is gone");
+            }
+        }));
+    };
+    shared.flusher.destroy(replicas, Box::new(done));
+}
+
 /// Waits until nothing of a dead incarnation can reach the disk any more.
 async fn fence(shared: &Shared, replica: ReplicaId, incarnation: Incarnation) {
     if shared.log_writer.fence(replica, incarnation).await.is_err() || shared.flusher.barrier().await.is_err()
@@ -414,10 +428,8 @@ impl Actor for Supervisor {
 impl Handler<OpenAll> for Supervisor {
     type Result = ();
     fn handle(&mut self, _: OpenAll, ctx: &mut Context<Self>) {
-        for replica in self.replicas.tombstones() {
-            // A crash may have come between the tombstone and the end of the deletion.
-            self.shared.flusher.destroy(replica);
-        }
+        // A crash may have come between a tombstone and the end of the deletion.
+        destroy(&self.shared, self.replicas.take_remains());
         let records: Vec<_> = self.replicas.iter().map(|slot| slot.record.clone()).collect();
         // Set before anything is started, so that nobody sees "ready" in between.
         self.opening.send_replace(Some(records.len()));

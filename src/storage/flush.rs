@@ -132,10 +132,18 @@ impl Flusher {
         result
     }
 
-    /// Removes all state of `replica`, all generations, in small batches, durably. The caller has
-    /// recorded before that the replica is gone: a crash leaves a part, to be removed by calling again.
-    pub fn destroy(&mut self, replica: ReplicaId) -> Result<(), StorageError> {
+    /// Removes all state of `replicas`, all generations, in small batches, durably, with one sync for
+    /// all. The caller has recorded before that they are gone: a crash leaves a part, to be removed by
+    /// calling again.
+    pub fn destroy(&mut self, replicas: &[ReplicaId]) -> Result<(), StorageError> {
         self.check_usable()?;
+        for replica in replicas {
+            self.remove_all(*replica)?;
+        }
+        self.engine.sync()
+    }
+
+    fn remove_all(&mut self, replica: ReplicaId) -> Result<(), StorageError> {
         let (mut from, to) = keys::replica_range(replica);
         loop {
             let mut batch: Vec<Mutation> = Vec::with_capacity(FLUSH_BATCH_KEYS);
@@ -148,7 +156,7 @@ impl Flusher {
             self.engine.write(&batch)?;
             self.at(FlushPoint::BatchWritten)?;
         }
-        self.engine.sync()
+        Ok(())
     }
 
     fn check_usable(&self) -> Result<(), StorageError> {

@@ -61,7 +61,7 @@ fn a_round_over_several_replicas_and_tables() {
     assert_eq!(one.get(b"b").unwrap(), None);
     assert_eq!(open_state(&engine, 2).get(b"a").unwrap().unwrap(), "other");
 
-    flusher.destroy(ReplicaId(1)).unwrap();
+    flusher.destroy(&[ReplicaId(1), ReplicaId(3)]).unwrap();
     engine.crash(CrashLoss::Everything);
     assert_eq!(engine.len(), 2, "replica 2 is untouched");
 }

@@ -34,6 +34,8 @@ pub enum ReplicaPhase {
     Active,
     /// Removed; the id is never started again.
     Tombstone,
+    /// A tombstone whose state is known to be gone from the disk.
+    Destroyed,
 }
 
 /// A replica in the node's catalogue.
@@ -93,6 +95,10 @@ pub trait LogStore: Send + Sync + 'static {
     /// tombstones are passed over. A later write for a removed replica is
     /// [`StorageError::Inconsistent`]: the caller first makes sure that none is queued.
     fn remove(&self, replicas: &[ReplicaId]) -> Result<(), StorageError>;
+
+    /// Notes that the state of these tombstones is gone, so that nobody looks for it at the next start.
+    /// A power loss may make that forgotten. Replicas that are no tombstones are passed over.
+    fn destroyed(&self, replicas: &[ReplicaId]) -> Result<(), StorageError>;
 
     /// Hard state and extent of a replica's log. An active replica without a hard state, or with a
     /// gap in its log, or a commit index beyond its last entry, is [`StorageError::Damaged`]. A log

@@ -182,9 +182,21 @@ impl LogStore for MemoryLog {
     fn remove(&self, replicas: &[ReplicaId]) -> Result<(), StorageError> {
         self.lock().durably(|content| {
             for replica in replicas {
-                if let Some(record) = content.catalogue.get_mut(replica) {
+                let record = content.catalogue.get_mut(replica);
+                if let Some(record) = record.filter(|record| record.phase == ReplicaPhase::Active) {
                     record.phase = ReplicaPhase::Tombstone;
                     content.logs.remove(replica);
+                }
+            }
+        })
+    }
+
+    fn destroyed(&self, replicas: &[ReplicaId]) -> Result<(), StorageError> {
+        self.lock().durably(|content| {
+            for replica in replicas {
+                let record = content.catalogue.get_mut(replica);
+                if let Some(record) = record.filter(|record| record.phase == ReplicaPhase::Tombstone) {
+                    record.phase = ReplicaPhase::Destroyed;
                 }
             }
         })

@@ -120,7 +120,7 @@ fn compare(log: &DiskLog<LossyFs>, model: &Model) -> Result<(), String> {
     for record in catalogue {
         let replica = record.replica;
         let e = model.get(&replica.0).ok_or("unknown replica")?;
-        if (record.phase == ReplicaPhase::Tombstone) != e.removed {
+        if (record.phase != ReplicaPhase::Active) != e.removed {
             return Err(format!("replica {replica} is {:?}", record.phase));
         }
         if e.removed {

@@ -38,6 +38,9 @@ impl LogStore for GatedLog {
     fn remove(&self, replicas: &[ReplicaId]) -> Result<(), StorageError> {
         self.inner.remove(replicas)
     }
+    fn destroyed(&self, replicas: &[ReplicaId]) -> Result<(), StorageError> {
+        self.inner.destroyed(replicas)
+    }
     fn load(&self, replica: ReplicaId) -> Result<LogState, StorageError> {
         self.inner.load(replica)
     }

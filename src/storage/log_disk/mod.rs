@@ -144,7 +144,7 @@ impl<F: FileSystem + 'static> DiskLog<F> {
         replicas.extents.get(&replica).copied().ok_or_else(|| {
             let reason = match replicas.catalogue.get(&replica).map(|r| r.phase) {
                 Some(ReplicaPhase::Active) => "it was damaged when the node started",
-                Some(ReplicaPhase::Tombstone) => "the replica was removed",
+                Some(ReplicaPhase::Tombstone | ReplicaPhase::Destroyed) => "the replica was removed",
                 None => "the node has no such replica",
             };
             StorageError::Inconsistent { replica, reason: reason.into() }
@@ -280,6 +280,32 @@ impl<F: FileSystem + 'static> LogStore for DiskLog<F> {
             replicas.catalogue.append(&mut tombstones);
         }
         self.engine.write(batch, true)
+    }
+
+    fn destroyed(&self, replicas: &[ReplicaId]) -> Result<(), StorageError> {
+        let _order = self.order();
+        let is_tombstone = |replica: &&ReplicaId| {
+            let phase = self.replicas().catalogue.get(replica).map(|r| r.phase);
+            phase == Some(ReplicaPhase::Tombstone)
+        };
+        let destroyed: Vec<ReplicaId> = replicas.iter().filter(is_tombstone).copied().collect();
+        let mut batch = LogBatch::with_capacity(destroyed.len());
+        for replica in &destroyed {
+            let key = record::destroyed_key(*replica);
+            self.put(&mut batch, CATALOGUE_GROUP, &key, vec![record::FORMAT])?;
+        }
+        if batch.is_empty() {
+            return Ok(());
+        }
+        // Not worth a sync: forgotten, it costs a look at the next start.
+        self.engine.write(batch, false)?;
+        let catalogue = &mut self.replicas_mut().catalogue;
+        for replica in &destroyed {
+            if let Some(record) = catalogue.get_mut(replica) {
+                record.phase = ReplicaPhase::Destroyed;
+            }
+        }
+        Ok(())
     }
 
     fn load(&self, replica: ReplicaId) -> Result<LogState, StorageError> {

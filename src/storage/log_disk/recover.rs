@@ -70,6 +70,22 @@ impl<F: FileSystem + 'static> DiskLog<F> {
         if let Some(bad) = bad {
             return Err(self.damaged(bad));
         }
+        engine
+            .scan_raw_messages(
+                CATALOGUE_GROUP,
+                Some(record::DESTROYED_PREFIX),
+                Some(record::DESTROYED_END),
+                false,
+                |key, _| {
+                    // Without its tombstone, a mark says nothing.
+                    let record = record::destroyed_replica(key).and_then(|r| replicas.catalogue.get_mut(&r));
+                    if let Some(record) = record.filter(|record| record.phase == ReplicaPhase::Tombstone) {
+                        record.phase = ReplicaPhase::Destroyed;
+                    }
+                    true
+                },
+            )
+            .map_err(|e| self.damaged(e.to_string()))?;
         let mut batch = LogBatch::default();
         for group in engine.raft_groups() {
             let record = replicas.catalogue.get(&ReplicaId(group));
@@ -85,7 +101,9 @@ impl<F: FileSystem + 'static> DiskLog<F> {
                         replicas.extents.insert(ReplicaId(group), extent);
                     }
                 }
-                Some(ReplicaPhase::Tombstone) => batch.add_command(group, Command::Clean),
+                Some(ReplicaPhase::Tombstone | ReplicaPhase::Destroyed) => {
+                    batch.add_command(group, Command::Clean);
+                }
                 None if group == CATALOGUE_GROUP => {}
                 None => {
                     return Err(self.damaged(format!(
