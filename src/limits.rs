@@ -121,6 +121,8 @@ pub const MEMBERSHIP_RETRY_MS: u64 = 200;
 pub const META_ATTEMPT_MS: u64 = 3_000;
 /// Time between such attempts, in milliseconds.
 pub const META_RETRY_MS: u64 = 20;
+/// Time that the drop of a database waits for its replicas to end, in milliseconds.
+pub const DROP_SETTLE_MS_MAX: u64 = 2_000;
 /// Time between measurements of the data directory's size, in milliseconds.
 pub const DISK_MEASURE_MS: u64 = 10_000;
 /// Time for a pull of the cluster map from a peer, in milliseconds.

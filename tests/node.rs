@@ -422,6 +422,27 @@ async fn a_dropped_database_is_gone_for_good_also_under_load() {
     cluster.stop_all().await;
 }
 
+/// A leader that hasn't heard of the drop would still acknowledge writes, which are then lost.
+#[actix::test]
+async fn once_a_drop_is_answered_no_shard_of_the_database_has_a_majority() {
+    let mut cluster = LocalCluster::start(3).await;
+    let client = cluster.client().await;
+    for round in 0..5 {
+        let (_, shards) = cluster.database(&client, "db", 3, 8).await;
+        client.drop_database("db", PATIENCE).await.expect("dropped");
+        let mut held = Vec::new();
+        for node in 0..3 {
+            held.extend(cluster.handle(node).report().await.replicas.into_iter().map(|r| r.shard));
+        }
+        for shard in shards {
+            let holders = held.iter().filter(|held| **held == shard).count();
+            assert!(holders <= 1, "round {round}: {holders} nodes still hold shard {shard}");
+        }
+    }
+    client.close().await;
+    cluster.stop_all().await;
+}
+
 #[actix::test]
 async fn stopped_at_any_moment_of_its_start_a_node_leaves_its_directory_free() {
     let mut cluster = LocalCluster::start_with(1, |peers| peers.to_vec()).await;
