@@ -239,6 +239,8 @@ fn stop_and_clean_with_nothing_there_are_done() {
 fn stopped_cluster(dir: &Path) {
     fs::create_dir_all(dir.join("nodes/n1")).unwrap();
     fs::write(dir.join("nodes/n1/data"), "x").unwrap();
+    // A node's directory is known by what its identity begins with.
+    fs::write(dir.join("nodes/n1/IDENTITY"), "PONTNODE").unwrap();
     fs::create_dir(dir.join("logs")).unwrap();
     let (client, peer) = (closed_port(), closed_port());
     let text = serde_json::json!({
