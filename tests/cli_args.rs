@@ -307,7 +307,9 @@ fn setup_answers_from_what_is_known_of_a_stopped_cluster() {
     for part in ["1 replicas and 4 shards", "1 replicas and 5 shards"] {
         assert!(stderr(&output).contains(part), "{}", stderr(&output));
     }
-    for args in [&["setup", "db", "3", "4"][..], &["setup", "x", "1", "4", "--nodes", "2"]] {
+    let output = pontoon(temp.path(), &["setup", "db", "3", "4"]);
+    assert_eq!(code(&output), 1, "the database first: {}", stderr(&output));
+    for args in [&["setup", "x", "3", "4"][..], &["setup", "x", "1", "4", "--nodes", "2"]] {
         let output = pontoon(temp.path(), args);
         assert_eq!(code(&output), 2, "{args:?}: {}", stderr(&output));
     }

@@ -88,6 +88,9 @@ fn too_few_nodes(nodes: u32, replicas: u32) -> Failure {
 
 /// What the existing cluster says to the wish; its file is a hint, the cluster itself asks again.
 fn check_against(cluster: &ClusterFile, args: &SetupArgs, dir: &LocalDir) -> Result<(), Failure> {
+    if let Some(db) = cluster.databases.iter().find(|db| db.name == args.name) {
+        check_numbers(&args.name, (args.replicas, args.partitions), (db.replicas, db.shards))?;
+    }
     let nodes = cluster.nodes.len() as u32;
     if let Some(asked) = args.nodes.filter(|asked| *asked != nodes) {
         return Err(Failure::usage(
@@ -100,15 +103,18 @@ fn check_against(cluster: &ClusterFile, args: &SetupArgs, dir: &LocalDir) -> Res
         ));
     }
     if nodes < args.replicas {
-        return Err(too_few_nodes(nodes, args.replicas));
+        return Err(Failure::usage(
+            "too_few_nodes",
+            format!(
+                "the local cluster in {} has {nodes} nodes and can't hold {} replicas of a shard, each \
+                 on a node of its own; ask for {nodes} at most, choose another --data, or remove it with \
+                 `pontoon clean`",
+                dir.path().display(),
+                args.replicas
+            ),
+        ));
     }
-    match cluster.databases.iter().find(|db| db.name == args.name) {
-        Some(db) => {
-            let asked = (args.replicas, args.partitions);
-            check_numbers(&args.name, asked, (db.replicas, db.shards))
-        }
-        None => Ok(()),
-    }
+    Ok(())
 }
 
 /// Compares (replicas, shards).
@@ -380,7 +386,8 @@ fn bind_kept(cluster: &ClusterFile, dir: &LocalDir) -> Result<Vec<Listeners>, Fa
     let bind = |node: &NodeEntry, what, address| {
         bind(&format!("{} port of node {}", what, node.label), address).map_err(|failure| Failure {
             message: format!(
-                "{}. The local cluster in {} keeps its ports; to begin anew, `pontoon clean`",
+                "{}. The local cluster in {} keeps its ports; `pontoon clean` gives it others, and \
+                 removes its data",
                 failure.message,
                 dir.path().display()
             ),
@@ -457,6 +464,11 @@ mod tests {
         assert_eq!(check(wish("a", 3, 6, None)), Err(Exit::Negative));
         assert_eq!(check(wish("a", 1, 5, None)), Err(Exit::Negative));
         assert_eq!(check(wish("b", 5, 5, None)), Err(Exit::Usage));
+        // Another database of the name comes first: both numbers are shown.
+        assert_eq!(check(wish("a", 5, 5, None)), Err(Exit::Negative));
+        assert_eq!(check(wish("a", 3, 6, Some(4))), Err(Exit::Negative));
+        let failure = check_against(&cluster, &wish("b", 5, 5, None), &dir).unwrap_err();
+        assert!(!failure.message.contains("--nodes"), "nodes can't be added by it: {failure}");
         assert_eq!(check(wish("b", 3, 5, Some(4))), Err(Exit::Usage));
     }
 

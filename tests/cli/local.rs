@@ -158,7 +158,10 @@ fn further_databases_go_to_the_running_cluster() {
     home.run(&["get", "one", "k"]).exits(1);
     assert_eq!(home.pid(), pid, "one process serves both");
     // More replicas than the cluster has nodes.
-    home.run(&["setup", "three", "5", "1"]).exits(2).says(&["5 replicas"]);
+    home.run(&["setup", "three", "5", "1"]).exits(2).says(&["5 replicas", "has 3 nodes"]);
+    home.run(&["setup", "one", "5", "2"])
+        .exits(1)
+        .says(&["3 replicas and 2 shards", "5 replicas and 2 shards"]);
     // By address: with `--cluster` nothing local is looked at.
     let address = cluster_json(&home)["nodes"][1]["client"].as_str().unwrap().to_owned();
     let other = Home::new();
