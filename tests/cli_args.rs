@@ -73,9 +73,11 @@ fn every_subcommand_has_examples() {
         "status",
         "route",
         "health",
+        "db",
         "db list",
         "db create",
         "db drop",
+        "test",
         "test leader-failure",
         "test replication",
         "bench",
@@ -87,6 +89,8 @@ fn every_subcommand_has_examples() {
         let text = stdout(&output);
         assert!(text.contains("Examples:"), "{line}: {text}");
         assert!(text.contains(&format!("pontoon {line}")), "{line}: {text}");
+        let (own, common) = text.split_once("Options of every command:").expect("both");
+        assert!(!own.contains("--timeout") && common.contains("--json"), "{line}: {text}");
     }
 }
 
@@ -361,6 +365,17 @@ fn good_settings_are_checked_and_printed_without_effect() {
     let output = pontoon(temp.path(), &["serve", "--config", path, "--print-config"]);
     assert_eq!(code(&output), 0, "{}", stderr(&output));
     assert!(stdout(&output).contains("127.0.0.1:7201"));
+    // With --json one object each.
+    let json = |flag| -> serde_json::Value {
+        let output = pontoon(temp.path(), &["serve", "--config", path, flag, "--json"]);
+        assert_eq!(code(&output), 0, "{}", stderr(&output));
+        serde_json::from_str(&stdout(&output)).expect("one object")
+    };
+    assert_eq!(json("--check"), serde_json::json!({"config": path, "ok": true}));
+    let settings = json("--print-config");
+    assert_eq!(settings["node"]["id"], "n1");
+    assert_eq!(settings["node"]["weight"], 100);
+    assert_eq!(settings["cluster"]["initial"], serde_json::json!(["127.0.0.1:7201"]));
     assert!(!data.exists());
 }
 

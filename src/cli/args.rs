@@ -43,20 +43,23 @@ pub struct Cli {
     pub command: Command,
 }
 
+/// Where the help of each subcommand lists the options that all have, apart from its own.
+const GLOBAL: &str = "Options of every command";
+
 /// Options of every subcommand.
 #[derive(Args, Debug, Clone, Default)]
 pub struct Global {
     /// Print one JSON object on stdout; errors as JSON on stderr
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = GLOBAL)]
     pub json: bool,
     /// Deadline, as `500ms`, `10s`, `1m`; within it everything that may be retried is [default: 10s]
-    #[arg(long, global = true, value_name = "TIME", value_parser = duration)]
+    #[arg(long, global = true, help_heading = GLOBAL, value_name = "TIME", value_parser = duration)]
     pub timeout: Option<Duration>,
     /// Client addresses of any nodes of the cluster
-    #[arg(long, global = true, value_name = "HOST:PORT,...")]
+    #[arg(long, global = true, help_heading = GLOBAL, value_name = "HOST:PORT,...")]
     pub cluster: Option<String>,
     /// Directory of the local cluster
-    #[arg(long, global = true, value_name = "DIR")]
+    #[arg(long, global = true, help_heading = GLOBAL, value_name = "DIR")]
     pub data: Option<PathBuf>,
 }
 
@@ -98,10 +101,18 @@ pub enum Command {
     #[command(after_help = "Examples:\n  pontoon health\n  pontoon health --cluster 127.0.0.1:7101")]
     Health,
     /// List, create and drop databases
-    #[command(subcommand, arg_required_else_help = true)]
+    #[command(
+        subcommand,
+        arg_required_else_help = true,
+        after_help = "Examples:\n  pontoon db list\n  pontoon db create testDB 3 5\n  pontoon db drop testDB --yes"
+    )]
     Db(DbCommand),
     /// Kill a leader and see what becomes of the cluster and its data
-    #[command(subcommand, arg_required_else_help = true)]
+    #[command(
+        subcommand,
+        arg_required_else_help = true,
+        after_help = "Examples:\n  pontoon test leader-failure 3\n  pontoon test replication 4"
+    )]
     Test(TestCommand),
     /// Measure operations per second and latency
     Bench(BenchArgs),

@@ -32,11 +32,20 @@ pub fn serve(context: &Context, args: &ServeArgs) -> Result<Exit, Failure> {
     let mut settings =
         Settings::load(&args.config).map_err(|errors| Failure::usage("config", errors.to_string()))?;
     if args.print_config {
-        output::bytes(settings.to_toml().as_bytes())?;
+        if context.json() {
+            output::json(&settings.to_json())?;
+        } else {
+            output::bytes(settings.to_toml().as_bytes())?;
+        }
         return Ok(Exit::Done);
     }
     if args.check {
-        output::line(format!("{}: ok", args.config.display()))?;
+        let config = args.config.display();
+        if context.json() {
+            output::json(&serde_json::json!({"config": config.to_string(), "ok": true}))?;
+        } else {
+            output::line(format!("{config}: ok"))?;
+        }
         return Ok(Exit::Done);
     }
     if args.until_stdin_closes {
