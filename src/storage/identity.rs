@@ -345,6 +345,10 @@ fn create_dir(path: &Path) -> Result<(), IdentityError> {
     }
     match DirBuilder::new().mode(0o700).create(path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            let reason = "it is there and is no directory; choose another";
+            Err(io_error("creating", path)(io::Error::new(error.kind(), reason)))
+        }
         Err(error) => Err(io_error("creating", path)(error)),
         Ok(()) => atomic_file::sync_parent(path).map_err(from_storage),
     }

@@ -102,6 +102,8 @@ metrics_table! {
         "Connections from other nodes.";
     PEER_MALFORMED = "pontoon_peer_malformed_total", Counter, [],
         "Peer connections closed because of what came over them.";
+    PEER_FOREIGN = "pontoon_peer_foreign_total", Counter, [],
+        "Connections to the peer port that don't begin as a node's; told that it is no port for clients.";
     PEER_REFUSED = "pontoon_peer_refused_total", Counter, [],
         "Peer connections refused at their greeting.";
     MAP_VERSION = "pontoon_map_version", Gauge, [],
@@ -169,6 +171,10 @@ fn describe() {
             Kind::Gauge => metrics::describe_gauge!(metric.name, metric.help),
             Kind::Histogram => metrics::describe_histogram!(metric.name, metric.help),
         }
+    }
+    // A counter that shows only once it has counted hides its first event from whoever watches its rise.
+    for metric in METRICS.iter().filter(|metric| metric.kind == Kind::Counter && metric.labels.is_empty()) {
+        metrics::counter!(metric.name).increment(0);
     }
     metrics::gauge!(BUILD_INFO, "version" => version::SOFTWARE, "commit" => version::COMMIT).set(1.0);
 }
@@ -244,6 +250,16 @@ mod tests {
         }
         assert!(page.contains("pontoon_log_sync_seconds_bucket{le=\"0.025\"} 1"), "{page}");
         assert!(page.contains("pontoon_log_sync_seconds_bucket{le=\"0.01\"} 0"), "{page}");
+    }
+
+    #[test]
+    fn counters_are_there_before_they_count() {
+        let recorder = builder().unwrap().build_recorder();
+        metrics::with_local_recorder(&recorder, describe);
+        let page = recorder.handle().render();
+        for name in [REPLICA_RESTARTS, PEER_MALFORMED, LEADER_CHANGES] {
+            assert!(page.contains(&format!("\n{name} 0\n")), "{name}: {page}");
+        }
     }
 
     #[test]

@@ -185,6 +185,7 @@ async fn connection(
     match timeout(limit, accept_preamble(&mut stream)).await {
         Err(_) => return Err(TransportError::Timeout("the first bytes")),
         Ok(Err(TransportError::Frame(FrameError::Foreign))) => {
+            counter!(names::PEER_FOREIGN).increment(1);
             info!(%from, "answered a client that dialled the peer port");
             return answer_client(stream, handler, timings).await;
         }
