@@ -128,7 +128,8 @@ Examples:
   pontoon setup testDB 3 5 --detach   serves in the background; `pontoon stop` ends it
   pontoon setup other 3 8             a further database in the running cluster
 
-The same command again brings back the same cluster with its data.")]
+The same command again brings back the same cluster with its data. Without --timeout the nodes
+have a minute to start and to create the database, and longer for many shards.")]
 pub struct SetupArgs {
     /// Name of the database: 1 to 64 of A-Z a-z 0-9 _ -
     #[arg(value_name = "NAME", value_parser = database_name, allow_hyphen_values = true)]

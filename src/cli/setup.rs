@@ -49,7 +49,7 @@ pub fn setup(context: &Context, args: &SetupArgs) -> Result<Exit, Failure> {
         return Err(too_few_nodes(nodes, args.replicas));
     }
     let dir = match context.place()? {
-        Place::Addresses(addresses) => return create_there(context, args, addresses),
+        Place::Addresses(addresses) => return create_there(context, args, addresses, context.timeout()),
         Place::Local(path) => LocalDir::new(path),
     };
     dir.check_ours()?;
@@ -148,15 +148,23 @@ fn create_in_running(context: &Context, args: &SetupArgs, dir: &LocalDir) -> Res
         std::thread::sleep(POLL);
     };
     check_against(&cluster, args, dir)?;
-    create_there(context, args, cluster.addresses())
+    // Its nodes may be starting.
+    create_there(context, args, cluster.addresses(), timeout(context, args))
 }
 
-/// Creates the database in a cluster that runs elsewhere.
-fn create_there(context: &Context, args: &SetupArgs, addresses: Vec<String>) -> Result<Exit, Failure> {
+/// Creates the database in a cluster that runs elsewhere, whose nodes have `connect` to answer at all.
+fn create_there(
+    context: &Context,
+    args: &SetupArgs,
+    addresses: Vec<String>,
+    connect: Duration,
+) -> Result<Exit, Failure> {
+    let deadline = Instant::now() + timeout(context, args);
     block_on(async {
-        let session = Session::open(addresses, timeout(context, args)).await?;
+        let session = Session::open(addresses, connect).await?;
         let result = async {
-            create(&session.client, args, session.remaining()).await?;
+            let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+            create(&session.client, args, left).await?;
             show(context, &session.client, args, None).await
         }
         .await;

@@ -226,6 +226,10 @@ fn nobody_there_ends_with_3_within_the_timeout() {
         let error = home.run(&[command, &["--json"]].concat()).exits(3).json_error();
         assert_eq!((&error["outcome"], &error["retryable"]), (&json!("not_applied"), &json!(true)));
     }
+    // At an address where nobody listens: the default deadline is the same for all.
+    let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let ended = home.run(&["setup", "db", "1", "1", "--cluster", &nobody]).exits(3).says(&[&nobody]);
+    assert!(ended.took < Duration::from_secs(20), "{:?}", ended.took);
     // One that is there and doesn't answer: its processes stand still.
     let home = Home::with_cluster("db", 3, 2);
     home.run(&["set", "db", "k", "old"]).ok();
