@@ -17,7 +17,8 @@ async fn add_one(database: &Database) -> Result<u64, ClientError> {
             }
         };
         let next = (count + 1u64).to_string();
-        // `ClientError::Unknown` would mean: read the counter again before deciding. Here it ends the run.
+        // A lost answer is asked for again by the library. `ClientError::Unknown` would mean that none came
+        // until the deadline: whether this addition counts can't be told. Here it ends the run.
         if let Cas::Written(_) = database.cas("counter", expect, next).await? {
             return Ok(count + 1);
         }

@@ -69,6 +69,7 @@ enum ReplicaState {
   restarting @2;             # crashed; the supervisor will rebuild it
   quarantined @3;            # crashed too often; out of service until the node restarts
   failed @4;                 # its disk state can't be used
+  installing @5;             # receives or installs a snapshot; follows meanwhile as far as it can
 }
 
 struct ReplicaStatus {

@@ -71,6 +71,7 @@ struct Operation {
       value @5 :Data;        # the new value if it holds, at most 8 MiB
     }
   }
+  sequence @6 :UInt64;       # the command's number in the batch's session, from 1; 0: it has none. Never for a get
 }
 
 struct BatchRequest {
@@ -79,6 +80,10 @@ struct BatchRequest {
   operations @2 :List(Operation);   # at most 1,024
   timeoutMs @3 :UInt32;      # the sender stops waiting after this; 0: the node's default
   forwarded @4 :Bool;        # sent by a node for a plain call; never forwarded again
+  session @5 :Data;          # 16 random bytes: the session of all operations that have a sequence; empty: none has
+  openTtlMs @6 :UInt32;      # begin the session if the shard doesn't have it; it is forgotten when it wasn't used for
+                             # so long, 10,000 to 6,000,000. 0: don't begin it
+  ackedBelow @7 :UInt64;     # the sender will never again ask for a sequence below this; at most the least one here
 }
 
 struct BatchResponse {

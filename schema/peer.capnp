@@ -9,7 +9,7 @@ enum Lane {
   control @0;                # heartbeats, votes, read rounds
   append @1;                 # log entries
   request @2;                # formation, join, map pulls: request and answer
-  snapshot @3;               # reserved
+  snapshot @3;               # one snapshot of one shard: an offer, an answer, its bytes, an answer
 }
 
 struct PeerHello {
@@ -36,6 +36,7 @@ struct PeerFrame {
     heartbeat @1 :NodeHeartbeat;  # lane `control`
     request @2 :PeerRequest;      # lane `request`, from the dialler
     response @3 :PeerResponse;    # lane `request`, from the acceptor
+    snapshot @4 :SnapshotFrame;   # lane `snapshot`
   }
 }
 
@@ -77,7 +78,8 @@ struct RaftMessage {
 }
 
 struct SnapshotHeader {
-  # Metadata of a snapshot; its data travels on the snapshot lane. Reserved.
+  # Metadata of a snapshot in a raft message. Reserved: what a snapshot is, its offer tells on the
+  # lane `snapshot`, where its data travels too.
   index @0 :UInt64;          # log index of the last entry in it
   term @1 :UInt64;           # that entry's term
   voters @2 :List(UInt64);   # ReplicaIds; with the next four fields raft's ConfState
@@ -145,4 +147,47 @@ struct JoinRequest {
 struct JoinAnswer {
   node @0 :UInt64;           # NodeId of the new member
   map @1 :Types.MapDelta;    # the whole cluster map
+}
+
+struct SnapshotFrame {
+  # One step of a transfer. The dialler offers; the acceptor answers with `resumeAt` and the dialler
+  # sends chunks from there to the end of the file, then `end`; any other answer ends the transfer,
+  # at whatever point it comes, save `working`.
+  union {
+    offer @0 :SnapshotOffer;     # from the dialler, first and once
+    chunk @1 :SnapshotChunk;     # from the dialler
+    end @2 :Void;                # from the dialler: that was the whole file
+    answer @3 :SnapshotAnswer;   # from the acceptor
+  }
+}
+
+struct SnapshotOffer {
+  # Which snapshot, and for whom.
+  stream @0 :Data;           # 16 random bytes drawn when the snapshot file was made: a part received of it
+                             # on an earlier connection counts
+  shard @1 :UInt64;          # ShardId
+  from @2 :UInt64;           # ReplicaId of the leader that offers it
+  to @3 :UInt64;             # ReplicaId of the follower that needs it
+  epoch @4 :Types.Epoch;     # of the shard as the leader knows it
+  index @5 :UInt64;          # log index of the last entry in it
+  term @6 :UInt64;           # that entry's term
+  leaderTerm @7 :UInt64;     # term of the leader; at least `term`
+  bytes @8 :UInt64;          # size of the whole file
+}
+
+struct SnapshotChunk {
+  offset @0 :UInt64;         # where in the file: chunks follow one another without a gap
+  data @1 :Data;             # not empty
+}
+
+struct SnapshotAnswer {
+  union {
+    resumeAt @0 :UInt64;     # send from this byte on; at most the file's size
+    notNeeded @1 :Void;      # the replica has all that is in it
+    busy @2 :UInt32;         # not now; milliseconds after which to offer it again
+    refused @3 :Text;        # never; for the dialler's log
+    working @4 :Void;        # still looking at what it has, or checking and loading the whole
+    installed @5 :Void;      # the replica stands at the snapshot, durably
+    failed @6 :Text;         # the file can't be used; another one must be made. For the dialler's log
+  }
 }

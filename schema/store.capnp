@@ -48,6 +48,7 @@ struct StateHeader {
   votersOutgoing @7 :List(UInt64);  # ReplicaIds, during a joint change
   learnersNext @8 :List(UInt64);    # ReplicaIds, during a joint change
   autoLeave @9 :Bool;        # whether the joint change ends by itself
+  logTime @10 :UInt64;       # ms; greatest stamp in the log up to `applied`: the clock of sessions
 }
 
 struct MetaCommand {

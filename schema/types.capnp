@@ -106,5 +106,7 @@ struct Error {
     quarantined @15 :Void;   # the replica crashed too often and is out of service
     refused @16 :Void;       # the cluster says no (name taken, too few nodes, …)
     deadline @17 :Void;      # the time given ran out
+    sessionExpired @19 :Void;   # the shard doesn't have the command's session (any more)
+    staleCommand @20 :Void;  # the session has acknowledged the command's result, which is forgotten
   }
 }

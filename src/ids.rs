@@ -73,7 +73,7 @@ pub struct Epoch {
     pub conf: u64,
 }
 
-/// 128 random bits in hexadecimal: the identity of a cluster or of a node's directory.
+/// 128 random bits in hexadecimal: the identity of a cluster, a node's directory or a session.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct RandomId(pub [u8; 16]);
 
@@ -82,6 +82,13 @@ pub type ClusterId = RandomId;
 
 /// Identity of a node's data directory, drawn when it is made.
 pub type StoreId = RandomId;
+
+/// Identity of a client's session, drawn by the client.
+pub type SessionId = RandomId;
+
+/// Identity of a snapshot file, drawn when it is begun: what a receiver has of one stream never goes
+/// on with another.
+pub type StreamId = RandomId;
 
 impl RandomId {
     /// Draws a new one from the operating system's generator.

@@ -30,8 +30,8 @@ pub const ENTRY_TARGET_BYTES: usize = MIB;
 pub const ENTRY_BYTES_MAX: usize = VALUE_BYTES_MAX + 2 * KEY_BYTES_MAX + VALUE_BYTES_MAX + 64;
 /// Entries that raft packs into one append message, unless a single entry is greater.
 pub const APPEND_TARGET_BYTES: usize = MIB;
-/// Append messages under way to one follower.
-pub const APPENDS_IN_FLIGHT_MAX: usize = 128;
+/// Append messages under way to one follower; entries that come meanwhile share the next.
+pub const APPENDS_IN_FLIGHT_MAX: usize = 32;
 /// Greatest peer frame in bytes; a greater one closes the connection.
 pub const FRAME_BYTES_MAX: usize = 32 * MIB;
 /// A peer link closes a frame at this many bytes.
@@ -42,7 +42,7 @@ pub const TRAVERSAL_BYTES_MAX: usize = 64 * MIB;
 pub const NESTING_MAX: i32 = 16;
 
 /// Bytes of entries proposed and not yet committed in one group; above, proposals are `Busy`.
-pub const UNCOMMITTED_BYTES_MAX: usize = 64 * MIB;
+pub const UNCOMMITTED_BYTES_MAX: usize = 32 * MIB;
 /// Proposals and reads that wait in one replica; above, requests are `Busy`.
 pub const REPLICA_PENDING_MAX: usize = 16 * 1024;
 /// Rounds of linearizable reads that wait for a quorum at a time; reads that arrive meanwhile share the next.
@@ -51,8 +51,18 @@ pub const READ_ROUNDS_MAX: usize = 1;
 pub const WRITES_IN_FLIGHT_MAX: usize = 4;
 /// Bytes of committed entries taken from raft in one pass, so that one group can't hold its thread.
 pub const APPLY_PASS_BYTES: u64 = MIB as u64;
-/// Bytes of recent log entries a group keeps in memory beyond those it must.
-pub const ENTRY_CACHE_BYTES: usize = 2 * MIB;
+/// Bytes of log that a replica has yet to apply, above which it begins no election.
+pub const CAMPAIGN_BACKLOG_BYTES_MAX: u64 = 16 * MIB as u64;
+/// Reads of the state engine in one pass of applying, after which the rest is left for the next pass; the
+/// entry at hand is finished.
+pub const APPLY_PASS_READS: u64 = 128;
+/// Commands of one entry that must read before they write, at most; further ones wait for the next entry.
+pub const ENTRY_READS_MAX: usize = 128;
+/// Bytes of recent log entries a group keeps in memory beyond those it must: for followers that are a
+/// little behind. Older ones are read from the log.
+pub const ENTRY_CACHE_BYTES: usize = MIB;
+/// Bytes of log entries in memory of all groups of a node, above which each keeps only what it must.
+pub const ENTRY_CACHE_NODE_BYTES: usize = 16 * MIB;
 
 /// Messages in a replica's mailbox; above, requests are `Busy` and raft messages are dropped.
 pub const REPLICA_MAILBOX_MAX: usize = 4 * 1024;
@@ -62,11 +72,12 @@ pub const HUB_MAILBOX_MAX: usize = 16 * 1024;
 pub const COMPACT_TICKS: u64 = 50;
 
 /// Bytes waiting in the outbox to one peer; above, messages are dropped and raft sends them again.
-pub const OUTBOX_BYTES_MAX: usize = 64 * MIB;
+pub const OUTBOX_BYTES_MAX: usize = 32 * MIB;
 /// Log writes are gathered into one append of the log engine up to this many bytes.
-pub const LOG_WRITE_TARGET_BYTES: usize = 4 * MIB;
-/// Bytes that may wait for the log writer. What bounds them is each group's own limit of entries in
-/// flight; above this the writer takes them still, since an arbiter must not block, and complains.
+pub const LOG_WRITE_TARGET_BYTES: usize = 2 * MIB;
+/// Bytes of entries that may wait in a node for their replica or for the log writer. Above, appends of
+/// leaders are dropped, and raft sends them again. What a node's own leaders propose is bounded by
+/// each group's limits; the writer takes it still, since an arbiter must not block, and complains.
 pub const LOG_QUEUE_BYTES_MAX: usize = 256 * MIB;
 /// What a job or a fence in the log writer's queue counts for, in bytes.
 pub const LOG_JOB_BYTES: usize = 256;
@@ -78,6 +89,17 @@ pub const FLUSH_BATCH_KEYS: usize = 256;
 /// A flush batch is closed at this many bytes of keys and values.
 pub const FLUSH_BATCH_BYTES: usize = 64 * KIB;
 
+/// Bytes of records in one block of a snapshot file, which has one checksum.
+pub const SNAPSHOT_BLOCK_BYTES: usize = 256 * KIB;
+/// A snapshot file that is being written is synced each time so many bytes were added, so that no
+/// sync of the log waits behind one of gigabytes.
+pub const SNAPSHOT_SYNC_BYTES: u64 = 8 * MIB as u64;
+/// Bytes of redo files that are kept for one snapshot which is being made; above, it is given up: the
+/// shard is written faster than it is read.
+pub const SNAPSHOT_REDO_BYTES_MAX: u64 = 8 * 1024 * MIB as u64;
+/// Bytes of all snapshot files of a node, made and received; above, no more is made or received.
+pub const SNAPSHOT_FILES_BYTES_MAX: u64 = 256 * 1024 * MIB as u64;
+
 /// Connections a node accepts on its client port; more wait in the listen queue.
 pub const CLIENT_CONNECTIONS_MAX: usize = 4096;
 /// Connections a node accepts on its peer port.
@@ -87,6 +109,23 @@ pub const PEER_CONNECTIONS_MAX: usize = 1024;
 pub const SCAN_PAIRS_MAX: usize = 1000;
 /// Bytes in one page of a scan; a page always has at least one pair.
 pub const SCAN_BYTES_MAX: usize = MIB;
+
+/// Bytes of keys and values that one page of a scan reads; it ends with the pair that exceeds them, also
+/// if only keys are asked for.
+pub const SCAN_READ_BYTES_MAX: usize = 4 * SCAN_BYTES_MAX;
+/// Reads that wait for the state store of a node; above, they are `Busy`.
+pub const READS_WAITING_MAX: usize = 16 * 1024;
+/// For how many of those a page of a scan counts.
+pub const SCAN_WEIGHT: usize = 32;
+/// Ticks without an answer after which a follower counts as dead: less log is kept for it.
+pub const FOLLOWER_DEAD_TICKS: u64 = 100;
+/// Bytes of log that are kept behind a snapshot under way, at least, however little is kept otherwise.
+pub const SNAPSHOT_LOG_BYTES_MIN: u64 = MIB as u64;
+/// Ticks after a failed snapshot before the next is made for the same follower.
+pub const SNAPSHOT_RETRY_TICKS: u64 = 20;
+/// Ticks for which less log is kept after the node has found its log too large. Longer than the time
+/// between two such looks ([`LOG_PURGE_MS`]).
+pub const LOG_PRESSED_TICKS: u64 = 150;
 
 /// Length of a raft tick in milliseconds.
 pub const TICK_MS: u64 = 100;
@@ -112,6 +151,8 @@ pub const MEMBERSHIP_RETRY_MS: u64 = 200;
 pub const META_ATTEMPT_MS: u64 = 3_000;
 /// Time between such attempts, in milliseconds.
 pub const META_RETRY_MS: u64 = 20;
+/// Time that the drop of a database waits for its replicas to end, in milliseconds.
+pub const DROP_SETTLE_MS_MAX: u64 = 2_000;
 /// Time between measurements of the data directory's size, in milliseconds.
 pub const DISK_MEASURE_MS: u64 = 10_000;
 /// Time for a pull of the cluster map from a peer, in milliseconds.
@@ -130,6 +171,9 @@ pub const CRASHES_MAX: usize = 5;
 pub const CRASH_WINDOW_MS: u64 = 60_000;
 /// First delay before a crashed replica is rebuilt, in milliseconds; doubles with each crash in the window.
 pub const RESTART_BACKOFF_MS: u64 = 50;
+/// Longest delay before a replica that can't be opened is tried again, in milliseconds; the first is
+/// [`RESTART_BACKOFF_MS`], and it doubles with each attempt.
+pub const REOPEN_MS_MAX: u64 = 30_000;
 
 /// Deadline of a request that names none, in milliseconds.
 pub const TIMEOUT_DEFAULT_MS: u64 = 10_000;
@@ -163,6 +207,41 @@ pub const FRAME_ENTRIES_MAX: usize = 256 * 1024;
 pub const SNAPSHOT_MEMBERS_MAX: usize = 64;
 /// Greatest frame of a request between nodes, in bytes; a greater one closes the connection.
 pub const REQUEST_FRAME_BYTES_MAX: usize = 8 * MIB;
+/// Bytes of a snapshot file in one frame.
+pub const SNAPSHOT_CHUNK_BYTES: usize = 256 * KIB;
+/// Greatest frame of the snapshot lane, in bytes; a greater one closes the connection.
+pub const SNAPSHOT_FRAME_BYTES_MAX: usize = SNAPSHOT_CHUNK_BYTES + 4 * KIB;
+/// Time without sending of which the allowance is saved up for a burst, in milliseconds.
+pub const SNAPSHOT_BURST_MS: u64 = 100;
+/// Snapshots that a node sends at a time; more wait.
+pub const SNAPSHOTS_SENT_MAX: usize = 4;
+/// Snapshots that a node receives at a time; offers of more are `busy`.
+pub const SNAPSHOTS_RECEIVED_MAX: usize = 2;
+/// Bytes of a snapshot that are made, checked or loaded before other work gets its turn.
+pub const SNAPSHOT_STEP_BYTES: usize = 256 * KIB;
+/// Keys of an old generation of a replica's state that are removed before other work gets its turn.
+pub const SWEEP_STEP_KEYS: usize = 1024;
+/// A snapshot file that was made is kept so long after its last use, for another follower or another
+/// attempt, in milliseconds.
+pub const SNAPSHOT_KEEP_MS: u64 = 120_000;
+/// First delay before a snapshot whose transfer failed is offered again, in milliseconds; doubles.
+pub const SNAPSHOT_AGAIN_MS_MIN: u64 = 100;
+/// Longest delay before that, in milliseconds.
+pub const SNAPSHOT_AGAIN_MS_MAX: u64 = 2_000;
+/// Time without progress after which the transfer of a snapshot is given up, in milliseconds; the group
+/// then asks anew, if the follower answers and needs one still.
+pub const SNAPSHOT_PATIENCE_MS: u64 = 30_000;
+/// Time between looks whether a replica's state was flushed, before a snapshot is made of it, in
+/// milliseconds.
+pub const SNAPSHOT_FLUSH_WAIT_MS: u64 = 200;
+/// Such looks.
+pub const SNAPSHOT_FLUSH_WAITS_MAX: usize = 25;
+/// Time between looks for snapshot files that nobody needs any more, in milliseconds.
+pub const SNAPSHOT_TIDY_MS: u64 = 10_000;
+/// A part of a snapshot that nobody has added to for so long is removed, in milliseconds.
+pub const SNAPSHOT_PART_MS_MAX: u64 = 3_600_000;
+/// After so many milliseconds a snapshot that was `busy` is to be offered again.
+pub const SNAPSHOT_BUSY_MS: u32 = 500;
 /// Greatest first frame of a peer connection, in bytes.
 pub const HELLO_FRAME_BYTES_MAX: usize = 64 * KIB;
 /// Text of a refused peer connection, in bytes; the rest is cut off.
@@ -173,6 +252,8 @@ pub const OUTBOX_CONTROL_BYTES_MAX: usize = 8 * MIB;
 pub const PEER_REQUESTS_MAX: usize = 64;
 /// Bytes a read from a peer asks for at least; a larger frame grows the buffer as it arrives.
 pub const READ_CHUNK_BYTES: usize = 64 * KIB;
+/// A connection keeps its read buffer for the frames to come, unless a frame was larger than this.
+pub const READ_BUFFER_BYTES_MAX: usize = 2 * MIB;
 /// Time for a peer connection to be made, and to pass its handshake, in milliseconds.
 pub const CONNECT_MS_MAX: u64 = 2_000;
 /// First delay before a lost peer is dialled again, in milliseconds; doubles up to the next.
@@ -210,9 +291,15 @@ pub const CLOSE_MS_MAX: u64 = 500;
 pub const THREAD_OPERATIONS_MAX: usize = 64 * 1024;
 /// Bytes of keys and values of client calls that one thread of a node works on; above, calls are
 /// `Busy`, unless there is nothing else.
-pub const THREAD_BYTES_MAX: usize = 128 * MIB;
+pub const THREAD_BYTES_MAX: usize = 64 * MIB;
 /// Values in the answer to one batch, in bytes; gets beyond are `Busy`. An answer has at least one.
 pub const ANSWER_BYTES_MAX: usize = 16 * MIB;
+/// Bytes of answers on one client connection that it hasn't read; above, no further call is read from
+/// it, and values for those that were are `Busy`.
+pub const CONNECTION_UNSENT_BYTES_MAX: usize = 32 * MIB;
+/// A client connection that reads nothing for so long, though there are answers, is closed, in
+/// milliseconds.
+pub const CONNECTION_STUCK_MS_MAX: u64 = 10_000;
 /// A connection to the client port that sends nothing for so long at its start is closed, in milliseconds.
 pub const GREETING_MS_MAX: u64 = 10_000;
 /// Time that a stopping node gives to client calls in flight, in milliseconds.
@@ -220,7 +307,9 @@ pub const CLIENT_DRAIN_MS_MAX: u64 = 1_500;
 
 // value ≤ entry ≤ append message ≤ frame ≤ traversal limit.
 const _: () = assert!(KEY_BYTES_MAX + VALUE_BYTES_MAX <= ENTRY_BYTES_MAX);
+const _: () = assert!(SNAPSHOT_REDO_BYTES_MAX <= SNAPSHOT_FILES_BYTES_MAX);
 const _: () = assert!(ENTRY_TARGET_BYTES <= ENTRY_BYTES_MAX);
+const _: () = assert!(ENTRY_CACHE_BYTES <= ENTRY_CACHE_NODE_BYTES);
 const _: () = assert!(ENTRY_BYTES_MAX + APPEND_TARGET_BYTES <= FRAME_BYTES_MAX);
 // A frame is closed once it has reached its target, so it may exceed that by one message.
 const _: () = assert!(FRAME_TARGET_BYTES + ENTRY_BYTES_MAX + APPEND_TARGET_BYTES <= FRAME_BYTES_MAX);
@@ -229,6 +318,7 @@ const _: () = assert!(APPEND_TARGET_BYTES / 8 <= MESSAGE_ENTRIES_MAX);
 // An entry takes 40 bytes or more of a frame, which may exceed its target by one message.
 const _: () = assert!(FRAME_TARGET_BYTES / 40 + MESSAGE_ENTRIES_MAX <= FRAME_ENTRIES_MAX);
 const _: () = assert!(REQUEST_FRAME_BYTES_MAX <= FRAME_BYTES_MAX);
+const _: () = assert!(SNAPSHOT_FRAME_BYTES_MAX <= FRAME_BYTES_MAX);
 const _: () = assert!(OUTBOX_CONTROL_BYTES_MAX <= OUTBOX_BYTES_MAX);
 const _: () = assert!(KEEPALIVE_MS * 3 < PEER_IDLE_MS_MAX);
 const _: () = assert!(UNCOMMITTED_BYTES_MAX <= LOG_QUEUE_BYTES_MAX);
@@ -239,12 +329,16 @@ const _: () = assert!(FRAME_BYTES_MAX <= OUTBOX_BYTES_MAX);
 const _: () = assert!(ENTRY_BYTES_MAX <= UNCOMMITTED_BYTES_MAX);
 const _: () = assert!(BATCH_OPERATIONS_MAX <= REPLICA_PENDING_MAX);
 const _: () = assert!(IMPORT_BATCH_PAIRS <= BATCH_OPERATIONS_MAX);
+const _: () = assert!(LOG_PRESSED_TICKS * TICK_MS > LOG_PURGE_MS);
+// Check-quorum clears raft's own mark of who answered once per election timeout.
+const _: () = assert!(FOLLOWER_DEAD_TICKS > 2 * ELECTION_TICKS_MAX as u64);
 const _: () = assert!(HEARTBEAT_TICKS * 2 < ELECTION_TICKS_MIN);
 const _: () = assert!(ELECTION_TICKS_MIN < ELECTION_TICKS_MAX);
 // Distinct election windows, one tick wide, for all replicas of a group.
 const _: () = assert!(ELECTION_TICKS_MAX - ELECTION_TICKS_MIN >= REPLICAS_MAX as usize);
 // An answer fits a message; closing, a second; draining, the time to stop.
 const _: () = assert!(ANSWER_BYTES_MAX + VALUE_BYTES_MAX <= TRAVERSAL_BYTES_MAX / 2);
+const _: () = assert!(ANSWER_BYTES_MAX + VALUE_BYTES_MAX <= CONNECTION_UNSENT_BYTES_MAX);
 const _: () = assert!(2 * VALUE_BYTES_MAX + KEY_BYTES_MAX <= TRAVERSAL_BYTES_MAX / 2);
 const _: () = assert!(CLOSE_MS_MAX < 1_000);
 const _: () = assert!(CLIENT_DRAIN_MS_MAX < STOP_MS_MAX);

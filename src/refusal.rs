@@ -67,6 +67,15 @@ pub enum Refusal {
     /// The metadata shard refused a change of the cluster; it will refuse it again.
     #[error("{0}")]
     Refused(String),
+    /// The shard doesn't have the command's session: it was never opened there, or not used for its
+    /// lifetime. Whether an earlier attempt under it took effect can't be told any more.
+    #[error(
+        "the shard does not have the session of this command (any more); it may have been applied before"
+    )]
+    SessionExpired,
+    /// The session has acknowledged this command's result, and the shard has forgotten it.
+    #[error("the session has acknowledged the result of this command before; it may have been applied")]
+    StaleCommand,
     /// A refusal of a newer version of the program, in its words. Never made here, only read.
     #[error("{message}")]
     Other {
@@ -94,7 +103,7 @@ impl Refusal {
     /// Whether the operation may have had an effect.
     pub fn outcome(&self) -> Outcome {
         match self {
-            Refusal::Unknown(_) => Outcome::Unknown,
+            Refusal::Unknown(_) | Refusal::SessionExpired | Refusal::StaleCommand => Outcome::Unknown,
             Refusal::Other { outcome, .. } => *outcome,
             _ => Outcome::NotApplied,
         }
@@ -103,9 +112,12 @@ impl Refusal {
     /// Whether the same operation may succeed later or elsewhere, if repeating it is acceptable.
     pub fn retryable(&self) -> bool {
         match self {
-            Refusal::Invalid(_) | Refusal::Deadline | Refusal::UnknownDatabase(_) | Refusal::Refused(_) => {
-                false
-            }
+            Refusal::Invalid(_)
+            | Refusal::Deadline
+            | Refusal::UnknownDatabase(_)
+            | Refusal::Refused(_)
+            | Refusal::SessionExpired
+            | Refusal::StaleCommand => false,
             Refusal::Other { retryable, .. } => *retryable,
             _ => true,
         }
@@ -125,6 +137,8 @@ impl Refusal {
             Refusal::Deadline => "deadline",
             Refusal::UnknownDatabase(_) => "unknown_database",
             Refusal::Refused(_) => "refused",
+            Refusal::SessionExpired => "session_expired",
+            Refusal::StaleCommand => "stale_command",
             Refusal::Other { .. } => "other",
         }
     }

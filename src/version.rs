@@ -10,11 +10,13 @@ pub const COMMIT: &str = env!("PONTOON_COMMIT");
 /// Oldest protocol version understood, from clients and from other nodes.
 pub const PROTOCOL_MIN: u32 = 1;
 /// Newest protocol version understood.
-pub const PROTOCOL_MAX: u32 = 1;
+pub const PROTOCOL_MAX: u32 = 2;
+/// The protocol version from which on a node knows sessions.
+pub const PROTOCOL_SESSIONS: u32 = 2;
 /// Version of the data directory's format. A node refuses a directory of a newer one.
 pub const DISK_FORMAT: u32 = 1;
 
-const _: () = assert!(PROTOCOL_MIN <= PROTOCOL_MAX);
+const _: () = assert!(PROTOCOL_MIN <= PROTOCOL_SESSIONS && PROTOCOL_SESSIONS <= PROTOCOL_MAX);
 
 /// What `pontoon --version` prints after the name.
 pub fn version_line() -> &'static str {

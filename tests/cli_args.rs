@@ -73,9 +73,11 @@ fn every_subcommand_has_examples() {
         "status",
         "route",
         "health",
+        "db",
         "db list",
         "db create",
         "db drop",
+        "test",
         "test leader-failure",
         "test replication",
         "bench",
@@ -87,6 +89,8 @@ fn every_subcommand_has_examples() {
         let text = stdout(&output);
         assert!(text.contains("Examples:"), "{line}: {text}");
         assert!(text.contains(&format!("pontoon {line}")), "{line}: {text}");
+        let (own, common) = text.split_once("Options of every command:").expect("both");
+        assert!(!own.contains("--timeout") && common.contains("--json"), "{line}: {text}");
     }
 }
 
@@ -239,6 +243,8 @@ fn stop_and_clean_with_nothing_there_are_done() {
 fn stopped_cluster(dir: &Path) {
     fs::create_dir_all(dir.join("nodes/n1")).unwrap();
     fs::write(dir.join("nodes/n1/data"), "x").unwrap();
+    // A node's directory is known by what its identity begins with.
+    fs::write(dir.join("nodes/n1/IDENTITY"), "PONTNODE").unwrap();
     fs::create_dir(dir.join("logs")).unwrap();
     let (client, peer) = (closed_port(), closed_port());
     let text = serde_json::json!({
@@ -305,7 +311,9 @@ fn setup_answers_from_what_is_known_of_a_stopped_cluster() {
     for part in ["1 replicas and 4 shards", "1 replicas and 5 shards"] {
         assert!(stderr(&output).contains(part), "{}", stderr(&output));
     }
-    for args in [&["setup", "db", "3", "4"][..], &["setup", "x", "1", "4", "--nodes", "2"]] {
+    let output = pontoon(temp.path(), &["setup", "db", "3", "4"]);
+    assert_eq!(code(&output), 1, "the database first: {}", stderr(&output));
+    for args in [&["setup", "x", "3", "4"][..], &["setup", "x", "1", "4", "--nodes", "2"]] {
         let output = pontoon(temp.path(), args);
         assert_eq!(code(&output), 2, "{args:?}: {}", stderr(&output));
     }
@@ -357,6 +365,17 @@ fn good_settings_are_checked_and_printed_without_effect() {
     let output = pontoon(temp.path(), &["serve", "--config", path, "--print-config"]);
     assert_eq!(code(&output), 0, "{}", stderr(&output));
     assert!(stdout(&output).contains("127.0.0.1:7201"));
+    // With --json one object each.
+    let json = |flag| -> serde_json::Value {
+        let output = pontoon(temp.path(), &["serve", "--config", path, flag, "--json"]);
+        assert_eq!(code(&output), 0, "{}", stderr(&output));
+        serde_json::from_str(&stdout(&output)).expect("one object")
+    };
+    assert_eq!(json("--check"), serde_json::json!({"config": path, "ok": true}));
+    let settings = json("--print-config");
+    assert_eq!(settings["node"]["id"], "n1");
+    assert_eq!(settings["node"]["weight"], 100);
+    assert_eq!(settings["cluster"]["initial"], serde_json::json!(["127.0.0.1:7201"]));
     assert!(!data.exists());
 }
 

@@ -7,12 +7,14 @@ mod fake;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use fake::{Act, Fakes, dead_address};
+use fake::{Act, Fakes, dead_address, peer_port};
 use pontoon::client::options::ClientOptions;
 use pontoon::client::{
-    Cas, Client, ClientError, Database, NotApplied, Operation, OperationResult, ScanOptions,
+    Cas, Client, ClientError, Database, NotApplied, Operation, OperationResult, ScanOptions, Unknown,
 };
+use pontoon::ids::METADATA_SHARD;
 use pontoon::machine::command::Expect;
+use pontoon::placement::map::ShardRecord;
 
 fn key(text: &str) -> Bytes {
     Bytes::copy_from_slice(text.as_bytes())
@@ -97,32 +99,92 @@ async fn operations_that_wait_share_a_call() {
 }
 
 #[tokio::test]
-async fn a_cas_whose_answer_is_lost_is_unknown_and_not_repeated() {
+async fn a_command_whose_answer_is_lost_is_repeated_and_takes_effect_once() {
     let fakes = Fakes::start(1, 1);
     let (_client, db) = connect(&fakes).await;
-    fakes.next(1, Act::ApplyAndDrop);
-    let lost = db.cas(key("a"), Expect::Absent, key("1")).await;
-    assert!(matches!(lost, Err(ClientError::Unknown(_))), "{lost:?}");
-    assert_eq!(fakes.calls(1), [1]);
-    // The connection is replaced, and the caller finds out.
-    let found = db.get(key("a")).await.unwrap().unwrap();
-    assert_eq!(found.value, key("1"));
-    fakes.next(1, Act::Unknown);
-    let lost = db.cas(key("a"), Expect::Absent, key("1")).await;
-    assert!(matches!(lost, Err(ClientError::Unknown(_))), "{lost:?}");
+    let lose = || {
+        fakes.next(1, Act::ApplyAndDrop);
+        fakes.next(1, Act::Unknown);
+    };
+    lose();
+    assert_eq!(db.put(key("a"), key("1")).await, Ok(1));
+    lose();
+    assert_eq!(db.cas(key("a"), Expect::Version(1), key("2")).await, Ok(Cas::Written(2)));
+    lose();
+    assert_eq!(db.delete(key("a")).await, Ok(Some(3)));
+    lose();
+    assert_eq!(db.get(key("a")).await, Ok(None));
+    // The three attempts of each command carry one tag, and ask for the session until it is there.
+    let tags = fakes.tags();
+    let ttl_ms = 10 * pontoon::limits::TIMEOUT_DEFAULT_MS as u32;
+    for (at, tags) in tags.iter().enumerate().take(9) {
+        let sequence = at as u64 / 3 + 1;
+        assert_eq!(tags.session, fakes.tags()[0].session);
+        assert_eq!(tags.sequences, [sequence]);
+        assert_eq!(tags.acked_below, sequence, "each was answered before the next");
+        assert_eq!(tags.open_ttl_ms, if at < 3 { ttl_ms } else { 0 });
+    }
+    assert_eq!(tags[0].session.len(), 16);
+    let reads: Vec<_> = tags[9..].iter().map(|tags| (tags.session.len(), &tags.sequences[..])).collect();
+    assert_eq!(reads, [(0, &[0][..]); 3], "reads need no session");
 }
 
 #[tokio::test]
-async fn a_put_whose_answer_is_lost_is_repeated() {
+async fn an_expired_session_is_replaced_unless_the_outcome_is_unknown() {
     let fakes = Fakes::start(1, 1);
     let (_client, db) = connect(&fakes).await;
+    assert_eq!(db.put(key("a"), key("1")).await, Ok(1));
+    fakes.next(1, Act::Forget);
+    assert_eq!(db.put(key("a"), key("2")).await, Ok(2));
+    let tags = fakes.tags();
+    assert_eq!(tags.len(), 3);
+    assert_ne!(tags[1].session, tags[2].session);
+    assert_eq!((tags[2].acked_below, &tags[2].sequences[..]), (1, &[1][..]));
+    assert!(tags[2].open_ttl_ms > 0);
+    // Whether the first attempt took effect can't be told any more, and another could do it again.
     fakes.next(1, Act::ApplyAndDrop);
-    fakes.next(1, Act::Unknown);
-    let version = db.put(key("a"), key("1")).await.unwrap();
-    assert_eq!(version, 3, "each attempt was applied: at least once");
-    assert_eq!(fakes.calls(1), [1, 1, 1]);
-    fakes.next(1, Act::ApplyAndDrop);
-    assert!(db.get(key("a")).await.unwrap().is_some());
+    fakes.next(1, Act::Forget);
+    let lost = db.put(key("a"), key("3")).await;
+    assert_eq!(lost, Err(ClientError::Unknown(Unknown::SessionExpired)));
+    assert_eq!(fakes.tags().len(), 5);
+    assert_eq!(db.put(key("a"), key("4")).await, Ok(4));
+}
+
+/// Each shard has a session of its own, and only what has ended is acknowledged.
+#[tokio::test]
+async fn commands_under_way_are_not_acknowledged() {
+    let fakes = Fakes::start(1, 4);
+    let (_client, db) = connect(&fakes).await;
+    fakes.always(1, Act::Slow(Duration::from_millis(5)));
+    let tasks: Vec<_> = (0..8)
+        .map(|task| {
+            let db = db.clone();
+            tokio::spawn(async move {
+                for n in 0..20 {
+                    db.put(key(&format!("{task}/{n}")), key("v")).await.unwrap();
+                }
+            })
+        })
+        .collect();
+    for task in tasks {
+        task.await.unwrap();
+    }
+    let tags = fakes.tags();
+    let mut sessions: Vec<_> = tags.iter().map(|tags| &tags.session).collect();
+    sessions.sort();
+    sessions.dedup();
+    assert_eq!(sessions.len(), 4);
+    for tags in &tags {
+        assert!(tags.sequences.iter().all(|sequence| *sequence >= tags.acked_below), "{tags:?}");
+    }
+    // It does advance.
+    let last = tags.iter().map(|tags| tags.acked_below).max();
+    assert!(last > Some(8), "{last:?}");
+    let mut given: Vec<_> =
+        tags.iter().flat_map(|tags| tags.sequences.iter().map(|n| (tags.session.clone(), *n))).collect();
+    given.sort();
+    given.dedup();
+    assert_eq!(given.len(), 160);
 }
 
 #[tokio::test]
@@ -214,6 +276,35 @@ async fn any_seed_may_be_down_and_a_dead_node_is_left() {
     let error = Client::connect_with(nobody).await.err().unwrap();
     assert!(matches!(error, ClientError::NotApplied(NotApplied::Unavailable { .. })));
     assert!(begun.elapsed() < Duration::from_secs(1));
+}
+
+#[tokio::test]
+async fn peer_ports_alone_are_named_at_once() {
+    let ports = [peer_port(), peer_port()];
+    let named = |error: ClientError| {
+        let ClientError::Invalid(text) = &error else { panic!("{error:?}") };
+        assert!(text.contains("peer port") && text.contains("clients use 192.0.2.1:7101"), "{text}");
+        assert!(ports.iter().all(|port| text.contains(port.as_str())), "{text}");
+    };
+    let begun = Instant::now();
+    named(Client::connect(ports.clone()).await.err().unwrap());
+    let client = Client::unconnected(ClientOptions::new(ports.clone())).unwrap();
+    named(client.database("db").put(key("a"), key("1")).await.unwrap_err());
+    named(client.database("db").scan(ScanOptions::default()).next_page().await.unwrap_err());
+    named(client.create_database("new", 1, 1, Duration::from_secs(10)).await.unwrap_err());
+    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+
+    // A node that is down may come back: worth the time that was given.
+    let seeds = [ports[0].clone(), dead_address()];
+    let brief = ClientOptions { timeout: Duration::from_millis(300), ..ClientOptions::new(seeds) };
+    let error = Client::connect_with(brief).await.err().unwrap();
+    assert!(matches!(error, ClientError::NotApplied(NotApplied::Unavailable { .. })), "{error:?}");
+    assert!(error.to_string().contains("peer port"), "{error}");
+
+    // One good address is enough.
+    let fakes = Fakes::start(1, 1);
+    let client = Client::connect([ports[0].clone(), fakes.address(1), ports[1].clone()]).await.unwrap();
+    client.database("db").put(key("a"), key("1")).await.unwrap();
 }
 
 #[tokio::test]
@@ -439,4 +530,23 @@ mod port {
         assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
         assert!(client.node_report(&address, Duration::from_secs(5)).await.is_err());
     }
+}
+
+/// The metadata nodes are asked first, in the same order each time.
+#[tokio::test]
+async fn a_change_of_the_cluster_leaves_a_node_that_hangs_for_another() {
+    let fakes = Fakes::start(3, 1);
+    fakes.change_map(|map| {
+        let first = map.shards.values().next().expect("a shard").clone();
+        map.shards.insert(METADATA_SHARD, ShardRecord { id: METADATA_SHARD, ..first });
+    });
+    let hung = (1..=3).min_by_key(|&node| fakes.address(node)).expect("three nodes");
+    let (client, _) = connect(&fakes).await;
+    client.map().await.expect("the map");
+    fakes.always(hung, Act::Hang);
+    let begun = Instant::now();
+    client.drop_database("db", Duration::from_secs(7)).await.expect("by the next one");
+    let took = begun.elapsed();
+    assert!((Duration::from_secs(2)..Duration::from_secs(6)).contains(&took), "{took:?}");
+    client.close().await;
 }

@@ -9,6 +9,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use cluster::{Cluster, Options, free_ports, pontoon};
+use pontoon::client::Client;
 
 /// Every file below `dir` with its content; LOCK, which is rewritten by whoever looks, is left out,
 /// and so are directories, of which empty ones are made on the way.
@@ -187,10 +188,95 @@ async fn a_member_whose_log_is_gone_doesnt_start_however_often_it_is_tried() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lost_cluster_map_is_damage_that_is_named() {
+async fn a_member_whose_log_is_empty_doesnt_start_however_often_it_is_tried() {
     let [cluster, _] = two_stopped().await;
-    std::fs::remove_file(cluster.nodes[0].data.join("map")).expect("removed");
-    let (code, says) = refused(&cluster, 0);
-    assert_ne!(code, Some(0), "{says}");
-    assert!(says.contains("map"), "{says}");
+    let data = &cluster.nodes[0].data;
+    for entry in std::fs::read_dir(data.join("log")).expect("listing") {
+        let path = entry.expect("an entry").path();
+        std::fs::File::options().write(true).truncate(true).open(&path).expect("emptied");
+    }
+    for attempt in 1..=3 {
+        let (code, says) = refused(&cluster, 0);
+        assert_eq!(code, Some(2), "attempt {attempt}: {says}");
+        assert!(says.contains("/log") && says.contains("missing"), "{says}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn stores_without_an_identity_are_refused_however_often_it_is_tried() {
+    let [cluster, _] = two_stopped().await;
+    let data = &cluster.nodes[0].data;
+    std::fs::remove_file(data.join("IDENTITY")).expect("removed");
+    // First all of it, then each part alone.
+    for gone in ["map", "redo", "state", "log"] {
+        let before = files(data);
+        for attempt in 1..=3 {
+            let (code, says) = refused(&cluster, 0);
+            assert_eq!(code, Some(2), "before {gone} went, attempt {attempt}: {says}");
+            assert!(says.contains("not a Pontoon data directory"), "{says}");
+            assert_same(&before, &files(data));
+        }
+        let path = data.join(gone);
+        match gone {
+            "map" => std::fs::remove_file(path).expect("removed"),
+            _ => std::fs::remove_dir_all(path).expect("removed"),
+        }
+    }
+}
+
+async fn reads(cluster: &Cluster, node: usize) {
+    let client = Client::connect([cluster.nodes[node].client.clone()]).await.expect("connecting");
+    let found = client.database("db").get("k").await.expect("a read").expect("there");
+    assert_eq!(found.value, "v");
+    client.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lone_node_whose_cluster_map_is_lost_or_damaged_finds_it_in_its_own_log() {
+    let [mut cluster, _] = two_stopped().await;
+    let map = cluster.nodes[0].data.join("map");
+    for damage in [None, Some("rubbish")] {
+        match damage {
+            None => std::fs::remove_file(&map).expect("removed"),
+            Some(text) => std::fs::write(&map, text).expect("written"),
+        }
+        cluster.spawn(0);
+        cluster.wait_ready(0);
+        reads(&cluster, 0).await;
+        cluster.kill(0);
+        assert!(std::fs::read(&map).expect("made anew").starts_with(b"PONTCMAP"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_whose_cluster_map_is_lost_gets_it_from_its_peers() {
+    // The last of four has no replica of the metadata shard.
+    let mut cluster = Cluster::new(4);
+    cluster.wait_all_ready();
+    let client = cluster.client().await;
+    cluster.database(&client, "db", 3, 2).await.put("k", "v").await.expect("a write");
+    client.close().await;
+    for node in [0, 3] {
+        cluster.kill(node);
+        std::fs::remove_file(cluster.nodes[node].data.join("map")).expect("removed");
+        cluster.spawn(node);
+        cluster.wait_ready(node);
+        reads(&cluster, node).await;
+    }
+    // With nobody there yet it waits, and says for what.
+    for node in 0..4 {
+        cluster.kill(node);
+    }
+    std::fs::write(cluster.nodes[3].data.join("map"), "rubbish").expect("written");
+    cluster.spawn(3);
+    let begun = Instant::now();
+    while !cluster.log(3).contains("waiting for the cluster map") {
+        assert!(begun.elapsed() < Duration::from_secs(10), "{}", cluster.log(3));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    for node in 0..3 {
+        cluster.spawn(node);
+    }
+    cluster.wait_all_ready();
+    reads(&cluster, 3).await;
 }

@@ -13,10 +13,12 @@ use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use pontoon::ids::{Epoch, GROUP_START, Index, Position, RandomId, ReplicaId, StoreId};
+use pontoon::machine::memory::MemoryState;
 use pontoon::storage::engine::{Engine, Mutation};
 use pontoon::storage::engine_memory::{CrashLoss, MemoryEngine};
 use pontoon::storage::engine_sled::{SledEngine, SledOptions};
 use pontoon::storage::flush::{FlushPoint, FlushStep, Flusher};
+use pontoon::storage::sessions::SessionResult;
 use pontoon::storage::state::{Frozen, ReplicaState, StateHeader};
 use pontoon::storage::{StateBatch, StateView, StorageError};
 
@@ -30,6 +32,8 @@ enum Op {
     DeleteIf(Vec<u8>, Bytes),
     Cas(Vec<u8>, Bytes, Bytes),
     Copy(Vec<u8>, Vec<u8>),
+    /// A put under this session and sequence, unless that has been.
+    Once(u8, u64, Vec<u8>),
 }
 
 fn apply(op: &Op, state: &mut dyn StateBatch) {
@@ -50,51 +54,17 @@ fn apply(op: &Op, state: &mut dyn StateBatch) {
             Some(value) => state.put(to, value),
             None => state.delete(to),
         },
-    }
-}
-
-/// What the state should be.
-#[derive(Default)]
-struct Model {
-    pairs: BTreeMap<Vec<u8>, Bytes>,
-    revision: u64,
-}
-
-impl StateView for Model {
-    fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StorageError> {
-        Ok(self.pairs.get(key).cloned())
-    }
-
-    fn scan(
-        &self,
-        from: Bound<&[u8]>,
-        visit: &mut dyn FnMut(&[u8], &Bytes) -> bool,
-    ) -> Result<(), StorageError> {
-        for (key, value) in self.pairs.range::<[u8], _>((from, Bound::Unbounded)) {
-            if !visit(key, value) {
-                break;
+        Op::Once(number, sequence, key) => {
+            let (id, revision) = (RandomId([*number; 16]), state.revision());
+            let table = state.sessions();
+            table.advance(10 * revision);
+            table.open(id, 400);
+            let session = table.touch(id, sequence.saturating_sub(30)).unwrap();
+            if *sequence >= session.acked_below() && session.find(*sequence).is_none() {
+                table.remember(id, *sequence, SessionResult::Written(revision));
+                state.put(key, Bytes::from(format!("{number}-{sequence}-{revision}")));
             }
         }
-        Ok(())
-    }
-
-    fn revision(&self) -> u64 {
-        self.revision
-    }
-}
-
-impl StateBatch for Model {
-    fn put(&mut self, key: &[u8], value: Bytes) {
-        self.pairs.insert(key.to_vec(), value);
-    }
-
-    fn delete(&mut self, key: &[u8]) {
-        self.pairs.remove(key);
-    }
-
-    fn next_revision(&mut self) -> u64 {
-        self.revision += 1;
-        self.revision
     }
 }
 
@@ -126,7 +96,8 @@ impl Log {
                         Op::Put(at, vec![fill; 5_000 + draw(40_000) as usize].into())
                     }
                     3 => Op::Put(at, vec![b'x'; draw(1500) as usize].into()),
-                    4..6 => Op::DeleteIf(at, few(draw(3))),
+                    4 => Op::Once(draw(40) as u8, draw(100), at),
+                    5 => Op::DeleteIf(at, few(draw(3))),
                     6..8 => Op::Cas(at, few(draw(3)), few(draw(3))),
                     _ => Op::Copy(at, key(draw(keys))),
                 }
@@ -135,8 +106,8 @@ impl Log {
         Log { replica, ops }
     }
 
-    fn model(&self, applied: Index) -> Model {
-        let mut model = Model::default();
+    fn model(&self, applied: Index) -> MemoryState {
+        let mut model = MemoryState::default();
         for op in &self.ops[..(applied - GROUP_START.index) as usize] {
             apply(op, &mut model);
         }
@@ -147,6 +118,7 @@ impl Log {
         let initial = StateHeader {
             applied: GROUP_START,
             revision: 0,
+            log_time: 0,
             epoch: Epoch::default(),
             members: Vec::new(),
             conf_state: Default::default(),
@@ -175,13 +147,14 @@ impl Log {
             return Some(error.to_string());
         }
         let applied = state.header().applied.index;
-        if pairs == model.pairs && state.revision() == model.revision {
+        let sessions = *state.session_table() == model.sessions;
+        if pairs == model.pairs && state.revision() == model.revision && sessions {
             return None;
         }
         let missing = model.pairs.iter().filter(|(k, v)| pairs.get(*k) != Some(v));
         let extra = pairs.keys().filter(|k| !model.pairs.contains_key(*k));
         Some(format!(
-            "at {applied}: {} pairs missing or wrong, {} too many, revision {} for {}",
+            "at {applied}: {} pairs missing or wrong, {} too many, sessions right: {sessions}, revision {} for {}",
             missing.count(),
             extra.count(),
             state.revision(),
@@ -415,12 +388,13 @@ fn a_destroy_cut_short_is_finished_later() {
     let logged = Mutex::new(vec![0; 2]);
     run_node(&engine, &mut flusher, &logs, 1, &logged).unwrap();
     flusher.set_hook(Box::new(|_| Err(crash())));
-    assert!(flusher.destroy(REPLICAS[0]).is_err());
+    assert!(flusher.destroy(&REPLICAS[..1]).is_err());
     memory.crash(CrashLoss::Random(3));
     let mut flusher = Flusher::open(dir.path().to_owned(), engine.clone()).unwrap();
-    flusher.destroy(REPLICAS[0]).unwrap();
+    flusher.destroy(&REPLICAS[..1]).unwrap();
     assert_eq!(logs[1].difference(&logs[1].open(engine.clone())), None);
-    let rest = logs[1].model(logged.lock().unwrap()[1]).pairs.len() + 1;
+    let kept = logs[1].model(logged.lock().unwrap()[1]);
+    let rest = kept.pairs.len() + kept.sessions.len() + 1;
     assert_eq!(memory.len(), rest, "nothing of the destroyed replica is left");
 }
 

@@ -4,7 +4,7 @@
 mod cluster;
 
 use std::collections::BTreeSet;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cluster::{Cluster, Options, free_ports};
 use pontoon::client::Client;
@@ -49,4 +49,44 @@ async fn killed_at_any_moment_of_its_formation_it_becomes_one_cluster() {
         database.put("k", "v").await.expect("a write");
         client.close().await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_changed_address_reaches_the_cluster_whatever_the_cached_map_says() {
+    let ports = free_ports(7);
+    let mut cluster = Cluster::with(3, &ports[..6], Options::default());
+    cluster.wait_all_ready();
+    let client = cluster.client().await;
+    let known_as = async |address: &str| {
+        let begun = Instant::now();
+        loop {
+            let map = client.map().await.expect("the map");
+            let found: Vec<_> = map.nodes.values().map(|node| node.client_address.clone()).collect();
+            if found.iter().any(|known| known == address) {
+                return;
+            }
+            assert!(begun.elapsed() < Duration::from_secs(10), "{address} is not among {found:?}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    let (first, second) = (cluster.nodes[2].client.clone(), format!("127.0.0.1:{}", ports[6]));
+    let (config, map) = (cluster.nodes[2].config.clone(), cluster.nodes[2].data.join("map"));
+    let settings = std::fs::read_to_string(&config).expect("its settings");
+
+    // It moves while it is down.
+    cluster.kill(2);
+    let old_map = std::fs::read(&map).expect("its map");
+    std::fs::write(&config, settings.replace(&first, &second)).expect("written");
+    cluster.spawn(2);
+    cluster.wait_ready(2);
+    known_as(&second).await;
+
+    // It moves back, and the map on its disk never heard that it had moved.
+    cluster.kill(2);
+    std::fs::write(&map, old_map).expect("written");
+    std::fs::write(&config, settings).expect("written");
+    cluster.spawn(2);
+    cluster.wait_ready(2);
+    known_as(&first).await;
+    client.close().await;
 }

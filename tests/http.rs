@@ -3,6 +3,7 @@
 #[path = "support/cluster.rs"]
 mod cluster;
 
+use std::io::Write;
 use std::time::{Duration, Instant};
 
 use cluster::{Cluster, Options, free_ports, http_get, metric};
@@ -69,6 +70,20 @@ async fn a_node_tells_when_it_is_ready_and_what_it_does() {
     }
     assert_eq!(sum(&after, "pontoon_leaders"), 3.0, "two shards and the metadata shard");
     assert_eq!(sum(&after, "pontoon_replicas"), 9.0);
+
+    // What hasn't happened yet is there all the same, and a stranger on the peer port is counted.
+    for name in
+        ["pontoon_replica_restarts_total", "pontoon_peer_malformed_total", "pontoon_peer_foreign_total"]
+    {
+        assert_eq!(metric(&after[0], name), Some(0.0), "{name}");
+    }
+    let mut stranger = std::net::TcpStream::connect(&cluster.nodes[0].peer).expect("connected");
+    stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").expect("sent");
+    let begun = Instant::now();
+    while metric(&metrics(http[0]), "pontoon_peer_foreign_total") != Some(1.0) {
+        assert!(begun.elapsed() < Duration::from_secs(10), "it isn't counted");
+        std::thread::sleep(Duration::from_millis(20));
+    }
 
     // Every line is a comment or a sample.
     for line in after.iter().flat_map(|text| text.lines()).filter(|line| !line.is_empty()) {

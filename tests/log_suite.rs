@@ -15,7 +15,7 @@ use pontoon::machine::MachineKind;
 use pontoon::placement::map::{Member, MemberRole};
 use pontoon::placement::ring::RingRange;
 use pontoon::storage::StorageError;
-use pontoon::storage::log::{LogState, LogStore, LogWrite, ReplicaPhase, ReplicaRecord};
+use pontoon::storage::log::{Install, LogState, LogStore, LogWrite, ReplicaPhase, ReplicaRecord};
 use pontoon::storage::log_disk::{DiskLog, DiskLogOptions};
 use pontoon::storage::log_memory::MemoryLog;
 use raft::eraftpb::{Entry, HardState};
@@ -139,6 +139,10 @@ suite!(
     entries_are_bounded_in_bytes,
     a_write_covers_many_replicas,
     purging_loses_nothing,
+    an_installed_snapshot_begins_the_log_anew,
+    an_installation_keeps_a_vote_of_its_term,
+    a_snapshot_that_is_not_needed_is_refused,
+    what_an_installation_drops_never_comes_back,
 );
 
 fn a_new_replica_begins_at_group_start(mut subject: impl Subject) {
@@ -308,6 +312,21 @@ fn tombstones_never_come_back(mut subject: impl Subject) {
         drop(log);
         subject.reopen();
     }
+    // Nor do those whose state is gone; a living one can't be.
+    subject.log().destroyed(&[ReplicaId(1), ReplicaId(2), ReplicaId(77)]).unwrap();
+    for _ in 0..2 {
+        let log = subject.log();
+        log.create(&[record(1)]).unwrap();
+        log.remove(&[ReplicaId(1)]).unwrap();
+        let phases: Vec<_> = log.catalogue().unwrap().iter().map(|r| (r.replica.0, r.phase)).collect();
+        let expected =
+            [(1, ReplicaPhase::Destroyed), (2, ReplicaPhase::Active), (3, ReplicaPhase::Tombstone)];
+        assert_eq!(phases, expected);
+        assert!(log.load(ReplicaId(1)).is_err());
+        inconsistent(log.write(&[write(1, 6..=6, 6)]));
+        drop(log);
+        subject.reopen();
+    }
 }
 
 fn the_last_hard_state_counts(mut subject: impl Subject) {
@@ -406,4 +425,129 @@ fn purging_loses_nothing(mut subject: impl Subject) {
         assert_eq!(terms_of(&*log, 1), [(6, 6), (7, 6), (8, 6)]);
     }
     assert!(greatest < 1 << 20, "{greatest} bytes on disk");
+}
+
+/// A snapshot at an entry of a term, sent by the leader of another.
+fn install(generation: u32, index: Index, term: Term, leader_term: Term) -> Install {
+    Install {
+        generation,
+        position: Position { index, term },
+        leader_term,
+        epoch: Epoch { range: 1, conf: 7 },
+        members: vec![Member { replica: ReplicaId(1), node: NodeId(4), role: MemberRole::Learner }],
+    }
+}
+
+fn an_installed_snapshot_begins_the_log_anew(mut subject: impl Subject) {
+    subject.log().create(&[record(1), record(2)]).unwrap();
+    let voted = LogWrite { hard_state: Some(hard_state(6, 3, 7)), ..write(1, 6..=9, 6) };
+    subject.log().write(&[voted, write(2, 6..=8, 6)]).unwrap();
+    subject.log().install(ReplicaId(1), &install(2, 20, 8, 9)).unwrap();
+    for _ in 0..2 {
+        let log = subject.log();
+        let expected = LogState {
+            hard_state: hard_state(9, 0, 20),
+            truncated: Position { index: 20, term: 8 },
+            last: 20,
+            terms: vec![],
+        };
+        assert_eq!(log.load(ReplicaId(1)).unwrap(), expected);
+        let install = install(2, 20, 8, 9);
+        let installed =
+            ReplicaRecord { generation: 2, epoch: install.epoch, members: install.members, ..record(1) };
+        assert_eq!(log.catalogue().unwrap(), [installed, record(2)]);
+        let found = log.entries(ReplicaId(1), 8, 10, usize::MAX);
+        assert!(matches!(found, Err(StorageError::Compacted(20))), "{found:?}");
+        assert_eq!(log.load(ReplicaId(2)).unwrap().last, 8);
+        inconsistent(log.write(&[write(1, 10..=10, 9)]));
+        drop(log);
+        subject.reopen();
+    }
+    subject.log().write(&[write(1, 21..=23, 9)]).unwrap();
+    subject.reopen();
+    assert_eq!(terms_of(&*subject.log(), 1), [(21, 9), (22, 9), (23, 9)]);
+    // And again: it has fallen behind once more.
+    subject.log().install(ReplicaId(1), &install(3, 40, 9, 9)).unwrap();
+    subject.reopen();
+    assert_eq!(subject.log().load(ReplicaId(1)).unwrap().last, 40);
+}
+
+fn an_installation_keeps_a_vote_of_its_term(mut subject: impl Subject) {
+    subject.log().create(&[record(1)]).unwrap();
+    let voted = LogWrite { hard_state: Some(hard_state(9, 3, 7)), ..write(1, 6..=9, 6) };
+    subject.log().write(&[voted]).unwrap();
+    subject.log().install(ReplicaId(1), &install(2, 20, 8, 8)).unwrap();
+    subject.reopen();
+    let log = subject.log();
+    assert_eq!(log.load(ReplicaId(1)).unwrap().hard_state, hard_state(9, 3, 20), "a term never falls");
+    log.install(ReplicaId(1), &install(3, 30, 8, 9)).unwrap();
+    assert_eq!(log.load(ReplicaId(1)).unwrap().hard_state, hard_state(9, 3, 30));
+}
+
+fn a_snapshot_that_is_not_needed_is_refused(mut subject: impl Subject) {
+    subject.log().create(&[record(1), record(2)]).unwrap();
+    let log = subject.log();
+    let committed = LogWrite { hard_state: Some(hard_state(7, 3, 12)), ..write(1, 6..=15, 7) };
+    log.write(&[committed]).unwrap();
+    log.compact(ReplicaId(1), Position { index: 10, term: 7 }).unwrap();
+    log.remove(&[ReplicaId(2)]).unwrap();
+    let before = log.load(ReplicaId(1)).unwrap();
+    for (what, replica, install) in [
+        ("it has the entry", 1, install(2, 14, 7, 9)),
+        ("it is compacted", 1, install(2, 10, 7, 9)),
+        ("it is compacted", 1, install(2, 8, 7, 9)),
+        ("it is committed", 1, install(2, 12, 8, 9)),
+        ("a term below what is compacted", 1, install(2, 20, 6, 9)),
+        ("a leader that can't have it", 1, install(2, 20, 9, 8)),
+        ("the generation that it has", 1, install(1, 20, 8, 9)),
+        ("removed", 2, install(2, 20, 8, 9)),
+        ("unknown", 3, install(2, 20, 8, 9)),
+    ] {
+        let found = log.install(ReplicaId(replica), &install);
+        assert!(matches!(found, Err(StorageError::Inconsistent { .. })), "{what}: {found:?}");
+    }
+    drop(log);
+    subject.reopen();
+    let log = subject.log();
+    assert_eq!(log.load(ReplicaId(1)).unwrap(), before);
+    assert_eq!(log.catalogue().unwrap()[0], record(1));
+    // An entry of another term there is no reason: it was never committed.
+    log.install(ReplicaId(1), &install(2, 14, 8, 9)).unwrap();
+}
+
+/// The old entries have been moved by purges, a part of them lies beyond the snapshot, and the file
+/// that says they are gone is freed in turn. They must stay gone.
+fn what_an_installation_drops_never_comes_back(mut subject: impl Subject) {
+    subject.log().create(&[record(1), record(2)]).unwrap();
+    subject.log().write(&[write(1, 6..=30, 6)]).unwrap();
+    let mut next = 6;
+    for round in 0..120 {
+        let written = LogWrite {
+            replica: ReplicaId(2),
+            entries: (next..next + 20).map(|index| entry(index, 6, 1000)).collect(),
+            hard_state: Some(hard_state(6, 2, next)),
+        };
+        next += 20;
+        let log = subject.log();
+        log.write(&[written]).unwrap();
+        log.compact(ReplicaId(2), Position { index: next - 10, term: 6 }).unwrap();
+        if round == 40 {
+            log.install(ReplicaId(1), &install(2, 20, 8, 9)).unwrap();
+        }
+        if round == 80 {
+            log.write(&[write(1, 21..=22, 9)]).unwrap();
+        }
+        log.purge().unwrap();
+        drop(log);
+        if round % 20 == 19 {
+            subject.reopen();
+            let state = subject.log().load(ReplicaId(1)).unwrap();
+            let expected = match round {
+                0..40 => (GROUP_START, 30),
+                40..80 => (Position { index: 20, term: 8 }, 20),
+                _ => (Position { index: 20, term: 8 }, 22),
+            };
+            assert_eq!((state.truncated, state.last), expected, "after round {round}");
+        }
+    }
 }

@@ -3,17 +3,29 @@
 #[path = "support/local.rs"]
 mod local;
 
+use std::io;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use capnp_rpc::rpc_twoparty_capnp::Side;
+use capnp_rpc::{RpcSystem, twoparty};
+use futures_util::io::AsyncRead;
 use local::{LocalCluster, PATIENCE, eventually, get, on_node, put, value};
 use pontoon::client::options::ClientOptions;
 use pontoon::client::{Client, ClientError, NotApplied};
+use pontoon::codec::peer::{PeerRequest, PeerResponse};
 use pontoon::ids::{METADATA_SHARD, NodeId};
 use pontoon::limits;
 use pontoon::machine::command::{Expect, MetaCommand, MetaReply};
 use pontoon::node::handle::NodePhase;
+use pontoon::node::load::Load;
 use pontoon::placement::plan::plan_database;
 use pontoon::refusal::Refusal;
+use pontoon::schema::kv_capnp::{gate, op_result};
+use pontoon::transport::call::{CallError, HelloConfig, PeerClient};
+use pontoon::transport::rpc_stream::{reader_options, rpc_streams};
 
 #[actix::test]
 async fn three_nodes_form_a_cluster_write_read_and_stop() {
@@ -216,6 +228,124 @@ async fn what_is_too_much_is_refused_at_once_and_the_rest_is_done() {
     cluster.stop_all().await;
 }
 
+/// While the log's disk stands, clients give up and come again. What they left must neither be carried
+/// out when the disk is back, nor take memory that nobody counts.
+#[actix::test]
+async fn what_nobody_waits_for_any_more_is_not_begun() {
+    let mut cluster = LocalCluster::start(1).await;
+    let client = cluster.client().await;
+    let (_, shards) = cluster.database(&client, "db", 1, 1).await;
+    let (handle, shard) = (cluster.handle(0), shards[0]);
+    cluster.leader(shard).await;
+    handle.inject(shard, "log-stall").await.expect("test hooks");
+
+    let mut begun = Vec::new();
+    for number in 0..limits::WRITES_IN_FLIGHT_MAX {
+        let handle = handle.clone();
+        let operation = put(&format!("begun-{number}"), "v");
+        begun.push(actix::spawn(async move { on_node(&handle, shard, operation, PATIENCE).await }));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let load = Arc::<Load>::default();
+    let admitted = Some(Arc::new(load.admit(2, 0).expect("nothing else")));
+    let late = vec![put("late", "v"), get("late")];
+    let impatient = Duration::from_millis(100);
+    let ends = handle.submit_admitted(shard, 1, late, impatient, admitted).await.expect("taken");
+    assert!(matches!(ends[0], Err(Refusal::Unknown(_))), "{ends:?}");
+    assert!(begun.iter().all(|begun| !begun.is_finished()), "the disk stands still");
+    eventually("they don't count any more", || load.operations() == 0).await;
+    assert!(begun.iter().all(|begun| !begun.is_finished()), "before the disk is back");
+
+    for begun in begun {
+        begun.await.expect("no panic").expect("written");
+    }
+    let answer = on_node(&handle, shard, get("late"), PATIENCE).await.expect("read");
+    assert_eq!(value(answer), None);
+    client.close().await;
+    cluster.stop_all().await;
+}
+
+/// A client's reading side, until it is let read.
+struct Shut<R> {
+    inner: R,
+    open: tokio::sync::watch::Receiver<bool>,
+}
+
+impl<R: AsyncRead + Unpin> AsyncRead for Shut<R> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, to: &mut [u8]) -> Poll<io::Result<usize>> {
+        let mut open = self.open.clone();
+        if pin!(open.wait_for(|open| *open)).poll(cx).is_pending() {
+            // The test opens it while nothing else goes on: looking again now and then will do.
+            let waker = cx.waker().clone();
+            actix::spawn(async move {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+                waker.wake();
+            });
+            return Poll::Pending;
+        }
+        Pin::new(&mut self.inner).poll_read(cx, to)
+    }
+}
+
+/// The memory of a node is not for the answers of clients that don't read them.
+#[actix::test]
+async fn a_client_that_reads_no_answers_is_given_only_so_many() {
+    const CALLS: usize = 100;
+    let mut cluster = LocalCluster::start(1).await;
+    let client = cluster.client().await;
+    let (database, _) = cluster.database(&client, "db", 1, 1).await;
+    let great = limits::VALUE_BYTES_MAX / 2;
+    database.put("k", vec![7; great]).await.expect("a write");
+
+    let address = &cluster.nodes[0].settings.client.advertise;
+    let stream = tokio::net::TcpStream::connect(address).await.expect("connecting");
+    let (reader, writer, flusher) = rpc_streams(stream).expect("streams");
+    let (open, shut) = tokio::sync::watch::channel(true);
+    let reader = Shut { inner: reader, open: shut };
+    let network = twoparty::VatNetwork::new(reader, writer, Side::Client, reader_options());
+    let mut system = RpcSystem::new(Box::new(network), None);
+    let gate: gate::Client = system.bootstrap(Side::Server);
+    actix::spawn(flusher);
+    actix::spawn(system);
+    let mut hello = gate.open_request();
+    let mut range = hello.get().init_hello().init_protocol();
+    range.set_min(1);
+    range.set_max(1);
+    let welcome = hello.send().promise.await.expect("a welcome");
+    let kv = welcome.get().and_then(|welcome| welcome.get_kv()).expect("the service");
+
+    open.send_replace(false);
+    let calls: Vec<_> = (0..CALLS)
+        .map(|_| {
+            let mut call = kv.get_request();
+            call.get().set_database("db");
+            call.get().set_key(b"k");
+            call.send().promise
+        })
+        .collect();
+    // All are taken in long before that.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    open.send_replace(true);
+    let (mut values, mut busy) = (0, 0);
+    for answer in futures_util::future::join_all(calls).await {
+        let answer = answer.expect("an answer to each");
+        let result = answer.get().and_then(|answer| answer.get_result()).expect("readable");
+        match result.which().expect("a known end") {
+            op_result::Value(value) => {
+                assert_eq!(value.get_value().expect("readable").len(), great);
+                values += 1;
+            }
+            op_result::Error(_) => busy += 1,
+            _ => panic!("a get is a value or an error"),
+        }
+    }
+    assert_eq!(values + busy, CALLS);
+    assert!(values * great >= limits::CONNECTION_UNSENT_BYTES_MAX, "{values} are within the bound");
+    assert!(busy > 0, "all {values} were kept for who didn't read");
+    client.close().await;
+    cluster.stop_all().await;
+}
+
 #[actix::test]
 async fn rules_and_limits_are_told_as_what_they_are() {
     let mut cluster = LocalCluster::start(3).await;
@@ -292,6 +422,27 @@ async fn a_dropped_database_is_gone_for_good_also_under_load() {
     cluster.stop_all().await;
 }
 
+/// A leader that hasn't heard of the drop would still acknowledge writes, which are then lost.
+#[actix::test]
+async fn once_a_drop_is_answered_no_shard_of_the_database_has_a_majority() {
+    let mut cluster = LocalCluster::start(3).await;
+    let client = cluster.client().await;
+    for round in 0..5 {
+        let (_, shards) = cluster.database(&client, "db", 3, 8).await;
+        client.drop_database("db", PATIENCE).await.expect("dropped");
+        let mut held = Vec::new();
+        for node in 0..3 {
+            held.extend(cluster.handle(node).report().await.replicas.into_iter().map(|r| r.shard));
+        }
+        for shard in shards {
+            let holders = held.iter().filter(|held| **held == shard).count();
+            assert!(holders <= 1, "round {round}: {holders} nodes still hold shard {shard}");
+        }
+    }
+    client.close().await;
+    cluster.stop_all().await;
+}
+
 #[actix::test]
 async fn stopped_at_any_moment_of_its_start_a_node_leaves_its_directory_free() {
     let mut cluster = LocalCluster::start_with(1, |peers| peers.to_vec()).await;
@@ -323,5 +474,43 @@ async fn a_node_without_company_waits_and_stops_when_told() {
         cluster.restart(node).await;
     }
     cluster.wait_ready().await;
+    cluster.stop_all().await;
+}
+
+/// Two nodes of a cluster are replaced, at their addresses, by nodes of clusters of their own. The one
+/// that is left still takes them for its own, and must not have them do what it is asked.
+#[actix::test]
+async fn a_command_is_never_executed_by_another_cluster() {
+    let mut cluster = LocalCluster::start(3).await;
+    let old = cluster.handle(0).map().cluster_id;
+    for node in 1..3 {
+        cluster.stop(node).await;
+        let settings = &mut cluster.nodes[node].settings;
+        std::fs::remove_dir_all(&settings.node.data_dir).expect("removed");
+        settings.cluster.initial = vec![settings.peer.advertise.clone()];
+        cluster.restart(node).await;
+        let node = cluster.nodes[node].node.as_ref().expect("running");
+        tokio::time::timeout(PATIENCE, node.ready()).await.expect("in time").expect("ready");
+    }
+    let other = cluster.handle(1);
+    let create = |shards| MetaCommand::CreateDatabase { name: "app".into(), replicas: 1, shards };
+    let shards = plan_database(&other.map(), "app", 1, 1).expect("a plan");
+    other.meta(create(shards), PATIENCE).await.expect("created");
+
+    let drop = MetaCommand::DropDatabase { name: "app".into() };
+    let refused = cluster.handle(0).meta(drop.clone(), Duration::from_secs(5)).await;
+    assert!(refused.is_err(), "without a majority nothing can be dropped: {refused:?}");
+    // Nor by who doesn't say which cluster it means.
+    let address = &cluster.nodes[1].settings.peer.advertise;
+    let unnamed = HelloConfig::default();
+    let named = HelloConfig { cluster_id: Some(old), ..unnamed };
+    for request in [PeerRequest::Meta(drop), PeerRequest::Map { since: 0 }] {
+        let answer = PeerClient::call(address, unnamed, request.clone(), PATIENCE).await;
+        assert!(matches!(answer, Ok(PeerResponse::Refused(Refusal::Refused(_)))), "{answer:?}");
+        let answer = PeerClient::call(address, named, request, PATIENCE).await;
+        assert!(matches!(answer, Err(CallError::Refused { .. })), "{answer:?}");
+    }
+    let databases = other.map();
+    assert!(databases.database("app").is_some_and(|database| !database.dropped));
     cluster.stop_all().await;
 }

@@ -45,7 +45,7 @@ fn the_least_loads_with_the_defaults() {
     assert_eq!(settings.log.level, "info");
     assert_eq!(settings.log.format, LogFormat::Text);
     assert_eq!(settings.storage.cache_bytes, 32 << 20);
-    assert_eq!(settings.storage.memtable_bytes, 64 << 20);
+    assert_eq!(settings.storage.memtable_bytes, 32 << 20);
     assert_eq!(settings.storage.log_file_bytes, 32 << 20);
     assert_eq!(settings.storage.log_bytes, 256 << 20);
     assert_eq!(settings.storage.log_spare_files, 2);
@@ -385,10 +385,12 @@ fn the_defaults_are_those_of_the_reference() {
         ("weight", "100"),
         ("data_threads", "0"),
         ("cache_bytes", "\"32MiB\""),
-        ("memtable_bytes", "\"64MiB\""),
+        ("memtable_bytes", "\"32MiB\""),
         ("log_file_bytes", "\"32MiB\""),
         ("log_bytes", "\"256MiB\""),
+        ("log_keep_bytes", "\"8MiB\""),
         ("log_spare_files", "2"),
+        ("bytes_per_second", "\"64MiB\""),
         ("level", "\"info\""),
     ] {
         assert!(DEFAULT_TOML.contains(&format!("\n{key} = {value}\n")), "{key}");
@@ -465,7 +467,9 @@ fn settings() -> impl Strategy<Value = Settings> {
             settings.storage.memtable_bytes = storage.1;
             settings.storage.log_file_bytes = storage.2;
             settings.storage.log_bytes = storage.2 * storage.3;
+            settings.storage.log_keep_bytes = storage.2;
             settings.storage.log_spare_files = storage.4;
+            settings.snapshot.bytes_per_second = storage.2;
             settings
         },
     )

@@ -11,8 +11,11 @@ use pontoon::sim::{Faults, Planted, SimOptions, run};
 /// Seeds that once showed a bug, and the bug. A change of the simulation gives them other events: then find
 /// others by taking the fix out.
 const REGRESSIONS: &[(u64, &str)] = &[
-    (13, "raft-rs batched entries into an empty append that they didn't follow on"),
-    (55, "the same, far behind"),
+    (6, "raft-rs batched entries into an empty append that they didn't follow on"),
+    (213, "the same, far behind"),
+    (561, "raft-rs went back further than a follower had acknowledged, to where the log was compacted"),
+    (23, "a deletion that had found nothing came again, late, and deleted"),
+    (187, "the same, in a session of many commands"),
 ];
 
 const CRASHES: Faults = Faults { crashes: true, power: true, slow_disks: true, ..Faults::NONE };
@@ -57,7 +60,20 @@ fn seeds_show_no_violation() {
         return; // Too few seeds for what follows.
     }
     // A simulation in which nothing happens shows nothing.
-    for what in ["answered", "unknown", "crashes", "partitions", "fetches", "flushes", "compactions"] {
+    let expected = [
+        "answered",
+        "unknown",
+        "crashes",
+        "partitions",
+        "fetches",
+        "flushes",
+        "compactions",
+        "commands sent again",
+        "sessions expired",
+        "snapshots installed",
+        "snapshots not needed",
+    ];
+    for what in expected {
         assert!(totals.get(what).is_some_and(|count| *count > 0), "no {what}: {totals:?}");
     }
     assert_eq!(undecided, 0, "histories too long for the check of linearizability");
@@ -97,6 +113,7 @@ fn is_caught(planted: Planted, faults: Faults, seeds_max: u64, among: &[&str]) {
             nodes: 3,
             shards: 3,
             replicas: 3,
+            retention: if planted == Planted::InstallUnsynced { 0 } else { u64::MAX },
             faults,
             planted: Some(planted),
             ..SimOptions::of_seed(seed)
@@ -127,7 +144,7 @@ fn a_vote_that_is_not_persisted_is_caught() {
 
 #[test]
 fn reads_that_skip_the_quorum_are_caught() {
-    is_caught(Planted::StaleReads, ANY, 20, &["linear"]);
+    is_caught(Planted::StaleReads, ANY, 60, &["linear"]);
 }
 
 #[test]
@@ -136,6 +153,21 @@ fn a_log_that_is_compacted_before_the_flush_is_durable_is_caught() {
 }
 
 #[test]
+fn a_snapshot_installed_before_it_is_durable_is_caught() {
+    is_caught(Planted::InstallUnsynced, CRASHES, 200, &["state", "open"]);
+}
+
+#[test]
 fn a_flush_without_a_redo_file_is_caught() {
     is_caught(Planted::NoRedoFile, CRASHES, 60, &["state", "open"]);
+}
+
+#[test]
+fn a_flush_without_the_sessions_is_caught() {
+    is_caught(Planted::SessionsForgotten, CRASHES, 60, &["state", "open", "once"]);
+}
+
+#[test]
+fn a_retry_that_is_taken_for_another_command_is_caught() {
+    is_caught(Planted::RetryAppliesTwice, ANY, 20, &["once"]);
 }

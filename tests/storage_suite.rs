@@ -195,23 +195,25 @@ fn reads_beside_a_writer_are_never_torn() {
         let fill = |round: usize| vec![round as u8; [10, 20_000, 100_000][round % 3]];
         engine.write(&[put("a", &fill(0)), put("b", &fill(0))]).unwrap();
         std::thread::scope(|scope| {
+            // Reads first and looks at the flag then: on a busy machine the writer may be done before
+            // the reader runs at all.
             let reader = scope.spawn(|| {
-                let mut reads = 0;
-                while !done.load(Ordering::Relaxed) {
+                loop {
                     let got = engine.get(&key("a")).unwrap().unwrap();
                     assert_eq!(got, fill(usize::from(got[0])), "torn value");
                     for (_, got) in collect(engine, Bound::Included(&key("")), &key("zz")) {
                         assert_eq!(got, fill(usize::from(got[0])), "torn value in a scan");
                     }
-                    reads += 1;
+                    if done.load(Ordering::Relaxed) {
+                        break;
+                    }
                 }
-                reads
             });
             for round in 1..150 {
                 engine.write(&[put("a", &fill(round)), put("b", &fill(round))]).unwrap();
             }
             done.store(true, Ordering::Relaxed);
-            assert!(reader.join().unwrap() > 0);
+            reader.join().unwrap();
         });
     });
 }

@@ -5,7 +5,6 @@
 mod cluster;
 
 use std::collections::BTreeMap;
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -193,6 +192,40 @@ async fn a_lone_replica_comes_back_with_its_data_and_gives_its_memory_back() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_that_cant_be_opened_for_a_while_serves_in_the_end() {
+    let port = free_ports(1)[0];
+    let extra = format!("[http]\nlisten = \"127.0.0.1:{port}\"\n");
+    let mut cluster = Cluster::with(1, &free_ports(2), Options { extra, ..Options::default() });
+    cluster.wait_all_ready();
+    let client = cluster.client().await;
+    let database = cluster.database(&client, "shut", 1, 2).await;
+    let keys = key_per_shard(&client, "shut").await;
+    let (&shard, key) = keys.iter().next().expect("two shards");
+    database.put(key.clone(), "before").await.expect("a write");
+    let address = cluster.nodes[0].client.clone();
+    assert_eq!(cluster::http_get(port, "/readyz").expect("an answer"), (200, "ok\n".into()));
+
+    client.inject(&address, shard, "open-error").await.expect("injected");
+    let failed =
+        |r: &ReplicaReport| matches!(&r.health, ReplicaHealth::Failed(why) if why.contains("injected"));
+    until(&client, &address, shard, "failed", failed).await;
+    let (status, why) = cluster::http_get(port, "/readyz").expect("an answer");
+    assert_eq!(status, 503, "{why}");
+    assert!(why.contains("1 of 3 replicas") && why.contains(&format!("shard {shard} is failed")), "{why}");
+    // The others serve meanwhile.
+    let neighbour = keys.values().nth(1).expect("two shards");
+    database.put(neighbour.clone(), "meanwhile").await.expect("a write");
+
+    let report = until(&client, &address, shard, "open", serving).await;
+    assert_eq!(report.restarts, 1, "an attempt that failed is no restart");
+    holds(&database, key, "before").await;
+    assert_eq!(cluster::http_get(port, "/readyz").expect("an answer"), (200, "ok\n".into()));
+    client.close().await;
+    let told = cluster.log(0).matches("replica can't be opened").count();
+    assert_eq!(told, 1, "once per reason, not once per attempt");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replica_that_keeps_failing_is_quarantined_until_its_node_restarts() {
     let mut cluster = Cluster::new(3);
     cluster.wait_all_ready();
@@ -283,32 +316,4 @@ async fn a_log_writer_that_panics_ends_the_node_with_70() {
     cluster.wait_ready(0);
     holds(&database, "k", "without it").await;
     client.close().await;
-}
-
-/// Compiling the program again without the feature would cost minutes; what decides whether it is on
-/// is cargo's resolution of features, and that can be asked. A binary built plainly can be named by
-/// PONTOON_PLAIN_BINARY, and is then searched for the hooks.
-#[test]
-fn a_plain_build_has_no_test_hooks() {
-    let features = |edges: &str| {
-        let tree = Command::new(env!("CARGO"))
-            .args(["tree", "--offline", "--locked", "--depth", "0", "--edges", edges, "--format", "{f}"])
-            .current_dir(env!("CARGO_MANIFEST_DIR"))
-            .output()
-            .expect("running cargo");
-        assert!(tree.status.success(), "{}", String::from_utf8_lossy(&tree.stderr));
-        let text = String::from_utf8(tree.stdout).expect("text");
-        text.lines().next().unwrap_or_default().to_owned()
-    };
-    assert_eq!(features("normal"), "", "features of a plain build");
-    assert_eq!(features("normal,dev"), "test-hooks", "features of a build for tests");
-    let hooks = "injected panic";
-    let contains = |path: &std::ffi::OsStr| {
-        let bytes = std::fs::read(path).expect("reading the binary");
-        bytes.windows(hooks.len()).any(|window| window == hooks.as_bytes())
-    };
-    assert!(contains(env!("CARGO_BIN_EXE_pontoon").as_ref()), "this is how a build with hooks looks");
-    if let Some(plain) = std::env::var_os("PONTOON_PLAIN_BINARY") {
-        assert!(!contains(&plain), "{} has test hooks", plain.display());
-    }
 }

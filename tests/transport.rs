@@ -12,6 +12,7 @@ use futures_util::future::LocalBoxFuture;
 use pontoon::codec::GroupMessage;
 use pontoon::codec::hello::{Lane, PeerHello, PeerWelcome, ProtocolRange};
 use pontoon::codec::peer::{NodeHeartbeat, PeerFrame, PeerRequest, PeerResponse, encode};
+use pontoon::codec::snapshot::{SnapshotAnswer, SnapshotOffer};
 use pontoon::ids::{ClusterId, Epoch, NodeId, ShardId};
 use pontoon::placement::map::MapDelta;
 use pontoon::transport::Timings;
@@ -22,6 +23,7 @@ use pontoon::transport::handshake::{self, Identity};
 use pontoon::transport::listener::{ListenerConfig, PeerHandler, serve};
 use pontoon::transport::network::{PeerNetwork, PeerNetworkConfig};
 use pontoon::transport::rpc_stream::{reader_options, rpc_streams};
+use pontoon::transport::snapshot::receiver::SnapshotSink;
 use raft::eraftpb::{Entry, Message, MessageType};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -79,7 +81,7 @@ impl PeerHandler for Recorder {
         self.heartbeats.borrow_mut().push(heartbeat);
     }
 
-    fn request(&self, request: PeerRequest) -> LocalBoxFuture<'static, PeerResponse> {
+    fn request(&self, _: &PeerHello, request: PeerRequest) -> LocalBoxFuture<'static, PeerResponse> {
         let requests = self.requests.clone();
         let (now, most) = requests.get();
         requests.set((now + 1, most.max(now + 1)));
@@ -94,6 +96,14 @@ impl PeerHandler for Recorder {
                 _ => PeerResponse::Claimed,
             }
         })
+    }
+
+    fn snapshot(
+        &self,
+        _from: NodeId,
+        _offer: SnapshotOffer,
+    ) -> LocalBoxFuture<'static, Result<Box<dyn SnapshotSink>, SnapshotAnswer>> {
+        Box::pin(std::future::ready(Err(SnapshotAnswer::NotNeeded)))
     }
 
     fn client_address(&self) -> String {
@@ -382,12 +392,11 @@ async fn strangers_are_refused_with_the_reason() {
             change(&mut hello);
             hello
         };
-        let cases: [(&str, PeerHello); 6] = [
+        let cases: [(&str, PeerHello); 5] = [
             ("belongs to cluster", with(|h| h.cluster_id = Some(pontoon::ids::RandomId([1; 16])))),
             ("this is node 1", with(|h| h.to_node = NodeId(5))),
             ("says it is node 1", with(|h| h.from_node = NodeId(1))),
             ("upgrade the older node", with(|h| h.protocol = ProtocolRange { min: 7, max: 9 })),
-            ("no snapshot lane", with(|h| h.lane = Lane::Snapshot)),
             // Without a cluster there is no lane but `request`; this isn't worth an answer.
             ("closed", with(|h| h.cluster_id = None)),
         ];

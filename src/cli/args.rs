@@ -10,6 +10,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::limits;
+use crate::sim::Faults;
 
 /// Everything on the command line.
 #[derive(Parser, Debug)]
@@ -43,20 +44,23 @@ pub struct Cli {
     pub command: Command,
 }
 
+/// Where the help of each subcommand lists the options that all have, apart from its own.
+const GLOBAL: &str = "Options of every command";
+
 /// Options of every subcommand.
 #[derive(Args, Debug, Clone, Default)]
 pub struct Global {
     /// Print one JSON object on stdout; errors as JSON on stderr
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = GLOBAL)]
     pub json: bool,
     /// Deadline, as `500ms`, `10s`, `1m`; within it everything that may be retried is [default: 10s]
-    #[arg(long, global = true, value_name = "TIME", value_parser = duration)]
+    #[arg(long, global = true, help_heading = GLOBAL, value_name = "TIME", value_parser = duration)]
     pub timeout: Option<Duration>,
     /// Client addresses of any nodes of the cluster
-    #[arg(long, global = true, value_name = "HOST:PORT,...")]
+    #[arg(long, global = true, help_heading = GLOBAL, value_name = "HOST:PORT,...")]
     pub cluster: Option<String>,
     /// Directory of the local cluster
-    #[arg(long, global = true, value_name = "DIR")]
+    #[arg(long, global = true, help_heading = GLOBAL, value_name = "DIR")]
     pub data: Option<PathBuf>,
 }
 
@@ -98,13 +102,23 @@ pub enum Command {
     #[command(after_help = "Examples:\n  pontoon health\n  pontoon health --cluster 127.0.0.1:7101")]
     Health,
     /// List, create and drop databases
-    #[command(subcommand, arg_required_else_help = true)]
+    #[command(
+        subcommand,
+        arg_required_else_help = true,
+        after_help = "Examples:\n  pontoon db list\n  pontoon db create testDB 3 5\n  pontoon db drop testDB --yes"
+    )]
     Db(DbCommand),
     /// Kill a leader and see what becomes of the cluster and its data
-    #[command(subcommand, arg_required_else_help = true)]
+    #[command(
+        subcommand,
+        arg_required_else_help = true,
+        after_help = "Examples:\n  pontoon test leader-failure 3\n  pontoon test replication 4"
+    )]
     Test(TestCommand),
     /// Measure operations per second and latency
     Bench(BenchArgs),
+    /// Let simulated clusters live through faults, and check what must hold
+    Sim(SimArgs),
     /// Print a completion script
     Completions(CompletionsArgs),
 }
@@ -117,7 +131,8 @@ Examples:
   pontoon setup testDB 3 5 --detach   serves in the background; `pontoon stop` ends it
   pontoon setup other 3 8             a further database in the running cluster
 
-The same command again brings back the same cluster with its data.")]
+The same command again brings back the same cluster with its data. Without --timeout the nodes
+have a minute to start and to create the database, and longer for many shards.")]
 pub struct SetupArgs {
     /// Name of the database: 1 to 64 of A-Z a-z 0-9 _ -
     #[arg(value_name = "NAME", value_parser = database_name, allow_hyphen_values = true)]
@@ -517,6 +532,49 @@ pub struct BenchArgs {
     pub connections: u32,
 }
 
+/// `sim`
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  pontoon sim --seed 42
+  pontoon sim --seeds 0..1000
+  pontoon sim --seed 42 --nodes 5 --shards 8 --faults crashes,power,partitions --trace 200
+
+The code of a node's replicas (raft, state machines, sessions, memtables) under simulated time, network
+and disk, in one thread: faults first, then none, when everything must heal. Prints what went wrong
+on purpose and a verdict; exits with 1 if anything was violated, naming the seed that shows it
+again. The same seed with the same options gives the same run, to the last event. What isn't given,
+the seed decides.
+
+Faults: messages partitions crashes power pauses transfers slow-disks memory replicas campaigns drift,
+separated by commas; all; none.")]
+pub struct SimArgs {
+    /// One seed [default: 0]
+    #[arg(long, value_name = "S", conflicts_with = "seeds")]
+    pub seed: Option<u64>,
+    /// Every seed from A on, below B
+    #[arg(long, value_name = "A..B", value_parser = seed_range)]
+    pub seeds: Option<std::ops::Range<u64>>,
+    /// Nodes of the cluster
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(limits::LOCAL_NODES_MAX)))]
+    pub nodes: Option<u32>,
+    /// Shards
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub shards: Option<u32>,
+    /// Replicas of each shard
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(limits::REPLICAS_MAX)))]
+    pub replicas: Option<u32>,
+    /// Operations of all clients together
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub ops: Option<u32>,
+    /// What goes wrong
+    #[arg(long, value_name = "LIST", value_parser = fault_list)]
+    pub faults: Option<Faults>,
+    /// Show so many of the last events of a run that violates something
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
+    pub trace: u32,
+}
+
 /// `completions`
 #[derive(Args, Debug)]
 #[command(
@@ -550,6 +608,20 @@ pub fn modernise(mut args: Vec<OsString>) -> Vec<OsString> {
         *first = OsString::from(&name[1..]);
     }
     args
+}
+
+fn seed_range(text: &str) -> Result<std::ops::Range<u64>, String> {
+    let range = text.split_once("..").and_then(|(from, to)| Some(from.parse().ok()?..to.parse().ok()?));
+    match range {
+        Some(range) if range.start < range.end => Ok(range),
+        _ => Err("seeds are a range A..B, with A less than B".into()),
+    }
+}
+
+fn fault_list(text: &str) -> Result<Faults, String> {
+    Faults::parse(text).map_err(|name| {
+        format!("`{name}` is no kind of fault; there are {}, all, none", Faults::NAMES.join(", "))
+    })
 }
 
 /// A positive time as `500ms`, `10s`, `1m30s`; a bare number is seconds.

@@ -82,6 +82,11 @@ async fn run(
         }
     };
     let databases: Vec<Database> = sessions.iter().map(|session| session.database_for_many(&name)).collect();
+    // A database that isn't there, or a shard that nobody leads, is told now, not counted as errors.
+    match super::serve::until_stopped(signals, databases[0].get(key(0))).await {
+        Some(found) => drop(found?),
+        None => return Err(Failure::negative("stopped", "stopped before measuring")),
+    }
     let mut value = vec![0; args.value_bytes as usize];
     SmallRng::seed_from_u64(0).fill_bytes(&mut value);
     let value = Bytes::from(value);

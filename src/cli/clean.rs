@@ -36,7 +36,9 @@ pub fn clean(context: &Context, args: &CleanArgs) -> Result<Exit, Failure> {
         Err(Holder::Process(pid)) => return Err(running(&dir, pid)),
         Err(Holder::None) => return Err(running(&dir, None)),
     };
-    dir.remove(lock)?;
+    for path in dir.remove(lock)? {
+        output::note(format!("left {}, which no local cluster puts there", path.display()));
+    }
     report(context, &dir, true)?;
     Ok(Exit::Done)
 }

@@ -46,8 +46,16 @@ impl Context {
         locate::place(&self.global, &self.environment)
     }
 
-    /// The directory of the local cluster, wherever the cluster in use is.
+    /// The directory of the local cluster, for a command that works on nothing else, whatever
+    /// `PONTOON_CLUSTER` says. Who names another cluster on the command line means another cluster.
     pub fn local_dir(&self) -> Result<LocalDir, Failure> {
+        if self.global.cluster.is_some() {
+            return Err(Failure::usage(
+                "usage",
+                "this command works on the local cluster only; leave out --cluster, and name its directory \
+                 with --data if it isn't the usual one",
+            ));
+        }
         locate::data_dir(&self.global, &self.environment).map(LocalDir::new)
     }
 

@@ -5,7 +5,7 @@ use std::io::{self, Read};
 use std::path::Path;
 
 use bytes::Bytes;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::args::{
     CasArgs, CasCondition, DeleteArgs, GetArgs, MgetArgs, MsetArgs, ScanArgs, SetArgs, ValueSource,
@@ -57,12 +57,12 @@ pub fn delete(context: &Context, args: DeleteArgs) -> Result<Exit, Failure> {
         let mut object = Record::new(&key, None).json();
         object["version"] = deleted.into();
         object["found"] = deleted.is_some().into();
-        output::json(&object)?;
+        after_effect(output::json(&object))?;
         return Ok(if deleted.is_some() { Exit::Done } else { Exit::Negative });
     }
     match deleted {
         Some(version) => {
-            output::line(format!("deleted version={version}"))?;
+            after_effect(output::line(format!("deleted version={version}")))?;
             Ok(Exit::Done)
         }
         None => Err(absent(&args.db, &key)),
@@ -128,24 +128,22 @@ pub fn mset(context: &Context, args: MsetArgs) -> Result<Exit, Failure> {
     }
     let results =
         with_session(context, async |session| Ok(session.database(&args.db).batch(operations).await))?;
-    let mut worst = None;
-    let mut items = Vec::new();
+    let mut items = Items::new(context);
     for (key, result) in keys.iter().zip(results) {
         match result {
             Ok(OperationResult::Written(version)) if context.json() => {
-                items.push(Record::key_only(key, version).json());
+                items.answered(written_json(key, version));
             }
             Ok(OperationResult::Written(version)) => {
-                output::line(format!("{} version={version}", output::printable(key)))?;
+                let line = format!("{} version={version}", output::printable(key));
+                after_effect(output::line(line))?;
             }
-            Ok(other) => worse(&mut worst, key, unexpected(&other)),
-            Err(error) => worse(&mut worst, key, error.into()),
+            Ok(other) => items.failed(key, unexpected(&other)),
+            Err(error) => items.failed(key, error.into()),
         }
     }
-    if context.json() {
-        output::json(&json!({"items": items}))?;
-    }
-    worst.map_or(Ok(Exit::Done), Err)
+    after_effect(items.print())?;
+    items.end(Exit::Done)
 }
 
 /// `mget DB KEY ...`
@@ -154,8 +152,7 @@ pub fn mget(context: &Context, args: MgetArgs) -> Result<Exit, Failure> {
     let operations = keys.iter().cloned().map(Operation::Get).collect();
     let results =
         with_session(context, async |session| Ok(session.database(&args.db).batch(operations).await))?;
-    let mut worst = None;
-    let mut items = Vec::new();
+    let mut items = Items::new(context);
     let mut exit = Exit::Done;
     for (key, result) in keys.iter().zip(results) {
         match result {
@@ -164,21 +161,19 @@ pub fn mget(context: &Context, args: MgetArgs) -> Result<Exit, Failure> {
                     exit = Exit::Negative;
                 }
                 if context.json() {
-                    items.push(Record::new(key, found.as_ref()).json_found());
+                    items.answered(Record::new(key, found.as_ref()).json_found());
                 } else if let Some(found) = found {
                     output::line(pair_line(key, &found.value))?;
                 } else {
                     output::note(absent(&args.db, key).message);
                 }
             }
-            Ok(other) => worse(&mut worst, key, unexpected(&other)),
-            Err(error) => worse(&mut worst, key, error.into()),
+            Ok(other) => items.failed(key, unexpected(&other)),
+            Err(error) => items.failed(key, error.into()),
         }
     }
-    if context.json() {
-        output::json(&json!({"items": items}))?;
-    }
-    worst.map_or(Ok(exit), Err)
+    items.print()?;
+    items.end(exit)
 }
 
 /// `scan DB [--prefix P] [--limit N] [--keys-only]`
@@ -243,15 +238,76 @@ fn pair_line(key: &[u8], value: &[u8]) -> String {
 }
 
 fn written(context: &Context, key: &[u8], version: u64) -> Result<(), Failure> {
-    if context.json() {
-        let mut object = Record::key_only(key, version).json();
-        if let Some(fields) = object.as_object_mut() {
-            fields.shift_remove("value");
-        }
-        object["written"] = true.into();
-        output::json(&object)
+    after_effect(if context.json() {
+        output::json(&written_json(key, version))
     } else {
         output::line(format!("ok version={version}"))
+    })
+}
+
+fn written_json(key: &[u8], version: u64) -> Value {
+    let mut object = Record::key_only(key, version).json();
+    if let Some(fields) = object.as_object_mut() {
+        fields.shift_remove("value");
+    }
+    object["written"] = true.into();
+    object
+}
+
+/// What is written once a change is made: should that fail, the failure may not say that nothing was
+/// changed.
+pub fn after_effect(told: Result<(), Failure>) -> Result<(), Failure> {
+    told.map_err(|failure| match failure.exit {
+        // Nobody is there to be told.
+        Exit::Done => failure,
+        _ => Failure::unknown(format!("it was done, but {}", failure.message)),
+    })
+}
+
+/// The answers of a command with many keys, each with an end of its own.
+struct Items {
+    json: bool,
+    list: Vec<Value>,
+    answered: bool,
+    worst: Option<Failure>,
+}
+
+impl Items {
+    fn new(context: &Context) -> Items {
+        Items { json: context.json(), list: Vec::new(), answered: false, worst: None }
+    }
+
+    /// An answer, for the object of `--json`.
+    fn answered(&mut self, item: Value) {
+        self.answered = true;
+        self.list.push(item);
+    }
+
+    /// A key without an answer: in JSON told in its place among the others, else on stderr.
+    fn failed(&mut self, key: &[u8], failure: Failure) {
+        if self.json {
+            let mut item = Record::of_key(key).json();
+            if let Some(fields) = item.as_object_mut() {
+                fields.retain(|name, _| name == "key" || name == "encoding");
+                fields.extend(output::failure_json(&failure).as_object().cloned().unwrap_or_default());
+            }
+            self.list.push(item);
+        }
+        if let Some(passed_over) = worse(&mut self.worst, key, failure)
+            && !self.json
+        {
+            output::note(passed_over.message);
+        }
+    }
+
+    /// Prints the object of `--json`, if there is anything in it but failures.
+    fn print(&self) -> Result<(), Failure> {
+        if self.answered { output::json(&json!({"items": self.list})) } else { Ok(()) }
+    }
+
+    /// The end of the command: the worst failure, or `exit`.
+    fn end(self, exit: Exit) -> Result<Exit, Failure> {
+        self.worst.map_or(Ok(exit), Err)
     }
 }
 
@@ -274,21 +330,20 @@ fn mismatch(expect: &Expect, there: Option<&Versioned>) -> String {
     }
 }
 
-/// Keeps the failure that says most: an unknown outcome before one known to have had no effect.
-fn worse(worst: &mut Option<Failure>, key: &[u8], failure: Failure) {
+/// Keeps the failure that says most: an unknown outcome before one known to have had no effect. Returns
+/// the one that isn't kept.
+fn worse(worst: &mut Option<Failure>, key: &[u8], failure: Failure) -> Option<Failure> {
     let failure =
         Failure { message: format!("`{}`: {}", output::printable(key), failure.message), ..failure };
     if worst.as_ref().is_none_or(|have| have.exit.code() < failure.exit.code()) {
-        if let Some(other) = worst.replace(failure) {
-            output::note(other.message);
-        }
+        worst.replace(failure)
     } else {
-        output::note(failure.message);
+        Some(failure)
     }
 }
 
 fn unexpected(result: &OperationResult) -> Failure {
-    Failure::from(ClientError::Unknown(format!("the answer doesn't fit the question: {result:?}")))
+    ClientError::Unknown(format!("the answer doesn't fit the question: {result:?}").into()).into()
 }
 
 fn condition(condition: CasCondition) -> Result<Expect, Failure> {
@@ -348,9 +403,10 @@ mod tests {
     #[test]
     fn the_worst_failure_decides() {
         let mut worst = None;
-        worse(&mut worst, b"a", Failure::unavailable("late"));
-        worse(&mut worst, b"b", ClientError::Unknown("lost".into()).into());
-        worse(&mut worst, b"c", Failure::negative("refused", "no"));
+        assert_eq!(worse(&mut worst, b"a", Failure::unavailable("late")), None);
+        let passed_over = worse(&mut worst, b"b", ClientError::Unknown("lost".into()).into());
+        assert!(passed_over.unwrap().message.starts_with("`a`"));
+        assert!(worse(&mut worst, b"c", Failure::negative("refused", "no")).is_some());
         let worst = worst.unwrap();
         assert_eq!(worst.exit, Exit::Unknown);
         assert!(worst.message.starts_with("`b`"), "{worst}");

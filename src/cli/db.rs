@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 use super::args::{DbCommand, DbCreateArgs, DbDropArgs};
 use super::clean::confirmed;
 use super::context::{Context, with_session};
+use super::data::after_effect;
 use super::failure::{Exit, Failure};
 use super::output;
 use super::setup;
@@ -49,15 +50,15 @@ fn create(context: &Context, args: &DbCreateArgs) -> Result<Exit, Failure> {
     if context.json() {
         let mut object = json_of(&record);
         object["created"] = created.into();
-        output::json(&object)?;
+        after_effect(output::json(&object))?;
     } else {
         let done = if created { "created" } else { "exists already:" };
-        output::line(format!(
+        after_effect(output::line(format!(
             "{done} database {} with {} replicas and {} shards",
             record.name,
             record.replicas,
             record.shards.len()
-        ))?;
+        )))?;
     }
     Ok(Exit::Done)
 }
@@ -78,9 +79,9 @@ fn drop(context: &Context, args: &DbDropArgs) -> Result<Exit, Failure> {
         })
     })?;
     if context.json() {
-        output::json(&json!({"name": args.name, "dropped": true}))?;
+        after_effect(output::json(&json!({"name": args.name, "dropped": true})))?;
     } else {
-        output::line(format!("dropped database {}", args.name))?;
+        after_effect(output::line(format!("dropped database {}", args.name)))?;
     }
     Ok(Exit::Done)
 }

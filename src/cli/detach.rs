@@ -26,9 +26,9 @@ pub fn detach(context: &Context, args: &SetupArgs, dir: &LocalDir) -> Result<Exi
     let signals = Signals::listen(None)?;
     let logs = dir.logs_dir();
     fs::create_dir_all(&logs).map_err(|error| Failure::io("creating", &logs, error))?;
-    let err_path = logs.join("setup.log");
+    let err_path = dir.log_path();
     // The child's own: should two setups run at once, neither may take the other's `ready` for its.
-    let (out, told) = Told::create(logs.join(format!("setup-{}.out", std::process::id())))?;
+    let (out, told) = Told::create(dir.told_path(std::process::id()))?;
     let mut err = OpenOptions::new()
         .create(true)
         .append(true)

@@ -47,6 +47,11 @@ impl Record {
         Record::of(key, None, Some(version))
     }
 
+    /// A key alone, of which nothing is known.
+    pub fn of_key(key: &[u8]) -> Record {
+        Record::of(key, None, None)
+    }
+
     fn of(key: &[u8], value: Option<&[u8]>, version: Option<u64>) -> Record {
         let texts = (std::str::from_utf8(key), value.map(std::str::from_utf8).transpose());
         if let (Ok(key), Ok(value)) = texts {

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::path::Path;
 
-use crate::client::{ClientError, NotApplied};
+use crate::client::{ClientError, NotApplied, Unknown};
 use crate::refusal::Outcome;
 
 /// How the process ends.
@@ -107,7 +107,13 @@ impl From<ClientError> for Failure {
     fn from(error: ClientError) -> Failure {
         let message = error.to_string();
         match error {
-            ClientError::Unknown(_) => Failure::unknown(format!("{message}; read the key to find out")),
+            ClientError::Unknown(why) => Failure {
+                code: match why {
+                    Unknown::NoAnswer(_) => "outcome_unknown",
+                    Unknown::SessionExpired => "session_expired",
+                },
+                ..Failure::unknown(format!("{message}; read the key to find out"))
+            },
             ClientError::Invalid(_) => Failure::usage("invalid", message),
             ClientError::NotApplied(why) => match why {
                 NotApplied::UnknownDatabase(_) => Failure::negative("unknown_database", why.to_string()),
@@ -142,6 +148,7 @@ mod tests {
         let busy = Refusal::Busy { what: "queue".into(), retry_after_ms: 10 };
         for (error, exit, code) in [
             (ClientError::Unknown("lost".into()), 4, "outcome_unknown"),
+            (ClientError::Unknown(Unknown::SessionExpired), 4, "session_expired"),
             (ClientError::Invalid("empty key".into()), 2, "invalid"),
             (ClientError::NotApplied(NotApplied::UnknownDatabase("x".into())), 1, "unknown_database"),
             (refused(Refusal::Invalid("no".into())), 1, "refused"),

@@ -21,6 +21,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::failure::Failure;
+use crate::storage::identity::{self, IdentityError};
 
 /// Version of the format of `cluster.json`.
 const FORMAT_VERSION: u32 = 1;
@@ -131,6 +132,16 @@ impl LocalDir {
     /// Where the output of a cluster in the background goes.
     pub fn logs_dir(&self) -> PathBuf {
         self.path.join("logs")
+    }
+
+    /// The file with its log.
+    pub fn log_path(&self) -> PathBuf {
+        self.logs_dir().join("setup.log")
+    }
+
+    /// The file through which the start with this process id is told that it is ready.
+    pub fn told_path(&self, pid: u32) -> PathBuf {
+        self.logs_dir().join(format!("setup-{pid}.out"))
     }
 
     fn cluster_path(&self) -> PathBuf {
@@ -290,21 +301,80 @@ impl LocalDir {
     }
 
     /// Removes what a local cluster puts into its directory, the identity last, so that a removal
-    /// that is cut short can be repeated; then the directory itself, if nothing else is in it.
-    pub fn remove(&self, lock: LocalLock) -> Result<(), Failure> {
-        for path in [self.path.join("nodes"), self.logs_dir()] {
-            absent_is_fine(fs::remove_dir_all(&path))
-                .map_err(|error| Failure::io("removing", &path, error))?;
+    /// that is cut short can be repeated; then the directory itself, if nothing else is in it. Returns
+    /// what is left because it isn't ours.
+    pub fn remove(&self, lock: LocalLock) -> Result<Vec<PathBuf>, Failure> {
+        let mut left = Vec::new();
+        let nodes = self.path.join("nodes");
+        for path in entries(&nodes)? {
+            // Only what has the identity of a node, or nothing yet, is a node's.
+            let removed = path.is_dir() && !path.is_symlink() && identity::remove(&path).map_err(kept)?;
+            if !removed {
+                left.push(path);
+            }
         }
-        for name in ["cluster.json.new", "cluster.json", "lock"] {
-            let path = self.path.join(name);
+        let files = ["cluster.json.new", "cluster.json", "lock"].map(|name| self.path.join(name));
+        let (logs, others): (Vec<_>, _) =
+            entries(&self.logs_dir())?.into_iter().partition(|path| is_log(path));
+        left.extend(others);
+        for path in logs.into_iter().chain(files) {
             absent_is_fine(fs::remove_file(&path)).map_err(|error| Failure::io("removing", &path, error))?;
         }
-        drop(lock);
-        match fs::remove_dir(&self.path) {
-            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
-            result => absent_is_fine(result).map_err(|error| Failure::io("removing", &self.path, error)),
+        for path in [&nodes, &self.logs_dir()] {
+            remove_empty(path)?;
         }
+        let strangers = self.strangers()?;
+        left.extend(strangers.into_iter().filter(|name| name != "nodes").map(|name| self.path.join(name)));
+        drop(lock);
+        remove_empty(&self.path)?;
+        Ok(left)
+    }
+}
+
+/// Whether a file in the directory of the logs is one of ours.
+fn is_log(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    name == "setup.log" || (name.starts_with("setup-") && name.ends_with(".out"))
+}
+
+/// A node's directory that can't be removed: somebody uses it, or the system refuses.
+fn kept(error: IdentityError) -> Failure {
+    match error {
+        IdentityError::InUse { .. } => Failure::negative("running", error.to_string()),
+        error => Failure::usage("io", error.to_string()),
+    }
+}
+
+/// What is in a directory, in order; nothing if it isn't there.
+fn entries(path: &Path) -> Result<Vec<PathBuf>, Failure> {
+    let failed = |error| Failure::io("reading", path, error);
+    let entries = match fs::read_dir(path) {
+        Ok(entries) => entries,
+        Err(error) if is_missing(&error) => return Ok(Vec::new()),
+        Err(error) => return Err(failed(error)),
+    };
+    let mut paths =
+        entries.map(|entry| entry.map(|e| e.path())).collect::<Result<Vec<_>, _>>().map_err(failed)?;
+    paths.sort();
+    Ok(paths)
+}
+
+/// Removes a directory if nothing is in it. One that is a file system of its own, or stands where
+/// this user may remove nothing, stays, empty.
+fn remove_empty(path: &Path) -> Result<(), Failure> {
+    match fs::remove_dir(path) {
+        Err(error) if is_missing(&error) => Ok(()),
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::DirectoryNotEmpty
+                    | io::ErrorKind::ResourceBusy
+                    | io::ErrorKind::PermissionDenied
+            ) =>
+        {
+            Ok(())
+        }
+        result => result.map_err(|error| Failure::io("removing", path, error)),
     }
 }
 
@@ -350,6 +420,7 @@ pub fn bind_free_port() -> io::Result<TcpListener> {
 mod tests {
     use super::*;
     use crate::cli::failure::Exit;
+    use crate::storage::identity::DataDir;
 
     fn sample() -> ClusterFile {
         ClusterFile {
@@ -429,17 +500,48 @@ mod tests {
     fn removal_leaves_what_is_not_ours() {
         let (_temp, dir) = made();
         dir.write(&sample()).unwrap();
-        fs::create_dir_all(dir.node_dir("n1")).unwrap();
+        drop(DataDir::open(&dir.node_dir("n1")).unwrap());
         fs::write(dir.path().join("notes"), "mine").unwrap();
+        let thesis = dir.node_dir("thesis");
+        fs::create_dir(&thesis).unwrap();
+        fs::write(thesis.join("chapter.tex"), "years of work").unwrap();
+        // A link to a node's directory is no directory of this cluster.
+        let elsewhere = dir.path().with_file_name("elsewhere");
+        drop(DataDir::open(&elsewhere).unwrap());
+        std::os::unix::fs::symlink(&elsewhere, dir.node_dir("n2")).unwrap();
         let lock = dir.lock().unwrap().unwrap();
-        dir.remove(lock).unwrap();
-        let left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
-        assert_eq!(left, ["notes"]);
+        let left = dir.remove(lock).unwrap();
+        assert_eq!(left, [dir.node_dir("n2"), thesis.clone(), dir.path().join("notes")]);
+        assert_eq!(entries(dir.path()).unwrap(), [dir.path().join("nodes"), dir.path().join("notes")]);
+        assert_eq!(fs::read_to_string(thesis.join("chapter.tex")).unwrap(), "years of work");
+        assert!(identity::is_ours(&elsewhere));
 
         fs::remove_file(dir.path().join("notes")).unwrap();
+        fs::remove_dir_all(dir.path().join("nodes")).unwrap();
         dir.write(&sample()).unwrap();
+        // What a start leaves that was cut short, and a removal.
+        fs::create_dir_all(dir.node_dir("n1")).unwrap();
+        fs::write(dir.node_dir("n1").join("LOCK"), "").unwrap();
+        drop(DataDir::open(&dir.node_dir("n2")).unwrap());
+        fs::remove_dir(dir.node_dir("n2").join("log")).unwrap();
+        fs::create_dir(dir.logs_dir()).unwrap();
+        fs::write(dir.log_path(), "").unwrap();
+        fs::write(dir.told_path(7), "").unwrap();
         let lock = dir.lock().unwrap().unwrap();
-        dir.remove(lock).unwrap();
+        assert_eq!(dir.remove(lock).unwrap(), Vec::<PathBuf>::new());
+        assert!(!dir.path().exists());
+    }
+
+    #[test]
+    fn a_node_in_use_is_not_removed() {
+        let (_temp, dir) = made();
+        dir.write(&sample()).unwrap();
+        let node = DataDir::open(&dir.node_dir("n1")).unwrap();
+        let failure = dir.remove(dir.lock().unwrap().unwrap()).unwrap_err();
+        assert_eq!((failure.exit, failure.code), (Exit::Negative, "running"), "{failure}");
+        assert!(dir.read().unwrap().is_some(), "it can be repeated");
+        drop(node);
+        assert_eq!(dir.remove(dir.lock().unwrap().unwrap()).unwrap(), Vec::<PathBuf>::new());
         assert!(!dir.path().exists());
     }
 

@@ -1,7 +1,7 @@
 //! Where the cluster is: named by addresses, or the local one in a directory.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::args::Global;
 use super::failure::Failure;
@@ -53,14 +53,16 @@ pub fn place(global: &Global, environment: &Environment) -> Result<Place, Failur
 }
 
 /// The directory of the local cluster: `--data`, else `PONTOON_DATA`, else
-/// `$XDG_DATA_HOME/pontoon`, else `~/.local/share/pontoon`. Always absolute, so that its name is
-/// the same in every message and for a process that runs elsewhere.
+/// `$XDG_DATA_HOME/pontoon` (which counts only if it is absolute, as its specification says), else
+/// `~/.local/share/pontoon`. Always absolute, so that its name is the same in every message and for a
+/// process that runs elsewhere.
 pub fn data_dir(global: &Global, environment: &Environment) -> Result<PathBuf, Failure> {
     let dir = if let Some(dir) = &global.data {
         dir.clone()
     } else if let Some(dir) = &environment.data {
         PathBuf::from(dir)
-    } else if let Some(base) = &environment.xdg_data_home {
+    } else if let Some(base) = environment.xdg_data_home.as_ref().filter(|base| Path::new(base).is_absolute())
+    {
         PathBuf::from(base).join("pontoon")
     } else if let Some(home) = &environment.home {
         PathBuf::from(home).join(".local/share/pontoon")
@@ -132,6 +134,7 @@ mod tests {
             (None, [None, Some("/data"), Some("/xdg"), Some("/home")], "/data"),
             (None, [None, None, Some("/xdg"), Some("/home")], "/xdg/pontoon"),
             (None, [None, None, None, Some("/home")], "/home/.local/share/pontoon"),
+            (None, [None, None, Some("xdg"), Some("/home")], "/home/.local/share/pontoon"),
         ] {
             let found = place(&global(None, data), &environment(fields)).unwrap();
             assert_eq!(found, Place::Local(dir.into()));

@@ -27,6 +27,7 @@ pub mod overview;
 pub mod serve;
 pub mod setup;
 pub mod signals;
+pub mod sim;
 pub mod status;
 pub mod stop;
 pub mod transfer;
@@ -85,6 +86,7 @@ fn dispatch(context: &Context, command: Command) -> Result<Exit, Failure> {
         Command::Db(command) => db::db(context, &command),
         Command::Test(command) => verify::test(context, &command),
         Command::Bench(args) => bench::bench(context, &args),
+        Command::Sim(args) => sim::sim(context, &args),
         Command::Completions(args) => completions::completions(&args),
     }
 }

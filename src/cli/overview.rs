@@ -78,7 +78,7 @@ pub struct ReplicaView {
     pub address: Option<String>,
     /// `leader`, `follower`, `candidate`, `learner` or `voter` where only the map is known.
     pub role: &'static str,
-    /// `serving`, `recovering`, `restarting`, `quarantined`, `failed`, `missing` or `unreachable`.
+    /// `serving`, `recovering`, `installing`, `restarting`, `quarantined`, `failed`, `missing` or `unreachable`.
     pub state: &'static str,
     /// Why it isn't serving.
     pub message: Option<String>,
@@ -368,6 +368,7 @@ fn health_name(health: &ReplicaHealth) -> (&'static str, Option<&str>) {
     match health {
         ReplicaHealth::Serving => ("serving", None),
         ReplicaHealth::Recovering => ("recovering", None),
+        ReplicaHealth::Installing => ("installing", Some("receives or installs a snapshot")),
         ReplicaHealth::Restarting(why) => ("restarting", Some(why)),
         ReplicaHealth::Quarantined(why) => ("quarantined", Some(why)),
         ReplicaHealth::Failed(why) => ("failed", Some(why)),

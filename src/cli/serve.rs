@@ -32,11 +32,20 @@ pub fn serve(context: &Context, args: &ServeArgs) -> Result<Exit, Failure> {
     let mut settings =
         Settings::load(&args.config).map_err(|errors| Failure::usage("config", errors.to_string()))?;
     if args.print_config {
-        output::bytes(settings.to_toml().as_bytes())?;
+        if context.json() {
+            output::json(&settings.to_json())?;
+        } else {
+            output::bytes(settings.to_toml().as_bytes())?;
+        }
         return Ok(Exit::Done);
     }
     if args.check {
-        output::line(format!("{}: ok", args.config.display()))?;
+        let config = args.config.display();
+        if context.json() {
+            output::json(&serde_json::json!({"config": config.to_string(), "ok": true}))?;
+        } else {
+            output::line(format!("{config}: ok"))?;
+        }
         return Ok(Exit::Done);
     }
     if args.until_stdin_closes {
@@ -172,6 +181,10 @@ pub fn failed_node(error: NodeError) -> Failure {
     match error {
         NodeError::Storage(StorageError::Identity(_)) => Failure::usage("directory", message),
         NodeError::Storage(StorageError::Io { .. }) => Failure::usage("io", message),
+        NodeError::Storage(StorageError::Damaged { .. }) => Failure::internal(format!(
+            "{message}; look after the disk first, then set the directory aside and start anew: the node joins as \
+             a new one"
+        )),
         NodeError::Storage(_) => Failure::internal(message),
         NodeError::Membership(_) => Failure::negative("membership", message),
         NodeError::Fatal(_) => Failure::internal(message),
@@ -200,4 +213,18 @@ fn exit_with_stdin() -> Result<(), Failure> {
         })
         .map(drop)
         .map_err(|error| Failure::internal(format!("watching stdin: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_damaged_store_comes_with_the_way_out() {
+        let error = StorageError::Damaged { what: "state store /d/state".into(), detail: "torn".into() };
+        let failure = failed_node(NodeError::Storage(error));
+        assert_eq!(failure.exit, Exit::Internal);
+        assert!(failure.message.starts_with("state store /d/state is damaged: torn; "), "{failure}");
+        assert!(failure.message.contains("set the directory aside"), "{failure}");
+    }
 }

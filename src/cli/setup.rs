@@ -33,7 +33,7 @@ use crate::settings::{LogFormat, LogSettings, Settings};
 /// Deadline of a setup where none is given, and what each replica adds to it: thousands of them take a
 /// while on a small machine, which also starts every node.
 const TIMEOUT: Duration = Duration::from_secs(60);
-const TIMEOUT_PER_REPLICA: Duration = Duration::from_millis(20);
+const TIMEOUT_PER_REPLICA: Duration = Duration::from_millis(40);
 
 /// How often another process's `cluster.json` is looked for.
 const POLL: Duration = Duration::from_millis(20);
@@ -49,7 +49,7 @@ pub fn setup(context: &Context, args: &SetupArgs) -> Result<Exit, Failure> {
         return Err(too_few_nodes(nodes, args.replicas));
     }
     let dir = match context.place()? {
-        Place::Addresses(addresses) => return create_there(context, args, addresses),
+        Place::Addresses(addresses) => return create_there(context, args, addresses, context.timeout()),
         Place::Local(path) => LocalDir::new(path),
     };
     dir.check_ours()?;
@@ -88,6 +88,9 @@ fn too_few_nodes(nodes: u32, replicas: u32) -> Failure {
 
 /// What the existing cluster says to the wish; its file is a hint, the cluster itself asks again.
 fn check_against(cluster: &ClusterFile, args: &SetupArgs, dir: &LocalDir) -> Result<(), Failure> {
+    if let Some(db) = cluster.databases.iter().find(|db| db.name == args.name) {
+        check_numbers(&args.name, (args.replicas, args.partitions), (db.replicas, db.shards))?;
+    }
     let nodes = cluster.nodes.len() as u32;
     if let Some(asked) = args.nodes.filter(|asked| *asked != nodes) {
         return Err(Failure::usage(
@@ -100,15 +103,18 @@ fn check_against(cluster: &ClusterFile, args: &SetupArgs, dir: &LocalDir) -> Res
         ));
     }
     if nodes < args.replicas {
-        return Err(too_few_nodes(nodes, args.replicas));
+        return Err(Failure::usage(
+            "too_few_nodes",
+            format!(
+                "the local cluster in {} has {nodes} nodes and can't hold {} replicas of a shard, each \
+                 on a node of its own; ask for {nodes} at most, choose another --data, or remove it with \
+                 `pontoon clean`",
+                dir.path().display(),
+                args.replicas
+            ),
+        ));
     }
-    match cluster.databases.iter().find(|db| db.name == args.name) {
-        Some(db) => {
-            let asked = (args.replicas, args.partitions);
-            check_numbers(&args.name, asked, (db.replicas, db.shards))
-        }
-        None => Ok(()),
-    }
+    Ok(())
 }
 
 /// Compares (replicas, shards).
@@ -142,15 +148,23 @@ fn create_in_running(context: &Context, args: &SetupArgs, dir: &LocalDir) -> Res
         std::thread::sleep(POLL);
     };
     check_against(&cluster, args, dir)?;
-    create_there(context, args, cluster.addresses())
+    // Its nodes may be starting.
+    create_there(context, args, cluster.addresses(), timeout(context, args))
 }
 
-/// Creates the database in a cluster that runs elsewhere.
-fn create_there(context: &Context, args: &SetupArgs, addresses: Vec<String>) -> Result<Exit, Failure> {
+/// Creates the database in a cluster that runs elsewhere, whose nodes have `connect` to answer at all.
+fn create_there(
+    context: &Context,
+    args: &SetupArgs,
+    addresses: Vec<String>,
+    connect: Duration,
+) -> Result<Exit, Failure> {
+    let deadline = Instant::now() + timeout(context, args);
     block_on(async {
-        let session = Session::open(addresses, timeout(context, args)).await?;
+        let session = Session::open(addresses, connect).await?;
         let result = async {
-            create(&session.client, args, session.remaining()).await?;
+            let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+            create(&session.client, args, left).await?;
             show(context, &session.client, args, None).await
         }
         .await;
@@ -380,7 +394,8 @@ fn bind_kept(cluster: &ClusterFile, dir: &LocalDir) -> Result<Vec<Listeners>, Fa
     let bind = |node: &NodeEntry, what, address| {
         bind(&format!("{} port of node {}", what, node.label), address).map_err(|failure| Failure {
             message: format!(
-                "{}. The local cluster in {} keeps its ports; to begin anew, `pontoon clean`",
+                "{}. The local cluster in {} keeps its ports; `pontoon clean` gives it others, and \
+                 removes its data",
                 failure.message,
                 dir.path().display()
             ),
@@ -457,6 +472,11 @@ mod tests {
         assert_eq!(check(wish("a", 3, 6, None)), Err(Exit::Negative));
         assert_eq!(check(wish("a", 1, 5, None)), Err(Exit::Negative));
         assert_eq!(check(wish("b", 5, 5, None)), Err(Exit::Usage));
+        // Another database of the name comes first: both numbers are shown.
+        assert_eq!(check(wish("a", 5, 5, None)), Err(Exit::Negative));
+        assert_eq!(check(wish("a", 3, 6, Some(4))), Err(Exit::Negative));
+        let failure = check_against(&cluster, &wish("b", 5, 5, None), &dir).unwrap_err();
+        assert!(!failure.message.contains("--nodes"), "nodes can't be added by it: {failure}");
         assert_eq!(check(wish("b", 3, 5, Some(4))), Err(Exit::Usage));
     }
 

@@ -14,6 +14,7 @@ use super::failure::{Exit, Failure};
 use super::output;
 use super::overview::Overview;
 use super::signals::Signals;
+use crate::client::options::ClientOptions;
 use crate::client::{Client, ClientError, NotApplied};
 use crate::ids::{METADATA_DATABASE, NodeId};
 use crate::node::handle::{NodePhase, NodeReport};
@@ -204,37 +205,40 @@ pub fn route(context: &Context, args: RouteArgs) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
-/// `health`: asks each endpoint, those given and those in the map.
+/// What one address says of itself.
+struct Endpoint {
+    address: String,
+    result: Result<NodePhase, String>,
+    took: Duration,
+}
+
+/// `health`: asks each endpoint, those given and those in the map. What can't be reached is told as
+/// such at once: nothing is tried again.
 pub fn health(context: &Context) -> Result<Exit, Failure> {
-    struct Endpoint {
-        address: String,
-        result: Result<NodePhase, String>,
-        took: Duration,
-    }
-    let endpoints = with_session(context, async |session| {
-        // A cluster that can't give its map can still have nodes that answer.
-        let known = match bounded(session, async { Ok(session.client.map().await?) }).await {
-            Ok(map) => map.nodes.values().map(|n| n.client_address.clone()).collect(),
-            Err(failure) => {
-                output::note(format!("the map of the cluster can't be had: {failure}"));
-                Vec::new()
+    let given = context.addresses()?;
+    let deadline = Instant::now() + context.timeout();
+    let endpoints = block_on(async {
+        // Not a session: that waits for a map, which nodes without a cluster don't have.
+        let client = Client::unconnected(ClientOptions {
+            timeout: context.timeout().min(REPORT_TIMEOUT),
+            ..ClientOptions::new(given.clone())
+        })?;
+        let mut endpoints = ask_each(&client, given.into_iter().collect(), deadline).await;
+        if endpoints.iter().any(|endpoint| endpoint.result.is_ok()) {
+            match client.map().await {
+                Ok(map) => {
+                    let known = map.nodes.values().map(|node| node.client_address.clone());
+                    let asked: BTreeSet<String> = endpoints.iter().map(|e| e.address.clone()).collect();
+                    let others = known.filter(|address| !asked.contains(address)).collect();
+                    endpoints.extend(ask_each(&client, others, deadline).await);
+                }
+                // Nodes that answer all the same are what was asked for.
+                Err(error) => output::note(format!("the map of the cluster can't be had: {error}")),
             }
-        };
-        let addresses: BTreeSet<String> = session.addresses.iter().cloned().chain(known).collect();
-        let timeout = REPORT_TIMEOUT.min(session.timeout());
-        Ok(join_all(addresses.into_iter().map(async |address| {
-            let began = Instant::now();
-            let report = session.client.node_report(&address, timeout).await;
-            Endpoint {
-                result: report.map(|r| r.phase).map_err(|error| match error {
-                    ClientError::NotApplied(NotApplied::Unavailable { last, .. }) => last,
-                    error => error.to_string(),
-                }),
-                took: began.elapsed(),
-                address,
-            }
-        }))
-        .await)
+        }
+        client.close().await;
+        endpoints.sort_by(|a, b| a.address.cmp(&b.address));
+        Ok(endpoints)
     })?;
     let healthy = |endpoint: &Endpoint| matches!(endpoint.result, Ok(NodePhase::Ready));
     if context.json() {
@@ -272,4 +276,24 @@ pub fn health(context: &Context) -> Result<Exit, Failure> {
     } else {
         Exit::Unavailable
     })
+}
+
+async fn ask_each(client: &Client, addresses: BTreeSet<String>, deadline: Instant) -> Vec<Endpoint> {
+    join_all(addresses.into_iter().map(async |address| {
+        let began = Instant::now();
+        let left = deadline.saturating_duration_since(began).max(Duration::from_millis(1));
+        let report = client.node_report(&address, REPORT_TIMEOUT.min(left)).await;
+        Endpoint {
+            result: report.map(|r| r.phase).map_err(|error| match error {
+                // Which address it is stands beside it.
+                ClientError::NotApplied(NotApplied::Unavailable { last, .. }) => {
+                    last.strip_prefix(&format!("{address}: ")).map_or(last.clone(), str::to_owned)
+                }
+                error => error.to_string(),
+            }),
+            took: began.elapsed(),
+            address,
+        }
+    }))
+    .await
 }

@@ -18,7 +18,7 @@ use super::encoding::{self, Record};
 use super::failure::{Exit, Failure};
 use super::output;
 use super::signals::Signals;
-use crate::client::{ClientError, Database, Operation, OperationResult, ScanOptions};
+use crate::client::{ClientError, Database, NotApplied, Operation, OperationResult, ScanOptions};
 use crate::limits::{
     BATCH_BYTES_MAX, IMPORT_BATCH_PAIRS, IMPORT_BATCHES_IN_FLIGHT, IMPORT_FAILURES_TOLD,
     IMPORT_LINE_BYTES_MAX,
@@ -48,6 +48,8 @@ struct Tally {
     failed: u64,
     told: Vec<String>,
     exit: Option<Exit>,
+    /// The database isn't there: no line can go in.
+    no_database: Option<Failure>,
 }
 
 /// `import DB [FILE]`
@@ -66,6 +68,9 @@ pub fn import(context: &Context, args: ImportArgs) -> Result<Exit, Failure> {
         Ok(run_import(&database, lines, &signals, &progress).await)
     })?;
     progress.finish_and_clear();
+    if let Some(failure) = tally.no_database.filter(|_| tally.imported == 0) {
+        return Err(failure);
+    }
     let cut_short = signals.is_stopped();
     if context.json() {
         output::json(&json!({
@@ -107,7 +112,7 @@ async fn run_import(
     let mut keys = HashSet::new();
     let stopped = signals.stopped();
     tokio::pin!(stopped);
-    loop {
+    while tally.no_database.is_none() {
         let full = on_the_way.len() >= IMPORT_BATCHES_IN_FLIGHT;
         tokio::select! {
             biased;
@@ -176,8 +181,13 @@ impl Tally {
             match result {
                 Ok(_) => self.imported += 1,
                 Err(error) => {
+                    let no_database =
+                        matches!(error, ClientError::NotApplied(NotApplied::UnknownDatabase(_)));
                     let failure = Failure::from(error);
                     self.fail(number, &failure.message, failure.exit);
+                    if no_database {
+                        self.no_database = Some(failure);
+                    }
                 }
             }
         }

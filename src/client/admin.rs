@@ -1,11 +1,12 @@
 //! Administration of a cluster: the map, reports of nodes, databases, leadership.
 
+use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::calls::{persist, told};
-use super::connection::Connection;
+use super::connection::{Connection, Obstacle, Obstacles};
 use super::driver::Driver;
 use super::refresh::Ask;
 use super::retry::{Failure, Kind};
@@ -13,11 +14,11 @@ use super::ticket::Deadline;
 use super::{Client, ClientError, NotApplied, closed, wire};
 use crate::codec::records::{read_database, read_delta};
 use crate::codec::refusal::read_refusal;
-use crate::ids::{NodeId, ShardId};
-use crate::limits::{ATTEMPT_MS_MAX, TIMEOUT_MAX_MS};
+use crate::ids::{ClusterId, NodeId, ShardId};
+use crate::limits::{ATTEMPT_MS_MAX, META_ATTEMPT_MS, TIMEOUT_MAX_MS};
 use crate::node::handle::NodeReport;
 use crate::placement::map::{ClusterMap, DatabaseRecord};
-use crate::refusal::Refusal;
+use crate::refusal::{Outcome, Refusal};
 use crate::schema::admin_capnp::{database_result, void_result};
 
 impl Client {
@@ -31,8 +32,9 @@ impl Client {
         .await
     }
 
-    /// Creates a database and waits until each of its shards has a leader. True: made now; false: it
-    /// existed with the same numbers. With other numbers: `NotApplied::Refused`.
+    /// Creates a database and waits until each of its shards has a leader. True: made now (or by an
+    /// attempt of this call whose answer was lost); false: it existed with the same numbers. With other
+    /// numbers: `NotApplied::Refused`.
     pub async fn create_database(
         &self,
         name: &str,
@@ -42,27 +44,32 @@ impl Client {
     ) -> Result<(DatabaseRecord, bool), ClientError> {
         let (name, deadline) = (name.to_owned(), bounded(timeout));
         self.run(lost(), move |driver| async move {
-            let name = &name;
+            // Set once an attempt may have made it: then it is this call's, though it exists already.
+            let (tried, turn) = (Cell::new(false), Cell::new(0));
+            let (name, tried, turn) = (&name, &tried, &turn);
             let made = persist(Kind::Repeatable, deadline, |left| {
                 let driver = driver.clone();
                 async move {
-                    let (address, connection) = driver.any_node().await?;
+                    let patience = patience(left);
+                    let (address, connection) = driver.any_node(turn).await?;
                     let mut call = connection.admin.create_database_request();
                     let mut request = call.get();
                     request.set_name(name.as_str());
                     request.set_replicas(replicas);
                     request.set_shards(shards);
-                    request.set_timeout_ms(told(left));
-                    let answer = call.send().promise.await;
-                    let answer = answer.map_err(|e| failure(&address, &e))?;
+                    request.set_timeout_ms(told(patience));
+                    let before = tried.replace(true);
+                    let answer = driver.heard(&address, &connection, patience, call.send().promise).await?;
                     let result = answer.get().and_then(|a| a.get_result());
                     let result = result.map_err(|e| lost_answer(&address, &e))?;
-                    let record = read_database_result(&address, result)?;
+                    let record = read_database_result(&address, result).inspect_err(|failure| {
+                        tried.set(before || failure.outcome() == Outcome::Unknown);
+                    })?;
                     // That node has the shards in its map by now: operations may follow at once.
                     if let Err(error) = driver.map_of(&connection).await {
                         tracing::debug!(address, error, "no fresh map after creating a database");
                     }
-                    Ok((record, result.get_created()))
+                    Ok((record, result.get_created() || before))
                 }
             });
             made.await
@@ -75,26 +82,26 @@ impl Client {
         let (name, deadline) = (name.to_owned(), bounded(timeout));
         self.run(lost(), move |driver| async move {
             // Set once an attempt may have removed it: then its absence is success.
-            let tried = std::cell::Cell::new(false);
-            let (name, tried) = (&name, &tried);
+            let (tried, turn) = (Cell::new(false), Cell::new(0));
+            let (name, tried, turn) = (&name, &tried, &turn);
             let dropped = persist(Kind::Repeatable, deadline, |left| {
                 let driver = driver.clone();
                 async move {
-                    let (address, connection) = driver.any_node().await?;
+                    let patience = patience(left);
+                    let (address, connection) = driver.any_node(turn).await?;
                     let mut call = connection.admin.drop_database_request();
                     let mut request = call.get();
                     request.set_name(name.as_str());
-                    request.set_timeout_ms(told(left));
+                    request.set_timeout_ms(told(patience));
                     let before = tried.replace(true);
-                    let answer = call.send().promise.await;
-                    let answer = answer.map_err(|e| failure(&address, &e))?;
+                    let answer = driver.heard(&address, &connection, patience, call.send().promise).await?;
                     let result = answer.get().and_then(|a| a.get_result());
                     let result = result.map_err(|e| lost_answer(&address, &e))?;
                     match read_database_result(&address, result) {
                         Ok(_) => (),
                         Err(Failure::Refused(Refusal::UnknownDatabase(_))) if before => (),
                         Err(other) => {
-                            let applied = other.outcome() == crate::refusal::Outcome::Unknown;
+                            let applied = other.outcome() == Outcome::Unknown;
                             tried.set(before || applied);
                             return Err(other);
                         }
@@ -123,7 +130,7 @@ impl Client {
                 let driver = driver.clone();
                 async move {
                     if driver.routing.borrow().range_version(shard).is_none() {
-                        driver.ask_map(Ask::All).await.map_err(Failure::NotSent)?;
+                        driver.ask_map(Ask::All).await?;
                         if driver.routing.borrow().range_version(shard).is_none() {
                             let text = format!("there is no shard {shard}");
                             return Err(Failure::Refused(Refusal::Refused(text)));
@@ -134,9 +141,10 @@ impl Client {
                     let mut request = call.get();
                     request.set_shard(shard.0);
                     request.set_node(node.0);
-                    request.set_timeout_ms(told(left));
+                    let patience = patience(left);
+                    request.set_timeout_ms(told(patience));
                     let answer =
-                        driver.attempt(shard, &connection, &target, left, call.send().promise).await?;
+                        driver.attempt(shard, &connection, &target, patience, call.send().promise).await?;
                     let result = answer.get().and_then(|a| a.get_result());
                     let result = result.map_err(|e| lost_answer(&target.address, &e))?;
                     let read = read_void_result(&target.address, result);
@@ -183,7 +191,7 @@ impl Client {
             persist(Kind::Read, deadline, |_| {
                 let driver = driver.clone();
                 async move {
-                    driver.ask_map(Ask::One).await.map_err(Failure::NotSent)?;
+                    driver.ask_map(Ask::One).await?;
                     Ok(driver.routing.borrow().map().clone())
                 }
             })
@@ -225,18 +233,58 @@ impl Driver {
             .unwrap_or_else(|_| Err(format!("{address}: no answer within {:?}", deadline.within)))
     }
 
-    /// A connection to any node of the cluster.
-    async fn any_node(self: &Rc<Driver>) -> Result<(String, Rc<Connection>), Failure> {
+    /// A connection to any node of the cluster, the metadata shard's first, and beginning with another
+    /// one each `turn`.
+    async fn any_node(self: &Rc<Driver>, turn: &Cell<usize>) -> Result<(String, Rc<Connection>), Failure> {
         let limit = Duration::from_millis(ATTEMPT_MS_MAX);
-        let mut last = String::from("no address of any node is known");
-        for address in self.addresses() {
+        let mut obstacles = Obstacles::default();
+        let mut addresses = self.addresses();
+        let begin = turn.replace(turn.get() + 1) % addresses.len().max(1);
+        addresses.rotate_left(begin);
+        for address in addresses {
             match tokio::time::timeout(limit, self.pool.get(&address, true)).await {
+                Ok(Ok(connection)) if self.foreign(&connection) => {
+                    self.pool.discard(&connection);
+                    let why = format!("{address} belongs to another cluster, {}", connection.cluster_id);
+                    obstacles.add(&Obstacle::from(why));
+                }
                 Ok(Ok(connection)) => return Ok((address, connection)),
-                Ok(Err(why)) => last = why.to_string(),
-                Err(_) => last = format!("{address}: no welcome within {limit:?}"),
+                Ok(Err(obstacle)) => obstacles.add(&obstacle),
+                Err(_) => obstacles.add(&Obstacle::from(format!("{address}: no welcome within {limit:?}"))),
             }
         }
-        Err(Failure::NotSent(last))
+        Err(obstacles.failure())
+    }
+
+    /// Whether a node is of another cluster than the map that this client knows: its address has changed
+    /// hands, and a change meant for one cluster must not be made in the other.
+    fn foreign(&self, connection: &Connection) -> bool {
+        let ours = self.routing.borrow().map().cluster_id;
+        ours != ClusterId::default() && connection.cluster_id != ours
+    }
+
+    /// Waits for the answer of the node behind `connection`, for `patience`. If nothing at all was heard
+    /// of it meanwhile, the next call makes a new connection.
+    async fn heard<T>(
+        &self,
+        address: &str,
+        connection: &Rc<Connection>,
+        patience: Duration,
+        promise: impl Future<Output = Result<T, capnp::Error>>,
+    ) -> Result<T, Failure> {
+        let began = Instant::now();
+        let Ok(answer) = tokio::time::timeout(patience, promise).await else {
+            if connection.heard.get() <= began {
+                self.pool.discard(connection);
+            }
+            return Err(Failure::Lost(format!(
+                "{address} did not answer within {} ms",
+                patience.as_millis()
+            )));
+        };
+        let answer = answer.map_err(|e| failure(address, &e))?;
+        connection.heard.set(Instant::now());
+        Ok(answer)
     }
 
     /// Takes over the map of the node behind `connection`.
@@ -287,6 +335,12 @@ fn failure(address: &str, error: &capnp::Error) -> Failure {
         capnp::ErrorKind::Unimplemented => Failure::NotSent(text),
         _ => Failure::Lost(text),
     }
+}
+
+/// The time a node is given for one attempt: as much as there may be to wait for (new shards elect their
+/// leaders), but so that one that hangs, or is cut off from the others, leaves time for another.
+fn patience(left: Duration) -> Duration {
+    (left / 2).max(Duration::from_millis(META_ATTEMPT_MS)).min(left)
 }
 
 fn bounded(timeout: Duration) -> Deadline {

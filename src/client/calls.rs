@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 use capnp::capability::{Promise, Response};
 
 use super::connection::Connection;
-use super::driver::Driver;
+use super::driver::{Driver, moment};
 use super::retry::{self, Attempts, Decision, Failure, Kind};
 use super::routing::Target;
+use super::session::{Moment, Session};
 use super::ticket::{Deadline, Ticket};
 use super::{ClientError, wire};
 use crate::codec::records::read_delta;
@@ -55,6 +56,8 @@ impl Driver {
             }
         };
         batch.retain(Ticket::open);
+        let sent = moment();
+        self.drop_outlived(&mut batch, sent);
         if batch.is_empty() {
             return;
         }
@@ -69,7 +72,7 @@ impl Driver {
                 connection.heard.set(Instant::now());
                 let response = response.get().and_then(|r| r.get_response());
                 match response {
-                    Ok(response) => return self.answered(shard, &target, batch, response),
+                    Ok(response) => return self.answered(shard, &target, batch, sent, response),
                     Err(error) => Failure::Lost(unreadable(&target, &error)),
                 }
             }
@@ -79,6 +82,17 @@ impl Driver {
         };
         self.unreachable(shard, &target);
         self.fail_all(batch, &outcome);
+    }
+
+    /// Takes out the commands whose session the shard may have forgotten, and treats them as if it had
+    /// said so. Deadlines are much shorter than that; but their clock may stand still while the machine
+    /// sleeps, and a session that this call would begin anew knows of no earlier attempt.
+    fn drop_outlived(self: &Rc<Driver>, batch: &mut Vec<Ticket>, now: Moment) {
+        let outlived = |ticket: &mut Ticket| ticket.tag.as_ref().is_some_and(|tag| !tag.holds(now));
+        let outlived: Vec<Ticket> = batch.extract_if(.., outlived).collect();
+        if !outlived.is_empty() {
+            self.fail_all(outlived, &Failure::Refused(Refusal::SessionExpired));
+        }
     }
 
     fn send_batch(
@@ -95,21 +109,27 @@ impl Driver {
         request.set_range_version(batch.first().map_or(0, |t| t.range_version));
         request.set_timeout_ms(told(patience));
         request.set_forwarded(self.setup.forwarded);
+        if let Some(session) = session_of(batch) {
+            wire::write_session(&session.header(), request.reborrow());
+        }
         let count = u32::try_from(batch.len()).unwrap_or(u32::MAX);
         let mut operations = request.init_operations(count);
         for (at, ticket) in (0..count).zip(batch) {
-            wire::write_operation(&ticket.operation, operations.reborrow().get(at));
+            let mut operation = operations.reborrow().get(at);
+            operation.set_sequence(ticket.tag.as_ref().map_or(0, |tag| tag.sequence()));
+            wire::write_operation(&ticket.operation, operation);
             ticket.sent = true;
         }
         call.send().promise
     }
 
-    /// Takes in the answer to a batch.
+    /// Takes in the answer to a batch that left at `sent`.
     fn answered(
         self: &Rc<Driver>,
         shard: ShardId,
         target: &Target,
         mut batch: Vec<Ticket>,
+        sent: Moment,
         response: batch_response::Reader<'_>,
     ) {
         if response.has_route() {
@@ -142,6 +162,10 @@ impl Driver {
             match wire::read_result(&ticket.operation, result) {
                 Ok(Ok(result)) => {
                     succeeded = true;
+                    // It went through the session's table.
+                    if let Some(tag) = &ticket.tag {
+                        tag.session().proved(sent);
+                    }
                     ticket.answer(Ok(result));
                 }
                 Ok(Err(refused)) => {
@@ -356,7 +380,7 @@ where
         let left = deadline.left(Instant::now());
         match retry::decide(kind, &mut attempts, failure, left, deadline.within, rand::random()) {
             Decision::Fail(error) => return Err(error),
-            Decision::Retry(after) => tokio::time::sleep(after).await,
+            Decision::Retry(after) | Decision::Renew(after) => tokio::time::sleep(after).await,
         }
     }
 }
@@ -384,6 +408,12 @@ async fn within<T>(
             return None;
         }
     }
+}
+
+/// The session that the commands of a batch share, if it has any.
+fn session_of(batch: &[Ticket]) -> Option<&Session> {
+    let tag = batch.iter().find_map(|ticket| ticket.tag.as_ref())?;
+    Some(tag.session())
 }
 
 /// What a failed call means.

@@ -6,6 +6,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::fmt;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -15,16 +16,64 @@ use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 use tokio::task::{AbortHandle, spawn_local};
 
+use super::retry::Failure;
 use crate::ids::{ClusterId, NodeId, RandomId};
 use crate::limits::{DIAL_BACKOFF_MS_MAX, DIAL_MS_MAX, RETRY_MS_MIN};
+use crate::refusal::Refusal;
 use crate::schema::{admin_capnp::admin, kv_capnp::gate, kv_capnp::kv};
+use crate::transport::foreign::is_abort_for_client;
 use crate::transport::rpc_stream::{reader_options, rpc_streams};
-use crate::version::{PROTOCOL_MAX, PROTOCOL_MIN};
+use crate::version::{PROTOCOL_MAX, PROTOCOL_SESSIONS};
 
-/// Why there is no connection. For a person.
-pub type DialError = Rc<str>;
+/// Why a node is of no use for now.
+#[derive(Clone, Debug)]
+pub struct Obstacle {
+    text: Rc<str>,
+    /// The address is that of a node's peer port.
+    peer_port: bool,
+}
 
-type Dialled = Result<Rc<Connection>, DialError>;
+impl From<String> for Obstacle {
+    fn from(text: String) -> Obstacle {
+        Obstacle { text: text.into(), peer_port: false }
+    }
+}
+
+/// For a person.
+impl fmt::Display for Obstacle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+/// What stood in the way at each of the nodes asked.
+#[derive(Default)]
+pub struct Obstacles {
+    peer_ports: Vec<String>,
+    last: Option<String>,
+}
+
+impl Obstacles {
+    /// One more.
+    pub fn add(&mut self, obstacle: &Obstacle) {
+        let text = obstacle.to_string();
+        if obstacle.peer_port { self.peer_ports.push(text) } else { self.last = Some(text) }
+    }
+
+    /// What it means for whoever asked. A node that is down may come back; but if every address is that
+    /// of a peer port, waiting helps nobody.
+    pub fn failure(self) -> Failure {
+        let wrong = self.peer_ports.join("; ");
+        match self.last {
+            Some(last) if wrong.is_empty() => Failure::NotSent(last),
+            Some(last) => Failure::NotSent(format!("{last}; {wrong}")),
+            None if wrong.is_empty() => Failure::NotSent("no address of any node is known".into()),
+            None => Failure::Refused(Refusal::Invalid(wrong)),
+        }
+    }
+}
+
+type Dialled = Result<Rc<Connection>, Obstacle>;
 
 /// A connection that a node has welcomed.
 pub struct Connection {
@@ -52,7 +101,7 @@ impl Connection {
 enum Slot {
     Dialling(Vec<oneshot::Sender<Dialled>>),
     Ready(Rc<Connection>),
-    Failed { why: DialError, delay: Duration, again: Instant },
+    Failed { why: Obstacle, delay: Duration, again: Instant },
 }
 
 /// All connections of a client, by address.
@@ -89,7 +138,7 @@ impl Pool {
                 }
             }
         }
-        let given_up = |_| Err(format!("{address}: dialling was given up").into());
+        let given_up = |_| Err(Obstacle::from(format!("{address}: dialling was given up")));
         dialled.await.unwrap_or_else(given_up)
     }
 
@@ -97,7 +146,9 @@ impl Pool {
         let limit = Duration::from_millis(DIAL_MS_MAX);
         let dialled: Dialled = match tokio::time::timeout(limit, dial(&address)).await {
             Ok(Ok(connection)) => Ok(Rc::new(connection)),
-            Ok(Err(why)) => Err(format!("{address}: {why}").into()),
+            Ok(Err(why)) => {
+                Err(Obstacle { text: format!("{address}: {why}").into(), peer_port: why.peer_port })
+            }
             Err(_) => Err(format!("{address}: no welcome within {limit:?}").into()),
         };
         let slot = match &dialled {
@@ -125,7 +176,7 @@ impl Pool {
     }
 }
 
-async fn dial(address: &str) -> Result<Connection, String> {
+async fn dial(address: &str) -> Result<Connection, Obstacle> {
     let stream = TcpStream::connect(address).await;
     let stream = stream.map_err(|e| e.to_string())?;
     let (reader, writer, flusher) = rpc_streams(stream).map_err(|e| e.to_string())?;
@@ -153,17 +204,18 @@ async fn dial(address: &str) -> Result<Connection, String> {
     let mut hello = request.get().init_hello();
     hello.set_software(concat!("pontoon-rust ", env!("CARGO_PKG_VERSION")));
     let mut range = hello.init_protocol();
-    range.set_min(PROTOCOL_MIN);
+    // A node without sessions would apply a repeated command again.
+    range.set_min(PROTOCOL_SESSIONS);
     range.set_max(PROTOCOL_MAX);
-    let text = |e: capnp::Error| e.to_string();
+    let text = |e: capnp::Error| Obstacle { text: e.to_string().into(), peer_port: is_abort_for_client(&e) };
     let response = request.send().promise.await.map_err(text)?;
     let response = response.get().map_err(text)?;
     let welcome = response.get_welcome().map_err(text)?;
     let protocol = welcome.get_protocol();
-    if !(PROTOCOL_MIN..=PROTOCOL_MAX).contains(&protocol) {
-        return Err(format!(
-            "the node speaks protocol {protocol}, this client {PROTOCOL_MIN} to {PROTOCOL_MAX}"
-        ));
+    if !(PROTOCOL_SESSIONS..=PROTOCOL_MAX).contains(&protocol) {
+        return Err(Obstacle::from(format!(
+            "the node speaks protocol {protocol}, this client {PROTOCOL_SESSIONS} to {PROTOCOL_MAX}"
+        )));
     }
     let cluster_id = RandomId::from_slice(welcome.get_cluster_id().map_err(text)?);
     Ok(Connection {

@@ -26,10 +26,12 @@ use super::lanes::{Lanes, Next};
 use super::refresh::Refresh;
 use super::retry::{self, Decision, Failure};
 use super::routing::Routing;
+use super::session::Moment;
 use super::ticket::{Deadline, End, Load, Parts, Reply, Ticket};
-use crate::ids::ShardId;
+use crate::ids::{SessionId, ShardId};
 use crate::limits::CLOSE_MS_MAX;
 use crate::placement::map::ClusterMap;
+use crate::refusal::Refusal;
 
 /// How often queues are searched for operations whose time is over, while there are any.
 const SWEEP: Duration = Duration::from_millis(5);
@@ -72,9 +74,22 @@ pub(super) struct Setup {
     pub seeds: Vec<String>,
     /// The map of the node that the client lives in, if it does.
     pub source: Option<MapSource>,
-    /// Calls are made for plain calls of another client: marked so, and no write is sent twice if
-    /// the first may have been applied.
+    /// Calls are made for plain calls of another client: marked so, without a session, and no write is
+    /// sent twice if the first may have been applied.
     pub forwarded: bool,
+}
+
+/// The time by which sessions live: unlike that of deadlines it goes on while the machine sleeps, as
+/// it does for the cluster.
+pub(super) fn moment() -> Moment {
+    use rustix::time::{ClockId, clock_gettime};
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    const CLOCK: ClockId = ClockId::Boottime;
+    // Where there is no other clock, this one is that.
+    #[cfg(not(any(target_os = "linux", target_os = "android")))]
+    const CLOCK: ClockId = ClockId::Monotonic;
+    // It counts from a moment in the past, so it is never negative.
+    Moment::try_from(clock_gettime(CLOCK)).unwrap_or_default()
 }
 
 /// One client's state; see the module page.
@@ -202,13 +217,14 @@ impl Driver {
 
     /// Sends the calls that the operations accepted so far make.
     pub fn flush(self: &Rc<Driver>) {
+        let now = moment();
         loop {
             let Some(shard) = self.touched.borrow_mut().pop() else {
                 return;
             };
             loop {
                 let version = self.routing.borrow().range_version(shard);
-                let next = self.lanes.borrow_mut().next(shard, version);
+                let next = self.lanes.borrow_mut().next(shard, version, now, &mut SessionId::random);
                 let Next::Call { batch, stale } = next else {
                     // What had to wait may have to be answered before its turn comes.
                     self.queued.notify_one();
@@ -241,6 +257,9 @@ impl Driver {
             let deadline = ticket.deadline;
             let left = deadline.left(now);
             let text = failure.text();
+            if let (Some(tag), Failure::Refused(Refusal::SessionExpired)) = (&ticket.tag, &failure) {
+                tag.session().lost();
+            }
             match retry::decide(
                 ticket.kind,
                 &mut ticket.attempts,
@@ -250,7 +269,10 @@ impl Driver {
                 rand::random(),
             ) {
                 Decision::Fail(error) => ticket.answer(Err(error)),
-                Decision::Retry(delay) => {
+                decision @ (Decision::Retry(delay) | Decision::Renew(delay)) => {
+                    if matches!(decision, Decision::Renew(_)) {
+                        ticket.tag = None;
+                    }
                     after = after.min(delay);
                     ticket.last = Some(text);
                     again.push(ticket);
@@ -301,6 +323,8 @@ async fn sweep(driver: Weak<Driver>, queued: Rc<Notify>) {
             };
             let now = Instant::now();
             let waiting = driver.lanes.borrow_mut().expire(now) | driver.refresh.expire(now);
+            // What they wait for may have ended without a call: given up between two attempts.
+            driver.touched.borrow_mut().extend(driver.lanes.borrow().held());
             driver.flush();
             if !waiting {
                 break;

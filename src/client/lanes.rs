@@ -3,12 +3,19 @@
 //! An operation leaves at once while fewer than [`CALLS_PER_SHARD_MAX`] calls to its shard are under
 //! way; otherwise it waits, and all that wait leave together in the next call. So a lone operation
 //! never waits, and the busier a shard, the larger its calls.
+//!
+//! Each lane has a session, whose tags its commands get when they leave for the first time. A call
+//! has one session: a command of another one waits for the next, and so does what stands behind it. What
+//! leaves again goes first, since others may have to wait until it has ended.
 
 use std::collections::{HashMap, VecDeque};
+use std::rc::Rc;
 use std::time::Instant;
 
+use super::retry::Kind;
+use super::session::{Current, Moment, Session};
 use super::ticket::Ticket;
-use crate::ids::ShardId;
+use crate::ids::{SessionId, ShardId};
 use crate::limits::{BATCH_BYTES_MAX, BATCH_OPERATIONS_MAX, CALLS_PER_SHARD_MAX};
 
 #[derive(Default)]
@@ -17,6 +24,7 @@ struct Lane {
     calls: usize,
     /// No deadline in the queue is before this; `None` for an empty queue.
     earliest: Option<Instant>,
+    session: Current,
 }
 
 /// All queues.
@@ -27,7 +35,8 @@ pub struct Lanes {
 
 /// What to do next for a shard.
 pub enum Next {
-    /// Nothing: no operation waits, or enough calls are under way.
+    /// Nothing: no operation waits, or enough calls are under way, or what waits does so for a command
+    /// of its session to end.
     Wait,
     /// Send these; [`Lanes::finished`] tells when the call is over. `stale` were queued under another
     /// range version and must be routed anew: their keys may belong to another shard now.
@@ -45,12 +54,22 @@ impl Lanes {
         let lane = self.lanes.entry(shard).or_default();
         let at = ticket.deadline.at;
         lane.earliest = Some(lane.earliest.map_or(at, |earliest| earliest.min(at)));
-        lane.queue.push_back(ticket);
+        match ticket.tag {
+            Some(_) => lane.queue.push_front(ticket),
+            None => lane.queue.push_back(ticket),
+        }
     }
 
     /// Takes the next call to `shard`, whose range version is now `range_version` (`None`: the map
-    /// has no such shard any more). Counts it as under way, unless its batch is empty.
-    pub fn next(&mut self, shard: ShardId, range_version: Option<u64>) -> Next {
+    /// has no such shard any more). Counts it as under way, unless its batch is empty. Commands get
+    /// their tags, by the time `now`; `draw` gives the id of a new session.
+    pub fn next(
+        &mut self,
+        shard: ShardId,
+        range_version: Option<u64>,
+        now: Moment,
+        draw: &mut dyn FnMut() -> SessionId,
+    ) -> Next {
         let Some(lane) = self.lanes.get_mut(&shard) else {
             return Next::Wait;
         };
@@ -58,31 +77,55 @@ impl Lanes {
             return Next::Wait;
         }
         let (mut batch, mut stale, mut bytes) = (Vec::new(), Vec::new(), 0);
-        while let Some(ticket) = lane.queue.front() {
-            let size = ticket.operation.size();
-            let full = batch.len() == BATCH_OPERATIONS_MAX || bytes + size > BATCH_BYTES_MAX;
-            if full && !batch.is_empty() {
-                break;
+        let mut session: Option<Rc<Session>> = None;
+        while let Some(ticket) = lane.queue.front_mut() {
+            let fresh = Some(ticket.range_version) == range_version;
+            if fresh && ticket.open() {
+                let size = ticket.operation.size();
+                let full = batch.len() == BATCH_OPERATIONS_MAX || bytes + size > BATCH_BYTES_MAX;
+                if full && !batch.is_empty() {
+                    break;
+                }
+                if ticket.kind == Kind::ExactlyOnce {
+                    if ticket.tag.is_none() {
+                        let within = ticket.deadline.within;
+                        ticket.tag = lane.session.tag(within, session.as_ref(), now, draw);
+                    }
+                    let own = ticket.tag.as_ref().map(|tag| tag.session());
+                    match (&session, own) {
+                        (None, Some(own)) => session = Some(own.clone()),
+                        (Some(session), Some(own)) if Rc::ptr_eq(session, own) => (),
+                        _ => break,
+                    }
+                }
+                bytes += size;
             }
             let Some(ticket) = lane.queue.pop_front() else {
                 break;
             };
             if !ticket.open() {
                 // Its caller is gone, or it has expired: not sent.
-            } else if Some(ticket.range_version) != range_version {
+            } else if !fresh {
                 stale.push(ticket);
             } else {
-                bytes += size;
                 batch.push(ticket);
             }
         }
         if lane.queue.is_empty() {
             lane.earliest = None;
+        } else if batch.is_empty() && stale.is_empty() {
+            return Next::Wait;
         }
         if !batch.is_empty() {
             lane.calls += 1;
         }
         Next::Call { batch, stale }
+    }
+
+    /// Shards for which something waits though another call might be made.
+    pub fn held(&self) -> impl Iterator<Item = ShardId> {
+        let held = |lane: &Lane| lane.calls < CALLS_PER_SHARD_MAX && !lane.queue.is_empty();
+        self.lanes.iter().filter(move |(_, lane)| held(lane)).map(|(shard, _)| *shard)
     }
 
     /// A call to `shard` is over.
@@ -120,6 +163,7 @@ mod tests {
     use super::*;
     use crate::client::ticket::{Deadline, Load, Reply};
     use crate::client::{End, Operation};
+    use crate::machine::session::RESULTS_MAX;
     use bytes::Bytes;
     use std::rc::Rc;
     use std::time::Duration;
@@ -138,8 +182,12 @@ mod tests {
         (ticket, end)
     }
 
+    fn next(lanes: &mut Lanes) -> Next {
+        lanes.next(SHARD, Some(1), Duration::ZERO, &mut SessionId::random)
+    }
+
     fn sizes(lanes: &mut Lanes) -> Option<(usize, usize)> {
-        match lanes.next(SHARD, Some(1)) {
+        match next(lanes) {
             Next::Wait => None,
             Next::Call { batch, stale } => Some((batch.len(), stale.len())),
         }
@@ -197,6 +245,77 @@ mod tests {
         let (good, _end2) = ticket(1, 1000);
         lanes.push(SHARD, good);
         assert_eq!(sizes(&mut lanes), Some((1, 1)));
+    }
+
+    #[test]
+    fn a_command_gets_a_tag_when_it_leaves_and_keeps_it() {
+        let mut lanes = Lanes::default();
+        let (put, _end) = ticket(1, 1000);
+        let load = Rc::<Load>::default();
+        let (reply, _read_end) = oneshot::channel();
+        let (get, reply) = (Operation::Get(Bytes::from_static(b"k")), Reply::One(reply, None));
+        let mut get = Ticket::new(get, "db".into(), put.deadline, false, reply, &load);
+        get.range_version = 1;
+        lanes.push(SHARD, get);
+        lanes.push(SHARD, put);
+        let Next::Call { mut batch, .. } = next(&mut lanes) else { panic!("nothing to send") };
+        assert!(batch[0].tag.is_none(), "a read needs none");
+        let tag = batch[1].tag.as_ref().unwrap();
+        let (session, sequence) = (tag.session().clone(), tag.sequence());
+        // Meanwhile the lane has taken another session; the second attempt is of the first all the same,
+        // and those of the new one don't share its call.
+        session.lost();
+        let (newer, _newer_end) = ticket(1, 1000);
+        let (last, _last_end) = ticket(1, 1000);
+        lanes.push(SHARD, batch.remove(0));
+        lanes.push(SHARD, newer);
+        lanes.push(SHARD, batch.remove(0));
+        lanes.push(SHARD, last);
+        let mut sent = Vec::new();
+        for _ in 0..2 {
+            let Next::Call { batch, .. } = next(&mut lanes) else { panic!("nothing to send") };
+            sent.push(batch);
+        }
+        assert_eq!(sent.iter().map(Vec::len).collect::<Vec<_>>(), [2, 2]);
+        let tag = sent[0][0].tag.as_ref().unwrap();
+        assert!(Rc::ptr_eq(tag.session(), &session), "what leaves again goes first");
+        assert_eq!(tag.sequence(), sequence);
+        assert!(sent[0][1].tag.is_none(), "a read goes along with any");
+        let newer = |at: usize| sent[1][at].tag.as_ref().unwrap();
+        assert!(Rc::ptr_eq(newer(0).session(), newer(1).session()));
+        assert_eq!((newer(0).sequence(), newer(1).sequence()), (1, 2));
+    }
+
+    /// A session's window of results is as wide as the shard allows; who comes then waits, and goes as
+    /// soon as the command at its start has ended.
+    #[test]
+    fn a_command_that_is_held_up_holds_up_only_so_many() {
+        let mut lanes = Lanes::default();
+        let mut kept = Vec::new();
+        let mut call = |lanes: &mut Lanes| {
+            for _ in 0..BATCH_OPERATIONS_MAX {
+                let (ticket, end) = ticket(1, 1000);
+                kept.push(end);
+                lanes.push(SHARD, ticket);
+            }
+            let sent = next(lanes);
+            lanes.finished(SHARD);
+            sent
+        };
+        let Next::Call { batch: mut stuck, .. } = call(&mut lanes) else { panic!("nothing to send") };
+        stuck.truncate(1);
+        for _ in 1..RESULTS_MAX / BATCH_OPERATIONS_MAX {
+            assert!(matches!(call(&mut lanes), Next::Call { .. }));
+        }
+        assert_eq!(lanes.held().count(), 0);
+        assert!(matches!(call(&mut lanes), Next::Wait));
+        assert_eq!(lanes.held().collect::<Vec<_>>(), [SHARD]);
+        // Sent again it isn't behind those that wait for it.
+        lanes.push(SHARD, stuck.remove(0));
+        let Next::Call { batch, .. } = next(&mut lanes) else { panic!("nothing to send") };
+        assert_eq!(batch.len(), 1);
+        drop(batch);
+        assert_eq!(sizes(&mut lanes), Some((BATCH_OPERATIONS_MAX, 0)));
     }
 
     #[test]

@@ -6,14 +6,16 @@
 //! retried until the deadline where that is safe.
 //!
 //! - [`routing`]: the cached map and who leads; [`retry`]: what a failure means; `lanes`: which
-//!   operations share a call. These are sans-I/O.
+//!   operations share a call; `session`: what makes a repeated command take effect once. These are
+//!   sans-I/O.
 //! - `driver`: the tokio shell around them; `calls`, `refresh`, `connection`: what it sends and where;
 //!   `ticket`: an operation and its caller; `wire`: the protocol.
 //! - `local`: the same for use inside a node, on a thread that is there already.
 //!
 //! What it promises: every operation ends at its deadline at the latest, with a result or an error that
-//! says what the caller may conclude. A put or delete whose outcome is unknown is sent again, so it may
-//! be applied more than once; a cas is not.
+//! says what the caller may conclude. A put, delete or cas takes effect at most once, however often it has
+//! to be sent: each carries a tag, by which the shard knows it again. One that succeeds took effect
+//! exactly once.
 
 mod admin;
 mod calls;
@@ -26,6 +28,7 @@ mod refresh;
 pub mod retry;
 pub mod routing;
 mod scan;
+mod session;
 mod ticket;
 pub(crate) mod wire;
 
@@ -53,12 +56,37 @@ pub enum ClientError {
     /// Certainly not applied, now or later.
     #[error("not applied: {0}")]
     NotApplied(NotApplied),
-    /// It may have been applied. For a compare-and-set, read the key to find out.
+    /// It may have been applied; if so, once.
     #[error("outcome unknown: {0}")]
-    Unknown(String),
+    Unknown(Unknown),
     /// The operation breaks a rule; it was not sent or not accepted, and no retry helps.
     #[error("{0}")]
     Invalid(String),
+}
+
+/// Why nobody can tell whether an operation was applied.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Unknown {
+    /// There was an attempt without an answer, and none after it that told until the deadline. What
+    /// happened last.
+    #[error("{0}")]
+    NoAnswer(String),
+    /// The shard has forgotten the session under which an earlier attempt was made. Rare: the operation
+    /// was held up for longer than its deadline, by a machine that slept for instance.
+    #[error("{}", Refusal::SessionExpired)]
+    SessionExpired,
+}
+
+impl From<String> for Unknown {
+    fn from(text: String) -> Unknown {
+        Unknown::NoAnswer(text)
+    }
+}
+
+impl From<&str> for Unknown {
+    fn from(text: &str) -> Unknown {
+        text.to_owned().into()
+    }
 }
 
 /// Why an operation was certainly not applied.
@@ -280,7 +308,7 @@ impl Database {
         }
     }
 
-    /// Sets a key's value; the new version. An unknown outcome is retried: at least once.
+    /// Sets a key's value; the new version.
     pub async fn put(&self, key: impl Into<Bytes>, value: impl Into<Bytes>) -> Result<u64, ClientError> {
         match self.one(Operation::Put(key.into(), value.into())).await? {
             OperationResult::Written(version) => Ok(version),
@@ -288,8 +316,7 @@ impl Database {
         }
     }
 
-    /// Removes a key; the version of the deletion, or `None` if there was no such key. An unknown
-    /// outcome is retried: at least once.
+    /// Removes a key; the version of the deletion, or `None` if there was no such key.
     pub async fn delete(&self, key: impl Into<Bytes>) -> Result<Option<u64>, ClientError> {
         match self.one(Operation::Delete(key.into())).await? {
             OperationResult::Deleted(version) => Ok(version),
@@ -297,7 +324,7 @@ impl Database {
         }
     }
 
-    /// Sets a key's value if the condition holds. An unknown outcome is [`ClientError::Unknown`].
+    /// Sets a key's value if the condition holds.
     pub async fn cas(
         &self,
         key: impl Into<Bytes>,
@@ -375,7 +402,7 @@ impl Database {
 
 /// An answer to another kind of operation. `wire` lets none through.
 fn mismatched(result: &OperationResult) -> ClientError {
-    ClientError::Unknown(format!("the answer is of another kind: {result:?}"))
+    ClientError::Unknown(format!("the answer is of another kind: {result:?}").into())
 }
 
 /// Whether an operation keeps the rules; what it holds is not sent otherwise.

@@ -9,6 +9,7 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use tokio::task::spawn_local;
 
+use super::connection::{Obstacle, Obstacles};
 use super::driver::Driver;
 use super::retry::Failure;
 use super::ticket::Ticket;
@@ -102,7 +103,7 @@ impl Driver {
                 continue;
             }
             let failure = match &asked {
-                Err(why) => Failure::NotSent(why.clone()),
+                Err(failure) => failure.clone(),
                 Ok(()) if known => Failure::NotSent("no shard of the map owns the key's position".into()),
                 Ok(()) => {
                     let name = ticket.database.to_string();
@@ -133,10 +134,10 @@ impl Driver {
     }
 
     /// Asks nodes for the map: the ones known, the metadata shard's first, then the seeds, a few at a
-    /// time. The error tells what the last one said.
-    pub async fn ask_map(self: &Rc<Driver>, need: Ask) -> Result<(), String> {
+    /// time. The error tells what they said.
+    pub async fn ask_map(self: &Rc<Driver>, need: Ask) -> Result<(), Failure> {
         self.adopt();
-        let mut last = String::from("no address of any node is known");
+        let mut obstacles = Obstacles::default();
         for group in self.addresses().chunks(MAP_ASKED_MAX) {
             let mut asked: FuturesUnordered<_> = group.iter().map(|address| self.ask_node(address)).collect();
             let mut answered = false;
@@ -154,14 +155,14 @@ impl Driver {
                         }
                         answered = true;
                     }
-                    Err(why) => last = why,
+                    Err(obstacle) => obstacles.add(&obstacle),
                 }
             }
             if answered {
                 return Ok(());
             }
         }
-        Err(last)
+        Err(obstacles.failure())
     }
 
     /// Addresses to ask: those of the metadata shard's nodes, then the rest, beginning anywhere.
@@ -188,9 +189,8 @@ impl Driver {
     }
 
     /// Asks one node for the map and takes over what it tells.
-    async fn ask_node(self: &Rc<Driver>, address: &str) -> Result<(), String> {
-        let connection = self.pool.get(address, true).await;
-        let connection = connection.map_err(|why| why.to_string())?;
+    async fn ask_node(self: &Rc<Driver>, address: &str) -> Result<(), Obstacle> {
+        let connection = self.pool.get(address, true).await?;
         let since = self.routing.borrow().map().version;
         let mut request = connection.kv.map_request();
         request.get().set_since(since);
@@ -200,10 +200,10 @@ impl Driver {
             if connection.heard.get() <= began {
                 self.pool.discard(&connection);
             }
-            return Err(format!("{address}: no cluster map within {limit:?}"));
+            return Err(format!("{address}: no cluster map within {limit:?}").into());
         };
         connection.heard.set(Instant::now());
-        let told = |error: &dyn std::fmt::Display| format!("{address}: {error}");
+        let told = |error: &dyn std::fmt::Display| Obstacle::from(format!("{address}: {error}"));
         let answer = answer.map_err(|e| told(&e))?;
         let delta = answer.get().and_then(|a| a.get_delta());
         let delta = delta.map_err(|e| told(&e))?;
@@ -211,7 +211,7 @@ impl Driver {
         if delta.version == 0 {
             return Err(told(&"the node isn't a member of a cluster yet"));
         }
-        self.learn(delta, address)
+        Ok(self.learn(delta, address)?)
     }
 
     /// Takes over what the node at `address` tells of the map.

@@ -1,19 +1,26 @@
 //! What a failed attempt means for an operation: try again, and when, or give up, and with which
 //! error. Sans-I/O: the time left and a random number come from outside.
 //!
-//! | the attempt | read | put, delete | cas, and writes tried once |
-//! |---|---|---|---|
-//! | certainly not applied, may work later | again | again | again |
-//! | outcome unknown | again | again: at least once | fails as unknown |
-//! | certainly not applied, never will | fails | fails | fails |
-//! | no time left | not applied | unknown if any attempt was | not applied |
+//! | the attempt | read | command with a tag | repeatable change | tried once |
+//! |---|---|---|---|---|
+//! | certainly not applied, may work later | again | again | again | again |
+//! | outcome unknown | again | again, under the same tag | again: at least once | fails as unknown |
+//! | the shard doesn't have its session | – | again under a new one, unless an earlier attempt's outcome is unknown: then it fails so | – | – |
+//! | forgotten by its session | – | again under a new tag: it had no effect | – | – |
+//! | certainly not applied, never will | fails | fails | fails | fails |
+//! | no time left | not applied | unknown if any attempt was | unknown if any attempt was | not applied |
+//!
+//! *Forgotten* (`StaleCommand`) is a command that its client acknowledged, or one that changed nothing when
+//! it came first and would now. This library acknowledges no command under way, so to it only the second
+//! can be said; and that settles what became of all attempts under this tag, now and later.
 //!
 //! A write that fails for good after an earlier attempt with unknown outcome is reported as unknown:
-//! that earlier attempt may have been applied.
+//! that earlier attempt may have been applied. Repeatable changes are those of the cluster: a database
+//! that is created twice exists once.
 
 use std::time::Duration;
 
-use super::{ClientError, NotApplied};
+use super::{ClientError, NotApplied, Unknown};
 use crate::limits::{RETRY_MS_MAX, RETRY_MS_MIN};
 use crate::refusal::{Outcome, Refusal};
 
@@ -26,7 +33,10 @@ const ATTEMPT_MIN: Duration = Duration::from_millis(25);
 pub enum Kind {
     /// Has no effect: repeat at will.
     Read,
-    /// A write that may be repeated after an unknown outcome.
+    /// A command with the tag of a session: repeat it under the same tag, and under another one only
+    /// if no attempt may have had an effect.
+    ExactlyOnce,
+    /// A change that does no more when it is made twice.
     Repeatable,
     /// A write that must not be repeated after an unknown outcome.
     Once,
@@ -94,6 +104,8 @@ pub struct Attempts {
 pub enum Decision {
     /// Try again after this time, which is less than the time left.
     Retry(Duration),
+    /// The same, under another tag.
+    Renew(Duration),
     /// Give up.
     Fail(ClientError),
 }
@@ -109,27 +121,47 @@ pub fn decide(
     entropy: u64,
 ) -> Decision {
     attempts.failed = attempts.failed.saturating_add(1);
-    let unknown = kind != Kind::Read && failure.outcome() == Outcome::Unknown;
-    attempts.unknown |= unknown;
-    if (unknown && kind == Kind::Once) || !failure.retryable() || left <= ATTEMPT_MIN {
+    let tagged = kind == Kind::ExactlyOnce;
+    let expired = tagged && failure == Failure::Refused(Refusal::SessionExpired);
+    let settled = tagged && failure == Failure::Refused(Refusal::StaleCommand);
+    // Either is said instead of applying the command: of this attempt it is certain.
+    let renew = expired || settled;
+    let unknown = kind != Kind::Read && !renew && failure.outcome() == Outcome::Unknown;
+    attempts.unknown = (attempts.unknown || unknown) && !settled;
+    let hopeless = match renew {
+        // Under a new session the command would be a new one.
+        true => attempts.unknown,
+        false => (unknown && kind == Kind::Once) || !failure.retryable(),
+    };
+    if hopeless || left <= ATTEMPT_MIN {
         return Decision::Fail(give_up(attempts.unknown, failure, within));
     }
     // Whatever the delay, leave time for one more attempt.
     let after = delay(attempts.failed, &failure, entropy).min(left * 3 / 4);
-    Decision::Retry(after)
+    if renew { Decision::Renew(after) } else { Decision::Retry(after) }
 }
 
 /// The error of an operation that is given up after `failure`.
 pub fn give_up(unknown: bool, failure: Failure, within: Duration) -> ClientError {
     if unknown {
-        return ClientError::Unknown(failure.text());
+        return ClientError::Unknown(match failure {
+            Failure::Refused(Refusal::SessionExpired) => Unknown::SessionExpired,
+            failure => Unknown::NoAnswer(failure.text()),
+        });
     }
     match failure {
         Failure::Refused(Refusal::Invalid(text)) => ClientError::Invalid(text),
         Failure::Refused(Refusal::UnknownDatabase(name)) => {
             ClientError::NotApplied(NotApplied::UnknownDatabase(name))
         }
-        Failure::Refused(refusal) if !refusal.retryable() && refusal != Refusal::Deadline => {
+        // What more time would have helped is not a "no".
+        Failure::Refused(refusal)
+            if !refusal.retryable()
+                && !matches!(
+                    refusal,
+                    Refusal::Deadline | Refusal::SessionExpired | Refusal::StaleCommand
+                ) =>
+        {
             ClientError::NotApplied(NotApplied::Refused(refusal))
         }
         failure => ClientError::NotApplied(NotApplied::Unavailable { within, last: failure.text() }),
@@ -180,7 +212,7 @@ mod tests {
         let unknown = Decision::Fail(ClientError::Unknown("gone".into()));
         let invalid = Decision::Fail(ClientError::Invalid("too long".into()));
         let retries = |decision: Decision| matches!(decision, Decision::Retry(_));
-        for kind in [Read, Repeatable, Once] {
+        for kind in [Read, ExactlyOnce, Repeatable, Once] {
             for failure in [
                 busy(1),
                 Failure::NotSent("down".into()),
@@ -193,8 +225,17 @@ mod tests {
             assert_eq!(after(kind, never()), invalid);
         }
         assert!(retries(after(Read, lost())));
+        assert!(retries(after(ExactlyOnce, lost())));
         assert!(retries(after(Repeatable, lost())));
         assert_eq!(after(Once, lost()), unknown);
+        let expired = || Failure::Refused(Refusal::SessionExpired);
+        assert!(matches!(after(ExactlyOnce, expired()), Decision::Renew(_)));
+        let stale = || Failure::Refused(Refusal::StaleCommand);
+        assert!(matches!(after(ExactlyOnce, stale()), Decision::Renew(_)));
+        for (kind, failure) in [(Once, stale()), (Repeatable, expired()), (Once, expired())] {
+            let end = after(kind, failure.clone());
+            assert!(matches!(end, Decision::Fail(ClientError::Unknown(_))), "{kind:?} {failure:?}");
+        }
         assert_eq!(
             after(Once, Failure::Refused(Refusal::Unknown("gone".into()))),
             Decision::Fail(ClientError::Unknown("the outcome can't be known: gone".into()))
@@ -222,6 +263,27 @@ mod tests {
     }
 
     #[test]
+    fn a_command_changes_its_session_only_while_nothing_can_have_happened() {
+        let expired = || Failure::Refused(Refusal::SessionExpired);
+        let mut attempts = Attempts::default();
+        let mut next = |failure| decide(Kind::ExactlyOnce, &mut attempts, failure, WITHIN, WITHIN, 7);
+        assert!(matches!(next(busy(1)), Decision::Retry(_)));
+        assert!(matches!(next(expired()), Decision::Renew(_)));
+        assert!(matches!(next(expired()), Decision::Renew(_)), "nothing happened meanwhile either");
+        assert!(matches!(next(Failure::Lost("gone".into())), Decision::Retry(_)));
+        assert_eq!(next(expired()), Decision::Fail(ClientError::Unknown(Unknown::SessionExpired)));
+        // That it changed nothing under its tag is known again; then it may have another.
+        let mut attempts = Attempts::default();
+        let mut next = |failure| decide(Kind::ExactlyOnce, &mut attempts, failure, WITHIN, WITHIN, 7);
+        assert!(matches!(next(Failure::Lost("gone".into())), Decision::Retry(_)));
+        assert!(matches!(next(Failure::Refused(Refusal::StaleCommand)), Decision::Renew(_)));
+        assert!(matches!(next(expired()), Decision::Renew(_)));
+        // Too late for a new one: certainly not applied, but no refusal for good.
+        let late = decide(Kind::ExactlyOnce, &mut Attempts::default(), expired(), Duration::ZERO, WITHIN, 7);
+        assert!(matches!(late, Decision::Fail(ClientError::NotApplied(NotApplied::Unavailable { .. }))));
+    }
+
+    #[test]
     fn delays() {
         let redirect = Failure::Refused(Refusal::NotLeader { shard: ShardId(1), leader: Some(NodeId(2)) });
         assert_eq!(delay(1, &redirect, 0), Duration::ZERO);
@@ -243,6 +305,8 @@ mod tests {
             Just(Failure::Refused(Refusal::Superseded)),
             Just(Failure::Refused(Refusal::Deadline)),
             Just(Failure::Refused(Refusal::Invalid("no".into()))),
+            Just(Failure::Refused(Refusal::SessionExpired)),
+            Just(Failure::Refused(Refusal::StaleCommand)),
             any::<bool>().prop_map(|known| Failure::Refused(Refusal::NotLeader {
                 shard: ShardId(1),
                 leader: known.then_some(NodeId(1)),
@@ -262,7 +326,12 @@ mod tests {
         /// Attempts that take no time at all, failing in any way until the operation is given up.
         #[test]
         fn ends_in_time_and_tells_the_truth(
-            kind in prop::sample::select(vec![Kind::Read, Kind::Repeatable, Kind::Once]),
+            kind in prop::sample::select(vec![
+                Kind::Read,
+                Kind::ExactlyOnce,
+                Kind::Repeatable,
+                Kind::Once,
+            ]),
             failures in prop::collection::vec((any_failure(), any::<u64>()), 1..8),
             within_ms in 0u64..20_000,
         ) {
@@ -274,9 +343,21 @@ mod tests {
                 rounds += 1;
                 prop_assert!(rounds < 50_000, "it never ends");
                 prop_assert!(!(kind == Kind::Once && may_have_happened), "repeated after an unknown outcome");
-                may_have_happened |= failure.outcome() == Outcome::Unknown;
+                // These two tell a tagged command that this attempt had no effect, or none ever had.
+                let tagged = kind == Kind::ExactlyOnce;
+                let expired = tagged && *failure == Failure::Refused(Refusal::SessionExpired);
+                let settled = tagged && *failure == Failure::Refused(Refusal::StaleCommand);
+                may_have_happened |= failure.outcome() == Outcome::Unknown && !expired;
+                may_have_happened &= !settled;
                 match decide(kind, &mut attempts, failure.clone(), within - spent, within, *entropy) {
+                    Decision::Renew(after) => {
+                        prop_assert!(expired || settled);
+                        prop_assert!(!may_have_happened, "re-sent under another tag");
+                        prop_assert!(spent + after < within);
+                        spent += after;
+                    }
                     Decision::Retry(after) => {
+                        prop_assert!(!expired && !settled, "under a tag that leads nowhere");
                         prop_assert!(spent + after < within);
                         spent += after;
                     }

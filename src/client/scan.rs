@@ -104,7 +104,7 @@ async fn page(
             driver.adopt();
             let route = driver.routing.borrow().route_at(database, position);
             let Some(route) = route else {
-                driver.ask_map(Ask::All).await.map_err(Failure::NotSent)?;
+                driver.ask_map(Ask::All).await?;
                 if driver.routing.borrow().knows(database) {
                     let why = "the map has just come".to_owned();
                     return Err(Failure::NotSent(why));

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, OwnedSemaphorePermit, oneshot};
 
 use super::retry::{self, Attempts, Failure, Kind};
+use super::session::Tag;
 use super::{ClientError, NotApplied, Operation, OperationResult};
 use crate::machine::command::Expect;
 use crate::placement::ring;
@@ -134,12 +135,15 @@ pub struct Ticket {
     pub last: Option<String>,
     /// True while an attempt is on its way.
     pub sent: bool,
+    /// Of a command that was put into a call: kept for all its attempts, until it is answered.
+    pub tag: Option<Tag>,
     reply: Option<Reply>,
     _load: LoadGuard,
 }
 
 impl Ticket {
-    /// Accepts an operation. With `once` no write is repeated after an unknown outcome.
+    /// Accepts an operation. With `once` a write has no session, and isn't repeated after an unknown
+    /// outcome.
     pub fn new(
         operation: Operation,
         database: Arc<str>,
@@ -150,8 +154,8 @@ impl Ticket {
     ) -> Ticket {
         let kind = match operation {
             Operation::Get(_) => Kind::Read,
-            Operation::Put(..) | Operation::Delete(_) if !once => Kind::Repeatable,
-            _ => Kind::Once,
+            _ if once => Kind::Once,
+            _ => Kind::ExactlyOnce,
         };
         Ticket {
             position: ring::position(operation.key()),
@@ -163,6 +167,7 @@ impl Ticket {
             attempts: Attempts::default(),
             last: None,
             sent: false,
+            tag: None,
             reply: Some(reply),
             _load: load.enter(),
         }
@@ -179,6 +184,8 @@ impl Ticket {
 
     /// Delivers its end; further ones are ignored.
     pub fn answer(&mut self, end: End) {
+        // Whatever is still under way for it, nobody will ask for it again.
+        self.tag = None;
         match self.reply.take() {
             // The caller may have stopped waiting; its business.
             Some(Reply::One(caller, _permit)) => drop(caller.send(end)),

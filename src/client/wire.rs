@@ -3,6 +3,7 @@
 
 use bytes::Bytes;
 
+use super::session::Header;
 use super::{Operation, OperationResult};
 use crate::codec::CodecError;
 use crate::codec::refusal::read_refusal;
@@ -12,7 +13,14 @@ use crate::machine::command::{Expect, Versioned};
 use crate::node::handle::{NodePhase, NodeReport, ReplicaHealth, ReplicaReport};
 use crate::refusal::Refusal;
 use crate::schema::admin_capnp::{NodeState, ReplicaRole, ReplicaState, node_status};
-use crate::schema::kv_capnp::{expect, op_result, operation, scan_response};
+use crate::schema::kv_capnp::{batch_request, expect, op_result, operation, scan_response};
+
+/// Writes the session of a batch's commands.
+pub fn write_session(from: &Header, mut to: batch_request::Builder<'_>) {
+    to.set_session(&from.id.0);
+    to.set_open_ttl_ms(from.open_ttl_ms);
+    to.set_acked_below(from.acked_below);
+}
 
 /// Writes an operation.
 pub fn write_operation(from: &Operation, mut to: operation::Builder<'_>) {
@@ -114,9 +122,15 @@ pub fn read_report(from: node_status::Reader<'_>) -> Result<NodeReport, CodecErr
             ReplicaState::Restarting => ReplicaHealth::Restarting(message()?),
             ReplicaState::Quarantined => ReplicaHealth::Quarantined(message()?),
             ReplicaState::Failed => ReplicaHealth::Failed(message()?),
+            ReplicaState::Installing => ReplicaHealth::Installing,
         };
         let role = replica.get_role().map_err(|_| unknown("ReplicaStatus.role"))?;
-        let running = matches!(health, ReplicaHealth::Serving | ReplicaHealth::Recovering);
+        let running = match health {
+            ReplicaHealth::Serving | ReplicaHealth::Recovering => true,
+            // It is stopped for the moment of the switch; every replica that runs has a term.
+            ReplicaHealth::Installing => replica.get_term() > 0,
+            _ => false,
+        };
         let leader = replica.get_leader();
         let group = running.then(|| GroupStatus {
             role: match role {

@@ -23,7 +23,7 @@ pub enum Lane {
     Append,
     /// Formation, join, map pulls: request and answer.
     Request,
-    /// Reserved.
+    /// One snapshot of one shard: an offer, its bytes, and answers.
     Snapshot,
 }
 
@@ -115,7 +115,7 @@ impl PeerHello {
     /// Reads one. On every lane but `request`, the cluster and both nodes must be named.
     pub fn decode(payload: Bytes) -> Result<PeerHello, CodecError> {
         let wrong = |detail: &str| malformed("PeerHello", detail);
-        read_frame_bytes(payload, |reader, _| {
+        read_frame_bytes(payload, |reader| {
             let from = reader.get_root::<peer_hello::Reader<'_>>()?;
             let protocol = from.get_protocol()?;
             let hello = PeerHello {
@@ -190,7 +190,7 @@ impl PeerWelcome {
 
     /// Reads one.
     pub fn decode(payload: Bytes) -> Result<PeerWelcome, CodecError> {
-        read_frame_bytes(payload, |reader, _| {
+        read_frame_bytes(payload, |reader| {
             let from = reader.get_root::<peer_welcome::Reader<'_>>()?;
             let outcome = match from.which()? {
                 peer_welcome::Accepted(version) => Ok(version),
@@ -202,7 +202,7 @@ impl PeerWelcome {
 }
 
 /// Text of a stranger, fit for a log: bounded and without control characters.
-fn printable(text: &str) -> String {
+pub(super) fn printable(text: &str) -> String {
     let mut end = text.len().min(REFUSAL_BYTES_MAX);
     while !text.is_char_boundary(end) {
         end -= 1;

@@ -7,9 +7,9 @@
 //! What depends on the state of the group (is the sender a member? is the commit index within the
 //! log?) can't be checked here and is the group's business.
 //!
-//! Entries are read as slices of the frame's buffer where they make up a good part of it. Where they
-//! don't, they are copied out of it: an entry stays in a group's cache for long, and a few bytes must
-//! not keep a large buffer alive. Memory held that way is at most [`PINNED_FACTOR`] times the entries.
+//! Entries are copied out of the frame: one stays in its group's cache for long, and as a slice it would
+//! keep the whole buffer alive, which carries the entries of many groups. So what an entry costs in
+//! memory is its own bytes, and a connection reads all its frames into one buffer.
 
 use std::collections::HashSet;
 
@@ -26,9 +26,6 @@ use crate::schema::peer_capnp::{raft_message, snapshot_header};
 /// Greatest index and greatest term a message may carry: far beyond any real one, and small enough
 /// that raft's own additions can't overflow.
 pub const POSITION_MAX: u64 = u64::MAX >> 2;
-
-/// A message whose entries take less than one part in so many of its frame gets a copy of them.
-pub const PINNED_FACTOR: usize = 8;
 
 /// Words of a `RaftMessage` without what it points to, with its epoch.
 const MESSAGE_BYTES: usize = 8 * (13 + 4 + 2);
@@ -246,33 +243,10 @@ fn write_snapshot(snapshot: &Snapshot, mut to: snapshot_header::Builder<'_>) {
     (0..).zip(next).for_each(|(at, id)| list.set(at, *id));
 }
 
-/// Where the bytes of a message come from: slices of its frame, or one copy for the whole message.
-struct Source<'a> {
-    frame: &'a Bytes,
-    copy: bool,
-}
-
-impl Source<'_> {
-    fn take(&self, data: &[u8]) -> Bytes {
-        // `slice_ref` insists that the slice lies in the frame. It does, for the reader was made over
-        // it; but nothing from the network may panic, so this doesn't rest on another crate's word.
-        let start = (data.as_ptr() as usize).wrapping_sub(self.frame.as_ptr() as usize);
-        let inside = start < self.frame.len() && data.len() <= self.frame.len() - start;
-        if data.is_empty() {
-            Bytes::new()
-        } else if self.copy || !inside {
-            Bytes::copy_from_slice(data)
-        } else {
-            self.frame.slice(start..start + data.len())
-        }
-    }
-}
-
-/// Reads a message and checks it. `frame` is the buffer under `from`; `entries_left` counts down over
-/// all messages of a frame, since a few bytes can claim very many empty entries.
+/// Reads a message and checks it. `entries_left` counts down over all messages of a frame, since a few
+/// bytes can claim very many empty entries.
 pub(super) fn read_message(
     from: raft_message::Reader<'_>,
-    frame: &Bytes,
     entries_left: &mut usize,
 ) -> Result<GroupMessage, CodecError> {
     let kind = from.get_kind();
@@ -299,26 +273,17 @@ pub(super) fn read_message(
     *entries_left = entries_left
         .checked_sub(entries.len() as usize)
         .ok_or_else(|| wrong(format!("more than {FRAME_ENTRIES_MAX} entries in a frame")))?;
-    let context = from.get_context()?;
-    let mut parts = Vec::with_capacity(entries.len() as usize);
-    let mut bytes = context.len();
+    m.context = Bytes::copy_from_slice(from.get_context()?);
+    let mut list = Vec::with_capacity(entries.len() as usize);
     for entry in entries {
-        let (data, context) = (entry.get_data()?, entry.get_context()?);
-        bytes += data.len() + context.len();
-        parts.push((entry, data, context));
-    }
-    let source = Source { frame, copy: bytes * PINNED_FACTOR < frame.len() };
-    m.context = source.take(context);
-    let mut list = Vec::with_capacity(parts.len());
-    for (entry, data, context) in parts {
         let kind = entry.get_kind();
         list.push(Entry {
             entry_type: EntryType::from_i32(kind.into())
                 .ok_or_else(|| wrong(format!("unknown entry type {kind}")))?,
             term: entry.get_term(),
             index: entry.get_index(),
-            data: source.take(data),
-            context: source.take(context),
+            data: Bytes::copy_from_slice(entry.get_data()?),
+            context: Bytes::copy_from_slice(entry.get_context()?),
             ..Entry::default()
         });
     }

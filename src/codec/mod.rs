@@ -3,8 +3,9 @@
 //! - [`records`]: nodes, databases, shards, map deltas (wire and disk).
 //! - [`meta`]: commands and replies of the metadata shard.
 //! - [`peer`]: frames of the peer port. - [`messages`]: the raft messages in them, and their rules.
+//! - [`snapshot`]: what goes over the lane of snapshots.
 //! - [`hello`]: the first frame each way on a peer connection.
-//! - [`refusal`]: [`crate::refusal::Refusal`] and `Error`.
+//! - [`refusal`]: [`crate::refusal::Refusal`] and `Error`. - [`varint`]: numbers in few bytes.
 
 pub mod hello;
 pub mod messages;
@@ -12,6 +13,8 @@ pub mod meta;
 pub mod peer;
 pub mod records;
 pub mod refusal;
+pub mod snapshot;
+pub mod varint;
 
 use raft::eraftpb::Message;
 

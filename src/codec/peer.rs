@@ -1,7 +1,6 @@
 //! Frames of the peer port: the payload of one frame is one Cap'n Proto message, a `PeerFrame`.
 //!
-//! Reading takes the payload's buffer and checks everything in it; log entries come out as slices of
-//! that buffer (see [`super::messages`]). A frame with anything wrong in it is refused whole: the
+//! Reading checks everything in the payload and copies what it holds. A frame with anything wrong in it is refused whole: the
 //! connection it came on is closed, and the sender starts anew.
 
 use bytes::Bytes;
@@ -16,6 +15,7 @@ use crate::codec::records::{
     write_node, write_shard,
 };
 use crate::codec::refusal::{read_refusal, write_refusal};
+use crate::codec::snapshot::{SnapshotFrame, read_snapshot, write_snapshot};
 use crate::codec::{CodecError, GroupMessage};
 use crate::ids::{ClusterId, NodeId};
 use crate::limits::{FRAME_ENTRIES_MAX, FRAME_MESSAGES_MAX, NESTING_MAX};
@@ -37,6 +37,8 @@ pub enum PeerFrame {
     Request(u64, PeerRequest),
     /// The answer to the request of that id.
     Response(u64, PeerResponse),
+    /// A step of a snapshot's way to a follower.
+    Snapshot(SnapshotFrame),
 }
 
 /// Liveness of a node.
@@ -156,6 +158,9 @@ pub fn encode(frame: &PeerFrame, out: &mut Vec<u8>) -> Result<(), CodecError> {
             to.set_id(*id);
             write_response(response, to);
         }),
+        PeerFrame::Snapshot(frame) => {
+            write(out, frame.size(), |to| write_snapshot(frame, to.init_snapshot()))
+        }
     }
 }
 
@@ -208,11 +213,11 @@ impl AsRef<[u8]> for Aligned {
     }
 }
 
-/// Hands a payload to `read` as a Cap'n Proto message and as the buffer under it. The message may be
+/// Hands a payload to `read` as a Cap'n Proto message. The message may be
 /// traversed about once: pointers that share their target can't make it seem larger than it is.
 pub(super) fn read_frame_bytes<T>(
     payload: Bytes,
-    read: impl FnOnce(&Reader<BufferSegments<&[u8]>>, &Bytes) -> Result<T, CodecError>,
+    read: impl FnOnce(&Reader<BufferSegments<&[u8]>>) -> Result<T, CodecError>,
 ) -> Result<T, CodecError> {
     // Buffers begin at an aligned address and frames take whole words, so this hardly ever copies.
     let payload = if payload.as_ptr().align_offset(8) == 0 {
@@ -231,35 +236,34 @@ pub(super) fn read_frame_bytes<T>(
     if rest.len() >= 8 {
         return Err(malformed("frame", format!("{} bytes left over", rest.len())));
     }
-    read(&reader, &payload)
+    read(&reader)
 }
 
 /// Reads the payload of a frame. Nothing in it is taken on trust.
 pub fn decode(payload: Bytes) -> Result<PeerFrame, CodecError> {
-    read_frame_bytes(payload, |reader, buffer| {
-        match reader.get_root::<peer_frame::Reader<'_>>()?.which()? {
-            peer_frame::Raft(list) => {
-                let list = list?;
-                if list.len() as usize > FRAME_MESSAGES_MAX {
-                    return Err(malformed("frame", format!("{} messages", list.len())));
-                }
-                let mut entries_left = FRAME_ENTRIES_MAX;
-                let messages = list
-                    .iter()
-                    .map(|message| read_message(message, buffer, &mut entries_left))
-                    .collect::<Result<_, _>>()?;
-                Ok(PeerFrame::Raft(messages))
+    read_frame_bytes(payload, |reader| match reader.get_root::<peer_frame::Reader<'_>>()?.which()? {
+        peer_frame::Raft(list) => {
+            let list = list?;
+            if list.len() as usize > FRAME_MESSAGES_MAX {
+                return Err(malformed("frame", format!("{} messages", list.len())));
             }
-            peer_frame::Heartbeat(from) => Ok(PeerFrame::Heartbeat(read_heartbeat(from?)?)),
-            peer_frame::Request(from) => {
-                let from = from?;
-                Ok(PeerFrame::Request(from.get_id(), read_request(from)?))
-            }
-            peer_frame::Response(from) => {
-                let from = from?;
-                Ok(PeerFrame::Response(from.get_id(), read_response(from)?))
-            }
+            let mut entries_left = FRAME_ENTRIES_MAX;
+            let messages = list
+                .iter()
+                .map(|message| read_message(message, &mut entries_left))
+                .collect::<Result<_, _>>()?;
+            Ok(PeerFrame::Raft(messages))
         }
+        peer_frame::Heartbeat(from) => Ok(PeerFrame::Heartbeat(read_heartbeat(from?)?)),
+        peer_frame::Request(from) => {
+            let from = from?;
+            Ok(PeerFrame::Request(from.get_id(), read_request(from)?))
+        }
+        peer_frame::Response(from) => {
+            let from = from?;
+            Ok(PeerFrame::Response(from.get_id(), read_response(from)?))
+        }
+        peer_frame::Snapshot(from) => Ok(PeerFrame::Snapshot(read_snapshot(from?)?)),
     })
 }
 

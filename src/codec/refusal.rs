@@ -43,6 +43,8 @@ pub fn write_refusal(refusal: &Refusal, mut to: error::Builder<'_>) {
         Refusal::Deadline => to.set_deadline(()),
         Refusal::UnknownDatabase(name) => to.set_unknown_database(name.as_str()),
         Refusal::Refused(_) => to.set_refused(()),
+        Refusal::SessionExpired => to.set_session_expired(()),
+        Refusal::StaleCommand => to.set_stale_command(()),
         Refusal::Other { .. } => to.set_other(()),
     }
 }
@@ -97,6 +99,8 @@ fn read_member(from: error::Reader<'_>, message: &str) -> Option<Refusal> {
         error::Quarantined(()) => Refusal::Quarantined(inner(message, QUARANTINED).into_owned()),
         error::Refused(()) => Refusal::Refused(message.to_owned()),
         error::Deadline(()) => Refusal::Deadline,
+        error::SessionExpired(()) => Refusal::SessionExpired,
+        error::StaleCommand(()) => Refusal::StaleCommand,
         error::Other(()) => return None,
     })
 }
@@ -132,6 +136,8 @@ mod tests {
             reason.prop_map(Refusal::Unavailable),
             ".{0,40}".prop_map(Refusal::Quarantined),
             Just(Refusal::Deadline),
+            Just(Refusal::SessionExpired),
+            Just(Refusal::StaleCommand),
             ".{0,40}".prop_map(Refusal::UnknownDatabase),
             ".{0,40}".prop_map(Refusal::Refused),
             (outcome, any::<bool>(), any::<u32>(), ".{0,40}").prop_map(

@@ -4,23 +4,30 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use raft::eraftpb::{Entry, EntryType, Message, MessageType};
-use raft::{Config, GetEntriesContext, RawNode, StateRole};
+use raft::eraftpb::{Entry, Message, MessageType};
+use raft::{Config, GetEntriesContext, ProgressState, RawNode, SnapshotStatus, StateRole};
 
+use super::catch_up::{CatchUp, Retention};
+use super::clock::SessionClock;
 use super::election;
-use super::log::GroupLog;
+use super::log::{CachedBytes, GroupLog};
+use super::messages::promises_no_write;
 use super::proposals::Proposals;
+use super::queue::Queue;
 use super::reads::Reads;
-use super::types::{Effects, Fetch, GroupStatus, LeaderChange, NumberedWrite, Operation, Output};
+use super::types::{
+    Effects, Fetch, GroupStatus, LeaderChange, NumberedWrite, Operation, Output, SnapshotWanted,
+};
 use crate::codec::GroupMessage;
 use crate::ids::{Epoch, Incarnation, Index, NodeId, Position, ReplicaId, ShardId, Term};
 use crate::limits;
-use crate::machine::command::{Command, FormatError, Query, decode_entry, encode_entry};
+use crate::machine::command::{Query, TaggedCommand, encode_entry};
+use crate::machine::entry::tagged_size;
 use crate::machine::{ApplyError, MachineKind};
 use crate::refusal::Refusal;
 use crate::storage::StorageError;
 use crate::storage::log::{LogState, LogStore, LogWrite};
-use crate::storage::state::{Frozen, Lookup, ReplicaState};
+use crate::storage::state::{Frozen, ReplicaState};
 use crate::telemetry::metrics as names;
 
 /// Ticks after which proposals of a lost leadership are reported as unknown, if the log has not
@@ -51,52 +58,63 @@ pub struct GroupOptions {
     pub replica: ReplicaId,
     /// Which start of the replica this is.
     pub incarnation: Incarnation,
+    /// What is kept of the log for followers that lag.
+    pub retention: Retention,
     /// Where raft-rs logs.
     pub logger: slog::Logger,
+    /// Log entries in memory of all groups of the node.
+    pub cached: Arc<CachedBytes>,
 }
 
-/// A ready that the log writer has not acknowledged.
+/// A write that the log writer has not acknowledged, and what waits for it.
 struct Unpersisted {
+    /// The ready it is of, or the last one without a write that came after it.
     ready: u64,
-    /// The write that must be durable; of a ready without one, that of the ready before it.
     write: u64,
-    /// The last entry of the ready.
-    last: Option<Position>,
+    /// The first and the last entry of the write.
+    entries: Option<(Index, Position)>,
+    /// The term in the write.
+    term: Term,
     /// What may leave after that: a vote or an acknowledgement promises what is on disk.
-    messages: Vec<Message>,
+    pub(super) messages: Vec<Message>,
 }
 
 /// One replica of a shard. `T` is the caller's token for an operation: handed in by
 /// [`Group::submit`], handed back once with the result.
 pub struct Group<T> {
-    shard: ShardId,
-    machine: MachineKind,
+    pub(super) shard: ShardId,
+    pub(super) machine: MachineKind,
     replica: ReplicaId,
     incarnation: Incarnation,
-    raft: RawNode<GroupLog>,
-    state: ReplicaState,
+    pub(super) raft: RawNode<GroupLog>,
+    pub(super) state: ReplicaState,
     /// Commands not yet proposed.
-    queued: VecDeque<(T, Command)>,
-    proposals: Proposals<T>,
-    reads: Reads<(T, Query)>,
+    queued: Queue<T, TaggedCommand>,
+    pub(super) proposals: Proposals<T>,
+    pub(super) reads: Reads<(T, Query)>,
     unpersisted: VecDeque<Unpersisted>,
     writes: u64,
+    /// The term that is on disk.
+    durable_term: Term,
     /// Committed before the start: until it is applied the replica takes no part in elections, nor
     /// serves, since it may not know its own configuration.
     recover_to: Index,
     /// The last committed entry that raft has handed out.
-    handed: Index,
-    apply_paused: bool,
+    pub(super) handed: Index,
+    pub(super) apply_paused: bool,
     fetching: Option<GetEntriesContext>,
     ticks: u64,
+    /// What entries with commands of sessions are stamped with.
+    clock: SessionClock,
     stepped_down: Option<u64>,
     leader: LeaderChange,
     /// The election timeout in ticks, and the term it holds in.
     timeout: (Term, usize),
     /// As told by the leader.
     safe_index: Index,
-    messages: Vec<Message>,
-    done: Vec<(T, Result<Output, Refusal>)>,
+    catch_up: CatchUp,
+    pub(super) messages: Vec<Message>,
+    pub(super) done: Vec<(T, Result<Output, Refusal>)>,
 }
 
 impl<T> Group<T> {
@@ -133,6 +151,7 @@ impl<T> Group<T> {
         // The commit index is stored with the next write, not for its own sake: the state may be ahead.
         log.hard_state.commit = log.hard_state.commit.max(applied.index);
         let recover_to = log.hard_state.commit;
+        let durable_term = log.hard_state.term;
         let config = Config {
             id: options.replica.0,
             election_tick: limits::ELECTION_TICKS_MIN,
@@ -149,7 +168,9 @@ impl<T> Group<T> {
             max_committed_size_per_ready: limits::APPLY_PASS_BYTES,
             ..Config::default()
         };
-        let log = GroupLog::new(options.replica, store, log, state.header().conf_state.clone());
+        let conf_state = state.header().conf_state.clone();
+        let marks = options.retention.mark_bytes();
+        let log = GroupLog::new(options.replica, store, log, conf_state, marks, options.cached);
         let raft = RawNode::new(&config, log, &options.logger)?;
         let mut group = Group {
             shard: options.shard,
@@ -159,19 +180,22 @@ impl<T> Group<T> {
             leader: LeaderChange { term: raft.raft.term, leader: None, local: false },
             raft,
             state,
-            queued: VecDeque::new(),
+            queued: Queue::new(),
             proposals: Proposals::new(),
             reads: Reads::new(options.incarnation),
             unpersisted: VecDeque::new(),
             writes: 0,
+            durable_term,
             recover_to,
             handed: applied.index,
             apply_paused: false,
             fetching: None,
             ticks: 0,
+            clock: SessionClock::default(),
             stepped_down: None,
             timeout: (Term::MAX, 0),
             safe_index: 0,
+            catch_up: CatchUp::new(options.retention),
             messages: Vec::new(),
             done: Vec::new(),
         };
@@ -184,11 +208,18 @@ impl<T> Group<T> {
     /// Time: one tick has passed.
     pub fn tick(&mut self) {
         self.ticks += 1;
-        if self.recovering() {
+        // A group at rest gives way to others.
+        let applied = self.applied();
+        self.raft.mut_store().trim_cache(applied);
+        if self.recovering() || (self.backlogged() && !self.leads()) {
             return;
         }
         self.raft.tick();
         self.draw_timeout();
+        if self.leads() {
+            self.clock.tick(self.raft.raft.term, self.state.header().log_time);
+        }
+        self.observe_followers();
         if self.stepped_down.is_some_and(|at| self.ticks - at > UNDECIDED_TICKS_MAX) {
             self.stepped_down = None;
             // Elected again, it decides what is older itself, with its first entry; what it has
@@ -208,6 +239,9 @@ impl<T> Group<T> {
         if message.to != self.replica.0 || self.recovering() {
             return Ok(());
         }
+        if message.get_msg_type() == MessageType::MsgTimeoutNow && self.backlogged() {
+            return Ok(());
+        }
         if let Err(reason) = self.check(&message) {
             tracing::error!(shard = %self.shard, replica = %self.replica, from = message.from, kind = ?message.get_msg_type(), reason, "dropped a message of a peer");
             return Ok(());
@@ -217,6 +251,7 @@ impl<T> Group<T> {
         {
             self.safe_index = self.safe_index.max(safe_index);
         }
+        let from = message.from;
         match self.raft.step(message) {
             // From a replica that isn't a member (any more), or with nothing to do about it.
             Ok(())
@@ -224,38 +259,9 @@ impl<T> Group<T> {
                 {}
             Err(error) => return Err(error.into()),
         }
+        self.mend_progress(from);
         self.draw_timeout();
         Ok(())
-    }
-
-    /// What raft-rs would panic on, were it true.
-    fn check(&self, message: &Message) -> Result<(), &'static str> {
-        let log = &self.raft.raft.raft_log;
-        match message.get_msg_type() {
-            // A leader of the past may well be of another opinion. Raft tells it of the present term.
-            MessageType::MsgHeartbeat | MessageType::MsgAppend if message.term < self.raft.raft.term => {
-                Ok(())
-            }
-            MessageType::MsgHeartbeat if message.commit > log.last_index() => {
-                Err("a leader counts on entries that this log has lost")
-            }
-            MessageType::MsgAppend => {
-                let committed = message.entries.iter().take_while(|e| e.index <= log.committed);
-                for entry in committed {
-                    // Raft's own view: the store may still hold what an unstable entry has replaced.
-                    // Compacted entries (term 0 or an error) can't be compared; raft-rs answers those.
-                    if log.term(entry.index).is_ok_and(|term| term != 0 && term != entry.term) {
-                        return Err("a leader's entries contradict what is committed here");
-                    }
-                }
-                Ok(())
-            }
-            MessageType::MsgSnapshot => Err("snapshots are not taken"),
-            MessageType::MsgReadIndex | MessageType::MsgReadIndexResp | MessageType::MsgPropose => {
-                Err("requests are not forwarded between replicas")
-            }
-            _ => Ok(()),
-        }
     }
 
     /// Asks for an operation. Its end comes with `token` in the effects of this or a later pump.
@@ -265,7 +271,11 @@ impl<T> Group<T> {
             return;
         }
         match operation {
-            Operation::Command(command) => self.queued.push_back((token, command)),
+            Operation::Command { command, session } => {
+                let command = (command, session);
+                let bytes = tagged_size(&command);
+                self.queued.push(token, command, bytes);
+            }
             Operation::Query(query) => self.reads.push((token, query)),
         }
     }
@@ -278,11 +288,21 @@ impl<T> Group<T> {
             Some(self.not_leader())
         } else if self.queued.len() + self.proposals.len() + self.reads.len() >= limits::REPLICA_PENDING_MAX {
             Some(busy("operations of the shard"))
+        } else if self.queued.bytes() >= limits::UNCOMMITTED_BYTES_MAX {
+            Some(busy("bytes of the shard's commands"))
         } else if self.apply_paused {
             Some(busy("writes of the node on their way to its state store"))
         } else {
             None
         }
+    }
+
+    /// Ends the operations that wait to be started and whose caller is `gone`: nobody would hear of
+    /// them, and they would only keep those waiting who are still there.
+    pub fn discard(&mut self, gone: impl Fn(&T) -> bool) {
+        let mut dead = self.queued.discard(&gone);
+        dead.extend(self.reads.discard(|(token, _)| gone(token)).into_iter().map(|(token, _)| token));
+        self.done.extend(dead.into_iter().map(|token| (token, Err(Refusal::Deadline))));
     }
 
     /// The log writer has made the write of this number, and all before it, durable.
@@ -291,10 +311,20 @@ impl<T> Group<T> {
             let Some(unpersisted) = self.unpersisted.pop_front() else {
                 break;
             };
-            if let Some(last) = unpersisted.last {
-                self.raft.mut_store().set_persisted(last);
+            // Entries that a write under way replaces must not be counted as durable: those that replace
+            // them may bear the same terms again, and would be taken for them.
+            let replaced = unpersisted.entries.is_some_and(|(_, last)| {
+                let later = self.unpersisted.iter().filter_map(|u| u.entries);
+                later.into_iter().any(|(first, _)| first <= last.index)
+            });
+            if !replaced {
+                if let Some((_, last)) = unpersisted.entries {
+                    self.raft.mut_store().set_persisted(last);
+                }
+                // Covers those of the readies before it that were passed over.
+                self.raft.on_persist_ready(unpersisted.ready);
             }
-            self.raft.on_persist_ready(unpersisted.ready);
+            self.durable_term = unpersisted.term;
             self.messages.extend(unpersisted.messages);
         }
     }
@@ -316,7 +346,7 @@ impl<T> Group<T> {
 
     /// Begins an election now, rather than after a timeout; for a new group's first leader.
     pub fn campaign(&mut self) -> Result<(), GroupError> {
-        if !self.recovering() {
+        if !self.recovering() && !self.backlogged() {
             self.raft.campaign()?;
         }
         Ok(())
@@ -336,7 +366,7 @@ impl<T> Group<T> {
     pub fn abandon(&mut self, reason: &'static str) -> Vec<(T, Result<Output, Refusal>)> {
         let mut done = std::mem::take(&mut self.done);
         done.extend(
-            self.queued.drain(..).map(|(token, _)| (token, Err(Refusal::Unavailable(reason.into())))),
+            self.queued.drain().into_iter().map(|token| (token, Err(Refusal::Unavailable(reason.into())))),
         );
         done.extend(
             self.reads
@@ -350,6 +380,16 @@ impl<T> Group<T> {
 
     // ------------------------------------------------------------------------------------- pump
 
+    /// Whether a pump would find nothing to do; so it is after most ticks of a group at rest.
+    pub fn at_rest(&self) -> bool {
+        self.queued.is_empty()
+            && self.done.is_empty()
+            && self.messages.is_empty()
+            && self.reads.is_empty()
+            && (self.apply_paused || self.handed == self.applied())
+            && !self.raft.has_ready()
+    }
+
     /// Does what the inputs since the last call ask for, within bounds.
     pub fn pump(&mut self) -> Result<Effects<T>, GroupError> {
         self.propose_queued();
@@ -360,6 +400,7 @@ impl<T> Group<T> {
             done: Vec::new(),
             reads: Vec::new(),
             fetch: None,
+            snapshot: None,
             leader: None,
             more: false,
         };
@@ -377,6 +418,7 @@ impl<T> Group<T> {
         // was committed: there may be no other input that would start their round.
         self.start_read_round();
         effects.fetch = self.start_fetch();
+        effects.snapshot = self.want_snapshot();
         self.route_messages(&mut effects);
         effects.done = std::mem::take(&mut self.done);
         effects.more = self.raft.has_ready() || (!self.apply_paused && self.handed > self.applied());
@@ -390,23 +432,25 @@ impl<T> Group<T> {
             if !self.leads() {
                 break; // Answered by `follow_leadership`.
             }
-            let mut bytes = 0;
+            let (mut bytes, mut reads) = (0, 0);
             let mut tokens = Vec::new();
             let mut commands = Vec::new();
-            while let Some((_, command)) = self.queued.front() {
-                let size = command.size();
-                let full =
-                    bytes + size > limits::ENTRY_TARGET_BYTES || commands.len() >= limits::ENTRY_COMMANDS_MAX;
+            while let Some(((command, _), size)) = self.queued.next() {
+                reads += usize::from(command.reads());
+                let full = bytes + size > limits::ENTRY_TARGET_BYTES
+                    || commands.len() >= limits::ENTRY_COMMANDS_MAX
+                    || reads > limits::ENTRY_READS_MAX;
                 if full && !commands.is_empty() {
                     break;
                 }
                 bytes += size;
-                if let Some((token, command)) = self.queued.pop_front() {
+                if let Some((token, command)) = self.queued.pop() {
                     tokens.push(token);
                     commands.push(command);
                 }
             }
-            let data = encode_entry(&commands);
+            let stamp = self.clock.stamp(self.raft.raft.term, self.state.header().log_time);
+            let data = encode_entry(&commands, stamp);
             match self.raft.propose(Vec::new(), data) {
                 Ok(()) => {
                     metrics::counter!(names::PROPOSALS).increment(tokens.len() as u64);
@@ -418,7 +462,7 @@ impl<T> Group<T> {
                 Err(_) => {
                     let refuse = |token| (token, Err(busy("uncommitted entries of the shard")));
                     self.done.extend(tokens.into_iter().map(refuse));
-                    self.done.extend(self.queued.drain(..).map(|(token, _)| refuse(token)));
+                    self.done.extend(self.queued.drain().into_iter().map(refuse));
                 }
             }
         }
@@ -436,7 +480,8 @@ impl<T> Group<T> {
 
     /// Handles one ready, in this order:
     /// 1. A leader's messages leave at once: its own disk write runs beside the followers' (Raft
-    ///    thesis §10.2.1). Everyone else's wait for the write, since they promise what is in it.
+    ///    thesis §10.2.1). Everyone else's wait for the write, since they promise what is in it;
+    ///    those that don't ([`promises_no_write`]) leave at once too.
     /// 2. Entries enter the cache *before* `advance_append_async`, after which raft reads them there.
     /// 3. Entries and hard state go to the writer as one write: a vote on disk without its term, or
     ///    the reverse, would be a double vote.
@@ -449,88 +494,43 @@ impl<T> Group<T> {
         }
         let committed = ready.take_committed_entries();
         let entries = ready.take_entries();
-        let last = entries.last().map(|e| Position { index: e.index, term: e.term });
+        let ends = entries.first().zip(entries.last());
+        let ends = ends.map(|(first, last)| (first.index, Position { index: last.index, term: last.term }));
         self.raft.mut_store().append(&entries);
         let number = ready.number();
-        let messages = ready.take_persisted_messages();
+        let mut messages = ready.take_persisted_messages();
+        let durable_term = self.durable_term;
+        self.messages.extend(messages.extract_if(.., |m| promises_no_write(m, durable_term)));
         // A ready that only moves the commit index needs no write: it is taken along by the next, and
         // after a crash the quorum tells.
-        let write = ready.must_sync().then(|| {
-            self.writes += 1;
-            let hard_state = self.raft.raft.hard_state();
-            NumberedWrite {
-                number: self.writes,
-                write: LogWrite { replica: self.replica, entries, hard_state: Some(hard_state) },
-            }
-        });
+        let must_sync = ready.must_sync();
         self.raft.advance_append_async(ready);
-        if write.is_some() || !self.unpersisted.is_empty() {
-            self.unpersisted.push_back(Unpersisted { ready: number, write: self.writes, last, messages });
-        } else {
-            self.raft.on_persist_ready(number);
-            self.messages.extend(messages);
+        self.conclude_snapshots();
+        if must_sync {
+            self.writes += 1;
+            let (write, hard_state) = (self.writes, self.raft.raft.hard_state());
+            self.unpersisted.push_back(Unpersisted {
+                ready: number,
+                write,
+                entries: ends,
+                term: hard_state.term,
+                messages,
+            });
+            let write = LogWrite { replica: self.replica, entries, hard_state: Some(hard_state) };
+            return (Some(NumberedWrite { number: self.writes, write }), committed);
         }
-        (write, committed)
-    }
-
-    /// Applies committed entries: those just handed out if nothing waits, else from the log.
-    fn apply(&mut self, committed: Vec<Entry>) -> Result<(), GroupError> {
-        let caught_up = self.handed == self.applied();
-        if let Some(last) = committed.last() {
-            assert!(committed[0].index == self.handed + 1, "raft hands out committed entries in order");
-            self.handed = last.index;
-        }
-        if self.apply_paused {
-            return Ok(());
-        }
-        let entries = if caught_up {
-            committed
-        } else {
-            let (low, high) = (self.applied() + 1, self.handed + 1);
-            self.raft.store().read(low, high, limits::APPLY_PASS_BYTES as usize)?
-        };
-        let Some(last) = entries.last().map(|e| e.index) else {
-            return Ok(());
-        };
-        let count = entries.len() as u64;
-        for entry in entries {
-            self.apply_entry(entry)?;
-        }
-        self.raft.advance_apply_to(last);
-        self.raft.mut_store().trim_cache(last);
-        metrics::counter!(names::APPLY_ENTRIES).increment(count);
-        Ok(())
-    }
-
-    fn apply_entry(&mut self, entry: Entry) -> Result<(), GroupError> {
-        let position = Position { index: entry.index, term: entry.term };
-        if entry.get_entry_type() != EntryType::EntryNormal {
-            // Never skipped: the group would go on under a configuration that others have left.
-            return Err(ApplyError::Format(FormatError::Unknown {
-                what: "entry type",
-                value: entry.get_entry_type() as u64,
-            })
-            .into());
-        }
-        let mut replies = Vec::new();
-        // An empty entry is a new leader's first.
-        if !entry.data.is_empty() {
-            let commands = decode_entry(&entry.data).map_err(ApplyError::Format)?;
-            replies.reserve(commands.len());
-            for command in &commands {
-                replies.push(self.machine.apply(command, &mut self.state)?);
+        match self.unpersisted.back_mut() {
+            // It waits for the last write before it, and doesn't count as one more under way.
+            Some(before) => {
+                before.ready = number;
+                before.messages.append(&mut messages);
+            }
+            None => {
+                self.raft.on_persist_ready(number);
+                self.messages.append(&mut messages);
             }
         }
-        self.state.set_applied(position);
-        let decided = self.proposals.decide(position);
-        if !decided.applied.is_empty() {
-            assert_eq!(decided.applied.len(), replies.len(), "an entry has one reply per command");
-            self.done.extend(
-                decided.applied.into_iter().zip(replies).map(|(t, reply)| (t, Ok(Output::Reply(reply)))),
-            );
-        }
-        self.done.extend(decided.superseded.into_iter().map(|t| (t, Err(Refusal::Superseded))));
-        Ok(())
+        (None, committed)
     }
 
     /// Notices who leads, and sends away whom it can't serve any more.
@@ -549,36 +549,16 @@ impl<T> Group<T> {
                 }
             }
             self.leader = now;
+            self.catch_up.reset();
             effects.leader = Some(now);
         }
         let waiting = !self.queued.is_empty() || !self.reads.is_empty();
         if !now.local && waiting {
             let refusal = self.not_leader();
-            let queued = self.queued.drain(..).map(|(token, _)| token);
+            let queued = self.queued.drain();
             let reads = self.reads.drain().into_iter().map(|(token, _)| token);
-            self.done.extend(queued.chain(reads).map(|token| (token, Err(refusal.clone()))));
+            self.done.extend(queued.into_iter().chain(reads).map(|token| (token, Err(refusal.clone()))));
         }
-    }
-
-    /// Answers reads whose index is applied: at once if memory knows the key, else by the shell.
-    fn serve_reads(&mut self, effects: &mut Effects<T>) -> Result<(), GroupError> {
-        let ready = self.reads.ready(self.applied());
-        if !ready.is_empty() {
-            metrics::counter!(names::READS).increment(ready.len() as u64);
-        }
-        for (token, query) in ready {
-            let in_memory = match &query {
-                Query::Get { key } => self.state.lookup(key) != Lookup::AskEngine,
-                Query::Scan { .. } => false,
-            };
-            if in_memory {
-                let answer = self.machine.query(&query, &self.state)?;
-                self.done.push((token, Ok(Output::Answer(answer))));
-            } else {
-                effects.reads.push((token, query));
-            }
-        }
-        Ok(())
     }
 
     fn start_fetch(&mut self) -> Option<Fetch> {
@@ -588,31 +568,6 @@ impl<T> Group<T> {
         let (fetch, context) = self.raft.mut_store().take_wanted()?;
         self.fetching = Some(context);
         Some(fetch)
-    }
-
-    fn route_messages(&mut self, effects: &mut Effects<T>) {
-        if self.messages.is_empty() {
-            return;
-        }
-        let safe_index = self.safe_index();
-        let epoch = self.epoch();
-        let members = &self.state.header().members;
-        let leads_term = self.leads().then_some(self.raft.raft.term);
-        for mut message in self.messages.drain(..) {
-            let to = ReplicaId(message.to);
-            if !mend_append(&mut message, leads_term, self.raft.store()) {
-                continue;
-            }
-            match members.iter().find(|m| m.replica == to) {
-                Some(member) => {
-                    let message = GroupMessage { shard: self.shard, epoch, safe_index, message };
-                    effects.messages.push((member.node, message));
-                }
-                None => {
-                    tracing::debug!(shard = %self.shard, to = %to, "no node for a raft message")
-                }
-            }
-        }
     }
 
     // ------------------------------------------------------------------------- flush and compaction
@@ -627,10 +582,11 @@ impl<T> Group<T> {
         self.state.release(index);
     }
 
-    /// Forgets log entries that every replica has and that are in the durable state up to
-    /// `flushed`. Returns the position up to which the shell must drop them from the store.
+    /// Forgets log entries that are in the durable state up to `flushed` and that no follower will be
+    /// sent any more ([`super::catch_up`]). Returns the position up to which the shell must drop them from
+    /// the store.
     pub fn compact(&mut self, flushed: Position) -> Option<Position> {
-        let index = flushed.index.min(self.safe_index());
+        let index = flushed.index.min(self.compactable());
         let log = self.raft.mut_store();
         if index <= log.truncated().index {
             return None;
@@ -640,13 +596,92 @@ impl<T> Group<T> {
         Some(to)
     }
 
-    /// The highest index that every replica of the group has on disk, as far as known.
-    fn safe_index(&self) -> Index {
+    /// The node's log is too large: for a while, less of it is kept for followers that lag.
+    pub fn press_log(&mut self) {
+        self.catch_up.press(self.ticks);
+    }
+
+    fn compactable(&self) -> Index {
+        if !self.leads() && self.catch_up.is_pressed(self.ticks) {
+            // Kept for the case that this replica leads next; a snapshot does as well.
+            return self.applied();
+        }
+        self.safe_index()
+    }
+
+    /// Up to which index no replica of the group will be sent entries any more, as far as known.
+    pub(super) fn safe_index(&self) -> Index {
         if self.leads() {
-            self.raft.raft.prs().iter().map(|(_, progress)| progress.matched).min().unwrap_or(0)
+            let progress = self.raft.raft.prs().iter();
+            let matched = progress.map(|(id, progress)| (ReplicaId(*id), progress.matched));
+            self.catch_up
+                .safe_index(matched, self.raft.store(), self.ticks)
+                .min(self.raft.raft.raft_log.committed)
         } else {
             self.safe_index
         }
+    }
+
+    fn observe_followers(&mut self) {
+        if !self.leads() {
+            return;
+        }
+        for (id, progress) in self.raft.raft.prs().iter() {
+            let id = ReplicaId(*id);
+            self.catch_up.observe(id, progress.recent_active || id == self.replica, self.ticks);
+            if progress.state == ProgressState::Replicate {
+                self.catch_up.replicates(id, progress.matched);
+            }
+        }
+        self.raft.mut_store().set_snapshots(self.catch_up.offered());
+    }
+
+    fn want_snapshot(&mut self) -> Option<SnapshotWanted> {
+        let asked = self.raft.mut_store().take_snapshots_wanted();
+        if !self.leads() {
+            return None;
+        }
+        // One at a time; raft asks again for the others.
+        asked.into_iter().find_map(|to| {
+            let node = self.node_of(to)?;
+            // Asked for in passing, before `mend_progress`.
+            let matched = self.raft.raft.prs().get(to.0)?.matched;
+            if matched >= self.raft.store().truncated().index {
+                return None;
+            }
+            let wanted = self.catch_up.wanted(to, self.raft.store(), self.ticks);
+            wanted.then_some(SnapshotWanted { to, node, term: self.raft.raft.term })
+        })
+    }
+
+    /// raft has taken note of snapshots that are installed: it may go on behind them. Its own messages
+    /// about them don't leave ([`Group::route_messages`]).
+    fn conclude_snapshots(&mut self) {
+        let noted: Vec<u64> = (self.messages.iter())
+            .filter(|message| message.get_msg_type() == MessageType::MsgSnapshot)
+            .map(|message| message.to)
+            .collect();
+        if noted.is_empty() {
+            return;
+        }
+        for to in noted {
+            self.raft.report_snapshot(to, SnapshotStatus::Finish);
+            self.catch_up.noted(ReplicaId(to));
+        }
+        self.raft.mut_store().set_snapshots(self.catch_up.offered());
+    }
+
+    /// The snapshot for `to` is made, exact at `position`, and can be brought there. False: nobody
+    /// wants it any more (leadership has moved, or the log has gone on too far), and it can be dropped.
+    pub fn snapshot_made(&mut self, to: ReplicaId, position: Position) -> bool {
+        self.leads() && self.catch_up.made(to, position, self.raft.store())
+    }
+
+    /// The follower has installed the snapshot, or has no need of it; or that has failed, or can't be
+    /// told, and it is asked for anew if need be.
+    pub fn snapshot_done(&mut self, to: ReplicaId, installed: bool) {
+        self.catch_up.done(to, installed, self.raft.store(), self.ticks);
+        self.raft.mut_store().set_snapshots(self.catch_up.offered());
     }
 
     // ------------------------------------------------------------------------------------ queries
@@ -659,6 +694,13 @@ impl<T> Group<T> {
     /// Still re-applying what was committed before the start.
     pub fn recovering(&self) -> bool {
         self.applied() < self.recover_to
+    }
+
+    /// So much is committed and not applied that this replica begins no election: as a leader it
+    /// could serve nobody for long, and raft-rs would read all of that at once, looking for
+    /// changes of membership in it.
+    fn backlogged(&self) -> bool {
+        self.raft.store().bytes_behind(self.applied()) > limits::CAMPAIGN_BACKLOG_BYTES_MAX
     }
 
     /// The shard's epoch, as applied here.
@@ -720,7 +762,7 @@ impl<T> Group<T> {
         Refusal::NotLeader { shard: self.shard, leader }
     }
 
-    fn applied(&self) -> Index {
+    pub(super) fn applied(&self) -> Index {
         self.state.header().applied.index
     }
 
@@ -737,29 +779,6 @@ impl<T> Group<T> {
     }
 }
 
-/// Makes an append say which entry its entries follow; false if that can't be told any more.
-///
-/// raft-rs 0.7.0 batches entries into an append that waits for the same follower. If that one is
-/// empty it doesn't look whether they follow on it, and after a rejection, or an acknowledgement
-/// that came out of order, they don't: the follower would panic, or the message be refused on its way
-/// and sent again only after a while.
-///
-/// Only the leader of the message's term still has the log that the entries are from.
-fn mend_append(message: &mut Message, leads_term: Option<Term>, log: &GroupLog) -> bool {
-    if message.get_msg_type() != MessageType::MsgAppend {
-        return true;
-    }
-    let Some(before) = message.entries.first().map(|first| first.index - 1) else { return true };
-    if before != message.index {
-        let Some(term) = log.term_at(before).filter(|_| leads_term == Some(message.term)) else {
-            return false;
-        };
-        message.index = before;
-        message.log_term = term;
-    }
-    true
-}
-
 fn busy(what: &'static str) -> Refusal {
     Refusal::Busy { what: what.into(), retry_after_ms: limits::BUSY_RETRY_MS }
 }
@@ -767,3 +786,7 @@ fn busy(what: &'static str) -> Refusal {
 fn damaged(replica: ReplicaId, detail: String) -> GroupError {
     StorageError::Damaged { what: format!("replica {replica}"), detail }.into()
 }
+
+#[cfg(test)]
+#[path = "driver_tests.rs"]
+mod tests;

@@ -9,8 +9,9 @@
 //! and end at `last`.
 
 use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
 use raft::{GetEntriesContext, RaftState, Storage, StorageError as RaftStorageError};
@@ -20,6 +21,26 @@ use crate::ids::{Index, Position, ReplicaId, Term};
 use crate::limits;
 use crate::storage::StorageError;
 use crate::storage::log::{LogState, LogStore};
+
+/// Bytes of log entries in the caches of all groups of a node. One per node; each group tells it what
+/// it holds, and holds less while all together hold too much.
+#[derive(Debug, Default)]
+pub struct CachedBytes(AtomicUsize);
+
+impl CachedBytes {
+    /// The sum.
+    pub fn get(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn add(&self, bytes: usize) {
+        self.0.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn sub(&self, bytes: usize) {
+        self.0.fetch_sub(bytes, Ordering::Relaxed);
+    }
+}
 
 /// Bytes that an entry costs in memory and on the wire, about.
 pub fn entry_bytes(entry: &Entry) -> usize {
@@ -38,22 +59,37 @@ pub struct GroupLog {
     terms: Vec<(Index, Term)>,
     cache: VecDeque<Entry>,
     cache_bytes: usize,
+    /// Bytes of all entries appended since the log was opened, replaced ones left out.
+    appended_bytes: u64,
+    /// Bytes between two marks.
+    mark_bytes: u64,
+    /// Now and then an index, and `appended_bytes` before the entry that follows on it; ascending.
+    marks: VecDeque<(Index, u64)>,
+    /// Counts `cache_bytes` of all groups.
+    node_bytes: Arc<CachedBytes>,
     persisted: Index,
     /// A read that a follower needs and raft is told to wait for.
     wanted: RefCell<Option<(Fetch, GetEntriesContext)>>,
     /// What was fetched, until raft has asked for it again.
     fetched: RefCell<Vec<Entry>>,
+    /// Followers for which raft asked for a snapshot, since it was last looked at.
+    snapshots_wanted: RefCell<Vec<ReplicaId>>,
+    /// Snapshots that followers have installed, for raft to learn of.
+    snapshots: BTreeMap<ReplicaId, Position>,
     /// Why the store could not be read; raft only sees "unavailable".
     failure: Cell<Option<StorageError>>,
 }
 
 impl GroupLog {
-    /// A log as the store has it, with the configuration of the applied state.
+    /// A log as the store has it, with the configuration of the applied state. `node_bytes` is shared by
+    /// the groups of a node.
     pub fn new(
         replica: ReplicaId,
         store: Arc<dyn LogStore>,
         state: LogState,
         conf_state: ConfState,
+        mark_bytes: u64,
+        node_bytes: Arc<CachedBytes>,
     ) -> GroupLog {
         GroupLog {
             replica,
@@ -65,9 +101,15 @@ impl GroupLog {
             terms: state.terms,
             cache: VecDeque::new(),
             cache_bytes: 0,
+            appended_bytes: 0,
+            mark_bytes,
+            marks: VecDeque::from([(state.last, 0)]),
+            node_bytes,
             persisted: state.last,
             wanted: RefCell::new(None),
             fetched: RefCell::new(Vec::new()),
+            snapshots_wanted: RefCell::new(Vec::new()),
+            snapshots: BTreeMap::new(),
             failure: Cell::new(None),
         }
     }
@@ -87,21 +129,52 @@ impl GroupLog {
                 self.terms.push((entry.index, entry.term));
             }
             self.last = entry.index;
-            self.cache_bytes += entry_bytes(entry);
+            let bytes = entry_bytes(entry);
+            self.cache_bytes += bytes;
+            self.node_bytes.add(bytes);
+            self.appended_bytes += bytes as u64;
+            if self.marks.back().is_none_or(|&(_, at)| self.appended_bytes - at >= self.mark_bytes) {
+                self.marks.push_back((entry.index, self.appended_bytes));
+            }
             self.cache.push_back(entry.clone());
         }
+    }
+
+    /// The least index behind which the log holds no more than `bytes`, told by marks, so a little
+    /// less; the truncated one if it holds less. What the log held when it
+    /// was opened counts for nothing, since its size is not known without reading it.
+    pub fn index_before(&self, bytes: u64) -> Index {
+        let from = self.appended_bytes.saturating_sub(bytes);
+        match self.marks.partition_point(|&(_, at)| at < from) {
+            0 => self.truncated.index,
+            first => self.marks.get(first).map_or(self.last, |&(index, _)| index),
+        }
+    }
+
+    /// Bytes of the entries behind `index`, told by marks, so a little more.
+    pub fn bytes_behind(&self, index: Index) -> u64 {
+        let before = self.marks.partition_point(|&(at, _)| at <= index);
+        let at = before.checked_sub(1).and_then(|mark| self.marks.get(mark)).map_or(0, |&(_, at)| at);
+        self.appended_bytes - at
     }
 
     fn truncate_suffix(&mut self, from: Index) {
         while self.cache.back().is_some_and(|e| e.index >= from) {
             if let Some(entry) = self.cache.pop_back() {
-                self.cache_bytes -= entry_bytes(&entry);
+                self.forget(&entry);
             }
         }
         while self.terms.last().is_some_and(|&(index, _)| index >= from) {
             self.terms.pop();
         }
         self.last = from - 1;
+        while self.marks.back().is_some_and(|&(index, _)| index > self.last) {
+            self.marks.pop_back();
+        }
+        // A little too much, by what follows on the last mark: it makes the log give way early.
+        if self.marks.is_empty() {
+            self.marks.push_back((self.last, self.appended_bytes));
+        }
         self.persisted = self.persisted.min(self.last);
         // What was fetched for a follower may have been replaced.
         self.fetched.borrow_mut().clear();
@@ -116,19 +189,33 @@ impl GroupLog {
         }
     }
 
-    /// Forgets cached entries that are durable and applied, oldest first, beyond the cache's bound.
-    pub fn trim_cache(&mut self, applied: Index) {
-        while self.cache_bytes > limits::ENTRY_CACHE_BYTES {
-            let Some(front) = self.cache.front() else {
-                break;
-            };
-            if front.index > applied.min(self.persisted) {
+    /// Bytes of the entries in memory.
+    #[cfg(test)]
+    pub fn cache_bytes(&self) -> usize {
+        self.cache_bytes
+    }
+
+    /// Forgets cached entries up to `done`, oldest first, that are durable and beyond the cache's bound:
+    /// this group's own, or the node's for all groups, in which case nothing is kept that needn't be.
+    pub fn trim_cache(&mut self, done: Index) {
+        let evictable = done.min(self.persisted);
+        while self.cache_bytes > limits::ENTRY_CACHE_BYTES
+            || self.node_bytes.get() > limits::ENTRY_CACHE_NODE_BYTES
+        {
+            if self.cache.front().is_none_or(|front| front.index > evictable) {
                 break;
             }
             if let Some(entry) = self.cache.pop_front() {
-                self.cache_bytes -= entry_bytes(&entry);
+                self.forget(&entry);
             }
         }
+    }
+
+    /// Counts an entry that left the cache.
+    fn forget(&mut self, entry: &Entry) {
+        let bytes = entry_bytes(entry);
+        self.cache_bytes -= bytes;
+        self.node_bytes.sub(bytes);
     }
 
     /// Forgets everything up to `to`, which the caller drops from the store too.
@@ -142,8 +229,11 @@ impl GroupLog {
         );
         while self.cache.front().is_some_and(|e| e.index <= to.index) {
             if let Some(entry) = self.cache.pop_front() {
-                self.cache_bytes -= entry_bytes(&entry);
+                self.forget(&entry);
             }
+        }
+        while self.marks.len() > 1 && self.marks[1].0 <= to.index {
+            self.marks.pop_front();
         }
         let runs_before = self.terms.partition_point(|&(index, _)| index <= to.index + 1);
         if runs_before > 0 {
@@ -211,9 +301,26 @@ impl GroupLog {
         *self.fetched.borrow_mut() = if valid { entries } else { Vec::new() };
     }
 
+    /// Followers for which raft asked for a snapshot since the last call.
+    pub fn take_snapshots_wanted(&mut self) -> Vec<ReplicaId> {
+        std::mem::take(self.snapshots_wanted.get_mut())
+    }
+
+    /// Sets which followers have installed a snapshot, and where, for raft to go on from there.
+    pub fn set_snapshots(&mut self, installed: impl Iterator<Item = (ReplicaId, Position)>) {
+        self.snapshots.clear();
+        self.snapshots.extend(installed);
+    }
+
     /// Why the store could not be read, if it couldn't. The replica must stop.
     pub fn take_failure(&mut self) -> Option<StorageError> {
         self.failure.take()
+    }
+}
+
+impl Drop for GroupLog {
+    fn drop(&mut self) {
+        self.node_bytes.sub(self.cache_bytes);
     }
 }
 
@@ -292,9 +399,75 @@ impl Storage for GroupLog {
         Ok(self.last)
     }
 
-    fn snapshot(&self, _request_index: u64, _to: u64) -> raft::Result<Snapshot> {
-        // Entries that a replica still needs are never compacted (`safe_index`), so only a replica
-        // without a log asks for this.
-        Err(RaftStorageError::SnapshotTemporarilyUnavailable.into())
+    fn snapshot(&self, request_index: u64, to: u64) -> raft::Result<Snapshot> {
+        let to = ReplicaId(to);
+        match self.snapshots.get(&to) {
+            Some(at) if at.index >= self.truncated.index.max(request_index) => {
+                let mut snapshot = Snapshot::default();
+                let metadata = snapshot.mut_metadata();
+                metadata.index = at.index;
+                metadata.term = at.term;
+                // raft-rs wants one here; nobody reads it, since the message isn't sent.
+                metadata.set_conf_state(self.conf_state.clone());
+                Ok(snapshot)
+            }
+            _ => {
+                let mut wanted = self.snapshots_wanted.borrow_mut();
+                if !wanted.contains(&to) {
+                    wanted.push(to);
+                }
+                Err(RaftStorageError::SnapshotTemporarilyUnavailable.into())
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::GROUP_START;
+    use crate::storage::log_memory::MemoryLog;
+
+    fn log(node_bytes: &Arc<CachedBytes>) -> GroupLog {
+        let state = LogState {
+            hard_state: HardState::default(),
+            truncated: GROUP_START,
+            last: GROUP_START.index,
+            terms: Vec::new(),
+        };
+        let store = Arc::new(MemoryLog::new());
+        GroupLog::new(ReplicaId(1), store, state, ConfState::default(), 1, node_bytes.clone())
+    }
+
+    /// Appends entries of together about `bytes` bytes; returns the position of the last.
+    fn append(log: &mut GroupLog, bytes: usize) -> Position {
+        let data = bytes::Bytes::from(vec![7; limits::ENTRY_CACHE_BYTES / 4]);
+        for _ in 0..bytes / data.len() {
+            let entry = Entry { index: log.last + 1, term: 6, data: data.clone(), ..Entry::default() };
+            log.append(&[entry]);
+        }
+        Position { index: log.last, term: 6 }
+    }
+
+    #[test]
+    fn a_group_keeps_its_share_and_less_while_all_hold_too_much() {
+        let node_bytes = Arc::default();
+        let (mut one, mut other) = (log(&node_bytes), log(&node_bytes));
+        let last = append(&mut one, 4 * limits::ENTRY_CACHE_BYTES);
+        let whole = one.cache_bytes;
+        one.trim_cache(last.index);
+        assert_eq!(one.cache_bytes, whole, "what isn't durable stays");
+        one.set_persisted(last);
+        one.trim_cache(last.index);
+        assert!((limits::ENTRY_CACHE_BYTES / 2..=limits::ENTRY_CACHE_BYTES).contains(&one.cache_bytes));
+
+        append(&mut other, limits::ENTRY_CACHE_NODE_BYTES);
+        assert_eq!(node_bytes.get(), one.cache_bytes + other.cache_bytes);
+        one.trim_cache(last.index - 1);
+        assert_eq!(one.cache.len(), 1, "what isn't applied stays");
+        one.trim_cache(last.index);
+        assert_eq!(one.cache_bytes, 0);
+        drop(other);
+        assert_eq!(node_bytes.get(), 0);
     }
 }

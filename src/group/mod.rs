@@ -8,7 +8,7 @@
 //! ```text
 //!   submit, step, tick, on_persisted, on_fetched      (only enqueue)
 //!                      │
-//!                    pump ──► Effects { messages, write, done, reads, fetch, leader, more }
+//!                    pump ──► Effects { messages, write, done, reads, fetch, snapshot, leader, more }
 //! ```
 //!
 //! What the shell owes the group:
@@ -16,21 +16,29 @@
 //! 2. `write` is made durable, in the order of numbers, before `on_persisted(number)`; if it fails,
 //!    the node stops.
 //! 3. `pump` is called after inputs, once per batch of them, and again while `more` is set.
-//! 4. After an error or a panic the group is dropped and rebuilt from disk, never reused.
+//! 4. A snapshot that a follower needs is made, brought and installed, or given up, and the group is
+//!    told of either ([`catch_up`]). A follower installs it by being rebuilt from disk, not here.
+//! 5. After an error or a panic the group is dropped and rebuilt from disk, never reused.
 //!
 //! What the group promises:
 //! - `compacted ≤ flushed ≤ applied ≤ committed`, and `applied ≤ persisted ≤ last`.
 //! - A reply to a command is given only after its entry is durable at a quorum and applied here.
+//! - A command of a session takes effect at most once, however often it is submitted, and where, until
+//!   its session ends (see [`crate::machine::session`]).
 //! - An answer to a query reflects everything that was acknowledged before the query arrived.
 //! - Every submitted operation ends exactly once: with an output or a refusal that tells whether it
 //!   may have had an effect.
 //!
-//! Omitted so far: configuration changes (an entry that asks for one stops the replica) and
-//! snapshots to lagging followers (a log entry stays until every replica has it).
+//! Omitted so far: configuration changes (an entry that asks for one stops the replica).
 
+mod apply;
+pub mod catch_up;
+pub mod clock;
 pub mod driver;
 pub mod election;
 pub mod log;
+mod messages;
 pub mod proposals;
+pub mod queue;
 pub mod reads;
 pub mod types;

@@ -13,6 +13,8 @@ use crate::ids::{Position, Term};
 pub struct Proposals<T> {
     waiting: BTreeMap<(u64, u64), Vec<T>>,
     count: usize,
+    /// No term in `waiting` is below this.
+    least_term: Term,
 }
 
 /// What an applied entry decided.
@@ -26,7 +28,7 @@ pub struct Decided<T> {
 impl<T> Proposals<T> {
     /// None yet.
     pub fn new() -> Proposals<T> {
-        Proposals { waiting: BTreeMap::new(), count: 0 }
+        Proposals { waiting: BTreeMap::new(), count: 0, least_term: Term::MAX }
     }
 
     /// How many callers wait.
@@ -44,6 +46,7 @@ impl<T> Proposals<T> {
         self.count += callers.len();
         let previous = self.waiting.insert((position.index, position.term), callers);
         assert!(previous.is_none(), "two proposals at one position");
+        self.least_term = self.least_term.min(position.term);
     }
 
     /// The entry at `position` is applied.
@@ -62,9 +65,9 @@ impl<T> Proposals<T> {
                 decided.superseded.extend(callers);
             }
         }
-        // Behind the applied entry only those of a lower term are lost. Proposals are few terms deep,
-        // and the usual case is none: look at the ends before walking.
-        if self.waiting.values().next().is_some() {
+        // Behind the applied entry only those of a lower term are lost. Usually there are none, and as
+        // many wait as a slow quorum makes wait: they are not walked through for every entry.
+        if self.least_term < position.term {
             let lost: Vec<_> =
                 self.waiting.keys().filter(|&&(_, term)| term < position.term).copied().collect();
             for key in lost {
@@ -73,6 +76,7 @@ impl<T> Proposals<T> {
                     decided.superseded.extend(callers);
                 }
             }
+            self.least_term = self.waiting.keys().map(|(_, term)| *term).min().unwrap_or(Term::MAX);
         }
         decided
     }

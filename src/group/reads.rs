@@ -94,6 +94,17 @@ impl<T> Reads<T> {
         ready
     }
 
+    /// Takes the reads that are `gone`: nobody waits for them.
+    pub fn discard(&mut self, gone: impl Fn(&T) -> bool) -> Vec<T> {
+        let mut dead = Vec::new();
+        let rounds = self.rounds.iter_mut().map(|round| &mut round.readers);
+        for readers in rounds.chain([&mut self.arrived]) {
+            dead.extend(readers.extract_if(.., |reader| gone(reader)));
+        }
+        self.count -= dead.len();
+        dead
+    }
+
     /// Takes all reads: leadership is lost, and they are to be asked elsewhere.
     pub fn drain(&mut self) -> Vec<T> {
         self.count = 0;
@@ -134,6 +145,21 @@ mod tests {
         reads.confirm(&stale, 1);
         reads.confirm(b"short", 1);
         assert!(reads.ready(100).is_empty());
+    }
+
+    #[test]
+    fn reads_that_nobody_waits_for_leave_the_others_in_place() {
+        let mut reads = Reads::new(1);
+        reads.push('a');
+        reads.push('b');
+        let context = reads.start_round().expect("a round");
+        reads.push('c');
+        reads.push('d');
+        assert_eq!(reads.discard(|&reader| reader == 'a' || reader == 'd'), vec!['a', 'd']);
+        assert_eq!(reads.len(), 2);
+        reads.confirm(&context, 5);
+        assert_eq!(reads.ready(5), vec!['b']);
+        assert_eq!(reads.drain(), vec!['c']);
     }
 
     #[test]

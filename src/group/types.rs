@@ -3,6 +3,7 @@
 use crate::codec::GroupMessage;
 use crate::ids::{Incarnation, Index, NodeId, ReplicaId, Term};
 use crate::machine::command::{Answer, Command, Query, Reply};
+use crate::machine::session::SessionTag;
 use crate::refusal::Refusal;
 use crate::storage::log::LogWrite;
 
@@ -10,7 +11,12 @@ use crate::storage::log::LogWrite;
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Operation {
     /// A write, or for the metadata shard a change of the map: goes through the log.
-    Command(Command),
+    Command {
+        /// What to do.
+        command: Command,
+        /// For a command that may be sent again: whose it is, and which.
+        session: Option<SessionTag>,
+    },
     /// A linearizable read: waits for a read index, then reads the state.
     Query(Query),
 }
@@ -37,6 +43,10 @@ pub struct Effects<T> {
     pub reads: Vec<(T, Query)>,
     /// Log entries to read from the store; then [`super::driver::Group::on_fetched`].
     pub fetch: Option<Fetch>,
+    /// A follower needs a snapshot of this replica's state, since the log entries that it lacks are
+    /// gone. The shell makes one, tells [`super::driver::Group::snapshot_made`], brings it there, and
+    /// ends, whatever the outcome, with [`super::driver::Group::snapshot_done`].
+    pub snapshot: Option<SnapshotWanted>,
     /// Leadership as it is now, if it changed.
     pub leader: Option<LeaderChange>,
     /// True if committed entries are left for a further pass.
@@ -60,6 +70,17 @@ pub struct Fetch {
     pub high: Index,
     /// Bytes of data to read at most (but at least one entry).
     pub max_bytes: usize,
+}
+
+/// A snapshot that a follower needs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SnapshotWanted {
+    /// The follower.
+    pub to: ReplicaId,
+    /// Its node.
+    pub node: NodeId,
+    /// The term in which this replica leads, which goes along with the snapshot.
+    pub term: Term,
 }
 
 /// Who leads a group, as one replica sees it.

@@ -9,7 +9,8 @@ use crate::placement::map::{DatabaseRecord, NodeRecord, ShardRecord};
 use crate::placement::plan::PlannedShard;
 use crate::refusal::Refusal;
 
-pub use super::entry::{decode_entry, encode_entry};
+pub use super::entry::{Entry, TaggedCommand, decode_entry, encode_entry};
+use super::session::SessionReply;
 
 /// What a state machine executes.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -216,6 +217,8 @@ pub enum Reply {
     Kv(KvReply),
     /// From the metadata machine.
     Meta(MetaReply),
+    /// From the session table: the command was not executed.
+    Session(SessionReply),
 }
 
 /// Bytes that are not a command or an entry this version understands.
@@ -318,6 +321,11 @@ fn check_length(what: &'static str, bytes: &[u8], most: usize) -> Result<(), Lim
 }
 
 impl Command {
+    /// Whether applying it looks at what is there.
+    pub fn reads(&self) -> bool {
+        !matches!(self, Command::Kv(KvCommand::Put { .. }))
+    }
+
     /// Bytes this command takes in a log entry, about; for batching and limits.
     pub fn size(&self) -> usize {
         match self {

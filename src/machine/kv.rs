@@ -28,13 +28,7 @@ pub fn apply(command: &KvCommand, state: &mut dyn StateBatch) -> Result<KvReply,
         }
         KvCommand::Cas { key, expect, value } => {
             let found = get(key, state)?;
-            let holds = match (expect, &found) {
-                (Expect::Absent, found) => found.is_none(),
-                (Expect::Value(expected), Some(found)) => *expected == found.value,
-                (Expect::Version(expected), Some(found)) => *expected == found.version,
-                (Expect::Value(_) | Expect::Version(_), None) => false,
-            };
-            if !holds {
+            if !holds(expect, found.as_ref()) {
                 return Ok(KvReply::Mismatch(found));
             }
             Ok(write(key, value, state))
@@ -42,11 +36,23 @@ pub fn apply(command: &KvCommand, state: &mut dyn StateBatch) -> Result<KvReply,
     }
 }
 
+/// Whether a condition holds for what was found at its key.
+pub fn holds(expect: &Expect, found: Option<&Versioned>) -> bool {
+    match (expect, found) {
+        (Expect::Absent, found) => found.is_none(),
+        (Expect::Value(expected), Some(found)) => *expected == found.value,
+        (Expect::Version(expected), Some(found)) => *expected == found.version,
+        (Expect::Value(_) | Expect::Version(_), None) => false,
+    }
+}
+
 /// Answers one query.
 ///
 /// A page of a scan ends before it exceeds the query's limit (0: none of its own),
 /// [`limits::SCAN_PAIRS_MAX`] pairs or [`limits::SCAN_BYTES_MAX`] bytes of keys and values, but has at least
-/// one pair if there is one. `more` is exact: there is a next pair if and only if it is true.
+/// one pair if there is one. Values that aren't asked for are read all the same: once
+/// [`limits::SCAN_READ_BYTES_MAX`] were, the page ends too. `more` is exact: there is a next pair if
+/// and only if it is true.
 pub fn query(query: &Query, state: &dyn StateView) -> Result<Answer, ApplyError> {
     match query {
         Query::Get { key } => Ok(Answer::Value(get(key, state)?)),
@@ -62,7 +68,8 @@ fn write(key: &[u8], value: &[u8], state: &mut dyn StateBatch) -> KvReply {
     KvReply::Written(revision)
 }
 
-fn get<S: StateView + ?Sized>(key: &[u8], state: &S) -> Result<Option<Versioned>, StorageError> {
+/// The value of a key.
+pub fn get<S: StateView + ?Sized>(key: &[u8], state: &S) -> Result<Option<Versioned>, StorageError> {
     let stored = state.get(key)?;
     let read = stored.as_ref().map(value::decode).transpose();
     read.map_err(|error| damaged(key, &error))
@@ -80,7 +87,7 @@ fn scan(
         limit => limit.min(limits::SCAN_PAIRS_MAX),
     };
     let mut pairs: Vec<(Bytes, Versioned)> = Vec::new();
-    let mut bytes = 0;
+    let (mut bytes, mut read) = (0, 0);
     let mut more = false;
     let mut failed = None;
     state.scan(scan_start(prefix, after), &mut |key, stored| {
@@ -99,10 +106,12 @@ fn scan(
             versioned.value = Bytes::new();
         }
         bytes += key.len() + versioned.value.len();
-        if pairs.len() == most || (bytes > limits::SCAN_BYTES_MAX && !pairs.is_empty()) {
+        let full = bytes > limits::SCAN_BYTES_MAX || read > limits::SCAN_READ_BYTES_MAX;
+        if pairs.len() == most || (full && !pairs.is_empty()) {
             more = true;
             return false;
         }
+        read += key.len() + stored.len();
         pairs.push((Bytes::copy_from_slice(key), versioned));
         true
     })?;
@@ -131,6 +140,16 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use std::collections::BTreeMap;
+
+    #[test]
+    fn stored_values_do_not_pin_the_entry_they_came_in() {
+        let entry = Bytes::from(vec![1u8; 1 << 16]);
+        let mut state = MemoryState::default();
+        let command = KvCommand::Put { key: entry.slice(..3), value: entry.slice(10..20) };
+        apply(&command, &mut state).unwrap();
+        drop(command);
+        assert!(entry.is_unique(), "the state holds a copy");
+    }
 
     fn put(state: &mut MemoryState, key: &str, value: &[u8]) -> KvReply {
         let command = KvCommand::Put {
@@ -175,6 +194,18 @@ mod tests {
         assert_eq!(page(&state, all(String::new(), 9, true)).0.len(), 3);
         put(&mut state, "a", &vec![0; 2 * limits::SCAN_BYTES_MAX]);
         assert_eq!(page(&state, all(String::new(), 9, false)), (vec!["a".into()], true));
+    }
+
+    #[test]
+    fn a_page_of_keys_is_bounded_by_the_values_it_reads_over() {
+        let mut state = MemoryState::default();
+        for key in ["a", "b", "c", "d"] {
+            put(&mut state, key, &vec![0; limits::SCAN_READ_BYTES_MAX / 2]);
+        }
+        let (keys, more) = page(&state, all(String::new(), 9, true));
+        assert_eq!((keys, more), (vec!["a".into(), "b".into()], true));
+        let (keys, more) = page(&state, all("b".into(), 9, true));
+        assert_eq!((keys, more), (vec!["c".into(), "d".into()], false), "nothing follows");
     }
 
     #[test]

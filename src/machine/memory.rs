@@ -1,11 +1,12 @@
 //! A shard's state in a map in memory: the simplest that keeps the contract of [`StateBatch`]. For tests of
-//! the machines, and as the model that real states are compared with.
+//! the machines, and as the model that real states are compared with, in tests and in [`crate::sim`].
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
 
 use bytes::Bytes;
 
+use crate::storage::sessions::SessionTable;
 use crate::storage::{StateBatch, StateView, StorageError};
 
 /// The state.
@@ -15,6 +16,8 @@ pub struct MemoryState {
     pub pairs: BTreeMap<Vec<u8>, Bytes>,
     /// The revision counter.
     pub revision: u64,
+    /// Clients' sessions.
+    pub sessions: SessionTable,
 }
 
 impl StateView for MemoryState {
@@ -50,5 +53,9 @@ impl StateBatch for MemoryState {
     fn next_revision(&mut self) -> u64 {
         self.revision += 1;
         self.revision
+    }
+
+    fn sessions(&mut self) -> &mut SessionTable {
+        &mut self.sessions
     }
 }

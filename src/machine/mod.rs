@@ -4,18 +4,20 @@
 //!
 //! - [`command`]: commands, replies, queries, limits. - [`entry`]: the format of a log entry.
 //! - [`kv`]: the key-value machine. - [`value`]: the format of a stored value.
-//! - [`meta`]: the metadata shard's machine.
+//! - [`session`]: which commands clients' sessions let through. - [`meta`]: the metadata shard's machine.
+//! - [`memory`]: a state in memory, for models.
 
 pub mod command;
 pub mod entry;
 pub mod kv;
-#[cfg(any(test, feature = "test-hooks"))]
 pub mod memory;
 pub mod meta;
+pub mod session;
 pub mod value;
 
 use crate::storage::{StateBatch, StateView, StorageError};
 use command::{Answer, Command, Query, Reply};
+use entry::Entry;
 
 /// Why a replica can't go on applying. Every variant stops the replica; a command that is merely
 /// refused (a failed cas, a name taken) is a [`Reply`], since all replicas agree on it.
@@ -41,8 +43,24 @@ pub enum MachineKind {
 }
 
 impl MachineKind {
-    /// Applies one command. What it writes goes to `state`, in the order of the calls, and is seen
-    /// by the calls that follow.
+    /// Applies a whole entry: its commands in order, those of sessions as [`session`] decides. Gives one
+    /// reply per command.
+    pub fn apply_entry(self, entry: &Entry, state: &mut dyn StateBatch) -> Result<Vec<Reply>, ApplyError> {
+        if let Some(stamp) = entry.stamp {
+            state.sessions().advance(stamp);
+        }
+        let mut replies = Vec::with_capacity(entry.commands.len());
+        for (command, tag) in &entry.commands {
+            replies.push(match tag {
+                None => self.apply(command, state)?,
+                Some(tag) => session::apply(self, command, tag, state)?,
+            });
+        }
+        Ok(replies)
+    }
+
+    /// Applies one command, whoever's it is. What it writes goes to `state`, in the order of the calls,
+    /// and is seen by the calls that follow.
     pub fn apply(self, command: &Command, state: &mut dyn StateBatch) -> Result<Reply, ApplyError> {
         match (self, command) {
             (MachineKind::Kv, Command::Kv(command)) => Ok(Reply::Kv(kv::apply(command, state)?)),

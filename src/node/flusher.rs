@@ -1,5 +1,6 @@
 //! The flush thread: gathers frozen memtables of all replicas and makes them durable in one round,
-//! one redo file and one sync for many; removes the state of dropped replicas in between.
+//! one redo file and one sync for many; removes the state of dropped replicas in between, and does
+//! there what must not fall into a flush.
 
 use std::io;
 use std::sync::mpsc;
@@ -31,9 +32,16 @@ pub trait FlushSink: Send + Sync {
     fn flushed(&self, step: FlushStep, batch: Vec<(ReplicaId, Incarnation, Position)>);
 }
 
+/// Told that the state of these replicas is gone, durably.
+pub type Destroyed = Box<dyn FnOnce(&[ReplicaId]) + Send>;
+
+/// Something to be done with the flusher between two flushes. It must not take long: flushes wait.
+pub type FlusherJob = Box<dyn FnOnce(&mut Flusher) + Send>;
+
 enum Work {
     Flush(FlushJob),
-    Destroy(ReplicaId),
+    Run(FlusherJob),
+    Destroy(Vec<ReplicaId>, Destroyed),
     /// Answered when everything submitted before is done.
     Barrier(oneshot::Sender<()>),
 }
@@ -59,9 +67,16 @@ impl FlushThread {
         self.send(Work::Flush(job));
     }
 
-    /// Removes all state of a replica that is a tombstone.
-    pub fn destroy(&self, replica: ReplicaId) {
-        self.send(Work::Destroy(replica));
+    /// Does something between two flushes. Dropped undone once the thread has ended.
+    pub fn run(&self, job: FlusherJob) {
+        self.send(Work::Run(job));
+    }
+
+    /// Removes all state of replicas that are tombstones, then tells so, on the thread.
+    pub fn destroy(&self, replicas: Vec<ReplicaId>, done: Destroyed) {
+        if !replicas.is_empty() {
+            self.send(Work::Destroy(replicas, done));
+        }
     }
 
     /// Resolves when everything submitted before is done; the fence before a replica is reopened.
@@ -88,19 +103,30 @@ fn run(mut flusher: Flusher, queue: mpsc::Receiver<Work>, fatal: Fatal) {
     while let Ok(first) = queue.recv() {
         let mut flushes = Vec::new();
         let mut destroy = Vec::new();
+        let mut jobs = Vec::new();
         let mut barriers = Vec::new();
         for work in std::iter::once(first).chain(queue.try_iter()) {
             match work {
                 Work::Flush(job) => flushes.push(job),
-                Work::Destroy(replica) => destroy.push(replica),
+                Work::Run(job) => jobs.push(job),
+                Work::Destroy(replicas, done) => destroy.push((replicas, done)),
                 Work::Barrier(done) => barriers.push(done),
             }
         }
-        let result = flush(&mut flusher, &flushes)
-            .and_then(|()| destroy.into_iter().try_for_each(|replica| flusher.destroy(replica)));
+        let result = flush(&mut flusher, &flushes).and_then(|()| match destroy.is_empty() {
+            true => Ok(()),
+            // One sync, however many: at the start of a node that may be all that were ever removed.
+            false => flusher.destroy(&destroy.iter().flat_map(|(all, _)| all).copied().collect::<Vec<_>>()),
+        });
         if let Err(error) = result {
             fatal.raise(format!("flushing state to disk: {error}"));
             return;
+        }
+        for (replicas, done) in destroy {
+            done(&replicas);
+        }
+        for job in jobs {
+            job(&mut flusher);
         }
         for done in barriers {
             if done.send(()).is_err() {

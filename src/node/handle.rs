@@ -8,6 +8,7 @@ use actix::Addr;
 use actix::prelude::SendError;
 use tokio::sync::{oneshot, watch};
 
+use super::load::Admitted;
 #[cfg(feature = "test-hooks")]
 use super::messages::Inject;
 use super::messages::{AskStatus, Report, Submit, Transfer};
@@ -42,6 +43,8 @@ struct Inner {
 pub struct Member {
     /// This node.
     pub node: NodeId,
+    /// Which start of its process this is.
+    pub incarnation: u64,
     /// Its replicas, and the map.
     pub router: Arc<Router>,
     /// Who watches over them.
@@ -66,6 +69,8 @@ pub enum ReplicaHealth {
     Serving,
     /// Re-applying its log after a start.
     Recovering,
+    /// Too far behind for the log of its leader: receives or installs a snapshot.
+    Installing,
     /// Crashed; will be rebuilt.
     Restarting(String),
     /// Crashed too often.
@@ -156,6 +161,19 @@ impl NodeHandle {
         self.inner.member.get().map_or(NodeId(0), |m| m.node)
     }
 
+    /// How this node introduces itself when it asks another: as a member of its cluster, so that a node
+    /// of another one, at an address that changed hands, refuses.
+    pub fn hello(&self) -> HelloConfig {
+        match self.inner.member.get() {
+            Some(member) => HelloConfig {
+                cluster_id: Some(member.router.map().cluster_id),
+                node: member.node,
+                incarnation: member.incarnation,
+            },
+            None => HelloConfig::default(),
+        }
+    }
+
     /// The cluster map as this node knows it; a cheap snapshot. Empty while it isn't a member.
     pub fn map(&self) -> Arc<ClusterMap> {
         self.inner.member.get().map_or_else(|| self.inner.empty_map.clone(), |m| m.router.map())
@@ -171,6 +189,19 @@ impl NodeHandle {
         operations: Vec<Operation>,
         timeout: Duration,
     ) -> Result<Vec<Result<Output, Refusal>>, Refusal> {
+        self.submit_admitted(shard, range_version, operations, timeout, None).await
+    }
+
+    /// [`NodeHandle::submit`] of operations that count, as `admitted`, until they have really ended:
+    /// that may be after the return of this.
+    pub async fn submit_admitted(
+        &self,
+        shard: ShardId,
+        range_version: u64,
+        operations: Vec<Operation>,
+        timeout: Duration,
+        admitted: Option<Arc<Admitted>>,
+    ) -> Result<Vec<Result<Output, Refusal>>, Refusal> {
         let addr = self.member()?.router.replica(shard)?;
         if operations.is_empty() {
             return Ok(Vec::new());
@@ -181,13 +212,18 @@ impl NodeHandle {
             return Err(Refusal::Unavailable("the node is stopping".into()));
         }
         let (reply, results) = oneshot::channel();
-        let writes: Vec<bool> = operations.iter().map(|o| matches!(o, Operation::Command(_))).collect();
-        addr.try_send(Submit { range_version, operations, reply }).map_err(|error| match error {
-            SendError::Full(_) => {
-                Refusal::Busy { what: "the shard's mailbox".into(), retry_after_ms: limits::BUSY_RETRY_MS }
-            }
-            SendError::Closed(_) => Refusal::Unavailable("the replica is being rebuilt after a crash".into()),
-        })?;
+        let writes: Vec<bool> = operations.iter().map(|o| matches!(o, Operation::Command { .. })).collect();
+        addr.try_send(Submit { range_version, operations, reply, admitted }).map_err(
+            |error| match error {
+                SendError::Full(_) => Refusal::Busy {
+                    what: "the shard's mailbox".into(),
+                    retry_after_ms: limits::BUSY_RETRY_MS,
+                },
+                SendError::Closed(_) => {
+                    Refusal::Unavailable("the replica is being rebuilt after a crash".into())
+                }
+            },
+        )?;
         match tokio::time::timeout(timeout, results).await {
             Ok(Ok(results)) => results,
             // The mailbox was dropped with the message in it: the replica crashed before it saw it.
@@ -205,17 +241,16 @@ impl NodeHandle {
     }
 
     /// Has the metadata shard's leader, wherever it is, execute a command. Retried until `timeout`:
-    /// the metadata commands are made for that.
+    /// the metadata commands are made for that. A refusal in the metadata shard's words means that the
+    /// command had no effect; where an earlier attempt may have had one, the outcome is unknown.
     pub async fn meta(&self, command: MetaCommand, timeout: Duration) -> Result<MetaReply, Refusal> {
         let deadline = Instant::now() + timeout;
-        let mut last = Refusal::Deadline;
-        // An attempt whose outcome is unknown leaves the command's unknown, whatever comes after.
-        let mut unknown = None;
+        let mut attempts = MetaAttempts::default();
         let mut hint = Some(self.node());
         for attempt in 0.. {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(unknown.unwrap_or(last));
+                return Err(attempts.given_up());
             }
             let map = self.map();
             let Some(metadata) = map.shards.get(&METADATA_SHARD) else {
@@ -232,35 +267,28 @@ impl NodeHandle {
                 self.meta_here(command.clone(), patience).await
             } else {
                 match map.nodes.get(&target) {
-                    Some(node) => meta_there(&node.peer_address, command.clone(), patience).await,
+                    Some(node) => {
+                        meta_there(&node.peer_address, self.hello(), command.clone(), patience).await
+                    }
                     None => {
                         Err(Refusal::Unavailable("the address of the metadata leader is not known".into()))
                     }
                 }
             };
-            match answer {
-                Ok(reply) => return Ok(reply),
-                Err(refusal) if !refusal.retryable() && refusal != Refusal::Deadline => {
-                    return Err(refusal);
-                }
-                Err(refusal) => {
-                    if let Refusal::NotLeader { leader: Some(leader), .. } = refusal {
-                        hint = Some(leader);
-                    }
-                    if refusal.outcome() == Outcome::Unknown {
-                        unknown = Some(refusal.clone());
-                    }
-                    last = refusal;
-                }
+            if let Err(Refusal::NotLeader { leader: Some(leader), .. }) = answer {
+                hint = Some(leader);
+            }
+            if let Some(end) = attempts.end(answer) {
+                return end;
             }
             tokio::time::sleep(Duration::from_millis(limits::META_RETRY_MS).min(left)).await;
         }
-        Err(unknown.unwrap_or(last))
+        Err(attempts.given_up())
     }
 
     /// Executes a metadata command if this node leads the metadata shard.
     pub async fn meta_here(&self, command: MetaCommand, timeout: Duration) -> Result<MetaReply, Refusal> {
-        let operation = Operation::Command(Command::Meta(command));
+        let operation = Operation::Command { command: Command::Meta(command), session: None };
         let range_version = self.map().shards.get(&METADATA_SHARD).map_or(0, |s| s.epoch.range);
         let results = self.submit(METADATA_SHARD, range_version, vec![operation], timeout).await?;
         match results.into_iter().next() {
@@ -323,6 +351,44 @@ impl NodeHandle {
     }
 }
 
+/// What the attempts at one metadata command have come to.
+#[derive(Default)]
+struct MetaAttempts {
+    /// The last one whose outcome is unknown: the command's then is too, whatever is refused after it.
+    unknown: Option<Refusal>,
+    /// Why the last one failed.
+    last: Option<Refusal>,
+}
+
+impl MetaAttempts {
+    /// What `answer` makes of the command; `None` if it is to be tried again.
+    ///
+    /// After an attempt that may have been carried out, or may yet be, a refusal tells nothing: "there
+    /// is no such database" may be what this very command, dropping it, has brought about.
+    fn end(&mut self, answer: Result<MetaReply, Refusal>) -> Option<Result<MetaReply, Refusal>> {
+        let refused = match answer {
+            Ok(MetaReply::Refused(refused)) if self.unknown.is_some() => refused.to_string(),
+            Ok(reply) => return Some(Ok(reply)),
+            Err(refusal) if refusal.retryable() || refusal == Refusal::Deadline => {
+                if refusal.outcome() == Outcome::Unknown {
+                    self.unknown = Some(refusal.clone());
+                }
+                self.last = Some(refusal);
+                return None;
+            }
+            Err(refusal) if self.unknown.is_some() => refusal.to_string(),
+            Err(refusal) => return Some(Err(refusal)),
+        };
+        let text = format!("an attempt may have been carried out, and the next was refused: {refused}");
+        Some(Err(Refusal::Unknown(text.into())))
+    }
+
+    /// The end of a command for which there is no time left.
+    fn given_up(self) -> Refusal {
+        self.unknown.or(self.last).unwrap_or(Refusal::Deadline)
+    }
+}
+
 /// A batch of operations that was submitted, until its caller has the results or gave up.
 struct InFlight<'a>(&'a Inner);
 
@@ -347,8 +413,13 @@ fn timed_out(writes: bool) -> Refusal {
     }
 }
 
-async fn meta_there(address: &str, command: MetaCommand, timeout: Duration) -> Result<MetaReply, Refusal> {
-    match PeerClient::call(address, HelloConfig::default(), PeerRequest::Meta(command), timeout).await {
+async fn meta_there(
+    address: &str,
+    hello: HelloConfig,
+    command: MetaCommand,
+    timeout: Duration,
+) -> Result<MetaReply, Refusal> {
+    match PeerClient::call(address, hello, PeerRequest::Meta(command), timeout).await {
         Ok(PeerResponse::Meta(reply)) => Ok(reply),
         Ok(PeerResponse::Refused(refusal)) => Err(refusal),
         Ok(_) => Err(Refusal::Unknown("a peer gave an answer to another question".into())),
@@ -360,5 +431,32 @@ async fn meta_there(address: &str, command: MetaCommand, timeout: Duration) -> R
             tracing::debug!(address, %error, "asking for a metadata command");
             Err(Refusal::Unknown("the connection to the metadata leader was lost".into()))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::command::MetaRefusal;
+
+    #[test]
+    fn a_refusal_after_an_attempt_in_doubt_is_no_answer() {
+        let no_such = || Ok(MetaReply::Refused(MetaRefusal::UnknownDatabase("app".into())));
+        let mut attempts = MetaAttempts::default();
+        assert_eq!(attempts.end(no_such()), Some(no_such()), "certain at the first attempt");
+
+        let lost = || Err(Refusal::Unknown("the connection was lost".into()));
+        let outcome = |end: Option<Result<MetaReply, Refusal>>| end.map(|end| end.map_err(|r| r.outcome()));
+        for later in [no_such(), Err(Refusal::Refused("no".into())), Err(Refusal::Invalid("no".into()))] {
+            let mut attempts = MetaAttempts::default();
+            assert_eq!(attempts.end(Err(Refusal::Unavailable("not in reach".into()))), None);
+            assert_eq!(attempts.end(lost()), None);
+            assert_eq!(attempts.end(Err(Refusal::Deadline)), None, "certain, but about the last alone");
+            assert_eq!(outcome(attempts.end(later)), Some(Err(Outcome::Unknown)));
+            assert_eq!(attempts.given_up().outcome(), Outcome::Unknown);
+        }
+        let mut attempts = MetaAttempts::default();
+        assert_eq!(attempts.end(lost()), None);
+        assert_eq!(attempts.end(Ok(MetaReply::Formed(1))), Some(Ok(MetaReply::Formed(1))));
     }
 }

@@ -9,14 +9,15 @@ use actix::prelude::*;
 
 use super::fatal::{Fatal, FatalGuard};
 use super::flusher::FlushSink;
+use super::intake::Arrived;
 use super::log_writer::PersistSink;
 use super::messages::*;
 use super::panics::contained;
 use super::replica::ReplicaActor;
 use super::shared::{Pressure, Shared};
 use super::supervisor::Supervisor;
+use super::ticker;
 use super::ticket::Ticket;
-use crate::codec::GroupMessage;
 use crate::group::driver::{Group, GroupOptions};
 use crate::ids::{Incarnation, NodeId, Position, ReplicaId, ShardId};
 use crate::limits;
@@ -54,10 +55,15 @@ pub struct StartReplica {
 #[rtype(result = "()")]
 pub struct Forget(pub ReplicaId, pub Incarnation);
 
+/// Supervisor → hub: end this incarnation, if it runs, with an error, to be rebuilt from disk.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct FailReplica(pub ReplicaId, pub Incarnation, pub String);
+
 /// Peer connections → hub: messages for replicas of this thread. Mailbox full: dropped.
 #[derive(Message)]
 #[rtype(result = "()")]
-pub struct Deliver(pub Vec<GroupMessage>);
+pub struct Deliver(pub Arrived);
 
 /// Log writer → hub: these log writes are durable.
 #[derive(Message)]
@@ -97,18 +103,22 @@ impl FlushSink for HubSink {
 impl Hub {
     /// A hub without replicas.
     pub fn new(shared: Arc<Shared>, fatal: Fatal) -> Hub {
-        Hub { shared, replicas: HashMap::new(), sink: None, paused: false, _guard: fatal.guard("a hub") }
+        let _guard = fatal.guard("a hub");
+        Hub { shared, replicas: HashMap::new(), sink: None, paused: false, _guard }
     }
 
     fn tick(&mut self) {
         let pressure = self.shared.memory.pressure();
         let (active, frozen) = self.shared.memory.bytes();
         metrics::gauge!(names::MEMTABLE_BYTES).set((active + frozen) as f64);
+        metrics::gauge!(names::SESSIONS).set(self.shared.memory.sessions() as f64);
+        metrics::gauge!(names::LOG_QUEUE_BYTES).set(self.shared.intake.bytes() as f64);
+        metrics::gauge!(names::CACHED_ENTRY_BYTES).set(self.shared.cached_entries.get() as f64);
         let pause = pressure == Pressure::Pause;
         for (_, addr) in self.replicas.values() {
             if pressure != Pressure::Low {
                 // All of them: a flush covers all tables frozen in a round, at one sync.
-                addr.do_send(Freeze);
+                addr.do_send(Freeze { for_log: false });
             }
             if pause != self.paused {
                 addr.do_send(PauseApply(pause));
@@ -132,7 +142,7 @@ impl Actor for Hub {
 
     fn started(&mut self, ctx: &mut Context<Self>) {
         ctx.set_mailbox_capacity(limits::HUB_MAILBOX_MAX);
-        ctx.run_interval(Duration::from_millis(limits::TICK_MS), |hub, _| hub.tick());
+        ticker::every(ctx, Duration::from_millis(limits::TICK_MS), |hub, _| hub.tick());
     }
 }
 
@@ -172,17 +182,20 @@ impl Handler<Forget> for Hub {
     }
 }
 
+impl Handler<FailReplica> for Hub {
+    type Result = ();
+    fn handle(&mut self, FailReplica(replica, incarnation, reason): FailReplica, _: &mut Context<Self>) {
+        if let Some(addr) = self.living(replica, incarnation) {
+            addr.do_send(Fail(reason));
+        }
+    }
+}
+
 impl Handler<Deliver> for Hub {
     type Result = ();
     fn handle(&mut self, deliver: Deliver, _: &mut Context<Self>) {
-        let mut messages = deliver.0.into_iter().peekable();
-        while let Some(first) = messages.next() {
-            // Neighbours in a frame are often for the same replica.
-            let to = first.message.to;
-            let mut batch = vec![first];
-            while let Some(next) = messages.next_if(|m| m.message.to == to) {
-                batch.push(next);
-            }
+        // Neighbours in a frame are often for the same replica.
+        for (to, batch) in deliver.0.by_receiver() {
             let Some((_, addr)) = self.replicas.get(&ReplicaId(to)) else {
                 tracing::debug!(replica = to, "no such replica here for a raft message");
                 continue;
@@ -233,7 +246,7 @@ impl Handler<FreezeBatch> for Hub {
     fn handle(&mut self, batch: FreezeBatch, _: &mut Context<Self>) {
         for replica in batch.0.iter() {
             if let Some((_, addr)) = self.replicas.get(replica) {
-                addr.do_send(Freeze);
+                addr.do_send(Freeze { for_log: true });
             }
         }
     }

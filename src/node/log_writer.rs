@@ -22,10 +22,12 @@
 //! that, fences fail, and what is submitted later is dropped.
 //!
 //! The queue holds [`limits::LOG_QUEUE_BYTES_MAX`]. Beyond that it still takes what comes, and warns
-//! once: the bound that keeps it there is each group's own.
+//! once: what keeps it there is [`super::intake`], which asks for its bytes, for what leaders
+//! elsewhere send, and each group's own limits for what leaders here propose.
 
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -87,7 +89,8 @@ struct Shared {
 #[derive(Default)]
 struct Queue {
     items: VecDeque<Item>,
-    bytes: usize,
+    /// Changed under the lock alone, read without it.
+    bytes: Arc<AtomicUsize>,
     /// `bytes` passed the limit and a warning said so.
     warned: bool,
     /// The writer waits on `wake`.
@@ -189,6 +192,12 @@ impl LogWriter {
     pub fn on_held_back(&self, tell: Box<dyn Fn(Vec<ReplicaId>) + Send + Sync>) {
         let mut slot = self.shared.on_held_back.lock();
         *slot.as_deref_mut().unwrap_or_else(|e| e.get_mut()) = Some(tell);
+    }
+
+    /// Tells, whenever it is called, how many bytes are queued.
+    pub fn queued_bytes(&self) -> Box<dyn Fn() -> usize + Send + Sync> {
+        let bytes = self.shared.queue().bytes.clone();
+        Box::new(move || bytes.load(Ordering::Relaxed))
     }
 
     /// Queues writes. Never blocks for the disk. Tasks of a fenced incarnation are dropped, all of
@@ -309,7 +318,7 @@ impl Shared {
         // Dropped outside the lock: a job may hold anything.
         let items = std::mem::take(&mut queue.items);
         let fences = std::mem::take(&mut queue.fences);
-        queue.bytes = 0;
+        queue.bytes.store(0, Ordering::Relaxed);
         self.end.notify_all();
         self.wake(queue);
         drop((items, fences));
@@ -327,10 +336,10 @@ impl Queue {
         let last = self.fenced.entry(replica).or_default();
         *last = incarnation.max(*last);
         let last = *last;
-        let bytes = &mut self.bytes;
+        let bytes = &self.bytes;
         self.items.retain(|item| match item {
             Item::Write(task) if task.write.replica == replica && task.incarnation <= last => {
-                *bytes -= item.size();
+                bytes.fetch_sub(item.size(), Ordering::Relaxed);
                 false
             }
             _ => true,
@@ -338,12 +347,13 @@ impl Queue {
     }
 
     fn push(&mut self, item: Item) {
-        self.bytes += item.size();
+        let size = item.size();
+        let bytes = self.bytes.fetch_add(size, Ordering::Relaxed) + size;
         self.items.push_back(item);
-        if self.bytes > limits::LOG_QUEUE_BYTES_MAX && !self.warned {
+        if bytes > limits::LOG_QUEUE_BYTES_MAX && !self.warned {
             self.warned = true;
             tracing::warn!(
-                bytes = self.bytes,
+                bytes,
                 "more waits for the log than should: the disk is slow, or the groups' limits are too wide"
             );
         }
@@ -370,8 +380,8 @@ impl Queue {
                 Work::Batch(batch)
             }
         };
-        self.bytes -= size;
-        if self.bytes <= limits::LOG_QUEUE_BYTES_MAX / 2 {
+        let bytes = self.bytes.fetch_sub(size, Ordering::Relaxed) - size;
+        if bytes <= limits::LOG_QUEUE_BYTES_MAX / 2 {
             self.warned = false;
         }
         self.busy = true;

@@ -1,11 +1,70 @@
 //! The cluster map as a node keeps it on disk, to start from while the metadata shard is out of
-//! reach. A cache: damage is noticed by the file's checksum and costs a pull from a peer.
+//! reach. A cache: damage is noticed by the file's checksum, and what is lost is had again, from the
+//! node's own metadata replica if it has one, else from a peer.
 
+use std::sync::Arc;
+
+use super::open::open_stores;
 use crate::codec::CodecError;
 use crate::codec::records::{read_delta, write_delta};
+use crate::ids::{ClusterId, METADATA_DATABASE, METADATA_SHARD};
 use crate::limits;
-use crate::placement::map::ClusterMap;
+use crate::machine::meta;
+use crate::placement::map::{ClusterMap, NodeRecord, ShardRecord};
 use crate::schema::types_capnp::map_delta;
+use crate::storage::StorageError;
+use crate::storage::engine::Engine;
+use crate::storage::identity::DataDir;
+use crate::storage::log::{LogStore, ReplicaPhase};
+
+/// The map in `dir`, if it is there, whole, and of `cluster`; else why it is of no use.
+pub fn load(dir: &DataDir, cluster: ClusterId) -> Result<ClusterMap, String> {
+    let bytes = dir.load_map().ok_or("it is missing or damaged")?;
+    let map = decode(&bytes).map_err(|error| error.to_string())?;
+    if map.cluster_id != cluster {
+        return Err(format!("it is of cluster {}, the node belongs to {cluster}", map.cluster_id));
+    }
+    Ok(map)
+}
+
+/// The map as the metadata replica of the node `own` has it on disk, if it has one there. It may be older
+/// than the cached one was: the replica's log and the peers bring the rest. If the node is the only voter
+/// nobody else is needed for that, and the little that its catalogue tells is enough to begin.
+pub fn of_own_replica(
+    log: &dyn LogStore,
+    engine: &Arc<dyn Engine>,
+    cluster: ClusterId,
+    own: NodeRecord,
+) -> Result<Option<ClusterMap>, StorageError> {
+    let mut catalogue = log.catalogue()?.into_iter();
+    let metadata = catalogue.find(|r| r.shard == METADATA_SHARD && r.phase == ReplicaPhase::Active);
+    let Some(record) = metadata else {
+        return Ok(None);
+    };
+    let (_, state) = open_stores(log, engine, &record)?;
+    let map = meta::cluster_map(&state)?;
+    if map.cluster_id == cluster {
+        return Ok(Some(map));
+    }
+    if !record.members.iter().all(|member| member.node == own.id) {
+        return Ok(None);
+    }
+    let metadata = ShardRecord {
+        id: METADATA_SHARD,
+        database: METADATA_DATABASE,
+        range: record.range,
+        epoch: record.epoch,
+        members: record.members,
+        dropped: false,
+        changed_at: 0,
+    };
+    Ok(Some(ClusterMap {
+        cluster_id: cluster,
+        nodes: [(own.id, own)].into(),
+        shards: [(METADATA_SHARD, metadata)].into(),
+        ..ClusterMap::default()
+    }))
+}
 
 /// The bytes of the file's content.
 pub fn encode(map: &ClusterMap) -> Vec<u8> {

@@ -17,20 +17,28 @@
 //! ```
 //!
 //! A listed node that finds a member instead joins that cluster as a new node.
+//!
+//! A member keeps what the cluster knows of it up to date ([`keep_record`]), and may have to ask the same
+//! nodes for a cluster map, if its own is lost.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use actix::Addr;
 use futures_util::future::join_all;
 use tokio::sync::watch;
 
 use super::NodeError;
+use super::handle::NodeHandle;
 use super::map_cache;
+use super::messages::MapNews;
+use super::supervisor::Supervisor;
 use crate::codec::peer::{Formation, Membership, PeerRequest, PeerResponse, ProbeAnswer};
 use crate::ids::{ClusterId, Epoch, METADATA_DATABASE, METADATA_SHARD, NodeId, RandomId, ReplicaId};
 use crate::limits;
-use crate::placement::map::{ClusterMap, Member, MemberRole, NodeRecord, ShardRecord};
+use crate::machine::command::{MetaCommand, MetaReply};
+use crate::placement::map::{ClusterMap, MapDelta, Member, MemberRole, NodeRecord, ShardRecord};
 use crate::placement::ring::RingRange;
 use crate::refusal::Refusal;
 use crate::settings::ClusterSettings;
@@ -162,8 +170,8 @@ impl Applicant {
         }
     }
 
-    /// One round; what stands in the way, if anything.
-    async fn attempt(self: &Arc<Self>) -> Option<String> {
+    /// Peer addresses of the nodes that the settings list, without this one's.
+    fn others(&self) -> Vec<&str> {
         let own = self.record.peer_address.as_str();
         let mut addresses: Vec<&str> = Vec::new();
         for address in self.settings.initial.iter().chain(&self.settings.join).map(String::as_str) {
@@ -171,6 +179,62 @@ impl Applicant {
                 addresses.push(address);
             }
         }
+        addresses
+    }
+
+    /// The cluster map of a node that the settings list, as soon as one of them answers with it. `None` if
+    /// they list no other.
+    pub async fn map_of_a_peer(&self, cluster: ClusterId) -> Option<ClusterMap> {
+        let mut told = String::new();
+        while !self.others().is_empty() {
+            match self.ask_for_map(cluster, 0).await {
+                Ok(delta) => {
+                    let mut map = ClusterMap::default();
+                    map.merge(delta);
+                    return Some(map);
+                }
+                Err(obstacle) if obstacle == told => {}
+                Err(obstacle) => {
+                    tracing::info!("waiting for the cluster map: {obstacle}");
+                    told = obstacle;
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(limits::MEMBERSHIP_RETRY_MS)).await;
+        }
+        None
+    }
+
+    /// What changed in the cluster map after version `since`: the newest answer of the nodes that the
+    /// settings list, all asked at once.
+    async fn ask_for_map(&self, cluster: ClusterId, since: u64) -> Result<MapDelta, String> {
+        let answers = self.others().into_iter().map(|address| async move {
+            let timeout = Duration::from_millis(limits::MAP_PULL_MS_MAX);
+            let refused = match ask(address, PeerRequest::Map { since }, timeout).await {
+                Ok(PeerResponse::Map(delta)) if delta.cluster_id == cluster => return Ok(delta),
+                Ok(PeerResponse::Map(delta)) => format!("it belongs to cluster {}", delta.cluster_id),
+                Ok(PeerResponse::Refused(refusal)) => refusal.to_string(),
+                Ok(other) => format!("unexpected answer {other:?}"),
+                Err(error) => error,
+            };
+            Err(format!("{address}: {refused}"))
+        });
+        let mut newest: Result<MapDelta, String> = Err("there is nobody to ask".to_owned());
+        for answer in join_all(answers).await {
+            let better = match (&newest, &answer) {
+                (Ok(have), Ok(delta)) => delta.version > have.version,
+                (Ok(_), Err(_)) => false,
+                (Err(_), _) => true,
+            };
+            if better {
+                newest = answer;
+            }
+        }
+        newest
+    }
+
+    /// One round; what stands in the way, if anything.
+    async fn attempt(self: &Arc<Self>) -> Option<String> {
+        let addresses = self.others();
         let answers: BTreeMap<&str, Result<ProbeAnswer, String>> =
             join_all(addresses.iter().map(|&address| async move { (address, probe(address).await) }))
                 .await
@@ -384,6 +448,29 @@ pub async fn spread(map: Arc<ClusterMap>) {
         })
     });
     join_all(tell).await;
+}
+
+/// Tells the metadata shard of this node's addresses, zone and weight, once per start, however long it
+/// takes. The map at hand can't say whether that is news: it may be older than what the cluster has heard
+/// since. To tell what is known already changes nothing.
+pub async fn keep_record(applicant: Arc<Applicant>, handle: NodeHandle, supervisor: Addr<Supervisor>) {
+    loop {
+        let map = handle.map();
+        if map.version > 0 {
+            let command = MetaCommand::AddNode(applicant.record.clone());
+            match handle.meta(command, Duration::from_millis(limits::JOIN_MS_MAX)).await {
+                Ok(MetaReply::Node(_)) => return,
+                Ok(other) => tracing::debug!(?other, "telling the cluster of this node's addresses"),
+                Err(error) => tracing::debug!(%error, "telling the cluster of this node's addresses"),
+            }
+            // The others may have moved too, all of them: then the settings know better than the map.
+            match applicant.ask_for_map(map.cluster_id, map.version).await {
+                Ok(delta) => supervisor.do_send(MapNews(delta)),
+                Err(obstacle) => tracing::debug!(obstacle, "asking for the cluster map"),
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(limits::NODE_HEARTBEAT_MS)).await;
+    }
 }
 
 #[cfg(test)]

@@ -8,8 +8,9 @@ use raft::eraftpb::Entry;
 use tokio::sync::oneshot;
 
 use super::handle::ReplicaReport;
+use super::intake::Arrived;
+use super::load::Admitted;
 use super::ticket::Results;
-use crate::codec::GroupMessage;
 use crate::group::types::{GroupStatus, LeaderChange, Operation};
 use crate::ids::{Incarnation, NodeId, Position, ReplicaId, ShardId};
 use crate::placement::map::{ClusterMap, MapDelta};
@@ -26,12 +27,14 @@ pub struct Submit {
     pub operations: Vec<Operation>,
     /// Where the results go: all of them, or a refusal of the whole batch, of which none was started.
     pub reply: oneshot::Sender<Results>,
+    /// What they count for on this node, until they have ended; of a client's.
+    pub admitted: Option<Arc<Admitted>>,
 }
 
 /// Hub → replica: messages of other replicas. Mailbox full: dropped, raft sends again.
 #[derive(Message)]
 #[rtype(result = "()")]
-pub struct Step(pub Vec<GroupMessage>);
+pub struct Step(pub Arrived);
 
 /// Hub → replica: a tick has passed. Mailbox full: dropped; the replica is late anyway.
 #[derive(Message)]
@@ -59,10 +62,35 @@ pub struct Flushed {
     pub position: Position,
 }
 
-/// Hub or supervisor → replica: flush the memtable soon, for memory or for log space.
+/// Hub → replica: flush the memtable soon.
 #[derive(Message)]
 #[rtype(result = "()")]
-pub struct Freeze;
+pub struct Freeze {
+    /// Not for memory but because the node's log is too large: the log gives way too.
+    pub for_log: bool,
+}
+
+/// Snapshot thread → replica: the snapshot for this follower is made, exact at this position. Whether it
+/// is wanted still.
+#[derive(Message)]
+#[rtype(result = "bool")]
+pub struct SnapshotMade {
+    /// The follower.
+    pub to: ReplicaId,
+    /// Its last entry.
+    pub position: Position,
+}
+
+/// Snapshot thread → replica: what it did for this follower has ended. Never dropped: one for each
+/// order.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct SnapshotDone {
+    /// The follower.
+    pub to: ReplicaId,
+    /// Whether it has the snapshot, or what is better.
+    pub installed: bool,
+}
 
 /// Hub → replica: stop or resume applying, for memory.
 #[derive(Message)]
@@ -94,7 +122,7 @@ pub struct AskStatus;
 #[rtype(result = "()")]
 pub struct StopReplica;
 
-/// Supervisor → replica: end with an error, to be rebuilt from disk.
+/// Hub → replica: end with an error, to be rebuilt from disk.
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct Fail(pub String);

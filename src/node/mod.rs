@@ -7,6 +7,8 @@
 //! | log writer | one gathered write and sync at a time, for all replicas | on the disk |
 //! | flush thread | one flush of frozen memtables at a time | on the disk |
 //! | read thread | queries that memory can't answer | on the disk |
+//! | snapshot thread | one snapshot made and one loaded at a time, in turns ([`snapshots`]) | on the disk and the flush thread |
+//! | sending thread | snapshots on their way to other nodes | never for long |
 //!
 //! What crosses threads crosses in batches. A panic in a replica ends that replica; a panic in
 //! anything shared (a hub, the supervisor, a thread of the table's lower half) is fatal for the node:
@@ -15,11 +17,16 @@
 pub mod fatal;
 pub mod flusher;
 pub mod handle;
+#[cfg(feature = "test-hooks")]
+mod hooks;
 pub mod hub;
+pub mod intake;
+pub mod load;
 pub mod log_writer;
 pub mod map_cache;
 pub mod membership;
 pub mod messages;
+pub mod open;
 pub mod panics;
 pub mod reader;
 pub mod replica;
@@ -27,8 +34,10 @@ pub mod replicas;
 pub mod router;
 pub mod service;
 pub mod shared;
+pub mod snapshots;
 pub mod start;
 pub mod supervisor;
+pub mod ticker;
 pub mod ticket;
 
 use std::net::TcpListener;

@@ -14,11 +14,12 @@ use super::log_writer::WriteTask;
 use super::messages::*;
 use super::reader::ReadJob;
 use super::shared::{MemoryShare, Shared};
+use super::snapshots::outgoing::Order;
 use super::supervisor::Supervisor;
 use super::ticket::{Ticket, tickets};
 use crate::codec::GroupMessage;
 use crate::group::driver::Group;
-use crate::group::types::{Effects, Fetch};
+use crate::group::types::{Effects, Fetch, SnapshotWanted};
 use crate::ids::{Incarnation, METADATA_SHARD, NodeId, Position, ReplicaId, ShardId};
 use crate::limits;
 use crate::machine::command::Query;
@@ -138,7 +139,7 @@ impl ReplicaActor {
     }
 
     fn carry_out(&mut self, effects: Effects<Ticket>, ctx: &mut Context<Self>) {
-        let Effects { messages, write, done, reads, fetch, leader, more } = effects;
+        let Effects { messages, write, done, reads, fetch, snapshot, leader, more } = effects;
         // Messages of this pass are those that may leave before the write below.
         if !messages.is_empty() {
             self.shared.network.send(by_node(messages));
@@ -161,7 +162,13 @@ impl ReplicaActor {
         if let Some(fetch) = fetch {
             self.fetch(fetch, ctx);
         }
+        if let Some(wanted) = snapshot {
+            self.bring_snapshot(wanted, ctx);
+        }
         if let Some(change) = leader {
+            if !change.local {
+                self.shared.snapshots.outgoing.cancel(self.replica);
+            }
             metrics::counter!(names::LEADER_CHANGES).increment(1);
             self.supervisor.do_send(LeaderChanged { shard: self.shard, replica: self.replica, change });
         }
@@ -208,6 +215,21 @@ impl ReplicaActor {
         }));
     }
 
+    /// Has a follower brought up to date whose next log entries are gone.
+    fn bring_snapshot(&mut self, wanted: SnapshotWanted, ctx: &mut Context<Self>) {
+        let SnapshotWanted { to, node, term } = wanted;
+        tracing::info!(shard = %self.shard, replica = %self.replica, %to, %node, "a follower needs a snapshot");
+        self.shared.snapshots.outgoing.bring(Order {
+            shard: self.shard,
+            from: self.replica,
+            generation: self.group.state().reader().generation,
+            term,
+            to,
+            node,
+            replica: ctx.address(),
+        });
+    }
+
     /// Ends this replica because of an error; the supervisor rebuilds it from disk.
     fn fail(&mut self, reason: String, ctx: &mut Context<Self>) {
         tracing::error!(shard = %self.shard, replica = %self.replica, reason, "replica stops");
@@ -220,6 +242,7 @@ impl ReplicaActor {
 
     fn account_memory(&mut self) {
         self.memory.set(self.group.state().memory_bytes());
+        self.memory.set_sessions(self.group.state().session_table().len());
     }
 
     /// Hands recent writes to the flush thread; one flush of a replica at a time.
@@ -315,6 +338,12 @@ impl Handler<Pump> for ReplicaActor {
 impl Handler<Submit> for ReplicaActor {
     type Result = ();
     fn handle(&mut self, submit: Submit, ctx: &mut Context<Self>) {
+        if submit.reply.is_closed() {
+            // Its caller gave up while it was in the mailbox.
+            metrics::counter!(names::REFUSALS, "reason" => Refusal::Deadline.kind())
+                .increment(submit.operations.len() as u64);
+            return;
+        }
         let range_version = self.group.epoch().range;
         if submit.range_version != range_version {
             let refusal =
@@ -324,7 +353,7 @@ impl Handler<Submit> for ReplicaActor {
             }
             return;
         }
-        let tickets = tickets(&submit.operations, submit.reply);
+        let tickets = tickets(&submit.operations, submit.reply, submit.admitted);
         for (operation, ticket) in submit.operations.into_iter().zip(tickets) {
             self.group.submit(operation, ticket);
         }
@@ -334,8 +363,8 @@ impl Handler<Submit> for ReplicaActor {
 
 impl Handler<Step> for ReplicaActor {
     type Result = ();
-    fn handle(&mut self, step: Step, ctx: &mut Context<Self>) {
-        for message in step.0 {
+    fn handle(&mut self, mut step: Step, ctx: &mut Context<Self>) {
+        for message in step.0.take() {
             if let Err(error) = self.group.step(message) {
                 return self.fail(error.to_string(), ctx);
             }
@@ -349,11 +378,15 @@ impl Handler<Tick> for ReplicaActor {
     fn handle(&mut self, _: Tick, ctx: &mut Context<Self>) {
         self.ticks += 1;
         self.group.tick();
+        self.group.discard(Ticket::abandoned);
         self.campaign_eagerly(ctx);
         if self.ticks.is_multiple_of(limits::COMPACT_TICKS) {
             self.compact();
         }
-        self.queue_pump(ctx);
+        // With thousands of groups at rest, a pump after each tick would be most of what a node does.
+        if !self.group.at_rest() {
+            self.queue_pump(ctx);
+        }
     }
 }
 
@@ -384,8 +417,26 @@ impl Handler<Flushed> for ReplicaActor {
 
 impl Handler<Freeze> for ReplicaActor {
     type Result = ();
-    fn handle(&mut self, _: Freeze, _: &mut Context<Self>) {
+    fn handle(&mut self, freeze: Freeze, _: &mut Context<Self>) {
+        if freeze.for_log {
+            self.group.press_log();
+        }
         self.freeze();
+    }
+}
+
+impl Handler<SnapshotMade> for ReplicaActor {
+    type Result = bool;
+    fn handle(&mut self, made: SnapshotMade, _: &mut Context<Self>) -> bool {
+        self.group.snapshot_made(made.to, made.position)
+    }
+}
+
+impl Handler<SnapshotDone> for ReplicaActor {
+    type Result = ();
+    fn handle(&mut self, done: SnapshotDone, ctx: &mut Context<Self>) {
+        self.group.snapshot_done(done.to, done.installed);
+        self.queue_pump(ctx);
     }
 }
 
@@ -470,8 +521,19 @@ impl Handler<Inject> for ReplicaActor {
         match inject.0.as_str() {
             "panic" => panic!("injected panic"),
             "error" => self.fail("injected error".into(), ctx),
+            "open-error" => {
+                // Six attempts: about three seconds.
+                let fail = super::hooks::FailOpens { replica: self.replica, times: 6 };
+                self.supervisor.do_send(fail);
+                self.fail("injected error".into(), ctx);
+            }
             "log-writer-panic" => {
                 self.shared.log_writer.run(Box::new(|_| panic!("injected panic of the log writer")));
+            }
+            // A disk that takes its time.
+            "log-stall" => {
+                let stall = std::time::Duration::from_secs(3);
+                self.shared.log_writer.run(Box::new(move |_| std::thread::sleep(stall)));
             }
             other => tracing::warn!(fault = other, "unknown fault"),
         }

@@ -5,11 +5,12 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use super::handle::ReplicaHealth;
+use crate::codec::snapshot::{SnapshotAnswer, SnapshotOffer};
 use crate::ids::{Incarnation, METADATA_SHARD, NodeId, ReplicaId, ShardId};
 use crate::limits;
 use crate::machine::MachineKind;
 use crate::placement::map::{ClusterMap, ShardRecord};
-use crate::storage::log::{ReplicaPhase, ReplicaRecord};
+use crate::storage::log::{Install, ReplicaPhase, ReplicaRecord};
 
 /// One replica of this node.
 #[derive(Debug)]
@@ -23,6 +24,12 @@ pub struct Slot {
     /// Restarts since the node started.
     pub restarts: u32,
     crashes: VecDeque<Instant>,
+    /// Attempts to open it that have failed since it last served.
+    failures: u32,
+    /// It is being read from disk and started, or soon will be.
+    opening: bool,
+    /// It is stopped for a while, to be switched to a snapshot.
+    installing: bool,
     /// The last start of it that is known to have ended.
     ended: Incarnation,
 }
@@ -34,6 +41,42 @@ pub enum Verdict {
     Restart(Duration),
     /// It crashed too often: leave it down until the node restarts.
     Quarantine,
+}
+
+/// What the end of an attempt to start a replica means.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Started {
+    /// It serves, after so many attempts that failed.
+    Serving {
+        /// Attempts.
+        failures: u32,
+    },
+    /// It can't be opened. The reason may pass, as a want of memory or file descriptors does.
+    Failed {
+        /// Time until the next attempt.
+        again: Duration,
+        /// The last attempt did not fail for the same reason.
+        news: bool,
+    },
+    /// No news any more: the replica was removed, or this start of it has crashed, which may become known
+    /// first.
+    Old,
+}
+
+/// How far a node's replicas are, for whoever waits for them or asks.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Readiness {
+    /// Replicas of the catalogue that have not been tried yet; `None` before they are counted.
+    pub untried: Option<usize>,
+    /// Which replicas were open or should be, and aren't, and why; for a person.
+    pub closed: Option<String>,
+}
+
+impl Readiness {
+    /// Whether all replicas that the node held before have been tried.
+    pub fn all_tried(&self) -> bool {
+        self.untried == Some(0)
+    }
 }
 
 /// What a cluster map asks of a node.
@@ -50,6 +93,8 @@ pub struct Orders {
 pub struct Replicas {
     slots: BTreeMap<ReplicaId, Slot>,
     tombstones: BTreeSet<ReplicaId>,
+    /// Tombstones of the catalogue whose state may still be on disk.
+    remains: Vec<ReplicaId>,
 }
 
 impl Replicas {
@@ -60,6 +105,10 @@ impl Replicas {
             match record.phase {
                 ReplicaPhase::Active => replicas.insert(record),
                 ReplicaPhase::Tombstone => {
+                    replicas.tombstones.insert(record.replica);
+                    replicas.remains.push(record.replica);
+                }
+                ReplicaPhase::Destroyed => {
                     replicas.tombstones.insert(record.replica);
                 }
             }
@@ -74,6 +123,9 @@ impl Replicas {
             health: ReplicaHealth::Recovering,
             restarts: 0,
             crashes: VecDeque::new(),
+            failures: 0,
+            opening: true,
+            installing: false,
             ended: 0,
         };
         self.slots.insert(slot.record.replica, slot);
@@ -84,9 +136,9 @@ impl Replicas {
         self.slots.values()
     }
 
-    /// The removed ones.
-    pub fn tombstones(&self) -> impl Iterator<Item = ReplicaId> {
-        self.tombstones.iter().copied()
+    /// Takes those that were removed before the node started, and whose state may still be on disk.
+    pub fn take_remains(&mut self) -> Vec<ReplicaId> {
+        std::mem::take(&mut self.remains)
     }
 
     /// One of the living.
@@ -128,25 +180,47 @@ impl Replicas {
     }
 
     /// The attempt to start `incarnation` of `replica` has come to an end: it serves, or why it can't.
-    /// False if that is no news any more: the replica was removed, or this start of it has crashed,
-    /// which may become known first.
     pub fn started(
         &mut self,
         replica: ReplicaId,
         incarnation: Incarnation,
         result: Result<(), String>,
-    ) -> bool {
-        let Some(slot) = self.slots.get_mut(&replica) else {
-            return false;
+    ) -> Started {
+        let current = |slot: &&mut Slot| slot.incarnation == incarnation && slot.ended < incarnation;
+        let Some(slot) = self.slots.get_mut(&replica).filter(current) else {
+            return Started::Old;
         };
-        let current = slot.incarnation == incarnation && slot.ended < incarnation;
-        if current {
-            slot.health = match result {
-                Ok(()) => ReplicaHealth::Serving,
-                Err(reason) => ReplicaHealth::Failed(reason),
-            };
+        slot.opening = false;
+        match result {
+            Ok(()) => {
+                slot.health = ReplicaHealth::Serving;
+                Started::Serving { failures: std::mem::take(&mut slot.failures) }
+            }
+            Err(reason) => {
+                let health = ReplicaHealth::Failed(reason);
+                let news = slot.health != health;
+                slot.health = health;
+                let delay = limits::RESTART_BACKOFF_MS << slot.failures.min(16);
+                slot.failures = slot.failures.saturating_add(1);
+                Started::Failed { again: Duration::from_millis(delay.min(limits::REOPEN_MS_MAX)), news }
+            }
         }
-        current
+    }
+
+    /// Which replicas are not open although they were, or were tried, and why; for a person.
+    pub fn closed(&self) -> Option<String> {
+        let closed = self.iter().filter_map(|slot| match &slot.health {
+            ReplicaHealth::Serving | ReplicaHealth::Recovering | ReplicaHealth::Installing => None,
+            ReplicaHealth::Restarting(why) => Some((slot, "restarting", why)),
+            ReplicaHealth::Quarantined(why) => Some((slot, "quarantined", why)),
+            ReplicaHealth::Failed(why) => Some((slot, "failed", why)),
+        });
+        let (mut count, mut first) = (0, None);
+        for (slot, state, why) in closed {
+            count += 1;
+            first.get_or_insert_with(|| format!("that of shard {} is {state}: {why}", slot.record.shard));
+        }
+        first.map(|first| format!("{count} of {} replicas are not open; {first}", self.slots.len()))
     }
 
     /// Incarnation `incarnation` of `replica` ended at `now` for `reason`. `None` if it isn't the
@@ -159,7 +233,7 @@ impl Replicas {
         now: Instant,
     ) -> Option<(ShardId, Verdict)> {
         let slot = self.slots.get_mut(&replica)?;
-        if slot.incarnation != incarnation {
+        if slot.incarnation != incarnation || slot.installing {
             return None;
         }
         slot.ended = incarnation;
@@ -168,6 +242,7 @@ impl Replicas {
         while slot.crashes.front().is_some_and(|&at| now.duration_since(at) > window) {
             slot.crashes.pop_front();
         }
+        slot.opening = slot.crashes.len() < limits::CRASHES_MAX;
         let verdict = if slot.crashes.len() >= limits::CRASHES_MAX {
             slot.health = ReplicaHealth::Quarantined(reason.to_owned());
             Verdict::Quarantine
@@ -178,6 +253,69 @@ impl Replicas {
         };
         Some((slot.record.shard, verdict))
     }
+}
+
+impl Replicas {
+    /// Whether a replica may take a snapshot: the generation of its state, or what to answer.
+    pub fn judge(&self, offer: &SnapshotOffer) -> Result<u32, SnapshotAnswer> {
+        let replica = offer.to;
+        let Some(slot) = self.slots.get(&replica) else {
+            return Err(match self.tombstones.contains(&replica) {
+                true => SnapshotAnswer::Refused(format!("replica {replica} was removed from this node")),
+                // Created by an order of the metadata shard alone, which may be on its way.
+                false => busy(),
+            });
+        };
+        let record = &slot.record;
+        if record.shard != offer.shard {
+            return Err(SnapshotAnswer::Refused(format!(
+                "replica {replica} is of shard {}, not of {}",
+                record.shard, offer.shard
+            )));
+        }
+        if offer.epoch.range < record.epoch.range || offer.epoch.conf < record.epoch.conf {
+            return Err(SnapshotAnswer::Refused(format!(
+                "replica {replica} knows of {:?}, the snapshot is of {:?}",
+                record.epoch, offer.epoch
+            )));
+        }
+        match &slot.health {
+            _ if slot.opening || slot.installing => Err(busy()),
+            ReplicaHealth::Quarantined(reason) => {
+                Err(SnapshotAnswer::Refused(format!("replica {replica} crashed too often: {reason}")))
+            }
+            _ => Ok(record.generation),
+        }
+    }
+
+    /// A replica is to be stopped and switched to a snapshot: its shard and the start of it that ends.
+    /// From here on its end is no crash. Inside an error: what to answer.
+    pub fn begin_install(&mut self, replica: ReplicaId) -> Result<(ShardId, Incarnation), SnapshotAnswer> {
+        let slot = self.slots.get_mut(&replica).ok_or_else(busy)?;
+        if slot.opening || slot.installing {
+            return Err(busy());
+        }
+        slot.installing = true;
+        slot.health = ReplicaHealth::Installing;
+        Ok((slot.record.shard, slot.incarnation))
+    }
+
+    /// It is switched, if `installed` says to what, or goes on as it was; its record, from which it is to
+    /// be opened. `None` if it was removed meanwhile.
+    pub fn end_install(&mut self, replica: ReplicaId, installed: Option<Install>) -> Option<ReplicaRecord> {
+        let slot = self.slots.get_mut(&replica)?;
+        slot.installing = false;
+        slot.opening = true;
+        slot.health = ReplicaHealth::Recovering;
+        if let Some(Install { generation, epoch, members, .. }) = installed {
+            slot.record = ReplicaRecord { generation, epoch, members, ..slot.record.clone() };
+        }
+        Some(slot.record.clone())
+    }
+}
+
+fn busy() -> SnapshotAnswer {
+    SnapshotAnswer::Busy { retry_after_ms: limits::SNAPSHOT_BUSY_MS }
 }
 
 /// The catalogue entry of a replica that `shard` orders.
@@ -230,6 +368,20 @@ mod tests {
     }
 
     #[test]
+    fn only_the_state_of_tombstones_that_may_have_one_is_looked_for() {
+        let phases = [ReplicaPhase::Active, ReplicaPhase::Tombstone, ReplicaPhase::Destroyed];
+        let records = (1..).zip(phases).map(|(number, phase)| ReplicaRecord {
+            replica: ReplicaId(number),
+            phase,
+            ..record_of(&map(false).shards[&ShardId(4)], ReplicaId(number))
+        });
+        let mut replicas = Replicas::new(records.collect());
+        assert_eq!(replicas.take_remains(), [ReplicaId(2)]);
+        assert_eq!(replicas.take_remains(), []);
+        assert_eq!(replicas.iter().map(|slot| slot.record.replica).collect::<Vec<_>>(), [ReplicaId(1)]);
+    }
+
+    #[test]
     fn a_crash_that_is_known_before_the_start_is_not_forgotten() {
         let mut replicas = Replicas::default();
         replicas.created(&replicas.orders(&map(false), NodeId(2)).create);
@@ -237,17 +389,121 @@ mod tests {
         for incarnation in 1..=limits::CRASHES_MAX as Incarnation {
             replicas.get_mut(ReplicaId(9)).unwrap().incarnation = incarnation;
             assert!(replicas.crashed(ReplicaId(9), incarnation, "boom", now).is_some());
-            assert!(!replicas.started(ReplicaId(9), incarnation, Ok(())));
+            assert_eq!(replicas.started(ReplicaId(9), incarnation, Ok(())), Started::Old);
         }
         let health = replicas.get_mut(ReplicaId(9)).unwrap().health.clone();
         assert_eq!(health, ReplicaHealth::Quarantined("boom".into()));
-        assert!(!replicas.started(ReplicaId(8), 1, Ok(())), "removed");
+        assert_eq!(replicas.started(ReplicaId(8), 1, Ok(())), Started::Old, "removed");
+        assert!(replicas.closed().expect("one is down").contains("shard 4 is quarantined: boom"));
         replicas.get_mut(ReplicaId(9)).unwrap().incarnation += 1;
         let next = limits::CRASHES_MAX as Incarnation + 1;
-        assert!(replicas.started(ReplicaId(9), next, Ok(())));
+        assert_eq!(replicas.started(ReplicaId(9), next, Ok(())), Started::Serving { failures: 0 });
         assert_eq!(replicas.get_mut(ReplicaId(9)).unwrap().health, ReplicaHealth::Serving);
-        assert!(replicas.started(ReplicaId(9), next, Err("no".into())));
-        assert_eq!(replicas.get_mut(ReplicaId(9)).unwrap().health, ReplicaHealth::Failed("no".into()));
+        assert_eq!(replicas.closed(), None);
+    }
+
+    #[test]
+    fn a_replica_that_cant_be_opened_is_tried_again_ever_more_slowly() {
+        let mut replicas = Replicas::default();
+        replicas.created(&replicas.orders(&map(false), NodeId(2)).create);
+        assert_eq!(replicas.closed(), None, "it was not tried yet");
+        let mut last = Duration::ZERO;
+        for incarnation in 1..20 {
+            replicas.get_mut(ReplicaId(9)).unwrap().incarnation = incarnation;
+            let reason = if incarnation < 10 { "no descriptors" } else { "no memory" };
+            let Started::Failed { again, news } =
+                replicas.started(ReplicaId(9), incarnation, Err(reason.into()))
+            else {
+                panic!("it failed");
+            };
+            assert!(again > last || again == Duration::from_millis(limits::REOPEN_MS_MAX), "{again:?}");
+            assert_eq!(news, incarnation == 1 || incarnation == 10);
+            last = again;
+        }
+        assert_eq!(last, Duration::from_millis(limits::REOPEN_MS_MAX));
+        assert_eq!(
+            replicas.closed().as_deref(),
+            Some("1 of 1 replicas are not open; that of shard 4 is failed: no memory")
+        );
+        replicas.get_mut(ReplicaId(9)).unwrap().incarnation = 20;
+        assert_eq!(replicas.started(ReplicaId(9), 20, Ok(())), Started::Serving { failures: 19 });
+        replicas.get_mut(ReplicaId(9)).unwrap().incarnation = 21;
+        let Started::Failed { again, .. } = replicas.started(ReplicaId(9), 21, Err("no".into())) else {
+            panic!("it failed");
+        };
+        assert_eq!(again, Duration::from_millis(limits::RESTART_BACKOFF_MS), "it begins anew");
+    }
+
+    fn offer() -> SnapshotOffer {
+        SnapshotOffer {
+            stream: crate::ids::RandomId([1; 16]),
+            shard: ShardId(4),
+            from: ReplicaId(8),
+            to: ReplicaId(9),
+            epoch: Epoch { range: 1, conf: 1 },
+            position: crate::ids::Position { index: 80, term: 6 },
+            leader_term: 6,
+            bytes: 100,
+        }
+    }
+
+    fn refused(verdict: Result<u32, SnapshotAnswer>) -> bool {
+        matches!(verdict, Err(SnapshotAnswer::Refused(_)))
+    }
+
+    #[test]
+    fn snapshots_are_for_replicas_of_this_node_that_are_not_just_being_opened() {
+        let mut replicas = Replicas::default();
+        assert_eq!(replicas.judge(&offer()), Err(busy()), "not created yet");
+        replicas.created(&replicas.orders(&map(false), NodeId(2)).create);
+        assert_eq!(replicas.judge(&offer()), Err(busy()), "being opened");
+        replicas.get_mut(ReplicaId(9)).unwrap().incarnation = 1;
+        assert_eq!(replicas.started(ReplicaId(9), 1, Ok(())), Started::Serving { failures: 0 });
+        assert_eq!(replicas.judge(&offer()), Ok(1));
+        assert!(refused(replicas.judge(&SnapshotOffer { shard: ShardId(5), ..offer() })));
+        assert!(refused(replicas.judge(&SnapshotOffer { epoch: Epoch { range: 0, conf: 1 }, ..offer() })));
+        assert!(refused(replicas.judge(&SnapshotOffer { epoch: Epoch { range: 1, conf: 0 }, ..offer() })));
+        let now = Instant::now();
+        assert!(replicas.crashed(ReplicaId(9), 1, "boom", now).is_some());
+        assert_eq!(replicas.judge(&offer()), Err(busy()), "about to be opened");
+        assert_eq!(replicas.begin_install(ReplicaId(9)), Err(busy()));
+        for _ in 1..limits::CRASHES_MAX {
+            replicas.crashed(ReplicaId(9), 1, "boom", now);
+        }
+        assert!(refused(replicas.judge(&offer())), "quarantined");
+        replicas.removed(ReplicaId(9));
+        assert!(refused(replicas.judge(&offer())), "removed");
+    }
+
+    #[test]
+    fn an_installation_ends_one_start_and_the_record_names_the_next_generation() {
+        let mut replicas = Replicas::default();
+        replicas.created(&replicas.orders(&map(false), NodeId(2)).create);
+        replicas.get_mut(ReplicaId(9)).unwrap().incarnation = 1;
+        assert_eq!(replicas.started(ReplicaId(9), 1, Ok(())), Started::Serving { failures: 0 });
+        assert_eq!(replicas.begin_install(ReplicaId(9)), Ok((ShardId(4), 1)));
+        assert_eq!(replicas.begin_install(ReplicaId(9)), Err(busy()), "one at a time");
+        assert_eq!(replicas.judge(&offer()), Err(busy()));
+        assert_eq!(replicas.crashed(ReplicaId(9), 1, "stopped", Instant::now()), None, "its end is no crash");
+        let install = Install {
+            generation: 2,
+            position: offer().position,
+            leader_term: 6,
+            epoch: Epoch { range: 1, conf: 3 },
+            members: Vec::new(),
+        };
+        let record = replicas.end_install(ReplicaId(9), Some(install)).expect("a replica");
+        assert_eq!((record.generation, record.epoch.conf), (2, 3));
+        assert_eq!(replicas.judge(&offer()), Err(SnapshotAnswer::Refused(
+            "replica 9 knows of Epoch { range: 1, conf: 3 }, the snapshot is of Epoch { range: 1, conf: 1 }".into()
+        )));
+        replicas.get_mut(ReplicaId(9)).unwrap().incarnation = 2;
+        assert_eq!(replicas.started(ReplicaId(9), 2, Ok(())), Started::Serving { failures: 0 });
+        // One that comes to nothing leaves the record as it was.
+        assert_eq!(replicas.begin_install(ReplicaId(9)), Ok((ShardId(4), 2)));
+        assert_eq!(replicas.end_install(ReplicaId(9), None), Some(record));
+        replicas.removed(ReplicaId(9));
+        assert_eq!(replicas.end_install(ReplicaId(9), None), None);
     }
 
     #[test]

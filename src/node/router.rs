@@ -63,6 +63,9 @@ impl Router {
             Some(Route { target: Err(ReplicaHealth::Failed(reason)), .. }) => {
                 Err(Refusal::Quarantined(format!("its disk state can't be used: {reason}")))
             }
+            Some(Route { target: Err(ReplicaHealth::Installing), .. }) => {
+                Err(Refusal::Unavailable("the replica is being brought up to date".into()))
+            }
             Some(_) => Err(Refusal::Unavailable("the replica is being rebuilt after a crash".into())),
             None => Err(Refusal::StaleRoute { shard, asked: 0, range_version: 0 }),
         }

@@ -10,20 +10,25 @@ use futures_util::future::LocalBoxFuture;
 
 use super::handle::NodeHandle;
 use super::hub::{Deliver, Hub, hub_of};
+use super::intake::Intake;
 use super::membership::Applicant;
 use super::messages::MapNews;
+use super::shared::Shared;
+use super::snapshots::install;
 use super::supervisor::Supervisor;
 use crate::codec::GroupMessage;
 use crate::codec::hello::{Lane, PeerHello};
 use crate::codec::peer::{Membership, NodeHeartbeat, PeerRequest, PeerResponse};
-use crate::ids::{METADATA_SHARD, NodeId};
+use crate::codec::snapshot::{SnapshotAnswer, SnapshotOffer};
+use crate::ids::{ClusterId, METADATA_SHARD, NodeId};
 use crate::limits;
 use crate::machine::command::{MetaCommand, MetaReply};
 use crate::refusal::Refusal;
 use crate::telemetry::metrics as names;
-use crate::transport::call::{HelloConfig, PeerClient};
+use crate::transport::call::PeerClient;
 use crate::transport::handshake::Identity;
 use crate::transport::listener::PeerHandler;
+use crate::transport::snapshot::receiver::SnapshotSink;
 
 /// Where messages go once the node is a member.
 pub struct Destinations {
@@ -31,7 +36,11 @@ pub struct Destinations {
     pub data_hubs: Vec<Addr<Hub>>,
     /// The thread that owns the metadata replica.
     pub control_hub: Addr<Hub>,
-    /// For news of the map.
+    /// What they pass on their way.
+    pub intake: Arc<Intake>,
+    /// For snapshots.
+    pub shared: Arc<Shared>,
+    /// For news of the map, and snapshots.
     pub supervisor: Addr<Supervisor>,
 }
 
@@ -77,7 +86,10 @@ impl Asked {
         }
     }
 
-    async fn answer(&self, request: PeerRequest) -> Result<PeerResponse, Refusal> {
+    /// `named`: the cluster that the caller says it is of. Who asks to form or to join may not know it
+    /// yet. All else comes from a member, and must mean this cluster: an address may have changed hands
+    /// between two, and a command for one must not be executed by the other.
+    async fn answer(&self, named: Option<ClusterId>, request: PeerRequest) -> Result<PeerResponse, Refusal> {
         let timeout = Duration::from_millis(limits::JOIN_MS_MAX);
         match request {
             PeerRequest::Probe => Ok(PeerResponse::Probe(self.applicant.answer())),
@@ -101,20 +113,34 @@ impl Asked {
                 }
             }
             PeerRequest::Map { since } => {
-                self.cluster()?;
-                Ok(PeerResponse::Map(self.handle.map().delta(since)))
+                self.of_this_cluster(named)?;
+                let (own, map) = (self.cluster()?, self.handle.map());
+                if map.cluster_id != own {
+                    // Its cached map was lost, and it looks for another itself.
+                    return Err(Refusal::Unavailable("the node has no cluster map yet".into()));
+                }
+                Ok(PeerResponse::Map(map.delta(since)))
             }
             PeerRequest::Meta(command) => {
-                self.cluster()?;
+                self.of_this_cluster(named)?;
                 self.handle.meta_here(command, timeout).await.map(PeerResponse::Meta)
             }
         }
     }
 
-    fn cluster(&self) -> Result<crate::ids::ClusterId, Refusal> {
+    fn cluster(&self) -> Result<ClusterId, Refusal> {
         match self.applicant.stage() {
             Membership::Member(cluster, _) => Ok(cluster),
             _ => Err(Refusal::Unavailable("the node is not yet a member of a cluster".into())),
+        }
+    }
+
+    fn of_this_cluster(&self, named: Option<ClusterId>) -> Result<(), Refusal> {
+        let own = self.cluster()?;
+        match named {
+            Some(named) if named == own => Ok(()),
+            Some(_) => Err(Refusal::Refused(format!("this node belongs to cluster {own}"))),
+            None => Err(Refusal::Refused("the caller doesn't say which cluster it means".into())),
         }
     }
 }
@@ -127,12 +153,13 @@ impl PeerHandler for Arc<PeerService> {
             _ if hello.lane == Lane::Request => return identity(NodeId(0)),
             _ => return Err("this node is not yet a member of a cluster".into()),
         };
-        // Who asks to join, or to form, need not know the cluster yet.
-        if hello.lane == Lane::Request && hello.to_node == NodeId(0) {
-            return identity(node);
-        }
-        if hello.cluster_id != Some(cluster) {
+        let anyone = hello.lane == Lane::Request && hello.to_node == NodeId(0);
+        // Who asks to join, or to form, need not know the cluster yet. Who names one must mean this one.
+        if hello.cluster_id != Some(cluster) && !(anyone && hello.cluster_id.is_none()) {
             return Err(format!("this node belongs to cluster {cluster}"));
+        }
+        if anyone {
+            return identity(node);
         }
         if hello.to_node != node {
             return Err(format!("this is node {node}, not {}: its address has changed hands", hello.to_node));
@@ -148,17 +175,11 @@ impl PeerHandler for Arc<PeerService> {
             return;
         };
         let hubs = to.data_hubs.len();
-        let mut metadata = Vec::new();
-        let mut data: Vec<Vec<GroupMessage>> = (0..hubs).map(|_| Vec::new()).collect();
-        for message in messages {
-            if message.shard == METADATA_SHARD {
-                metadata.push(message);
-            } else {
-                data[hub_of(message.shard, hubs)].push(message);
-            }
-        }
-        let batches = to.data_hubs.iter().zip(data).chain(std::iter::once((&to.control_hub, metadata)));
-        for (hub, batch) in batches {
+        let batches = to.intake.admit(messages).split(hubs + 1, |message| match message.shard {
+            METADATA_SHARD => hubs,
+            shard => hub_of(shard, hubs),
+        });
+        for (hub, batch) in to.data_hubs.iter().chain([&to.control_hub]).zip(batches) {
             if !batch.is_empty() && hub.try_send(Deliver(batch)).is_err() {
                 metrics::counter!(names::PEER_DROPPED).increment(1);
             }
@@ -174,12 +195,13 @@ impl PeerHandler for Arc<PeerService> {
             return;
         }
         let pulling = self.pulling.clone();
+        let hello = self.asked.handle.hello();
         let supervisor = to.supervisor.clone();
         actix::spawn(async move {
             if let Some(node) = map.nodes.get(&heartbeat.node) {
                 let request = PeerRequest::Map { since: map.version };
                 let timeout = Duration::from_millis(limits::MAP_PULL_MS_MAX);
-                match PeerClient::call(&node.peer_address, HelloConfig::default(), request, timeout).await {
+                match PeerClient::call(&node.peer_address, hello, request, timeout).await {
                     Ok(PeerResponse::Map(delta)) => supervisor.do_send(MapNews(delta)),
                     Ok(other) => tracing::debug!(?other, "pulling the cluster map"),
                     Err(error) => tracing::debug!(%error, "pulling the cluster map"),
@@ -189,9 +211,21 @@ impl PeerHandler for Arc<PeerService> {
         });
     }
 
-    fn request(&self, request: PeerRequest) -> LocalBoxFuture<'static, PeerResponse> {
-        let asked = self.asked.clone();
-        Box::pin(async move { asked.answer(request).await.unwrap_or_else(PeerResponse::Refused) })
+    fn request(&self, hello: &PeerHello, request: PeerRequest) -> LocalBoxFuture<'static, PeerResponse> {
+        let (asked, named) = (self.asked.clone(), hello.cluster_id);
+        Box::pin(async move { asked.answer(named, request).await.unwrap_or_else(PeerResponse::Refused) })
+    }
+
+    fn snapshot(
+        &self,
+        _from: NodeId,
+        offer: SnapshotOffer,
+    ) -> LocalBoxFuture<'static, Result<Box<dyn SnapshotSink>, SnapshotAnswer>> {
+        let Some(to) = self.destinations.get() else {
+            let busy = SnapshotAnswer::Busy { retry_after_ms: limits::SNAPSHOT_BUSY_MS };
+            return Box::pin(std::future::ready(Err(busy)));
+        };
+        Box::pin(install::take(to.shared.clone(), to.supervisor.clone(), offer))
     }
 
     fn client_address(&self) -> String {

@@ -1,13 +1,18 @@
-//! What all threads of a node use: the log writer, the flush and read threads, the network, the
+//! What all threads of a node use: the log writer, the flush and read threads,
+//! snapshots, the network, the
 //! memory gauge. Each is safe to call from an arbiter: none of them blocks.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::flusher::FlushThread;
+use super::intake::Intake;
 use super::log_writer::LogWriter;
 use super::reader::ReadThread;
 use super::router::Router;
+use super::snapshots::Snapshots;
+use crate::group::log::CachedBytes;
+use crate::ids::{Incarnation, ReplicaId};
 use crate::storage::log::LogStore;
 use crate::transport::network::PeerNetwork;
 
@@ -17,22 +22,40 @@ pub struct Shared {
     pub log: Arc<dyn LogStore>,
     /// Its writer.
     pub log_writer: LogWriter,
+    /// Before it, for what other nodes send.
+    pub intake: Arc<Intake>,
     /// Flushes memtables.
-    pub flusher: FlushThread,
+    pub flusher: Arc<FlushThread>,
     /// Reads the state engine.
     pub reader: ReadThread,
+    /// Snapshots from and to other nodes.
+    pub snapshots: Snapshots,
     /// To other nodes.
     pub network: PeerNetwork,
     /// Shards to replicas, and the cluster map.
     pub router: Arc<Router>,
     /// Memtables of the node.
     pub memory: MemoryGauge,
+    /// Log entries in memory.
+    pub cached_entries: Arc<CachedBytes>,
 }
 
-/// Bytes in memtables of all replicas of a node, against their bound.
+impl Shared {
+    /// Waits until nothing of a dead incarnation can reach the disk any more.
+    pub async fn fence(&self, replica: ReplicaId, incarnation: Incarnation) {
+        if self.log_writer.fence(replica, incarnation).await.is_err() || self.flusher.barrier().await.is_err()
+        {
+            tracing::debug!("the node's storage threads have ended");
+        }
+    }
+}
+
+/// Bytes in memtables of all replicas of a node, against their bound; and their sessions, whose tables
+/// are bounded per shard.
 pub struct MemoryGauge {
     active: AtomicUsize,
     frozen: AtomicUsize,
+    sessions: AtomicUsize,
     limit: usize,
 }
 
@@ -40,12 +63,13 @@ pub struct MemoryGauge {
 pub struct MemoryShare {
     shared: Arc<Shared>,
     bytes: (usize, usize),
+    sessions: usize,
 }
 
 impl MemoryShare {
     /// Of a replica without memtables.
     pub fn new(shared: Arc<Shared>) -> MemoryShare {
-        MemoryShare { shared, bytes: (0, 0) }
+        MemoryShare { shared, bytes: (0, 0), sessions: 0 }
     }
 
     /// The replica's memtables have so many bytes now, active and frozen.
@@ -53,6 +77,14 @@ impl MemoryShare {
         if bytes != self.bytes {
             self.shared.memory.update(self.bytes, bytes);
             self.bytes = bytes;
+        }
+    }
+
+    /// Its shard has so many sessions now.
+    pub fn set_sessions(&mut self, sessions: usize) {
+        if sessions != self.sessions {
+            self.shared.memory.update_sessions(self.sessions, sessions);
+            self.sessions = sessions;
         }
     }
 
@@ -65,6 +97,7 @@ impl MemoryShare {
 impl Drop for MemoryShare {
     fn drop(&mut self) {
         self.shared.memory.update(self.bytes, (0, 0));
+        self.shared.memory.update_sessions(self.sessions, 0);
     }
 }
 
@@ -82,7 +115,8 @@ pub enum Pressure {
 impl MemoryGauge {
     /// A gauge with a bound in bytes.
     pub fn new(limit: usize) -> MemoryGauge {
-        MemoryGauge { active: AtomicUsize::new(0), frozen: AtomicUsize::new(0), limit }
+        let zero = || AtomicUsize::new(0);
+        MemoryGauge { active: zero(), frozen: zero(), sessions: zero(), limit }
     }
 
     /// A replica's memtables went from `before` to `after` (active, frozen) bytes.
@@ -90,6 +124,16 @@ impl MemoryGauge {
         // Wrapping, so that one atomic add does both directions; the sums never go below zero.
         self.active.fetch_add(after.0.wrapping_sub(before.0), Ordering::Relaxed);
         self.frozen.fetch_add(after.1.wrapping_sub(before.1), Ordering::Relaxed);
+    }
+
+    /// The sessions of a replica went from `before` to `after`.
+    pub fn update_sessions(&self, before: usize, after: usize) {
+        self.sessions.fetch_add(after.wrapping_sub(before), Ordering::Relaxed);
+    }
+
+    /// Sessions of all replicas.
+    pub fn sessions(&self) -> usize {
+        self.sessions.load(Ordering::Relaxed)
     }
 
     /// Bytes in active and in frozen memtables.
@@ -133,5 +177,8 @@ mod tests {
         gauge.update((0, 30), (0, 0));
         gauge.update((75, 0), (0, 0));
         assert_eq!(gauge.bytes(), (0, 0));
+        gauge.update_sessions(0, 3);
+        gauge.update_sessions(2, 1);
+        assert_eq!(gauge.sessions(), 2);
     }
 }

@@ -1,7 +1,6 @@
 //! Starting and stopping a node: what is made in which order, and taken down in which.
 
 use std::net::TcpListener;
-use std::path::Path;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
@@ -14,26 +13,31 @@ use super::fatal::Fatal;
 use super::flusher::FlushThread;
 use super::handle::{Member, NodeHandle, NodePhase};
 use super::hub::{FreezeBatch, Hub, Unreachable};
+use super::intake::Intake;
 use super::log_writer::LogWriter;
-use super::membership::{Applicant, spread};
+use super::membership::{Applicant, keep_record, spread};
 use super::reader::ReadThread;
+use super::replicas::Readiness;
 use super::router::Router;
 use super::service::{Destinations, PeerService};
 use super::shared::{MemoryGauge, Shared};
+use super::snapshots::Snapshots;
+use super::snapshots::{outgoing, worker};
 use super::supervisor::{EndReplica, HandOver, OpenAll, Site, StopAll, Supervisor};
 use super::{Listeners, NodeError, map_cache, panics};
+use crate::group::catch_up::Retention;
 use crate::ids::{ClusterId, NodeId, ReplicaId};
 use crate::limits;
-use crate::machine::command::MetaCommand;
 use crate::placement::map::{ClusterMap, NodeRecord};
 use crate::settings::Settings;
 use crate::storage::StorageError;
 use crate::storage::engine::Engine;
 use crate::storage::engine_sled::{SledEngine, SledOptions};
 use crate::storage::flush::Flusher;
-use crate::storage::identity::{DataDir, IdentityError};
+use crate::storage::identity::DataDir;
 use crate::storage::log::LogStore;
 use crate::storage::log_disk::{DiskLog, DiskLogOptions};
+use crate::storage::snapshot_dir::SnapshotDir;
 use crate::telemetry::http::HealthView;
 use crate::telemetry::metrics as names;
 use crate::transport::listener::{PeerHandler, PeerListener};
@@ -44,7 +48,7 @@ use crate::{rpc, telemetry};
 pub struct RunningNode {
     handle: NodeHandle,
     fatal: Fatal,
-    opening: watch::Receiver<Option<usize>>,
+    readiness: watch::Receiver<Readiness>,
     shutdown: watch::Sender<bool>,
     data: Vec<Arbiter>,
     control: Arbiter,
@@ -64,6 +68,7 @@ struct Stores {
     log: Arc<DiskLog>,
     engine: Arc<dyn Engine>,
     flusher: Flusher,
+    snapshots: SnapshotDir,
 }
 
 /// Starts a node: opens its directory, binds its threads, and begins to form or join. Must be called
@@ -89,7 +94,7 @@ pub async fn start(settings: Settings, listeners: Listeners) -> Result<RunningNo
     let incarnation = rand::random::<u64>().max(1);
     let service = Arc::new(PeerService::new(applicant.clone(), handle.clone(), incarnation));
     let (shutdown, stopping) = watch::channel(false);
-    let (opening_tx, opening) = watch::channel(None);
+    let (readiness_tx, readiness) = watch::channel(Readiness::default());
     let data: Vec<Arbiter> = (0..data_threads(&settings)).map(|_| Arbiter::new()).collect();
     let control = Arbiter::new();
     let running = Arc::new(Mutex::new(None));
@@ -103,7 +108,7 @@ pub async fn start(settings: Settings, listeners: Listeners) -> Result<RunningNo
     }
     if let Some(http) = listeners.http {
         let health =
-            Arc::new(Health { handle: handle.clone(), opening: opening.clone(), fatal: fatal.clone() });
+            Arc::new(Health { handle: handle.clone(), readiness: readiness.clone(), fatal: fatal.clone() });
         let stopped = wait_for_stop(stopping.clone());
         control.spawn(async move {
             if let Err(error) = telemetry::http::serve(http, health, stopped).await {
@@ -120,7 +125,7 @@ pub async fn start(settings: Settings, listeners: Listeners) -> Result<RunningNo
         service,
         data_dir: data_dir.clone(),
         data: data.iter().map(Arbiter::handle).collect(),
-        opening: opening_tx,
+        readiness: readiness_tx,
         running: running.clone(),
     };
     let failed = fatal.clone();
@@ -135,7 +140,7 @@ pub async fn start(settings: Settings, listeners: Listeners) -> Result<RunningNo
             _ = cancelled.wait_for(|stop| *stop) => {}
         }
     });
-    Ok(RunningNode { handle, fatal, opening, shutdown, data, control, running, data_dir })
+    Ok(RunningNode { handle, fatal, readiness, shutdown, data, control, running, data_dir })
 }
 
 fn data_threads(settings: &Settings) -> usize {
@@ -147,7 +152,7 @@ fn data_threads(settings: &Settings) -> usize {
 
 async fn open_stores(settings: &Settings) -> Result<(DataDir, Stores), NodeError> {
     let settings = settings.clone();
-    let open = move || {
+    let open = move || -> Result<_, StorageError> {
         let storage = &settings.storage;
         let data_dir = DataDir::open(&settings.node.data_dir).map_err(StorageError::from)?;
         let options = DiskLogOptions {
@@ -156,44 +161,19 @@ async fn open_stores(settings: &Settings) -> Result<(DataDir, Stores), NodeError
             spare_files: storage.log_spare_files,
         };
         let path = data_dir.log_path();
-        let is_member = data_dir.node().is_some();
-        // Before it is opened: that makes a new log, which the next start would take for the old one.
-        if is_member && !has_log(&path)? {
-            return Err(StorageError::from(lost_log(&path)));
-        }
-        let log = DiskLog::open(&path, options, data_dir.store_id())?;
-        if is_member && log.is_new() {
-            return Err(StorageError::from(lost_log(&path)));
-        }
+        let store_id = data_dir.store_id();
+        let log = match data_dir.node() {
+            Some(_) => DiskLog::open_existing(&path, options, store_id)?,
+            None => DiskLog::open(&path, options, store_id)?,
+        };
         let options = SledOptions { cache_bytes: storage.cache_bytes, ..SledOptions::default() };
-        let engine: Arc<dyn Engine> =
-            Arc::new(SledEngine::open(&data_dir.state_path(), options, data_dir.store_id())?);
+        let engine: Arc<dyn Engine> = Arc::new(SledEngine::open(&data_dir.state_path(), options, store_id)?);
         let flusher = Flusher::open(data_dir.redo_path(), engine.clone())?;
-        Ok((data_dir, Stores { log: Arc::new(log), engine, flusher }))
+        let snapshots = SnapshotDir::open(&data_dir.snapshots_path(), limits::SNAPSHOT_FILES_BYTES_MAX)?;
+        Ok((data_dir, Stores { log: Arc::new(log), engine, flusher, snapshots }))
     };
     let opened = tokio::task::spawn_blocking(open).await;
     Ok(opened.map_err(|error| NodeError::Fatal(format!("opening the stores: {error}")))??)
-}
-
-/// Whether a directory holds any file of a raft log.
-fn has_log(path: &Path) -> Result<bool, StorageError> {
-    let failed = |source| StorageError::Io { action: "listing", path: path.to_owned(), source };
-    for entry in std::fs::read_dir(path).map_err(failed)? {
-        if Path::new(&entry.map_err(failed)?.file_name()).extension().is_some_and(|e| e == "raftlog") {
-            return Ok(true);
-        }
-    }
-    Ok(false)
-}
-
-fn lost_log(path: &Path) -> IdentityError {
-    IdentityError::Damaged {
-        path: path.display().to_string(),
-        detail:
-            "the raft log is missing, though this node is a member: votes and entries that it promised to \
-                 keep are gone"
-                .into(),
-    }
 }
 
 fn clone_listener(listener: &TcpListener) -> Result<TcpListener, NodeError> {
@@ -240,7 +220,7 @@ fn serve_ports(
 
 struct Health {
     handle: NodeHandle,
-    opening: watch::Receiver<Option<usize>>,
+    readiness: watch::Receiver<Readiness>,
     fatal: Fatal,
 }
 
@@ -253,8 +233,9 @@ impl HealthView for Health {
         match self.handle.phase() {
             NodePhase::Starting => Err("the node is not yet a member of a cluster".into()),
             NodePhase::Stopping => Err("the node is stopping".into()),
-            NodePhase::Ready => match *self.opening.borrow() {
-                Some(0) => Ok(()),
+            NodePhase::Ready => match &*self.readiness.borrow() {
+                Readiness { closed: Some(why), .. } => Err(why.clone()),
+                told if told.all_tried() => Ok(()),
                 _ => Err("replicas are being opened".into()),
             },
         }
@@ -271,7 +252,7 @@ struct Assembly {
     service: Arc<PeerService>,
     data_dir: Arc<Mutex<DataDir>>,
     data: Vec<ArbiterHandle>,
-    opening: watch::Sender<Option<usize>>,
+    readiness: watch::Sender<Readiness>,
     running: Arc<Mutex<Option<Running>>>,
 }
 
@@ -279,7 +260,7 @@ impl Assembly {
     async fn run(self, stores: Stores) -> Result<(), NodeError> {
         let (cluster, node) = self.applicant.become_member().await?;
         tracing::info!(%cluster, %node, "member");
-        let map = self.load_map(cluster)?;
+        let map = self.map_to_start_from(cluster, node, stores.log.clone(), stores.engine.clone()).await?;
         let first_map = (map.version == 0).then(|| Arc::new(map.clone()));
         let router = Arc::new(Router::new(map));
         let incarnation = self.incarnation;
@@ -303,16 +284,33 @@ impl Assembly {
         };
         let network =
             PeerNetwork::new(PeerNetworkConfig::new(cluster, node, incarnation, Arc::new(on_unreachable)));
+        let intake = Arc::new(Intake::new(log_writer.queued_bytes()));
+        let (flusher, fatal) = (Arc::new(flusher), self.fatal.clone());
+        let (engine, dir) = (stores.engine.clone(), stores.snapshots);
+        let tools = worker::Tools { dir, engine, flusher: flusher.clone(), fatal };
+        let bytes_per_second = self.settings.snapshot.bytes_per_second;
+        let origin = outgoing::Origin {
+            cluster_id: cluster,
+            node,
+            incarnation,
+            network: network.clone(),
+            bytes_per_second,
+        };
+        let (snapshots, more) = Snapshots::start(tools, origin).map_err(no_thread)?;
+        threads.extend(more);
         let shared = Arc::new(Shared {
             log,
             log_writer,
+            intake: intake.clone(),
             flusher,
             reader,
+            snapshots,
             network,
             router: router.clone(),
             memory: MemoryGauge::new(
                 usize::try_from(self.settings.storage.memtable_bytes).unwrap_or(usize::MAX),
             ),
+            cached_entries: Arc::default(),
         });
 
         let mut data_hubs = Vec::new();
@@ -325,15 +323,21 @@ impl Assembly {
         if hubs.set(all_hubs.clone()).is_err() {
             unreachable!("hubs are made once");
         }
-        let site = Site { node, incarnation, data_dir: self.data_dir.clone(), engine: stores.engine };
-        let mut opening = self.opening.subscribe();
+        let site = Site {
+            node,
+            incarnation,
+            data_dir: self.data_dir.clone(),
+            engine: stores.engine,
+            retention: Retention::new(self.settings.storage.log_keep_bytes),
+        };
+        let mut readiness = self.readiness.subscribe();
         let supervisor = Supervisor::new(
             site,
             shared.clone(),
             data_hubs.clone(),
             control_hub.clone(),
             catalogue,
-            self.opening,
+            self.readiness,
             self.fatal.clone(),
         )
         .start();
@@ -354,39 +358,54 @@ impl Assembly {
         self.service.set_destinations(Destinations {
             data_hubs,
             control_hub,
+            intake,
+            shared,
             supervisor: supervisor.clone(),
         });
-        self.handle.set_member(Member { node, router, supervisor: supervisor.clone() });
+        self.handle.set_member(Member { node, incarnation, router, supervisor: supervisor.clone() });
         supervisor.do_send(OpenAll);
         if let Some(map) = first_map.filter(|_| node == NodeId(1)) {
             actix::spawn(spread(map));
         }
-        actix::spawn(keep_record(self.handle.clone(), self.applicant.record().clone()));
+        actix::spawn(keep_record(self.applicant.clone(), self.handle.clone(), supervisor));
         actix::spawn(measure_disk(self.handle.clone(), self.settings.node.data_dir.clone()));
-        if opening.wait_for(|left| *left == Some(0)).await.is_ok() {
+        if readiness.wait_for(Readiness::all_tried).await.is_ok() {
             self.handle.set_phase(NodePhase::Ready);
         }
         Ok(())
     }
 
-    fn load_map(&self, cluster: ClusterId) -> Result<ClusterMap, NodeError> {
-        let damaged = |detail: String| {
+    /// The cached map, or another that serves as well.
+    async fn map_to_start_from(
+        &self,
+        cluster: ClusterId,
+        node: NodeId,
+        log: Arc<DiskLog>,
+        engine: Arc<dyn Engine>,
+    ) -> Result<ClusterMap, NodeError> {
+        let cached = map_cache::load(&self.data_dir.lock().unwrap_or_else(PoisonError::into_inner), cluster);
+        let why = match cached {
+            Ok(map) => return Ok(map),
+            Err(why) => why,
+        };
+        tracing::warn!(why, "the cached cluster map can't be used; looking for another");
+        let own = NodeRecord { id: node, ..self.applicant.record().clone() };
+        let read =
+            tokio::task::spawn_blocking(move || map_cache::of_own_replica(&*log, &engine, cluster, own));
+        match read.await.map_err(|error| error.to_string()).map(|map| map.map_err(|e| e.to_string())) {
+            Ok(Ok(Some(map))) => return Ok(map),
+            Ok(Ok(None)) => {}
+            Ok(Err(error)) | Err(error) => {
+                tracing::warn!(error, "the metadata replica here has no map either")
+            }
+        }
+        self.applicant.map_of_a_peer(cluster).await.ok_or_else(|| {
             NodeError::Membership(format!(
-                "the cached cluster map in {} can't be used: {detail}. Copy the file `map` of another node of the \
-                 cluster here, or remove the directory and let the node join anew",
+                "the cached cluster map in {} can't be used: {why}; and the settings name no other node to ask for \
+                 it. Name one in `cluster.join`, or copy its file `map` here",
                 self.settings.node.data_dir.display()
             ))
-        };
-        let bytes = self.data_dir.lock().unwrap_or_else(PoisonError::into_inner).load_map();
-        let map = map_cache::decode(&bytes.ok_or_else(|| damaged("it is missing or damaged".into()))?)
-            .map_err(|error| damaged(error.to_string()))?;
-        if map.cluster_id != cluster {
-            return Err(damaged(format!(
-                "it is of cluster {}, the node belongs to {cluster}",
-                map.cluster_id
-            )));
-        }
-        Ok(map)
+        })
     }
 }
 
@@ -398,32 +417,6 @@ fn flush_what_holds_back(shared: &Arc<Shared>, hubs: Vec<Addr<Hub>>) {
             hub.do_send(batch.clone());
         }
     }));
-}
-
-/// Tells the metadata shard of this node's addresses, zone and weight, if they changed.
-async fn keep_record(handle: NodeHandle, record: NodeRecord) {
-    loop {
-        let map = handle.map();
-        if map.version > 0 {
-            let same = map
-                .nodes
-                .get(&handle.node())
-                .is_some_and(|known| NodeRecord { id: NodeId(0), changed_at: 0, ..known.clone() } == record);
-            if same {
-                return;
-            }
-            match handle
-                .meta(MetaCommand::AddNode(record.clone()), Duration::from_millis(limits::JOIN_MS_MAX))
-                .await
-            {
-                Ok(_) => return,
-                Err(error) => {
-                    tracing::debug!(%error, "telling the cluster of this node's addresses")
-                }
-            }
-        }
-        tokio::time::sleep(Duration::from_millis(limits::NODE_HEARTBEAT_MS)).await;
-    }
 }
 
 async fn measure_disk(handle: NodeHandle, path: std::path::PathBuf) {
@@ -461,12 +454,12 @@ impl RunningNode {
         self.handle.clone()
     }
 
-    /// Waits until the node is a member and every replica it held before is running.
+    /// Waits until the node is a member and has opened every replica it held before, or has tried to.
     pub async fn ready(&self) -> Result<(), NodeError> {
-        let mut opening = self.opening.clone();
+        let mut readiness = self.readiness.clone();
         tokio::select! {
             reason = self.fatal.raised() => Err(NodeError::Fatal(reason)),
-            opened = opening.wait_for(|left| *left == Some(0)) => match opened {
+            tried = readiness.wait_for(Readiness::all_tried) => match tried {
                 Ok(_) => Ok(()),
                 Err(_) => Err(NodeError::Fatal("the node ended before it was ready".into())),
             },
@@ -501,6 +494,7 @@ impl RunningNode {
             }
             // Connections get a moment to write what they were just answered.
             tokio::time::sleep(Duration::from_millis(limits::LAST_ANSWERS_MS)).await;
+            running.shared.snapshots.close();
             running.shared.flusher.close();
             running.shared.network.set_peers(&[]);
             threads = running.threads;
@@ -524,6 +518,7 @@ impl RunningNode {
             // the next start in this process would find them in use.
             let late = late.lock().unwrap_or_else(PoisonError::into_inner).take();
             if let Some(Running { shared, threads: more, .. }) = late {
+                shared.snapshots.close();
                 shared.flusher.close();
                 shared.log_writer.stop();
                 threads.extend(more);

@@ -10,30 +10,31 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use actix::prelude::*;
-use raft::eraftpb::ConfState;
 use tokio::sync::watch;
 
 use super::fatal::{Fatal, FatalGuard};
 use super::handle::{ReplicaHealth, ReplicaReport};
-use super::hub::{Forget, Hub, StartReplica, hub_of};
+use super::hub::{FailReplica, Forget, Hub, StartReplica, hub_of};
 use super::map_cache;
 use super::messages::*;
+use super::open::open_stores;
 use super::panics::contained;
 use super::replica::ReplicaActor;
-use super::replicas::{Orders, Replicas, Slot, Verdict};
+use super::replicas::{Orders, Readiness, Replicas, Slot, Started, Verdict};
 use super::router::Route;
 use super::shared::Shared;
+use super::ticker;
 use crate::codec::peer::NodeHeartbeat;
+use crate::group::catch_up::Retention;
 use crate::group::driver::GroupOptions;
-use crate::ids::{GROUP_START, Incarnation, METADATA_SHARD, NodeId, ReplicaId, ShardId};
+use crate::ids::{Incarnation, METADATA_SHARD, NodeId, ReplicaId, ShardId};
 use crate::limits;
 use crate::machine::command::{Command, MetaCommand};
-use crate::placement::map::{ClusterMap, MemberRole};
-use crate::storage::StorageError;
+use crate::placement::map::ClusterMap;
 use crate::storage::engine::Engine;
 use crate::storage::identity::DataDir;
-use crate::storage::log::{LogState, LogStore, ReplicaRecord};
-use crate::storage::state::{ReplicaState, StateHeader};
+use crate::storage::log::{LogState, ReplicaRecord};
+use crate::storage::state::ReplicaState;
 use crate::telemetry;
 use crate::telemetry::metrics as names;
 
@@ -47,21 +48,29 @@ pub struct Site {
     pub data_dir: Arc<Mutex<DataDir>>,
     /// Its state engine.
     pub engine: Arc<dyn Engine>,
+    /// What its replicas keep of their logs for others that lag.
+    pub retention: Retention,
 }
 
 /// See the module page.
 pub struct Supervisor {
     site: Site,
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     data_hubs: Vec<Addr<Hub>>,
     control_hub: Addr<Hub>,
-    replicas: Replicas,
-    addrs: BTreeMap<ReplicaId, Addr<ReplicaActor>>,
-    led: HashSet<ShardId>,
-    /// Replicas of the catalogue that are not yet running; the node is ready at zero.
-    opening: watch::Sender<Option<usize>>,
+    pub(super) replicas: Replicas,
+    pub(super) addrs: BTreeMap<ReplicaId, Addr<ReplicaActor>>,
+    pub(super) led: HashSet<ShardId>,
+    /// Replicas of the catalogue that were not tried yet.
+    untried: HashSet<ReplicaId>,
+    readiness: watch::Sender<Readiness>,
+    /// All replicas are to end: none is opened any more.
+    pub(super) stopping: bool,
+    #[cfg(feature = "test-hooks")]
+    pub(super) hooks: super::hooks::Hooks,
     saving_map: bool,
     map_unsaved: bool,
+    pub(super) fatal: Fatal,
     _guard: FatalGuard,
 }
 
@@ -98,17 +107,17 @@ struct Opened {
 }
 
 /// A replica that was started, or why it can't be.
-type Started = (ShardId, ReplicaId, Incarnation, Result<Addr<ReplicaActor>, String>);
+type Attempt = (ShardId, ReplicaId, Incarnation, Result<Addr<ReplicaActor>, String>);
 
 impl Supervisor {
-    /// A supervisor of the replicas in `catalogue`. `opening` shows how many are not yet running.
+    /// A supervisor of the replicas in `catalogue`. `readiness` shows how far they are.
     pub fn new(
         site: Site,
         shared: Arc<Shared>,
         data_hubs: Vec<Addr<Hub>>,
         control_hub: Addr<Hub>,
         catalogue: Vec<ReplicaRecord>,
-        opening: watch::Sender<Option<usize>>,
+        readiness: watch::Sender<Readiness>,
         fatal: Fatal,
     ) -> Supervisor {
         Supervisor {
@@ -119,14 +128,19 @@ impl Supervisor {
             replicas: Replicas::new(catalogue),
             addrs: BTreeMap::new(),
             led: HashSet::new(),
-            opening,
+            untried: HashSet::new(),
+            readiness,
+            stopping: false,
+            #[cfg(feature = "test-hooks")]
+            hooks: Default::default(),
             saving_map: false,
             map_unsaved: false,
             _guard: fatal.guard("the supervisor"),
+            fatal,
         }
     }
 
-    fn hub(&self, shard: ShardId) -> &Addr<Hub> {
+    pub(super) fn hub(&self, shard: ShardId) -> &Addr<Hub> {
         if shard == METADATA_SHARD {
             &self.control_hub
         } else {
@@ -136,7 +150,15 @@ impl Supervisor {
 
     /// Reads log and state of `records` from disk, off this thread, and starts their actors.
     /// `campaign`: those to elect at once.
-    fn open(&mut self, records: Vec<ReplicaRecord>, campaign: HashSet<ReplicaId>, ctx: &mut Context<Self>) {
+    pub(super) fn open(
+        &mut self,
+        records: Vec<ReplicaRecord>,
+        campaign: HashSet<ReplicaId>,
+        ctx: &mut Context<Self>,
+    ) {
+        if self.stopping {
+            return;
+        }
         let log = self.shared.log.clone();
         let engine = self.site.engine.clone();
         let read = tokio::task::spawn_blocking(move || {
@@ -155,8 +177,10 @@ impl Supervisor {
 
     fn start(&mut self, opened: Vec<Opened>, campaign: HashSet<ReplicaId>, ctx: &mut Context<Self>) {
         let mut starts = Vec::new();
-        let count = opened.len();
+        let tried: Vec<_> = opened.iter().map(|opened| opened.record.replica).collect();
         for Opened { record, found } in opened {
+            #[cfg(feature = "test-hooks")]
+            let found = self.hooks.open(record.replica).and(found);
             // Removed meanwhile, with its shard.
             let Some(slot) = self.replicas.get_mut(record.replica) else {
                 continue;
@@ -165,12 +189,21 @@ impl Supervisor {
             let (shard, replica, incarnation) = (record.shard, record.replica, slot.incarnation);
             let hub = self.hub(shard).clone();
             let supervisor = ctx.address();
+            let retention = self.site.retention;
+            let cached = self.shared.cached_entries.clone();
             starts.push(async move {
                 let result = match found {
                     Ok((log, state)) => {
                         let logger = telemetry::log::raft_logger(shard, replica);
-                        let options =
-                            GroupOptions { shard, machine: record.machine, replica, incarnation, logger };
+                        let options = GroupOptions {
+                            shard,
+                            machine: record.machine,
+                            replica,
+                            incarnation,
+                            retention,
+                            logger,
+                            cached,
+                        };
                         let start = StartReplica { options, log, state, supervisor };
                         hub.send(start)
                             .await
@@ -182,23 +215,65 @@ impl Supervisor {
             });
         }
         let all = futures_util::future::join_all(starts);
-        ctx.spawn(fut::wrap_future(all).map(move |started, act: &mut Self, _| {
-            act.started_all(started, &campaign);
-            act.opening.send_modify(|left| *left = left.map(|left| left.saturating_sub(count)));
+        ctx.spawn(fut::wrap_future(all).map(move |attempts, act: &mut Self, ctx| {
+            act.started_all(attempts, &campaign, ctx);
+            for replica in &tried {
+                act.untried.remove(replica);
+            }
+            act.tell_readiness();
         }));
     }
 
-    fn started_all(&mut self, started: Vec<Started>, campaign: &HashSet<ReplicaId>) {
+    /// Tries once more to open a replica that couldn't be, unless it was removed or has been since.
+    fn reopen(&mut self, replica: ReplicaId, incarnation: Incarnation, ctx: &mut Context<Self>) {
+        let failed = |slot: &&mut Slot| {
+            slot.incarnation == incarnation && matches!(slot.health, ReplicaHealth::Failed(_))
+        };
+        if let Some(slot) = self.replicas.get_mut(replica).filter(failed) {
+            let record = slot.record.clone();
+            self.open(vec![record], HashSet::new(), ctx);
+        }
+    }
+
+    fn tell_readiness(&self) {
+        let now = Readiness { untried: Some(self.untried.len()), closed: self.replicas.closed() };
+        self.readiness.send_if_modified(|told| {
+            let news = *told != now;
+            *told = now;
+            news
+        });
+    }
+
+    fn started_all(
+        &mut self,
+        attempts: Vec<Attempt>,
+        campaign: &HashSet<ReplicaId>,
+        ctx: &mut Context<Self>,
+    ) {
         let mut routes = Vec::new();
-        for (shard, replica, incarnation, result) in started {
+        for (shard, replica, incarnation, result) in attempts {
             let outcome = result.as_ref().map(drop).map_err(String::clone);
-            if !self.replicas.started(replica, incarnation, outcome) {
-                // Its shard was dropped while it started, and `remove` found no address to stop; or it
-                // has crashed already, and then this reaches nobody.
-                if let Ok(addr) = result {
-                    addr.do_send(StopReplica);
+            match self.replicas.started(replica, incarnation, outcome) {
+                Started::Serving { failures: 0 } => {}
+                Started::Serving { failures } => {
+                    tracing::info!(%shard, %replica, failures, "replica is open after all");
                 }
-                continue;
+                Started::Failed { again, news } => {
+                    let reason = result.as_ref().err();
+                    match news {
+                        true => tracing::error!(%shard, %replica, reason, ?again, "replica can't be opened"),
+                        false => tracing::debug!(%shard, %replica, reason, ?again, "replica can't be opened"),
+                    }
+                    ctx.run_later(again, move |act, ctx| act.reopen(replica, incarnation, ctx));
+                }
+                Started::Old => {
+                    // Its shard was dropped while it started, and `remove` found no address to stop; or
+                    // it has crashed already, and then this reaches nobody.
+                    if let Ok(addr) = result {
+                        addr.do_send(StopReplica);
+                    }
+                    continue;
+                }
             }
             let target = match result {
                 Ok(addr) => {
@@ -208,10 +283,7 @@ impl Supervisor {
                     self.addrs.insert(replica, addr.clone());
                     Ok(addr)
                 }
-                Err(reason) => {
-                    tracing::error!(%shard, %replica, reason, "replica can't be opened");
-                    Err(ReplicaHealth::Failed(reason))
-                }
+                Err(reason) => Err(ReplicaHealth::Failed(reason)),
             };
             routes.push((shard, Route { replica, target }));
         }
@@ -278,6 +350,7 @@ impl Supervisor {
         let (shard, incarnation) = (slot.record.shard, slot.incarnation);
         tracing::info!(%shard, %replica, "removing the replica of a dropped shard");
         self.replicas.removed(replica);
+        self.tell_readiness();
         self.led.remove(&shard);
         self.shared.router.update(|routes| {
             routes.remove(&shard);
@@ -291,12 +364,15 @@ impl Supervisor {
             {
                 tracing::debug!(%error, "the replica had ended already");
             }
-            fence(&shared, replica, incarnation).await;
-            let flusher = shared.clone();
+            shared.fence(replica, incarnation).await;
+            let then = shared.clone();
             shared.log_writer.run(Box::new(move |log| match log.remove(&[replica]) {
-                Ok(()) => flusher.flusher.destroy(replica),
+                Ok(()) => destroy(&then, vec![replica]),
                 Err(error) => tracing::error!(%replica, %error, "recording a tombstone"),
             }));
+            if let Err(error) = tokio::task::spawn_blocking(move || shared.snapshots.forget(replica)).await {
+                tracing::debug!(%error, "the node ended while it removed snapshots");
+            }
         }));
     }
 
@@ -349,8 +425,12 @@ impl Supervisor {
         let (reply, results) = tokio::sync::oneshot::channel();
         let submit = Submit {
             range_version: metadata.epoch.range,
-            operations: vec![crate::group::types::Operation::Command(Command::Meta(command))],
+            operations: vec![crate::group::types::Operation::Command {
+                command: Command::Meta(command),
+                session: None,
+            }],
             reply,
+            admitted: None,
         };
         match self.shared.router.replica(METADATA_SHARD) {
             Ok(addr) => addr.do_send(submit),
@@ -367,36 +447,18 @@ impl Supervisor {
     }
 }
 
-/// Waits until nothing of a dead incarnation can reach the disk any more.
-async fn fence(shared: &Shared, replica: ReplicaId, incarnation: Incarnation) {
-    if shared.log_writer.fence(replica, incarnation).await.is_err() || shared.flusher.barrier().await.is_err()
-    {
-        tracing::debug!("the node's storage threads have ended");
-    }
-}
-
-/// Reads what the disk has of one replica.
-fn open_stores(
-    log: &dyn LogStore,
-    engine: &Arc<dyn Engine>,
-    record: &ReplicaRecord,
-) -> Result<(LogState, ReplicaState), StorageError> {
-    let log_state = log.load(record.replica)?;
-    let of_role = |role| record.members.iter().filter(move |m| m.role == role).map(|m| m.replica.0);
-    let conf_state = ConfState {
-        voters: of_role(MemberRole::Voter).collect(),
-        learners: of_role(MemberRole::Learner).collect(),
-        ..ConfState::default()
+/// Has the state of tombstones removed, and that noted in the log.
+pub(super) fn destroy(shared: &Arc<Shared>, replicas: Vec<ReplicaId>) {
+    let then = shared.clone();
+    let done = move |replicas: &[ReplicaId]| {
+        let replicas = replicas.to_vec();
+        then.log_writer.run(Box::new(move |log| {
+            if let Err(error) = log.destroyed(&replicas) {
+                tracing::warn!(%error, "noting that the state of removed replicas is gone");
+            }
+        }));
     };
-    let initial = StateHeader {
-        applied: GROUP_START,
-        revision: 0,
-        epoch: record.epoch,
-        members: record.members.clone(),
-        conf_state,
-    };
-    let state = ReplicaState::open(engine.clone(), record.replica, record.generation, initial)?;
-    Ok((log_state, state))
+    shared.flusher.destroy(replicas, Box::new(done));
 }
 
 impl Actor for Supervisor {
@@ -404,20 +466,24 @@ impl Actor for Supervisor {
 
     fn started(&mut self, ctx: &mut Context<Self>) {
         ctx.set_mailbox_capacity(limits::HUB_MAILBOX_MAX);
-        ctx.run_interval(Duration::from_millis(limits::NODE_HEARTBEAT_MS), |act, _| act.heartbeat());
+        let period = Duration::from_millis(limits::NODE_HEARTBEAT_MS);
+        ticker::every(ctx, period, |supervisor, _| supervisor.heartbeat());
     }
 }
 
 impl Handler<OpenAll> for Supervisor {
     type Result = ();
     fn handle(&mut self, _: OpenAll, ctx: &mut Context<Self>) {
-        for replica in self.replicas.tombstones() {
-            // A crash may have come between the tombstone and the end of the deletion.
-            self.shared.flusher.destroy(replica);
-        }
+        // A crash may have come between a tombstone and the end of the deletion.
+        destroy(&self.shared, self.replicas.take_remains());
         let records: Vec<_> = self.replicas.iter().map(|slot| slot.record.clone()).collect();
-        // Set before anything is started, so that nobody sees "ready" in between.
-        self.opening.send_replace(Some(records.len()));
+        for record in &records {
+            // What a crash has left of a snapshot that was being loaded, or of the state before one.
+            self.shared.snapshots.worker.sweep(record.replica, record.generation);
+        }
+        // Told before anything is started, so that nobody sees "ready" in between.
+        self.untried = records.iter().map(|record| record.replica).collect();
+        self.tell_readiness();
         self.open(records, HashSet::new(), ctx);
         let map = ClusterMap::clone(&self.shared.router.map());
         self.take_map(map, ctx);
@@ -434,8 +500,10 @@ impl Handler<ReplicaDown> for Supervisor {
         };
         tracing::error!(%shard, %replica, incarnation, reason, ?verdict, "replica crashed");
         metrics::counter!(names::REPLICA_RESTARTS).increment(1);
+        self.shared.snapshots.outgoing.cancel(replica);
         self.addrs.remove(&replica);
         self.led.remove(&shard);
+        self.tell_readiness();
         self.hub(shard).do_send(Forget(replica, incarnation));
         let Some(slot) = self.replicas.get_mut(replica) else {
             return;
@@ -452,7 +520,7 @@ impl Handler<ReplicaDown> for Supervisor {
         let shared = self.shared.clone();
         let fence = async move {
             actix::clock::sleep(after).await;
-            fence(&shared, replica, incarnation).await;
+            shared.fence(replica, incarnation).await;
         };
         ctx.spawn(fut::wrap_future(fence).map(move |(), act: &mut Self, ctx| {
             act.open(vec![record], HashSet::new(), ctx);
@@ -463,11 +531,11 @@ impl Handler<ReplicaDown> for Supervisor {
 impl Handler<EndReplica> for Supervisor {
     type Result = ();
     fn handle(&mut self, end: EndReplica, _: &mut Context<Self>) {
-        let EndReplica { replica, incarnation, reason } = end;
-        let current = self.replicas.get_mut(replica).is_some_and(|slot| slot.incarnation == incarnation);
-        if let Some(addr) = self.addrs.get(&replica).filter(|_| current) {
-            // Its guard then reports its end, with this reason.
-            addr.do_send(Fail(reason));
+        // Its hub knows the replica from its start on; here it is known only when all that were to start
+        // with it have. Its guard then reports its end, with this reason.
+        if let Some(slot) = self.replicas.get_mut(end.replica) {
+            let shard = slot.record.shard;
+            self.hub(shard).do_send(FailReplica(end.replica, end.incarnation, end.reason));
         }
     }
 }
@@ -511,6 +579,7 @@ impl Handler<Report> for Supervisor {
     fn handle(&mut self, _: Report, _: &mut Context<Self>) -> Self::Result {
         let asked = self.replicas.iter().map(|slot: &Slot| {
             let addr = self.addrs.get(&slot.record.replica).cloned();
+            let receives = self.shared.snapshots.inbox.receives(slot.record.replica);
             let mut report = ReplicaReport {
                 shard: slot.record.shard,
                 replica: slot.record.replica,
@@ -524,6 +593,8 @@ impl Handler<Report> for Supervisor {
                 {
                     if status.recovering {
                         report.health = ReplicaHealth::Recovering;
+                    } else if receives {
+                        report.health = ReplicaHealth::Installing;
                     }
                     report.group = Some(status);
                 }
@@ -558,6 +629,7 @@ impl Handler<HandOver> for Supervisor {
 impl Handler<StopAll> for Supervisor {
     type Result = ResponseFuture<()>;
     fn handle(&mut self, _: StopAll, _: &mut Context<Self>) -> Self::Result {
+        self.stopping = true;
         let stops: Vec<_> = self.addrs.values().map(|addr| addr.send(StopReplica)).collect();
         self.shared.router.update(|routes| routes.clear());
         self.addrs.clear();
@@ -570,3 +642,7 @@ impl Handler<StopAll> for Supervisor {
         })
     }
 }
+
+#[cfg(test)]
+#[path = "supervisor_tests.rs"]
+mod tests;

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::oneshot;
 
+use super::load::Admitted;
 use crate::group::types::{Operation, Output};
 use crate::refusal::Refusal;
 
@@ -21,7 +22,11 @@ struct Open {
 }
 
 /// A batch whose results come in one by one.
-struct Batch(Mutex<Open>);
+struct Batch {
+    open: Mutex<Open>,
+    /// What the batch counts for on its node, until the last of its operations has ended.
+    _admitted: Option<Arc<Admitted>>,
+}
 
 /// The place of one operation's result.
 pub struct Ticket {
@@ -32,15 +37,19 @@ pub struct Ticket {
     ended: bool,
 }
 
-/// Tickets for `operations`, whose results go to `reply` together.
-pub fn tickets(operations: &[Operation], reply: oneshot::Sender<Results>) -> Vec<Ticket> {
+/// Tickets for `operations`, whose results go to `reply` together. `admitted` is what they count for.
+pub fn tickets(
+    operations: &[Operation],
+    reply: oneshot::Sender<Results>,
+    admitted: Option<Arc<Admitted>>,
+) -> Vec<Ticket> {
     let count = operations.len();
     let open = Open { results: (0..count).map(|_| None).collect(), missing: count, reply: Some(reply) };
-    let batch = Arc::new(Batch(Mutex::new(open)));
+    let batch = Arc::new(Batch { open: Mutex::new(open), _admitted: admitted });
     let tickets = operations.iter().zip(0..).map(|(operation, index)| Ticket {
         batch: batch.clone(),
         index,
-        writes: matches!(operation, Operation::Command(_)),
+        writes: matches!(operation, Operation::Command { .. }),
         ended: false,
     });
     tickets.collect()
@@ -52,10 +61,16 @@ impl Ticket {
         self.put(result);
     }
 
+    /// Whether nobody waits for the result any more.
+    pub fn abandoned(&self) -> bool {
+        let open = self.batch.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.reply.as_ref().is_none_or(oneshot::Sender::is_closed)
+    }
+
     fn put(&mut self, result: Result<Output, Refusal>) {
         self.ended = true;
         // The lock is held for a few moves that can't panic.
-        let mut open = self.batch.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open = self.batch.open.lock().unwrap_or_else(PoisonError::into_inner);
         let place = &mut open.results[self.index as usize];
         debug_assert!(place.is_none(), "an operation ends once");
         *place = Some(result);
@@ -95,10 +110,10 @@ mod tests {
     fn results_arrive_together_in_order_and_a_dropped_ticket_counts() {
         let operations = [
             Operation::Query(Query::Get { key: "a".into() }),
-            Operation::Command(Command::Kv(KvCommand::Delete { key: "b".into() })),
+            Operation::Command { command: Command::Kv(KvCommand::Delete { key: "b".into() }), session: None },
         ];
         let (reply, mut results) = oneshot::channel();
-        let mut tickets = tickets(&operations, reply);
+        let mut tickets = tickets(&operations, reply, None);
         drop(tickets.pop());
         assert!(results.try_recv().is_err());
         let answer = Ok(Output::Answer(Answer::Value(None)));
@@ -106,5 +121,20 @@ mod tests {
         let results = results.try_recv().expect("complete").expect("started");
         assert_eq!(results[0], answer);
         assert!(matches!(results[1], Err(Refusal::Unknown(_))));
+    }
+    #[test]
+    fn a_batch_counts_until_its_last_operation_has_ended_and_is_abandoned_before() {
+        let load = Arc::<crate::node::load::Load>::default();
+        let admitted = load.admit(2, 10).ok().map(Arc::new);
+        let operations = [(); 2].map(|()| Operation::Query(Query::Get { key: "a".into() }));
+        let (reply, results) = oneshot::channel();
+        let mut tickets = tickets(&operations, reply, admitted);
+        assert!(!tickets[0].abandoned());
+        drop(results);
+        assert!(tickets[0].abandoned());
+        drop(tickets.pop());
+        assert_eq!(load.operations(), 2);
+        drop(tickets);
+        assert_eq!(load.operations(), 0);
     }
 }

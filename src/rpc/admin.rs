@@ -10,10 +10,10 @@ use super::{Service, timeout, wire};
 use crate::codec::records::write_database;
 use crate::codec::refusal::write_refusal;
 use crate::ids::{NodeId, ShardId};
-use crate::limits::{NAME_BYTES_MAX, REPLICAS_MAX, SHARDS_MAX};
+use crate::limits::{DROP_SETTLE_MS_MAX, NAME_BYTES_MAX, REPLICAS_MAX, SHARDS_MAX};
 use crate::machine::command::{MetaCommand, MetaRefusal, MetaReply};
 use crate::node::handle::NodeReport;
-use crate::placement::map::DatabaseRecord;
+use crate::placement::map::{DatabaseRecord, ShardRecord};
 use crate::placement::plan::plan_database;
 use crate::refusal::Refusal;
 use crate::schema::admin_capnp::{admin, database_result, void_result};
@@ -74,7 +74,7 @@ impl admin::Server for Admin {
         let within = timeout(params.get()?.get_timeout_ms());
         drop(params);
         let dropped = match self.service.load.enter(1, 0) {
-            Ok(_guard) => self.meta(MetaCommand::DropDatabase { name }, within).await,
+            Ok(_guard) => self.drop_everywhere(name, within).await,
             Err(refusal) => Err(refusal),
         };
         write_database_result(dropped, results.get().init_result());
@@ -134,6 +134,42 @@ impl Admin {
         let (record, created) = self.meta(command, left).await?;
         self.led(&record, deadline).await?;
         Ok((record, created))
+    }
+
+    /// Drops a database, and waits until none of its shards can commit anything any more.
+    async fn drop_everywhere(
+        &self,
+        name: String,
+        within: Duration,
+    ) -> Result<(DatabaseRecord, bool), Refusal> {
+        let deadline = Instant::now() + within;
+        let dropped = self.meta(MetaCommand::DropDatabase { name }, within).await?;
+        let settled = Instant::now() + Duration::from_millis(DROP_SETTLE_MS_MAX);
+        self.ended(&dropped.0, deadline.min(settled)).await;
+        Ok(dropped)
+    }
+
+    /// Waits until a majority of the replicas of each shard of a dropped database has ended: then no
+    /// write that begins later is acknowledged by a leader that hasn't heard. Not beyond `deadline`: the
+    /// database is dropped, whether or not nodes that are down or cut off have heard.
+    async fn ended(&self, database: &DatabaseRecord, deadline: Instant) {
+        let mut missing: BTreeSet<ShardId> = database.shards.iter().copied().collect();
+        let mut pause = LEADER_POLL.0;
+        loop {
+            let map = self.service.node.map();
+            let reports = self.reports(&missing, deadline).await;
+            missing.retain(|shard| map.shards.get(shard).is_none_or(|shard| can_commit(shard, &reports)));
+            if missing.is_empty() {
+                return;
+            }
+            if Instant::now() + pause >= deadline {
+                let (name, shards) = (&database.name, missing.len());
+                tracing::info!(name, shards, "a dropped database whose replicas haven't all heard");
+                return;
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LEADER_POLL.1);
+        }
     }
 
     /// Has the metadata shard execute a command about a database.
@@ -226,6 +262,16 @@ impl Admin {
     }
 }
 
+/// Whether a shard may still commit something, as far as `reports` tell: unless a majority of its nodes
+/// say that they hold no replica of it. A node that doesn't say so may.
+fn can_commit(shard: &ShardRecord, reports: &[NodeReport]) -> bool {
+    let ended = |node: NodeId| {
+        let report = reports.iter().find(|report| report.node == node);
+        report.is_some_and(|report| report.replicas.iter().all(|replica| replica.shard != shard.id))
+    };
+    shard.members.iter().filter(|member| ended(member.node)).count() <= shard.members.len() / 2
+}
+
 /// The rules for a new database that need no map.
 fn check_numbers(name: &str, replicas: u32, shards: u32) -> Result<(), Refusal> {
     let legal = |c: u8| c.is_ascii_alphanumeric() || c == b'_' || c == b'-';
@@ -266,6 +312,46 @@ fn write_void_result(result: Result<(), Refusal>, mut to: void_result::Builder<'
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ids::{DatabaseId, Epoch, ReplicaId};
+    use crate::node::handle::{NodePhase, ReplicaHealth, ReplicaReport};
+    use crate::placement::map::{Member, MemberRole};
+    use crate::placement::ring::RingRange;
+
+    #[test]
+    fn a_shard_is_ended_when_a_majority_of_its_nodes_say_so() {
+        let member = |node| Member { replica: ReplicaId(node), node: NodeId(node), role: MemberRole::Voter };
+        let shard = ShardRecord {
+            id: ShardId(7),
+            database: DatabaseId(1),
+            range: RingRange::ALL,
+            epoch: Epoch { range: 1, conf: 1 },
+            members: (1..=3).map(member).collect(),
+            dropped: true,
+            changed_at: 9,
+        };
+        let report = |node, held: &[u64]| {
+            let replica = |shard: &u64| ReplicaReport {
+                shard: ShardId(*shard),
+                replica: ReplicaId(node),
+                health: ReplicaHealth::Serving,
+                group: None,
+                restarts: 0,
+            };
+            NodeReport {
+                node: NodeId(node),
+                label: String::new(),
+                phase: NodePhase::Ready,
+                disk_bytes: 0,
+                replicas: held.iter().map(replica).collect(),
+                uptime: Duration::ZERO,
+            }
+        };
+        assert!(can_commit(&shard, &[]), "nobody has answered");
+        assert!(can_commit(&shard, &[report(1, &[]), report(2, &[7])]));
+        // A node that isn't a member yet holds nothing, and may know of the shard when it is.
+        assert!(can_commit(&shard, &[report(1, &[]), report(0, &[]), report(9, &[])]));
+        assert!(!can_commit(&shard, &[report(1, &[]), report(2, &[7]), report(3, &[8])]));
+    }
 
     #[test]
     fn names_and_numbers() {

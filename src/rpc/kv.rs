@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -15,19 +16,23 @@ use crate::group::types::{Operation, Output};
 use crate::ids::{METADATA_SHARD, ShardId};
 use crate::limits::{BATCH_OPERATIONS_MAX, KEY_BYTES_MAX, SCAN_PAIRS_MAX};
 use crate::machine::command::{Answer, Query};
+use crate::node::load::Admitted;
 use crate::placement::ring;
 use crate::refusal::{Outcome, Refusal};
 use crate::schema::kv_capnp::{batch_request, batch_response, gate, kv, op_result, scan_request};
+use crate::transport::backlog::Backlog;
 use crate::version::{PROTOCOL_MAX, PROTOCOL_MIN};
 
 /// The door: versions first, then the services.
 pub(crate) struct Gate {
     service: Rc<Service>,
+    backlog: Rc<Backlog>,
 }
 
 impl Gate {
-    pub(crate) fn new(service: Rc<Service>) -> Gate {
-        Gate { service }
+    /// Of a connection with this backlog.
+    pub(crate) fn new(service: Rc<Service>, backlog: Rc<Backlog>) -> Gate {
+        Gate { service, backlog }
     }
 }
 
@@ -57,7 +62,7 @@ impl gate::Server for Gate {
         welcome.set_node(node.node().0);
         welcome.set_software(SOFTWARE);
         let service = self.service.clone();
-        answer.set_kv(capnp_rpc::new_client(Kv { service }));
+        answer.set_kv(capnp_rpc::new_client(Kv { service, backlog: self.backlog.clone() }));
         let service = self.service.clone();
         answer.set_admin(capnp_rpc::new_client(admin::Admin::new(service)));
         Ok(())
@@ -67,6 +72,8 @@ impl gate::Server for Gate {
 /// Data.
 struct Kv {
     service: Rc<Service>,
+    /// Answers that this connection hasn't read.
+    backlog: Rc<Backlog>,
 }
 
 /// A batch as read from the message: what goes to the replica, and what is refused before.
@@ -112,15 +119,17 @@ impl kv::Server for Kv {
         let admitted = self.service.load.enter(batch.operations.len(), batch.bytes);
         let ends = match admitted {
             Ok(_guard) if batch.operations.is_empty() => Ok(Vec::new()),
-            Ok(_guard) => {
-                let within = timeout(batch.timeout_ms);
-                node.submit(batch.shard, batch.range_version, batch.operations, within).await
+            Ok(guard) => {
+                let (within, admitted) = (timeout(batch.timeout_ms), Some(guard.admitted()));
+                node.submit_admitted(batch.shard, batch.range_version, batch.operations, within, admitted)
+                    .await
             }
             Err(refusal) => Err(refusal),
         };
         match ends {
             Ok(ends) => {
-                let lost = write_ends(batch.refused, ends, response.reborrow());
+                let room = Room::on(&self.backlog);
+                let lost = write_ends(batch.refused, ends, room, response.reborrow());
                 if lost {
                     wire::write_route(&node.map(), batch.shard, response.init_route());
                 }
@@ -147,15 +156,18 @@ impl kv::Server for Kv {
         let query = read_scan(request)?;
         drop(params);
         let answer = match (query, self.service.load.enter(1, 0)) {
-            (Ok(query), Ok(_guard)) => {
-                let operations = vec![Operation::Query(query)];
-                let ends = node.submit(shard, version, operations, within).await;
+            (Ok(query), Ok(guard)) => {
+                let (operations, admitted) = (vec![Operation::Query(query)], Some(guard.admitted()));
+                let ends = node.submit_admitted(shard, version, operations, within, admitted).await;
                 ends.and_then(|ends| ends.into_iter().next().unwrap_or(Err(NO_ANSWER)))
             }
             (Err(refusal), _) | (_, Err(refusal)) => Err(refusal),
         };
         let mut response = results.get().init_response();
         match answer {
+            Ok(Output::Answer(Answer::Page { .. })) if self.backlog.full() => {
+                write_refusal(&wire::unread(), response.init_error());
+            }
             Ok(Output::Answer(Answer::Page { pairs, more })) => {
                 wire::write_page(&pairs, more, response);
             }
@@ -181,7 +193,7 @@ impl kv::Server for Kv {
         let ms = request.get_timeout_ms();
         drop(params);
         let end = self.plain(&database, operation, ms).await;
-        write_plain(end, results.get().init_result());
+        write_plain(end, &self.backlog, results.get().init_result());
         Ok(())
     }
 
@@ -197,7 +209,7 @@ impl kv::Server for Kv {
         drop(params);
         let operation = client::Operation::Put(key, value);
         let end = self.plain(&database, operation, ms).await;
-        write_plain(end, results.get().init_result());
+        write_plain(end, &self.backlog, results.get().init_result());
         Ok(())
     }
 
@@ -212,7 +224,7 @@ impl kv::Server for Kv {
         let ms = request.get_timeout_ms();
         drop(params);
         let end = self.plain(&database, operation, ms).await;
-        write_plain(end, results.get().init_result());
+        write_plain(end, &self.backlog, results.get().init_result());
         Ok(())
     }
 
@@ -229,7 +241,7 @@ impl kv::Server for Kv {
         drop(params);
         let operation = client::Operation::Cas(key, expect, value);
         let end = self.plain(&database, operation, ms).await;
-        write_plain(end, results.get().init_result());
+        write_plain(end, &self.backlog, results.get().init_result());
         Ok(())
     }
 }
@@ -248,6 +260,10 @@ impl Kv {
         if let Err(refusal) = data_shard(shard) {
             return Ok(Err(refusal));
         }
+        let session = match wire::read_session(request)? {
+            Ok(session) => session,
+            Err(refusal) => return Ok(Err(refusal)),
+        };
         let range_version = request.get_range_version();
         // The replica checks the version and not the keys. A key in the wrong shard would never be found
         // again, so a client that errs is told here, wherever the map at hand can tell.
@@ -264,16 +280,18 @@ impl Kv {
             bytes: 0,
         };
         for operation in list.iter() {
+            let tag = wire::read_tag(operation, session.as_ref());
             let operation = wire::read_operation(operation).map_err(unreadable)?;
             let misplaced = range.is_some_and(|r| !r.contains(ring::position(operation.key())));
-            let refused = match client::check(&operation) {
-                Err(error) => Some(Refusal::Invalid(error.to_string())),
-                Ok(()) if misplaced => Some(Refusal::Invalid(format!(
+            let refused = match (client::check(&operation), tag) {
+                (Err(error), _) => Some(Refusal::Invalid(error.to_string())),
+                (_, Err(refusal)) => Some(refusal),
+                _ if misplaced => Some(Refusal::Invalid(format!(
                     "the key does not belong to shard {shard}; route by its position on the ring"
                 ))),
-                Ok(()) => {
+                (Ok(()), Ok(tag)) => {
                     batch.bytes += operation.size();
-                    batch.operations.push(wire::to_group(operation));
+                    batch.operations.push(wire::to_group(operation, tag));
                     None
                 }
             };
@@ -292,13 +310,13 @@ impl Kv {
         client::check(&operation)?;
         let refused = |refusal| ClientError::NotApplied(client::NotApplied::Refused(refusal));
         let guard = self.service.load.enter(1, operation.size());
-        let _guard = guard.map_err(refused)?;
+        let guard = guard.map_err(refused)?;
         let within = timeout(timeout_ms);
         let deadline = Instant::now() + within;
-        match self.here(database, &operation, within).await {
+        match self.here(database, &operation, within, guard.admitted()).await {
             Some(Ok(result)) => return Ok(result),
             Some(Err(refusal)) if refusal.outcome() == Outcome::Unknown => {
-                return Err(ClientError::Unknown(refusal.to_string()));
+                return Err(ClientError::Unknown(refusal.to_string().into()));
             }
             // Certainly not applied: whoever leads, or will, may still do it.
             Some(Err(refusal)) if refusal.retryable() => (),
@@ -315,6 +333,7 @@ impl Kv {
         database: &str,
         operation: &client::Operation,
         within: std::time::Duration,
+        admitted: Arc<Admitted>,
     ) -> Option<Result<OperationResult, Refusal>> {
         let node = &self.service.node;
         let (shard, version) = {
@@ -323,8 +342,8 @@ impl Kv {
             shard.member_on(node.node())?;
             (shard.id, shard.epoch.range)
         };
-        let operations = vec![wire::to_group(operation.clone())];
-        let ends = node.submit(shard, version, operations, within).await;
+        let operations = vec![wire::to_group(operation.clone(), None)];
+        let ends = node.submit_admitted(shard, version, operations, within, Some(admitted)).await;
         Some(ends.and_then(|ends| match ends.into_iter().next() {
             Some(Ok(output)) => wire::from_group(output),
             Some(Err(refusal)) => Err(refusal),
@@ -339,12 +358,13 @@ const NO_ANSWER: Refusal = Refusal::Unknown(Cow::Borrowed("the replica gave no a
 fn write_ends(
     refused: Vec<Option<Refusal>>,
     ends: Vec<Result<Output, Refusal>>,
+    mut room: Room,
     response: batch_response::Builder<'_>,
 ) -> bool {
     let mut ends = ends.into_iter();
     let count = u32::try_from(refused.len()).unwrap_or(u32::MAX);
     let mut list = response.init_results(count);
-    let (mut room, mut lost) = (Room::default(), false);
+    let mut lost = false;
     for (at, refused) in (0..count).zip(refused) {
         let end = match refused {
             Some(refusal) => Err(refusal),
@@ -359,9 +379,9 @@ fn write_ends(
     lost
 }
 
-fn write_plain(end: Result<OperationResult, ClientError>, to: op_result::Builder<'_>) {
+fn write_plain(end: Result<OperationResult, ClientError>, connection: &Backlog, to: op_result::Builder<'_>) {
     match end {
-        Ok(result) => wire::write_result(Ok(result), &mut Room::default(), to),
+        Ok(result) => wire::write_result(Ok(result), &mut Room::on(connection), to),
         Err(error) => wire::write_client_error(&error, to.init_error()),
     }
 }

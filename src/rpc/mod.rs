@@ -12,7 +12,9 @@
 //! ```
 //!
 //! What comes in is bounded: connections, the size of a message, operations and bytes being worked on
-//! per thread (`Busy` above). A connection that sends what can't be read is closed; nobody else
+//! per thread (`Busy` above). So are the answers that a connection hasn't read: above, no call is read
+//! from it and no value is put out, and it is closed when it reads nothing at all for
+//! [`CONNECTION_STUCK_MS_MAX`]. A connection that sends what can't be read is closed; nobody else
 //! notices. Not here (yet): encryption, and who is calling.
 
 pub mod admin;
@@ -26,8 +28,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use capnp_rpc::rpc_twoparty_capnp::Side;
-use capnp_rpc::{RpcSystem, new_client, twoparty};
+use capnp_rpc::{RpcSystem, new_client};
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
@@ -35,15 +36,16 @@ use tokio::task::{JoinSet, spawn_local};
 
 use crate::client::local::LocalClient;
 use crate::limits::{
-    BUSY_RETRY_MS, CLIENT_CONNECTIONS_MAX, CLIENT_DRAIN_MS_MAX, GREETING_MS_MAX, THREAD_BYTES_MAX,
-    THREAD_OPERATIONS_MAX, TIMEOUT_DEFAULT_MS, TIMEOUT_MAX_MS,
+    CLIENT_CONNECTIONS_MAX, CLIENT_DRAIN_MS_MAX, CONNECTION_STUCK_MS_MAX, CONNECTION_UNSENT_BYTES_MAX,
+    GREETING_MS_MAX, TIMEOUT_DEFAULT_MS, TIMEOUT_MAX_MS,
 };
 use crate::node::handle::NodeHandle;
+use crate::node::load::{self, Admitted};
 use crate::refusal::Refusal;
 use crate::schema::kv_capnp::gate;
 use crate::transport::foreign::refusal_for_peer;
 use crate::transport::frame::is_peer_preamble;
-use crate::transport::rpc_stream::{reader_options, rpc_streams};
+use crate::transport::rpc_stream::rpc_server;
 
 /// What the software calls itself to the other side.
 pub const SOFTWARE: &str = concat!("pontoon ", env!("CARGO_PKG_VERSION"));
@@ -162,15 +164,14 @@ async fn converse(mut stream: TcpStream, service: &Rc<Service>, mut stopped: wat
         // It sent nothing, or is gone.
         Ok(Err(_)) | Err(_) => return,
     }
-    let (reader, writer, flusher) = match rpc_streams(stream) {
+    let (network, backlog, flusher) = match rpc_server(stream, CONNECTION_UNSENT_BYTES_MAX) {
         Ok(streams) => streams,
         Err(error) => {
             tracing::debug!(%error, "a client connection broke at its start");
             return;
         }
     };
-    let network = twoparty::VatNetwork::new(reader, writer, Side::Server, reader_options());
-    let gate: gate::Client = new_client(kv::Gate::new(service.clone()));
+    let gate: gate::Client = new_client(kv::Gate::new(service.clone(), backlog.clone()));
     let mut system = RpcSystem::new(Box::new(network), Some(gate.client));
     let goodbye = system.get_disconnector();
     let mut flusher = spawn_local(flusher);
@@ -179,6 +180,9 @@ async fn converse(mut stream: TcpStream, service: &Rc<Service>, mut stopped: wat
             if let Err(error) = ended {
                 tracing::debug!(%error, "a client connection was closed");
             }
+        }
+        () = backlog.stuck(Duration::from_millis(CONNECTION_STUCK_MS_MAX)) => {
+            tracing::info!(unsent = backlog.unsent(), "closed a client connection that reads no answers");
         }
         _ = stopped.changed() => {
             // The answers that are ready are sent, then the connection is closed.
@@ -213,29 +217,24 @@ async fn is_peer(stream: &TcpStream) -> io::Result<bool> {
 /// What one thread is working on for its clients.
 #[derive(Default)]
 pub(crate) struct Load {
+    /// Calls whose answer isn't given yet.
     calls: Cell<usize>,
-    operations: Cell<usize>,
-    bytes: Cell<usize>,
+    /// Operations that haven't ended, whether or not their call is still waited for.
+    admitted: Arc<load::Load>,
     stopping: Cell<bool>,
     idle: Notify,
 }
 
 impl Load {
-    /// Admits a call with so many operations and bytes, or says why not. It counts until the guard is
-    /// dropped. A call too large for the bounds is admitted when there is nothing else.
+    /// Admits a call with so many operations and bytes, or says why not. The call counts until the guard
+    /// is dropped, its operations until they have ended too: see [`load`].
     pub(crate) fn enter(self: &Rc<Load>, operations: usize, bytes: usize) -> Result<LoadGuard, Refusal> {
         if self.stopping.get() {
             return Err(Refusal::Unavailable("the node is stopping".into()));
         }
-        let full = self.operations.get() + operations > THREAD_OPERATIONS_MAX
-            || self.bytes.get() + bytes > THREAD_BYTES_MAX;
-        if full && self.calls.get() > 0 {
-            return Err(Refusal::Busy { what: "client calls".into(), retry_after_ms: BUSY_RETRY_MS });
-        }
+        let admitted = Arc::new(self.admitted.admit(operations, bytes)?);
         self.calls.set(self.calls.get() + 1);
-        self.operations.set(self.operations.get() + operations);
-        self.bytes.set(self.bytes.get() + bytes);
-        Ok(LoadGuard { load: self.clone(), operations, bytes })
+        Ok(LoadGuard { load: self.clone(), admitted })
     }
 
     async fn idle(&self) {
@@ -248,16 +247,20 @@ impl Load {
 /// See [`Load::enter`].
 pub(crate) struct LoadGuard {
     load: Rc<Load>,
-    operations: usize,
-    bytes: usize,
+    admitted: Arc<Admitted>,
+}
+
+impl LoadGuard {
+    /// To go along with the call's operations.
+    pub(crate) fn admitted(&self) -> Arc<Admitted> {
+        self.admitted.clone()
+    }
 }
 
 impl Drop for LoadGuard {
     fn drop(&mut self) {
         let load = &self.load;
         load.calls.set(load.calls.get() - 1);
-        load.operations.set(load.operations.get() - self.operations);
-        load.bytes.set(load.bytes.get() - self.bytes);
         if load.calls.get() == 0 {
             load.idle.notify_one();
         }
@@ -275,16 +278,17 @@ pub(crate) fn timeout(ms: u32) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::THREAD_OPERATIONS_MAX;
 
     #[test]
-    fn load_is_bounded_but_never_refuses_a_lone_call() {
+    fn a_call_whose_operations_go_on_is_no_call_but_still_a_load() {
         let load = Rc::<Load>::default();
-        let great = load.enter(1, 2 * THREAD_BYTES_MAX).unwrap();
+        let guard = load.enter(THREAD_OPERATIONS_MAX, 1).unwrap();
+        let admitted = guard.admitted();
+        drop(guard);
+        assert_eq!(load.calls.get(), 0);
         assert!(matches!(load.enter(1, 1), Err(Refusal::Busy { .. })));
-        drop(great);
-        let one = load.enter(THREAD_OPERATIONS_MAX, 1).unwrap();
-        assert!(load.enter(1, 1).is_err());
-        drop(one);
+        drop(admitted);
         assert!(load.enter(1, 1).is_ok());
         load.stopping.set(true);
         assert!(matches!(load.enter(1, 1), Err(Refusal::Unavailable(_))));

@@ -7,15 +7,17 @@ use crate::codec::CodecError;
 use crate::codec::records::write_delta;
 use crate::codec::refusal::write_refusal;
 use crate::group::types::{Operation, Output};
-use crate::ids::{ClusterId, ShardId};
-use crate::limits::ANSWER_BYTES_MAX;
+use crate::ids::{ClusterId, SessionId, ShardId};
+use crate::limits::{ANSWER_BYTES_MAX, BUSY_RETRY_MS};
 use crate::machine::command::{Answer, Command, Expect, KvCommand, KvReply, Query, Reply, Versioned};
+use crate::machine::session::SessionTag;
 use crate::node::handle::{NodePhase, NodeReport, ReplicaHealth};
 use crate::placement::map::{ClusterMap, MapDelta};
 use crate::refusal::{Outcome, Refusal};
 use crate::schema::admin_capnp::{NodeState, ReplicaRole, ReplicaState, node_status, replica_status};
-use crate::schema::kv_capnp::{expect, op_result, operation, scan_response};
+use crate::schema::kv_capnp::{batch_request, expect, op_result, operation, scan_response};
 use crate::schema::types_capnp::{Applied, error, map_delta};
+use crate::transport::backlog::Backlog;
 
 /// Reads an operation. Keys and values are copied once, out of the message.
 pub fn read_operation(from: operation::Reader<'_>) -> Result<client::Operation, CodecError> {
@@ -41,15 +43,66 @@ pub fn read_expect(from: expect::Reader<'_>) -> Result<Expect, CodecError> {
     })
 }
 
+/// What a batch says of its session.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BatchSession {
+    id: SessionId,
+    open: Option<u32>,
+    acked_below: u64,
+}
+
+/// Reads the session of a batch, if it has one. The inner error is one of the sender's making.
+pub fn read_session(
+    from: batch_request::Reader<'_>,
+) -> Result<Result<Option<BatchSession>, Refusal>, capnp::Error> {
+    let bytes = from.get_session()?;
+    let (ttl_ms, acked_below) = (from.get_open_ttl_ms(), from.get_acked_below());
+    Ok(match SessionId::from_slice(bytes) {
+        Some(id) => Ok(Some(BatchSession { id, open: (ttl_ms > 0).then_some(ttl_ms), acked_below })),
+        None if !bytes.is_empty() => {
+            Err(Refusal::Invalid(format!("the session has {} bytes; it must have 16", bytes.len())))
+        }
+        None if ttl_ms > 0 || acked_below > 0 => {
+            Err(Refusal::Invalid("`openTtlMs` and `ackedBelow` say something of no session".into()))
+        }
+        None => Ok(None),
+    })
+}
+
+/// The tag of an operation, if it has one.
+pub fn read_tag(
+    from: operation::Reader<'_>,
+    session: Option<&BatchSession>,
+) -> Result<Option<SessionTag>, Refusal> {
+    let invalid = |text: &str| Err(Refusal::Invalid(text.into()));
+    let sequence = from.get_sequence();
+    match session {
+        _ if sequence == 0 => Ok(None),
+        _ if matches!(from.which(), Ok(operation::Get(()))) => {
+            invalid("a get has no sequence: there is nothing to remember of it")
+        }
+        None => invalid("the operation has a sequence, but its batch no session"),
+        Some(session) if sequence < session.acked_below => {
+            invalid("the batch acknowledges the result of an operation that it asks for")
+        }
+        Some(session) => Ok(Some(SessionTag {
+            session: session.id,
+            sequence,
+            acked_below: session.acked_below,
+            open: session.open,
+        })),
+    }
+}
+
 /// The operation as a replica takes it.
-pub fn to_group(operation: client::Operation) -> Operation {
+pub fn to_group(operation: client::Operation, session: Option<SessionTag>) -> Operation {
     let command = match operation {
         client::Operation::Get(key) => return Operation::Query(Query::Get { key }),
         client::Operation::Put(key, value) => KvCommand::Put { key, value },
         client::Operation::Delete(key) => KvCommand::Delete { key },
         client::Operation::Cas(key, expect, value) => KvCommand::Cas { key, expect, value },
     };
-    Operation::Command(Command::Kv(command))
+    Operation::Command { command: Command::Kv(command), session }
 }
 
 /// A replica's output as the result of an operation.
@@ -62,7 +115,7 @@ pub fn from_group(output: Output) -> Result<OperationResult, Refusal> {
             KvReply::Absent => OperationResult::Deleted(None),
             KvReply::Mismatch(there) => OperationResult::Mismatch(there),
         }),
-        Output::Answer(Answer::Page { .. }) | Output::Reply(Reply::Meta(_)) => {
+        Output::Answer(Answer::Page { .. }) | Output::Reply(Reply::Meta(_) | Reply::Session(_)) => {
             Err(Refusal::Unknown("the replica answered another question".into()))
         }
     }
@@ -72,24 +125,44 @@ pub fn from_group(output: Output) -> Result<OperationResult, Refusal> {
 pub struct Room {
     left: usize,
     used: bool,
+    /// The connection takes no more values at present.
+    none: bool,
 }
 
 impl Default for Room {
     fn default() -> Room {
-        Room { left: ANSWER_BYTES_MAX, used: false }
+        Room { left: ANSWER_BYTES_MAX, used: false, none: false }
     }
 }
 
 impl Room {
-    /// Takes room for a value. The first always has room.
+    /// Room on a connection with this backlog: none if that is over its bound.
+    pub fn on(connection: &Backlog) -> Room {
+        Room { none: connection.full(), ..Room::default() }
+    }
+
+    /// Takes room for a value. The first always has room, if there is any.
     fn take(&mut self, value: &Versioned) -> bool {
-        let fits = value.value.len() <= self.left || !self.used;
+        let fits = !self.none && (value.value.len() <= self.left || !self.used);
         if fits {
             self.left = self.left.saturating_sub(value.value.len());
             self.used = true;
         }
         fits
     }
+
+    /// Why there is none.
+    fn busy(&self) -> Refusal {
+        if self.none {
+            return unread();
+        }
+        Refusal::Busy { what: "values in one answer".into(), retry_after_ms: 0 }
+    }
+}
+
+/// The refusal of a value on a connection that doesn't read what it was sent before.
+pub fn unread() -> Refusal {
+    Refusal::Busy { what: "answers that the connection hasn't read".into(), retry_after_ms: BUSY_RETRY_MS }
 }
 
 /// Writes the end of an operation. A value for which the answer has no room is left out: neither a get
@@ -103,8 +176,7 @@ pub fn write_result(
         Ok(OperationResult::Value(Some(value)) | OperationResult::Mismatch(Some(value)))
             if !room.take(&value) =>
         {
-            let busy = Refusal::Busy { what: "values in one answer".into(), retry_after_ms: 0 };
-            write_refusal(&busy, to.init_error());
+            write_refusal(&room.busy(), to.init_error());
         }
         Ok(OperationResult::Value(Some(value))) => {
             let mut found = to.init_value();
@@ -129,10 +201,10 @@ pub fn write_result(
 /// Writes what became of a call that was carried to another node.
 pub fn write_client_error(from: &ClientError, mut to: error::Builder<'_>) {
     match from {
-        ClientError::Unknown(text) => {
+        ClientError::Unknown(why) => {
             to.set_applied(Applied::Unknown);
             to.set_retryable(true);
-            to.set_message(text.as_str());
+            to.set_message(why.to_string().as_str());
             to.set_unknown_outcome(());
         }
         ClientError::Invalid(text) => write_refusal(&Refusal::Invalid(text.clone()), to),
@@ -224,6 +296,7 @@ fn write_replica(replica: &crate::node::handle::ReplicaReport, mut to: replica_s
         ReplicaHealth::Serving if replica.group.is_none() => (ReplicaState::Recovering, ""),
         ReplicaHealth::Serving => (ReplicaState::Serving, ""),
         ReplicaHealth::Recovering => (ReplicaState::Recovering, ""),
+        ReplicaHealth::Installing => (ReplicaState::Installing, ""),
         ReplicaHealth::Restarting(why) => (ReplicaState::Restarting, why.as_str()),
         ReplicaHealth::Quarantined(why) => (ReplicaState::Quarantined, why.as_str()),
         ReplicaHealth::Failed(why) => (ReplicaState::Failed, why.as_str()),
@@ -324,6 +397,60 @@ mod tests {
         }
     }
 
+    /// What a node makes of a batch's session and its one operation.
+    fn tag(
+        session: &[u8],
+        header: (u32, u64),
+        sequence: u64,
+        operation: &client::Operation,
+    ) -> Result<Option<SessionTag>, Refusal> {
+        let mut message = capnp::message::Builder::new_default();
+        let mut request = message.init_root::<batch_request::Builder<'_>>();
+        request.set_session(session);
+        request.set_open_ttl_ms(header.0);
+        request.set_acked_below(header.1);
+        let mut one = request.init_operations(1).get(0);
+        one.set_sequence(sequence);
+        write_operation(operation, one);
+        let request: batch_request::Reader<'_> = message.get_root_as_reader().unwrap();
+        let session = read_session(request).unwrap()?;
+        read_tag(request.get_operations().unwrap().get(0), session.as_ref())
+    }
+
+    #[test]
+    fn tags_are_checked() {
+        let (get, put) = (
+            client::Operation::Get(Bytes::from_static(b"k")),
+            client::Operation::Put(Bytes::from_static(b"k"), Bytes::from_static(b"v")),
+        );
+        let id = [7; 16];
+        let whole = SessionTag {
+            session: SessionId::from_slice(&id).unwrap(),
+            sequence: 5,
+            acked_below: 5,
+            open: Some(10_000),
+        };
+        assert_eq!(tag(&id, (10_000, 5), 5, &put), Ok(Some(whole)));
+        assert_eq!(tag(&id, (0, 0), 1, &put).unwrap().unwrap().open, None);
+        for (session, header, sequence, operation) in
+            [(&id[..], (10_000, 5), 0, &put), (&id[..], (10_000, 5), 0, &get), (&[], (0, 0), 0, &put)]
+        {
+            assert_eq!(tag(session, header, sequence, operation), Ok(None));
+        }
+        for (session, header, sequence, operation) in [
+            (&id[..15], (0, 0), 1, &put),
+            (&[0; 17][..], (0, 0), 0, &put),
+            (&[], (0, 0), 1, &put),
+            (&[], (10_000, 0), 0, &put),
+            (&[], (0, 1), 0, &get),
+            (&id[..], (0, 6), 5, &put),
+            (&id[..], (0, 0), 1, &get),
+        ] {
+            let refused = tag(session, header, sequence, operation);
+            assert!(matches!(refused, Err(Refusal::Invalid(_))), "{refused:?}");
+        }
+    }
+
     #[test]
     fn an_answer_to_another_question_is_refused() {
         let mut message = capnp::message::Builder::new_default();
@@ -352,6 +479,14 @@ mod tests {
         assert!(ask().is_ok());
         let second = ask().unwrap_err();
         assert!(second.retryable() && second.outcome() == Outcome::NotApplied);
+        // None at all where the answers before aren't read; but what a write came to is told.
+        let mut room = Room { none: true, ..Room::default() };
+        assert!(!room.take(&Versioned { value: Bytes::new(), version: 1 }));
+        assert_eq!(room.busy(), unread());
+        let mut message = capnp::message::Builder::new_default();
+        write_result(Ok(OperationResult::Written(1)), &mut room, message.init_root());
+        let put = client::Operation::Put(Bytes::from_static(b"k"), Bytes::new());
+        assert!(read_result(&put, message.get_root_as_reader().unwrap()).unwrap().is_ok());
     }
 
     #[test]
@@ -400,11 +535,12 @@ mod tests {
             phase: NodePhase::Stopping,
             disk_bytes: 99,
             replicas: vec![
-                replica(1, ReplicaHealth::Serving, Some(group)),
+                replica(1, ReplicaHealth::Serving, Some(group.clone())),
                 replica(2, ReplicaHealth::Recovering, Some(recovering)),
                 replica(3, ReplicaHealth::Restarting(why()), None),
                 replica(4, ReplicaHealth::Quarantined(why()), None),
                 replica(5, ReplicaHealth::Failed(why()), None),
+                replica(6, ReplicaHealth::Installing, Some(group)),
             ],
             uptime: Duration::from_millis(1234),
         };

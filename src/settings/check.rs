@@ -36,6 +36,7 @@ impl Reader {
         let cluster = self.cluster();
         let log = self.log();
         let storage = self.storage();
+        let bytes_per_second = self.number("snapshot.bytes_per_second");
         self.ports(client.as_ref(), peer.as_ref(), http_listen.flatten());
         if let (Some(cluster), Some(peer)) = (&cluster, &peer) {
             self.membership(cluster, peer);
@@ -48,6 +49,7 @@ impl Reader {
             cluster: cluster?,
             log: log?,
             storage: storage?,
+            snapshot: SnapshotSettings { bytes_per_second: bytes_per_second? },
         })
     }
 
@@ -147,6 +149,7 @@ impl Reader {
         let memtable_bytes = self.number("storage.memtable_bytes");
         let log_file_bytes = self.number("storage.log_file_bytes");
         let log_bytes = self.number("storage.log_bytes");
+        let log_keep_bytes = self.number("storage.log_keep_bytes");
         let log_spare_files = self.number("storage.log_spare_files");
         if let (Some(file), Some(log)) = (log_file_bytes, log_bytes) {
             let files = log / file;
@@ -175,6 +178,7 @@ impl Reader {
             memtable_bytes: memtable_bytes?,
             log_file_bytes: log_file_bytes?,
             log_bytes: log_bytes?,
+            log_keep_bytes: log_keep_bytes?,
             log_spare_files: log_spare_files?.try_into().ok()?,
         })
     }

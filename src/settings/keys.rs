@@ -1,7 +1,9 @@
 //! The keys that exist: names, kinds and ranges, in one table. Loading, the unknown-key check and
 //! the test that holds `config/default.toml` to the same set all read it.
 
-use crate::limits::{ENTRY_BYTES_MAX, NAME_BYTES_MAX};
+use crate::limits::{
+    ENTRY_BYTES_MAX, NAME_BYTES_MAX, PEER_IDLE_MS_MAX, SNAPSHOT_CHUNK_BYTES, SNAPSHOTS_SENT_MAX,
+};
 
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
@@ -11,6 +13,14 @@ const GIB: u64 = 1024 * MIB;
 /// must hold an entry of the greatest size, or that entry could never be applied.
 const MEMTABLE_BYTES_MIN: u64 = 16 * MIB;
 const _: () = assert!(2 * MEMTABLE_BYTES_MIN >= ENTRY_BYTES_MAX as u64);
+
+/// Least rate of snapshots: a node that sends as many as it may at a time has a chunk of each for its
+/// receiver before that takes the connection for dead.
+const SNAPSHOT_BYTES_PER_SECOND_MIN: u64 = MIB;
+const _: () = assert!(
+    (SNAPSHOTS_SENT_MAX * SNAPSHOT_CHUNK_BYTES) as u64 * 1000
+        <= SNAPSHOT_BYTES_PER_SECOND_MIN * (PEER_IDLE_MS_MAX / 4)
+);
 
 /// Most addresses in `cluster.initial` or `cluster.join`.
 pub(super) const ADDRESSES_MAX: usize = 64;
@@ -79,7 +89,9 @@ pub(super) const KEYS: &[Key] = &[
     size("storage.memtable_bytes", MEMTABLE_BYTES_MIN, 64 * GIB),
     size("storage.log_file_bytes", MIB, GIB),
     size("storage.log_bytes", 16 * MIB, 1024 * GIB),
+    size("storage.log_keep_bytes", 64 * KIB, 64 * GIB),
     count("storage.log_spare_files", 0, 64),
+    size("snapshot.bytes_per_second", SNAPSHOT_BYTES_PER_SECOND_MIN, 64 * GIB),
 ];
 
 /// The key of that name.

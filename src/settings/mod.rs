@@ -37,6 +37,8 @@ pub struct Settings {
     pub log: LogSettings,
     /// `storage.*`
     pub storage: StorageSettings,
+    /// `snapshot.*`
+    pub snapshot: SnapshotSettings,
 }
 
 /// Who this node is.
@@ -105,8 +107,17 @@ pub struct StorageSettings {
     pub log_file_bytes: u64,
     /// Raft log size above which old entries are flushed and compacted, in bytes.
     pub log_bytes: u64,
+    /// Raft log of one shard that is kept for a replica which doesn't answer, in bytes.
+    pub log_keep_bytes: u64,
     /// Log files prepared ahead for reuse.
     pub log_spare_files: usize,
+}
+
+/// How followers that lag too far are brought up to date.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SnapshotSettings {
+    /// Bytes that a node sends in a second, over all snapshots.
+    pub bytes_per_second: u64,
 }
 
 impl Settings {
@@ -183,62 +194,75 @@ impl Settings {
                 memtable_bytes: 32 * MIB,
                 log_file_bytes: 8 * MIB,
                 log_bytes: 64 * MIB,
+                log_keep_bytes: 8 * MIB,
                 log_spare_files: 0,
             },
+            snapshot: SnapshotSettings { bytes_per_second: 64 * MIB },
         }
     }
 
     /// All settings in effect as TOML, each key written out. Loads again to an equal value. (A
     /// `data_dir` that is not UTF-8, which no file can hold, is written with replacement characters.)
     pub fn to_toml(&self) -> String {
-        let http = self.http_listen.map_or(String::new(), |a| a.to_string());
-        let format = self.log.format.name();
         let mut out = String::new();
-        let mut section = |name: &str, values: &[(&str, toml_edit::Value)]| {
+        for (name, values) in self.sections() {
             let gap = if out.is_empty() { "" } else { "\n" };
             // Writing to a string can't fail.
             let _ = writeln!(out, "{gap}[{name}]");
             for (key, value) in values {
                 let _ = writeln!(out, "{key} = {value}");
             }
-        };
-        section(
-            "node",
-            &[
-                ("id", (&self.node.id).into()),
-                ("data_dir", self.node.data_dir.to_string_lossy().as_ref().into()),
-                ("zone", (&self.node.zone).into()),
-                ("weight", i64::from(self.node.weight).into()),
-                ("data_threads", whole(self.node.data_threads as u64)),
-            ],
-        );
-        for (name, port) in [("client", &self.client), ("peer", &self.peer)] {
-            section(
-                name,
-                &[("listen", port.listen.to_string().into()), ("advertise", (&port.advertise).into())],
-            );
         }
-        section("http", &[("listen", http.into())]);
-        section(
-            "cluster",
-            &[
-                ("name", (&self.cluster.name).into()),
-                ("initial", self.cluster.initial.iter().collect()),
-                ("join", self.cluster.join.iter().collect()),
-            ],
-        );
-        section("log", &[("level", (&self.log.level).into()), ("format", format.into())]);
-        section(
-            "storage",
-            &[
-                ("cache_bytes", whole(self.storage.cache_bytes)),
-                ("memtable_bytes", whole(self.storage.memtable_bytes)),
-                ("log_file_bytes", whole(self.storage.log_file_bytes)),
-                ("log_bytes", whole(self.storage.log_bytes)),
-                ("log_spare_files", whole(self.storage.log_spare_files as u64)),
-            ],
-        );
         out
+    }
+
+    /// The same as a JSON object: a section is an object, a list an array.
+    pub fn to_json(&self) -> serde_json::Value {
+        let sections = self.sections().into_iter().map(|(name, values)| {
+            let values = values.into_iter().map(|(key, value)| (key.to_owned(), json_of(&value)));
+            (name.to_owned(), serde_json::Value::Object(values.collect()))
+        });
+        serde_json::Value::Object(sections.collect())
+    }
+
+    /// All settings in effect, by section and key.
+    fn sections(&self) -> Vec<(&'static str, Vec<(&'static str, toml_edit::Value)>)> {
+        let port = |port: &ListenSettings| {
+            vec![("listen", port.listen.to_string().into()), ("advertise", (&port.advertise).into())]
+        };
+        let http = self.http_listen.map_or(String::new(), |a| a.to_string());
+        let node = vec![
+            ("id", (&self.node.id).into()),
+            ("data_dir", self.node.data_dir.to_string_lossy().as_ref().into()),
+            ("zone", (&self.node.zone).into()),
+            ("weight", i64::from(self.node.weight).into()),
+            ("data_threads", whole(self.node.data_threads as u64)),
+        ];
+        let cluster = vec![
+            ("name", (&self.cluster.name).into()),
+            ("initial", self.cluster.initial.iter().collect()),
+            ("join", self.cluster.join.iter().collect()),
+        ];
+        let log = vec![("level", (&self.log.level).into()), ("format", self.log.format.name().into())];
+        let storage = vec![
+            ("cache_bytes", whole(self.storage.cache_bytes)),
+            ("memtable_bytes", whole(self.storage.memtable_bytes)),
+            ("log_file_bytes", whole(self.storage.log_file_bytes)),
+            ("log_bytes", whole(self.storage.log_bytes)),
+            ("log_keep_bytes", whole(self.storage.log_keep_bytes)),
+            ("log_spare_files", whole(self.storage.log_spare_files as u64)),
+        ];
+        let snapshot = vec![("bytes_per_second", whole(self.snapshot.bytes_per_second))];
+        vec![
+            ("node", node),
+            ("client", port(&self.client)),
+            ("peer", port(&self.peer)),
+            ("http", vec![("listen", http.into())]),
+            ("cluster", cluster),
+            ("log", log),
+            ("storage", storage),
+            ("snapshot", snapshot),
+        ]
     }
 }
 
@@ -267,6 +291,15 @@ impl LogFormat {
             LogFormat::Text => "text",
             LogFormat::Json => "json",
         }
+    }
+}
+
+/// A setting in JSON. There are texts, whole numbers, and lists of texts.
+fn json_of(value: &toml_edit::Value) -> serde_json::Value {
+    match value {
+        toml_edit::Value::Integer(number) => (*number.value()).into(),
+        toml_edit::Value::Array(list) => list.iter().map(json_of).collect(),
+        other => other.as_str().map_or_else(|| other.to_string().into(), Into::into),
     }
 }
 

@@ -9,6 +9,7 @@
 //! ```
 
 use std::collections::VecDeque;
+use std::ops::Bound;
 use std::sync::Arc;
 
 use super::Planted;
@@ -17,7 +18,7 @@ use crate::ids::{Incarnation, Position, ReplicaId};
 use crate::storage::engine::{Engine, Mutation};
 use crate::storage::engine_memory::{CrashLoss, MemoryEngine};
 use crate::storage::flush::FlushStep;
-use crate::storage::log::{LogStore, LogWrite, ReplicaRecord};
+use crate::storage::log::{Install, LogStore, LogWrite, ReplicaRecord};
 use crate::storage::log_memory::MemoryLog;
 use crate::storage::state::Frozen;
 use crate::storage::{StorageError, keys};
@@ -191,7 +192,7 @@ impl Disk {
                 if self.planted != Some(Planted::NoRedoFile) {
                     self.redo.push_back(job.frozen.clone());
                 }
-                let mutations = mutations(&job.frozen).into();
+                let mutations = self.mutations(&job.frozen).into();
                 self.flushing = Some((job, Stage::Writing(mutations)));
                 Ok((Some(told), true))
             }
@@ -211,14 +212,51 @@ impl Disk {
         }
     }
 
+    /// A frozen table as the engine stores it, sorted by key.
+    fn mutations(&self, frozen: &Frozen) -> Vec<Mutation> {
+        let mut mutations = frozen.mutations();
+        if self.planted == Some(Planted::SessionsForgotten) {
+            let session = |key: &[u8]| key.get(keys::PREFIX_BYTES - 1) == Some(&keys::KIND_SESSION);
+            mutations.retain(|(key, _)| !session(key));
+        }
+        mutations
+    }
+
     /// Whether work of a replica is under way or queued.
     pub fn is_busy_with(&self, replica: ReplicaId) -> bool {
         let log = self.queued.iter().chain(&self.writing).any(|work| match work {
             LogWork::Write(name, _) => name.replica == replica,
             LogWork::Compact(of, _) => *of == replica,
         });
+        log || self.is_flushing(replica)
+    }
+
+    /// Whether a flush of a replica is under way or queued.
+    pub fn is_flushing(&self, replica: ReplicaId) -> bool {
         let jobs = self.flushes.iter().chain(self.flushing.iter().map(|(job, _)| job));
-        log || jobs.into_iter().any(|job| job.frozen.replica == replica)
+        jobs.into_iter().any(|job| job.frozen.replica == replica)
+    }
+
+    /// A replica goes on from a snapshot.
+    pub fn install(&mut self, replica: ReplicaId, install: &Install) -> Result<(), StorageError> {
+        if self.planted == Some(Planted::AcknowledgeEarly) {
+            self.honest.install(replica, install)?;
+        }
+        self.log.install(replica, install)
+    }
+
+    /// Removes what the engine has of a replica in other generations than this.
+    pub fn sweep(&mut self, replica: ReplicaId, generation: u32) -> Result<(), StorageError> {
+        let (from, to) = keys::replica_range(replica);
+        let mut stray: Vec<Mutation> = Vec::new();
+        self.engine.scan_keys(Bound::Included(&from), &to, &mut |key| {
+            if keys::generation_of(key) != Some(generation) {
+                stray.push((key.to_vec(), None));
+            }
+            true
+        })?;
+        self.engine.write(&stray)?;
+        self.engine.sync()
     }
 
     /// The node crashes. Of the log write under way a prefix has reached the disk: none, some or
@@ -243,14 +281,14 @@ impl Disk {
     /// on the way and begin anew.
     pub fn recover(&mut self, dice: &mut Dice) -> Result<(), StorageError> {
         if dice.chance(250) {
-            let all: Vec<Mutation> = self.redo.iter().flat_map(|frozen| mutations(frozen)).collect();
+            let all: Vec<Mutation> = self.redo.iter().flat_map(|frozen| self.mutations(frozen)).collect();
             for mutation in all.iter().take(dice.below(all.len() + 1)) {
                 self.engine.write(std::slice::from_ref(mutation))?;
             }
             self.engine.crash(CrashLoss::Random(dice.any()));
         }
         for frozen in &self.redo {
-            self.engine.write(&mutations(frozen))?;
+            self.engine.write(&self.mutations(frozen))?;
         }
         self.engine.sync()?;
         self.redo.clear();
@@ -263,13 +301,4 @@ fn store(log: &MemoryLog, work: LogWork) -> Result<(), StorageError> {
         LogWork::Write(_, write) => log.write(&[write]),
         LogWork::Compact(replica, to) => log.compact(replica, to),
     }
-}
-
-/// A frozen table as the engine stores it, sorted by key.
-fn mutations(frozen: &Frozen) -> Vec<Mutation> {
-    let (replica, generation) = (frozen.replica, frozen.generation);
-    let header = (keys::header_key(replica, generation), Some(frozen.header.encode().into()));
-    let writes = frozen.table.entries.iter();
-    let writes = writes.map(|(key, value)| (keys::user_key(replica, generation, key), value.clone()));
-    std::iter::once(header).chain(writes).collect()
 }

@@ -14,7 +14,7 @@ use crate::storage::engine_memory::CrashLoss;
 /// Which kinds of faults happen.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Faults {
-    /// Messages are lost, doubled, late and out of order.
+    /// Messages are lost, doubled, late and out of order; what clients send is late.
     pub messages: bool,
     /// Links carry nothing for a while, in both directions or in one.
     pub partitions: bool,
@@ -68,6 +68,60 @@ impl Faults {
         campaigns: true,
         drift: true,
     };
+
+    /// Their names, in the order of the fields.
+    pub const NAMES: [&'static str; 11] = [
+        "messages",
+        "partitions",
+        "crashes",
+        "power",
+        "pauses",
+        "transfers",
+        "slow-disks",
+        "memory",
+        "replicas",
+        "campaigns",
+        "drift",
+    ];
+
+    fn switch(&mut self, name: &str) -> Option<&mut bool> {
+        Some(match name {
+            "messages" => &mut self.messages,
+            "partitions" => &mut self.partitions,
+            "crashes" => &mut self.crashes,
+            "power" => &mut self.power,
+            "pauses" => &mut self.pauses,
+            "transfers" => &mut self.transfers,
+            "slow-disks" => &mut self.slow_disks,
+            "memory" => &mut self.memory,
+            "replicas" => &mut self.replicas,
+            "campaigns" => &mut self.campaigns,
+            "drift" => &mut self.drift,
+            _ => return None,
+        })
+    }
+
+    /// Reads a list of names separated by commas; `all` and `none` are lists too. The error is the name
+    /// that is none.
+    pub fn parse(list: &str) -> Result<Faults, String> {
+        let mut faults = Faults::NONE;
+        for name in list.split(',').map(str::trim) {
+            match (name, faults.switch(name)) {
+                (_, Some(on)) => *on = true,
+                ("all", _) => faults = Faults::ALL,
+                ("none" | "", _) => {}
+                _ => return Err(name.to_owned()),
+            }
+        }
+        Ok(faults)
+    }
+
+    /// The names of those that are on, separated by commas.
+    pub fn names(mut self) -> String {
+        let on = Faults::NAMES.iter().filter(|name| self.switch(name).is_some_and(|on| *on));
+        let on: Vec<&str> = on.copied().collect();
+        if on.is_empty() { "none".into() } else { on.join(",") }
+    }
 
     /// Each with an even chance.
     pub(super) fn some(dice: &mut Dice) -> Faults {
@@ -339,5 +393,20 @@ impl World {
             }
         }
         resume.into_iter().for_each(|(node, replica)| self.queue_pump(node, replica));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_of_names_are_read_back() {
+        for faults in [Faults::NONE, Faults::ALL, Faults { power: true, slow_disks: true, ..Faults::NONE }] {
+            assert_eq!(Faults::parse(&faults.names()), Ok(faults));
+        }
+        assert_eq!(Faults::parse("all"), Ok(Faults::ALL));
+        assert_eq!(Faults::NAMES.join(","), Faults::ALL.names());
+        assert_eq!(Faults::parse("crashes,floods"), Err("floods".into()));
     }
 }

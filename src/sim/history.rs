@@ -1,6 +1,6 @@
 //! What clients asked and were told, in real-time order.
 
-use crate::ids::ShardId;
+use crate::ids::{SessionId, ShardId};
 
 /// A key of the workload: the n-th of its shard.
 pub type Key = u8;
@@ -75,6 +75,8 @@ pub struct Call {
     pub key: Key,
     /// What.
     pub action: Action,
+    /// Session and sequence under which it was sent last, if it was.
+    pub tag: Option<(SessionId, u64)>,
     /// Place of its start in the order of all starts and ends.
     pub invoked: u64,
     /// Place of its end; `u64::MAX` if it never ended.
@@ -96,7 +98,8 @@ impl History {
     pub fn invoke(&mut self, client: usize, shard: ShardId, key: Key, action: Action) -> usize {
         let invoked = self.place();
         let told = Told::Unknown;
-        self.calls.push(Call { client, shard, key, action, invoked, returned: u64::MAX, told });
+        let (tag, returned) = (None, u64::MAX);
+        self.calls.push(Call { client, shard, key, action, tag, invoked, returned, told });
         self.calls.len() - 1
     }
 

@@ -28,6 +28,7 @@ pub mod network;
 mod pump;
 pub mod report;
 mod shell;
+mod snapshots;
 pub mod workload;
 pub mod world;
 
@@ -56,6 +57,12 @@ pub enum Planted {
     CompactEarly,
     /// Flushes write the engine without a redo file before it.
     NoRedoFile,
+    /// Flushes leave out the session table.
+    SessionsForgotten,
+    /// A command that is sent again is taken for another one.
+    RetryAppliesTwice,
+    /// Snapshots are installed before what is loaded of them is durable.
+    InstallUnsynced,
 }
 
 /// What to simulate.
@@ -71,6 +78,8 @@ pub struct SimOptions {
     pub replicas: usize,
     /// Operations of all clients together.
     pub operations: usize,
+    /// Bytes of log that a group keeps for a follower that is silent.
+    pub retention: u64,
     /// What goes wrong.
     pub faults: Faults,
     /// A bug to put in.
@@ -91,6 +100,7 @@ impl SimOptions {
             shards: 1 + dice.below(3),
             replicas,
             operations: 300,
+            retention: [0, 100, 1_000, 5_000, u64::MAX][dice.below(5)],
             faults: Faults::some(&mut dice),
             planted: None,
             trace: 0,

@@ -27,7 +27,7 @@ impl World {
             .group
             .pump()
             .map_err(|error| Violation::new("replica", format!("replica {replica_id} stops: {error}")))?;
-        let Effects { messages, write, done, reads, fetch, leader, more } = effects;
+        let Effects { messages, write, done, reads, fetch, snapshot, leader, more } = effects;
         if let Some(first) = write.as_ref().and_then(|numbered| numbered.write.entries.first()) {
             let before = replica.terms.range(..first.index).next_back().map_or(0, |(_, term)| *term);
             replica.terms.split_off(&first.index);
@@ -67,7 +67,8 @@ impl World {
                     truth.apply(shard, replica_id, term, entry)?;
                 }
                 replica.observed = to;
-                truth.compare(shard, replica_id, to, replica.group.state())?;
+                let state = replica.group.state();
+                truth.compare(shard, replica_id, to, state, state.session_table())?;
                 self.trace.note(format_args!("{now} replica {replica_id} applied {to}"));
             }
         }
@@ -104,6 +105,9 @@ impl World {
         }
         if let Some(fetch) = fetch {
             later(self.dice.between(50, 5_000), ReplicaEvent::Fetch(fetch));
+        }
+        if let Some(wanted) = snapshot {
+            self.want_snapshot(id, replica_id, wanted);
         }
         if more {
             self.queue_pump(id, replica_id);

@@ -44,6 +44,7 @@ impl fmt::Display for Report {
             options.operations,
             options.planted
         )?;
+        writeln!(f, "faults {}", options.faults.names())?;
         writeln!(
             f,
             "{:.1} s simulated, {} events, trace {:016x}",

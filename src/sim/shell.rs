@@ -7,9 +7,11 @@ use raft::eraftpb::ConfState;
 
 use super::checks::Violation;
 use super::disk::Disk;
+use super::snapshots::{InstallEvent, SnapshotEvent};
 use super::world::{Event, World};
 use super::{Planted, Time};
 use crate::codec::GroupMessage;
+use crate::group::catch_up::Retention;
 use crate::group::driver::{Group, GroupOptions};
 use crate::group::types::{Fetch, Operation, Output};
 use crate::ids::{GROUP_START, Incarnation, Index, NodeId, Position, ReplicaId, ShardId, Term};
@@ -46,6 +48,8 @@ pub(super) enum NodeEvent {
     Reopen(u64, ReplicaId),
     /// Something for one start of a replica.
     Replica(ReplicaId, Incarnation, ReplicaEvent),
+    /// A step of the installation of a snapshot.
+    Install(InstallEvent),
 }
 
 /// Something that happens to one start of a replica.
@@ -60,6 +64,8 @@ pub(super) enum ReplicaEvent {
     Read(Box<StateReader>, Vec<(u64, Query)>),
     /// It has memory again.
     ResumeApply,
+    /// About a snapshot that it gives to a follower.
+    Snapshot(SnapshotEvent),
 }
 
 /// A node: its disk, and its process while it runs.
@@ -67,8 +73,12 @@ pub(super) struct Node {
     pub id: NodeId,
     pub disk: Disk,
     pub process: Option<Process>,
-    /// Replicas it holds.
+    /// Replicas it holds, as its log has them.
     pub records: Vec<ReplicaRecord>,
+    /// Replicas for which a snapshot is being loaded.
+    pub installing: BTreeSet<ReplicaId>,
+    /// Those of them that have ended for it, and are opened again after it.
+    switching: BTreeSet<ReplicaId>,
     /// Nothing happens in its process until then.
     pub paused_until: Time,
     /// Its disk is slow.
@@ -108,6 +118,8 @@ impl Node {
             disk,
             process: None,
             records: Vec::new(),
+            installing: BTreeSet::new(),
+            switching: BTreeSet::new(),
             paused_until: 0,
             slow: false,
             tick,
@@ -116,8 +128,24 @@ impl Node {
         }
     }
 
-    fn replica(&self, id: ReplicaId) -> Option<&Replica> {
+    pub fn replica(&self, id: ReplicaId) -> Option<&Replica> {
         self.process.as_ref()?.replicas.get(&id)
+    }
+
+    /// The number of the process, while it runs.
+    pub fn process_number(&self) -> Option<u64> {
+        self.process.as_ref().map(|process| process.number)
+    }
+
+    /// The record of a replica.
+    pub fn record(&self, id: ReplicaId) -> Option<&ReplicaRecord> {
+        self.records.iter().find(|record| record.replica == id)
+    }
+
+    /// Reads its records from its log.
+    pub fn reload_records(&mut self) -> Result<(), StorageError> {
+        self.records = self.disk.log.catalogue()?;
+        Ok(())
     }
 
     pub fn replica_mut(&mut self, id: ReplicaId) -> Option<&mut Replica> {
@@ -225,12 +253,16 @@ impl World {
                 let Some(node) = self.nodes.get_mut(&id).filter(|node| node.is_process(process)) else {
                     return Ok(());
                 };
+                if node.replica(replica).is_some() || node.switching.contains(&replica) {
+                    return Ok(());
+                }
                 if node.disk.is_busy_with(replica) {
                     self.clock.after(5_000, Event::Node(id, NodeEvent::Reopen(process, replica)));
                     return Ok(());
                 }
                 self.open(id, replica)
             }
+            NodeEvent::Install(event) => self.on_install(id, event),
             NodeEvent::Replica(replica, incarnation, event) => {
                 if self.replica(id, replica).is_none_or(|r| r.incarnation != incarnation) {
                     return Ok(());
@@ -277,6 +309,7 @@ impl World {
                 }
                 return Ok(());
             }
+            ReplicaEvent::Snapshot(event) => return self.on_snapshot(id, replica_id, event),
             ReplicaEvent::ResumeApply => {
                 if let Some(replica) = self.replica(id, replica_id) {
                     replica.group.pause_apply(false);
@@ -312,6 +345,9 @@ impl World {
         self.trace.note(format_args!("{} node {id} starts, {number}", self.clock.now));
         node.disk.recover(&mut self.dice).map_err(|e| Violation::new("disk", e.to_string()))?;
         node.process = Some(Process { number, replicas: BTreeMap::new() });
+        node.installing.clear();
+        node.switching.clear();
+        node.reload_records().map_err(|e| Violation::new("disk", e.to_string()))?;
         let first_tick = self.dice.between(0, node.tick);
         let ids: Vec<ReplicaId> = node.records.iter().map(|record| record.replica).collect();
         for replica in ids {
@@ -324,21 +360,22 @@ impl World {
     }
 
     /// Opens a replica from what is on disk.
-    fn open(&mut self, id: NodeId, replica_id: ReplicaId) -> Result<(), Violation> {
+    pub(super) fn open(&mut self, id: NodeId, replica_id: ReplicaId) -> Result<(), Violation> {
         let Some(node) = self.nodes.get_mut(&id) else { return Ok(()) };
-        let Some(record) = node.records.iter().find(|record| record.replica == replica_id) else {
-            return Ok(());
-        };
+        node.switching.remove(&replica_id);
         node.incarnations += 1;
         let incarnation = node.incarnations;
+        let Some(record) = node.record(replica_id) else {
+            return Ok(());
+        };
         let shard = record.shard;
-        let opened = open_group(record, incarnation, &node.disk);
+        let opened = open_group(record, incarnation, self.options.retention, &node.disk);
         let (group, terms) = opened.map_err(|detail| {
             Violation::new("open", format!("replica {replica_id} of node {id} can't be opened: {detail}"))
         })?;
         let flushed = group.state().header().applied;
         if let Some(truth) = self.truths.get(&shard) {
-            truth.compare(shard, replica_id, flushed.index, group.state())?;
+            truth.compare(shard, replica_id, flushed.index, group.state(), group.state().session_table())?;
         }
         if let Some(process) = &mut node.process {
             let replica = Replica {
@@ -383,6 +420,16 @@ impl World {
         // Sooner than in a node, so that messages of before meet the new start.
         let delay = self.dice.between(500, limits::RESTART_BACKOFF_MS * 1_000);
         self.clock.after(delay, Event::Node(id, NodeEvent::Reopen(number, replica_id)));
+    }
+
+    /// One replica ends for the installation of a snapshot, which opens it again.
+    pub(super) fn end_replica(&mut self, id: NodeId, replica_id: ReplicaId) {
+        let Some(node) = self.nodes.get_mut(&id) else { return };
+        node.switching.insert(replica_id);
+        let ended = node.process.as_mut().and_then(|process| process.replicas.remove(&replica_id));
+        if let Some(replica) = ended {
+            self.disconnect(replica);
+        }
     }
 
     /// Clients learn that the replica is gone, or they don't.
@@ -539,6 +586,7 @@ impl World {
 fn open_group(
     record: &ReplicaRecord,
     incarnation: Incarnation,
+    retention: u64,
     disk: &Disk,
 ) -> Result<(Group<u64>, BTreeMap<Index, Term>), String> {
     let text = |error: StorageError| error.to_string();
@@ -546,6 +594,7 @@ fn open_group(
     let initial = StateHeader {
         applied: GROUP_START,
         revision: 0,
+        log_time: 0,
         epoch: record.epoch,
         members: record.members.clone(),
         conf_state: ConfState { voters: voters.map(|m| m.replica.0).collect(), ..ConfState::default() },
@@ -561,7 +610,9 @@ fn open_group(
         machine: record.machine,
         replica: record.replica,
         incarnation,
+        retention: Retention::new(retention),
         logger: slog::Logger::root(slog::Discard, slog::o!()),
+        cached: Arc::default(),
     };
     let store: Arc<dyn LogStore> = disk.log.clone();
     let group = Group::open(options, store, log, state.map_err(text)?).map_err(|error| error.to_string())?;

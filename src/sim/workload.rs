@@ -1,18 +1,27 @@
 //! Simulated clients: each does one operation after the other on the few keys of one shard, follows
-//! hints to the leader, tries again what certainly had no effect, and gives up what may have had one.
+//! hints to the leader, and tries again what certainly had no effect. Most have a session, and send a
+//! command that may have had an effect again too, under the same tag; the others give it up.
 
 use super::Time;
 use super::dice::Dice;
 use super::history::{Action, Condition, Found, Key, Told, Value};
 use crate::group::types::{Operation, Output};
-use crate::ids::{NodeId, ShardId};
+use crate::ids::{NodeId, SessionId, ShardId};
 use crate::machine::command::{Answer, Command, Expect, KvCommand, KvReply, Query, Reply, Versioned};
+use crate::machine::session::SessionTag;
 
 /// Keys of a shard: few, so that operations meet.
 pub const KEYS: Key = 3;
 
 /// Time after which an operation is given up that could not be started.
 pub const GIVE_UP: Time = 8_000_000;
+
+/// Lifetime of sessions in milliseconds: longer than anything that a client has sent takes to arrive,
+/// by the fastest clock.
+const LIFETIME_MS: u32 = 20_000;
+
+/// One in so many clients has no sessions.
+const PLAIN: usize = 4;
 
 /// The key as a shard sees it.
 pub fn key_bytes(key: Key) -> Vec<u8> {
@@ -34,7 +43,7 @@ pub fn read_value(bytes: &[u8]) -> Option<Value> {
 }
 
 /// What an action asks of a replica.
-pub fn operation(key: Key, action: Action) -> Operation {
+pub fn operation(key: Key, action: Action, session: Option<SessionTag>) -> Operation {
     let key = key_bytes(key).into();
     let command = match action {
         Action::Get => return Operation::Query(Query::Get { key }),
@@ -49,7 +58,7 @@ pub fn operation(key: Key, action: Action) -> Operation {
             KvCommand::Cas { key, expect, value: value_bytes(value).into() }
         }
     };
-    Operation::Command(Command::Kv(command))
+    Operation::Command { command: Command::Kv(command), session }
 }
 
 /// What a client makes of an output. `Err`: not an answer to what it asked.
@@ -89,6 +98,18 @@ pub struct Waiting {
     pub since: Time,
     /// The attempt under way; answers to others are ignored.
     pub token: u64,
+    /// What all attempts are sent under.
+    pub tag: Option<SessionTag>,
+    /// An attempt may have had an effect, or may yet.
+    pub perhaps_applied: bool,
+}
+
+/// A client's session.
+struct ClientSession {
+    id: SessionId,
+    next: u64,
+    /// The shard has been seen to have it.
+    opened: bool,
 }
 
 /// One client.
@@ -107,6 +128,7 @@ pub struct Client {
     pub waiting: Option<Waiting>,
     /// What it last saw of each key, to make conditions that may hold.
     seen: [Found; KEYS as usize],
+    session: Option<ClientSession>,
     attempts: u64,
     values: Value,
     number: usize,
@@ -123,6 +145,7 @@ impl Client {
             leader: None,
             waiting: None,
             seen: [None; KEYS as usize],
+            session: None,
             attempts: 0,
             values: 0,
             number,
@@ -173,6 +196,34 @@ impl Client {
             }
         };
         Some((key, action))
+    }
+
+    /// The tag for a new command, if the client uses sessions: of its session or, now and then, of a
+    /// new one.
+    pub fn next_tag(&mut self, dice: &mut Dice) -> Option<SessionTag> {
+        if self.number % PLAIN == PLAIN - 1 {
+            return None;
+        }
+        if self.session.is_none() || dice.chance(50) {
+            let mut id = [0; 16];
+            id[..8].copy_from_slice(&(self.number as u64).to_be_bytes());
+            id[8..].copy_from_slice(&dice.any().to_be_bytes());
+            self.session = Some(ClientSession { id: SessionId::from_slice(&id)?, next: 1, opened: false });
+        }
+        let session = self.session.as_mut()?;
+        let sequence = session.next;
+        session.next += 1;
+        let open = (!session.opened).then_some(LIFETIME_MS);
+        // One operation at a time: all before are over.
+        Some(SessionTag { session: session.id, sequence, acked_below: sequence, open })
+    }
+
+    /// An answer shows that the shard has the session, or that it hasn't.
+    pub fn session_is(&mut self, there: bool) {
+        match &mut self.session {
+            Some(session) if there => session.opened = true,
+            _ => self.session = None,
+        }
     }
 
     /// Remembers what an answer tells of its key.

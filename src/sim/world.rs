@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::checks::leaders::Leaders;
 use super::checks::logs::Logs;
 use super::checks::state::Truth;
-use super::checks::{Violation, durable, linear};
+use super::checks::{Violation, durable, linear, once};
 use super::dice::Dice;
 use super::disk::Disk;
 use super::faults::{FaultEvent, Striker};
@@ -14,7 +14,7 @@ use super::network::Network;
 use super::report::{Report, Trace};
 use super::shell::{Node, NodeEvent};
 use super::workload::{self, Client, GIVE_UP, KEYS, Waiting};
-use super::{SimOptions, Time};
+use super::{Planted, SimOptions, Time};
 use crate::group::types::Output;
 use crate::ids::{DatabaseId, Epoch, NodeId, ReplicaId, ShardId};
 use crate::machine::MachineKind;
@@ -25,6 +25,10 @@ use crate::storage::log::{ReplicaPhase, ReplicaRecord};
 
 /// Clients of each shard.
 const CLIENTS_PER_SHARD: usize = 4;
+/// What a client sends arrives within this time, if it does.
+const LATE: Time = 4_000_000;
+/// Bounds of a long rest.
+const RESTS: (Time, Time) = (15_000_000, 40_000_000);
 /// The phase with faults ends after this time at the latest.
 const SAFETY_MAX: Time = 120_000_000;
 /// Without faults, each step of recovery ends within this time.
@@ -174,6 +178,7 @@ impl World {
         self.recover()?;
         self.trace.note(format_args!("{} checks the history", self.clock.now));
         durable::check(&self.history.calls, &self.truths)?;
+        once::check(&self.history.calls, &self.truths)?;
         self.undecided = linear::check(&self.history.calls)?.undecided;
         Ok(())
     }
@@ -297,7 +302,10 @@ impl World {
         let Some((key, action)) = client.choose(&mut self.dice) else { return };
         let call = self.history.invoke(number, client.shard, key, action);
         let token = client.next_token();
-        client.waiting = Some(Waiting { call, key, action, since: self.clock.now, token });
+        let tag = if action == Action::Get { None } else { client.next_tag(&mut self.dice) };
+        self.history.calls[call].tag = tag.map(|tag| (tag.session, tag.sequence));
+        client.waiting =
+            Some(Waiting { call, key, action, since: self.clock.now, token, tag, perhaps_applied: false });
         self.trace.note(format_args!("{} client {number} k{key} {action:?}", self.clock.now));
         self.attempt(token);
     }
@@ -311,13 +319,23 @@ impl World {
     fn attempt(&mut self, token: u64) {
         let Some(client) = self.waiting(token) else { return };
         let (shard, leader) = (client.shard, client.leader);
-        let Some((key, action)) = client.waiting.as_ref().map(|w| (w.key, w.action)) else { return };
+        let Some(waiting) = client.waiting.as_ref() else { return };
+        let (key, action, again) = (waiting.key, waiting.action, waiting.perhaps_applied);
+        let mut tag = waiting.tag;
         let members = self.members.get(&shard).map_or(&[][..], Vec::as_slice);
         let Some(node) = leader.or_else(|| self.dice.pick(members).map(|m| m.node)) else { return };
-        let delay = self.dice.between(50, 1_000);
-        let operation = workload::operation(key, action);
+        // Now and then a connection is stuck, and what was sent on it arrives after a later attempt.
+        let late = self.options.faults.messages && self.dice.chance(50);
+        let delay = self.dice.between(50, if late { LATE } else { 1_000 });
+        if again && tag.is_some() {
+            self.count("commands sent again");
+            if let (Some(Planted::RetryAppliesTwice), Some(tag)) = (self.options.planted, &mut tag) {
+                tag.sequence += token << 20;
+            }
+        }
+        let operation = workload::operation(key, action, tag);
         self.clock.after(delay, Event::Node(node, NodeEvent::Request { token, shard, operation }));
-        let patience = if action == Action::Get { 1_000_000 } else { 4_000_000 };
+        let patience = if action == Action::Get || tag.is_some() { 1_000_000 } else { 4_000_000 };
         let patience = self.dice.between(patience / 2, patience);
         self.clock.after(patience, Event::Timeout(token));
     }
@@ -327,41 +345,94 @@ impl World {
         self.trace.note(format_args!("{now} answer {token:x} {result:?}"));
         let Some(client) = self.waiting(token) else { return Ok(()) };
         let Some(waiting) = client.waiting.as_ref() else { return Ok(()) };
-        let (action, since) = (waiting.action, waiting.since);
+        let (action, tagged) = (waiting.action, waiting.tag.is_some());
         match result {
             Ok(output) => {
+                if tagged {
+                    client.session_is(true);
+                }
                 let told =
                     workload::told(action, &output).map_err(|detail| Violation::new("answers", detail))?;
                 self.end(token, told);
+                Ok(())
             }
-            Err(refusal) => {
-                client.leader = match &refusal {
-                    Refusal::NotLeader { leader, .. } => *leader,
-                    _ => None,
-                };
-                let scripted = client.budget == 0;
-                if action != Action::Get && refusal.outcome() == Outcome::Unknown {
+            Err(refusal) => self.on_refusal(token, &refusal),
+        }
+    }
+
+    fn on_refusal(&mut self, token: u64, refusal: &Refusal) -> Result<(), Violation> {
+        let now = self.clock.now;
+        let Some(client) = self.waiting(token) else { return Ok(()) };
+        client.leader = match refusal {
+            Refusal::NotLeader { leader, .. } => *leader,
+            _ => None,
+        };
+        let scripted = client.budget == 0;
+        let Some(waiting) = client.waiting.as_mut() else { return Ok(()) };
+        let (action, before) = (waiting.action, waiting.perhaps_applied);
+        let patient = scripted || now <= waiting.since + GIVE_UP;
+        match (refusal, waiting.tag) {
+            (Refusal::SessionExpired, Some(_)) => {
+                client.session_is(false);
+                self.count("sessions expired");
+                if before {
                     self.end(token, Told::Unknown);
-                } else if !refusal.retryable() {
-                    let detail = format!("{action:?} is refused for ever: {refusal}");
-                    return Err(Violation::new("answers", detail));
-                } else if now > since + GIVE_UP && !scripted {
-                    self.end(token, Told::Refused);
                 } else {
+                    self.tag_anew(token);
                     self.try_again(token);
                 }
             }
+            // It changed nothing, which another attempt's lost answer said, and won't under this tag: none
+            // of its own is below what the client has acknowledged.
+            (Refusal::StaleCommand, Some(_)) if before && matches!(action, Action::Cas(..)) => {
+                waiting.perhaps_applied = false;
+                client.session_is(true);
+                self.count("commands stale");
+                self.tag_anew(token);
+                self.try_again(token);
+            }
+            (refusal, tag) if action != Action::Get && refusal.outcome() == Outcome::Unknown => {
+                if matches!(refusal, Refusal::SessionExpired | Refusal::StaleCommand) {
+                    return Err(Violation::new("answers", format!("{action:?} under {tag:?}: {refusal}")));
+                }
+                waiting.perhaps_applied = true;
+                if patient && tag.is_some() {
+                    self.try_again(token);
+                } else {
+                    self.end(token, Told::Unknown);
+                }
+            }
+            (refusal, _) if !refusal.retryable() => {
+                let detail = format!("{action:?} is refused for ever: {refusal}");
+                return Err(Violation::new("answers", detail));
+            }
+            _ if patient => self.try_again(token),
+            _ => self.end(token, if before { Told::Unknown } else { Told::Refused }),
         }
         Ok(())
     }
 
+    /// A command that certainly had no effect goes on under a new session.
+    fn tag_anew(&mut self, token: u64) {
+        let Some(client) = self.clients.get_mut(Client::of_token(token)) else { return };
+        let tag = client.next_tag(&mut self.dice);
+        let Some(waiting) = &mut client.waiting else { return };
+        waiting.tag = tag;
+        self.history.calls[waiting.call].tag = tag.map(|tag| (tag.session, tag.sequence));
+    }
+
     fn on_timeout(&mut self, token: u64) {
+        let now = self.clock.now;
         let Some(client) = self.waiting(token) else { return };
         client.leader = None;
-        if client.waiting.as_ref().is_some_and(|waiting| waiting.action == Action::Get) {
+        let scripted = client.budget == 0;
+        let Some(waiting) = &mut client.waiting else { return };
+        waiting.perhaps_applied = true;
+        let again = waiting.tag.is_some() && (scripted || now <= waiting.since + GIVE_UP);
+        if waiting.action == Action::Get || again {
             self.try_again(token);
         } else {
-            self.trace.note(format_args!("{} timeout {token:x}", self.clock.now));
+            self.trace.note(format_args!("{now} timeout {token:x}"));
             self.end(token, Told::Unknown);
         }
     }
@@ -378,7 +449,10 @@ impl World {
 
     fn end(&mut self, token: u64, told: Told) {
         let number = Client::of_token(token);
-        let pause = self.dice.between(1_000, 120_000);
+        // Now and then a client rests until its session has ended. Nobody waits for it then.
+        let idle = self.clients.get(number).is_some_and(|client| client.budget > 0);
+        let rest = if idle && self.dice.chance(10) { RESTS } else { (1_000, 120_000) };
+        let pause = self.dice.between(rest.0, rest.1);
         let Some(client) = self.waiting(token) else { return };
         let Some(Waiting { call, key, action, .. }) = client.waiting.take() else { return };
         client.learn(key, action, told);

@@ -413,7 +413,8 @@ fn contain<T>(path: &Path, call: impl FnOnce() -> sled::Result<T>) -> Result<T, 
     match catch_unwind(AssertUnwindSafe(call)) {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(sled::Error::Corruption { at, .. })) => {
-            Err(damaged(path, &format!("sled finds it corrupt at {at:?}")))
+            let place = at.map_or(String::new(), |at| format!(" at {at:?}"));
+            Err(damaged(path, &format!("sled finds it corrupt{place}")))
         }
         Ok(Err(error)) => {
             Err(StorageError::Engine { engine: NAME, reason: format!("{}: {error}", path.display()) })

@@ -22,6 +22,7 @@ use std::collections::btree_map::Entry;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::collect::{Collected, Collection, Collections};
 use super::engine::{Engine, Mutation};
 use super::merge;
 use super::redo::{self, Record, RedoReader, RedoWriter, Section};
@@ -66,6 +67,7 @@ pub struct Flusher {
     next_sequence: u64,
     /// Why a redo file was left behind: nothing may be flushed any more.
     failed: Option<String>,
+    collections: Collections,
     hook: Option<FlushHook>,
 }
 
@@ -91,6 +93,7 @@ impl Flusher {
             engine,
             next_sequence: files.last().map_or(1, |(sequence, _)| sequence + 1),
             failed: None,
+            collections: Collections::default(),
             hook: None,
         })
     }
@@ -132,10 +135,19 @@ impl Flusher {
         result
     }
 
-    /// Removes all state of `replica`, all generations, in small batches, durably. The caller has
-    /// recorded before that the replica is gone: a crash leaves a part, to be removed by calling again.
-    pub fn destroy(&mut self, replica: ReplicaId) -> Result<(), StorageError> {
+    /// Removes all state of `replicas`, all generations, in small batches, durably, with one sync for
+    /// all. The caller has recorded before that they are gone: a crash leaves a part, to be removed by
+    /// calling again.
+    pub fn destroy(&mut self, replicas: &[ReplicaId]) -> Result<(), StorageError> {
         self.check_usable()?;
+        for replica in replicas {
+            self.remove_all(*replica)?;
+        }
+        self.engine.sync()
+    }
+
+    fn remove_all(&mut self, replica: ReplicaId) -> Result<(), StorageError> {
+        self.collections.fail(replica, "the replica is removed");
         let (mut from, to) = keys::replica_range(replica);
         loop {
             let mut batch: Vec<Mutation> = Vec::with_capacity(FLUSH_BATCH_KEYS);
@@ -148,7 +160,28 @@ impl Flusher {
             self.engine.write(&batch)?;
             self.at(FlushPoint::BatchWritten)?;
         }
-        self.engine.sync()
+        Ok(())
+    }
+
+    /// Begins to keep the redo files of the flushes to come that hold writes of this generation, as
+    /// second names in `dir`, which is on the same file system. `None` if the engine holds no state of
+    /// it: nothing was ever flushed, and the caller sees to that first.
+    pub fn begin_collection(
+        &mut self,
+        replica: ReplicaId,
+        generation: u32,
+        dir: &Path,
+    ) -> Result<Option<Collection>, StorageError> {
+        self.check_usable()?;
+        self.collections.begin(&*self.engine, replica, generation, dir)
+    }
+
+    /// Ends a collection: every flush since its begin that holds writes of its generation is in one of
+    /// the files, and the engine has them all. An error if one couldn't be kept, or the
+    /// generation was destroyed meanwhile.
+    pub fn end_collection(&mut self, collection: &Collection) -> Result<Collected, StorageError> {
+        self.check_usable()?;
+        self.collections.end(&*self.engine, collection)
     }
 
     fn check_usable(&self) -> Result<(), StorageError> {
@@ -166,7 +199,7 @@ impl Flusher {
         let mut writer = RedoWriter::create(&self.redo_dir, self.next_sequence)?;
         let filled = sources.iter().try_for_each(|source| {
             writer.section(&source.section)?;
-            source.each(&mut |key, value| writer.change(key, value.map(|value| &value[..])))
+            source.each(&mut |kind, key, value| writer.change(kind, key, value.map(|value| &value[..])))
         });
         if let Err(error) = filled.and_then(|()| self.at(FlushPoint::RedoWritten)) {
             // Frees the space, which may be what is missing. The first error is the one to tell; an
@@ -193,8 +226,8 @@ impl Flusher {
         let mut batch = Batch::new(&*engine);
         for source in sources {
             let Section { replica, generation, .. } = source.section;
-            source.each(&mut |key, value| {
-                let key = keys::user_key(replica, generation, key);
+            source.each(&mut |kind, key, value| {
+                let key = keys::key_of_kind(replica, generation, kind, key);
                 if batch.push(key, value.cloned())? {
                     self.at(FlushPoint::BatchWritten)?;
                 }
@@ -206,6 +239,9 @@ impl Flusher {
         progress(FlushStep::Absorbed);
         self.engine.sync()?;
         self.at(FlushPoint::EngineSynced)?;
+        self.collections.keep(path, self.next_sequence - 1, |replica, generation| {
+            sources.iter().any(|s| (s.section.replica, s.section.generation) == (replica, generation))
+        });
         atomic_file::remove(path)?;
         self.at(FlushPoint::RedoRemoved)
     }
@@ -239,8 +275,8 @@ pub fn choose(active: &[(ReplicaId, usize)], bytes_max: usize) -> Vec<ReplicaId>
         .collect()
 }
 
-/// Takes a key and its new value.
-type Change<'a> = dyn FnMut(&[u8], Option<&bytes::Bytes>) -> Result<(), StorageError> + 'a;
+/// Takes the kind of a key, the key and its new value.
+type Change<'a> = dyn FnMut(u8, &[u8], Option<&bytes::Bytes>) -> Result<(), StorageError> + 'a;
 
 /// All tables of one replica generation in a flush, as if they were one.
 struct Source<'a> {
@@ -252,13 +288,13 @@ struct Source<'a> {
 impl Source<'_> {
     /// Calls `change` with the newest change of each key, in key order.
     fn each(&self, change: &mut Change<'_>) -> Result<(), StorageError> {
-        let mut layers: Vec<_> = self
-            .tables
-            .iter()
-            .map(|frozen| merge::layer(&frozen.table, std::ops::Bound::Unbounded, &[]))
-            .collect();
-        while let Some((key, value)) = merge::next(&mut layers, None) {
-            change(key, value.as_ref())?;
+        for (at, kind) in [keys::KIND_USER, keys::KIND_SESSION].into_iter().enumerate() {
+            let parts = self.tables.iter().map(|frozen| frozen.parts()[at].1);
+            let mut layers: Vec<_> =
+                parts.map(|table| merge::layer(table, std::ops::Bound::Unbounded, &[])).collect();
+            while let Some((key, value)) = merge::next(&mut layers, None) {
+                change(kind, key, value.as_ref())?;
+            }
         }
         Ok(())
     }
@@ -304,19 +340,19 @@ fn held(engine: &dyn Engine, replica: ReplicaId, generation: u32) -> Result<Inde
 
 /// Collects changes and hands them to the engine in bounded, sorted batches, so that nobody who
 /// reads beside waits for long.
-struct Batch<'a> {
+pub(super) struct Batch<'a> {
     engine: &'a dyn Engine,
     mutations: Vec<Mutation>,
     bytes: usize,
 }
 
 impl<'a> Batch<'a> {
-    fn new(engine: &'a dyn Engine) -> Batch<'a> {
+    pub fn new(engine: &'a dyn Engine) -> Batch<'a> {
         Batch { engine, mutations: Vec::with_capacity(FLUSH_BATCH_KEYS), bytes: 0 }
     }
 
     /// Adds a change; true if that completed a batch, which the engine then has.
-    fn push(&mut self, key: Vec<u8>, value: Option<bytes::Bytes>) -> Result<bool, StorageError> {
+    pub fn push(&mut self, key: Vec<u8>, value: Option<bytes::Bytes>) -> Result<bool, StorageError> {
         self.bytes += key.len() + value.as_ref().map_or(0, bytes::Bytes::len);
         self.mutations.push((key, value));
         let full = self.mutations.len() >= FLUSH_BATCH_KEYS || self.bytes >= FLUSH_BATCH_BYTES;
@@ -334,7 +370,8 @@ impl<'a> Batch<'a> {
         self.write()
     }
 
-    fn write(&mut self) -> Result<(), StorageError> {
+    /// Writes what is left.
+    pub fn write(&mut self) -> Result<(), StorageError> {
         if !self.mutations.is_empty() {
             self.engine.write(&self.mutations)?;
             self.mutations.clear();
@@ -358,14 +395,14 @@ fn reapply(path: &Path, sequence: u64, engine: &dyn Engine) -> Result<(), Storag
                 check_fits(path, engine, &section)?;
                 current = Some(section);
             }
-            Record::Change(key, value) => {
+            Record::Change(kind, key, value) => {
                 let Some(section) = &current else {
                     return Err(StorageError::Damaged {
                         what: format!("redo file {}", path.display()),
                         detail: "a change precedes the first section".into(),
                     });
                 };
-                let key = keys::user_key(section.replica, section.generation, &key);
+                let key = keys::key_of_kind(section.replica, section.generation, kind, &key);
                 batch.push(key, value)?;
             }
         }

@@ -61,7 +61,7 @@ fn a_round_over_several_replicas_and_tables() {
     assert_eq!(one.get(b"b").unwrap(), None);
     assert_eq!(open_state(&engine, 2).get(b"a").unwrap().unwrap(), "other");
 
-    flusher.destroy(ReplicaId(1)).unwrap();
+    flusher.destroy(&[ReplicaId(1), ReplicaId(3)]).unwrap();
     engine.crash(CrashLoss::Everything);
     assert_eq!(engine.len(), 2, "replica 2 is untouched");
 }
@@ -119,7 +119,7 @@ fn a_redo_file_older_than_the_state_is_refused() {
     let mut flusher = Flusher::open(dir.path().to_owned(), engine.clone()).unwrap();
     let mut old = RedoWriter::create(dir.path(), 99).unwrap();
     old.section(&section(0)).unwrap();
-    old.change(b"a", Some(b"stale")).unwrap();
+    old.change(keys::KIND_USER, b"a", Some(b"stale")).unwrap();
     old.finish().unwrap();
     apply(&mut state, 6, "a", Some("x"));
     flusher.flush(&[state.freeze().unwrap()], &mut |_| {}).unwrap();

@@ -4,11 +4,13 @@ use capnp::message::{Builder, ReaderOptions};
 use raft::eraftpb::ConfState;
 
 use super::StorageError;
-use super::keys::FORMAT_VERSION;
 use crate::ids::{Epoch, NodeId, Position, ReplicaId};
 use crate::placement::map::{Member, MemberRole};
 use crate::schema::store_capnp::state_header;
 use crate::schema::types_capnp;
+
+/// Version of the record. 1 had no log time, and no sessions beside it.
+const FORMAT_VERSION: u32 = 2;
 
 /// Where a replica's state stands; stored in the same batch as the data it describes.
 #[derive(Clone, PartialEq, Debug)]
@@ -23,6 +25,8 @@ pub struct StateHeader {
     pub members: Vec<Member>,
     /// The group's configuration as raft counts it.
     pub conf_state: ConfState,
+    /// The time by which sessions end: the greatest stamp of an applied entry, in milliseconds.
+    pub log_time: u64,
 }
 
 impl StateHeader {
@@ -59,6 +63,7 @@ impl StateHeader {
             &conf.learners_next,
         );
         header.set_auto_leave(conf.auto_leave);
+        header.set_log_time(self.log_time);
         let mut bytes = FORMAT_VERSION.to_be_bytes().to_vec();
         bytes.extend_from_slice(&capnp::serialize::write_message_to_words(&message));
         bytes
@@ -71,7 +76,7 @@ impl StateHeader {
             .split_first_chunk::<4>()
             .ok_or_else(|| damaged(format!("{} bytes are no header", bytes.len())))?;
         let version = u32::from_be_bytes(*version);
-        if version != FORMAT_VERSION {
+        if !(1..=FORMAT_VERSION).contains(&version) {
             return Err(damaged(format!("header format {version}; this program reads {FORMAT_VERSION}")));
         }
         read(body).map_err(|error| damaged(error.to_string()))
@@ -117,6 +122,7 @@ fn read(mut body: &[u8]) -> capnp::Result<StateHeader> {
             auto_leave: header.get_auto_leave(),
             ..ConfState::default()
         },
+        log_time: header.get_log_time(),
     })
 }
 
@@ -141,6 +147,7 @@ mod tests {
                 auto_leave: true,
                 ..ConfState::default()
             },
+            log_time: 987_654,
         }
     }
 
@@ -148,6 +155,14 @@ mod tests {
     fn header_survives_its_bytes() {
         let header = sample();
         assert_eq!(StateHeader::decode(&header.encode(), "header").unwrap(), header);
+    }
+
+    #[test]
+    fn the_first_version_is_read() {
+        let header = StateHeader { log_time: 0, ..sample() };
+        let mut bytes = header.encode();
+        bytes[3] = 1;
+        assert_eq!(StateHeader::decode(&bytes, "header").unwrap(), header);
     }
 
     #[test]
@@ -164,7 +179,7 @@ mod tests {
         let error = StateHeader::decode(&newer, "header of replica 4").unwrap_err();
         assert_eq!(
             error.to_string(),
-            "header of replica 4 is damaged: header format 2; this program reads 1"
+            "header of replica 4 is damaged: header format 3; this program reads 2"
         );
     }
 }

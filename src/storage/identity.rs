@@ -197,6 +197,11 @@ impl DataDir {
         self.path.join("redo")
     }
 
+    /// Where snapshot files are.
+    pub fn snapshots_path(&self) -> PathBuf {
+        self.path.join("snapshots")
+    }
+
     /// Records durably that the directory belongs to this cluster. From then on it refuses any other.
     pub fn record_cluster(&mut self, cluster: ClusterId) -> Result<(), IdentityError> {
         match self.identity.cluster_id {
@@ -283,6 +288,42 @@ pub fn set_aside(path: &Path) -> Result<PathBuf, IdentityError> {
     Ok(aside)
 }
 
+/// Removes a data directory that isn't in use, its identity last, so that a removal that is cut short
+/// can be repeated. False: there is content and no identity of ours; nothing was touched.
+pub fn remove(path: &Path) -> Result<bool, IdentityError> {
+    if !is_ours(path) && !matches!(survey(path), Ok(None)) {
+        return Ok(false);
+    }
+    let _lock = lock(path)?;
+    for item in fs::read_dir(path).map_err(io_error("listing", path))? {
+        let item = item.map_err(io_error("listing", path))?;
+        // A link is removed, not what it leads to.
+        let is_dir = item.file_type().map_err(io_error("reading", &item.path()))?.is_dir();
+        let removed = match item.file_name().to_str() {
+            Some(IDENTITY | LOCK | "lost+found") => Ok(()),
+            _ if is_dir => fs::remove_dir_all(item.path()),
+            _ => fs::remove_file(item.path()),
+        };
+        removed.map_err(io_error("removing", &item.path()))?;
+    }
+    for name in [IDENTITY, LOCK] {
+        let file = path.join(name);
+        match fs::remove_file(&file) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(io_error("removing", &file)(error));
+            }
+            _ => {}
+        }
+    }
+    match fs::remove_dir(path) {
+        // A file system of its own: as empty as it gets.
+        Err(error)
+            if matches!(error.kind(), io::ErrorKind::ResourceBusy | io::ErrorKind::DirectoryNotEmpty) => {}
+        result => result.map_err(io_error("removing", path))?,
+    }
+    Ok(true)
+}
+
 /// `Some` if the directory is ours, `None` if it is as good as empty.
 fn survey(path: &Path) -> Result<Option<()>, IdentityError> {
     let mut empty = true;
@@ -309,6 +350,10 @@ fn create_dir(path: &Path) -> Result<(), IdentityError> {
     }
     match DirBuilder::new().mode(0o700).create(path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            let reason = "it is there and is no directory; choose another";
+            Err(io_error("creating", path)(io::Error::new(error.kind(), reason)))
+        }
         Err(error) => Err(io_error("creating", path)(error)),
         Ok(()) => atomic_file::sync_parent(path).map_err(from_storage),
     }

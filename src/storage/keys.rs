@@ -4,8 +4,8 @@
 //! |---|---|
 //! | 8 | ReplicaId, big endian; 0 (no replica) marks records of the whole store |
 //! | 4 | install generation, big endian; 0 for records of the whole store |
-//! | 1 | kind: [`KIND_HEADER`], [`KIND_USER`] or [`KIND_STORE`] |
-//! | n | kind header: nothing. Kind user: the user's key. Kind store: the record's name |
+//! | 1 | kind: [`KIND_HEADER`], [`KIND_USER`], [`KIND_SESSION`] or [`KIND_STORE`] |
+//! | n | kind header: nothing. Kind user: the user's key. Kind session: its id. Kind store: the record's name |
 //!
 //! Big endian keeps one replica's keys together and a generation's user keys in user-key order, so
 //! that a scan of a shard is one range of the engine, and the header precedes the data.
@@ -16,18 +16,22 @@
 
 use crate::ids::ReplicaId;
 
-/// Version of this layout and of the header record; a greater one in a store is refused.
+/// Version of this layout; a greater one in a store is refused.
 pub const FORMAT_VERSION: u32 = 1;
 
 /// Kind of the record that says where a replica's state stands.
 pub const KIND_HEADER: u8 = 0;
 /// Kind of the records of a replica's data.
 pub const KIND_USER: u8 = 1;
+/// Kind of the records of client sessions.
+pub const KIND_SESSION: u8 = 2;
 /// Kind of the records of the whole store.
 pub const KIND_STORE: u8 = 0xff;
 
-/// Bytes before the user's key.
+/// Bytes before the user's key, or what stands in its place.
 pub const PREFIX_BYTES: usize = 13;
+/// Bytes before the kind: what tells one generation's keys from those of others.
+pub const GENERATION_BYTES: usize = 12;
 
 /// What all keys of one kind of one replica generation begin with.
 pub fn prefix(replica: ReplicaId, generation: u32, kind: u8) -> [u8; PREFIX_BYTES] {
@@ -45,8 +49,13 @@ pub fn header_key(replica: ReplicaId, generation: u32) -> Vec<u8> {
 
 /// The engine's key for a user's key.
 pub fn user_key(replica: ReplicaId, generation: u32, key: &[u8]) -> Vec<u8> {
+    key_of_kind(replica, generation, KIND_USER, key)
+}
+
+/// The engine's key for what one kind of records calls `key`.
+pub fn key_of_kind(replica: ReplicaId, generation: u32, kind: u8, key: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(PREFIX_BYTES + key.len());
-    bytes.extend_from_slice(&prefix(replica, generation, KIND_USER));
+    bytes.extend_from_slice(&prefix(replica, generation, kind));
     bytes.extend_from_slice(key);
     bytes
 }
@@ -54,6 +63,37 @@ pub fn user_key(replica: ReplicaId, generation: u32, key: &[u8]) -> Vec<u8> {
 /// The first key after all user keys of a replica's generation.
 pub fn user_end(replica: ReplicaId, generation: u32) -> [u8; PREFIX_BYTES] {
     prefix(replica, generation, KIND_USER + 1)
+}
+
+/// The range of all keys of one generation of a replica, of every kind: from the first (inclusive)
+/// to the second (exclusive; empty: no upper bound).
+pub fn generation_range(replica: ReplicaId, generation: u32) -> (Vec<u8>, Vec<u8>) {
+    let from = prefix(replica, generation, 0)[..GENERATION_BYTES].to_vec();
+    let to = match generation.checked_add(1) {
+        Some(next) => prefix(replica, next, 0)[..GENERATION_BYTES].to_vec(),
+        None => replica_range(replica).1,
+    };
+    (from, to)
+}
+
+/// The generation that a replica's key belongs to; `None` for bytes that are no such key.
+pub fn generation_of(key: &[u8]) -> Option<u32> {
+    let bytes = key.get(8..GENERATION_BYTES)?;
+    Some(u32::from_be_bytes(bytes.try_into().ok()?))
+}
+
+/// What a key is within its generation, whosever that is: its kind and what follows. `None` for bytes
+/// that are no key of a replica.
+pub fn local_key(key: &[u8]) -> Option<&[u8]> {
+    key.get(GENERATION_BYTES..).filter(|local| !local.is_empty())
+}
+
+/// The engine's key for a local key.
+pub fn from_local(replica: ReplicaId, generation: u32, local: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(GENERATION_BYTES + local.len());
+    bytes.extend_from_slice(&prefix(replica, generation, 0)[..GENERATION_BYTES]);
+    bytes.extend_from_slice(local);
+    bytes
 }
 
 /// The range of all keys of a replica, in all generations: from the first (inclusive) to the second
@@ -91,6 +131,16 @@ mod tests {
     }
 
     #[test]
+    fn a_local_key_is_the_same_in_every_generation() {
+        let key = user_key(ReplicaId(7), 3, b"ab");
+        assert_eq!(generation_of(&key), Some(3));
+        let local = local_key(&key).unwrap();
+        assert_eq!(local, [KIND_USER, b'a', b'b']);
+        assert_eq!(from_local(ReplicaId(9), 4, local), user_key(ReplicaId(9), 4, b"ab"));
+        assert_eq!((local_key(&key[..12]), generation_of(&key[..11])), (None, None));
+    }
+
+    #[test]
     fn order_is_replica_generation_kind_user_key() {
         let keys = [
             store_id_key(),
@@ -98,14 +148,19 @@ mod tests {
             user_key(ReplicaId(1), 0, b""),
             user_key(ReplicaId(1), 0, &[0xff; 40]),
             user_end(ReplicaId(1), 0).to_vec(),
+            key_of_kind(ReplicaId(1), 0, KIND_SESSION, &[0; 16]),
+            key_of_kind(ReplicaId(1), 0, KIND_SESSION, &[0xff; 16]),
             header_key(ReplicaId(1), 1),
             user_key(ReplicaId(1), 1, b"a"),
             header_key(ReplicaId(256), 0),
             user_key(ReplicaId(u64::MAX), 0, b"z"),
         ];
         assert!(keys.is_sorted());
-        let (from, to) = replica_range(ReplicaId(1));
+        let (from, to) = generation_range(ReplicaId(1), 0);
         assert!(keys[0] < from && keys[1] >= from && keys[6] < to && keys[7] >= to);
+        assert_eq!(generation_range(ReplicaId(1), u32::MAX).1, replica_range(ReplicaId(1)).1);
+        let (from, to) = replica_range(ReplicaId(1));
+        assert!(keys[0] < from && keys[1] >= from && keys[8] < to && keys[9] >= to);
         assert!(replica_range(ReplicaId(u64::MAX)).1.is_empty());
     }
 }

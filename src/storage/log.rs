@@ -34,6 +34,8 @@ pub enum ReplicaPhase {
     Active,
     /// Removed; the id is never started again.
     Tombstone,
+    /// A tombstone whose state is known to be gone from the disk.
+    Destroyed,
 }
 
 /// A replica in the node's catalogue.
@@ -51,12 +53,82 @@ pub struct ReplicaRecord {
     pub phase: ReplicaPhase,
     /// The shard's range.
     pub range: RingRange,
-    /// The shard's epoch at creation.
+    /// The shard's epoch at creation, or in the last snapshot that was installed.
     pub epoch: Epoch,
-    /// The group's members at creation.
+    /// The group's members at creation, or in the last snapshot that was installed.
     pub members: Vec<Member>,
     /// Install generation of its state keys.
     pub generation: u32,
+}
+
+/// What a replica becomes whose state was loaded from a snapshot. See [`LogStore::install`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Install {
+    /// The generation of state keys that the snapshot was loaded into, durably.
+    pub generation: u32,
+    /// The last entry that the snapshot covers: where the log then begins.
+    pub position: Position,
+    /// The term of the leader that sent it.
+    pub leader_term: Term,
+    /// The shard's epoch in the snapshot.
+    pub epoch: Epoch,
+    /// The group's members in the snapshot.
+    pub members: Vec<Member>,
+}
+
+impl Install {
+    /// The record and hard state of a replica after the installation, or why it is refused: nothing
+    /// may be dropped that the replica has promised to keep. `term_at` is the term of the log's own
+    /// entry at [`Install::position`], if it has one.
+    pub(crate) fn apply(
+        &self,
+        record: &ReplicaRecord,
+        extent: Extent,
+        hard_state: &HardState,
+        term_at: Option<Term>,
+    ) -> Result<(ReplicaRecord, HardState), StorageError> {
+        let refuse = |reason| Err(StorageError::Inconsistent { replica: record.replica, reason });
+        let Position { index, term } = self.position;
+        if self.generation <= record.generation {
+            return refuse(format!(
+                "generation {} is no later than {}, which it has",
+                self.generation, record.generation
+            ));
+        }
+        if self.leader_term < term {
+            return refuse(format!("no leader of term {} has an entry of term {term}", self.leader_term));
+        }
+        if index <= extent.truncated.index || term < extent.truncated.term {
+            return refuse(format!(
+                "a snapshot at entry {index} of term {term} isn't ahead of a log that begins after entry {} of term {}",
+                extent.truncated.index, extent.truncated.term
+            ));
+        }
+        if index <= hard_state.commit {
+            return refuse(format!(
+                "a snapshot at entry {index} isn't needed: entries up to {} are committed here",
+                hard_state.commit
+            ));
+        }
+        if term_at == Some(term) {
+            return refuse(format!("it has entry {index} of term {term}: the log can go on from there"));
+        }
+        let record = ReplicaRecord {
+            generation: self.generation,
+            epoch: self.epoch,
+            members: self.members.clone(),
+            ..record.clone()
+        };
+        let rises = self.leader_term > hard_state.term;
+        let hard_state = HardState {
+            term: hard_state.term.max(self.leader_term),
+            // A vote belongs to its term.
+            vote: if rises { 0 } else { hard_state.vote },
+            commit: index,
+            ..Default::default()
+        };
+        Ok((record, hard_state))
+    }
 }
 
 /// What the log knows of one replica when the node starts.
@@ -93,6 +165,21 @@ pub trait LogStore: Send + Sync + 'static {
     /// tombstones are passed over. A later write for a removed replica is
     /// [`StorageError::Inconsistent`]: the caller first makes sure that none is queued.
     fn remove(&self, replicas: &[ReplicaId]) -> Result<(), StorageError>;
+
+    /// Goes on from a snapshot whose state the caller has loaded and synced: in one durable step the
+    /// replica's record names the new generation, its entries are dropped, its log begins after the
+    /// snapshot's position, which is committed, and its term is no lower than the leader's. After a
+    /// crash there is the old replica or the new one, whole.
+    ///
+    /// [`StorageError::Inconsistent`], and nothing is written, if the replica isn't behind the
+    /// snapshot (it has that very entry, or has committed or compacted as far): acknowledged entries
+    /// are never dropped. The caller has stopped the replica and made sure that no write of it is
+    /// queued.
+    fn install(&self, replica: ReplicaId, install: &Install) -> Result<(), StorageError>;
+
+    /// Notes that the state of these tombstones is gone, so that nobody looks for it at the next start.
+    /// A power loss may make that forgotten. Replicas that are no tombstones are passed over.
+    fn destroyed(&self, replicas: &[ReplicaId]) -> Result<(), StorageError>;
 
     /// Hard state and extent of a replica's log. An active replica without a hard state, or with a
     /// gap in its log, or a commit index beyond its last entry, is [`StorageError::Damaged`]. A log
@@ -166,6 +253,11 @@ impl Extent {
             return refuse(format!("commit index {} lies beyond the last entry {last}", hard_state.commit));
         }
         Ok(Extent { last, ..self })
+    }
+
+    /// The empty log that begins after `truncated`.
+    pub fn empty(truncated: Position) -> Extent {
+        Extent { truncated, last: truncated.index }
     }
 
     /// The extent after compacting up to `to`; `None` if that changes nothing.

@@ -14,7 +14,7 @@ use protobuf::Message;
 use raft::eraftpb::{Entry, HardState};
 
 use super::StorageError;
-use super::log::{Extent, LogState, LogStore, LogWrite, ReplicaPhase, ReplicaRecord, term_starts};
+use super::log::{Extent, Install, LogState, LogStore, LogWrite, ReplicaPhase, ReplicaRecord, term_starts};
 use crate::ids::{GROUP_START, Index, Position, ReplicaId};
 
 /// What a write that is made to fail leaves behind.
@@ -182,9 +182,36 @@ impl LogStore for MemoryLog {
     fn remove(&self, replicas: &[ReplicaId]) -> Result<(), StorageError> {
         self.lock().durably(|content| {
             for replica in replicas {
-                if let Some(record) = content.catalogue.get_mut(replica) {
+                let record = content.catalogue.get_mut(replica);
+                if let Some(record) = record.filter(|record| record.phase == ReplicaPhase::Active) {
                     record.phase = ReplicaPhase::Tombstone;
                     content.logs.remove(replica);
+                }
+            }
+        })
+    }
+
+    fn install(&self, replica: ReplicaId, install: &Install) -> Result<(), StorageError> {
+        let mut content = self.lock();
+        let log = content.log(replica)?;
+        let record = content.catalogue.get(&replica).ok_or_else(|| unknown(replica))?;
+        let Position { index, .. } = install.position;
+        let offset = index.checked_sub(log.extent.truncated.index + 1);
+        let term_at = offset.and_then(|offset| log.entries.get(offset as usize)).map(|entry| entry.term);
+        let (record, hard_state) = install.apply(record, log.extent, &log.hard_state, term_at)?;
+        let extent = Extent::empty(install.position);
+        content.durably(|content| {
+            content.catalogue.insert(replica, record);
+            content.logs.insert(replica, ReplicaLog { extent, hard_state, entries: VecDeque::new() });
+        })
+    }
+
+    fn destroyed(&self, replicas: &[ReplicaId]) -> Result<(), StorageError> {
+        self.lock().durably(|content| {
+            for replica in replicas {
+                let record = content.catalogue.get_mut(replica);
+                if let Some(record) = record.filter(|record| record.phase == ReplicaPhase::Tombstone) {
+                    record.phase = ReplicaPhase::Destroyed;
                 }
             }
         })

@@ -2,9 +2,12 @@
 //!
 //! - [`log`]: the trait of the raft log; [`log_disk`] on raft-engine, [`log_memory`] for tests and simulation.
 //! - [`engine`]: the trait of the ordered key-value engine under the state; [`engine_sled`] and [`engine_memory`].
+//! - [`sessions`]: what one replica remembers of client sessions.
 //! - [`memtable`]: recent applied writes of one replica. [`state`]: one replica's state: memtables over the engine.
 //! - [`flush`]: freezing memtables into redo files ([`redo`]) and the engine; recovery from redo files.
 //! - [`sled_files`], [`sled_record`]: what sled's files need, and how it stores a value.
+//! - [`snapshot`]: a shard's state as a file ([`snapshot_file`]), exact at one index; [`snapshot_dir`]: where
+//!   these files are; [`collect`]: what flushes leave for them; [`generations`]: what they are loaded into.
 //! - [`keys`]: the layout of state keys. [`identity`]: who owns a data directory.
 //!
 //! What is assumed of the disk: data is safe once `fdatasync` on its file (and, for a new or renamed
@@ -12,10 +15,12 @@
 //! on disk and is never retried; anything else may be lost, torn or old after a crash.
 
 mod atomic_file;
+pub mod collect;
 pub mod engine;
 pub mod engine_memory;
 pub mod engine_sled;
 pub mod flush;
+pub mod generations;
 mod header;
 pub mod identity;
 pub mod keys;
@@ -25,8 +30,12 @@ pub mod log_memory;
 pub mod memtable;
 mod merge;
 pub mod redo;
+pub mod sessions;
 pub mod sled_files;
 pub mod sled_record;
+pub mod snapshot;
+pub mod snapshot_dir;
+pub mod snapshot_file;
 pub mod state;
 
 use std::ops::Bound;
@@ -106,7 +115,8 @@ pub trait StateView {
 /// A shard's state as a state machine changes it. Changes are visible at once and become part of
 /// the state together with the entry that made them.
 pub trait StateBatch: StateView {
-    /// Sets the value of `key`.
+    /// Sets the value of `key`. `value` is kept as it is and must own its bytes: a slice of a log entry
+    /// would keep all of that in memory.
     fn put(&mut self, key: &[u8], value: Bytes);
 
     /// Removes `key`.
@@ -114,4 +124,7 @@ pub trait StateBatch: StateView {
 
     /// Increments the shard's revision counter and returns the new revision.
     fn next_revision(&mut self) -> u64;
+
+    /// The session table, to be changed.
+    fn sessions(&mut self) -> &mut sessions::SessionTable;
 }

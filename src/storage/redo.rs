@@ -16,7 +16,9 @@
 //! begins; the base is the applied index that the engine had before, so that an engine which has lost
 //! more than this file can repair is recognised;
 //! `2`, length of key (4), length of value (4), key, value: a write; `3`, length of key (4), key: a
-//! removal; `4`, number of writes and removals in all sections (8): the last record.
+//! removal; `4`, number of writes and removals in all sections (8): the last record; `5`, kind (1): the
+//! keys of what follows in the section are of this kind of [`keys`]; before it they are users' keys.
+//! Format 1 had no records `5`.
 //!
 //! The file is written as `….redo.tmp`, synced, renamed, and its directory synced: what has the
 //! final name was complete once, so that a defect in it is damage, not a crash.
@@ -35,7 +37,7 @@ use crate::limits;
 
 const MAGIC: &[u8; 8] = b"PONTREDO";
 const END_MAGIC: &[u8; 8] = b"REDO-END";
-const FORMAT_VERSION: u32 = 1;
+const FORMAT_VERSION: u32 = 2;
 const HEAD_BYTES: u64 = 20;
 const FOOT_BYTES: u64 = 20;
 const ENDING: &str = "redo";
@@ -44,6 +46,7 @@ const SECTION: u8 = 1;
 const WRITE: u8 = 2;
 const REMOVAL: u8 = 3;
 const LAST: u8 = 4;
+const KIND: u8 = 5;
 
 /// A header record is bounded by the membership, far below.
 const HEADER_BYTES_MAX: usize = 64 * 1024;
@@ -55,8 +58,8 @@ const VALUE_BYTES_MAX: usize = limits::FRAME_BYTES_MAX;
 pub enum Record {
     /// What follows belongs to this replica generation.
     Section(Section),
-    /// A key of the current section and its new value, or `None` for a removal.
-    Change(Vec<u8>, Option<Bytes>),
+    /// The kind of a key of the current section, the key, and its new value, or `None` for a removal.
+    Change(u8, Vec<u8>, Option<Bytes>),
 }
 
 /// What a section says of its changes.
@@ -77,6 +80,7 @@ pub struct RedoWriter {
     path: PathBuf,
     temporary: PathBuf,
     out: Checked<BufWriter<File>>,
+    kind: u8,
     changes: u64,
 }
 
@@ -90,6 +94,7 @@ impl RedoWriter {
             path,
             temporary,
             out: Checked::new(BufWriter::with_capacity(256 * 1024, file)),
+            kind: keys::KIND_USER,
             changes: 0,
         };
         writer.put(&[MAGIC, &FORMAT_VERSION.to_be_bytes(), &sequence.to_be_bytes()])?;
@@ -99,6 +104,7 @@ impl RedoWriter {
     /// Begins a section.
     pub fn section(&mut self, section: &Section) -> Result<(), StorageError> {
         let header = section.header.encode();
+        self.kind = keys::KIND_USER;
         self.put(&[
             &[SECTION],
             &section.replica.0.to_be_bytes(),
@@ -109,8 +115,11 @@ impl RedoWriter {
         ])
     }
 
-    /// Adds a change of the current section.
-    pub fn change(&mut self, key: &[u8], value: Option<&[u8]>) -> Result<(), StorageError> {
+    /// Adds a change of the current section, to a key of this kind.
+    pub fn change(&mut self, kind: u8, key: &[u8], value: Option<&[u8]>) -> Result<(), StorageError> {
+        if std::mem::replace(&mut self.kind, kind) != kind {
+            self.put(&[&[KIND, kind]])?;
+        }
         self.changes += 1;
         match value {
             Some(value) => self.put(&[&[WRITE], &length(key), &length(value), key, value]),
@@ -186,6 +195,7 @@ pub fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>, StorageError> {
 pub struct RedoReader {
     path: PathBuf,
     input: io::Take<BufReader<File>>,
+    kind: u8,
     changes: u64,
     done: bool,
 }
@@ -210,6 +220,7 @@ impl RedoReader {
         Ok(RedoReader {
             path: path.to_owned(),
             input: open().map_err(io_error("reading", path))?.take(body),
+            kind: keys::KIND_USER,
             changes: 0,
             done: false,
         })
@@ -220,9 +231,18 @@ impl RedoReader {
         if self.done {
             return Ok(None);
         }
-        let [kind] = self.array()?;
+        let [mut kind] = self.array()?;
+        if kind == KIND {
+            let [of_keys] = self.array()?;
+            if !matches!(of_keys, keys::KIND_USER | keys::KIND_SESSION) {
+                return Err(damaged(&self.path, format!("unknown kind of key {of_keys}")));
+            }
+            self.kind = of_keys;
+            [kind] = self.array()?;
+        }
         match kind {
             SECTION => {
+                self.kind = keys::KIND_USER;
                 let replica = ReplicaId(u64::from_be_bytes(self.array()?));
                 let generation = u32::from_be_bytes(self.array()?);
                 let base = u64::from_be_bytes(self.array()?);
@@ -237,12 +257,12 @@ impl RedoReader {
                 let value = self.length("value", VALUE_BYTES_MAX)?;
                 self.changes += 1;
                 let key = self.bytes(key)?;
-                Ok(Some(Record::Change(key, Some(self.bytes(value)?.into()))))
+                Ok(Some(Record::Change(self.kind, key, Some(self.bytes(value)?.into()))))
             }
             REMOVAL => {
                 let key = self.length("key", limits::KEY_BYTES_MAX + keys::PREFIX_BYTES)?;
                 self.changes += 1;
-                Ok(Some(Record::Change(self.bytes(key)?, None)))
+                Ok(Some(Record::Change(self.kind, self.bytes(key)?, None)))
             }
             LAST => {
                 let changes = u64::from_be_bytes(self.array()?);
@@ -301,7 +321,7 @@ fn check(path: &Path, sequence: u64) -> io::Result<Result<u64, String>> {
         return Ok(Err("it does not begin as a redo file".into()));
     }
     let version = u32::from_be_bytes([head[8], head[9], head[10], head[11]]);
-    if version != FORMAT_VERSION {
+    if !(1..=FORMAT_VERSION).contains(&version) {
         return Ok(Err(format!("format {version}; this program reads {FORMAT_VERSION}")));
     }
     if head[12..] != sequence.to_be_bytes() {
@@ -376,10 +396,12 @@ mod tests {
     fn sample(dir: &Path, sequence: u64) -> PathBuf {
         let mut writer = RedoWriter::create(dir, sequence).unwrap();
         writer.section(&section(1, 0)).unwrap();
-        writer.change(b"a", Some(b"one")).unwrap();
-        writer.change(b"b", None).unwrap();
+        writer.change(keys::KIND_USER, b"a", Some(b"one")).unwrap();
+        writer.change(keys::KIND_USER, b"b", None).unwrap();
+        writer.change(keys::KIND_SESSION, b"id", Some(b"record")).unwrap();
+        writer.change(keys::KIND_SESSION, b"jd", None).unwrap();
         writer.section(&section(2, 3)).unwrap();
-        writer.change(b"", Some(&[7; 100_000])).unwrap();
+        writer.change(keys::KIND_USER, b"", Some(&[7; 100_000])).unwrap();
         writer.finish().unwrap()
     }
 
@@ -402,10 +424,12 @@ mod tests {
             records,
             [
                 Record::Section(section(1, 0)),
-                Record::Change(b"a".to_vec(), Some(Bytes::from_static(b"one"))),
-                Record::Change(b"b".to_vec(), None),
+                Record::Change(keys::KIND_USER, b"a".to_vec(), Some(Bytes::from_static(b"one"))),
+                Record::Change(keys::KIND_USER, b"b".to_vec(), None),
+                Record::Change(keys::KIND_SESSION, b"id".to_vec(), Some(Bytes::from_static(b"record"))),
+                Record::Change(keys::KIND_SESSION, b"jd".to_vec(), None),
                 Record::Section(section(2, 3)),
-                Record::Change(Vec::new(), Some(vec![7; 100_000].into())),
+                Record::Change(keys::KIND_USER, Vec::new(), Some(vec![7; 100_000].into())),
             ]
         );
     }
@@ -424,11 +448,34 @@ mod tests {
     }
 
     #[test]
+    fn a_file_of_the_first_format_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = RedoWriter::create(dir.path(), 1).unwrap();
+        writer.section(&section(1, 0)).unwrap();
+        writer.change(keys::KIND_USER, b"key", Some(b"value")).unwrap();
+        let path = writer.finish().unwrap();
+        let mut bytes = fs::read(&path).unwrap();
+        let body = bytes.len() - 12;
+        bytes[11] = 1;
+        let sum = crc32c::crc32c(&bytes[..body]).to_be_bytes();
+        bytes[body..body + 4].copy_from_slice(&sum);
+        fs::write(&path, &bytes).unwrap();
+        assert_eq!(read(&path, 1).unwrap().len(), 2);
+        bytes[11] = 3;
+        let sum = crc32c::crc32c(&bytes[..body]).to_be_bytes();
+        bytes[body..body + 4].copy_from_slice(&sum);
+        fs::write(&path, &bytes).unwrap();
+        let error = read(&path, 1).unwrap_err().to_string();
+        assert!(error.contains("format 3; this program reads 2"), "{error}");
+    }
+
+    #[test]
     fn every_cut_and_every_flipped_bit_is_seen() {
         let dir = tempfile::tempdir().unwrap();
         let mut writer = RedoWriter::create(dir.path(), 1).unwrap();
         writer.section(&section(1, 0)).unwrap();
-        writer.change(b"key", Some(b"value")).unwrap();
+        writer.change(keys::KIND_USER, b"key", Some(b"value")).unwrap();
+        writer.change(keys::KIND_SESSION, b"id", Some(b"record")).unwrap();
         let path = writer.finish().unwrap();
         let bytes = fs::read(&path).unwrap();
         assert!(read(&path, 1).is_ok());

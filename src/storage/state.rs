@@ -3,8 +3,11 @@
 //!
 //! ```text
 //! put, delete ─► active ──freeze()──► frozen … frozen ──flush──► engine
-//!                                         └──release(index)──► forgotten
+//! sessions ───────────────┘               └──release(index)──► forgotten
 //! ```
+//!
+//! The session table is held in memory as a whole, beside the layers; at a freeze the records of sessions
+//! that changed join the frozen table. They are read back at the next opening only.
 //!
 //! Invariants: a key's value is what the newest of them that knows the key says; frozen tables are
 //! ordered by applied index, strictly; each layer holds whole entries of the log only: what an
@@ -14,16 +17,18 @@
 //! state at the time the reader was made or a later one, since a flush may bring later writes into
 //! the engine while it reads.
 
+use std::cell::Cell;
 use std::ops::Bound;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use raft::eraftpb::ConfState;
 
-use super::engine::Engine;
+use super::engine::{Engine, Mutation};
 pub use super::header::StateHeader;
 use super::memtable::Memtable;
 use super::merge::{self, Layer};
+use super::sessions::SessionTable;
 use super::{StateBatch, StateView, StorageError, keys};
 use crate::ids::{Epoch, Index, Position, ReplicaId};
 use crate::placement::map::Member;
@@ -39,6 +44,30 @@ pub struct Frozen {
     pub header: StateHeader,
     /// The writes.
     pub table: Memtable,
+    /// Records of the sessions that changed, by id.
+    pub sessions: Memtable,
+}
+
+impl Frozen {
+    /// Its parts, each with the kind of its keys; in the order of the engine's keys.
+    pub fn parts(&self) -> [(u8, &Memtable); 2] {
+        [(keys::KIND_USER, &self.table), (keys::KIND_SESSION, &self.sessions)]
+    }
+
+    /// Everything in it as the engine gets it, sorted: the header first.
+    pub fn mutations(&self) -> Vec<Mutation> {
+        let (replica, generation) = (self.replica, self.generation);
+        let header = (keys::header_key(replica, generation), Some(self.header.encode().into()));
+        let changes = self.parts().into_iter().flat_map(|(kind, table)| {
+            let key = move |key: &[u8]| keys::key_of_kind(replica, generation, kind, key);
+            table.entries.iter().map(move |(of, value)| (key(of), value.clone()))
+        });
+        std::iter::once(header).chain(changes).collect()
+    }
+
+    fn bytes(&self) -> usize {
+        self.table.bytes + self.sessions.bytes
+    }
 }
 
 /// One replica's state. Owned by its group; what other threads may use are [`Frozen`] tables and
@@ -52,9 +81,12 @@ pub struct ReplicaState {
     /// Something was written since `header.applied` moved: an entry is half applied.
     within_entry: bool,
     active: Memtable,
+    sessions: SessionTable,
     /// Oldest first.
     frozen: Vec<Arc<Frozen>>,
     engine: Arc<dyn Engine>,
+    /// Keys that this state's owner had to ask the engine for.
+    engine_reads: Cell<u64>,
 }
 
 /// A handle that reads a replica's frozen tables and engine on another thread, where waiting for the
@@ -97,7 +129,7 @@ pub enum Lookup {
 
 impl ReplicaState {
     /// Opens the state of a replica from the engine, or the empty state `initial` if the engine has
-    /// none. Errors: the engine's; a header that can't be read is [`StorageError::Damaged`].
+    /// none. Errors: the engine's; a header or session that can't be read is [`StorageError::Damaged`].
     pub fn open(
         engine: Arc<dyn Engine>,
         replica: ReplicaId,
@@ -110,15 +142,18 @@ impl ReplicaState {
             }
             None => initial,
         };
+        let sessions = load_sessions(&*engine, replica, generation, header.log_time)?;
         Ok(ReplicaState {
             replica,
             generation,
+            sessions,
             frozen_to: header.applied.index,
             header,
             within_entry: false,
             active: Memtable::default(),
             frozen: Vec::new(),
             engine,
+            engine_reads: Cell::new(0),
         })
     }
 
@@ -138,6 +173,7 @@ impl ReplicaState {
             self.header.applied
         );
         self.header.applied = position;
+        self.header.log_time = self.sessions.log_time();
         self.within_entry = false;
     }
 
@@ -149,9 +185,17 @@ impl ReplicaState {
         self.header.conf_state = conf_state;
     }
 
-    /// Bytes in the active memtable and in all frozen ones that the engine doesn't have yet.
+    /// Clients' sessions.
+    pub fn session_table(&self) -> &SessionTable {
+        &self.sessions
+    }
+
+    /// Bytes that the next freeze takes and a flush frees, and those in frozen tables that the engine
+    /// doesn't have yet. Sessions that haven't changed are in neither: flushing doesn't free them, and
+    /// [`crate::machine::session`] bounds them.
     pub fn memory_bytes(&self) -> (usize, usize) {
-        (self.active.bytes, self.frozen.iter().map(|f| f.table.bytes).sum())
+        let active = self.active.bytes + self.sessions.changed_bytes();
+        (active, self.frozen.iter().map(|frozen| frozen.bytes()).sum())
     }
 
     /// Freezes the active memtable for a flush. `None` if nothing was applied since the last freeze.
@@ -169,6 +213,7 @@ impl ReplicaState {
             generation: self.generation,
             header: self.header.clone(),
             table: std::mem::take(&mut self.active),
+            sessions: self.sessions.take_changes(),
         });
         self.frozen_to = self.header.applied.index;
         self.frozen.push(frozen.clone());
@@ -178,6 +223,11 @@ impl ReplicaState {
     /// The engine has every write of the frozen tables up to applied index `index`: forgets them.
     pub fn release(&mut self, index: Index) {
         self.frozen.retain(|f| f.header.applied.index > index);
+    }
+
+    /// How often [`StateView::get`] had to ask the engine, which may wait for the disk.
+    pub fn engine_reads(&self) -> u64 {
+        self.engine_reads.get()
     }
 
     /// What the memtables know of `key`, without touching the engine.
@@ -233,7 +283,10 @@ impl StateView for ReplicaState {
     fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StorageError> {
         match self.lookup(key) {
             Lookup::Known(value) => Ok(value),
-            Lookup::AskEngine => self.engine.get(&keys::user_key(self.replica, self.generation, key)),
+            Lookup::AskEngine => {
+                self.engine_reads.set(self.engine_reads.get() + 1);
+                self.engine.get(&keys::user_key(self.replica, self.generation, key))
+            }
         }
     }
 
@@ -254,8 +307,7 @@ impl StateView for ReplicaState {
 impl StateBatch for ReplicaState {
     fn put(&mut self, key: &[u8], value: Bytes) {
         self.within_entry = true;
-        // A copy: the value is a slice of a whole log entry, which it would keep in memory.
-        self.active.insert(key, Some(Bytes::copy_from_slice(&value)));
+        self.active.insert(key, Some(value));
     }
 
     fn delete(&mut self, key: &[u8]) {
@@ -268,6 +320,28 @@ impl StateBatch for ReplicaState {
         self.header.revision += 1;
         self.header.revision
     }
+
+    fn sessions(&mut self) -> &mut SessionTable {
+        self.within_entry = true;
+        &mut self.sessions
+    }
+}
+
+fn load_sessions(
+    engine: &dyn Engine,
+    replica: ReplicaId,
+    generation: u32,
+    log_time: u64,
+) -> Result<SessionTable, StorageError> {
+    let mut sessions = SessionTable::new(log_time);
+    let from = keys::prefix(replica, generation, keys::KIND_SESSION);
+    let to = keys::prefix(replica, generation, keys::KIND_SESSION + 1);
+    let mut loaded = Ok(());
+    engine.scan(Bound::Included(&from), &to, &mut |key, record| {
+        loaded = sessions.load(&key[keys::PREFIX_BYTES..], &record);
+        loaded.is_ok()
+    })?;
+    loaded.map(|()| sessions)
 }
 
 impl StateReader {

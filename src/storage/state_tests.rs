@@ -2,13 +2,13 @@
 
 use super::*;
 use crate::ids::GROUP_START;
-use crate::storage::engine::Mutation;
 use crate::storage::engine_memory::MemoryEngine;
 
 pub(crate) fn initial() -> StateHeader {
     StateHeader {
         applied: GROUP_START,
         revision: 0,
+        log_time: 0,
         epoch: Epoch { range: 1, conf: 1 },
         members: Vec::new(),
         conf_state: ConfState::default(),
@@ -25,14 +25,7 @@ fn at(index: Index) -> Position {
 
 /// What a flush leaves in the engine.
 fn absorb(engine: &MemoryEngine, frozen: &Frozen) {
-    let mut batch: Vec<Mutation> = frozen
-        .table
-        .entries
-        .iter()
-        .map(|(key, value)| (keys::user_key(ReplicaId(7), 0, key), value.clone()))
-        .collect();
-    batch.push((keys::header_key(ReplicaId(7), 0), Some(frozen.header.encode().into())));
-    engine.write(&batch).unwrap();
+    engine.write(&frozen.mutations()).unwrap();
 }
 
 fn pairs(view: &dyn StateView, from: Bound<&[u8]>) -> Vec<(Vec<u8>, Bytes)> {
@@ -106,6 +99,53 @@ fn freeze_gives_nothing_twice_and_keeps_the_header() {
 }
 
 #[test]
+fn sessions_are_frozen_and_found_again() {
+    use crate::ids::RandomId;
+    use crate::storage::sessions::SessionResult;
+    let engine = Arc::new(MemoryEngine::new());
+    let mut state = open(&engine);
+    let (stays, ends) = (RandomId([1; 16]), RandomId([2; 16]));
+    state.sessions().advance(1_000);
+    for id in [stays, ends] {
+        state.sessions().open(id, if id == stays { 900 } else { 50 });
+        state.sessions().touch(id, 0);
+        state.sessions().remember(id, 1, SessionResult::Written(7));
+    }
+    state.set_applied(at(6));
+    assert!(state.memory_bytes().0 > 0, "what a flush would write is counted");
+    let first = state.freeze().unwrap();
+    assert_eq!((first.header.log_time, first.sessions.len(), first.table.len()), (1_000, 2, 0));
+    assert_eq!(state.memory_bytes().0, 0, "sessions that haven't changed are not");
+    absorb(&engine, &first);
+    assert_eq!(open(&engine).session_table(), state.session_table());
+
+    state.sessions().advance(1_100);
+    state.set_applied(at(7));
+    let second = state.freeze().unwrap();
+    assert_eq!(second.sessions.get(&ends.0), Some(None), "a removal");
+    assert_eq!(second.sessions.get(&stays.0), None, "unchanged");
+    absorb(&engine, &second);
+    let again = open(&engine);
+    assert_eq!(again.session_table(), state.session_table());
+    assert_eq!((again.session_table().len(), again.session_table().log_time()), (1, 1_100));
+    assert_eq!(names(&again), "", "sessions are no keys");
+
+    let damaged = keys::key_of_kind(ReplicaId(7), 0, keys::KIND_SESSION, &[3; 16]);
+    engine.write(&[(damaged, Some(Bytes::from_static(b"?")))]).unwrap();
+    let error = ReplicaState::open(engine, ReplicaId(7), 0, initial()).err().unwrap();
+    assert!(matches!(error, StorageError::Damaged { .. }), "{error}");
+}
+
+#[test]
+#[should_panic(expected = "freezing within an entry")]
+fn an_entry_with_a_session_is_never_split() {
+    let mut state = open(&Arc::new(MemoryEngine::new()));
+    state.set_applied(at(6));
+    state.sessions().advance(1);
+    state.freeze();
+}
+
+#[test]
 #[should_panic(expected = "freezing within an entry")]
 fn an_entry_is_never_split() {
     let mut state = open(&Arc::new(MemoryEngine::new()));
@@ -132,15 +172,6 @@ fn replicas_and_generations_share_an_engine_unseen() {
     let state = open(&engine);
     assert_eq!(names(&state), "");
     assert_eq!(state.get(b"x").unwrap(), None);
-}
-
-#[test]
-fn values_do_not_pin_the_entry_they_came_in() {
-    let mut state = open(&Arc::new(MemoryEngine::new()));
-    let entry = Bytes::from(vec![1u8; 1 << 20]);
-    state.put(b"a", entry.slice(10..20));
-    assert!(entry.is_unique(), "the state holds a copy");
-    assert_eq!(state.get(b"a").unwrap().unwrap().len(), 10);
 }
 
 #[test]

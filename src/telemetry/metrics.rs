@@ -66,6 +66,10 @@ metrics_table! {
         "Appends to the raft log, each of which gathers writes of many groups behind one sync.";
     LOG_BYTES = "pontoon_log_bytes_total", Counter, [],
         "Bytes made durable in the raft log, about.";
+    LOG_QUEUE_BYTES = "pontoon_log_queue_bytes", Gauge, [],
+        "Bytes of entries that wait on this node, for their replica or for the raft log's disk.";
+    APPENDS_DROPPED = "pontoon_appends_dropped_total", Counter, [],
+        "Appends of leaders dropped because too much waited for the raft log; raft sends them again.";
     APPLY_ENTRIES = "pontoon_apply_entries_total", Counter, [],
         "Committed entries executed by replicas of this node.";
     REPLICAS = "pontoon_replicas", Gauge, [],
@@ -80,6 +84,20 @@ metrics_table! {
         "Time of one round that moves frozen memtables into the state store, in seconds.";
     MEMTABLE_BYTES = "pontoon_memtable_bytes", Gauge, [],
         "Memtables of all replicas on this node, in bytes.";
+    SESSIONS = "pontoon_sessions", Gauge, [],
+        "Clients' sessions that the shards of this node remember, counted for each replica.";
+    CACHED_ENTRY_BYTES = "pontoon_cached_entry_bytes", Gauge, [],
+        "Log entries in memory of all replicas on this node, in bytes.";
+    SNAPSHOTS_MADE = "pontoon_snapshots_made_total", Counter, [],
+        "Snapshot files made of shards on this node.";
+    SNAPSHOTS_SENT = "pontoon_snapshots_sent_total", Counter, [],
+        "Snapshots that were brought to a replica on another node and installed there.";
+    SNAPSHOTS_INSTALLED = "pontoon_snapshots_installed_total", Counter, [],
+        "Snapshots that were received and installed on this node.";
+    SNAPSHOTS_RESUMED = "pontoon_snapshots_resumed_total", Counter, [],
+        "Transfers of a snapshot from this node that went on where an earlier one was cut.";
+    SNAPSHOTS_FAILED = "pontoon_snapshots_failed_total", Counter, ["step"],
+        "Snapshots that could not be made, sent or installed on this node; another one follows if it is needed still.";
     PEER_SENT_FRAMES = "pontoon_peer_sent_frames_total", Counter, ["lane"],
         "Frames sent to other nodes, by class of connection.";
     PEER_SENT_MESSAGES = "pontoon_peer_sent_messages_total", Counter, ["lane"],
@@ -102,6 +120,8 @@ metrics_table! {
         "Connections from other nodes.";
     PEER_MALFORMED = "pontoon_peer_malformed_total", Counter, [],
         "Peer connections closed because of what came over them.";
+    PEER_FOREIGN = "pontoon_peer_foreign_total", Counter, [],
+        "Connections to the peer port that don't begin as a node's; told that it is no port for clients.";
     PEER_REFUSED = "pontoon_peer_refused_total", Counter, [],
         "Peer connections refused at their greeting.";
     MAP_VERSION = "pontoon_map_version", Gauge, [],
@@ -169,6 +189,10 @@ fn describe() {
             Kind::Gauge => metrics::describe_gauge!(metric.name, metric.help),
             Kind::Histogram => metrics::describe_histogram!(metric.name, metric.help),
         }
+    }
+    // A counter that shows only once it has counted hides its first event from whoever watches its rise.
+    for metric in METRICS.iter().filter(|metric| metric.kind == Kind::Counter && metric.labels.is_empty()) {
+        metrics::counter!(metric.name).increment(0);
     }
     metrics::gauge!(BUILD_INFO, "version" => version::SOFTWARE, "commit" => version::COMMIT).set(1.0);
 }
@@ -244,6 +268,16 @@ mod tests {
         }
         assert!(page.contains("pontoon_log_sync_seconds_bucket{le=\"0.025\"} 1"), "{page}");
         assert!(page.contains("pontoon_log_sync_seconds_bucket{le=\"0.01\"} 0"), "{page}");
+    }
+
+    #[test]
+    fn counters_are_there_before_they_count() {
+        let recorder = builder().unwrap().build_recorder();
+        metrics::with_local_recorder(&recorder, describe);
+        let page = recorder.handle().render();
+        for name in [REPLICA_RESTARTS, PEER_MALFORMED, LEADER_CHANGES] {
+            assert!(page.contains(&format!("\n{name} 0\n")), "{name}: {page}");
+        }
     }
 
     #[test]

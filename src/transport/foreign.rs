@@ -8,15 +8,22 @@ use crate::codec::CodecError;
 use crate::codec::hello::PeerWelcome;
 use crate::ids::NodeId;
 
+/// How the answer to an RPC client on the peer port begins.
+const PEER_PORT: &str = "this is the peer port of a Pontoon node";
+
 /// For an RPC client on the peer port: a whole RPC message that ends the connection.
 pub fn abort_for_client(client_address: &str) -> Result<Vec<u8>, CodecError> {
     let mut message = capnp::message::Builder::new_default();
     let mut abort = message.init_root::<message::Builder<'_>>().init_abort();
     abort.set_type(exception::Type::Failed);
-    abort.set_reason(
-        format!("this is the peer port of a Pontoon node; clients use {client_address}").as_str(),
-    );
+    abort.set_reason(format!("{PEER_PORT}; clients use {client_address}").as_str());
     Ok(capnp::serialize::write_message_to_words(&message))
+}
+
+/// Whether an RPC connection failed for [`abort_for_client`]. The message has no field of ours for it, so
+/// the text tells.
+pub fn is_abort_for_client(error: &capnp::Error) -> bool {
+    error.extra.contains(PEER_PORT)
 }
 
 /// For a node on the client port, recognised by [`super::frame::is_peer_preamble`]: a refusal that

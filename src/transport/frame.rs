@@ -11,7 +11,7 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 
 use super::TransportError;
 use crate::codec::CodecError;
-use crate::limits::{FRAME_BYTES_MAX, READ_CHUNK_BYTES};
+use crate::limits::{FRAME_BYTES_MAX, READ_BUFFER_BYTES_MAX, READ_CHUNK_BYTES};
 
 /// First bytes of a peer connection, both ways.
 pub const MAGIC: [u8; 4] = *b"PNTP";
@@ -143,10 +143,8 @@ impl FrameReader {
         self.max = max;
     }
 
-    /// The next whole payload, if there is one.
-    ///
-    /// A small one is copied to where it is alone, so that what keeps a part of it doesn't keep the
-    /// whole read buffer; a large one is most of that buffer and is handed out as it lies.
+    /// The next whole payload, if there is one: a slice of the read buffer. Once it is dropped its place
+    /// is read into again, so it should be soon, and what is kept of it be a copy.
     pub fn take(&mut self) -> Result<Option<Bytes>, FrameError> {
         let Some((length, checksum)) = self.header()? else {
             return Ok(None);
@@ -157,13 +155,12 @@ impl FrameReader {
         if crc32c::crc32c(payload) != checksum {
             return Err(FrameError::Checksum { length });
         }
-        if length < READ_CHUNK_BYTES {
-            let payload = Bytes::copy_from_slice(payload);
-            self.buffer.advance(HEADER_BYTES + length);
-            return Ok(Some(payload));
-        }
         let mut frame = self.buffer.split_to(HEADER_BYTES + length);
         frame.advance(HEADER_BYTES);
+        if length > READ_BUFFER_BYTES_MAX {
+            // So large a buffer goes with its frame.
+            self.buffer = BytesMut::from(&self.buffer[..]);
+        }
         Ok(Some(frame.freeze()))
     }
 

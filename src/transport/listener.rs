@@ -10,7 +10,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::future::LocalBoxFuture;
 use futures_util::stream::FuturesUnordered;
@@ -25,10 +24,12 @@ use tracing::{debug, info, warn};
 use super::frame::{self, FrameError, FrameReader, HEADER_BYTES};
 use super::handshake::{Identity, accept_hello, accept_preamble};
 use super::link::write;
+use super::snapshot::receiver::{self, SnapshotSink};
 use super::{Timings, TransportError, foreign};
 use crate::codec::GroupMessage;
 use crate::codec::hello::{Lane, PeerHello};
 use crate::codec::peer::{NodeHeartbeat, PeerFrame, PeerRequest, PeerResponse, decode, encode};
+use crate::codec::snapshot::{SnapshotAnswer, SnapshotOffer};
 use crate::ids::NodeId;
 use crate::limits::{FRAME_BYTES_MAX, PEER_CONNECTIONS_MAX, PEER_REQUESTS_MAX, REQUEST_FRAME_BYTES_MAX};
 use crate::refusal::Refusal;
@@ -46,9 +47,16 @@ pub trait PeerHandler {
     /// A member is alive.
     fn heartbeat(&self, heartbeat: NodeHeartbeat);
 
-    /// A question; its answer goes back on the connection it came on. The future runs to its end even
-    /// if the caller hangs up, unless the listener is stopped.
-    fn request(&self, request: PeerRequest) -> LocalBoxFuture<'static, PeerResponse>;
+    /// A question of whoever said `hello`; its answer goes back on the connection it came on. The
+    /// future runs to its end even if the caller hangs up, unless the listener is stopped.
+    fn request(&self, hello: &PeerHello, request: PeerRequest) -> LocalBoxFuture<'static, PeerResponse>;
+
+    /// A snapshot is offered: where its bytes go, or the answer that ends it.
+    fn snapshot(
+        &self,
+        from: NodeId,
+        offer: SnapshotOffer,
+    ) -> LocalBoxFuture<'static, Result<Box<dyn SnapshotSink>, SnapshotAnswer>>;
 
     /// Where clients find this node, for those who dial the wrong port.
     fn client_address(&self) -> String;
@@ -185,23 +193,21 @@ async fn connection(
     match timeout(limit, accept_preamble(&mut stream)).await {
         Err(_) => return Err(TransportError::Timeout("the first bytes")),
         Ok(Err(TransportError::Frame(FrameError::Foreign))) => {
+            counter!(names::PEER_FOREIGN).increment(1);
             info!(%from, "answered a client that dialled the peer port");
             return answer_client(stream, handler, timings).await;
         }
         Ok(result) => result?,
     }
-    let judge = |hello: &PeerHello| match hello.lane {
-        Lane::Snapshot => Err("this version keeps no snapshot lane".to_owned()),
-        _ => handler.hello(hello),
-    };
-    let (hello, reader) = timeout(limit, accept_hello(&mut stream, judge))
+    let (hello, reader) = timeout(limit, accept_hello(&mut stream, |hello| handler.hello(hello)))
         .await
         .map_err(|_| TransportError::Timeout("the handshake"))??;
     let lane = hello.lane.name();
     debug!(%from, node = %hello.from_node, lane, "a peer connected");
     match hello.lane {
-        Lane::Request => answer(stream, reader, handler, timings).await,
-        _ => receive(stream, reader, &hello, handler, timings).await,
+        Lane::Request => answer(stream, reader, &hello, handler, timings).await,
+        Lane::Snapshot => receiver::receive(stream, reader, &hello, handler, timings).await,
+        Lane::Control | Lane::Append => receive(stream, reader, &hello, handler, timings).await,
     }
 }
 
@@ -261,7 +267,7 @@ fn take_frames(
     messages: &mut Vec<GroupMessage>,
 ) -> Result<(), TransportError> {
     while let Some(payload) = reader.take()? {
-        received(hello.lane, &payload);
+        received(hello.lane, HEADER_BYTES + payload.len());
         match decode(payload)? {
             PeerFrame::Raft(more) if messages.is_empty() => *messages = more,
             PeerFrame::Raft(more) => messages.extend(more),
@@ -275,9 +281,9 @@ fn take_frames(
                 }
                 handler.heartbeat(heartbeat);
             }
-            PeerFrame::Request(..) | PeerFrame::Response(..) => {
+            PeerFrame::Request(..) | PeerFrame::Response(..) | PeerFrame::Snapshot(..) => {
                 return Err(TransportError::Protocol(format!(
-                    "a request or response on lane {}",
+                    "a request, response or snapshot on lane {}",
                     hello.lane.name()
                 )));
             }
@@ -286,16 +292,17 @@ fn take_frames(
     Ok(())
 }
 
-fn received(lane: Lane, payload: &Bytes) {
-    let bytes = (HEADER_BYTES + payload.len()) as u64;
+/// Counts a frame of so many bytes.
+pub(super) fn received(lane: Lane, bytes: usize) {
     counter!(names::PEER_RECEIVED_FRAMES, "lane" => lane.name()).increment(1);
-    counter!(names::PEER_RECEIVED_BYTES, "lane" => lane.name()).increment(bytes);
+    counter!(names::PEER_RECEIVED_BYTES, "lane" => lane.name()).increment(bytes as u64);
 }
 
 /// The lane of requests.
 async fn answer(
     mut stream: TcpStream,
     mut reader: FrameReader,
+    hello: &PeerHello,
     handler: &dyn PeerHandler,
     timings: &Timings,
 ) -> Result<(), TransportError> {
@@ -308,11 +315,11 @@ async fn answer(
             let Some(payload) = reader.take()? else {
                 break;
             };
-            received(Lane::Request, &payload);
+            received(Lane::Request, HEADER_BYTES + payload.len());
             let PeerFrame::Request(id, request) = decode(payload)? else {
                 return Err(TransportError::Protocol("not a request on lane request".into()));
             };
-            let response = handler.request(request);
+            let response = handler.request(hello, request);
             pending.push(async move { (id, response.await) });
         }
         if !open && pending.is_empty() {

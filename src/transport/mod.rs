@@ -13,7 +13,8 @@
 //! - [`network`]: what a node sends: one [`network::PeerNetwork`] for all its groups and threads.
 //! - [`outbox`], [`link`]: a bounded queue and a connection per peer and lane, beneath it.
 //! - [`listener`]: what a node receives. - [`call`]: one request to a node, one answer.
-//! - [`coalesce`], [`rpc_stream`]: a TCP stream as client RPC wants it.
+//! - [`snapshot`]: one snapshot file to one node.
+//! - [`coalesce`], [`backlog`], [`rpc_stream`]: a TCP stream as client RPC wants it.
 //! - [`foreign`]: what a client hears on the peer port, and a node on the client port.
 //!
 //! Promises: messages of one group and lane arrive in the order they were sent, each at most once, and
@@ -23,6 +24,7 @@
 //!
 //! Not here (yet): encryption, and proof of who is calling. The peer port belongs on a private network.
 
+pub mod backlog;
 pub mod call;
 pub mod coalesce;
 pub mod foreign;
@@ -33,6 +35,7 @@ pub mod listener;
 pub mod network;
 pub mod outbox;
 pub mod rpc_stream;
+pub mod snapshot;
 
 use std::io;
 use std::time::Duration;

@@ -256,6 +256,11 @@ impl PeerNetwork {
         }
     }
 
+    /// The HOST:PORT at which a peer listens; `None`: no such peer.
+    pub fn address(&self, node: NodeId) -> Option<String> {
+        self.shared.peers.load().get(&node).map(|peer| peer.address.load().to_string())
+    }
+
     /// How the links are, by node.
     pub fn status(&self) -> Vec<PeerStatus> {
         let peers = self.shared.peers.load();

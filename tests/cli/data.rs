@@ -136,6 +136,12 @@ fn many_keys_at_once() {
     let some = home.run(&["mget", "--json", "db", "key1", "nobody"]).exits(1).json();
     assert_eq!(some["items"][0]["value"], "value1");
     assert_eq!(some["items"][1]["found"], false);
+    let set = home.run(&["mset", "--json", "db", "x", "1", "y", "2"]).ok().json();
+    assert_eq!(
+        crate::harness::keys(&set["items"][0]),
+        ["key", "encoding", "version", "written"],
+        "as `set`'s"
+    );
     home.run(&["mset", "db", "a", "1", "b"]).exits(2);
     home.run(&["mset", "db", "a", "1", "a", "2"]).exits(2);
     home.run(&["get", "db", "a"]).exits(1);
@@ -226,9 +232,11 @@ fn export_and_import_carry_everything() {
     let bad = home.file("bad.jsonl");
     home.run(&["export", "nodb", "--output", bad.to_str().unwrap()]).exits(1);
     assert!(!bad.exists() && !home.file("bad.jsonl.part").exists());
-    home.run_with(&["import", "nodb"], b"{\"key\":\"k\",\"value\":\"v\"}\n")
-        .exits(1)
-        .says(&["no database `nodb`"]);
+    // Told once, not for each line.
+    let told = home.run_with(&["import", "nodb"], lines.as_bytes()).exits(1).says(&["no database `nodb`"]);
+    assert_eq!((told.errors().lines().count(), told.text()), (1, String::new()), "{}", told.errors());
+    let told = home.run_with(&["import", "nodb", "--json"], lines.as_bytes()).exits(1).json_error();
+    assert_eq!(told["code"], "unknown_database");
     home.run(&["stop"]).ok();
 }
 
@@ -284,6 +292,32 @@ fn keys_have_limits() {
 }
 
 #[test]
+fn a_change_that_is_made_and_cannot_be_told_is_not_called_undone() {
+    let home = Home::with_cluster("db", 1, 1);
+    let full = || fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    for command in [
+        &["set", "db", "k", "v"][..],
+        &["cas", "db", "k", "--expect", "v", "w"],
+        &["delete", "db", "k"],
+        &["mset", "db", "k", "x"],
+        &["db", "create", "two", "1", "1"],
+        &["db", "drop", "two", "--yes"],
+    ] {
+        let mut untold = home.command(&[&["--json"], command].concat());
+        let output = untold.stdout(full()).output().unwrap();
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(4), "{command:?}: {text}");
+        assert!(text.contains("it was done") && text.contains(r#""outcome":"unknown""#), "{text}");
+    }
+    assert_eq!(home.run(&["get", "db", "k"]).ok().text(), "x");
+    assert_eq!(home.run(&["db", "list", "--json"]).ok().json()["databases"].as_array().unwrap().len(), 1);
+    // A read has no effect.
+    let output = home.command(&["get", "db", "k"]).stdout(full()).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    home.run(&["stop"]).ok();
+}
+
+#[test]
 fn an_unknown_database_comes_with_the_way_out() {
     let home = Home::with_cluster("db", 1, 1);
     for command in [
@@ -302,12 +336,15 @@ fn an_unknown_database_comes_with_the_way_out() {
         assert!(ended.took.as_secs() < 5, "{command:?}: no waiting for what won't come: {:?}", ended.took);
         let error = home.run(&[command, &["--json"]].concat());
         // In mset and mget what follows the keys is a key.
-        if !command[0].starts_with('m') {
-            let error = error.exits(1).json_error();
-            assert_eq!(error["code"], "unknown_database", "{command:?}");
-            assert_eq!((&error["retryable"], &error["outcome"]), (&json!(false), &json!("not_applied")));
-        }
+        let error =
+            if command[0].starts_with('m') { home.run(&[&["--json"], command].concat()) } else { error };
+        let error = error.exits(1).json_error();
+        assert_eq!(error["code"], "unknown_database", "{command:?}");
+        assert_eq!((&error["retryable"], &error["outcome"]), (&json!(false), &json!("not_applied")));
     }
+    // A benchmark says so too, instead of counting errors for its ten seconds.
+    let ended = home.run(&["bench", "nodb"]).exits(1).says(&["no database `nodb`"]);
+    assert!(ended.took.as_secs() < 5, "{:?}", ended.took);
     // Names that no database has.
     home.run(&["get", "no such name", "k"]).exits(1);
     home.run(&["stop"]).ok();

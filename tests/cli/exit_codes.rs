@@ -144,7 +144,7 @@ impl Proxied {
 }
 
 #[test]
-fn a_cas_whose_answer_is_lost_ends_with_4() {
+fn a_cas_without_any_answer_ends_with_4() {
     let cluster = Proxied::start();
     cluster.run(&["set", "db", "lock", "free"]).ok();
     for (close, key) in [(true, "closed"), (false, "silent")] {
@@ -164,7 +164,7 @@ fn a_cas_whose_answer_is_lost_ends_with_4() {
         let error = ended.exits(4).json_error();
         assert_eq!(error["code"], "outcome_unknown", "{key}");
         assert_eq!(error["outcome"], "unknown", "{key}");
-        // Sent again, it might be applied twice.
+        // The same command again would be another one, in a session of its own.
         assert_eq!(error["retryable"], false, "{key}");
         // It was applied, exactly once, and a read tells.
         let got = cluster.run(&["get", "db", key]).ok();
@@ -172,30 +172,41 @@ fn a_cas_whose_answer_is_lost_ends_with_4() {
     }
     // As text.
     cluster.proxy.cut_at("third-holder", true);
-    let ended = cluster.run(&["cas", "db", "lock", "--expect", "free", "third-holder"]);
+    let ended = cluster.run(&["cas", "db", "lock", "--expect", "free", "third-holder", "--timeout", "2s"]);
     cluster.proxy.heal();
     ended.exits(4).says(&["error: ", "read the key"]);
     assert_eq!(cluster.run(&["get", "db", "lock"]).ok().text(), "third-holder");
 }
 
 #[test]
-fn a_set_or_delete_whose_answer_is_lost_is_sent_again() {
+fn a_write_whose_answer_is_lost_is_sent_again_and_done_once() {
     let cluster = Proxied::start();
     // The marker goes by once, the line is cut, and the second attempt gets through.
-    cluster.proxy.cut_at("once-only", true);
-    let healer = cluster.proxy.clone();
-    let heal = std::thread::spawn(move || {
-        let begun = Instant::now();
-        while !healer.state.seen.load(Ordering::SeqCst) {
-            assert!(begun.elapsed() < Duration::from_secs(30), "no request went by");
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        std::thread::sleep(Duration::from_millis(350));
-        healer.heal();
-    });
-    cluster.run(&["set", "db", "k", "once-only"]).ok();
-    heal.join().unwrap();
+    let with_a_lost_answer = |marker: &str, command: &[&str]| {
+        cluster.proxy.cut_at(marker, true);
+        let healer = cluster.proxy.clone();
+        let heal = std::thread::spawn(move || {
+            let begun = Instant::now();
+            while !healer.state.seen.load(Ordering::SeqCst) {
+                assert!(begun.elapsed() < Duration::from_secs(30), "no request went by");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            std::thread::sleep(Duration::from_millis(350));
+            healer.heal();
+        });
+        let ended = cluster.run(&[command, &["--json"]].concat()).ok();
+        heal.join().unwrap();
+        ended.json()
+    };
+    // Versions are counted in the shard: none is left out, so nothing was done twice.
+    let set = with_a_lost_answer("once-only", &["set", "db", "k", "once-only"]);
+    assert_eq!(set["version"], 1);
     assert_eq!(cluster.run(&["get", "db", "k"]).ok().text(), "once-only");
+    let cas = with_a_lost_answer("and-once", &["cas", "db", "k", "--expect", "once-only", "and-once"]);
+    assert_eq!((&cas["written"], &cas["version"]), (&json!(true), &json!(2)));
+    cluster.run(&["set", "db", "doomed", "v"]).ok();
+    let deleted = with_a_lost_answer("doomed", &["delete", "db", "doomed"]);
+    assert_eq!((&deleted["found"], &deleted["version"]), (&json!(true), &json!(4)));
 
     // Cut for as long as it tries: nobody can know.
     cluster.proxy.cut_at("never-told", false);
@@ -226,6 +237,10 @@ fn nobody_there_ends_with_3_within_the_timeout() {
         let error = home.run(&[command, &["--json"]].concat()).exits(3).json_error();
         assert_eq!((&error["outcome"], &error["retryable"]), (&json!("not_applied"), &json!(true)));
     }
+    // At an address where nobody listens: the default deadline is the same for all.
+    let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let ended = home.run(&["setup", "db", "1", "1", "--cluster", &nobody]).exits(3).says(&[&nobody]);
+    assert!(ended.took < Duration::from_secs(20), "{:?}", ended.took);
     // One that is there and doesn't answer: its processes stand still.
     let home = Home::with_cluster("db", 3, 2);
     home.run(&["set", "db", "k", "old"]).ok();

@@ -158,7 +158,10 @@ fn further_databases_go_to_the_running_cluster() {
     home.run(&["get", "one", "k"]).exits(1);
     assert_eq!(home.pid(), pid, "one process serves both");
     // More replicas than the cluster has nodes.
-    home.run(&["setup", "three", "5", "1"]).exits(2).says(&["5 replicas"]);
+    home.run(&["setup", "three", "5", "1"]).exits(2).says(&["5 replicas", "has 3 nodes"]);
+    home.run(&["setup", "one", "5", "2"])
+        .exits(1)
+        .says(&["3 replicas and 2 shards", "5 replicas and 2 shards"]);
     // By address: with `--cluster` nothing local is looked at.
     let address = cluster_json(&home)["nodes"][1]["client"].as_str().unwrap().to_owned();
     let other = Home::new();
@@ -268,9 +271,16 @@ fn clean_keeps_its_hands_off_what_runs_and_what_is_foreign() {
     home.run(&["clean"]).exits(2).says(&["--yes"]);
     assert!(home.data().join("cluster.json").exists());
     fs::write(home.data().join("notes.txt"), "mine").unwrap();
-    home.run(&["clean", "--yes"]).ok();
-    let left: Vec<_> = fs::read_dir(home.data()).unwrap().map(|e| e.unwrap().file_name()).collect();
-    assert_eq!(left, ["notes.txt"], "a stranger's file stays, and nothing else");
+    // Another cluster was named: no reason to remove this one.
+    for command in [&["clean", "--yes"][..], &["stop"]] {
+        home.run(&[command, &["--cluster", "127.0.0.1:1"]].concat()).exits(2).says(&["--cluster", "--data"]);
+    }
+    assert!(home.data().join("nodes/n1").exists());
+    fs::create_dir(home.data().join("nodes/mine")).unwrap();
+    fs::write(home.data().join("nodes/mine/chapter.tex"), "years of work").unwrap();
+    home.run(&["clean", "--yes"]).ok().says(&["left", "notes.txt", "nodes/mine"]);
+    assert_eq!(names(&home.data()), ["nodes", "notes.txt"], "what is a stranger's stays, and nothing else");
+    assert_eq!(names(&home.data().join("nodes")), ["mine"]);
 
     // A directory without our identity is never touched.
     let foreign = home.file("thesis");

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::harness::{Home, keys};
+use crate::harness::{Home, PORTS, keys};
 
 fn with_keys<'a>(object: &'a Value, expected: &[&str]) -> &'a Value {
     let have = keys(object);
@@ -124,12 +124,47 @@ fn health_asks_each_endpoint() {
     assert_eq!(endpoints.len(), 4);
     let dead = endpoints.iter().find(|endpoint| endpoint["address"] == *nobody).unwrap();
     assert_eq!(dead["healthy"], false);
-    assert!(dead["error"].is_string(), "{dead}");
+    let error = dead["error"].as_str().expect("a reason");
+    assert!(!error.contains(&nobody), "which address it is stands beside it: {error}");
     // And any of the given addresses may be down for the other commands.
     home.run(&["status", "--cluster", &both]).ok();
     home.run(&["set", "db", "k", "v", "--cluster", &both]).ok();
     home.run(&["stop"]).ok();
     home.run(&["health"]).exits(3);
+
+    // Nobody anywhere: each is told, and at once.
+    let table = home.run(&["health", "--cluster", &both]).exits(3);
+    assert!(table.took < Duration::from_secs(5), "{:?}", table.took);
+    assert!(table.text().contains(&nobody) && table.text().contains(address), "{}", table.text());
+    let health = home.run(&["health", "--json", "--cluster", &both]).exits(3).json();
+    assert_eq!(health["endpoints"].as_array().unwrap().len(), 2);
+}
+
+#[test]
+fn health_knows_a_node_that_waits_for_its_cluster() {
+    let home = Home::new();
+    let _ports = PORTS.read().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let free = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let (client, peer, nobody) = (free(), free(), free());
+    let config = home.file("n1.toml");
+    let text = format!(
+        "[node]\nid = \"n1\"\ndata_dir = {:?}\n[client]\nlisten = \"{client}\"\n[peer]\nlisten = \"{peer}\"\n\
+         [cluster]\ninitial = [\"{peer}\", \"{nobody}\"]\n",
+        home.file("n1")
+    );
+    std::fs::write(&config, text).unwrap();
+    let _node = home.spawn(&["serve", "--config", config.to_str().unwrap()]);
+    let begun = Instant::now();
+    loop {
+        let ended = home.run(&["health", "--json", "--cluster", &client]);
+        assert!(begun.elapsed() < Duration::from_secs(30), "{ended:?}");
+        let health = ended.json();
+        if health["endpoints"][0]["state"] == "starting" {
+            assert_eq!((ended.code, &health["endpoints"][0]["healthy"]), (Some(1), &false.into()));
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 #[test]

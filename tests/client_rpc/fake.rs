@@ -2,13 +2,14 @@
 //! All share one store, whose version counts every write.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::io::Write;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use capnp_rpc::rpc_twoparty_capnp::Side;
 use capnp_rpc::{RpcSystem, new_client, twoparty};
-use pontoon::codec::records::write_delta;
+use pontoon::codec::records::{write_database, write_delta};
 use pontoon::codec::refusal::write_refusal;
 use pontoon::ids::{DatabaseId, Epoch, NodeId, RandomId, ReplicaId, ShardId};
 use pontoon::placement::map::{ClusterMap, DatabaseRecord, Member, MemberRole, NodeRecord, ShardRecord};
@@ -31,6 +32,8 @@ pub enum Act {
     Unknown,
     /// Applies everything, then closes the connection instead of answering.
     ApplyAndDrop,
+    /// Forgets all sessions, as a shard does in time, then serves.
+    Forget,
     /// Takes the call and never answers.
     Hang,
     /// Refuses at the gate.
@@ -38,6 +41,24 @@ pub enum Act {
 }
 
 type Store = BTreeMap<Vec<u8>, (Vec<u8>, u64)>;
+
+/// What became of an operation.
+#[derive(Clone)]
+enum Done {
+    Value(Option<(Vec<u8>, u64)>),
+    Written(u64),
+    Deleted(Option<u64>),
+    Mismatch(Option<(Vec<u8>, u64)>),
+}
+
+/// What a batch said of its session.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Tags {
+    pub session: Vec<u8>,
+    pub open_ttl_ms: u32,
+    pub acked_below: u64,
+    pub sequences: Vec<u64>,
+}
 
 #[derive(Default)]
 struct Shared {
@@ -48,6 +69,10 @@ struct Shared {
     next: HashMap<u64, VecDeque<Act>>,
     /// Operations in each batch, by node.
     calls: HashMap<u64, Vec<usize>>,
+    /// What each of those batches said of its session.
+    tags: Vec<Tags>,
+    /// By shard and session: what its commands came to.
+    sessions: HashMap<(u64, Vec<u8>), HashMap<u64, Done>>,
 }
 
 /// A cluster of scripted nodes with one database, `db`, each of whose shards has a replica on each node.
@@ -60,6 +85,22 @@ pub struct Fakes {
 pub fn dead_address() -> String {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     listener.local_addr().unwrap().to_string()
+}
+
+/// The peer port of a node whose client port is 192.0.2.1:7101, as a client sees it.
+pub fn peer_port() -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let answer = pontoon::transport::foreign::abort_for_client("192.0.2.1:7101").unwrap();
+            // A client that is gone already needs no answer.
+            stream.write_all(&answer).and_then(|()| stream.shutdown(std::net::Shutdown::Write)).ok();
+            std::io::copy(&mut stream, &mut std::io::sink()).ok();
+        }
+    });
+    address
 }
 
 impl Fakes {
@@ -148,6 +189,11 @@ impl Fakes {
         shared.calls.get(&node).cloned().unwrap_or_default()
     }
 
+    /// What the batches to all nodes said of their sessions.
+    pub fn tags(&self) -> Vec<Tags> {
+        self.shared.lock().unwrap().tags.clone()
+    }
+
     pub fn change_map(&self, change: impl FnOnce(&mut ClusterMap)) {
         change(&mut self.shared.lock().unwrap().map);
     }
@@ -209,7 +255,7 @@ impl gate::Server for Fake {
         }
         let mut answer = results.get();
         let mut welcome = answer.reborrow().init_welcome();
-        welcome.set_protocol(1);
+        welcome.set_protocol(pontoon::version::PROTOCOL_MAX);
         welcome.set_node(self.node);
         welcome.set_cluster_id(&shared.map.cluster_id.0);
         answer.set_kv(new_client((*self).clone()));
@@ -218,7 +264,22 @@ impl gate::Server for Fake {
     }
 }
 
-impl admin::Server for Fake {}
+impl admin::Server for Fake {
+    async fn drop_database(
+        self: Rc<Self>,
+        params: admin::DropDatabaseParams,
+        mut results: admin::DropDatabaseResults,
+    ) -> Result<(), capnp::Error> {
+        if let Act::Hang = self.act() {
+            std::future::pending::<()>().await;
+        }
+        let name = params.get()?.get_name()?.to_string()?;
+        let shared = self.shared.lock().unwrap();
+        let database = shared.map.database(&name).expect("a database");
+        write_database(database, results.get().init_result().init_database());
+        Ok(())
+    }
+}
 
 impl kv::Server for Fake {
     async fn map(
@@ -245,6 +306,12 @@ impl kv::Server for Fake {
             let mut shared = self.shared.lock().unwrap();
             let calls = shared.calls.entry(self.node).or_default();
             calls.push(operations.len() as usize);
+            shared.tags.push(Tags {
+                session: request.get_session()?.to_vec(),
+                open_ttl_ms: request.get_open_ttl_ms(),
+                acked_below: request.get_acked_below(),
+                sequences: operations.iter().map(|o| o.get_sequence()).collect(),
+            });
             let record = &shared.map.shards[&shard];
             let keys = operations.iter().map(|o| o.get_key().unwrap());
             for key in keys {
@@ -254,6 +321,10 @@ impl kv::Server for Fake {
         };
         let refusal = match act {
             Act::Serve | Act::WrongVersion | Act::ApplyAndDrop => None,
+            Act::Forget => {
+                self.shared.lock().unwrap().sessions.clear();
+                None
+            }
             Act::Slow(time) => {
                 tokio::time::sleep(time).await;
                 None
@@ -340,55 +411,63 @@ impl Fake {
                 list
             }
         };
+        let tag = &Tags {
+            session: request.get_session()?.to_vec(),
+            open_ttl_ms: request.get_open_ttl_ms(),
+            acked_below: request.get_acked_below(),
+            sequences: Vec::new(),
+        };
         for (at, operation) in operations.iter().enumerate() {
-            let result = list.reborrow().get(at as u32);
-            apply(&mut shared, operation, (!unknown).then_some(result))?;
+            let done = once(&mut shared, (shard.0, tag), operation)?;
+            if !unknown {
+                write(done, list.reborrow().get(at as u32));
+            }
         }
         Ok(matches!(act, Act::ApplyAndDrop))
     }
 }
 
-/// Applies an operation; writes its result if there is a place for it.
-fn apply(
+/// Applies an operation unless its session tells that it was applied before.
+fn once(
     shared: &mut Shared,
+    (shard, tags): (u64, &Tags),
     operation: operation::Reader<'_>,
-    to: Option<op_result::Builder<'_>>,
-) -> Result<(), capnp::Error> {
+) -> Result<Result<Done, Refusal>, capnp::Error> {
+    let sequence = operation.get_sequence();
+    if sequence == 0 {
+        return apply(shared, operation).map(Ok);
+    }
+    let key = (shard, tags.session.clone());
+    if tags.open_ttl_ms > 0 {
+        shared.sessions.entry(key.clone()).or_default();
+    }
+    let Some(results) = shared.sessions.get_mut(&key) else {
+        return Ok(Err(Refusal::SessionExpired));
+    };
+    results.retain(|sequence, _| *sequence >= tags.acked_below);
+    if let Some(done) = results.get(&sequence) {
+        return Ok(Ok(done.clone()));
+    }
+    let done = apply(shared, operation)?;
+    shared.sessions.entry(key).or_default().insert(sequence, done.clone());
+    Ok(Ok(done))
+}
+
+fn apply(shared: &mut Shared, operation: operation::Reader<'_>) -> Result<Done, capnp::Error> {
     let key = operation.get_key()?.to_vec();
     let there = shared.store.get(&key).cloned();
     let mut write = |value: &[u8]| {
         shared.version += 1;
         shared.store.insert(key.clone(), (value.to_vec(), shared.version));
-        shared.version
+        Done::Written(shared.version)
     };
-    match operation.which()? {
-        operation::Get(()) => {
-            if let Some(mut to) = to {
-                match there {
-                    Some((value, version)) => {
-                        let mut found = to.init_value();
-                        found.set_value(&value);
-                        found.set_version(version);
-                    }
-                    None => to.set_absent(()),
-                }
-            }
-        }
-        operation::Put(value) => {
-            let version = write(value?);
-            if let Some(mut to) = to {
-                to.set_written(version);
-            }
-        }
+    Ok(match operation.which()? {
+        operation::Get(()) => Done::Value(there),
+        operation::Put(value) => write(value?),
         operation::Delete(()) => {
             let existed = shared.store.remove(&key).is_some();
             shared.version += u64::from(existed);
-            if let Some(mut to) = to {
-                match existed {
-                    true => to.set_deleted(shared.version),
-                    false => to.set_absent(()),
-                }
-            }
+            Done::Deleted(existed.then_some(shared.version))
         }
         operation::Cas(cas) => {
             let holds = match cas.get_expect()?.which()? {
@@ -396,23 +475,32 @@ fn apply(
                 expect::Value(value) => there.as_ref().is_some_and(|(v, _)| v == value.unwrap()),
                 expect::Version(version) => there.as_ref().is_some_and(|(_, v)| *v == version),
             };
-            let version = match holds {
-                true => Some(write(cas.get_value()?)),
-                false => None,
-            };
-            let Some(mut to) = to else { return Ok(()) };
-            match (version, there) {
-                (Some(version), _) => to.set_written(version),
-                (None, there) => {
-                    let mut mismatch = to.init_mismatch();
-                    mismatch.set_found(there.is_some());
-                    if let Some((value, version)) = there {
-                        mismatch.set_value(&value);
-                        mismatch.set_version(version);
-                    }
-                }
+            match holds {
+                true => write(cas.get_value()?),
+                false => Done::Mismatch(there),
             }
         }
+    })
+}
+
+fn write(done: Result<Done, Refusal>, mut to: op_result::Builder<'_>) {
+    match done {
+        Ok(Done::Value(Some((value, version)))) => {
+            let mut found = to.init_value();
+            found.set_value(&value);
+            found.set_version(version);
+        }
+        Ok(Done::Value(None) | Done::Deleted(None)) => to.set_absent(()),
+        Ok(Done::Written(version)) => to.set_written(version),
+        Ok(Done::Deleted(Some(version))) => to.set_deleted(version),
+        Ok(Done::Mismatch(there)) => {
+            let mut mismatch = to.init_mismatch();
+            mismatch.set_found(there.is_some());
+            if let Some((value, version)) = there {
+                mismatch.set_value(&value);
+                mismatch.set_version(version);
+            }
+        }
+        Err(refusal) => write_refusal(&refusal, to.init_error()),
     }
-    Ok(())
 }

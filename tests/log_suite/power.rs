@@ -31,6 +31,10 @@ struct Expected {
     truncated: Position,
     last: Index,
     removed: bool,
+    /// Grows with each installed snapshot.
+    generation: u32,
+    /// The last of these: the log never begins before it.
+    installed: Position,
 }
 
 type Model = BTreeMap<u64, Expected>;
@@ -42,6 +46,8 @@ fn expected() -> Expected {
         truncated: GROUP_START,
         last: GROUP_START.index,
         removed: false,
+        generation: record(1).generation,
+        installed: GROUP_START,
     }
 }
 
@@ -73,6 +79,22 @@ fn step(log: &DiskLog<LossyFs>, model: &Model, rng: &mut Rng) -> (Result<(), Sto
             }
         }
         (4, Some(_)) => log.purge().map(|_| ()),
+        (5, Some(replica)) => {
+            let e = after.get_mut(replica).unwrap();
+            let floor = e.hard_state.commit.max(e.truncated.index);
+            // Beyond the log for the most part; else its entry there is of another term.
+            let index = floor + 1 + rng.below(e.last - floor + 4);
+            let position = Position { index, term: e.hard_state.term + 1 };
+            let leader_term = position.term + rng.below(2);
+            e.generation += 1;
+            e.installed = position;
+            e.truncated = position;
+            e.entries.clear();
+            e.last = index;
+            e.hard_state = hard_state(leader_term, 0, index);
+            let install = install(e.generation, index, position.term, leader_term);
+            log.install(ReplicaId(*replica), &install)
+        }
         _ => {
             let mut writes = Vec::new();
             for replica in &living {
@@ -120,11 +142,14 @@ fn compare(log: &DiskLog<LossyFs>, model: &Model) -> Result<(), String> {
     for record in catalogue {
         let replica = record.replica;
         let e = model.get(&replica.0).ok_or("unknown replica")?;
-        if (record.phase == ReplicaPhase::Tombstone) != e.removed {
+        if (record.phase != ReplicaPhase::Active) != e.removed {
             return Err(format!("replica {replica} is {:?}", record.phase));
         }
         if e.removed {
             continue;
+        }
+        if record.generation != e.generation {
+            return Err(format!("replica {replica} has generation {}", record.generation));
         }
         let state = log.load(replica).map_err(|e| e.to_string())?;
         let low = state.truncated.index;
@@ -133,6 +158,8 @@ fn compare(log: &DiskLog<LossyFs>, model: &Model) -> Result<(), String> {
         if state.hard_state != e.hard_state
             || state.last != e.last
             || low > e.truncated.index
+            || low < e.installed.index
+            || (low == e.installed.index && state.truncated != e.installed)
             || found != wanted
         {
             return Err(format!("replica {replica}: {state:?} and {} entries, not {e:?}", found.len()));
@@ -319,6 +346,26 @@ fn a_directory_that_is_not_this_nodes_is_refused() {
     let other = pontoon::ids::RandomId([8; 16]);
     let foreign = DiskLog::open(&path, options(), other).map(|_| ());
     assert!(matches!(foreign, Err(StorageError::Identity(_))), "{foreign:?}");
+}
+
+#[test]
+fn a_log_that_should_be_there_is_never_made_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("log");
+    let refused = || {
+        let found = DiskLog::open_existing(&path, options(), STORE).map(|_| ());
+        assert!(matches!(found, Err(StorageError::Identity(_))), "{found:?}");
+    };
+    std::fs::create_dir(&path).unwrap();
+    refused();
+    assert_eq!(std::fs::read_dir(&path).unwrap().count(), 0, "nothing is put there");
+    // A file without content, as after a power loss or a careless copy.
+    std::fs::write(path.join("0000000000000001.raftlog"), b"").unwrap();
+    for _ in 0..3 {
+        refused();
+    }
+    drop(DiskLog::open(&path, options(), STORE).unwrap());
+    DiskLog::open_existing(&path, options(), STORE).unwrap();
 }
 
 /// The log engine caches the last block read on a thread without asking whose it is.

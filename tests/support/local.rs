@@ -210,7 +210,7 @@ pub async fn eventually(what: &str, mut done: impl FnMut() -> bool) {
 /// A put, as a node takes it.
 pub fn put(key: &str, value: &str) -> Operation {
     let (key, value) = (key.to_owned().into(), value.to_owned().into());
-    Operation::Command(Command::Kv(KvCommand::Put { key, value }))
+    Operation::Command { command: Command::Kv(KvCommand::Put { key, value }), session: None }
 }
 
 /// A get, as a node takes it.

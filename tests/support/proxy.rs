@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
-use pontoon::codec::hello::PeerHello;
+use pontoon::codec::hello::{Lane, PeerHello};
 use pontoon::transport::frame::{HEADER_BYTES, PREAMBLE_BYTES};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
@@ -21,6 +21,9 @@ pub type End = u64;
 struct Rules {
     cut: HashSet<(End, End)>,
     delay: HashMap<(End, End), Duration>,
+    /// How often connections of a lane were broken, and how many passed since.
+    broken: HashMap<Lane, u64>,
+    passing: HashMap<Lane, u64>,
 }
 
 /// Proxies in front of nodes 1, 2, …, on a thread of their own. Dropped: closed.
@@ -88,6 +91,19 @@ impl Network {
         });
     }
 
+    /// Closes the connections of a lane; new ones pass.
+    pub fn break_lane(&self, lane: Lane) {
+        self.change(|rules| {
+            *rules.broken.entry(lane).or_default() += 1;
+            rules.passing.remove(&lane);
+        });
+    }
+
+    /// Bytes that have passed on a lane since it was last broken.
+    pub fn passed(&self, lane: Lane) -> u64 {
+        self.rules.lock().expect("no panic holds it").passing.get(&lane).copied().unwrap_or(0)
+    }
+
     /// Everything passes again, what was held back first.
     pub fn heal(&self) {
         self.change(|rules| *rules = Rules::default());
@@ -117,15 +133,16 @@ async fn carry(mut dialler: TcpStream, to: End, target: SocketAddr, rules: Arc<M
         return;
     }
     let hello = Bytes::copy_from_slice(&start[PREAMBLE_BYTES + HEADER_BYTES..]);
-    let from = PeerHello::decode(hello).expect("a hello").from_node.0;
+    let hello = PeerHello::decode(hello).expect("a hello");
+    let (from, lane) = (hello.from_node.0, hello.lane);
     let Ok(acceptor) = TcpStream::connect(target).await else {
         return;
     };
     let _ = acceptor.set_nodelay(true);
     let (dialler_in, dialler_out) = dialler.into_split();
     let (acceptor_in, acceptor_out) = acceptor.into_split();
-    let there = pass(start, dialler_in, acceptor_out, (from, to), rules.clone());
-    let back = pass(Vec::new(), acceptor_in, dialler_out, (to, from), rules);
+    let there = pass(start, dialler_in, acceptor_out, (from, to), lane, rules.clone());
+    let back = pass(Vec::new(), acceptor_in, dialler_out, (to, from), lane, rules);
     // The end of one direction ends the connection: peers don't half-close for long.
     tokio::select! {
         () = there => {}
@@ -138,8 +155,11 @@ async fn pass(
     mut input: OwnedReadHalf,
     mut output: OwnedWriteHalf,
     way: (End, End),
+    lane: Lane,
     rules: Arc<Mutex<Rules>>,
 ) {
+    let broken = || rules.lock().expect("no panic holds it").broken.get(&lane).copied();
+    let unbroken = broken();
     loop {
         let delay = rules.lock().expect("no panic holds it").delay.get(&way).copied();
         if let Some(delay) = delay {
@@ -148,6 +168,10 @@ async fn pass(
         while rules.lock().expect("no panic holds it").cut.contains(&way) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+        if broken() != unbroken {
+            return;
+        }
+        *rules.lock().expect("no panic holds it").passing.entry(lane).or_default() += bytes.len() as u64;
         if output.write_all(&bytes).await.is_err() {
             return;
         }

@@ -8,7 +8,7 @@ use super::*;
 use crate::ids::{DatabaseId, Epoch, Index, Position, ShardId};
 use crate::machine::MachineKind;
 use crate::placement::ring::RingRange;
-use crate::storage::log::{LogState, ReplicaPhase, ReplicaRecord};
+use crate::storage::log::{Install, LogState, ReplicaPhase, ReplicaRecord};
 use crate::storage::log_memory::{FailedWrite, MemoryLog};
 
 const LONG: Duration = Duration::from_secs(10);
@@ -37,6 +37,13 @@ impl LogStore for GatedLog {
     }
     fn remove(&self, replicas: &[ReplicaId]) -> Result<(), StorageError> {
         self.inner.remove(replicas)
+    }
+    fn install(&self, replica: ReplicaId, install: &Install) -> Result<(), StorageError> {
+        self.inner.install(replica, install)
+    }
+
+    fn destroyed(&self, replicas: &[ReplicaId]) -> Result<(), StorageError> {
+        self.inner.destroyed(replicas)
     }
     fn load(&self, replica: ReplicaId) -> Result<LogState, StorageError> {
         self.inner.load(replica)
@@ -181,6 +188,29 @@ fn a_batch_is_bounded_in_bytes_but_never_empty() {
     }
     setup.writer.stop();
     assert_eq!(setup.log.load(ReplicaId(1)).unwrap().last, 9);
+}
+
+#[test]
+fn it_tells_how_much_waits() {
+    let setup = setup(true);
+    let permit = setup.permit.as_ref().unwrap();
+    let (sink, heard) = sink();
+    let queued = setup.writer.queued_bytes();
+    setup.writer.submit(vec![task(1, 1, 1, &sink)]);
+    setup.begun.recv_timeout(LONG).unwrap();
+    assert_eq!(queued(), 0, "what is being written doesn't wait");
+    let (one, two) = (sized(2, 1, 1, 1000, &sink), sized(3, 1, 1, 2000, &sink));
+    let sizes = [one.write.size(), two.write.size()];
+    setup.writer.submit(vec![one, two]);
+    assert_eq!(queued(), sizes[0] + sizes[1]);
+    let _fence = setup.writer.fence(ReplicaId(2), 1);
+    assert_eq!(queued(), sizes[1]);
+    permit.send(()).unwrap();
+    permit.send(()).unwrap();
+    heard.recv_timeout(LONG).unwrap();
+    heard.recv_timeout(LONG).unwrap();
+    assert_eq!(queued(), 0);
+    setup.writer.stop();
 }
 
 #[test]

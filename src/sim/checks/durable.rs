@@ -79,7 +79,8 @@ mod tests {
 
     fn put(invoked: u64, returned: u64, version: u64) -> Call {
         let told = Told::Written(version);
-        Call { client: 0, shard: ShardId(1), key: 0, action: Action::Put(version), invoked, returned, told }
+        let action = Action::Put(version);
+        Call { client: 0, shard: ShardId(1), key: 0, action, tag: None, invoked, returned, told }
     }
 
     #[test]

@@ -215,7 +215,7 @@ mod tests {
     use super::*;
 
     fn call(invoked: u64, returned: u64, action: Action, told: Told) -> Call {
-        Call { client: 0, shard: ShardId(1), key: 0, action, invoked, returned, told }
+        Call { client: 0, shard: ShardId(1), key: 0, action, tag: None, invoked, returned, told }
     }
 
     fn put(invoked: u64, returned: u64, value: Value) -> Call {

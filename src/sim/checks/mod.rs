@@ -4,12 +4,14 @@
 //! - [`logs`]: entries with the same index and term are the same, and so are those before them.
 //! - [`state`]: all replicas apply the same entries, and come to the state that a plain map comes to.
 //! - [`durable`]: what was acknowledged is among the committed entries.
+//! - [`once`]: a command takes effect once at most, and exactly once if its client was told so.
 //! - [`linear`]: the history of each key is linearizable.
 
 pub mod durable;
 pub mod leaders;
 pub mod linear;
 pub mod logs;
+pub mod once;
 pub mod state;
 
 /// Something that must never happen has happened.

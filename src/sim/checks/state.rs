@@ -11,57 +11,23 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::Violation;
 use super::logs::fingerprint;
+use super::once::Effects;
 use crate::ids::{GROUP_START, Index, ReplicaId, ShardId, Term};
 use crate::machine::MachineKind;
 use crate::machine::command::{Command, KvCommand, KvReply, Reply, decode_entry};
-use crate::storage::{StateBatch, StateView, StorageError};
-
-/// The plain map.
-#[derive(Default)]
-struct Model {
-    pairs: BTreeMap<Vec<u8>, Bytes>,
-    revision: u64,
-}
-
-impl StateView for Model {
-    fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StorageError> {
-        Ok(self.pairs.get(key).cloned())
-    }
-
-    fn scan(
-        &self,
-        from: Bound<&[u8]>,
-        visit: &mut dyn FnMut(&[u8], &Bytes) -> bool,
-    ) -> Result<(), StorageError> {
-        let mut pairs = self.pairs.range::<[u8], _>((from, Bound::Unbounded));
-        pairs.all(|(key, value)| visit(key, value));
-        Ok(())
-    }
-
-    fn revision(&self) -> u64 {
-        self.revision
-    }
-}
-
-impl StateBatch for Model {
-    fn put(&mut self, key: &[u8], value: Bytes) {
-        self.pairs.insert(key.to_vec(), value);
-    }
-
-    fn delete(&mut self, key: &[u8]) {
-        self.pairs.remove(key);
-    }
-
-    fn next_revision(&mut self) -> u64 {
-        self.revision += 1;
-        self.revision
-    }
-}
+use crate::machine::memory::MemoryState;
+use crate::storage::sessions::SessionTable;
+use crate::storage::{StateView, StorageError};
 
 /// A number that stands for a state.
-pub fn state_hash(state: &dyn StateView) -> Result<u64, StorageError> {
+pub fn state_hash(state: &dyn StateView, sessions: &SessionTable) -> Result<u64, StorageError> {
     let mut hash = Xxh3::new();
     hash.update(&state.revision().to_le_bytes());
+    hash.update(&sessions.log_time().to_le_bytes());
+    for (id, record) in sessions.records() {
+        hash.update(&id.0);
+        hash.update(&record);
+    }
     state.scan(Bound::Unbounded, &mut |key, value| {
         for part in [key, value] {
             hash.update(&(part.len() as u64).to_le_bytes());
@@ -86,9 +52,11 @@ struct Committed {
 #[derive(Default)]
 pub struct Truth {
     entries: Vec<Committed>,
-    model: Model,
+    model: MemoryState,
     /// The change that made each version: the key, and its value unless it was deleted.
     changes: BTreeMap<u64, (Vec<u8>, Option<Bytes>)>,
+    /// Which commands made them.
+    pub effects: Effects,
 }
 
 impl Truth {
@@ -136,10 +104,12 @@ impl Truth {
         if !entry.data.is_empty() {
             let unreadable =
                 |error: &dyn std::fmt::Display| violation(format!("entry {}: {error}", entry.index));
-            for command in decode_entry(&entry.data).map_err(|e| unreadable(&e))? {
-                let reply = MachineKind::Kv.apply(&command, &mut self.model).map_err(|e| unreadable(&e))?;
+            let decoded = decode_entry(&entry.data).map_err(|e| unreadable(&e))?;
+            let replies = MachineKind::Kv.apply_entry(&decoded, &mut self.model);
+            let replies = replies.map_err(|e| unreadable(&e))?;
+            for ((command, tag), reply) in decoded.commands.into_iter().zip(replies) {
                 let Command::Kv(command) = command else { continue };
-                let change = match (command, reply) {
+                let (version, key, value) = match (command, reply) {
                     (
                         KvCommand::Put { key, value } | KvCommand::Cas { key, value, .. },
                         Reply::Kv(KvReply::Written(version)),
@@ -147,10 +117,14 @@ impl Truth {
                     (KvCommand::Delete { key }, Reply::Kv(KvReply::Deleted(version))) => (version, key, None),
                     _ => continue,
                 };
-                self.changes.insert(change.0, (change.1.to_vec(), change.2));
+                if self.changes.contains_key(&version) {
+                    continue; // The answer to a command that came again.
+                }
+                self.effects.add(shard, tag, value.as_ref(), version)?;
+                self.changes.insert(version, (key.to_vec(), value));
             }
         }
-        let state = state_hash(&self.model).map_err(|e| violation(e.to_string()))?;
+        let state = state_hash(&self.model, &self.model.sessions).map_err(|e| violation(e.to_string()))?;
         self.entries.push(Committed { term: entry.term, content, state, known_in });
         Ok(())
     }
@@ -162,8 +136,9 @@ impl Truth {
         replica: ReplicaId,
         applied: Index,
         state: &dyn StateView,
+        sessions: &SessionTable,
     ) -> Result<(), Violation> {
-        let found = state_hash(state).map_err(|e| Violation::new("state", e.to_string()))?;
+        let found = state_hash(state, sessions).map_err(|e| Violation::new("state", e.to_string()))?;
         match self.at(applied) {
             Some(known) if known.state != found => Err(Violation::new(
                 "state",
@@ -214,7 +189,7 @@ mod tests {
 
     fn put(index: Index, term: Term, value: &'static str) -> Entry {
         let put = Command::Kv(KvCommand::Put { key: "k".into(), value: value.into() });
-        Entry { index, term, data: encode_entry(&[put]).into(), ..Entry::default() }
+        Entry { index, term, data: encode_entry(&[(put, None)], 0).into(), ..Entry::default() }
     }
 
     #[test]
@@ -228,13 +203,15 @@ mod tests {
         assert!(truth.apply(shard, replica, 6, &put(8, 7, "x")).is_err());
         assert_eq!(truth.change(1), Some(&(b"k".to_vec(), Some("x".into()))));
 
-        let mut state = Model::default();
-        assert!(truth.compare(shard, replica, 6, &state).is_err());
-        assert!(truth.compare(shard, replica, 5, &state).is_ok());
-        assert!(truth.compare(shard, replica, 7, &state).is_err());
-        let commands = decode_entry(&put(6, 6, "x").data).unwrap();
-        MachineKind::Kv.apply(&commands[0], &mut state).unwrap();
-        assert!(truth.compare(shard, replica, 6, &state).is_ok());
+        let mut state = MemoryState::default();
+        assert!(truth.compare(shard, replica, 6, &state, &state.sessions).is_err());
+        assert!(truth.compare(shard, replica, 5, &state, &state.sessions).is_ok());
+        assert!(truth.compare(shard, replica, 7, &state, &state.sessions).is_err());
+        let entry = decode_entry(&put(6, 6, "x").data).unwrap();
+        MachineKind::Kv.apply_entry(&entry, &mut state).unwrap();
+        assert!(truth.compare(shard, replica, 6, &state, &state.sessions).is_ok());
+        state.sessions.advance(1);
+        assert!(truth.compare(shard, replica, 6, &state, &state.sessions).is_err());
     }
 
     #[test]

@@ -8,7 +8,8 @@
 //!   read one log and get the other's entries. So a thread belongs to the first engine that reads on
 //!   it; another one reads on a thread of its own for the moment. A node's threads read one log only.
 //! - It *looks up and reads entries in two steps*, between which a purge may move them. A read that
-//!   fails is tried again with purges held off.
+//!   fails is tried again: what was moved is found at its new place at once. Only if that fails too,
+//!   again and again, is it tried with purges held off, for which it may have to wait long.
 //! - It *panics during recovery* on a log it can't make sense of. That is damage.
 
 use std::cell::Cell;
@@ -26,6 +27,9 @@ use crate::storage::identity::IdentityError;
 
 /// Name of the engine in errors.
 const ENGINE: &str = "raft log";
+
+/// Further tries of a read that failed, beside a purge that may be running.
+const READS_BESIDE_PURGE: usize = 2;
 
 /// Threads that read the files when the log opens.
 const RECOVERY_THREADS: usize = 2;
@@ -134,7 +138,8 @@ impl<F: FileSystem + 'static> EngineGuard<F> {
             })
             .map_err(|e| e.to_string())?
         };
-        attempt().or_else(|_| {
+        // A purge would have to move the same entries again in between.
+        (0..READS_BESIDE_PURGE).fold(attempt(), |read, _| read.or_else(|_| attempt())).or_else(|_| {
             let _purge = self.purge.lock().unwrap_or_else(PoisonError::into_inner);
             attempt()
         })
@@ -229,6 +234,9 @@ pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
     use super::*;
 
     fn options(spare_files: usize) -> DiskLogOptions {
@@ -250,6 +258,35 @@ mod tests {
                 .count();
             assert_eq!(spare, prepared, "of {allowed} allowed");
         }
+    }
+
+    /// An arbiter may read; a purge takes as long as rewriting hundreds of megabytes does.
+    #[test]
+    fn a_read_that_a_purge_disturbed_does_not_wait_for_its_end() {
+        const LONG: Duration = Duration::from_secs(10);
+        let dir = tempfile::tempdir().unwrap();
+        let file_system = Arc::new(raft_engine::env::DefaultFileSystem);
+        let guard = Arc::new(EngineGuard::open(dir.path(), options(0), file_system).unwrap());
+        // The first so many tries find what they looked up moved away.
+        let read = |moves: u64| {
+            let (tell, told) = mpsc::channel();
+            let guard = guard.clone();
+            std::thread::spawn(move || {
+                let tries = AtomicU64::new(0);
+                tell.send(guard.read(|_| match tries.fetch_add(1, Ordering::Relaxed) {
+                    this if this < moves => Err(Error::Corruption("moved".into())),
+                    _ => Ok(7),
+                }))
+            });
+            told
+        };
+        let purge = guard.purge.lock().unwrap();
+        assert_eq!(read(2).recv_timeout(LONG), Ok(Ok(7)));
+        // What goes on failing is tried with no purge beside it.
+        let late = read(3);
+        assert!(late.recv_timeout(Duration::from_millis(20)).is_err());
+        drop(purge);
+        assert_eq!(late.recv_timeout(LONG), Ok(Ok(7)));
     }
 
     #[test]

@@ -9,13 +9,15 @@
 //! - *Compaction in order.* A `Compact` command and the truncated position that tells of it are one
 //!   batch. It isn't synced, but nothing is purged before it is: else a power loss could bring back
 //!   the old position without the entries that should follow it.
+//! - *Installations whole.* The command that drops a log and the records that begin it anew are one
+//!   batch, in that order; the engine remembers the command until files older than it are gone.
 //! - *Tombstones first.* A removed replica's record is durable before its log is dropped, and a
 //!   removal that a crash cut short is finished at the next open.
 //!
 //! The engine tolerates a torn tail: it drops the last, unfinished batch, which nobody was told of.
 //! It can't tell that from a tail that was acknowledged and lost. So [`LogStore::load`] refuses a
 //! commit index beyond the last entry, the caller compares [`LogState::last`] with the applied index
-//! of the state, and [`DiskLog::is_new`] tells a caller who knows better that the log is missing.
+//! of the state, and [`DiskLog::open_existing`] is for a caller who knows that there was a log.
 //!
 //! Not compressed: entries are written once and, but for a lagging follower, never read; one thread
 //! writes for all groups, and a compressed block would have to be unpacked whole for one entry.
@@ -35,7 +37,8 @@ use raft_engine::env::{DefaultFileSystem, FileSystem};
 use raft_engine::{Command, LogBatch, MessageExt};
 
 use super::StorageError;
-use super::log::{Extent, LogState, LogStore, LogWrite, ReplicaPhase, ReplicaRecord};
+use super::identity::IdentityError;
+use super::log::{Extent, Install, LogState, LogStore, LogWrite, ReplicaPhase, ReplicaRecord};
 use crate::ids::{GROUP_START, Index, Position, ReplicaId, StoreId};
 use guard::EngineGuard;
 pub(crate) use guard::panic_text;
@@ -98,6 +101,20 @@ impl DiskLog<DefaultFileSystem> {
     pub fn open(dir: &Path, options: DiskLogOptions, store_id: StoreId) -> Result<DiskLog, StorageError> {
         DiskLog::open_with_file_system(dir, options, store_id, Arc::new(DefaultFileSystem))
     }
+
+    /// [`DiskLog::open`] for a node that has had a log. If there is none, or an empty one, it is lost: the
+    /// node is refused, now and whenever it is tried again, since nothing is written that a later try
+    /// could take for the log.
+    pub fn open_existing(
+        dir: &Path,
+        options: DiskLogOptions,
+        store_id: StoreId,
+    ) -> Result<DiskLog, StorageError> {
+        if !has_files(dir)? {
+            return Err(lost(dir));
+        }
+        DiskLog::open_as(dir, options, store_id, Arc::new(DefaultFileSystem), false)
+    }
 }
 
 impl<F: FileSystem + 'static> DiskLog<F> {
@@ -107,6 +124,16 @@ impl<F: FileSystem + 'static> DiskLog<F> {
         options: DiskLogOptions,
         store_id: StoreId,
         file_system: Arc<F>,
+    ) -> Result<DiskLog<F>, StorageError> {
+        DiskLog::open_as(dir, options, store_id, file_system, true)
+    }
+
+    fn open_as(
+        dir: &Path,
+        options: DiskLogOptions,
+        store_id: StoreId,
+        file_system: Arc<F>,
+        may_create: bool,
     ) -> Result<DiskLog<F>, StorageError> {
         let io = |action, path: &Path| {
             let path = path.to_path_buf();
@@ -128,13 +155,12 @@ impl<F: FileSystem + 'static> DiskLog<F> {
             order: Mutex::new(WriteOrder { unsynced: false, purging: false }),
             replicas: RwLock::default(),
         };
-        log.check_identity(store_id)?;
+        log.check_identity(store_id, may_create)?;
         log.read_catalogue()?;
         Ok(log)
     }
 
-    /// Whether opening found no log and made an empty one. If the node has had one, it is lost, and
-    /// the node must not start under its identity.
+    /// Whether opening found no log and made an empty one.
     pub fn is_new(&self) -> bool {
         self.is_new
     }
@@ -144,7 +170,7 @@ impl<F: FileSystem + 'static> DiskLog<F> {
         replicas.extents.get(&replica).copied().ok_or_else(|| {
             let reason = match replicas.catalogue.get(&replica).map(|r| r.phase) {
                 Some(ReplicaPhase::Active) => "it was damaged when the node started",
-                Some(ReplicaPhase::Tombstone) => "the replica was removed",
+                Some(ReplicaPhase::Tombstone | ReplicaPhase::Destroyed) => "the replica was removed",
                 None => "the node has no such replica",
             };
             StorageError::Inconsistent { replica, reason: reason.into() }
@@ -282,6 +308,64 @@ impl<F: FileSystem + 'static> LogStore for DiskLog<F> {
         self.engine.write(batch, true)
     }
 
+    fn install(&self, replica: ReplicaId, install: &Install) -> Result<(), StorageError> {
+        let _order = self.order();
+        let extent = self.extent(replica)?;
+        let held = self.read_state(replica)?;
+        let position = install.position;
+        let term_at = (extent.truncated.index < position.index && position.index <= extent.last)
+            .then(|| self.term(replica, position.index))
+            .transpose()?;
+        let (record, hard_state) = {
+            let replicas = self.replicas();
+            let record = replicas.catalogue.get(&replica).ok_or_else(|| StorageError::Inconsistent {
+                replica,
+                reason: "the node has no such replica".into(),
+            })?;
+            install.apply(record, extent, &held.hard_state, term_at)?
+        };
+        let mut batch = LogBatch::with_capacity(4);
+        // First: the engine carries out a batch in order, and this drops the records too.
+        batch.add_command(replica.0, Command::Clean);
+        batch
+            .put_message(replica.0, HARD_STATE_KEY.to_vec(), &hard_state)
+            .map_err(|e| self.engine.error(e))?;
+        self.put(&mut batch, replica.0, TRUNCATED_KEY, record::encode_position(position))?;
+        let key = record::replica_key(replica);
+        self.put(&mut batch, CATALOGUE_GROUP, &key, record::encode_replica(&record)?)?;
+        // The extent changes first, as in a compaction; the record only when it is durable.
+        self.replicas_mut().extents.insert(replica, Extent::empty(position));
+        self.engine.write(batch, true)?;
+        self.replicas_mut().catalogue.insert(replica, record);
+        Ok(())
+    }
+
+    fn destroyed(&self, replicas: &[ReplicaId]) -> Result<(), StorageError> {
+        let _order = self.order();
+        let is_tombstone = |replica: &&ReplicaId| {
+            let phase = self.replicas().catalogue.get(replica).map(|r| r.phase);
+            phase == Some(ReplicaPhase::Tombstone)
+        };
+        let destroyed: Vec<ReplicaId> = replicas.iter().filter(is_tombstone).copied().collect();
+        let mut batch = LogBatch::with_capacity(destroyed.len());
+        for replica in &destroyed {
+            let key = record::destroyed_key(*replica);
+            self.put(&mut batch, CATALOGUE_GROUP, &key, vec![record::FORMAT])?;
+        }
+        if batch.is_empty() {
+            return Ok(());
+        }
+        // Not worth a sync: forgotten, it costs a look at the next start.
+        self.engine.write(batch, false)?;
+        let catalogue = &mut self.replicas_mut().catalogue;
+        for replica in &destroyed {
+            if let Some(record) = catalogue.get_mut(replica) {
+                record.phase = ReplicaPhase::Destroyed;
+            }
+        }
+        Ok(())
+    }
+
     fn load(&self, replica: ReplicaId) -> Result<LogState, StorageError> {
         let phase = self.replicas().catalogue.get(&replica).map(|r| r.phase);
         if phase != Some(ReplicaPhase::Active) {
@@ -382,6 +466,24 @@ impl<F: FileSystem + 'static> LogStore for DiskLog<F> {
         // engine's own estimate.
         sizes.unwrap_or_else(|_| self.engine.get().get_used_size() as u64)
     }
+}
+
+/// Whether a directory holds any file of a log.
+fn has_files(dir: &Path) -> Result<bool, StorageError> {
+    let failed = |source| StorageError::Io { action: "listing", path: dir.to_owned(), source };
+    for entry in std::fs::read_dir(dir).map_err(failed)? {
+        if Path::new(&entry.map_err(failed)?.file_name()).extension().is_some_and(|e| e == "raftlog") {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// The error of a node whose log is gone.
+fn lost(dir: &Path) -> StorageError {
+    let detail = "the raft log is missing, though this node is a member: votes and entries that it promised to \
+                  keep are gone";
+    IdentityError::Damaged { path: dir.display().to_string(), detail: detail.into() }.into()
 }
 
 fn damaged_log(replica: ReplicaId, detail: impl ToString) -> StorageError {

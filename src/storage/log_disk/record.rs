@@ -5,6 +5,7 @@
 //! |---|---|---|
 //! | [`CATALOGUE_GROUP`] | `i` | format version (1 byte), store id (16 bytes) |
 //! | [`CATALOGUE_GROUP`] | `r` + replica id (8 bytes, big-endian) | version (1 byte), `ReplicaRecord` of store.capnp |
+//! | [`CATALOGUE_GROUP`] | `d` + replica id (8 bytes, big-endian) | version (1 byte): the state of this tombstone is gone |
 //! | [`CATALOGUE_GROUP`] | `p` | empty; written to sync what precedes it |
 //! | replica id | `h` | hard state as raft's protobuf message |
 //! | replica id | `t` | version (1 byte), index and term of the last entry compacted away (8 bytes each, little-endian) |
@@ -28,6 +29,10 @@ pub const IDENTITY_KEY: &[u8] = b"i";
 pub const REPLICA_PREFIX: &[u8] = b"r";
 /// The first key after all replica records.
 pub const REPLICA_END: &[u8] = b"s";
+/// First byte of the keys that mark replicas as destroyed.
+pub const DESTROYED_PREFIX: &[u8] = b"d";
+/// The first key after all of those.
+pub const DESTROYED_END: &[u8] = b"e";
 /// Key of the marker that is written to sync what precedes it.
 pub const MARKER_KEY: &[u8] = b"p";
 /// Key of a replica's hard state.
@@ -44,6 +49,17 @@ pub type RecordError = String;
 /// The key of a replica's record.
 pub fn replica_key(replica: ReplicaId) -> Vec<u8> {
     [REPLICA_PREFIX, &replica.0.to_be_bytes()].concat()
+}
+
+/// The key that marks a replica as destroyed.
+pub fn destroyed_key(replica: ReplicaId) -> Vec<u8> {
+    [DESTROYED_PREFIX, &replica.0.to_be_bytes()].concat()
+}
+
+/// The replica that a key marks as destroyed.
+pub fn destroyed_replica(key: &[u8]) -> Option<ReplicaId> {
+    let id = key.strip_prefix(DESTROYED_PREFIX)?.try_into().ok()?;
+    Some(ReplicaId(u64::from_be_bytes(id)))
 }
 
 /// The value under [`IDENTITY_KEY`].
@@ -84,7 +100,8 @@ pub fn encode_replica(record: &ReplicaRecord) -> Result<Vec<u8>, StorageError> {
     });
     to.set_phase(match record.phase {
         ReplicaPhase::Active => store_capnp::ReplicaPhase::Active,
-        ReplicaPhase::Tombstone => store_capnp::ReplicaPhase::Tombstone,
+        // That it is destroyed is a mark of its own.
+        ReplicaPhase::Tombstone | ReplicaPhase::Destroyed => store_capnp::ReplicaPhase::Tombstone,
     });
     to.set_start(record.range.start);
     to.set_end(record.range.end);
@@ -193,6 +210,8 @@ mod tests {
             let value = encode_replica(&record).unwrap();
             assert_eq!(decode_replica(&value), Ok(record));
         }
+        assert_eq!(destroyed_replica(&destroyed_key(ReplicaId(12))), Some(ReplicaId(12)));
+        assert_eq!(destroyed_replica(&replica_key(ReplicaId(12))), None);
         let position = Position { index: 77, term: 8 };
         assert_eq!(decode_position(&encode_position(position)), Ok(position));
         let id = crate::ids::RandomId([9; 16]);

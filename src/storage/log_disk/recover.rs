@@ -12,8 +12,8 @@ use crate::storage::identity::IdentityError;
 use crate::storage::log::{Extent, LogState, ReplicaPhase, term_starts};
 
 impl<F: FileSystem + 'static> DiskLog<F> {
-    /// Compares the store id with the caller's, or writes it if the log is empty.
-    pub(super) fn check_identity(&mut self, store_id: StoreId) -> Result<(), StorageError> {
+    /// Compares the store id with the caller's, or writes it if the log is empty and may be.
+    pub(super) fn check_identity(&mut self, store_id: StoreId, may_create: bool) -> Result<(), StorageError> {
         let engine = self.engine.get();
         match engine.get(CATALOGUE_GROUP, IDENTITY_KEY) {
             Some(value) => {
@@ -27,6 +27,7 @@ impl<F: FileSystem + 'static> DiskLog<F> {
                     .into());
                 }
             }
+            None if engine.is_empty() && !may_create => return Err(super::lost(&self.dir)),
             None if engine.is_empty() => {
                 let mut batch = LogBatch::default();
                 let value = record::encode_identity(store_id);
@@ -70,6 +71,22 @@ impl<F: FileSystem + 'static> DiskLog<F> {
         if let Some(bad) = bad {
             return Err(self.damaged(bad));
         }
+        engine
+            .scan_raw_messages(
+                CATALOGUE_GROUP,
+                Some(record::DESTROYED_PREFIX),
+                Some(record::DESTROYED_END),
+                false,
+                |key, _| {
+                    // Without its tombstone, a mark says nothing.
+                    let record = record::destroyed_replica(key).and_then(|r| replicas.catalogue.get_mut(&r));
+                    if let Some(record) = record.filter(|record| record.phase == ReplicaPhase::Tombstone) {
+                        record.phase = ReplicaPhase::Destroyed;
+                    }
+                    true
+                },
+            )
+            .map_err(|e| self.damaged(e.to_string()))?;
         let mut batch = LogBatch::default();
         for group in engine.raft_groups() {
             let record = replicas.catalogue.get(&ReplicaId(group));
@@ -85,7 +102,9 @@ impl<F: FileSystem + 'static> DiskLog<F> {
                         replicas.extents.insert(ReplicaId(group), extent);
                     }
                 }
-                Some(ReplicaPhase::Tombstone) => batch.add_command(group, Command::Clean),
+                Some(ReplicaPhase::Tombstone | ReplicaPhase::Destroyed) => {
+                    batch.add_command(group, Command::Clean);
+                }
                 None if group == CATALOGUE_GROUP => {}
                 None => {
                     return Err(self.damaged(format!(
@@ -150,7 +169,8 @@ impl<F: FileSystem + 'static> DiskLog<F> {
         Ok(LogState { hard_state, truncated, last, terms })
     }
 
-    fn term(&self, replica: ReplicaId, index: Index) -> Result<Term, StorageError> {
+    /// The term of an entry that the log must have.
+    pub(super) fn term(&self, replica: ReplicaId, index: Index) -> Result<Term, StorageError> {
         self.engine
             .read(|engine| engine.get_entry::<RaftEntries>(replica.0, index))
             .map_err(|e| damaged_log(replica, e))?

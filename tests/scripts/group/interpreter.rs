@@ -5,16 +5,21 @@
 //!
 //! | command | does |
 //! |---|---|
-//! | `group [voters=3]` | makes the group; must come first |
+//! | `group [voters=3] [keep=BYTES]` | makes the group, which keeps so much log for a silent follower (unbounded); must come first |
 //! | `campaign N`, `transfer N M` | begins an election; hands leadership over |
 //! | `elect N` | the same as `campaign`, then settles |
 //! | `put N KEY VALUE [pump=no]`, `get N KEY [pump=no]` | asks node N; operations are numbered #1, #2, … |
+//! | `put … session=BYTE seq=N [acked=N] [open=MS]` | the same as a command of a session |
+//! | `sessions N` | time and content of N's session table |
 //! | `pump N` | does what inputs asked for |
 //! | `deliver [to=N] [brief=yes]` | delivers the messages under way, in order, then pumps the receivers |
 //! | `lose` | drops the messages under way |
 //! | `persist N` | all log writes of N are durable |
 //! | `fetch N` | reads the log entries that N asked for |
 //! | `flush N` | makes N's state durable and drops the log entries that nobody needs |
+//! | `compact N` | drops the log entries that nobody needs now |
+//! | `make N` | N makes the snapshot that it was asked for, of its durable state |
+//! | `bring N [lost=yes]` | that is installed where it is needed, or lost, and N is told |
 //! | `tick N COUNT [brief=yes]` | time passes at N; for `all`, at everybody. Brief: as `settle` prints |
 //! | `pause N`, `resume N` | applying stops for want of memory |
 //! | `cut N`, `heal` | N can't be reached nor reach others |
@@ -24,21 +29,24 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt::Write as _;
+use std::ops::Bound;
 use std::sync::Arc;
 
 use pontoon::codec::GroupMessage;
+use pontoon::group::catch_up::Retention;
 use pontoon::group::driver::{Group, GroupOptions};
-use pontoon::group::types::{Effects, Fetch, NumberedWrite, Operation, Output};
-use pontoon::ids::{DatabaseId, Epoch, GROUP_START, NodeId, ReplicaId, ShardId};
+use pontoon::group::types::{Effects, Fetch, NumberedWrite, Operation, Output, SnapshotWanted};
+use pontoon::ids::{DatabaseId, Epoch, GROUP_START, NodeId, Position, RandomId, ReplicaId, ShardId};
 use pontoon::machine::MachineKind;
 use pontoon::machine::command::{Answer, Command, KvCommand, KvReply, Query, Reply, Versioned};
+use pontoon::machine::session::SessionTag;
 use pontoon::placement::map::{Member, MemberRole};
 use pontoon::placement::ring::RingRange;
 use pontoon::refusal::Refusal;
 use pontoon::storage::engine::Engine;
 use pontoon::storage::engine_memory::{CrashLoss, MemoryEngine};
 use pontoon::storage::keys;
-use pontoon::storage::log::{LogStore, ReplicaPhase, ReplicaRecord};
+use pontoon::storage::log::{Install, LogStore, ReplicaPhase, ReplicaRecord};
 use pontoon::storage::log_memory::MemoryLog;
 use pontoon::storage::state::{ReplicaState, StateHeader};
 use raft::eraftpb::{ConfState, Entry, Message, MessageType};
@@ -47,12 +55,18 @@ use crate::script::{self, Interpreter, quoted};
 
 const SHARD: ShardId = ShardId(1);
 const GENERATION: u32 = 1;
+/// What is kept of the log where a script doesn't say.
+const KEEP_ALL: u64 = u64::MAX;
 /// Rounds after which a group that doesn't come to rest is a mistake.
 const SETTLE_ROUNDS_MAX: usize = 100;
+
+/// What a snapshot holds, under keys that name no replica.
+type Records = Vec<(Vec<u8>, bytes::Bytes)>;
 
 /// The group of one script.
 #[derive(Default)]
 pub struct Groups {
+    keep: u64,
     nodes: BTreeMap<u64, Node>,
     /// Messages under way, in the order they were sent.
     wire: VecDeque<(u64, u64, GroupMessage)>,
@@ -70,11 +84,18 @@ struct Node {
     group: Option<Group<u64>>,
     writes: VecDeque<NumberedWrite>,
     fetch: Option<Fetch>,
+    /// A snapshot that it was asked for, and once it is made, its position and records.
+    snapshot: Option<(SnapshotWanted, Option<(Position, Records)>)>,
+    /// Of its state's keys.
+    generation: u32,
+    /// Up to where its state is durable.
+    flushed: Position,
 }
 
 impl Interpreter for Groups {
     fn execute(&mut self, line: &script::Command) -> Result<String, String> {
         if line.name == "group" {
+            self.keep = line.named_number("keep", KEEP_ALL)?;
             return self.create(line.named_number("voters", 3)?);
         }
         match line.name.as_str() {
@@ -97,7 +118,8 @@ impl Interpreter for Groups {
             }
             "put" => {
                 let (key, value) = (line.word(1)?.to_vec().into(), line.word(2)?.to_vec().into());
-                self.submit(line, Operation::Command(Command::Kv(KvCommand::Put { key, value })))
+                let (command, session) = (Command::Kv(KvCommand::Put { key, value }), tag(line)?);
+                self.submit(line, Operation::Command { command, session })
             }
             "get" => {
                 let key = line.word(1)?.to_vec().into();
@@ -118,6 +140,15 @@ impl Interpreter for Groups {
             "persist" => self.persist(line.number(0)?),
             "fetch" => self.fetch(line.number(0)?),
             "flush" => self.flush(line.number(0)?),
+            "compact" => {
+                let node = line.number(0)?;
+                Ok(format!("{node}: {}", self.compact(node)?.trim_start_matches(", ")))
+            }
+            "make" => self.make(line.number(0)?),
+            "bring" => {
+                let lost = line.named("lost").is_some();
+                self.bring(line.number(0)?, lost)
+            }
             "tick" => {
                 let count: u64 = line.number(1)?;
                 let nodes: Vec<u64> = match line.text(0)?.as_str() {
@@ -161,6 +192,17 @@ impl Interpreter for Groups {
             }
             "settle" => self.settle(),
             "status" => self.status(),
+            "sessions" => {
+                let table = self.group(line.number(0)?)?.state().session_table().clone();
+                let mut output = format!("time {}", table.log_time());
+                for id in table.records().keys() {
+                    let session = table.get(*id).ok_or("a session without content")?;
+                    let (acked_below, results) = (session.acked_below(), session.results());
+                    write!(output, "\n{:02x} acknowledged below {acked_below}, {results} results", id.0[0])
+                        .map_err(|e| e.to_string())?;
+                }
+                Ok(output)
+            }
             other => Err(format!("unknown command `{other}`")),
         }
     }
@@ -197,7 +239,16 @@ impl Groups {
             };
             log.create(&[record]).map_err(|e| e.to_string())?;
             let engine = Arc::new(MemoryEngine::new());
-            let node = Node { log, engine, group: None, writes: VecDeque::new(), fetch: None };
+            let node = Node {
+                log,
+                engine,
+                group: None,
+                writes: VecDeque::new(),
+                fetch: None,
+                snapshot: None,
+                generation: GENERATION,
+                flushed: GROUP_START,
+            };
             self.nodes.insert(id, node);
         }
         for id in 1..=voters {
@@ -210,6 +261,7 @@ impl Groups {
         self.incarnations += 1;
         let incarnation = self.incarnations;
         let members = Groups::members(self.nodes.len() as u64);
+        let retention = Retention::new(self.keep);
         let node = self.node(id)?;
         if node.group.is_some() {
             return Err(format!("node {id} is running"));
@@ -218,6 +270,7 @@ impl Groups {
         let initial = StateHeader {
             applied: GROUP_START,
             revision: 0,
+            log_time: 0,
             epoch: Epoch { range: 1, conf: 1 },
             conf_state: ConfState {
                 voters: members.iter().map(|m| m.replica.0).collect(),
@@ -226,14 +279,16 @@ impl Groups {
             members,
         };
         let log = node.log.load(replica).map_err(|e| e.to_string())?;
-        let state = ReplicaState::open(node.engine.clone(), replica, GENERATION, initial)
+        let state = ReplicaState::open(node.engine.clone(), replica, node.generation, initial)
             .map_err(|e| e.to_string())?;
         let options = GroupOptions {
+            retention,
             shard: SHARD,
             machine: MachineKind::Kv,
             replica,
             incarnation,
             logger: slog::Logger::root(slog::Discard, slog::o!()),
+            cached: Arc::default(),
         };
         let (last, applied) = (log.last, state.header().applied.index);
         let (term, commit) = (log.hard_state.term, log.hard_state.commit);
@@ -250,6 +305,7 @@ impl Groups {
         let node = self.node(id)?;
         node.group = None;
         node.fetch = None;
+        node.snapshot = None;
         node.engine.crash(CrashLoss::Everything);
         let lost = std::mem::take(&mut node.writes).len();
         Ok(format!("{id}: {lost} writes lost"))
@@ -305,20 +361,74 @@ impl Groups {
         };
         let applied = frozen.header.applied;
         let node = self.node(id)?;
-        let header = (keys::header_key(ReplicaId(id), GENERATION), Some(frozen.header.encode().into()));
-        let user = |key: &Vec<u8>| keys::user_key(ReplicaId(id), GENERATION, key);
-        let mut batch = vec![header];
-        batch.extend(frozen.table.entries.iter().map(|(key, value)| (user(key), value.clone())));
-        node.engine.write(&batch).and_then(|()| node.engine.sync()).map_err(|e| e.to_string())?;
-        let log = node.log.clone();
-        let group = self.group(id)?;
-        group.release(applied.index);
-        let mut output = format!("{id}: state durable to {}", applied.index);
-        if let Some(to) = group.compact(applied) {
-            log.compact(ReplicaId(id), to).map_err(|e| e.to_string())?;
-            write!(output, ", log begins after {}", to.index).map_err(|e| e.to_string())?;
+        let flushed = node.engine.write(&frozen.mutations()).and_then(|()| node.engine.sync());
+        flushed.map_err(|e| e.to_string())?;
+        node.flushed = applied;
+        self.group(id)?.release(applied.index);
+        Ok(format!("{id}: state durable to {}{}", applied.index, self.compact(id)?))
+    }
+
+    fn compact(&mut self, id: u64) -> Result<String, String> {
+        let flushed = self.node(id)?.flushed;
+        let Some(to) = self.group(id)?.compact(flushed) else { return Ok(String::new()) };
+        self.node(id)?.log.compact(ReplicaId(id), to).map_err(|e| e.to_string())?;
+        Ok(format!(", log begins after {}", to.index))
+    }
+
+    fn make(&mut self, id: u64) -> Result<String, String> {
+        let node = self.node(id)?;
+        let at = node.flushed;
+        let Some((wanted, made)) = &mut node.snapshot else {
+            return Err(format!("node {id} was asked for no snapshot"));
+        };
+        let mut records = Records::new();
+        let (from, end) = keys::generation_range(ReplicaId(id), node.generation);
+        let scanned = node.engine.scan(Bound::Included(&from), &end, &mut |key, value| {
+            records.extend(keys::local_key(key).map(|local| (local.to_vec(), value)));
+            true
+        });
+        scanned.map_err(|e| e.to_string())?;
+        *made = Some((at, records));
+        let to = wanted.to;
+        if self.group(id)?.snapshot_made(to, at) {
+            return Ok(format!("{id}: snapshot for {to} at {} of term {}", at.index, at.term));
         }
-        Ok(output)
+        self.node(id)?.snapshot = None;
+        Ok(format!("{id}: the snapshot for {to} isn't wanted any more"))
+    }
+
+    /// Installs a snapshot as a node would: a new generation of state, one step of the log, and the
+    /// replica is opened anew.
+    fn bring(&mut self, id: u64, lost: bool) -> Result<String, String> {
+        let node = self.node(id)?;
+        let Some((wanted, Some((position, records)))) = node.snapshot.take() else {
+            return Err(format!("node {id} has made no snapshot"));
+        };
+        let to = wanted.to;
+        let mut output = String::new();
+        if !lost {
+            let target = self.node(to.0)?;
+            let generation = target.generation + 1;
+            let batch: Vec<_> = (records.into_iter())
+                .map(|(local, value)| (keys::from_local(to, generation, &local), Some(value)))
+                .collect();
+            target.engine.write(&batch).and_then(|()| target.engine.sync()).map_err(|e| e.to_string())?;
+            let (epoch, members) = (Epoch { range: 1, conf: 1 }, Groups::members(3));
+            let install = Install { generation, position, leader_term: wanted.term, epoch, members };
+            let lost = std::mem::take(&mut target.writes).len();
+            if lost > 0 {
+                return Err(format!("node {to} still has writes under way"));
+            }
+            target.group = None;
+            match target.log.install(to, &install) {
+                Ok(()) => (target.generation, target.flushed) = (generation, position),
+                Err(error) => output += &format!("{to}: {error}\n"),
+            }
+            output += &self.open(to.0)?;
+            output += &self.pump(to.0)?;
+        }
+        self.group(id)?.snapshot_done(to, !lost);
+        Ok(output + &self.pump(id)?)
     }
 
     fn settle(&mut self) -> Result<String, String> {
@@ -358,7 +468,7 @@ impl Groups {
     }
 
     fn carry_out(&mut self, id: u64, effects: Effects<u64>) -> Result<String, String> {
-        let Effects { messages, write, done, reads, fetch, leader, more: _ } = effects;
+        let Effects { messages, write, done, reads, fetch, snapshot, leader, more: _ } = effects;
         let mut lines = Vec::new();
         if let Some(change) = leader {
             let who = match change.leader {
@@ -404,6 +514,10 @@ impl Groups {
             }
             self.node(id)?.fetch = Some(fetch);
         }
+        if let Some(wanted) = snapshot {
+            lines.push(format!("{id}: wants a snapshot for {}", wanted.to));
+            self.node(id)?.snapshot = Some((wanted, None));
+        }
         Ok(lines.into_iter().map(|line| line + "\n").collect())
     }
 
@@ -428,6 +542,19 @@ impl Groups {
         }
         Ok(output)
     }
+}
+
+/// The tag of a write that names a session.
+fn tag(line: &script::Command) -> Result<Option<SessionTag>, String> {
+    if line.named("session").is_none() {
+        return Ok(None);
+    }
+    Ok(Some(SessionTag {
+        session: RandomId([line.named_number("session", 0)?; 16]),
+        sequence: line.named_number("seq", 0)?,
+        acked_below: line.named_number("acked", 0)?,
+        open: line.named("open").map(|_| line.named_number("open", 0)).transpose()?,
+    }))
 }
 
 fn describe(message: &Message) -> String {

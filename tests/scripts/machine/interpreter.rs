@@ -6,7 +6,8 @@
 //! | `put KEY VALUE`, `delete KEY` | writes |
 //! | `cas KEY VALUE [value=V] [version=N]` | writes under a condition; neither: the key must be absent |
 //! | `get KEY`, `scan [prefix=] [after=] [limit=] [keys=only]` | reads |
-//! | `entry COMMAND…` | the quoted writes in one log entry: prints its bytes, then applies it from those |
+//! | `entry COMMAND… [stamp=MS]` | the quoted writes in one log entry: prints its bytes, then applies it from those. A write may have a tag: `session=BYTE seq=N [acked=N] [open=MS]` |
+//! | `sessions` | time and content of the session table |
 //! | `decode HEX` | reads an entry |
 //! | `state`, `metadata-state` | every stored key, with revision and length |
 //! | `form [nodes=N] [cluster=BYTE]` | forms a cluster of nodes 1 to N, all of them voters |
@@ -23,6 +24,7 @@ use pontoon::machine::command::{
     decode_entry, encode_entry,
 };
 use pontoon::machine::memory::MemoryState;
+use pontoon::machine::session::SessionTag;
 use pontoon::machine::{MachineKind, meta, value};
 use pontoon::placement::map::{Member, MemberRole, NodeRecord, ShardRecord};
 use pontoon::placement::plan::{PlannedShard, plan_database};
@@ -50,21 +52,29 @@ impl Interpreter for Machines {
             }),
             "entry" => {
                 let lines = line.words_from(0).into_iter();
-                let commands: Result<Vec<_>, String> =
-                    lines.map(|text| Ok(Command::Kv(write(&script::Command::parse_bytes(text)?)?))).collect();
-                let data = Bytes::from(encode_entry(&commands?));
-                let mut output = hex(&data);
-                for command in decode_entry(&data).map_err(|e| e.to_string())? {
-                    output += &format!("\n{}", self.apply(&command)?);
-                }
-                Ok(output)
+                let commands: Result<Vec<_>, String> = lines
+                    .map(|text| {
+                        let line = script::Command::parse_bytes(text)?;
+                        Ok((Command::Kv(write(&line)?), tag(&line)?))
+                    })
+                    .collect();
+                let data = Bytes::from(encode_entry(&commands?, line.named_number("stamp", 0)?));
+                let entry = decode_entry(&data).map_err(|e| e.to_string())?;
+                let replies = MachineKind::Kv.apply_entry(&entry, &mut self.kv).map_err(|e| e.to_string())?;
+                let lines = replies.into_iter().map(|reply| format!("\n{}", said(reply)));
+                Ok(hex(&data) + &lines.collect::<String>())
             }
             "decode" => {
                 let data = unhex(&line.text(0)?)?;
-                let commands = decode_entry(&data).map_err(|e| e.to_string())?;
-                let lines: Vec<_> = commands.iter().map(|c| format!("{c:?}")).collect();
-                Ok(lines.join("\n"))
+                let entry = decode_entry(&data).map_err(|e| e.to_string())?;
+                let stamp = entry.stamp.map(|stamp| format!("stamp {stamp}"));
+                let commands = entry.commands.iter().map(|(command, tag)| match tag {
+                    None => format!("{command:?}"),
+                    Some(tag) => format!("{command:?} {tag:?}"),
+                });
+                Ok(stamp.into_iter().chain(commands).collect::<Vec<_>>().join("\n"))
             }
+            "sessions" => Ok(sessions(&self.kv)),
             "state" => Ok(state(&self.kv)),
             "metadata-state" => Ok(state(&self.metadata)),
             "form" => {
@@ -108,24 +118,7 @@ impl Machines {
             Command::Kv(_) => MachineKind::Kv.apply(command, &mut self.kv),
             Command::Meta(_) => MachineKind::Metadata.apply(command, &mut self.metadata),
         };
-        Ok(match reply.map_err(|e| e.to_string())? {
-            Reply::Kv(KvReply::Written(version)) => format!("written {version}"),
-            Reply::Kv(KvReply::Deleted(version)) => format!("deleted {version}"),
-            Reply::Kv(KvReply::Absent) => "absent".into(),
-            Reply::Kv(KvReply::Mismatch(found)) => format!("mismatch: {}", versioned(&found)),
-            Reply::Meta(MetaReply::Formed(version)) => format!("formed, map version {version}"),
-            Reply::Meta(MetaReply::Node(id)) => format!("node {id}"),
-            Reply::Meta(MetaReply::Database { record, created }) => format!(
-                "database {} `{}`, {} replicas, shards {}{}{}",
-                record.id,
-                record.name,
-                record.replicas,
-                list(&record.shards),
-                if record.dropped { ", dropped" } else { "" },
-                if created { ", created" } else { "" },
-            ),
-            Reply::Meta(MetaReply::Refused(refusal)) => format!("refused: {refusal}"),
-        })
+        reply.map(said).map_err(|e| e.to_string())
     }
 
     fn create(&mut self, name: String, replicas: u32, shards: Vec<PlannedShard>) -> Result<String, String> {
@@ -284,4 +277,47 @@ fn unhex(text: &str) -> Result<Bytes, String> {
         .step_by(2)
         .map(|at| digits(at).ok_or_else(|| format!("`{text}` is not hexadecimal")))
         .collect()
+}
+
+fn said(reply: Reply) -> String {
+    match reply {
+        Reply::Kv(KvReply::Written(version)) => format!("written {version}"),
+        Reply::Kv(KvReply::Deleted(version)) => format!("deleted {version}"),
+        Reply::Kv(KvReply::Absent) => "absent".into(),
+        Reply::Kv(KvReply::Mismatch(found)) => format!("mismatch: {}", versioned(&found)),
+        Reply::Meta(MetaReply::Formed(version)) => format!("formed, map version {version}"),
+        Reply::Meta(MetaReply::Node(id)) => format!("node {id}"),
+        Reply::Meta(MetaReply::Database { record, created }) => format!(
+            "database {} `{}`, {} replicas, shards {}{}{}",
+            record.id,
+            record.name,
+            record.replicas,
+            list(&record.shards),
+            if record.dropped { ", dropped" } else { "" },
+            if created { ", created" } else { "" },
+        ),
+        Reply::Meta(MetaReply::Refused(refusal)) => format!("refused: {refusal}"),
+        Reply::Session(reply) => format!("{reply:?}"),
+    }
+}
+
+/// The tag of a write that names a session.
+fn tag(line: &script::Command) -> Result<Option<SessionTag>, String> {
+    if line.named("session").is_none() {
+        return Ok(None);
+    }
+    Ok(Some(SessionTag {
+        session: RandomId([line.named_number("session", 0)?; 16]),
+        sequence: line.named_number("seq", 0)?,
+        acked_below: line.named_number("acked", 0)?,
+        open: line.named("open").map(|_| line.named_number("open", 0)).transpose()?,
+    }))
+}
+
+fn sessions(state: &MemoryState) -> String {
+    let mut output = format!("time {}", state.sessions.log_time());
+    for (id, record) in state.sessions.records() {
+        output += &format!("\n{:02x} {}", id.0[0], hex(&record));
+    }
+    output
 }

@@ -1,0 +1,108 @@
+//! What a group does with committed entries, and with the reads that wait for them.
+
+use raft::eraftpb::{Entry, EntryType};
+
+use super::driver::{Group, GroupError};
+use super::types::{Effects, Output};
+use crate::ids::Position;
+use crate::limits;
+use crate::machine::ApplyError;
+use crate::machine::command::{FormatError, Query, Reply, decode_entry};
+use crate::refusal::Refusal;
+use crate::storage::state::Lookup;
+use crate::telemetry::metrics as names;
+
+impl<T> Group<T> {
+    /// Applies committed entries: those just handed out if nothing waits, else from the log.
+    pub(super) fn apply(&mut self, committed: Vec<Entry>) -> Result<(), GroupError> {
+        let caught_up = self.handed == self.applied();
+        if let Some(last) = committed.last() {
+            assert!(committed[0].index == self.handed + 1, "raft hands out committed entries in order");
+            self.handed = last.index;
+        }
+        if self.apply_paused {
+            // Entries go on arriving for as long as the others are a quorum without this replica. Those
+            // that raft has handed out are read from the log again when applying resumes.
+            self.raft.mut_store().trim_cache(self.handed);
+            return Ok(());
+        }
+        let entries = if caught_up {
+            committed
+        } else {
+            let (low, high) = (self.applied() + 1, self.handed + 1);
+            self.raft.store().read(low, high, limits::APPLY_PASS_BYTES as usize)?
+        };
+        // A read that memory can't answer waits for the state engine, which this thread can't afford to
+        // often in one pass: neighbours would miss their heartbeats. The rest is for the next pass.
+        let reads_before = self.state.engine_reads();
+        let (mut count, mut last) = (0, None);
+        for entry in entries {
+            count += 1;
+            last = Some(entry.index);
+            self.apply_entry(entry)?;
+            if self.state.engine_reads() - reads_before >= limits::APPLY_PASS_READS {
+                break;
+            }
+        }
+        let Some(last) = last else { return Ok(()) };
+        self.raft.advance_apply_to(last);
+        self.raft.mut_store().trim_cache(last);
+        metrics::counter!(names::APPLY_ENTRIES).increment(count);
+        Ok(())
+    }
+
+    fn apply_entry(&mut self, entry: Entry) -> Result<(), GroupError> {
+        let position = Position { index: entry.index, term: entry.term };
+        if entry.get_entry_type() != EntryType::EntryNormal {
+            // Never skipped: the group would go on under a configuration that others have left.
+            return Err(ApplyError::Format(FormatError::Unknown {
+                what: "entry type",
+                value: entry.get_entry_type() as u64,
+            })
+            .into());
+        }
+        let mut replies = Vec::new();
+        // An empty entry is a new leader's first.
+        if !entry.data.is_empty() {
+            let entry = decode_entry(&entry.data).map_err(ApplyError::Format)?;
+            replies = self.machine.apply_entry(&entry, &mut self.state)?;
+        }
+        self.state.set_applied(position);
+        let decided = self.proposals.decide(position);
+        if !decided.applied.is_empty() {
+            assert_eq!(decided.applied.len(), replies.len(), "an entry has one reply per command");
+            self.done.extend(decided.applied.into_iter().zip(replies.into_iter().map(conclude)));
+        }
+        self.done.extend(decided.superseded.into_iter().map(|t| (t, Err(Refusal::Superseded))));
+        Ok(())
+    }
+
+    /// Answers reads whose index is applied: at once if memory knows the key, else by the shell.
+    pub(super) fn serve_reads(&mut self, effects: &mut Effects<T>) -> Result<(), GroupError> {
+        let ready = self.reads.ready(self.applied());
+        if !ready.is_empty() {
+            metrics::counter!(names::READS).increment(ready.len() as u64);
+        }
+        for (token, query) in ready {
+            let in_memory = match &query {
+                Query::Get { key } => self.state.lookup(key) != Lookup::AskEngine,
+                Query::Scan { .. } => false,
+            };
+            if in_memory {
+                let answer = self.machine.query(&query, &self.state)?;
+                self.done.push((token, Ok(Output::Answer(answer))));
+            } else {
+                effects.reads.push((token, query));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What a caller is told of the reply to its command.
+fn conclude(reply: Reply) -> Result<Output, Refusal> {
+    match reply {
+        Reply::Session(reply) => Err(reply.into()),
+        reply => Ok(Output::Reply(reply)),
+    }
+}

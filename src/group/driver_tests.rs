@@ -1,0 +1,191 @@
+//! One follower against messages that a peer may send it, with the log writer in hand.
+
+use std::sync::Arc;
+
+use raft::eraftpb::{ConfState, Entry, Message, MessageType};
+
+use super::*;
+use crate::ids::{DatabaseId, GROUP_START};
+use crate::machine::command::{Command, KvCommand, encode_entry};
+use crate::placement::map::{Member, MemberRole};
+use crate::placement::ring::RingRange;
+use crate::storage::engine_memory::MemoryEngine;
+use crate::storage::log::{ReplicaPhase, ReplicaRecord};
+use crate::storage::log_memory::MemoryLog;
+use crate::storage::state::StateHeader;
+
+const EPOCH: Epoch = Epoch { range: 1, conf: 1 };
+
+/// Replica 3 of three, and its log.
+struct Follower {
+    group: Group<u64>,
+    log: Arc<MemoryLog>,
+    writes: VecDeque<NumberedWrite>,
+}
+
+impl Follower {
+    fn new() -> Follower {
+        let voter = |id| Member { replica: ReplicaId(id), node: NodeId(id), role: MemberRole::Voter };
+        let members: Vec<Member> = (1..=3).map(voter).collect();
+        let log = Arc::new(MemoryLog::new());
+        let replica = ReplicaId(3);
+        let record = ReplicaRecord {
+            replica,
+            shard: ShardId(1),
+            database: DatabaseId(1),
+            machine: MachineKind::Kv,
+            phase: ReplicaPhase::Active,
+            range: RingRange::ALL,
+            epoch: EPOCH,
+            members: members.clone(),
+            generation: 1,
+        };
+        log.create(&[record]).unwrap();
+        let initial = StateHeader {
+            applied: GROUP_START,
+            revision: 0,
+            log_time: 0,
+            epoch: EPOCH,
+            members,
+            conf_state: ConfState { voters: vec![1, 2, 3], ..ConfState::default() },
+        };
+        let state = ReplicaState::open(Arc::new(MemoryEngine::new()), replica, 1, initial).unwrap();
+        let options = GroupOptions {
+            shard: ShardId(1),
+            machine: MachineKind::Kv,
+            replica,
+            incarnation: 1,
+            retention: Retention::new(u64::MAX),
+            logger: slog::Logger::root(slog::Discard, slog::o!()),
+            cached: Arc::default(),
+        };
+        let state_of_log = log.load(replica).unwrap();
+        let group = Group::open(options, log.clone(), state_of_log, state).unwrap();
+        Follower { group, log, writes: VecDeque::new() }
+    }
+
+    fn step(&mut self, message: Message) {
+        let message = GroupMessage { shard: ShardId(1), epoch: EPOCH, safe_index: 0, message };
+        self.group.step(message).unwrap();
+        self.pump();
+    }
+
+    fn pump(&mut self) {
+        loop {
+            let effects = self.group.pump().unwrap();
+            self.writes.extend(effects.write);
+            if !effects.more {
+                return;
+            }
+        }
+    }
+
+    /// The next log write is durable.
+    fn persist(&mut self) {
+        let numbered = self.writes.pop_front().expect("a write");
+        self.log.write(&[numbered.write]).unwrap();
+        self.group.on_persisted(numbered.number);
+        self.pump();
+    }
+
+    fn applied(&self) -> Index {
+        self.group.status().applied
+    }
+}
+
+/// An append of the leader `from`: entries of the terms given, after entry `after`, committed up to `commit`.
+fn append(from: u64, term: Term, after: Position, terms: &[Term], commit: Index, bytes: usize) -> Message {
+    let mut message =
+        Message { from, to: 3, term, index: after.index, log_term: after.term, commit, ..Message::default() };
+    message.set_msg_type(MessageType::MsgAppend);
+    for (index, term) in (after.index + 1..).zip(terms) {
+        let command = KvCommand::Put { key: "k".into(), value: vec![0; bytes].into() };
+        let data = encode_entry(&[(Command::Kv(command), None)], 0).into();
+        message.entries.push(Entry { index, term: *term, data, ..Entry::default() });
+    }
+    message
+}
+
+#[test]
+fn a_request_that_a_follower_would_forward_is_dropped() {
+    let mut follower = Follower::new();
+    follower.step(append(1, 6, GROUP_START, &[6], 6, 1));
+    let mut message = Message { from: 2, to: 3, term: 6, ..Message::default() };
+    message.set_msg_type(MessageType::MsgTransferLeader);
+    // raft-rs panics on it, in a follower that knows its leader.
+    follower.step(message);
+    assert_eq!(follower.group.status().leader, Some(ReplicaId(1)));
+}
+
+#[test]
+fn the_acknowledgement_of_a_replaced_write_counts_for_nothing() {
+    let mut follower = Follower::new();
+    // Three leaders one after the other, while the log writer is busy; the last has the first one's entries.
+    follower.step(append(1, 6, GROUP_START, &[6, 6, 6], 0, 1));
+    follower.step(append(2, 7, GROUP_START, &[7], 0, 1));
+    follower.step(append(1, 8, GROUP_START, &[6, 6, 6], 8, 1));
+    follower.persist();
+    // What is on disk now is about to be overwritten: entry 6 of term 7, and nothing behind it.
+    assert_eq!(follower.applied(), GROUP_START.index);
+    follower.persist();
+    assert_eq!(follower.applied(), GROUP_START.index);
+    follower.persist();
+    assert_eq!(follower.applied(), GROUP_START.index + 3);
+}
+
+#[test]
+fn a_follower_that_does_not_apply_keeps_neither_its_backlog_in_memory_nor_an_election() {
+    let mut follower = Follower::new();
+    follower.group.pause_apply(true);
+    let mut after = GROUP_START;
+    let mib = 1024 * 1024;
+    let count = 4 + limits::CAMPAIGN_BACKLOG_BYTES_MAX as usize / mib;
+    for _ in 0..count {
+        follower.step(append(1, 6, after, &[6], after.index + 1, mib));
+        after = Position { index: after.index + 1, term: 6 };
+        follower.persist();
+    }
+    follower.pump();
+    assert!(follower.group.raft.store().cache_bytes() <= limits::ENTRY_CACHE_BYTES + 2 * mib);
+    for _ in 0..3 * limits::ELECTION_TICKS_MAX {
+        follower.group.tick();
+    }
+    follower.group.campaign().unwrap();
+    follower.pump();
+    assert_eq!((follower.group.status().term, follower.applied()), (6, GROUP_START.index));
+    // With memory again it reads what it needs from the log, and may lead.
+    follower.group.pause_apply(false);
+    follower.pump();
+    assert_eq!(follower.applied(), after.index);
+    follower.group.campaign().unwrap();
+    follower.pump();
+    assert_eq!(follower.group.status().role, StateRole::PreCandidate);
+}
+
+#[test]
+fn a_pass_asks_the_state_engine_a_bounded_number_of_times() {
+    let mut follower = Follower::new();
+    let delete = |at: u64| Command::Kv(KvCommand::Delete { key: at.to_be_bytes().to_vec().into() });
+    let entries: Vec<Entry> = (0..10)
+        .map(|number| {
+            let commands: Vec<_> = (0..100).map(|at| (delete(number * 100 + at), None)).collect();
+            let (index, term) = (GROUP_START.index + 1 + number, 6);
+            Entry { index, term, data: encode_entry(&commands, 0).into(), ..Entry::default() }
+        })
+        .collect();
+    let mut message = append(1, 6, GROUP_START, &[], GROUP_START.index + 10, 0);
+    message.entries = entries.into();
+    follower.step(message);
+    let numbered = follower.writes.pop_front().expect("a write");
+    follower.log.write(&[numbered.write]).unwrap();
+    follower.group.on_persisted(numbered.number);
+    let mut passes = 0;
+    while follower.applied() < GROUP_START.index + 10 {
+        let before = follower.group.state().engine_reads();
+        follower.group.pump().unwrap();
+        // What the bound allows, and the rest of the entry that went beyond it.
+        assert!(follower.group.state().engine_reads() - before < limits::APPLY_PASS_READS + 100);
+        passes += 1;
+    }
+    assert_eq!(passes, 5);
+}

@@ -1,0 +1,124 @@
+//! Messages of raft on their way in and out: what is let in, and what leaves, to which node.
+
+use raft::eraftpb::{Message, MessageType};
+
+use super::driver::Group;
+use super::log::GroupLog;
+use super::types::Effects;
+use crate::codec::GroupMessage;
+use crate::ids::{ReplicaId, Term};
+
+impl<T> Group<T> {
+    /// What raft-rs would panic on, were it true.
+    pub(super) fn check(&self, message: &Message) -> Result<(), &'static str> {
+        let log = &self.raft.raft.raft_log;
+        match message.get_msg_type() {
+            // A leader of the past may well be of another opinion. Raft tells it of the present term.
+            MessageType::MsgHeartbeat | MessageType::MsgAppend if message.term < self.raft.raft.term => {
+                Ok(())
+            }
+            MessageType::MsgHeartbeat if message.commit > log.last_index() => {
+                Err("a leader counts on entries that this log has lost")
+            }
+            MessageType::MsgAppend => {
+                let committed = message.entries.iter().take_while(|e| e.index <= log.committed);
+                for entry in committed {
+                    // Raft's own view: the store may still hold what an unstable entry has replaced.
+                    // Compacted entries (term 0 or an error) can't be compared; raft-rs answers those.
+                    if log.term(entry.index).is_ok_and(|term| term != 0 && term != entry.term) {
+                        return Err("a leader's entries contradict what is committed here");
+                    }
+                }
+                Ok(())
+            }
+            MessageType::MsgSnapshot => Err("snapshots travel on a lane of their own"),
+            // A follower would send these on to its leader; raft-rs panics on one that has a term.
+            MessageType::MsgReadIndex
+            | MessageType::MsgReadIndexResp
+            | MessageType::MsgPropose
+            | MessageType::MsgTransferLeader => Err("requests are not forwarded between replicas"),
+            _ => Ok(()),
+        }
+    }
+
+    /// Sends a follower what comes after that which it has acknowledged, and nothing before.
+    ///
+    /// A rejection that an acknowledgement has overtaken makes raft-rs 0.7.0 go back further than that. If
+    /// the log is compacted there, the follower would be sent a snapshot that it doesn't need.
+    pub(super) fn mend_progress(&mut self, follower: u64) {
+        if let Some(progress) = self.raft.raft.mut_prs().get_mut(follower) {
+            progress.next_idx = progress.next_idx.max(progress.matched + 1);
+        }
+    }
+
+    pub(super) fn route_messages(&mut self, effects: &mut Effects<T>) {
+        if self.messages.is_empty() {
+            return;
+        }
+        let safe_index = self.safe_index();
+        let epoch = self.epoch();
+        let members = &self.state.header().members;
+        let leads_term = self.leads().then_some(self.raft.raft.term);
+        for mut message in self.messages.drain(..) {
+            let to = ReplicaId(message.to);
+            // What it would ask for is done already, or by a leader of the past.
+            if message.get_msg_type() == MessageType::MsgSnapshot {
+                continue;
+            }
+            if !mend_append(&mut message, leads_term, self.raft.store()) {
+                continue;
+            }
+            match members.iter().find(|m| m.replica == to) {
+                Some(member) => {
+                    let message = GroupMessage { shard: self.shard, epoch, safe_index, message };
+                    effects.messages.push((member.node, message));
+                }
+                None => {
+                    tracing::debug!(shard = %self.shard, to = %to, "no node for a raft message")
+                }
+            }
+        }
+    }
+}
+
+/// Makes an append say which entry its entries follow; false if that can't be told any more.
+///
+/// raft-rs 0.7.0 batches entries into an append that waits for the same follower. If that one is
+/// empty it doesn't look whether they follow on it, and after a rejection, or an acknowledgement
+/// that came out of order, they don't: the follower would panic, or the message be refused on its way
+/// and sent again only after a while.
+///
+/// Only the leader of the message's term still has the log that the entries are from.
+fn mend_append(message: &mut Message, leads_term: Option<Term>, log: &GroupLog) -> bool {
+    if message.get_msg_type() != MessageType::MsgAppend {
+        return true;
+    }
+    let Some(before) = message.entries.first().map(|first| first.index - 1) else { return true };
+    if before != message.index {
+        let Some(term) = log.term_at(before).filter(|_| leads_term == Some(message.term)) else {
+            return false;
+        };
+        message.index = before;
+        message.log_term = term;
+    }
+    true
+}
+
+/// Whether a follower's message needn't wait for the writes under way: it answers a heartbeat, read
+/// rounds included, of a term that is on disk here.
+///
+/// The leader concludes two things from it. This replica is alive. And, for a read: at a moment after
+/// the round began this replica was in the leader's term, so it had not voted in a later one. Votes and
+/// terms leave only when they are durable, so no crash makes it have voted otherwise before that
+/// moment; and if a quorum says so, no later leader was elected before the round began, nor has one
+/// acknowledged a write that the read would miss. That is about the past: no write under way changes it.
+/// Of the log the answer says nothing: the commit index it carries counts for no quorum, and what this
+/// replica holds is told by its acknowledgements of appends, which do wait. They may be overtaken; raft
+/// expects as much of any network.
+///
+/// A term that isn't on disk is left to wait, since this replica could forget that it ever was in it.
+///
+/// Without this each linearizable read would pay for a follower's sync, whoever wrote.
+pub(super) fn promises_no_write(message: &Message, durable_term: Term) -> bool {
+    message.get_msg_type() == MessageType::MsgHeartbeatResponse && message.term <= durable_term
+}

@@ -1,0 +1,45 @@
+//! Test hooks of the supervisor. A plain build has none of this.
+
+use std::collections::HashMap;
+
+use actix::prelude::*;
+
+use super::supervisor::Supervisor;
+use crate::ids::ReplicaId;
+
+/// What is to go wrong.
+#[derive(Default)]
+pub(super) struct Hooks {
+    /// Attempts to open a replica that are still to fail.
+    failing: HashMap<ReplicaId, u32>,
+}
+
+impl Hooks {
+    /// Asked at each attempt to open a replica.
+    pub fn open(&mut self, replica: ReplicaId) -> Result<(), String> {
+        match self.failing.get_mut(&replica) {
+            Some(left) if *left > 0 => {
+                *left -= 1;
+                Err("injected failure to open".into())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Replica → supervisor: the next attempts to open it fail.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub(super) struct FailOpens {
+    /// Which.
+    pub replica: ReplicaId,
+    /// How many.
+    pub times: u32,
+}
+
+impl Handler<FailOpens> for Supervisor {
+    type Result = ();
+    fn handle(&mut self, fail: FailOpens, _: &mut Context<Self>) {
+        self.hooks.failing.insert(fail.replica, fail.times);
+    }
+}

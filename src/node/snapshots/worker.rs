@@ -1,0 +1,395 @@
+//! The snapshot thread: makes snapshot files from the state of replicas, loads received ones, and
+//! removes generations of state that nobody uses any more.
+//!
+//! It works in short steps and gives each kind of work its turn: a file that is loaded doesn't wait
+//! until one is made, and what is only to be removed waits for both. Of each kind there is one task at
+//! a time, first come, first served.
+//!
+//! *Which generations are safe to remove.* Those that are not the one of the replica's record, as the
+//! caller tells, while nothing of that replica is being loaded: a load begins by removing them
+//! itself, and calls off what was asked for before; the caller asks anew when the load has led to
+//! something. Who reads an old generation has ended before: the replica that made it, its flushes,
+//! and queries on the read thread.
+
+use std::collections::VecDeque;
+use std::io;
+use std::path::PathBuf;
+use std::sync::mpsc::{self, TryRecvError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use tokio::sync::oneshot;
+
+use crate::codec::snapshot::SnapshotOffer;
+use crate::ids::{RandomId, ReplicaId, ShardId};
+use crate::limits::{SNAPSHOT_STEP_BYTES, SWEEP_STEP_KEYS};
+use crate::node::fatal::Fatal;
+use crate::node::flusher::FlushThread;
+use crate::storage::engine::Engine;
+use crate::storage::flush::Flusher;
+use crate::storage::snapshot::{BuildStep, SnapshotBuilder, SnapshotCheck, SnapshotFile, SnapshotLoader};
+use crate::storage::snapshot_dir::SnapshotDir;
+use crate::storage::snapshot_file::{Origin, Summary};
+use crate::storage::{StorageError, generations};
+
+/// A snapshot to make. Dropping the receiver of its result calls it off.
+pub struct Build {
+    /// The shard.
+    pub shard: ShardId,
+    /// The replica whose state it is.
+    pub replica: ReplicaId,
+    /// The generation of that state.
+    pub generation: u32,
+    /// Where the file goes.
+    pub done: oneshot::Sender<Result<SnapshotFile, BuildError>>,
+}
+
+/// Why there is no snapshot.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The replica's state was never flushed: there is nothing on disk to make it from.
+    #[error("the state was never flushed")]
+    NothingFlushed,
+    /// The disk, or something that only happens beside it.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// The flush thread has ended.
+    #[error("the node is stopping")]
+    Stopping,
+}
+
+/// A received snapshot to check, and to load into the generation that follows on the replica's own.
+pub struct Load {
+    /// The file.
+    pub path: PathBuf,
+    /// What it should be.
+    pub offer: SnapshotOffer,
+    /// The generation of the replica's record.
+    pub current: u32,
+    /// What its end says, once all of it is loaded and durable.
+    pub done: oneshot::Sender<Result<Summary, LoadError>>,
+}
+
+/// Why a snapshot is not loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The file is damaged, or not what was offered.
+    #[error("{0}")]
+    Unusable(String),
+    /// This node's disk.
+    #[error(transparent)]
+    Local(StorageError),
+}
+
+enum Task {
+    Build(Build),
+    Load(Load),
+    Sweep(ReplicaId, u32),
+}
+
+/// What the thread works with.
+pub struct Tools {
+    /// Where files are made.
+    pub dir: SnapshotDir,
+    /// The state of all replicas.
+    pub engine: Arc<dyn Engine>,
+    /// What flushes it.
+    pub flusher: Arc<FlushThread>,
+    /// Raised if the state can't be synced.
+    pub fatal: Fatal,
+}
+
+/// See the module page. Bounded by its callers: one load for each transfer, one build for each replica
+/// that leads, one sweep for each replica.
+pub struct Worker {
+    tasks: Mutex<Option<mpsc::Sender<Task>>>,
+}
+
+impl Worker {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// The system has no thread to give.
+    pub fn start(tools: Tools) -> io::Result<(Worker, JoinHandle<()>)> {
+        let (tasks, queue) = mpsc::channel();
+        let fatal = tools.fatal.clone();
+        let thread = fatal.thread("pontoon-snapshot", "the snapshot thread", move || {
+            Work { tools, builds: VecDeque::new(), loads: VecDeque::new(), sweeps: VecDeque::new() }
+                .run(queue);
+        })?;
+        Ok((Worker { tasks: Mutex::new(Some(tasks)) }, thread))
+    }
+
+    /// Has a snapshot made.
+    pub fn build(&self, build: Build) {
+        self.send(Task::Build(build));
+    }
+
+    /// Has a snapshot loaded. Nothing reads the replica's older generations any more.
+    pub fn load(&self, load: Load) {
+        self.send(Task::Load(load));
+    }
+
+    /// Has all generations of a replica's state removed but `current`, some time.
+    pub fn sweep(&self, replica: ReplicaId, current: u32) {
+        self.send(Task::Sweep(replica, current));
+    }
+
+    /// Ends the thread after its present step; what is unfinished comes to nothing.
+    pub fn close(&self) {
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
+    fn send(&self, task: Task) {
+        let tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        if tasks.as_ref().is_none_or(|tasks| tasks.send(task).is_err()) {
+            tracing::debug!("the snapshot thread has ended");
+        }
+    }
+}
+
+struct Work {
+    tools: Tools,
+    builds: VecDeque<(Build, Option<SnapshotBuilder>)>,
+    loads: VecDeque<(Load, Stage)>,
+    sweeps: VecDeque<Sweep>,
+}
+
+/// How far a build has come.
+enum Progress {
+    Begun(SnapshotBuilder),
+    Complete(SnapshotFile),
+}
+
+/// Where a load stands.
+enum Stage {
+    /// To remove what is left of earlier ones.
+    Clearing(Option<Sweep>),
+    Checking(Box<SnapshotCheck>),
+    Loading(Box<(SnapshotLoader, Summary)>),
+}
+
+struct Sweep {
+    replica: ReplicaId,
+    current: u32,
+    /// Generations yet to be removed; `None`: not looked for yet.
+    strays: Option<Vec<u32>>,
+}
+
+impl Sweep {
+    /// Removes some; true if nothing is left.
+    fn step(&mut self, engine: &dyn Engine) -> Result<bool, StorageError> {
+        let strays = match &mut self.strays {
+            Some(strays) => strays,
+            None => self.strays.insert(generations::strays(engine, self.replica, self.current)?),
+        };
+        let Some(generation) = strays.last() else {
+            return Ok(true);
+        };
+        if generations::destroy(engine, self.replica, *generation, SWEEP_STEP_KEYS)? {
+            tracing::info!(replica = %self.replica, generation, "removed an old generation of a replica's state");
+            strays.pop();
+        }
+        Ok(strays.is_empty())
+    }
+}
+
+impl Work {
+    /// Until nobody can ask for anything any more.
+    fn run(mut self, queue: mpsc::Receiver<Task>) {
+        loop {
+            let idle = self.builds.is_empty() && self.loads.is_empty() && self.sweeps.is_empty();
+            if idle {
+                match queue.recv() {
+                    Ok(task) => self.take(task),
+                    Err(mpsc::RecvError) => return,
+                }
+            }
+            loop {
+                match queue.try_recv() {
+                    Ok(task) => self.take(task),
+                    Err(TryRecvError::Empty) => break,
+                    Err(TryRecvError::Disconnected) => return,
+                }
+            }
+            self.step_load();
+            self.step_build();
+            if self.builds.is_empty() && self.loads.is_empty() {
+                self.step_sweep();
+            }
+        }
+    }
+
+    fn take(&mut self, task: Task) {
+        match task {
+            Task::Build(build) => self.builds.push_back((build, None)),
+            Task::Load(load) => {
+                self.sweeps.retain(|sweep| sweep.replica != load.offer.to);
+                self.loads.push_back((load, Stage::Clearing(None)));
+            }
+            Task::Sweep(replica, current) => {
+                // A snapshot of what goes would not be exact.
+                self.builds.retain(|(build, _)| build.replica != replica || build.generation == current);
+                self.sweeps.retain(|sweep| sweep.replica != replica);
+                self.sweeps.push_back(Sweep { replica, current, strays: None });
+            }
+        }
+    }
+
+    fn step_build(&mut self) {
+        let Some((build, builder)) = self.builds.front_mut() else {
+            return;
+        };
+        if build.done.is_closed() {
+            tracing::debug!(replica = %build.replica, "nobody waits for a snapshot any more");
+            self.builds.pop_front();
+            return;
+        }
+        let result = match builder.take() {
+            None => begin_build(&self.tools, build).map(Progress::Begun),
+            Some(builder) => go_on_building(&self.tools, builder),
+        };
+        let outcome = match result {
+            Ok(Progress::Begun(begun)) => {
+                *builder = Some(begun);
+                return;
+            }
+            Ok(Progress::Complete(file)) => Ok(file),
+            Err(error) => Err(error),
+        };
+        if let Some((build, _)) = self.builds.pop_front()
+            && let Err(Ok(file)) = build.done.send(outcome)
+            && let Err(error) = self.tools.dir.remove(&file)
+        {
+            tracing::warn!(%error, "a snapshot that nobody waits for stays");
+        }
+    }
+
+    fn step_load(&mut self) {
+        let Some((load, stage)) = self.loads.front_mut() else {
+            return;
+        };
+        let outcome = match step_load(&self.tools, load, stage) {
+            Ok(None) => return,
+            Ok(Some(summary)) => Ok(summary),
+            Err(error) => {
+                if let LoadError::Local(error @ StorageError::SyncFailed { .. }) = &error {
+                    self.tools.fatal.raise(format!("loading a snapshot: {error}"));
+                }
+                Err(error)
+            }
+        };
+        if let Some((load, _)) = self.loads.pop_front()
+            && load.done.send(outcome).is_err()
+        {
+            tracing::debug!(replica = %load.offer.to, "nobody waits for a loaded snapshot");
+        }
+    }
+
+    fn step_sweep(&mut self) {
+        let Some(sweep) = self.sweeps.front_mut() else {
+            return;
+        };
+        match sweep.step(&*self.tools.engine) {
+            Ok(false) => return,
+            Ok(true) => {}
+            Err(error) => {
+                tracing::warn!(replica = %sweep.replica, %error, "an old generation of a replica's state stays");
+            }
+        }
+        self.sweeps.pop_front();
+    }
+}
+
+fn begin_build(tools: &Tools, build: &Build) -> Result<SnapshotBuilder, BuildError> {
+    let (replica, generation) = (build.replica, build.generation);
+    let dir = tools.dir.link_dir().to_owned();
+    let collection =
+        between_flushes(tools, move |flusher| flusher.begin_collection(replica, generation, &dir))?
+            .ok_or(BuildError::NothingFlushed)?;
+    let origin = Origin { stream: RandomId::random(), shard: build.shard, replica };
+    let path = tools.dir.made_path(replica, origin.stream);
+    let room = tools.dir.room()?;
+    Ok(SnapshotBuilder::create(path, room, origin, tools.engine.clone(), collection)?)
+}
+
+fn go_on_building(tools: &Tools, mut builder: SnapshotBuilder) -> Result<Progress, BuildError> {
+    match builder.step(SNAPSHOT_STEP_BYTES)? {
+        BuildStep::More => Ok(Progress::Begun(builder)),
+        BuildStep::Scanned => {
+            let (mut builder, collected) = between_flushes(tools, move |flusher| {
+                let collected = flusher.end_collection(builder.collection())?;
+                Ok((builder, collected))
+            })?;
+            builder.lay_over(collected)?;
+            Ok(Progress::Begun(builder))
+        }
+        BuildStep::Complete(file) => Ok(Progress::Complete(file)),
+    }
+}
+
+/// Has the flush thread do something that must fall between two flushes, and waits for it.
+fn between_flushes<T: Send + 'static>(
+    tools: &Tools,
+    work: impl FnOnce(&mut Flusher) -> Result<T, StorageError> + Send + 'static,
+) -> Result<T, BuildError> {
+    let (done, result) = oneshot::channel();
+    tools.flusher.run(Box::new(move |flusher| {
+        if done.send(work(flusher)).is_err() {
+            tracing::debug!("the snapshot thread has ended");
+        }
+    }));
+    Ok(result.blocking_recv().map_err(|_| BuildError::Stopping)??)
+}
+
+fn step_load(tools: &Tools, load: &Load, stage: &mut Stage) -> Result<Option<Summary>, LoadError> {
+    match stage {
+        Stage::Clearing(sweep) => {
+            let begin = || Sweep { replica: load.offer.to, current: load.current, strays: None };
+            if sweep.get_or_insert_with(begin).step(&*tools.engine).map_err(LoadError::Local)? {
+                let check = SnapshotCheck::open(&load.path).map_err(load_error)?;
+                *stage = Stage::Checking(Box::new(check));
+            }
+        }
+        Stage::Checking(check) => {
+            if let Some(file) = check.step(SNAPSHOT_STEP_BYTES as u64).map_err(load_error)? {
+                fits(&load.offer, &file)?;
+                let generation = load.current.checked_add(1);
+                let generation =
+                    generation.ok_or_else(|| LoadError::Unusable("there are no generations left".into()))?;
+                let summary = file.summary.clone();
+                let loader = SnapshotLoader::open(file, tools.engine.clone(), load.offer.to, generation);
+                *stage = Stage::Loading(Box::new((loader.map_err(load_error)?, summary)));
+            }
+        }
+        Stage::Loading(loading) => {
+            let (loader, summary) = &mut **loading;
+            if loader.step(SNAPSHOT_STEP_BYTES as u64).map_err(load_error)? {
+                return Ok(Some(summary.clone()));
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// Whether a file is what was offered.
+fn fits(offer: &SnapshotOffer, file: &SnapshotFile) -> Result<(), LoadError> {
+    let found = (file.origin.stream, file.origin.shard, file.summary.header.applied, file.bytes);
+    let offered = (offer.stream, offer.shard, offer.position, offer.bytes);
+    if found == offered {
+        return Ok(());
+    }
+    Err(LoadError::Unusable(format!(
+        "offered as {offered:?}, it is {found:?} (stream, shard, position, bytes)"
+    )))
+}
+
+fn load_error(error: StorageError) -> LoadError {
+    match error {
+        StorageError::Damaged { .. } => LoadError::Unusable(error.to_string()),
+        other => LoadError::Local(other),
+    }
+}
+
+#[cfg(test)]
+mod tests;

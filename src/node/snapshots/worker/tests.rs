@@ -1,0 +1,218 @@
+//! The snapshot thread over an engine in memory, beside a real flush thread.
+
+use std::ops::Bound;
+use std::path::Path;
+
+use bytes::Bytes;
+use raft::eraftpb::ConfState;
+
+use super::*;
+use crate::ids::{Epoch, Position};
+use crate::storage::engine::Mutation;
+use crate::storage::engine_memory::MemoryEngine;
+use crate::storage::keys;
+use crate::storage::state::StateHeader;
+
+const SHARD: ShardId = ShardId(4);
+const MADE_OF: ReplicaId = ReplicaId(7);
+const LOADED_BY: ReplicaId = ReplicaId(8);
+const POSITION: Position = Position { index: 90, term: 6 };
+
+struct Setting {
+    dir: tempfile::TempDir,
+    engine: Arc<MemoryEngine>,
+    flusher: Arc<FlushThread>,
+    worker: Worker,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Drop for Setting {
+    fn drop(&mut self) {
+        self.worker.close();
+        self.flusher.close();
+        for thread in self.threads.drain(..) {
+            // A panic of it is told by what the test waits for.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn snapshot_dir(root: &Path) -> SnapshotDir {
+    SnapshotDir::open(&root.join("snapshots"), 1 << 30).unwrap()
+}
+
+fn setting() -> Setting {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = Arc::new(MemoryEngine::new());
+    let fatal = Fatal::new();
+    let flusher = Flusher::open(dir.path().join("redo"), engine.clone()).unwrap();
+    let (flusher, flushing) = FlushThread::start(flusher, fatal.clone()).unwrap();
+    let flusher = Arc::new(flusher);
+    let tools =
+        Tools { dir: snapshot_dir(dir.path()), engine: engine.clone(), flusher: flusher.clone(), fatal };
+    let (worker, working) = Worker::start(tools).unwrap();
+    Setting { dir, engine, flusher, worker, threads: vec![working, flushing] }
+}
+
+fn header(applied: Position) -> StateHeader {
+    StateHeader {
+        applied,
+        revision: 3,
+        log_time: 0,
+        epoch: Epoch { range: 1, conf: 1 },
+        members: Vec::new(),
+        conf_state: ConfState::default(),
+    }
+}
+
+/// A generation with a header and keys that say whose they are.
+fn fill(engine: &MemoryEngine, replica: ReplicaId, generation: u32, count: u32) {
+    let mut batch: Vec<Mutation> =
+        vec![(keys::header_key(replica, generation), Some(header(POSITION).encode().into()))];
+    for key in 0..count {
+        let value = format!("{replica} {generation} {key} {}", "x".repeat(500));
+        batch.push((keys::user_key(replica, generation, &key.to_be_bytes()), Some(value.into())));
+    }
+    engine.write(&batch).unwrap();
+}
+
+/// Everything of a generation, under keys that name neither it nor the replica.
+fn content(engine: &MemoryEngine, replica: ReplicaId, generation: u32) -> Vec<(Vec<u8>, Bytes)> {
+    let (from, to) = keys::generation_range(replica, generation);
+    let mut pairs = Vec::new();
+    engine
+        .scan(Bound::Included(&from), &to, &mut |key, value| {
+            pairs.push((keys::local_key(key).unwrap().to_vec(), value));
+            true
+        })
+        .unwrap();
+    pairs
+}
+
+impl Setting {
+    fn make(&self) -> Result<SnapshotFile, BuildError> {
+        let (done, made) = oneshot::channel();
+        self.worker.build(Build { shard: SHARD, replica: MADE_OF, generation: 1, done });
+        made.blocking_recv().unwrap()
+    }
+
+    fn offer(&self, file: &SnapshotFile) -> SnapshotOffer {
+        SnapshotOffer {
+            stream: file.origin.stream,
+            shard: SHARD,
+            from: MADE_OF,
+            to: LOADED_BY,
+            epoch: Epoch::default(),
+            position: POSITION,
+            leader_term: 7,
+            bytes: file.bytes,
+        }
+    }
+
+    fn load(&self, path: &Path, offer: SnapshotOffer) -> Result<Summary, LoadError> {
+        let (done, loaded) = oneshot::channel();
+        self.worker.load(Load { path: path.to_owned(), offer, current: 2, done });
+        loaded.blocking_recv().unwrap()
+    }
+
+    fn until(&self, what: &str, condition: impl Fn(&MemoryEngine) -> bool) {
+        let begun = std::time::Instant::now();
+        while !condition(&self.engine) {
+            assert!(begun.elapsed() < std::time::Duration::from_secs(20), "never: {what}");
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
+    }
+}
+
+#[test]
+fn what_is_made_of_one_replica_loads_into_the_next_generation_of_another() {
+    let setting = setting();
+    fill(&setting.engine, MADE_OF, 1, 3000);
+    fill(&setting.engine, LOADED_BY, 2, 10);
+    // What a crash in an earlier load has left, and the state before the present one.
+    fill(&setting.engine, LOADED_BY, 3, 20);
+    fill(&setting.engine, LOADED_BY, 1, 20);
+    let file = setting.make().unwrap();
+    assert!(file.bytes > 4 * SNAPSHOT_STEP_BYTES as u64, "more than one step");
+    let summary = setting.load(&file.path, setting.offer(&file)).unwrap();
+    assert_eq!(summary.header, header(POSITION));
+    assert!(content(&setting.engine, LOADED_BY, 3) == content(&setting.engine, MADE_OF, 1));
+    assert_eq!(content(&setting.engine, LOADED_BY, 2).len(), 11, "the present state stays");
+    assert!(content(&setting.engine, LOADED_BY, 1).is_empty(), "strays go first");
+
+    setting.worker.sweep(LOADED_BY, 3);
+    setting.until("the removal of the old state", |engine| content(engine, LOADED_BY, 2).is_empty());
+    assert_eq!(content(&setting.engine, LOADED_BY, 3).len(), 3001);
+    assert_eq!(content(&setting.engine, MADE_OF, 1).len(), 3001);
+}
+
+#[test]
+fn a_load_calls_off_the_removal_that_was_asked_for_before() {
+    let setting = setting();
+    fill(&setting.engine, MADE_OF, 1, 4000);
+    fill(&setting.engine, LOADED_BY, 2, 10);
+    let file = setting.make().unwrap();
+    // Asked for while the record still names generation 2; by the time the thread gets to it,
+    // generation 3 is there, and may be the one that counts.
+    // Something to make keeps it from being removed before the load is asked for.
+    let (done, _made) = oneshot::channel();
+    setting.worker.build(Build { shard: SHARD, replica: MADE_OF, generation: 1, done });
+    let (done, loaded) = oneshot::channel();
+    setting.worker.sweep(LOADED_BY, 2);
+    setting.worker.load(Load { path: file.path.clone(), offer: setting.offer(&file), current: 2, done });
+    loaded.blocking_recv().unwrap().unwrap();
+    // Removals are done in the order in which they were asked for.
+    fill(&setting.engine, ReplicaId(50), 1, 1);
+    setting.worker.sweep(ReplicaId(50), 2);
+    setting.until("another replica's removal", |engine| content(engine, ReplicaId(50), 1).is_empty());
+    assert_eq!(content(&setting.engine, LOADED_BY, 3).len(), 4001);
+}
+
+#[test]
+fn a_state_that_was_never_flushed_gives_no_snapshot() {
+    let setting = setting();
+    assert!(matches!(setting.make(), Err(BuildError::NothingFlushed)));
+    assert!(snapshot_dir(setting.dir.path()).made().unwrap().is_empty());
+}
+
+#[test]
+fn a_file_that_is_damaged_or_not_what_was_offered_is_not_loaded() {
+    let setting = setting();
+    fill(&setting.engine, MADE_OF, 1, 1000);
+    fill(&setting.engine, LOADED_BY, 2, 1);
+    let file = setting.make().unwrap();
+    let good = setting.offer(&file);
+    let wrong: [fn(&mut SnapshotOffer); 4] = [
+        |o| o.stream = RandomId([9; 16]),
+        |o| o.shard = ShardId(5),
+        |o| o.position.index += 1,
+        |o| o.bytes += 1,
+    ];
+    for change in wrong {
+        let mut offer = good;
+        change(&mut offer);
+        assert!(matches!(setting.load(&file.path, offer), Err(LoadError::Unusable(_))), "{offer:?}");
+    }
+    let mut bytes = std::fs::read(&file.path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    let damaged = setting.dir.path().join("damaged");
+    std::fs::write(&damaged, &bytes).unwrap();
+    assert!(matches!(setting.load(&damaged, good), Err(LoadError::Unusable(_))));
+    let missing = setting.dir.path().join("missing");
+    assert!(matches!(setting.load(&missing, good), Err(LoadError::Local(_))));
+    assert!(content(&setting.engine, LOADED_BY, 3).is_empty(), "nothing of it was loaded");
+    assert_eq!(content(&setting.engine, LOADED_BY, 2).len(), 2);
+}
+
+#[test]
+fn a_snapshot_that_nobody_waits_for_leaves_nothing() {
+    let setting = setting();
+    fill(&setting.engine, MADE_OF, 1, 3000);
+    let (done, made) = oneshot::channel();
+    setting.worker.build(Build { shard: SHARD, replica: MADE_OF, generation: 1, done });
+    drop(made);
+    // The next one is made after it.
+    let file = setting.make().unwrap();
+    assert_eq!(snapshot_dir(setting.dir.path()).made().unwrap(), [file]);
+}

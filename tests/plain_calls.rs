@@ -1,0 +1,313 @@
+//! Plain calls by key, `get`, `put`, `delete`, `cas`, spoken in bare Cap'n Proto as a client without
+//! routing would: any node takes them and brings them to the shard's leader in one hop.
+
+#[path = "support/cluster.rs"]
+mod cluster;
+
+use std::time::{Duration, Instant};
+
+use capnp_rpc::rpc_twoparty_capnp::Side;
+use capnp_rpc::{RpcSystem, twoparty};
+use cluster::Cluster;
+use pontoon::client::Client;
+use pontoon::limits::KEY_BYTES_MAX;
+use pontoon::schema::kv_capnp::{expect, gate, kv, op_result};
+use pontoon::schema::types_capnp::{Applied, error};
+use pontoon::transport::rpc_stream::{reader_options, rpc_streams};
+use pontoon::version::PROTOCOL_MAX;
+use rustix::process::Signal;
+use tokio::task::{LocalSet, spawn_local};
+
+/// The service of the node at `address`, on a connection of its own.
+async fn dial(address: &str) -> kv::Client {
+    let stream = tokio::net::TcpStream::connect(address).await.expect("connected");
+    let (reader, writer, flusher) = rpc_streams(stream).expect("a stream");
+    let network = twoparty::VatNetwork::new(reader, writer, Side::Client, reader_options());
+    let mut system = RpcSystem::new(Box::new(network), None);
+    let gate: gate::Client = system.bootstrap(Side::Server);
+    spawn_local(system);
+    spawn_local(flusher);
+    let mut open = gate.open_request();
+    let mut range = open.get().init_hello().init_protocol();
+    range.set_min(1);
+    range.set_max(PROTOCOL_MAX);
+    let welcome = open.send().promise.await.expect("a welcome");
+    welcome.get().and_then(|welcome| welcome.get_kv()).expect("the service")
+}
+
+/// An answer, read.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Said {
+    Value(Vec<u8>, u64),
+    Absent,
+    Written(u64),
+    Deleted(u64),
+    /// What is there instead.
+    Mismatch(Option<(Vec<u8>, u64)>),
+    Error {
+        kind: &'static str,
+        may_be_applied: bool,
+        retryable: bool,
+        message: String,
+    },
+}
+
+fn read(result: op_result::Reader<'_>) -> Said {
+    match result.which().expect("a known answer") {
+        op_result::Value(found) => {
+            Said::Value(found.get_value().expect("bytes").to_vec(), found.get_version())
+        }
+        op_result::Absent(()) => Said::Absent,
+        op_result::Written(version) => Said::Written(version),
+        op_result::Deleted(version) => Said::Deleted(version),
+        op_result::Mismatch(there) => {
+            let (value, version) = (there.get_value().expect("bytes").to_vec(), there.get_version());
+            if !there.get_found() {
+                assert_eq!((value.as_slice(), version), (b"".as_slice(), 0), "nothing is there");
+            }
+            Said::Mismatch(there.get_found().then_some((value, version)))
+        }
+        op_result::Error(error) => {
+            let error = error.expect("an error");
+            let kind = match error.which().expect("a known error") {
+                error::UnknownDatabase(_) => "unknown database",
+                error::Invalid(()) => "invalid",
+                error::UnknownOutcome(()) => "unknown outcome",
+                error::Unavailable(()) => "unavailable",
+                _ => "another",
+            };
+            Said::Error {
+                kind,
+                may_be_applied: error.get_applied().expect("a known word") != Applied::No,
+                retryable: error.get_retryable(),
+                message: error.get_message().and_then(|m| Ok(m.to_string()?)).expect("text"),
+            }
+        }
+    }
+}
+
+/// A database through one node.
+struct Door<'a> {
+    kv: kv::Client,
+    database: &'a str,
+    timeout_ms: u32,
+}
+
+impl Door<'_> {
+    async fn get(&self, key: &str) -> Said {
+        let mut call = self.kv.get_request();
+        call.get().set_database(self.database);
+        call.get().set_key(key.as_bytes());
+        call.get().set_timeout_ms(self.timeout_ms);
+        let answer = call.send().promise.await.expect("an answer");
+        read(answer.get().and_then(|answer| answer.get_result()).expect("a result"))
+    }
+
+    async fn delete(&self, key: &str) -> Said {
+        let mut call = self.kv.delete_request();
+        call.get().set_database(self.database);
+        call.get().set_key(key.as_bytes());
+        call.get().set_timeout_ms(self.timeout_ms);
+        let answer = call.send().promise.await.expect("an answer");
+        read(answer.get().and_then(|answer| answer.get_result()).expect("a result"))
+    }
+
+    async fn cas(&self, key: &str, expect: impl FnOnce(expect::Builder<'_>), value: &str) -> Said {
+        let mut call = self.kv.cas_request();
+        call.get().set_database(self.database);
+        call.get().set_key(key.as_bytes());
+        call.get().set_value(value.as_bytes());
+        call.get().set_timeout_ms(self.timeout_ms);
+        expect(call.get().init_expect());
+        let answer = call.send().promise.await.expect("an answer");
+        read(answer.get().and_then(|answer| answer.get_result()).expect("a result"))
+    }
+}
+
+fn absent(mut expect: expect::Builder<'_>) {
+    expect.set_absent(());
+}
+
+fn value(old: &str) -> impl FnOnce(expect::Builder<'_>) {
+    move |mut expect| expect.set_value(old.as_bytes())
+}
+
+fn version(old: u64) -> impl FnOnce(expect::Builder<'_>) {
+    move |mut expect| expect.set_version(old)
+}
+
+fn written(said: Said) -> u64 {
+    match said {
+        Said::Written(version) => version,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn there(value: &str, version: u64) -> Said {
+    Said::Mismatch(Some((value.as_bytes().to_vec(), version)))
+}
+
+/// Every answer that `delete` and `cas` can give, on a key that doesn't exist.
+async fn converse(door: &Door<'_>, key: &str) {
+    assert_eq!(door.delete(key).await, Said::Absent);
+    assert_eq!(door.cas(key, value("one"), "x").await, Said::Mismatch(None));
+    assert_eq!(door.cas(key, version(1), "x").await, Said::Mismatch(None));
+    assert_eq!(door.get(key).await, Said::Absent, "a mismatch changes nothing");
+
+    let first = written(door.cas(key, absent, "one").await);
+    assert_eq!(door.cas(key, absent, "x").await, there("one", first));
+    assert_eq!(door.cas(key, value("other"), "x").await, there("one", first));
+    let second = written(door.cas(key, value("one"), "two").await);
+    assert_eq!(door.cas(key, version(first), "x").await, there("two", second));
+    let third = written(door.cas(key, version(second), "three").await);
+    assert_eq!(door.get(key).await, Said::Value(b"three".to_vec(), third));
+
+    let Said::Deleted(fourth) = door.delete(key).await else { panic!("it was there") };
+    assert_eq!(door.delete(key).await, Said::Absent);
+    assert_eq!(door.cas(key, version(third), "x").await, Said::Mismatch(None));
+    assert_eq!(door.get(key).await, Said::Absent);
+    assert!(first < second && second < third && third < fourth, "{first} {second} {third} {fourth}");
+}
+
+/// A key in each shard of a database, and the indexes of the nodes that hold the shard.
+async fn keys(cluster: &Cluster, client: &Client, database: &str) -> Vec<(String, Vec<usize>)> {
+    let map = client.map().await.expect("the map");
+    let record = map.database(database).expect("the database");
+    let in_shard = |shard| {
+        (0..)
+            .map(|n| format!("key-{n}"))
+            .find(|key| map.shard_of_key(record, key.as_bytes()).is_some_and(|found| found.id == shard))
+    };
+    let index = |node| cluster.nodes.iter().position(|n| n.client == map.nodes[node].client_address);
+    let shards = record.shards.iter().map(|shard| {
+        let holders = map.shards[shard].members.iter().filter_map(|member| index(&member.node));
+        (in_shard(*shard).expect("a key"), holders.collect())
+    });
+    shards.collect()
+}
+
+#[tokio::test]
+async fn deletes_and_cas_reach_their_shard_through_any_node() {
+    let mut cluster = Cluster::new(3);
+    cluster.wait_all_ready();
+    let client = cluster.client().await;
+    LocalSet::new()
+        .run_until(async {
+            // One node holds a shard and leads it; then all hold it and one leads.
+            for (database, replicas) in [("narrow", 1), ("wide", 3)] {
+                cluster.database(&client, database, replicas, 3).await;
+                let keys = keys(&cluster, &client, database).await;
+                let mut without = 0;
+                for (node, address) in cluster.addresses().iter().enumerate() {
+                    let door = Door { kv: dial(address).await, database, timeout_ms: 0 };
+                    for (key, holders) in &keys {
+                        without += usize::from(!holders.contains(&node));
+                        converse(&door, key).await;
+                    }
+                }
+                assert_eq!(without, if replicas == 1 { 6 } else { 0 }, "{keys:?}");
+            }
+        })
+        .await;
+    client.close().await;
+}
+
+#[tokio::test]
+async fn what_a_plain_call_can_not_do_is_said() {
+    let mut cluster = Cluster::new(1);
+    cluster.wait_all_ready();
+    let client = cluster.client().await;
+    cluster.database(&client, "db", 1, 1).await;
+    LocalSet::new()
+        .run_until(async {
+            let kv = dial(&cluster.nodes[0].client).await;
+            let door = Door { kv: kv.clone(), database: "db", timeout_ms: 500 };
+            let long = "k".repeat(KEY_BYTES_MAX + 1);
+            for said in [
+                door.delete("").await,
+                door.cas("", absent, "x").await,
+                door.delete(&long).await,
+                door.cas(&long, absent, "x").await,
+            ] {
+                let Said::Error { kind: "invalid", may_be_applied: false, retryable: false, message } = said
+                else {
+                    panic!("{said:?}")
+                };
+                assert!(message.contains("key"), "{message}");
+            }
+            let nowhere = Door { kv, database: "nowhere", timeout_ms: 3_000 };
+            for said in [nowhere.delete("k").await, nowhere.cas("k", absent, "x").await] {
+                let Said::Error { kind: "unknown database", may_be_applied: false, message, .. } = said
+                else {
+                    panic!("{said:?}")
+                };
+                assert!(message.contains("nowhere"), "{message}");
+            }
+        })
+        .await;
+    client.close().await;
+}
+
+/// A write that was sent on and got no answer is neither repeated nor said to have failed.
+#[tokio::test]
+async fn a_forwarded_write_says_what_is_known_of_it() {
+    let mut cluster = Cluster::new(3);
+    cluster.wait_all_ready();
+    let client = cluster.client().await;
+    cluster.database(&client, "db", 1, 3).await;
+    let keys = keys(&cluster, &client, "db").await;
+    let (key, holders) = keys.iter().find(|(_, holders)| holders != &[0]).expect("not all on one node");
+    let holder = holders[0];
+    LocalSet::new()
+        .run_until(async {
+            let kv = dial(&cluster.nodes[0].client).await;
+            let door = Door { kv: kv.clone(), database: "db", timeout_ms: 0 };
+            let patient = Door { kv: kv.clone(), database: "db", timeout_ms: 8_000 };
+            let brief = Door { kv, database: "db", timeout_ms: 700 };
+            // Of the same shard, by its tag.
+            let doomed = &format!("{{{key}}}");
+            let first = written(door.cas(key, absent, "one").await);
+            written(door.cas(doomed, absent, "one").await);
+
+            // The holder takes the calls and says nothing.
+            cluster.signal(holder, Signal::STOP);
+            let begun = Instant::now();
+            let said = tokio::join!(patient.cas(key, version(first), "two"), patient.delete(doomed));
+            let took = begun.elapsed();
+            cluster.signal(holder, Signal::CONT);
+            for said in [said.0, said.1] {
+                let Said::Error { kind: "unknown outcome", may_be_applied: true, .. } = said else {
+                    panic!("{said:?}")
+                };
+            }
+            assert!(took < Duration::from_secs(6), "it was tried again: {took:?}");
+            // They did arrive.
+            let begun = Instant::now();
+            let second = loop {
+                match (door.get(key).await, door.get(doomed).await) {
+                    (Said::Value(value, second), Said::Absent) if value == b"two" => break second,
+                    other => assert!(begun.elapsed() < Duration::from_secs(10), "{other:?}"),
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            };
+
+            // The holder is gone: nothing was sent.
+            cluster.kill(holder);
+            let begun = Instant::now();
+            for said in [brief.delete(key).await, brief.cas(key, version(second), "x").await] {
+                let Said::Error { kind: "unavailable", may_be_applied: false, retryable: true, .. } = said
+                else {
+                    panic!("{said:?}")
+                };
+            }
+            assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
+            cluster.spawn(holder);
+            cluster.wait_ready(holder);
+            assert_eq!(door.get(key).await, Said::Value(b"two".to_vec(), second));
+            let Said::Deleted(third) = door.delete(key).await else { panic!("it was there") };
+            // One version for each write that was or may have been applied, none for those that were not.
+            assert_eq!(third, first + 4);
+        })
+        .await;
+    client.close().await;
+}
