@@ -102,6 +102,9 @@ pub const SNAPSHOT_FILES_BYTES_MAX: u64 = 256 * 1024 * MIB as u64;
 
 /// Connections a node accepts on its client port; more wait in the listen queue.
 pub const CLIENT_CONNECTIONS_MAX: usize = 4096;
+/// Client connections that wait to be accepted; those beyond are tried again by the client's kernel, a
+/// second later.
+pub const CLIENT_LISTEN_QUEUE: i32 = 1024;
 /// Connections a node accepts on its peer port.
 pub const PEER_CONNECTIONS_MAX: usize = 1024;
 
@@ -135,6 +138,10 @@ pub const HEARTBEAT_TICKS: usize = 2;
 pub const EAGER_TICKS: u64 = 2;
 /// Least election timeout in ticks.
 pub const ELECTION_TICKS_MIN: usize = 10;
+/// By how much the term of a peer's message may be beyond a replica's own; a message of a later one is
+/// dropped. A term rises by one with each election, so no peer gets so far ahead; believed, a term at
+/// the end of its range would leave the group without any for its next election.
+pub const TERM_JUMP_MAX: u64 = 1 << 32;
 /// Greatest election timeout in ticks, exclusive.
 pub const ELECTION_TICKS_MAX: usize = 20;
 
@@ -302,6 +309,13 @@ pub const CONNECTION_UNSENT_BYTES_MAX: usize = 32 * MIB;
 pub const CONNECTION_STUCK_MS_MAX: u64 = 10_000;
 /// A connection to the client port that sends nothing for so long at its start is closed, in milliseconds.
 pub const GREETING_MS_MAX: u64 = 10_000;
+/// A client connection on which nothing comes for so long is probed, in seconds: its client may be gone
+/// without having said so.
+pub const CLIENT_PROBE_S: u64 = 60;
+/// Time between two such probes, in seconds.
+pub const CLIENT_PROBE_AGAIN_S: u64 = 10;
+/// Probes without an answer after which the connection is closed.
+pub const CLIENT_PROBES_MAX: u32 = 3;
 /// Time that a stopping node gives to client calls in flight, in milliseconds.
 pub const CLIENT_DRAIN_MS_MAX: u64 = 1_500;
 

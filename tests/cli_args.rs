@@ -1,10 +1,16 @@
 //! The binary without a cluster: arguments, old spellings, exit codes, messages.
 
+use std::ffi::OsString;
 use std::fs;
 use std::net::TcpListener;
+use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
+
+use clap::{CommandFactory, FromArgMatches};
+use pontoon::cli::args::{Cli, modernise};
+use proptest::prelude::*;
 
 /// Runs `pontoon` with a data directory of its own and nothing of this machine's environment.
 fn pontoon(dir: &Path, args: &[&str]) -> Output {
@@ -419,5 +425,79 @@ fn a_reader_that_goes_away_is_no_panic() {
         let output = child.wait_with_output().unwrap();
         assert_eq!(code(&output), 0, "{args:?}");
         assert!(!stderr(&output).contains("panicked"), "{args:?}: {}", stderr(&output));
+    }
+}
+
+/// Words that mean something.
+const KNOWN: &[&str] = &[
+    "setup",
+    "-setup",
+    "serve",
+    "set",
+    "get",
+    "delete",
+    "cas",
+    "mset",
+    "mget",
+    "scan",
+    "import",
+    "export",
+    "status",
+    "route",
+    "health",
+    "db",
+    "list",
+    "create",
+    "drop",
+    "test",
+    "bench",
+    "sim",
+    "completions",
+    "--json",
+    "--timeout",
+    "--cluster",
+    "--config",
+    "--file",
+    "--nodes",
+    "--seeds",
+    "--help",
+    "--",
+    "-",
+    "--expect",
+    "--limit",
+    "5s",
+    "1..2",
+    "9..1",
+    "0",
+    "-1",
+    "18446744073709551616",
+    "127.0.0.1:7101",
+    "[::",
+    "db/k",
+    "k=v",
+    "=",
+    "",
+];
+
+/// Those, and others.
+fn word() -> impl Strategy<Value = OsString> {
+    prop_oneof![
+        6 => prop::sample::select(KNOWN).prop_map(OsString::from),
+        2 => "\\PC{0,12}".prop_map(OsString::from),
+        1 => "--[a-z-]{1,10}(=\\PC{0,8})?".prop_map(OsString::from),
+        1 => prop::collection::vec(any::<u8>(), 0..12).prop_map(OsString::from_vec),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1024))]
+
+    #[test]
+    fn no_arguments_make_the_parser_panic(words in prop::collection::vec(word(), 0..8)) {
+        let args = std::iter::once(OsString::from("pontoon")).chain(words).collect();
+        let parsed = Cli::command().try_get_matches_from(modernise(args));
+        if let Err(error) = parsed.and_then(|matches| Cli::from_arg_matches(&matches)) {
+            prop_assert!(!error.render().to_string().trim().is_empty());
+        }
     }
 }

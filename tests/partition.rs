@@ -14,6 +14,8 @@ use local::{LocalCluster, get, on_node, put, value};
 use pontoon::client::{Client, Database};
 use pontoon::ids::ShardId;
 use proxy::Network;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 
 /// The longest election timeout, twice (a split vote, a slow machine), and what a client needs to
 /// find the new leader.
@@ -156,6 +158,53 @@ async fn a_leader_that_hears_nobody_is_replaced_within_an_election() {
     s.network.heal();
     s.cluster.converge().await;
     assert!(longest_write(&s.database, Duration::from_millis(300)).await < ELECTION);
+    s.client.close().await;
+    s.cluster.stop_all().await;
+}
+
+/// Cuts a node off and back on, `times` times, for times that `dice` draws, while somebody writes.
+async fn flap(s: &Setup, node: u64, times: u32, dice: &mut StdRng) -> Duration {
+    let mut longest = Duration::ZERO;
+    for _ in 0..times {
+        s.network.isolate(node);
+        let down = Duration::from_millis(dice.random_range(100..1500));
+        longest = longest.max(longest_write(&s.database, down).await);
+        s.network.heal();
+        let up = Duration::from_millis(dice.random_range(50..400));
+        longest = longest.max(longest_write(&s.database, up).await);
+    }
+    longest
+}
+
+/// With pre-vote and check-quorum a node that comes and goes can neither win an election nor end a
+/// leadership: its term doesn't grow while it is away.
+#[actix::test]
+async fn a_flapping_node_loses_its_leadership_once_and_disturbs_nobody_else() {
+    let mut s = setup().await;
+    let mut dice = StdRng::seed_from_u64(11);
+    s.database.put("k", "v").await.expect("a write");
+    let leader = s.cluster.leader(s.shard).await;
+    let begun = term(&s, leader).await;
+    let follower = id(&s, (leader + 1) % 3);
+    let longest = flap(&s, follower, 5, &mut dice).await;
+    assert!(longest < Duration::from_millis(1500), "a write took {longest:?} while a follower flapped");
+    s.cluster.converge().await;
+    assert_eq!((s.cluster.leader(s.shard).await, term(&s, leader).await), (leader, begun), "an election");
+
+    // The leader: cut off for long enough, it is replaced.
+    s.network.isolate(id(&s, leader));
+    let longest = longest_write(&s.database, Duration::from_secs(3)).await;
+    assert!(longest < ELECTION, "a write took {longest:?}");
+    s.network.heal();
+    s.cluster.converge().await;
+    let next = s.cluster.leader(s.shard).await;
+    let elected = term(&s, next).await;
+    assert!(next != leader && elected <= begun + 2, "from term {begun} to {elected} for one election");
+    // From then on it is a follower as any other.
+    let longest = flap(&s, id(&s, leader), 5, &mut dice).await;
+    assert!(longest < Duration::from_millis(1500), "a write took {longest:?} while the old leader flapped");
+    s.cluster.converge().await;
+    assert_eq!((s.cluster.leader(s.shard).await, term(&s, next).await), (next, elected), "an election");
     s.client.close().await;
     s.cluster.stop_all().await;
 }

@@ -3,21 +3,19 @@
 
 #[path = "support/cluster.rs"]
 mod cluster;
+#[path = "support/counters.rs"]
+mod counters;
 #[path = "support/replies.rs"]
 mod replies;
 #[path = "sessions/wire.rs"]
 mod wire;
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use cluster::{Cluster, Options, free_ports, http_get, metric};
+use counters::{Load, assert_exact};
 use pontoon::client::options::ClientOptions;
-use pontoon::client::{Cas, Client, ClientError, Database};
-use pontoon::ids::ShardId;
-use pontoon::machine::command::Expect;
+use pontoon::client::{Client, Database};
 use pontoon::refusal::{Outcome, Refusal};
 use replies::{Odds, Replies};
 use wire::{Session, What, Wire};
@@ -27,112 +25,6 @@ fn id(number: u64) -> [u8; 16] {
     let mut id = *b"a session of ...";
     id[8..].copy_from_slice(&number.to_be_bytes());
     id
-}
-
-/// What one worker knows to have happened.
-#[derive(Default)]
-struct Tally {
-    /// Writes that were acknowledged and changed something, by key.
-    writes: BTreeMap<String, u64>,
-    /// Additions among them.
-    added: u64,
-    errors: Vec<ClientError>,
-}
-
-/// Adds one to a counter, by reading it and comparing.
-async fn add(database: &Database, key: &str, tally: &mut Tally) -> Result<(), ClientError> {
-    let found = database.get(key.to_owned()).await?;
-    let (expect, count) = match &found {
-        None => (Expect::Absent, 0),
-        Some(found) => (Expect::Version(found.version), number(&found.value)),
-    };
-    if let Cas::Written(_) = database.cas(key.to_owned(), expect, (count + 1).to_string()).await? {
-        *tally.writes.entry(key.to_owned()).or_default() += 1;
-        tally.added += 1;
-    }
-    Ok(())
-}
-
-/// Puts and deletes a key that nobody else writes: each must find what the one before left.
-async fn rewrite(database: &Database, key: &str, round: u64, tally: &mut Tally) -> Result<(), ClientError> {
-    if round % 8 == 7 {
-        let deleted = database.delete(key.to_owned()).await?;
-        assert!(deleted.is_some(), "{key}: what was put is there, and is deleted once");
-    } else {
-        database.put(key.to_owned(), round.to_string()).await?;
-    }
-    *tally.writes.entry(key.to_owned()).or_default() += 1;
-    Ok(())
-}
-
-fn number(value: &[u8]) -> u64 {
-    String::from_utf8_lossy(value).parse().expect("a number")
-}
-
-const COUNTERS: usize = 5;
-
-/// Two kinds of workers, of several clients, until told to stop.
-struct Load {
-    stop: Arc<AtomicBool>,
-    rounds: Arc<AtomicU64>,
-    workers: Vec<tokio::task::JoinHandle<Tally>>,
-}
-
-impl Load {
-    fn start(databases: &[Database], workers: usize) -> Load {
-        let (stop, rounds) = (Arc::<AtomicBool>::default(), Arc::<AtomicU64>::default());
-        let workers = (0..workers)
-            .map(|worker| {
-                let database = databases[worker % databases.len()].clone();
-                let (stop, rounds) = (stop.clone(), rounds.clone());
-                tokio::spawn(async move {
-                    let mut tally = Tally::default();
-                    for round in 0.. {
-                        if stop.load(Ordering::Relaxed) {
-                            break;
-                        }
-                        let done = if worker % 2 == 0 {
-                            let key = format!("counter-{}", (worker as u64 + round) % COUNTERS as u64);
-                            add(&database, &key, &mut tally).await
-                        } else {
-                            rewrite(&database, &format!("own-{worker}"), round, &mut tally).await
-                        };
-                        if let Err(error) = done {
-                            tally.errors.push(error);
-                            break;
-                        }
-                        rounds.fetch_add(1, Ordering::Relaxed);
-                    }
-                    tally
-                })
-            })
-            .collect();
-        Load { stop, rounds, workers }
-    }
-
-    /// Waits until `count` more rounds have ended.
-    async fn progress(&self, count: u64) {
-        let until = self.rounds.load(Ordering::Relaxed) + count;
-        let begun = Instant::now();
-        while self.rounds.load(Ordering::Relaxed) < until {
-            assert!(begun.elapsed() < Duration::from_secs(90), "the workers stand still");
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    }
-
-    async fn stop(self) -> Tally {
-        self.stop.store(true, Ordering::Relaxed);
-        let mut all = Tally::default();
-        for worker in self.workers {
-            let tally = worker.await.expect("a worker");
-            for (key, count) in tally.writes {
-                *all.writes.entry(key).or_default() += count;
-            }
-            all.added += tally.added;
-            all.errors.extend(tally.errors);
-        }
-        all
-    }
 }
 
 /// Inserts lines into the settings of a node that hasn't started.
@@ -181,26 +73,7 @@ async fn counters_are_exact_though_replies_are_cut_and_leaders_killed() {
     // Late requests arrive, if any are still on their way.
     tokio::time::sleep(Duration::from_secs(3)).await;
 
-    // Each counter shows the additions that were acknowledged.
-    let mut sum = 0;
-    for counter in 0..COUNTERS {
-        let found = databases[0].get(format!("counter-{counter}")).await.expect("a read");
-        sum += found.map_or(0, |found| number(&found.value));
-    }
-    assert_eq!(sum, tally.added);
-    // And nothing else was done: a shard counts its writes, and one more tells how many there were.
-    let map = clients[0].map().await.expect("the map");
-    let database = map.database("exact").expect("the database");
-    let mut writes = BTreeMap::<ShardId, (u64, String)>::new();
-    for (key, count) in &tally.writes {
-        let shard = map.shard_of_key(database, key.as_bytes()).expect("a shard");
-        let (sum, last) = writes.entry(shard.id).or_default();
-        (*sum, *last) = (*sum + count, key.clone());
-    }
-    for (shard, (sum, key)) in writes {
-        let version = databases[0].put(key, "last").await.expect("a write");
-        assert_eq!(version, sum + 1, "shard {shard}: {sum} writes were acknowledged");
-    }
+    assert_exact(&clients[0], "exact", &databases[0], &tally).await;
     for client in clients {
         client.close().await;
     }
@@ -337,13 +210,15 @@ async fn a_short_lived_session_costs_one_entry_and_is_forgotten() {
     database.put("warm", "up").await.expect("a write");
     let value = metrics(http);
     let counts = || ["pontoon_proposals_total", "pontoon_log_entries_total"].map(&value);
-    // At its start a node tells the cluster of its addresses, which is an entry of the metadata shard.
+    // What a new cluster and a new database bring with them is over when nothing moves any more.
     let mut before = counts();
     loop {
-        tokio::time::sleep(Duration::from_millis(500)).await;
-        if std::mem::replace(&mut before, counts()) == before {
+        tokio::time::sleep(Duration::from_millis(700)).await;
+        let now = counts();
+        if now == before {
             break;
         }
+        before = now;
     }
     let set = |n: u64| {
         let ended = cluster.run(&["set", "brief", &format!("k{n}"), "v", "--timeout", "1s"]);

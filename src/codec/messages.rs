@@ -126,10 +126,14 @@ pub fn check(group_message: &GroupMessage) -> Result<(), CodecError> {
     Ok(())
 }
 
-/// The entries of an append follow on its index, and their terms never fall.
+/// The entries of an append follow on its index, whose term it names, and their terms never fall.
 fn check_entries(m: &Message) -> Result<(), CodecError> {
     if m.entries.len() > MESSAGE_ENTRIES_MAX {
         return Err(wrong(format!("{} entries", m.entries.len())));
+    }
+    // raft-rs takes term 0 for that of any entry beyond its log, and would go on from there over a gap.
+    if m.log_term == 0 && m.index > 0 {
+        return Err(wrong(format!("an append to entry {} of no term", m.index)));
     }
     let (mut index, mut term) = (m.index, m.log_term.max(1));
     for entry in m.entries.iter() {

@@ -69,8 +69,13 @@ impl<T> Group<T> {
         }
         self.state.set_applied(position);
         let decided = self.proposals.decide(position);
-        if !decided.applied.is_empty() {
-            assert_eq!(decided.applied.len(), replies.len(), "an entry has one reply per command");
+        if !decided.applied.is_empty() && decided.applied.len() != replies.len() {
+            // Not the entry that was proposed here, though it is of the term in which this replica led: so a
+            // peer lies, and what became of the proposal nobody can tell.
+            tracing::error!(shard = %self.shard, index = position.index, term = position.term, "an entry is another's than its leader's");
+            let unknown = || Refusal::Unknown("another entry bears its place and term in the log".into());
+            self.done.extend(decided.applied.into_iter().map(|token| (token, Err(unknown()))));
+        } else {
             self.done.extend(decided.applied.into_iter().zip(replies.into_iter().map(conclude)));
         }
         self.done.extend(decided.superseded.into_iter().map(|t| (t, Err(Refusal::Superseded))));

@@ -352,9 +352,12 @@ impl<T> Group<T> {
         Ok(())
     }
 
-    /// Begins to move leadership to `to`. It succeeds, or lapses after an election timeout.
+    /// Begins to move leadership to `to`. It succeeds, or lapses after an election timeout. Only a leader
+    /// can: a follower would send the request on, and none is taken from others.
     pub fn transfer(&mut self, to: ReplicaId) {
-        self.raft.transfer_leader(to.0);
+        if self.leads() {
+            self.raft.transfer_leader(to.0);
+        }
     }
 
     /// Stops or resumes applying, because of memory. Committed entries stay in the log meanwhile.

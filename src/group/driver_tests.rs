@@ -5,6 +5,7 @@ use std::sync::Arc;
 use raft::eraftpb::{ConfState, Entry, Message, MessageType};
 
 use super::*;
+use crate::codec::messages::POSITION_MAX;
 use crate::ids::{DatabaseId, GROUP_START};
 use crate::machine::command::{Command, KvCommand, encode_entry};
 use crate::placement::map::{Member, MemberRole};
@@ -13,6 +14,9 @@ use crate::storage::engine_memory::MemoryEngine;
 use crate::storage::log::{ReplicaPhase, ReplicaRecord};
 use crate::storage::log_memory::MemoryLog;
 use crate::storage::state::StateHeader;
+
+#[path = "hostile_tests.rs"]
+mod hostile;
 
 const EPOCH: Epoch = Epoch { range: 1, conf: 1 };
 
@@ -23,31 +27,44 @@ struct Follower {
     writes: VecDeque<NumberedWrite>,
 }
 
+fn members(voters: &[u64]) -> Vec<Member> {
+    let voter = |id: &u64| Member { replica: ReplicaId(*id), node: NodeId(*id), role: MemberRole::Voter };
+    voters.iter().map(voter).collect()
+}
+
 impl Follower {
     fn new() -> Follower {
-        let voter = |id| Member { replica: ReplicaId(id), node: NodeId(id), role: MemberRole::Voter };
-        let members: Vec<Member> = (1..=3).map(voter).collect();
+        Follower::among(&[1, 2, 3])
+    }
+
+    /// Replica 3 of these.
+    fn among(voters: &[u64]) -> Follower {
         let log = Arc::new(MemoryLog::new());
-        let replica = ReplicaId(3);
         let record = ReplicaRecord {
-            replica,
+            replica: ReplicaId(3),
             shard: ShardId(1),
             database: DatabaseId(1),
             machine: MachineKind::Kv,
             phase: ReplicaPhase::Active,
             range: RingRange::ALL,
             epoch: EPOCH,
-            members: members.clone(),
+            members: members(voters),
             generation: 1,
         };
         log.create(&[record]).unwrap();
+        Follower { group: Follower::open(&log, voters), log, writes: VecDeque::new() }
+    }
+
+    /// The replica as its log tells, with nothing of the state on disk.
+    fn open(log: &Arc<MemoryLog>, voters: &[u64]) -> Group<u64> {
+        let replica = ReplicaId(3);
         let initial = StateHeader {
             applied: GROUP_START,
             revision: 0,
             log_time: 0,
             epoch: EPOCH,
-            members,
-            conf_state: ConfState { voters: vec![1, 2, 3], ..ConfState::default() },
+            members: members(voters),
+            conf_state: ConfState { voters: voters.to_vec(), ..ConfState::default() },
         };
         let state = ReplicaState::open(Arc::new(MemoryEngine::new()), replica, 1, initial).unwrap();
         let options = GroupOptions {
@@ -60,8 +77,7 @@ impl Follower {
             cached: Arc::default(),
         };
         let state_of_log = log.load(replica).unwrap();
-        let group = Group::open(options, log.clone(), state_of_log, state).unwrap();
-        Follower { group, log, writes: VecDeque::new() }
+        Group::open(options, log.clone(), state_of_log, state).unwrap()
     }
 
     fn step(&mut self, message: Message) {
@@ -115,6 +131,79 @@ fn a_request_that_a_follower_would_forward_is_dropped() {
     // raft-rs panics on it, in a follower that knows its leader.
     follower.step(message);
     assert_eq!(follower.group.status().leader, Some(ReplicaId(1)));
+}
+
+#[test]
+fn a_term_that_no_peer_can_have_reached_is_not_believed() {
+    let mut follower = Follower::new();
+    follower.step(append(1, 6, GROUP_START, &[6], 6, 1));
+    // The last that the codec lets through: in the election after it, this replica would be mute.
+    follower.step(append(2, POSITION_MAX, GROUP_START, &[], 6, 1));
+    assert_eq!((follower.group.status().term, follower.group.status().leader), (6, Some(ReplicaId(1))));
+    follower.step(append(2, 6 + limits::TERM_JUMP_MAX, GROUP_START, &[], 6, 1));
+    assert_eq!(follower.group.status().leader, Some(ReplicaId(2)));
+}
+
+#[test]
+fn a_vote_counts_only_once_it_was_asked_for() {
+    let mut follower = Follower::new();
+    follower.step(append(1, 6, GROUP_START, &[6], 5, 1));
+    let mut message = Message { from: 1, to: 3, term: 6, ..Message::default() };
+    message.set_msg_type(MessageType::MsgTimeoutNow);
+    follower.step(message);
+    let mut vote = Message { from: 1, to: 3, term: 7, ..Message::default() };
+    vote.set_msg_type(MessageType::MsgRequestVoteResponse);
+    // Its request waits for the disk.
+    follower.step(vote.clone());
+    assert_eq!(follower.group.status().role, StateRole::Candidate);
+    while !follower.writes.is_empty() {
+        follower.persist();
+    }
+    follower.step(vote);
+    assert_eq!(follower.group.status().role, StateRole::Leader);
+}
+
+#[test]
+fn a_group_of_one_voter_follows_nobody() {
+    let mut alone = Follower::among(&[3]);
+    alone.step(append(1, 6, GROUP_START, &[6], 6, 1));
+    let status = alone.group.status();
+    assert_eq!((status.term, status.last), (GROUP_START.term, GROUP_START.index));
+    alone.group.campaign().unwrap();
+    alone.pump();
+    assert!(alone.group.leads());
+}
+
+#[test]
+fn an_acknowledgement_of_what_the_leader_does_not_have_commits_nothing() {
+    let mut leader = Follower::new();
+    leader.group.campaign().unwrap();
+    for kind in [MessageType::MsgRequestPreVoteResponse, MessageType::MsgRequestVoteResponse] {
+        leader.pump();
+        while !leader.writes.is_empty() {
+            leader.persist();
+        }
+        let mut vote = Message { from: 1, to: 3, term: GROUP_START.term + 1, ..Message::default() };
+        vote.set_msg_type(kind);
+        leader.step(vote);
+    }
+    assert!(leader.group.leads());
+    let own = leader.group.status();
+    let mut far = Message { from: 1, to: 3, term: own.term, index: own.last + 1, ..Message::default() };
+    far.set_msg_type(MessageType::MsgAppendResponse);
+    leader.step(far.clone());
+    leader.group.submit(
+        Operation::Command { command: Command::Kv(KvCommand::Delete { key: "k".into() }), session: None },
+        1,
+    );
+    leader.pump();
+    while !leader.writes.is_empty() {
+        leader.persist();
+    }
+    assert_eq!(leader.group.status().committed, GROUP_START.index);
+    // Now it has the entry, and believes it.
+    leader.step(far);
+    assert_eq!(leader.group.status().committed, own.last + 1);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Messages of raft on their way in and out: what is let in, and what leaves, to which node.
 
+use raft::StateRole;
 use raft::eraftpb::{Message, MessageType};
 
 use super::driver::Group;
@@ -7,11 +8,20 @@ use super::log::GroupLog;
 use super::types::Effects;
 use crate::codec::GroupMessage;
 use crate::ids::{ReplicaId, Term};
+use crate::limits;
 
 impl<T> Group<T> {
-    /// What raft-rs would panic on, were it true.
+    /// What raft-rs would panic on, were it true, and what it would believe though it can't be.
     pub(super) fn check(&self, message: &Message) -> Result<(), &'static str> {
         let log = &self.raft.raft.raft_log;
+        if message.term > self.raft.raft.term.saturating_add(limits::TERM_JUMP_MAX) {
+            return Err("no peer can be so many terms ahead");
+        }
+        let of_a_leader =
+            matches!(message.get_msg_type(), MessageType::MsgHeartbeat | MessageType::MsgAppend);
+        if (of_a_leader || message.term > self.raft.raft.term) && self.is_only_voter() {
+            return Err("nobody else can be elected in a group of one voter");
+        }
         match message.get_msg_type() {
             // A leader of the past may well be of another opinion. Raft tells it of the present term.
             MessageType::MsgHeartbeat | MessageType::MsgAppend if message.term < self.raft.raft.term => {
@@ -31,6 +41,24 @@ impl<T> Group<T> {
                 }
                 Ok(())
             }
+            // Counted, it would commit what no quorum has. A follower has entries of this term, and what is
+            // committed, from the leader of the term, which is this replica.
+            MessageType::MsgAppendResponse
+                if !message.reject
+                    && message.term == self.raft.raft.term
+                    && self.leads()
+                    && message.index > log.last_index() =>
+            {
+                Err("a follower acknowledges entries that its leader doesn't have")
+            }
+            // It asks for votes when its log is on disk, and raft-rs relies on that when it has won.
+            MessageType::MsgRequestVoteResponse | MessageType::MsgRequestPreVoteResponse
+                if log.last_index() > log.persisted
+                    && message.term >= self.raft.raft.term
+                    && matches!(self.raft.raft.state, StateRole::Candidate | StateRole::PreCandidate) =>
+            {
+                Err("a vote that this replica hasn't asked for yet")
+            }
             MessageType::MsgSnapshot => Err("snapshots travel on a lane of their own"),
             // A follower would send these on to its leader; raft-rs panics on one that has a term.
             MessageType::MsgReadIndex
@@ -39,6 +67,13 @@ impl<T> Group<T> {
             | MessageType::MsgTransferLeader => Err("requests are not forwarded between replicas"),
             _ => Ok(()),
         }
+    }
+
+    fn is_only_voter(&self) -> bool {
+        let raft = &self.raft.raft;
+        let voters = raft.prs().conf().voters().ids();
+        let mut voters = voters.iter();
+        voters.next() == Some(raft.id) && voters.next().is_none()
     }
 
     /// Sends a follower what comes after that which it has acknowledged, and nothing before.

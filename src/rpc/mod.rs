@@ -36,8 +36,8 @@ use tokio::task::{JoinSet, spawn_local};
 
 use crate::client::local::LocalClient;
 use crate::limits::{
-    CLIENT_CONNECTIONS_MAX, CLIENT_DRAIN_MS_MAX, CONNECTION_STUCK_MS_MAX, CONNECTION_UNSENT_BYTES_MAX,
-    GREETING_MS_MAX, TIMEOUT_DEFAULT_MS, TIMEOUT_MAX_MS,
+    CLIENT_CONNECTIONS_MAX, CLIENT_DRAIN_MS_MAX, CLIENT_LISTEN_QUEUE, CONNECTION_STUCK_MS_MAX,
+    CONNECTION_UNSENT_BYTES_MAX, GREETING_MS_MAX, TIMEOUT_DEFAULT_MS, TIMEOUT_MAX_MS,
 };
 use crate::node::handle::NodeHandle;
 use crate::node::load::{self, Admitted};
@@ -68,6 +68,10 @@ pub(crate) struct Service {
 /// `LocalSet`, such as an arbiter's; everything it starts stays on that thread. Several threads may
 /// serve the same port through clones of its listener.
 pub async fn serve(listener: TcpListener, node: NodeHandle, shutdown: impl Future) {
+    // Bound with room for 128. After a node was away its clients come back all at once.
+    if let Err(error) = rustix::net::listen(&listener, CLIENT_LISTEN_QUEUE) {
+        tracing::warn!(%error, "the queue of clients to be accepted stays short");
+    }
     let source = node.clone();
     let service = Rc::new(Service {
         client: LocalClient::start(Box::new(move || source.map())),

@@ -3,18 +3,23 @@
 
 use std::io;
 use std::rc::Rc;
+use std::time::Duration;
 
 use capnp::message::ReaderOptions;
 use capnp_rpc::rpc_twoparty_capnp::Side;
 use capnp_rpc::twoparty::VatNetwork;
 use futures_util::io::BufReader;
+use rustix::net::sockopt;
 use tokio::net::TcpStream;
 use tokio::net::tcp::OwnedReadHalf;
 use tokio_util::compat::{Compat, TokioAsyncReadCompatExt};
 
 use super::backlog::{Backlog, Metered, metered};
 use super::coalesce::{CoalescingWriter, coalesce};
-use crate::limits::{COALESCE_BYTES_MAX, NESTING_MAX, READ_CHUNK_BYTES, TRAVERSAL_BYTES_MAX};
+use crate::limits::{
+    CLIENT_PROBE_AGAIN_S, CLIENT_PROBE_S, CLIENT_PROBES_MAX, COALESCE_BYTES_MAX, NESTING_MAX,
+    READ_CHUNK_BYTES, TRAVERSAL_BYTES_MAX,
+};
 
 /// The reading side of an RPC connection. The library reads each message in two steps; the buffer
 /// makes that one system call for all messages that are there.
@@ -41,6 +46,16 @@ pub fn rpc_streams(
     Ok((reader, writer, flusher))
 }
 
+/// Has the kernel ask whether the other side is still there when it is silent for long. A client whose
+/// machine or network went away says nothing of it, and would hold its connection for ever.
+fn probe_when_idle(stream: &TcpStream) -> io::Result<()> {
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, Duration::from_secs(CLIENT_PROBE_S))?;
+    sockopt::set_tcp_keepintvl(stream, Duration::from_secs(CLIENT_PROBE_AGAIN_S))?;
+    sockopt::set_tcp_keepcnt(stream, CLIENT_PROBES_MAX)?;
+    Ok(())
+}
+
 /// A stream on which calls are served, with the count of what isn't sent on it yet, bounded by
 /// `unsent_max` as [`super::backlog`] tells. The future as of [`rpc_streams`].
 pub fn rpc_server(
@@ -48,10 +63,29 @@ pub fn rpc_server(
     unsent_max: usize,
 ) -> io::Result<(ServedNetwork, Rc<Backlog>, impl Future<Output = io::Result<()>> + 'static)> {
     stream.set_nodelay(true)?;
+    probe_when_idle(&stream)?;
     let (reader, writer) = stream.into_split();
     let backlog = Backlog::new(unsent_max);
     let (writer, flusher) = coalesce(backlog.meter(writer), COALESCE_BYTES_MAX);
     let reader = BufReader::with_capacity(READ_CHUNK_BYTES, reader.compat());
     let network = VatNetwork::new(reader, writer, Side::Server, reader_options());
     Ok((metered(network, backlog.clone()), backlog, flusher))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_silent_client_is_probed() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (stream, _) = listener.accept().await.unwrap();
+        let same = stream.into_std().unwrap();
+        let (_network, _backlog, _flusher) =
+            rpc_server(TcpStream::from_std(same.try_clone().unwrap()).unwrap(), 1).unwrap();
+        assert!(sockopt::socket_keepalive(&same).unwrap());
+        assert_eq!(sockopt::tcp_keepidle(&same).unwrap(), Duration::from_secs(CLIENT_PROBE_S));
+        assert_eq!(sockopt::tcp_keepcnt(&same).unwrap(), CLIENT_PROBES_MAX);
+    }
 }

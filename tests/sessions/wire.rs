@@ -42,7 +42,8 @@ pub struct Wire {
     connections: HashMap<String, kv::Client>,
 }
 
-async fn dial(address: &str) -> Option<kv::Client> {
+/// A connection to the node at `address`; needs a `LocalSet`.
+pub async fn dial(address: &str) -> Option<kv::Client> {
     let stream = TcpStream::connect(address).await.ok()?;
     let (reader, writer, flusher) = rpc_streams(stream).ok()?;
     let network = twoparty::VatNetwork::new(reader, writer, Side::Client, reader_options());

@@ -60,9 +60,9 @@ pub(crate) fn any_message() -> impl Strategy<Value = GroupMessage> {
         .prop_flat_map(|(head, address)| {
             let (kind, (term, log_term, commit_term), ids, positions, rest, context) = head;
             let kind = MessageType::from_i32(kind).unwrap();
-            let (log_term, commit_term) = (log_term % term, commit_term % term);
+            let (log_term, commit_term) = (1 + log_term % term, commit_term % term);
             let index = positions.0.min(POSITION_MAX - 10);
-            let list = entries(index, log_term.max(1), term);
+            let list = entries(index, log_term, term);
             (list, snapshot(term)).prop_map(move |(entries, snapshot)| {
                 let mut m = Message {
                     msg_type: kind,
@@ -127,7 +127,7 @@ fn append() -> GroupMessage {
 fn what_makes_raft_panic_is_refused() {
     assert!(check(&append()).is_ok());
     type Change = fn(&mut Message);
-    let changes: [(&str, Change); 16] = [
+    let changes: [(&str, Change); 17] = [
         ("is never sent", |m| m.msg_type = MessageType::MsgHup),
         ("is never sent", |m| m.msg_type = MessageType::MsgPropose),
         ("is never sent", |m| m.msg_type = MessageType::MsgCheckQuorum),
@@ -138,6 +138,7 @@ fn what_makes_raft_panic_is_refused() {
         ("log term 10", |m| m.log_term = 10),
         ("commit term 10", |m| m.commit_term = 10),
         ("out of range", |m| m.reject_hint = u64::MAX),
+        ("of no term", |m| m.log_term = 0),
         ("must follow", |m| m.index = 6),
         ("must follow", |m| m.entries[1].index = 9),
         ("of term 4", |m| m.entries[0].term = 4),
