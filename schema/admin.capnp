@@ -40,6 +40,7 @@ enum NodeState {
   starting @0;               # not yet a member, or its replicas are being opened
   ready @1;                  # serves
   stopping @2;               # hands leadership over, takes nothing new
+  readOnly @3;               # serves, but takes no new values: its disk has less free than its reserve
 }
 
 struct NodeStatus {

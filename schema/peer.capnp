@@ -44,6 +44,7 @@ struct NodeHeartbeat {
   node @0 :UInt64;           # NodeId of the sender
   incarnation @1 :UInt64;    # which start of its process
   mapVersion @2 :UInt64;     # version of the cluster map the sender holds
+  diskFull @3 :Bool;         # its disk has less free than its reserve: it should not lead
 }
 
 struct RaftEntry {

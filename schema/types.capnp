@@ -108,5 +108,6 @@ struct Error {
     deadline @17 :Void;      # the time given ran out
     sessionExpired @19 :Void;   # the shard doesn't have the command's session (any more)
     staleCommand @20 :Void;  # the session has acknowledged the command's result, which is forgotten
+    diskFull @21 :Void;      # too little disk space is left for new values; deletes and reads go on
   }
 }

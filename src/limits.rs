@@ -162,6 +162,22 @@ pub const META_RETRY_MS: u64 = 20;
 pub const DROP_SETTLE_MS_MAX: u64 = 2_000;
 /// Time between measurements of the data directory's size, in milliseconds.
 pub const DISK_MEASURE_MS: u64 = 10_000;
+/// Time between looks at the free space of the data directory's file system, in milliseconds.
+pub const DISK_WATCH_MS: u64 = 1_000;
+/// Time after which the last word of another node on its disk is not believed any more, in milliseconds.
+pub const DISK_NEWS_MS_MAX: u64 = 5_000;
+/// Free space without which a node doesn't start, in bytes: opening its stores takes some.
+pub const START_FREE_BYTES_MIN: u64 = 16 * MIB as u64;
+/// Hint sent with `DiskFull`, in milliseconds: space comes back, or leadership moves, not at once.
+pub const DISK_FULL_RETRY_MS: u32 = 100;
+/// Ticks between attempts of a leader on a full disk to hand its leadership over. While one lasts, at
+/// most the least election timeout, the group takes no commands, so most of the time there is none.
+pub const MAKE_WAY_TICKS: u64 = 30;
+/// A write of the raft log that takes longer than this, in milliseconds, is a stall: leaders of the
+/// node hand over.
+pub const LOG_STALL_MS: u64 = 1_000;
+/// Time between attempts to write to a log or a redo file whose disk is full, in milliseconds.
+pub const DISK_FULL_WAIT_MS: u64 = 250;
 /// Time for a pull of the cluster map from a peer, in milliseconds.
 pub const MAP_PULL_MS_MAX: u64 = 3_000;
 /// Time for a replica's answer to a status question, in milliseconds.
@@ -348,6 +364,9 @@ const _: () = assert!(LOG_PRESSED_TICKS * TICK_MS > LOG_PURGE_MS);
 const _: () = assert!(FOLLOWER_DEAD_TICKS > 2 * ELECTION_TICKS_MAX as u64);
 const _: () = assert!(HEARTBEAT_TICKS * 2 < ELECTION_TICKS_MIN);
 const _: () = assert!(ELECTION_TICKS_MIN < ELECTION_TICKS_MAX);
+const _: () = assert!(MAKE_WAY_TICKS > 2 * ELECTION_TICKS_MIN as u64);
+// Several heartbeats may be lost.
+const _: () = assert!(DISK_NEWS_MS_MAX > 3 * NODE_HEARTBEAT_MS);
 // Distinct election windows, one tick wide, for all replicas of a group.
 const _: () = assert!(ELECTION_TICKS_MAX - ELECTION_TICKS_MIN >= REPLICAS_MAX as usize);
 // An answer fits a message; closing, a second; draining, the time to stop.

@@ -4,6 +4,7 @@
 use std::borrow::Cow;
 
 use crate::ids::{NodeId, ShardId};
+use crate::limits::DISK_FULL_RETRY_MS;
 
 /// Whether a failed operation may have had an effect.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -76,6 +77,10 @@ pub enum Refusal {
     /// The session has acknowledged this command's result, and the shard has forgotten it.
     #[error("the session has acknowledged the result of this command before; it may have been applied")]
     StaleCommand,
+    /// The node that leads, or too many of those that hold the shard, have too little disk space for new
+    /// values.
+    #[error("{DISK_FULL}{0}")]
+    DiskFull(Cow<'static, str>),
     /// A refusal of a newer version of the program, in its words. Never made here, only read.
     #[error("{message}")]
     Other {
@@ -95,6 +100,9 @@ pub(crate) const QUARANTINED: &str = "the replica is quarantined after repeated 
 
 /// How the text of [`Refusal::Busy`] begins.
 pub(crate) const BUSY: &str = "too much is in flight: ";
+
+/// How the text of [`Refusal::DiskFull`] begins.
+pub(crate) const DISK_FULL: &str = "too little disk space is left for new values: ";
 
 /// How the text of [`Refusal::Unknown`] begins.
 pub(crate) const UNKNOWN: &str = "the outcome can't be known: ";
@@ -139,6 +147,7 @@ impl Refusal {
             Refusal::Refused(_) => "refused",
             Refusal::SessionExpired => "session_expired",
             Refusal::StaleCommand => "stale_command",
+            Refusal::DiskFull(_) => "disk_full",
             Refusal::Other { .. } => "other",
         }
     }
@@ -147,6 +156,7 @@ impl Refusal {
     pub fn retry_after_ms(&self) -> u32 {
         match self {
             Refusal::Busy { retry_after_ms, .. } | Refusal::Other { retry_after_ms, .. } => *retry_after_ms,
+            Refusal::DiskFull(_) => DISK_FULL_RETRY_MS,
             _ => 0,
         }
     }

@@ -390,6 +390,7 @@ fn the_defaults_are_those_of_the_reference() {
         ("log_bytes", "\"256MiB\""),
         ("log_keep_bytes", "\"8MiB\""),
         ("log_spare_files", "2"),
+        ("reserve_bytes", "\"256MiB\""),
         ("bytes_per_second", "\"64MiB\""),
         ("level", "\"info\""),
     ] {
@@ -469,6 +470,7 @@ fn settings() -> impl Strategy<Value = Settings> {
             settings.storage.log_bytes = storage.2 * storage.3;
             settings.storage.log_keep_bytes = storage.2;
             settings.storage.log_spare_files = storage.4;
+            settings.storage.reserve_bytes = storage.0;
             settings.snapshot.bytes_per_second = storage.2;
             settings
         },

@@ -269,6 +269,7 @@ async fn two_nodes_exchange_messages_in_order() {
             node: NodeId(1),
             incarnation: 1,
             map_version: 5,
+            disk_full: false,
         });
         until("everything", || {
             two.seen.messages.borrow().len() == sent.len()
@@ -330,8 +331,12 @@ async fn garbage_costs_one_connection() {
         let mut oversized = u32::MAX.to_le_bytes().to_vec();
         oversized.extend_from_slice(&[0; 100]);
         let not_capnp = frame::sealed(&[0xff; 64]).unwrap();
-        let stranger =
-            PeerFrame::Heartbeat(NodeHeartbeat { node: NodeId(3), incarnation: 1, map_version: 0 });
+        let stranger = PeerFrame::Heartbeat(NodeHeartbeat {
+            node: NodeId(3),
+            incarnation: 1,
+            map_version: 0,
+            disk_full: false,
+        });
         let request = PeerFrame::Request(1, PeerRequest::Probe);
         for bytes in [bad_crc, oversized, not_capnp, good(&stranger), good(&request)] {
             let mut stream = dial(&one, &hello(Lane::Append)).await.unwrap();

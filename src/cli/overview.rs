@@ -353,6 +353,7 @@ pub fn phase_name(phase: NodePhase) -> &'static str {
         NodePhase::Starting => "starting",
         NodePhase::Ready => "ready",
         NodePhase::Stopping => "stopping",
+        NodePhase::ReadOnly => "read-only",
     }
 }
 

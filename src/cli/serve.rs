@@ -180,6 +180,10 @@ pub fn failed_node(error: NodeError) -> Failure {
     let message = error.to_string();
     match error {
         NodeError::Storage(StorageError::Identity(_)) => Failure::usage("directory", message),
+        // It may start as soon as there is space: a service manager should go on trying.
+        NodeError::Storage(error) if error.is_full() => {
+            Failure::internal(format!("{message}; free some space on that disk, then start the node again"))
+        }
         NodeError::Storage(StorageError::Io { .. }) => Failure::usage("io", message),
         NodeError::Storage(StorageError::Damaged { .. }) => Failure::internal(format!(
             "{message}; look after the disk first, then set the directory aside and start anew: the node joins as \

@@ -240,7 +240,7 @@ pub fn health(context: &Context) -> Result<Exit, Failure> {
         endpoints.sort_by(|a, b| a.address.cmp(&b.address));
         Ok(endpoints)
     })?;
-    let healthy = |endpoint: &Endpoint| matches!(endpoint.result, Ok(NodePhase::Ready));
+    let healthy = |endpoint: &Endpoint| matches!(endpoint.result, Ok(NodePhase::Ready | NodePhase::ReadOnly));
     if context.json() {
         let list: Vec<Value> = endpoints
             .iter()

@@ -218,6 +218,7 @@ mod tests {
                 Failure::NotSent("down".into()),
                 Failure::Refused(Refusal::Deadline),
                 Failure::Refused(Refusal::Superseded),
+                Failure::Refused(Refusal::DiskFull("n1".into())),
                 Failure::Refused(Refusal::Quarantined("poison".into())),
             ] {
                 assert!(retries(after(kind, failure.clone())), "{kind:?} {failure:?}");

@@ -162,6 +162,7 @@ pub fn read_report(from: node_status::Reader<'_>) -> Result<NodeReport, CodecErr
             NodeState::Starting => NodePhase::Starting,
             NodeState::Ready => NodePhase::Ready,
             NodeState::Stopping => NodePhase::Stopping,
+            NodeState::ReadOnly => NodePhase::ReadOnly,
         },
         disk_bytes: from.get_disk_bytes(),
         replicas,

@@ -50,6 +50,8 @@ pub struct NodeHeartbeat {
     pub incarnation: u64,
     /// Version of the cluster map it holds.
     pub map_version: u64,
+    /// Its disk has less free than its reserve: it should not lead.
+    pub disk_full: bool,
 }
 
 /// A question between nodes.
@@ -147,6 +149,7 @@ pub fn encode(frame: &PeerFrame, out: &mut Vec<u8>) -> Result<(), CodecError> {
             to.set_node(heartbeat.node.0);
             to.set_incarnation(heartbeat.incarnation);
             to.set_map_version(heartbeat.map_version);
+            to.set_disk_full(heartbeat.disk_full);
         }),
         PeerFrame::Request(id, request) => write(out, 1024, |to| {
             let mut to = to.init_request();
@@ -272,6 +275,7 @@ fn read_heartbeat(from: node_heartbeat::Reader<'_>) -> Result<NodeHeartbeat, Cod
         node: read_member(from.get_node())?,
         incarnation: from.get_incarnation(),
         map_version: from.get_map_version(),
+        disk_full: from.get_disk_full(),
     })
 }
 

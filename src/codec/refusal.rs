@@ -10,7 +10,7 @@ use std::borrow::Cow;
 use super::CodecError;
 use super::records::read_text;
 use crate::ids::{NodeId, ShardId};
-use crate::refusal::{BUSY, Outcome, QUARANTINED, Refusal, UNKNOWN};
+use crate::refusal::{BUSY, DISK_FULL, Outcome, QUARANTINED, Refusal, UNKNOWN};
 use crate::schema::types_capnp::{Applied, error};
 
 /// Writes a refusal.
@@ -45,6 +45,7 @@ pub fn write_refusal(refusal: &Refusal, mut to: error::Builder<'_>) {
         Refusal::Refused(_) => to.set_refused(()),
         Refusal::SessionExpired => to.set_session_expired(()),
         Refusal::StaleCommand => to.set_stale_command(()),
+        Refusal::DiskFull(_) => to.set_disk_full(()),
         Refusal::Other { .. } => to.set_other(()),
     }
 }
@@ -101,6 +102,7 @@ fn read_member(from: error::Reader<'_>, message: &str) -> Option<Refusal> {
         error::Deadline(()) => Refusal::Deadline,
         error::SessionExpired(()) => Refusal::SessionExpired,
         error::StaleCommand(()) => Refusal::StaleCommand,
+        error::DiskFull(()) => Refusal::DiskFull(inner(message, DISK_FULL)),
         error::Other(()) => return None,
     })
 }
@@ -133,7 +135,8 @@ mod tests {
             ".{0,40}".prop_map(Refusal::Invalid),
             Just(Refusal::Superseded),
             reason.clone().prop_map(Refusal::Unknown),
-            reason.prop_map(Refusal::Unavailable),
+            reason.clone().prop_map(Refusal::Unavailable),
+            reason.prop_map(Refusal::DiskFull),
             ".{0,40}".prop_map(Refusal::Quarantined),
             Just(Refusal::Deadline),
             Just(Refusal::SessionExpired),

@@ -9,7 +9,7 @@ use raft::{Config, GetEntriesContext, ProgressState, RawNode, SnapshotStatus, St
 
 use super::catch_up::{CatchUp, Retention};
 use super::clock::SessionClock;
-use super::election;
+use super::election::{self, Ambition};
 use super::log::{CachedBytes, GroupLog};
 use super::messages::promises_no_write;
 use super::proposals::Proposals;
@@ -110,6 +110,7 @@ pub struct Group<T> {
     leader: LeaderChange,
     /// The election timeout in ticks, and the term it holds in.
     timeout: (Term, usize),
+    ambition: Ambition,
     /// As told by the leader.
     safe_index: Index,
     catch_up: CatchUp,
@@ -157,7 +158,7 @@ impl<T> Group<T> {
             election_tick: limits::ELECTION_TICKS_MIN,
             heartbeat_tick: limits::HEARTBEAT_TICKS,
             min_election_tick: limits::ELECTION_TICKS_MIN,
-            max_election_tick: limits::ELECTION_TICKS_MAX,
+            max_election_tick: limits::ELECTION_TICKS_MAX + election::LAST_TICKS,
             applied: applied.index,
             max_size_per_msg: limits::APPEND_TARGET_BYTES as u64,
             max_inflight_msgs: limits::APPENDS_IN_FLIGHT_MAX,
@@ -194,6 +195,7 @@ impl<T> Group<T> {
             clock: SessionClock::default(),
             stepped_down: None,
             timeout: (Term::MAX, 0),
+            ambition: Ambition::Usual,
             safe_index: 0,
             catch_up: CatchUp::new(options.retention),
             messages: Vec::new(),
@@ -211,7 +213,8 @@ impl<T> Group<T> {
         // A group at rest gives way to others.
         let applied = self.applied();
         self.raft.mut_store().trim_cache(applied);
-        if self.recovering() || (self.backlogged() && !self.leads()) {
+        if self.recovering() || (self.stays_behind() && !self.leads()) {
+            self.end_undecided();
             return;
         }
         self.raft.tick();
@@ -220,7 +223,14 @@ impl<T> Group<T> {
             self.clock.tick(self.raft.raft.term, self.state.header().log_time);
         }
         self.observe_followers();
-        if self.stepped_down.is_some_and(|at| self.ticks - at > UNDECIDED_TICKS_MAX) {
+        self.end_undecided();
+    }
+
+    /// Gives up proposals of a lost leadership that the log hasn't decided in time. At once where the
+    /// log can't be written: it decides nothing then, and the next leader can be asked.
+    fn end_undecided(&mut self) {
+        let patience = if self.ambition == Ambition::None { 0 } else { UNDECIDED_TICKS_MAX };
+        if self.stepped_down.is_some_and(|at| self.ticks - at > patience) {
             self.stepped_down = None;
             // Elected again, it decides what is older itself, with its first entry; what it has
             // proposed since is none of those.
@@ -239,7 +249,7 @@ impl<T> Group<T> {
         if message.to != self.replica.0 || self.recovering() {
             return Ok(());
         }
-        if message.get_msg_type() == MessageType::MsgTimeoutNow && self.backlogged() {
+        if message.get_msg_type() == MessageType::MsgTimeoutNow && self.stays_behind() {
             return Ok(());
         }
         if let Err(reason) = self.check(&message) {
@@ -346,7 +356,7 @@ impl<T> Group<T> {
 
     /// Begins an election now, rather than after a timeout; for a new group's first leader.
     pub fn campaign(&mut self) -> Result<(), GroupError> {
-        if !self.recovering() && !self.backlogged() {
+        if !self.recovering() && !self.stays_behind() {
             self.raft.campaign()?;
         }
         Ok(())
@@ -358,6 +368,12 @@ impl<T> Group<T> {
         if self.leads() {
             self.raft.transfer_leader(to.0);
         }
+    }
+
+    /// How far this replica is to seek leadership from now on.
+    pub fn set_ambition(&mut self, ambition: Ambition) {
+        self.ambition = ambition;
+        self.draw_timeout();
     }
 
     /// Stops or resumes applying, because of memory. Committed entries stay in the log meanwhile.
@@ -706,6 +722,11 @@ impl<T> Group<T> {
         self.raft.store().bytes_behind(self.applied()) > limits::CAMPAIGN_BACKLOG_BYTES_MAX
     }
 
+    /// Whether it must not come to lead.
+    fn stays_behind(&self) -> bool {
+        self.ambition == Ambition::None || self.backlogged()
+    }
+
     /// The shard's epoch, as applied here.
     pub fn epoch(&self) -> Epoch {
         self.state.header().epoch
@@ -776,8 +797,9 @@ impl<T> Group<T> {
             let rank = election::rank(self.replica, self.state.header().members.iter().map(|m| m.replica));
             self.timeout = (term, election::timeout_ticks(self.shard, term, rank));
         }
-        if self.raft.raft.randomized_election_timeout() != self.timeout.1 {
-            self.raft.raft.set_randomized_election_timeout(self.timeout.1);
+        let last = if self.ambition == Ambition::Last { election::LAST_TICKS } else { 0 };
+        if self.raft.raft.randomized_election_timeout() != self.timeout.1 + last {
+            self.raft.raft.set_randomized_election_timeout(self.timeout.1 + last);
         }
     }
 }

@@ -278,3 +278,46 @@ fn a_pass_asks_the_state_engine_a_bounded_number_of_times() {
     }
     assert_eq!(passes, 5);
 }
+
+#[test]
+fn a_replica_without_ambition_neither_campaigns_nor_takes_leadership() {
+    let mut follower = Follower::new();
+    follower.step(append(1, 6, GROUP_START, &[6], 5, 10));
+    follower.persist();
+    let order = |term| {
+        let mut message = Message { from: 1, to: 3, term, ..Message::default() };
+        message.set_msg_type(MessageType::MsgTimeoutNow);
+        message
+    };
+    follower.group.set_ambition(Ambition::None);
+    follower.step(order(6));
+    for _ in 0..5 * limits::ELECTION_TICKS_MAX {
+        follower.group.tick();
+        follower.pump();
+    }
+    follower.group.campaign().unwrap();
+    follower.pump();
+    assert_eq!((follower.group.status().role, follower.group.status().term), (StateRole::Follower, 6));
+    assert!(follower.writes.is_empty(), "it votes for nobody");
+    follower.group.set_ambition(Ambition::Usual);
+    follower.step(order(6));
+    assert_eq!(follower.group.status().role, StateRole::Candidate);
+}
+
+#[test]
+fn a_replica_that_is_to_lead_last_waits_until_all_others_have_tried() {
+    for (ambition, ticks) in [
+        (Ambition::Usual, limits::ELECTION_TICKS_MIN..limits::ELECTION_TICKS_MAX),
+        (Ambition::Last, limits::ELECTION_TICKS_MAX..limits::ELECTION_TICKS_MAX + election::LAST_TICKS),
+    ] {
+        let mut follower = Follower::new();
+        follower.group.set_ambition(ambition);
+        let mut waited = 0;
+        while follower.group.status().role == StateRole::Follower {
+            follower.group.tick();
+            follower.pump();
+            waited += 1;
+        }
+        assert!(ticks.contains(&waited), "{ambition:?}: {waited}");
+    }
+}

@@ -10,6 +10,21 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 use crate::ids::{ReplicaId, ShardId, Term};
 use crate::limits::{ELECTION_TICKS_MAX, ELECTION_TICKS_MIN};
 
+/// How far a replica seeks to lead.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Ambition {
+    /// Like any other.
+    #[default]
+    Usual,
+    /// Only if nobody else does: its timeouts are longer than any of the others'.
+    Last,
+    /// Not at all: it begins no election, nor takes leadership that is handed to it.
+    None,
+}
+
+/// What is added to the timeout of a replica of [`Ambition::Last`]: its window comes after the others'.
+pub const LAST_TICKS: usize = ELECTION_TICKS_MAX - ELECTION_TICKS_MIN;
+
 /// The election timeout in ticks of the replica that is `rank`-th among its group's members, in `term`.
 pub fn timeout_ticks(shard: ShardId, term: Term, rank: usize) -> usize {
     let slots = ELECTION_TICKS_MAX - ELECTION_TICKS_MIN;

@@ -1,17 +1,22 @@
 //! The flush thread: gathers frozen memtables of all replicas and makes them durable in one round,
 //! one redo file and one sync for many; removes the state of dropped replicas in between, and does
 //! there what must not fall into a flush.
+//!
+//! A flush that finds the disk full is tried again now and then, with what has come meanwhile: it has
+//! left nothing behind, and the log has all of it. The memtables stay in memory until then, so that
+//! soon the node pauses applying.
 
 use std::io;
-use std::sync::mpsc;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
 use super::fatal::Fatal;
 use crate::ids::{Incarnation, Position, ReplicaId};
+use crate::limits;
 use crate::storage::flush::{FlushStep, Flusher};
 use crate::storage::state::Frozen;
 use crate::telemetry::metrics as names;
@@ -42,8 +47,8 @@ enum Work {
     Flush(FlushJob),
     Run(FlusherJob),
     Destroy(Vec<ReplicaId>, Destroyed),
-    /// Answered when everything submitted before is done.
-    Barrier(oneshot::Sender<()>),
+    /// Answered when everything submitted before of the replica is done.
+    Barrier(ReplicaId, oneshot::Sender<()>),
 }
 
 /// See the module page. Bounded: a replica has one flush under way.
@@ -79,10 +84,11 @@ impl FlushThread {
         }
     }
 
-    /// Resolves when everything submitted before is done; the fence before a replica is reopened.
-    pub fn barrier(&self) -> oneshot::Receiver<()> {
+    /// Resolves when everything submitted before of this replica is done, or dropped since there is no
+    /// space for it; the fence before a replica is reopened.
+    pub fn barrier(&self, replica: ReplicaId) -> oneshot::Receiver<()> {
         let (done, receiver) = oneshot::channel();
-        self.send(Work::Barrier(done));
+        self.send(Work::Barrier(replica, done));
         receiver
     }
 
@@ -100,27 +106,57 @@ impl FlushThread {
 }
 
 fn run(mut flusher: Flusher, queue: mpsc::Receiver<Work>, fatal: Fatal) {
-    while let Ok(first) = queue.recv() {
-        let mut flushes = Vec::new();
+    // Those that found the disk full.
+    let mut flushes: Vec<FlushJob> = Vec::new();
+    loop {
+        let first = match flushes.is_empty() {
+            true => queue.recv().ok(),
+            false => match queue.recv_timeout(Duration::from_millis(limits::DISK_FULL_WAIT_MS)) {
+                Err(RecvTimeoutError::Timeout) => None,
+                // The node stops; the log has what isn't flushed.
+                Err(RecvTimeoutError::Disconnected) => return,
+                Ok(work) => Some(work),
+            },
+        };
+        if first.is_none() && flushes.is_empty() {
+            return;
+        }
+        let waited = !flushes.is_empty();
         let mut destroy = Vec::new();
         let mut jobs = Vec::new();
         let mut barriers = Vec::new();
-        for work in std::iter::once(first).chain(queue.try_iter()) {
+        for work in first.into_iter().chain(queue.try_iter()) {
             match work {
                 Work::Flush(job) => flushes.push(job),
                 Work::Run(job) => jobs.push(job),
                 Work::Destroy(replicas, done) => destroy.push((replicas, done)),
-                Work::Barrier(done) => barriers.push(done),
+                Work::Barrier(replica, done) => barriers.push((replica, done)),
             }
         }
-        let result = flush(&mut flusher, &flushes).and_then(|()| match destroy.is_empty() {
-            true => Ok(()),
+        match flush(&mut flusher, &flushes) {
+            Ok(()) => {
+                if waited {
+                    tracing::info!("there is space again: state is flushed to disk");
+                }
+                flushes.clear();
+            }
+            Err(error) if flusher.may_retry(&error) => {
+                if !waited {
+                    tracing::error!(%error, "the disk is full: flushing state, to be tried again");
+                }
+            }
+            Err(error) => {
+                fatal.raise(format!("flushing state to disk: {error}"));
+                return;
+            }
+        }
+        if !destroy.is_empty() {
             // One sync, however many: at the start of a node that may be all that were ever removed.
-            false => flusher.destroy(&destroy.iter().flat_map(|(all, _)| all).copied().collect::<Vec<_>>()),
-        });
-        if let Err(error) = result {
-            fatal.raise(format!("flushing state to disk: {error}"));
-            return;
+            let all: Vec<_> = destroy.iter().flat_map(|(all, _)| all).copied().collect();
+            if let Err(error) = flusher.destroy(&all) {
+                fatal.raise(format!("removing state from disk: {error}"));
+                return;
+            }
         }
         for (replicas, done) in destroy {
             done(&replicas);
@@ -128,7 +164,9 @@ fn run(mut flusher: Flusher, queue: mpsc::Receiver<Work>, fatal: Fatal) {
         for job in jobs {
             job(&mut flusher);
         }
-        for done in barriers {
+        for (replica, done) in barriers {
+            // Frozen by an incarnation that has ended; nothing of it is on disk.
+            flushes.retain(|job| job.frozen.replica != replica);
             if done.send(()).is_err() {
                 tracing::trace!("nobody waits any more: the node is stopping");
             }
@@ -157,4 +195,107 @@ fn flush(flusher: &mut Flusher, jobs: &[FlushJob]) -> Result<(), crate::storage:
     })?;
     metrics::histogram!(names::FLUSH_SECONDS).record(begun.elapsed());
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use raft::eraftpb::ConfState;
+
+    use super::*;
+    use crate::ids::{Epoch, GROUP_START};
+    use crate::storage::StorageError;
+    use crate::storage::engine_memory::MemoryEngine;
+    use crate::storage::flush::FlushPoint;
+    use crate::storage::state::{ReplicaState, StateHeader};
+    use crate::storage::{StateBatch, StateView};
+
+    const LONG: Duration = Duration::from_secs(10);
+
+    fn initial() -> StateHeader {
+        StateHeader {
+            applied: GROUP_START,
+            revision: 0,
+            log_time: 0,
+            epoch: Epoch { range: 1, conf: 1 },
+            members: Vec::new(),
+            conf_state: ConfState::default(),
+        }
+    }
+
+    struct Told(Mutex<mpsc::Sender<(FlushStep, ReplicaId)>>);
+
+    impl FlushSink for Told {
+        fn flushed(&self, step: FlushStep, batch: Vec<(ReplicaId, Incarnation, Position)>) {
+            for (replica, ..) in batch {
+                self.0.lock().unwrap().send((step, replica)).unwrap();
+            }
+        }
+    }
+
+    fn frozen(engine: &Arc<MemoryEngine>, replica: u64) -> Arc<Frozen> {
+        let mut state = ReplicaState::open(engine.clone(), ReplicaId(replica), 0, initial()).unwrap();
+        state.put(b"k", bytes::Bytes::from_static(b"v"));
+        state.set_applied(Position { index: 6, term: 5 });
+        state.freeze().expect("a change")
+    }
+
+    #[test]
+    fn a_flush_waits_for_space_and_nobody_waits_for_what_a_dead_replica_froze() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = Arc::new(MemoryEngine::new());
+        let mut flusher = Flusher::open(dir.path().join("redo"), engine.clone()).unwrap();
+        let full = Arc::new(AtomicU32::new(u32::MAX));
+        let left = full.clone();
+        flusher.set_hook(Box::new(move |point| {
+            let fails = |left: u32| left.checked_sub(1);
+            if point != FlushPoint::RedoWritten
+                || left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, fails).is_err()
+            {
+                return Ok(());
+            }
+            let source = io::ErrorKind::StorageFull.into();
+            Err(StorageError::Io { action: "writing", path: "redo".into(), source })
+        }));
+        let fatal = Fatal::new();
+        let (thread, joined) = FlushThread::start(flusher, fatal.clone()).unwrap();
+        let (told, steps) = mpsc::channel();
+        let sink = Arc::new(Told(Mutex::new(told)));
+        for replica in [1, 2] {
+            let frozen = frozen(&engine, replica);
+            thread.submit(FlushJob { incarnation: 1, frozen, done: sink.clone() });
+        }
+        thread.barrier(ReplicaId(2)).blocking_recv().expect("the thread goes on");
+        assert!(steps.try_recv().is_err(), "nothing is flushed");
+        full.store(2, Ordering::SeqCst);
+        for step in [FlushStep::Logged, FlushStep::Absorbed] {
+            assert_eq!(steps.recv_timeout(LONG), Ok((step, ReplicaId(1))));
+        }
+        assert_eq!(fatal.reason(), None);
+        let kept = ReplicaState::open(engine.clone(), ReplicaId(1), 0, initial()).unwrap();
+        assert_eq!(kept.get(b"k").unwrap().as_deref(), Some(&b"v"[..]));
+        let dropped = ReplicaState::open(engine.clone(), ReplicaId(2), 0, initial()).unwrap();
+        assert_eq!(dropped.get(b"k").unwrap(), None, "its fence dropped what it had frozen");
+        thread.close();
+        joined.join().unwrap();
+        assert_eq!(std::fs::read_dir(dir.path().join("redo")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn the_thread_ends_although_the_disk_is_full() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = Arc::new(MemoryEngine::new());
+        let mut flusher = Flusher::open(dir.path().join("redo"), engine.clone()).unwrap();
+        flusher.set_hook(Box::new(|_| {
+            let source = io::ErrorKind::StorageFull.into();
+            Err(StorageError::Io { action: "writing", path: "redo".into(), source })
+        }));
+        let (thread, joined) = FlushThread::start(flusher, Fatal::new()).unwrap();
+        let (told, _steps) = mpsc::channel();
+        let done = Arc::new(Told(Mutex::new(told)));
+        thread.submit(FlushJob { incarnation: 1, frozen: frozen(&engine, 1), done });
+        thread.close();
+        joined.join().unwrap();
+    }
 }

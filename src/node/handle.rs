@@ -8,6 +8,7 @@ use actix::Addr;
 use actix::prelude::SendError;
 use tokio::sync::{oneshot, watch};
 
+use super::disk::DiskHealth;
 use super::load::Admitted;
 #[cfg(feature = "test-hooks")]
 use super::messages::Inject;
@@ -34,6 +35,7 @@ struct Inner {
     started: Instant,
     phase: watch::Sender<NodePhase>,
     disk_bytes: AtomicU64,
+    disk: Arc<DiskHealth>,
     in_flight: AtomicUsize,
     empty_map: Arc<ClusterMap>,
     member: OnceLock<Member>,
@@ -60,6 +62,8 @@ pub enum NodePhase {
     Ready,
     /// On its way out.
     Stopping,
+    /// Serving, but no new values: its disk is nearly full. In reports; the node itself is `Ready`.
+    ReadOnly,
 }
 
 /// How a replica is, as its supervisor sees it.
@@ -120,6 +124,7 @@ impl NodeHandle {
                 started: Instant::now(),
                 phase: watch::Sender::new(NodePhase::Starting),
                 disk_bytes: AtomicU64::new(0),
+                disk: Arc::default(),
                 in_flight: AtomicUsize::new(0),
                 empty_map: Arc::default(),
                 member: OnceLock::new(),
@@ -147,6 +152,11 @@ impl NodeHandle {
     /// Bytes in the data directory, as just measured.
     pub fn set_disk_bytes(&self, bytes: u64) {
         self.inner.disk_bytes.store(bytes, Ordering::Relaxed);
+    }
+
+    /// How the node's disk is.
+    pub fn disk(&self) -> &Arc<DiskHealth> {
+        &self.inner.disk
     }
 
     fn member(&self) -> Result<&Member, Refusal> {
@@ -307,7 +317,10 @@ impl NodeHandle {
         NodeReport {
             node: self.node(),
             label: self.inner.label.clone(),
-            phase: self.phase(),
+            phase: match self.phase() {
+                NodePhase::Ready if self.inner.disk.is_full() => NodePhase::ReadOnly,
+                phase => phase,
+            },
             disk_bytes: self.inner.disk_bytes.load(Ordering::Relaxed),
             replicas,
             uptime: self.inner.started.elapsed(),

@@ -33,6 +33,7 @@ pub struct Hub {
     /// One for all replicas of this thread: the log and flush threads call it once per batch.
     sink: Option<Arc<HubSink>>,
     paused: bool,
+    disk: DiskNews,
     _guard: FatalGuard,
 }
 
@@ -104,7 +105,7 @@ impl Hub {
     /// A hub without replicas.
     pub fn new(shared: Arc<Shared>, fatal: Fatal) -> Hub {
         let _guard = fatal.guard("a hub");
-        Hub { shared, replicas: HashMap::new(), sink: None, paused: false, _guard }
+        Hub { shared, replicas: HashMap::new(), sink: None, paused: false, disk: DiskNews::default(), _guard }
     }
 
     fn tick(&mut self) {
@@ -115,6 +116,10 @@ impl Hub {
         metrics::gauge!(names::LOG_QUEUE_BYTES).set(self.shared.intake.bytes() as f64);
         metrics::gauge!(names::CACHED_ENTRY_BYTES).set(self.shared.cached_entries.get() as f64);
         let pause = pressure == Pressure::Pause;
+        let disk = DiskNews {
+            full: self.shared.disk.is_full(),
+            stalled: self.shared.disk.stalls(self.shared.log_writer.under_way()),
+        };
         for (_, addr) in self.replicas.values() {
             if pressure != Pressure::Low {
                 // All of them: a flush covers all tables frozen in a round, at one sync.
@@ -123,12 +128,16 @@ impl Hub {
             if pause != self.paused {
                 addr.do_send(PauseApply(pause));
             }
+            if disk != self.disk {
+                addr.do_send(disk);
+            }
             // A full mailbox means that the replica is behind; another tick wouldn't help it.
             if let Err(SendError::Full(_)) = addr.try_send(Tick) {
                 tracing::debug!("a replica missed a tick");
             }
         }
         self.paused = pause;
+        self.disk = disk;
     }
 
     fn living(&self, replica: ReplicaId, incarnation: Incarnation) -> Option<&Addr<ReplicaActor>> {
@@ -167,6 +176,9 @@ impl Handler<StartReplica> for Hub {
         let addr = actor.start();
         if self.paused {
             addr.do_send(PauseApply(true));
+        }
+        if self.disk != DiskNews::default() {
+            addr.do_send(self.disk);
         }
         self.replicas.insert(replica, (incarnation, addr.clone()));
         Ok(addr)

@@ -17,6 +17,10 @@
 //! the log refuses it before anything is written, so the others of the batch are written without
 //! it, the replica's incarnation is fenced, and [`LogWriter::on_refused`] says which one must end.
 //!
+//! A full disk is waited for: the engine has written nothing of the batch, whoever wrote it was told
+//! nothing, and the writes behind it wait too. How long the present write or job has been under way,
+//! such waiting included, [`LogWriter::under_way`] tells.
+//!
 //! All else that goes wrong here (an error, a panic, also of a sink or a job) is the end of the node:
 //! what is on disk is unknown. `on_fatal` hears of it once; nothing is persisted or reported after
 //! that, fences fail, and what is submitted later is dropped.
@@ -27,7 +31,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -76,6 +80,10 @@ pub struct LogWriter {
 
 struct Shared {
     log: Arc<dyn LogStore>,
+    started: Instant,
+    /// When the present batch or job was begun, in milliseconds since `started`, and one; 0: there is
+    /// none.
+    begun: AtomicU64,
     on_fatal: OnFatal,
     queue: Mutex<Queue>,
     /// There is something to do for the writer.
@@ -145,6 +153,8 @@ impl LogWriter {
     pub fn start_with(log: Arc<dyn LogStore>, on_fatal: OnFatal, purge_every: Duration) -> LogWriter {
         let shared = Arc::new(Shared {
             log,
+            started: Instant::now(),
+            begun: AtomicU64::new(0),
             on_fatal,
             queue: Mutex::default(),
             wake: Condvar::new(),
@@ -198,6 +208,14 @@ impl LogWriter {
     pub fn queued_bytes(&self) -> Box<dyn Fn() -> usize + Send + Sync> {
         let bytes = self.shared.queue().bytes.clone();
         Box::new(move || bytes.load(Ordering::Relaxed))
+    }
+
+    /// For how long the batch or the job that is under way has been; zero if there is none.
+    pub fn under_way(&self) -> Duration {
+        match self.shared.begun.load(Ordering::Relaxed) {
+            0 => Duration::ZERO,
+            begun => self.shared.started.elapsed().saturating_sub(Duration::from_millis(begun - 1)),
+        }
     }
 
     /// Queues writes. Never blocks for the disk. Tasks of a fenced incarnation are dropped, all of
@@ -308,6 +326,34 @@ impl Shared {
         Ok(())
     }
 
+    /// Waits a little for space on the disk. False: the writer is to stop, or has failed.
+    fn wait_for_space(&self) -> bool {
+        let due = Instant::now() + Duration::from_millis(limits::DISK_FULL_WAIT_MS);
+        let mut queue = self.queue();
+        while queue.phase == Phase::Running {
+            let left = due.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return true;
+            }
+            (queue, _) = self.end.wait_timeout(queue, left).unwrap_or_else(PoisonError::into_inner);
+        }
+        false
+    }
+
+    /// The writer can't finish what it was given before it stops. Nobody was told of any of it.
+    fn leave_unwritten(&self) {
+        let mut queue = self.queue();
+        if queue.phase == Phase::Stopping {
+            queue.phase = Phase::Stopped;
+        }
+        let items = std::mem::take(&mut queue.items);
+        let fences = std::mem::take(&mut queue.fences);
+        queue.bytes.store(0, Ordering::Relaxed);
+        drop(queue);
+        tracing::warn!("the node stops with its disk full: what waited for the raft log is not written");
+        drop((items, fences));
+    }
+
     /// Ends everything, and says so once.
     fn fail(&self, reason: String) {
         let mut queue = self.queue();
@@ -414,9 +460,19 @@ fn write_all(shared: &Shared, _: Duration) -> Result<(), StorageError> {
                 queue = shared.wake.wait(queue).unwrap_or_else(PoisonError::into_inner);
             }
         };
-        match work {
-            Work::Job(job) => job(&*shared.log),
+        let now = u64::try_from(shared.started.elapsed().as_millis()).unwrap_or(u64::MAX - 1);
+        shared.begun.store(now + 1, Ordering::Relaxed);
+        let done = match work {
+            Work::Job(job) => {
+                job(&*shared.log);
+                true
+            }
             Work::Batch(batch) => write_batch(shared, batch)?,
+        };
+        shared.begun.store(0, Ordering::Relaxed);
+        if !done {
+            shared.leave_unwritten();
+            return Ok(());
         }
     }
 }
@@ -424,7 +480,8 @@ fn write_all(shared: &Shared, _: Duration) -> Result<(), StorageError> {
 /// What is told of a task, and to whom.
 type Name = (ReplicaId, Incarnation, u64);
 
-fn write_batch(shared: &Shared, batch: Vec<WriteTask>) -> Result<(), StorageError> {
+/// False: the writer must stop before there is space for the batch.
+fn write_batch(shared: &Shared, batch: Vec<WriteTask>) -> Result<bool, StorageError> {
     let mut writes = Vec::with_capacity(batch.len());
     let mut names: Vec<(Name, Arc<dyn PersistSink>)> = Vec::with_capacity(batch.len());
     for task in batch {
@@ -433,9 +490,18 @@ fn write_batch(shared: &Shared, batch: Vec<WriteTask>) -> Result<(), StorageErro
         names.push((name, task.done));
     }
     let begun = Instant::now();
+    let mut full = false;
     loop {
         match shared.log.write(&writes) {
             Ok(()) => break,
+            Err(e) if e.is_full() => {
+                if !std::mem::replace(&mut full, true) {
+                    tracing::error!("{e}: no write is acknowledged here until there is space");
+                }
+                if !shared.wait_for_space() {
+                    return Ok(false);
+                }
+            }
             Err(StorageError::Inconsistent { replica, reason }) => {
                 shared.refuse(replica, reason, &names)?;
                 // Each round takes all writes of a replica out, so this ends.
@@ -444,6 +510,9 @@ fn write_batch(shared: &Shared, batch: Vec<WriteTask>) -> Result<(), StorageErro
             }
             Err(e) => return Err(e),
         }
+    }
+    if full {
+        tracing::info!("there is space again: the raft log is written");
     }
     metrics::histogram!(names::LOG_SYNC_SECONDS).record(begun.elapsed().as_secs_f64());
     let entries = writes.iter().map(|w| w.entries.len() as u64).sum();
@@ -462,7 +531,7 @@ fn write_batch(shared: &Shared, batch: Vec<WriteTask>) -> Result<(), StorageErro
     for (sink, names) in told {
         sink.persisted(&names);
     }
-    Ok(())
+    Ok(true)
 }
 
 /// The purging thread.

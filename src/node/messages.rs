@@ -97,6 +97,16 @@ pub struct SnapshotDone {
 #[rtype(result = "()")]
 pub struct PauseApply(pub bool);
 
+/// Hub → replica, on every change: how the node's disk is.
+#[derive(Message, Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[rtype(result = "()")]
+pub struct DiskNews {
+    /// It has too little space for new values.
+    pub full: bool,
+    /// A write of the raft log doesn't come to an end.
+    pub stalled: bool,
+}
+
 /// Hub → replica: messages to the replica on this node were lost. Mailbox full: dropped, a hint only.
 #[derive(Message)]
 #[rtype(result = "()")]

@@ -14,6 +14,7 @@
 //! anything shared (a hub, the supervisor, a thread of the table's lower half) is fatal for the node:
 //! [`RunningNode::failed`] tells, and the process ends with exit code 70.
 
+pub mod disk;
 pub mod fatal;
 pub mod flusher;
 pub mod handle;

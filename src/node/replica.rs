@@ -4,6 +4,8 @@
 //! becomes one proposal and one disk write. A panic anywhere in here, raft-rs included, ends this
 //! actor alone: the guard it owns tells the supervisor, which rebuilds the replica from disk.
 
+mod disk;
+
 use std::sync::Arc;
 
 use actix::prelude::*;
@@ -52,6 +54,8 @@ pub struct ReplicaActor {
     /// Version of the map last told to the supervisor; of the metadata replica.
     map_revision: Option<u64>,
     ticks: u64,
+    /// How the node's disk is, as last told.
+    disk: DiskNews,
     /// Ticks for which a new group's preferred leader goes on campaigning: the other replicas may not
     /// have been created when it began.
     eager_ticks: u64,
@@ -111,6 +115,7 @@ impl ReplicaActor {
             flushing: false,
             map_revision: None,
             ticks: 0,
+            disk: DiskNews::default(),
             eager_ticks: 0,
         }
     }
@@ -278,7 +283,7 @@ impl ReplicaActor {
             return;
         }
         let status = self.group.status();
-        if status.leader.is_some() {
+        if status.leader.is_some() || self.disk != DiskNews::default() {
             self.eager_ticks = 0;
             return;
         }
@@ -354,8 +359,15 @@ impl Handler<Submit> for ReplicaActor {
             return;
         }
         let tickets = tickets(&submit.operations, submit.reply, submit.admitted);
+        let no_room = self.no_room();
         for (operation, ticket) in submit.operations.into_iter().zip(tickets) {
-            self.group.submit(operation, ticket);
+            match &no_room {
+                Some(refusal) if disk::adds_value(&operation) => {
+                    metrics::counter!(names::REFUSALS, "reason" => refusal.kind()).increment(1);
+                    ticket.finish(Err(refusal.clone()));
+                }
+                _ => self.group.submit(operation, ticket),
+            }
         }
         self.queue_pump(ctx);
     }
@@ -380,6 +392,7 @@ impl Handler<Tick> for ReplicaActor {
         self.group.tick();
         self.group.discard(Ticket::abandoned);
         self.campaign_eagerly(ctx);
+        self.make_way_now_and_then();
         if self.ticks.is_multiple_of(limits::COMPACT_TICKS) {
             self.compact();
         }
@@ -477,11 +490,7 @@ impl Handler<Transfer> for ReplicaActor {
             Some(node) => self.group.replica_on(node).ok_or_else(|| {
                 Refusal::Refused(format!("node {node} holds no replica of shard {}", self.shard))
             })?,
-            None => *self
-                .group
-                .successors()
-                .first()
-                .ok_or(Refusal::Unavailable("no other replica is in reach".into()))?,
+            None => self.heir().ok_or(Refusal::Unavailable("no other replica is in reach".into()))?,
         };
         self.group.transfer(to);
         self.queue_pump(ctx);
@@ -531,11 +540,23 @@ impl Handler<Inject> for ReplicaActor {
                 self.shared.log_writer.run(Box::new(|_| panic!("injected panic of the log writer")));
             }
             // A disk that takes its time.
-            "log-stall" => {
-                let stall = std::time::Duration::from_secs(3);
-                self.shared.log_writer.run(Box::new(move |_| std::thread::sleep(stall)));
-            }
-            other => tracing::warn!(fault = other, "unknown fault"),
+            "log-stall" => self.stall_log(3_000),
+            // A node that puts up with it.
+            "keep-leading" => self.shared.disk.keep_leading(),
+            "free-bytes" => self.shared.disk.pretend(None),
+            other => match other.split_once('=').map(|(fault, number)| (fault, number.parse())) {
+                Some(("log-stall", Ok(ms))) => self.stall_log(ms),
+                Some(("free-bytes", Ok(free))) => self.shared.disk.pretend(Some(free)),
+                _ => tracing::warn!(fault = other, "unknown fault"),
+            },
         }
+    }
+}
+
+#[cfg(feature = "test-hooks")]
+impl ReplicaActor {
+    fn stall_log(&self, ms: u64) {
+        let stall = std::time::Duration::from_millis(ms);
+        self.shared.log_writer.run(Box::new(move |_| std::thread::sleep(stall)));
     }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use actix::Addr;
 use futures_util::future::LocalBoxFuture;
 
+use super::disk::DiskHealth;
 use super::handle::NodeHandle;
 use super::hub::{Deliver, Hub, hub_of};
 use super::intake::Intake;
@@ -42,6 +43,8 @@ pub struct Destinations {
     pub shared: Arc<Shared>,
     /// For news of the map, and snapshots.
     pub supervisor: Addr<Supervisor>,
+    /// For news of disks.
+    pub disk: Arc<DiskHealth>,
 }
 
 /// See the module page. One per node, used by every thread that has peer connections.
@@ -190,6 +193,7 @@ impl PeerHandler for Arc<PeerService> {
         let Some(to) = self.destinations.get() else {
             return;
         };
+        to.disk.heard(heartbeat.node, heartbeat.disk_full);
         let map = self.asked.handle.map();
         if heartbeat.map_version <= map.version || self.pulling.swap(true, Ordering::Relaxed) {
             return;

@@ -5,6 +5,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use super::disk::DiskHealth;
 use super::flusher::FlushThread;
 use super::intake::Intake;
 use super::log_writer::LogWriter;
@@ -36,6 +37,8 @@ pub struct Shared {
     pub router: Arc<Router>,
     /// Memtables of the node.
     pub memory: MemoryGauge,
+    /// How its disk is, and the other nodes'.
+    pub disk: Arc<DiskHealth>,
     /// Log entries in memory.
     pub cached_entries: Arc<CachedBytes>,
 }
@@ -43,7 +46,8 @@ pub struct Shared {
 impl Shared {
     /// Waits until nothing of a dead incarnation can reach the disk any more.
     pub async fn fence(&self, replica: ReplicaId, incarnation: Incarnation) {
-        if self.log_writer.fence(replica, incarnation).await.is_err() || self.flusher.barrier().await.is_err()
+        if self.log_writer.fence(replica, incarnation).await.is_err()
+            || self.flusher.barrier(replica).await.is_err()
         {
             tracing::debug!("the node's storage threads have ended");
         }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use actix::prelude::*;
 use tokio::sync::{oneshot, watch};
 
+use super::disk;
 use super::fatal::Fatal;
 use super::flusher::FlushThread;
 use super::handle::{Member, NodeHandle, NodePhase};
@@ -76,10 +77,10 @@ struct Stores {
 pub async fn start(settings: Settings, listeners: Listeners) -> Result<RunningNode, NodeError> {
     panics::install();
     let fatal = Fatal::new();
-    let (data_dir, stores) = open_stores(&settings).await?;
+    let handle = NodeHandle::new(settings.node.id.clone());
+    let (data_dir, stores) = open_stores(&settings, handle.clone()).await?;
     let store_id = data_dir.store_id();
     let data_dir = Arc::new(Mutex::new(data_dir));
-    let handle = NodeHandle::new(settings.node.id.clone());
     let record = NodeRecord {
         id: NodeId(0),
         label: settings.node.id.clone(),
@@ -150,10 +151,19 @@ fn data_threads(settings: &Settings) -> usize {
     }
 }
 
-async fn open_stores(settings: &Settings) -> Result<(DataDir, Stores), NodeError> {
+async fn open_stores(settings: &Settings, handle: NodeHandle) -> Result<(DataDir, Stores), NodeError> {
     let settings = settings.clone();
     let open = move || -> Result<_, StorageError> {
         let storage = &settings.storage;
+        let dir = &settings.node.data_dir;
+        match disk::free_bytes(dir) {
+            Ok(free) => {
+                disk::room_to_start(dir, free)?;
+                // Before anybody is served.
+                handle.disk().measured(free, storage.reserve_bytes);
+            }
+            Err(error) => tracing::warn!(%error, "measuring the free space of {}", dir.display()),
+        }
         let data_dir = DataDir::open(&settings.node.data_dir).map_err(StorageError::from)?;
         let options = DiskLogOptions {
             file_bytes: storage.log_file_bytes,
@@ -233,7 +243,7 @@ impl HealthView for Health {
         match self.handle.phase() {
             NodePhase::Starting => Err("the node is not yet a member of a cluster".into()),
             NodePhase::Stopping => Err("the node is stopping".into()),
-            NodePhase::Ready => match &*self.readiness.borrow() {
+            NodePhase::Ready | NodePhase::ReadOnly => match &*self.readiness.borrow() {
                 Readiness { closed: Some(why), .. } => Err(why.clone()),
                 told if told.all_tried() => Ok(()),
                 _ => Err("replicas are being opened".into()),
@@ -310,6 +320,7 @@ impl Assembly {
             memory: MemoryGauge::new(
                 usize::try_from(self.settings.storage.memtable_bytes).unwrap_or(usize::MAX),
             ),
+            disk: self.handle.disk().clone(),
             cached_entries: Arc::default(),
         });
 
@@ -361,6 +372,7 @@ impl Assembly {
             intake,
             shared,
             supervisor: supervisor.clone(),
+            disk: self.handle.disk().clone(),
         });
         self.handle.set_member(Member { node, incarnation, router, supervisor: supervisor.clone() });
         supervisor.do_send(OpenAll);
@@ -368,6 +380,8 @@ impl Assembly {
             actix::spawn(spread(map));
         }
         actix::spawn(keep_record(self.applicant.clone(), self.handle.clone(), supervisor));
+        let (data_dir, reserve) = (self.settings.node.data_dir.clone(), self.settings.storage.reserve_bytes);
+        actix::spawn(disk::watch(self.handle.disk().clone(), data_dir, reserve));
         actix::spawn(measure_disk(self.handle.clone(), self.settings.node.data_dir.clone()));
         if readiness.wait_for(Readiness::all_tried).await.is_ok() {
             self.handle.set_phase(NodePhase::Ready);

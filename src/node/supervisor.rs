@@ -335,6 +335,16 @@ impl Supervisor {
         }));
         ctx.spawn(fut::wrap_future(written).map(move |written, act: &mut Self, ctx| match written {
             Ok(Ok(())) => act.open(records, campaign, ctx),
+            Ok(Err(error)) if error.is_full() => {
+                tracing::warn!(%error, "recording new replicas, to be tried again");
+                let again = Duration::from_millis(limits::DISK_WATCH_MS);
+                ctx.run_later(again, move |act, ctx| {
+                    // But for those whose shard was dropped meanwhile.
+                    let mut records = records;
+                    records.retain(|record| act.replicas.get_mut(record.replica).is_some());
+                    act.create(records, ctx);
+                });
+            }
             Ok(Err(error)) => {
                 tracing::error!(%error, "recording new replicas; they are created at the next start")
             }
@@ -408,6 +418,7 @@ impl Supervisor {
             node: self.site.node,
             incarnation: self.site.incarnation,
             map_version: self.shared.router.map().version,
+            disk_full: self.shared.disk.is_full(),
         });
     }
 

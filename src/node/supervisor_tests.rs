@@ -69,6 +69,7 @@ fn supervised(dir: &std::path::Path, threads: &[Arbiter; 2]) -> Addr<Supervisor>
     let (snapshots, _) = Snapshots::start(tools, origin).expect("threads");
     let shared = Arc::new(Shared {
         snapshots,
+        disk: Arc::default(),
         cached_entries: Arc::default(),
         log,
         intake: Arc::new(Intake::new(log_writer.queued_bytes())),

@@ -271,6 +271,7 @@ pub fn write_report(
         NodePhase::Starting => NodeState::Starting,
         NodePhase::Ready => NodeState::Ready,
         NodePhase::Stopping => NodeState::Stopping,
+        NodePhase::ReadOnly => NodeState::ReadOnly,
     });
     to.set_map_version(map_version);
     to.set_disk_bytes(report.disk_bytes);

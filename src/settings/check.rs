@@ -151,6 +151,7 @@ impl Reader {
         let log_bytes = self.number("storage.log_bytes");
         let log_keep_bytes = self.number("storage.log_keep_bytes");
         let log_spare_files = self.number("storage.log_spare_files");
+        let reserve_bytes = self.number("storage.reserve_bytes");
         if let (Some(file), Some(log)) = (log_file_bytes, log_bytes) {
             let files = log / file;
             if files < LOG_FILES_MIN {
@@ -180,6 +181,7 @@ impl Reader {
             log_bytes: log_bytes?,
             log_keep_bytes: log_keep_bytes?,
             log_spare_files: log_spare_files?.try_into().ok()?,
+            reserve_bytes: reserve_bytes?,
         })
     }
 

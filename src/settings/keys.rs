@@ -91,6 +91,7 @@ pub(super) const KEYS: &[Key] = &[
     size("storage.log_bytes", 16 * MIB, 1024 * GIB),
     size("storage.log_keep_bytes", 64 * KIB, 64 * GIB),
     count("storage.log_spare_files", 0, 64),
+    size("storage.reserve_bytes", 0, 1024 * GIB),
     size("snapshot.bytes_per_second", SNAPSHOT_BYTES_PER_SECOND_MIN, 64 * GIB),
 ];
 

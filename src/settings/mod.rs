@@ -111,6 +111,9 @@ pub struct StorageSettings {
     pub log_keep_bytes: u64,
     /// Log files prepared ahead for reuse.
     pub log_spare_files: usize,
+    /// Free space of the data directory's file system, in bytes, below which the node takes no new
+    /// values; 0: it takes them to the end.
+    pub reserve_bytes: u64,
 }
 
 /// How followers that lag too far are brought up to date.
@@ -196,6 +199,7 @@ impl Settings {
                 log_bytes: 64 * MIB,
                 log_keep_bytes: 8 * MIB,
                 log_spare_files: 0,
+                reserve_bytes: 64 * MIB,
             },
             snapshot: SnapshotSettings { bytes_per_second: 64 * MIB },
         }
@@ -251,6 +255,7 @@ impl Settings {
             ("log_bytes", whole(self.storage.log_bytes)),
             ("log_keep_bytes", whole(self.storage.log_keep_bytes)),
             ("log_spare_files", whole(self.storage.log_spare_files as u64)),
+            ("reserve_bytes", whole(self.storage.reserve_bytes)),
         ];
         let snapshot = vec![("bytes_per_second", whole(self.snapshot.bytes_per_second))];
         vec![

@@ -135,6 +135,12 @@ impl Flusher {
         result
     }
 
+    /// Whether a flush that has just failed with `error` may be tried again: nothing of it is on disk,
+    /// since there was no space.
+    pub fn may_retry(&self, error: &StorageError) -> bool {
+        self.failed.is_none() && error.is_full()
+    }
+
     /// Removes all state of `replicas`, all generations, in small batches, durably, with one sync for
     /// all. The caller has recorded before that they are gone: a crash leaves a part, to be removed by
     /// calling again.

@@ -38,6 +38,7 @@ pub mod snapshot_dir;
 pub mod snapshot_file;
 pub mod state;
 
+use std::io::ErrorKind;
 use std::ops::Bound;
 use std::path::PathBuf;
 
@@ -94,6 +95,14 @@ pub enum StorageError {
     /// The entries asked for were compacted away.
     #[error("log entries up to {0} are compacted")]
     Compacted(crate::ids::Index),
+}
+
+impl StorageError {
+    /// Whether there was no space for it. Nothing has happened then that would forbid to try again.
+    pub fn is_full(&self) -> bool {
+        matches!(self, StorageError::Io { source, .. }
+            if matches!(source.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded))
+    }
 }
 
 /// A shard's state as a state machine reads it: an ordered map from keys to values.

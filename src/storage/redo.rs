@@ -130,9 +130,13 @@ impl RedoWriter {
     /// Completes the file and makes it durable under its name, which is returned. Without this call
     /// what was written doesn't count.
     pub fn finish(mut self) -> Result<PathBuf, StorageError> {
-        self.put(&[&[LAST], &self.changes.to_be_bytes()])?;
-        self.put(&[&self.out.count.to_be_bytes()])?;
-        self.put(&[&self.out.sum.to_be_bytes(), END_MAGIC])?;
+        if let Err(error) = self.end() {
+            // What it takes may be what is missing; the first error is the one to tell.
+            if let Err(second) = self.abandon() {
+                tracing::warn!(%second, "an unfinished redo file stays");
+            }
+            return Err(error);
+        }
         let file = self
             .out
             .inner
@@ -140,6 +144,14 @@ impl RedoWriter {
             .map_err(|error| io_error("writing", &self.temporary)(error.into_error()))?;
         atomic_file::finish(&file, &self.temporary, &self.path)?;
         Ok(self.path)
+    }
+
+    /// Writes the end, and with it all that is still in memory.
+    fn end(&mut self) -> Result<(), StorageError> {
+        self.put(&[&[LAST], &self.changes.to_be_bytes()])?;
+        self.put(&[&self.out.count.to_be_bytes()])?;
+        self.put(&[&self.out.sum.to_be_bytes(), END_MAGIC])?;
+        self.out.inner.flush().map_err(io_error("writing", &self.temporary))
     }
 
     /// Gives up: removes what was written.

@@ -128,6 +128,12 @@ metrics_table! {
         "Version of the cluster map that this node knows.";
     DISK_BYTES = "pontoon_disk_bytes", Gauge, [],
         "Size of the data directory as last measured, in bytes.";
+    DISK_FREE_BYTES = "pontoon_disk_free_bytes", Gauge, [],
+        "Free space of the data directory's file system, in bytes.";
+    READ_ONLY = "pontoon_read_only", Gauge, [],
+        "1 while that is below the reserve and the node takes no new values, else 0.";
+    LOG_STALLS = "pontoon_log_stalls_total", Counter, [],
+        "Writes of the raft log that took so long that leaders of this node handed over.";
 }
 
 /// Upper bounds of the buckets of all histograms, in seconds: from a fast disk's sync to a stall.

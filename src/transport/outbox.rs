@@ -183,7 +183,12 @@ mod tests {
     fn the_newest_heartbeat_replaces_an_older_one() {
         let outbox = Outbox::new(1024);
         for map_version in [1, 2] {
-            outbox.set_heartbeat(NodeHeartbeat { node: NodeId(1), incarnation: 1, map_version });
+            outbox.set_heartbeat(NodeHeartbeat {
+                node: NodeId(1),
+                incarnation: 1,
+                map_version,
+                disk_full: false,
+            });
         }
         let batch = outbox.take(1024);
         assert_eq!(batch.heartbeat.map(|h| h.map_version), Some(2));

@@ -166,7 +166,8 @@ fn payloads((cluster, node): (ClusterId, NodeId), shard: &ShardRecord) -> Vec<(L
         GroupMessage { shard: shard.id, epoch: shard.epoch, safe_index: 0, message: m }
     });
     let messages: Vec<GroupMessage> = messages.collect();
-    let heartbeat = NodeHeartbeat { node: other(node), incarnation: 99, map_version: u64::MAX };
+    let heartbeat =
+        NodeHeartbeat { node: other(node), incarnation: 99, map_version: u64::MAX, disk_full: false };
     let claim = PeerRequest::Claim(ClusterId::random());
     let lanes = [Lane::Control, Lane::Append];
     let raft = messages.iter().map(|message| PeerFrame::Raft(vec![message.clone()]));

@@ -7,12 +7,12 @@
 //! everything and does nothing, so that what held it can be dropped. Names are durable at once,
 //! since the log engine syncs directories behind the file system's back.
 //!
-//! A sync can be made to fail. As on Linux, what it should have synced is then forgotten: a later
+//! It can be full: writes then take the bytes that are left, and fail. And a sync can be made to fail. As on Linux, what it should have synced is then forgotten: a later
 //! sync succeeds without writing it.
 
 use std::collections::HashMap;
 use std::fs;
-use std::io::{Error, Read, Result, Seek, SeekFrom, Write};
+use std::io::{Error, ErrorKind, Read, Result, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -51,6 +51,8 @@ struct Disk {
     cut: Option<(u64, u64)>,
     syncs: u64,
     fail_sync: Option<u64>,
+    /// Bytes that may still be written; `None`: any number.
+    room: Option<usize>,
 }
 
 struct FileState {
@@ -118,6 +120,11 @@ impl LossyFs {
     pub fn fail_sync_after(&self, skip: u64) {
         let mut disk = self.lock();
         disk.fail_sync = Some(disk.syncs + skip);
+    }
+
+    /// From now on only so many bytes can be written; `None`: any number.
+    pub fn set_room(&self, room: Option<usize>) {
+        self.lock().room = room;
     }
 
     /// Syncs so far.
@@ -262,10 +269,18 @@ impl Read for LossyCursor {
 
 impl Write for LossyCursor {
     fn write(&mut self, buf: &[u8]) -> Result<usize> {
-        let change = Change::Write { offset: self.offset, data: buf.to_vec() };
-        self.handle.fs.lock().change(self.handle.id, change);
-        self.offset += buf.len();
-        Ok(buf.len())
+        let mut disk = self.handle.fs.lock();
+        let taken = disk.room.map_or(buf.len(), |room| room.min(buf.len()));
+        if let Some(room) = &mut disk.room {
+            *room -= taken;
+        }
+        if taken == 0 && !buf.is_empty() {
+            // As the engine's own file system says it, which is how it knows.
+            return Err(Error::new(ErrorKind::StorageFull, "nospace"));
+        }
+        disk.change(self.handle.id, Change::Write { offset: self.offset, data: buf[..taken].to_vec() });
+        self.offset += taken;
+        Ok(taken)
     }
 
     fn flush(&mut self) -> Result<()> {

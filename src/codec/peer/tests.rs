@@ -58,9 +58,11 @@ fn any_response() -> impl Strategy<Value = PeerResponse> {
 fn any_frame() -> impl Strategy<Value = PeerFrame> {
     prop_oneof![
         vec(any_message(), 0..8).prop_map(PeerFrame::Raft),
-        (any_member(), any::<u64>(), any::<u64>()).prop_map(|(node, incarnation, map_version)| {
-            PeerFrame::Heartbeat(NodeHeartbeat { node, incarnation, map_version })
-        }),
+        (any_member(), any::<u64>(), any::<u64>(), any::<bool>()).prop_map(
+            |(node, incarnation, map_version, disk_full)| {
+                PeerFrame::Heartbeat(NodeHeartbeat { node, incarnation, map_version, disk_full })
+            }
+        ),
         (any::<u64>(), any_request()).prop_map(|(id, it)| PeerFrame::Request(id, it)),
         (any::<u64>(), any_response()).prop_map(|(id, it)| PeerFrame::Response(id, it)),
         any_snapshot_frame().prop_map(PeerFrame::Snapshot),

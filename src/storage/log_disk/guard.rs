@@ -10,9 +10,12 @@
 //! - It *looks up and reads entries in two steps*, between which a purge may move them. A read that
 //!   fails is tried again: what was moved is found at its new place at once. Only if that fails too,
 //!   again and again, is it tried with purges held off, for which it may have to wait long.
+//! - It *takes a full disk for an error like any other*, which it isn't: what it wrote of the batch it
+//!   cuts off again, so the log is as it was. That error alone leaves the guard usable.
 //! - It *panics during recovery* on a log it can't make sense of. That is damage.
 
 use std::cell::Cell;
+use std::io::{self, ErrorKind};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -99,14 +102,24 @@ impl<F: FileSystem + 'static> EngineGuard<F> {
         &self.engine
     }
 
-    /// Writes a batch, durably if `sync`. After an error nothing works any more.
+    /// Writes a batch, durably if `sync`. After an error nothing works any more, unless the disk is
+    /// full ([`StorageError::is_full`]): then nothing is written, and it may be tried again.
     pub fn write(&self, mut batch: LogBatch, sync: bool) -> Result<(), StorageError> {
         self.unless_failed()?;
         match catch_unwind(AssertUnwindSafe(|| self.engine.write(&mut batch, sync))) {
             Ok(Ok(_)) => Ok(()),
+            // The engine has taken back what it wrote of the batch, and begun another file if it could;
+            // what it was told to sync it has synced. Its memory holds nothing of the batch.
+            Ok(Err(Error::Io(source))) if is_full(&source) => Err(self.full(source)),
+            // The same, twice over: there was room for the other file's head, and no more.
+            Ok(Err(Error::TryAgain(_))) => Err(self.full(ErrorKind::StorageFull.into())),
             Ok(Err(e)) => Err(self.fail(e.to_string())),
             Err(panic) => Err(self.fail(panic_text(panic.as_ref()))),
         }
+    }
+
+    fn full(&self, source: io::Error) -> StorageError {
+        StorageError::Io { action: "writing to the raft log in", path: self.dir.clone(), source }
     }
 
     /// Frees files that hold nothing needed and names the groups that hold back the most.
@@ -194,6 +207,11 @@ impl<F: FileSystem + 'static> Drop for EngineGuard<F> {
             std::mem::forget(self.engine.clone());
         }
     }
+}
+
+/// Whether it is for want of space. The engine keeps the kind of a system's error, not its number.
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded)
 }
 
 fn config(dir: &Path, options: DiskLogOptions) -> Result<Config, StorageError> {

@@ -1,0 +1,104 @@
+//! What a replica does about its node's disk: refuses new values where there is no room for them, and
+//! sees to it that another replica leads while this one's disk is full or hangs.
+
+use actix::prelude::*;
+
+use super::ReplicaActor;
+use crate::group::election::Ambition;
+use crate::group::types::Operation;
+use crate::ids::ReplicaId;
+use crate::limits;
+use crate::machine::command::{Command, KvCommand};
+use crate::node::messages::DiskNews;
+use crate::placement::map::MemberRole;
+use crate::refusal::Refusal;
+
+impl ReplicaActor {
+    /// Why no new value can be taken now; `None` if there is room, or if this isn't for the replica to
+    /// say, since another leads.
+    ///
+    /// The leader's own disk counts, and those of a majority: what they acknowledge they must keep.
+    pub(super) fn no_room(&self) -> Option<Refusal> {
+        let disk = &self.shared.disk;
+        if !self.group.leads() {
+            return None;
+        }
+        if disk.is_full() {
+            let free = disk.free_bytes();
+            return Some(Refusal::DiskFull(format!("the shard's node has {free} bytes free").into()));
+        }
+        if !disk.any_other_full() {
+            return None;
+        }
+        let voters = self.group.state().header().members.iter().filter(|m| m.role == MemberRole::Voter);
+        let (all, full) =
+            voters.fold((0, 0), |(all, full), m| (all + 1, full + usize::from(disk.is_full_on(m.node))));
+        (all - full < all / 2 + 1).then(|| {
+            Refusal::DiskFull(
+                format!("{full} of the {all} nodes of the shard are below their reserve").into(),
+            )
+        })
+    }
+
+    /// At a tick: a leader whose disk is full goes on looking for somebody to lead instead.
+    pub(super) fn make_way_now_and_then(&mut self) {
+        if self.disk.full && self.ticks.is_multiple_of(limits::MAKE_WAY_TICKS) {
+            self.make_way();
+        }
+    }
+
+    /// Hands leadership, if this replica has it, to one that has room.
+    fn make_way(&mut self) {
+        if self.group.leads()
+            && let Some(heir) = self.heir_with_room()
+        {
+            tracing::info!(shard = %self.shard, to = %heir, "handing leadership over: the disk is full");
+            self.group.transfer(heir);
+        }
+    }
+
+    /// The best successor, of those that have room if there are any.
+    pub(super) fn heir(&self) -> Option<ReplicaId> {
+        self.heir_with_room().or_else(|| self.group.successors().first().copied())
+    }
+
+    fn heir_with_room(&self) -> Option<ReplicaId> {
+        let has_room = |heir: &ReplicaId| {
+            self.group.node_of(*heir).is_none_or(|node| !self.shared.disk.is_full_on(node))
+        };
+        self.group.successors().into_iter().find(has_room)
+    }
+}
+
+/// Whether an operation takes space for good, if it is carried out.
+pub(super) fn adds_value(operation: &Operation) -> bool {
+    matches!(
+        operation,
+        Operation::Command { command: Command::Kv(KvCommand::Put { .. } | KvCommand::Cas { .. }), .. }
+    )
+}
+
+impl Handler<DiskNews> for ReplicaActor {
+    type Result = ();
+    fn handle(&mut self, news: DiskNews, ctx: &mut Context<Self>) {
+        let before = std::mem::replace(&mut self.disk, news);
+        self.group.set_ambition(match news {
+            DiskNews { stalled: true, .. } => Ambition::None,
+            DiskNews { full: true, .. } => Ambition::Last,
+            DiskNews { .. } => Ambition::Usual,
+        });
+        if news.stalled && !before.stalled {
+            // It needs no disk of ours: the order to campaign leaves at once, or with the successor's
+            // acknowledgement. Once: whether anybody takes it is out of our hands.
+            if self.group.leads()
+                && let Some(heir) = self.heir()
+            {
+                tracing::info!(shard = %self.shard, to = %heir, "handing leadership over: the disk hangs");
+                self.group.transfer(heir);
+            }
+        } else if news.full && !before.full {
+            self.make_way();
+        }
+        self.queue_pump(ctx);
+    }
+}

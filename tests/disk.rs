@@ -1,0 +1,205 @@
+//! Disks that are full or hang: a node keeps what room it has for what must go on, gives leadership to
+//! those that are better off, and comes back by itself.
+
+#[path = "support/cluster.rs"]
+mod cluster;
+#[path = "support/local.rs"]
+mod local;
+
+use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use cluster::{Cluster, Options, free_ports};
+use local::{LocalCluster, PATIENCE, eventually};
+use pontoon::client::options::ClientOptions;
+use pontoon::client::{Client, ClientError, Database, NotApplied};
+use pontoon::ids::ShardId;
+use pontoon::node::handle::NodePhase;
+
+/// Has a node see so much free space, and waits until it does.
+async fn free_bytes(cluster: &LocalCluster, node: usize, shard: ShardId, fault: &str, full: bool) {
+    let handle = cluster.handle(node);
+    handle.inject(shard, fault).await.expect("injected");
+    eventually("the node has looked at its disk", || handle.disk().is_full() == full).await;
+    let phase = if full { NodePhase::ReadOnly } else { NodePhase::Ready };
+    assert_eq!(handle.report().await.phase, phase);
+}
+
+async fn until_leads(cluster: &LocalCluster, shard: ShardId, what: &str, wanted: impl Fn(usize) -> bool) {
+    let begun = Instant::now();
+    while !wanted(cluster.leader(shard).await) {
+        assert!(begun.elapsed() < PATIENCE, "{what}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+fn told(error: &ClientError) -> &str {
+    match error {
+        ClientError::NotApplied(NotApplied::Unavailable { last, .. }) => last,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[actix::test]
+async fn a_full_node_gives_leadership_away_and_a_full_cluster_still_reads_and_deletes() {
+    let mut cluster = LocalCluster::start(3).await;
+    let client = cluster.client().await;
+    let (database, shards) = cluster.database(&client, "full", 3, 1).await;
+    let shard = shards[0];
+    for key in ["a", "b"] {
+        database.put(key, "old").await.expect("a write");
+    }
+    let first = cluster.leader(shard).await;
+    free_bytes(&cluster, first, shard, "free-bytes=1000", true).await;
+    database.put("a", "moved").await.expect("the others have room");
+    until_leads(&cluster, shard, "a node with room leads", |leader| leader != first).await;
+
+    // The one that still has room leads, but what it commits the two others must keep too.
+    let second = cluster.leader(shard).await;
+    let third = 3 - first - second;
+    free_bytes(&cluster, third, shard, "free-bytes=1000", true).await;
+    tokio::time::sleep(Duration::from_millis(1_200)).await;
+    until_leads(&cluster, shard, "the one with room leads", |leader| leader == second).await;
+    let addresses: Vec<_> = cluster.nodes.iter().map(|n| n.settings.client.advertise.clone()).collect();
+    let hasty = ClientOptions { timeout: Duration::from_secs(1), ..ClientOptions::new(addresses) };
+    let hasty = Client::connect_with(hasty).await.expect("connecting");
+    let error = hasty.database("full").put("a", "refused").await.expect_err("no majority has room");
+    assert!(told(&error).contains("2 of the 3 nodes"), "{error}");
+
+    free_bytes(&cluster, second, shard, "free-bytes=1000", true).await;
+    let error = hasty.database("full").put("a", "refused").await.expect_err("nobody has room");
+    assert!(told(&error).contains("too little disk space"), "{error}");
+    let read = database.get("a").await.expect("reads go on").expect("there");
+    assert_eq!(read.value, "moved", "what was refused was not applied");
+    assert!(database.delete("b").await.expect("deletes go on").is_some());
+    assert!(database.get("b").await.expect("a read").is_none());
+
+    // A write under way waits for space, within its deadline.
+    let waiting = database.clone();
+    let waiting = tokio::spawn(async move { waiting.put("a", "after").await });
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(!waiting.is_finished());
+    for node in 0..3 {
+        free_bytes(&cluster, node, shard, "free-bytes", false).await;
+    }
+    waiting.await.expect("the task").expect("applied when there is space again");
+    assert_eq!(database.get("a").await.expect("a read").expect("there").value, "after");
+    hasty.close().await;
+    client.close().await;
+    cluster.stop_all().await;
+}
+
+/// Writes one after the other, until stopped; the longest time between two that succeeded.
+fn write_on(database: &Database, stop: &Arc<AtomicBool>) -> tokio::task::JoinHandle<Duration> {
+    let (database, stop) = (database.clone(), stop.clone());
+    tokio::spawn(async move {
+        let (mut longest, mut last) = (Duration::ZERO, Instant::now());
+        while !stop.load(Ordering::Relaxed) {
+            database.put("k", "v").await.expect("no write fails within its deadline");
+            longest = longest.max(last.elapsed());
+            last = Instant::now();
+        }
+        longest
+    })
+}
+
+/// The longest gap between writes while the leader's log disk hangs for `ms`; whether leadership moved.
+async fn gap_of_a_stall(ms: u64, hand_over: bool) -> (Duration, bool) {
+    let mut cluster = LocalCluster::start(3).await;
+    let client = cluster.client().await;
+    let (database, shards) = cluster.database(&client, "stall", 3, 1).await;
+    let shard = shards[0];
+    database.put("k", "v").await.expect("a write");
+    let leader = cluster.leader(shard).await;
+    let handle = cluster.handle(leader);
+    if !hand_over {
+        handle.inject(shard, "keep-leading").await.expect("injected");
+    }
+    let stop = Arc::new(AtomicBool::new(false));
+    let writers: Vec<_> = (0..4).map(|_| write_on(&database, &stop)).collect();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    handle.inject(shard, &format!("log-stall={ms}")).await.expect("injected");
+    tokio::time::sleep(Duration::from_millis(ms + 500)).await;
+    let moved = cluster.leader(shard).await != leader;
+    stop.store(true, Ordering::Relaxed);
+    let mut longest = Duration::ZERO;
+    for writer in writers {
+        longest = longest.max(writer.await.expect("no write failed"));
+    }
+    client.close().await;
+    cluster.stop_all().await;
+    (longest, moved)
+}
+
+#[actix::test]
+async fn a_leader_whose_disk_hangs_hands_over() {
+    let (gap, moved) = gap_of_a_stall(4_000, true).await;
+    assert!(moved, "leadership stayed");
+    assert!(gap < Duration::from_millis(3_500), "no write for {gap:?}");
+}
+
+/// Not a check: what a hand-over is worth, for whom it may concern.
+#[actix::test]
+#[ignore = "a measurement of 40 s"]
+async fn gaps_with_and_without_a_hand_over() {
+    for ms in [2_000, 5_000] {
+        for hand_over in [true, false] {
+            for _ in 0..3 {
+                let (gap, moved) = gap_of_a_stall(ms, hand_over).await;
+                eprintln!("stall {ms} ms, hand-over {hand_over}: gap {gap:?}, moved {moved}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_node_that_starts_below_its_reserve_is_read_only_and_says_so() {
+    let http = free_ports(1)[0];
+    let extra = format!("reserve_bytes = \"1024GiB\"\n[http]\nlisten = \"127.0.0.1:{http}\"\n");
+    let mut cluster = Cluster::with(1, &free_ports(2), Options { extra, ..Options::default() });
+    cluster.wait_all_ready();
+    assert!(cluster.run(&["db", "create", "d", "1", "1"]).status.success());
+    let set = cluster.run(&["set", "d", "k", "v", "--timeout", "1s"]);
+    let says = String::from_utf8_lossy(&set.stderr);
+    assert_eq!(set.status.code(), Some(3), "{says}");
+    assert!(says.contains("too little disk space is left for new values"), "{says}");
+    assert_eq!(cluster.run(&["get", "d", "k"]).status.code(), Some(1), "it is absent");
+    let delete = cluster.run(&["delete", "d", "k"]);
+    assert_eq!(delete.status.code(), Some(1), "deletes are carried out: {delete:?}");
+    let status = cluster.run(&["status", "--json"]);
+    assert_eq!(status.status.code(), Some(0), "it serves");
+    assert!(String::from_utf8_lossy(&status.stdout).contains("\"read-only\""), "{status:?}");
+    assert_eq!(cluster::http_get(http, "/readyz").expect("an answer").0, 200);
+    let metrics = cluster::http_get(http, "/metrics").expect("metrics").1;
+    assert_eq!(cluster::metric(&metrics, "pontoon_read_only"), Some(1.0));
+    assert!(cluster::metric(&metrics, "pontoon_disk_free_bytes").is_some_and(|free| free > 0.0));
+    assert!(cluster.log(0).contains("the disk is nearly full"), "{}", cluster.log(0));
+}
+
+#[test]
+fn a_node_without_space_to_start_changes_nothing_and_asks_to_be_tried_again() {
+    let cluster = Cluster::prepared(1, &free_ports(2), Options::default());
+    let node = &cluster.nodes[0];
+    let log = node.config.with_extension("log");
+    let mut serve = cluster::pontoon();
+    serve.args(["serve", "--config"]).arg(&node.config).env("PONTOON_TEST_FREE_BYTES", "1000");
+    serve.stdin(Stdio::null()).stdout(Stdio::null()).stderr(std::fs::File::create(&log).expect("a file"));
+    let mut child = serve.spawn().expect("running pontoon");
+    let begun = Instant::now();
+    let status = loop {
+        match child.try_wait().expect("its state") {
+            Some(status) => break status,
+            None if begun.elapsed() > PATIENCE => {
+                child.kill().expect("killing it");
+                panic!("it serves");
+            }
+            None => std::thread::sleep(Duration::from_millis(10)),
+        }
+    };
+    let says = std::fs::read_to_string(&log).expect("what it says");
+    assert_eq!(status.code(), Some(70), "{says}");
+    assert!(says.contains("has 1000 bytes free") && says.contains("free some space"), "{says}");
+    assert!(!node.data.exists(), "nothing was made");
+}
