@@ -428,6 +428,61 @@ fn a_reader_that_goes_away_is_no_panic() {
     }
 }
 
+#[test]
+fn sim_runs_seeds_and_the_same_seed_gives_the_same_trace() {
+    let temp = tempfile::tempdir().unwrap();
+    let report = |args: &[&str]| -> serde_json::Value {
+        let output = pontoon(temp.path(), &[&["sim", "--json"], args].concat());
+        assert_eq!(code(&output), 0, "{args:?}: {}", stderr(&output));
+        serde_json::from_str(&stdout(&output)).expect("one object")
+    };
+    let small = ["--seed", "3", "--nodes", "3", "--shards", "1", "--ops", "40", "--faults", "crashes,torn"];
+    let (first, second) = (report(&small), report(&small));
+    let run = &first["reports"][0];
+    assert_eq!((&run["seed"], &run["nodes"], &run["shards"]), (&3.into(), &3.into(), &1.into()));
+    assert_eq!(run["faults"], "crashes,torn");
+    assert_eq!(run["violation"], serde_json::Value::Null);
+    assert_eq!(run["trace_hash"].as_str().map(str::len), Some(16), "{run}");
+    assert_eq!(run, &second["reports"][0]);
+    // Asking for the last events changes none of them.
+    let traced = report(&[&small[..], &["--trace", "5"]].concat());
+    assert_eq!(traced["reports"][0]["trace_hash"], run["trace_hash"]);
+    assert_eq!(traced["reports"][0]["trace"].as_array().map(Vec::len), Some(5));
+    let other = report(&[&["--seed", "4"], &small[2..]].concat());
+    assert_ne!(other["reports"][0]["trace_hash"], run["trace_hash"]);
+
+    let range = report(&[&["--seeds", "5..8"], &small[2..]].concat());
+    assert_eq!(range["runs"], 3);
+    assert_eq!(range["failed_seeds"], serde_json::json!([]));
+    assert_eq!(range["reports"], serde_json::json!([]), "only what failed is told");
+    for key in ["simulated_s", "seconds", "ratio", "events", "undecided"] {
+        assert!(range[key].is_number(), "{key}: {range}");
+    }
+    for key in ["counts", "operations"] {
+        assert!(range[key].is_object(), "{key}: {range}");
+    }
+    assert!(range["checks"].as_array().is_some_and(|checks| checks.contains(&"linear".into())));
+}
+
+#[test]
+fn sim_refuses_what_makes_no_sense() {
+    let temp = tempfile::tempdir().unwrap();
+    for args in [
+        &["--seeds", "8..5"][..],
+        &["--seeds", "5"],
+        &["--seed", "1", "--seeds", "1..2"],
+        &["--nodes", "2", "--replicas", "3"],
+        &["--faults", "crashes,floods"],
+        &["--shards", "0"],
+        // A bug can't be asked for.
+        &["--planted", "StaleReads"],
+    ] {
+        let output = pontoon(temp.path(), &[&["sim"], args].concat());
+        assert_eq!(code(&output), 2, "{args:?}: {}", stderr(&output));
+        assert_eq!(stdout(&output), "", "{args:?}");
+    }
+}
+
 /// Words that mean something.
 const KNOWN: &[&str] = &[
     "setup",

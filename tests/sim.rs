@@ -2,11 +2,13 @@
 //!
 //! `PONTOON_SEEDS=A..B cargo test --test sim seeds` runs other seeds than the default ones;
 //! `PONTOON_SEEDS=A..B PONTOON_TRACE=400` also shows the last events before a violation.
+//! `cargo test --test sim planted -- --nocapture` prints the table of planted bugs in docs/testing.md.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use pontoon::sim::{Faults, Planted, SimOptions, run};
+use pontoon::sim::checks::CHECKS;
+use pontoon::sim::{Faults, Plant, Planted, SimOptions, run};
 
 /// Seeds that once showed a bug, and the bug. A change of the simulation gives them other events: then find
 /// others by taking the fix out.
@@ -17,9 +19,6 @@ const REGRESSIONS: &[(u64, &str)] = &[
     (23, "a deletion that had found nothing came again, late, and deleted"),
     (187, "the same, in a session of many commands"),
 ];
-
-const CRASHES: Faults = Faults { crashes: true, power: true, slow_disks: true, ..Faults::NONE };
-const ANY: Faults = Faults { drift: false, ..Faults::ALL };
 
 fn seeds(default: Range<u64>) -> Range<u64> {
     let Ok(text) = std::env::var("PONTOON_SEEDS") else { return default };
@@ -72,6 +71,12 @@ fn seeds_show_no_violation() {
         "sessions expired",
         "snapshots installed",
         "snapshots not needed",
+        "frames corrupted",
+        "half-open links",
+        "flaps",
+        "torn writes",
+        "replicas stopped by read errors",
+        "refusals to open a rotten replica",
     ];
     for what in expected {
         assert!(totals.get(what).is_some_and(|count| *count > 0), "no {what}: {totals:?}");
@@ -106,68 +111,120 @@ fn without_faults_every_operation_is_answered() {
     assert_eq!(report.operations.keys().copied().collect::<Vec<_>>(), ["answered"], "{report}");
 }
 
-/// Runs seeds with a bug put in until one of the checks `among` sees it.
-fn is_caught(planted: Planted, faults: Faults, seeds_max: u64, among: &[&str]) {
-    for seed in 0..seeds_max {
+#[test]
+fn a_flapping_node_takes_no_leadership_from_others() {
+    let mut flaps = 0;
+    for seed in 0..20 {
+        // The bound on elections is the check `flapping`.
         let options = SimOptions {
             nodes: 3,
-            shards: 3,
             replicas: 3,
-            retention: if planted == Planted::InstallUnsynced { 0 } else { u64::MAX },
-            faults,
-            planted: Some(planted),
+            faults: Faults { flapping: true, ..Faults::NONE },
             ..SimOptions::of_seed(seed)
         };
         let report = run(options);
-        if let Some(violation) = report.violation.filter(|violation| among.contains(&violation.check)) {
-            println!("{planted:?} is caught at seed {seed}: {violation:?}");
-            return;
+        assert_eq!(report.violation, None, "{report}");
+        flaps += report.counts.get("flaps").copied().unwrap_or(0);
+    }
+    assert!(flaps > 50, "only {flaps} flaps in all");
+}
+
+#[test]
+fn a_minority_of_rotten_replicas_stays_closed_and_the_others_go_on() {
+    let mut refusals = 0;
+    for seed in 0..10 {
+        let faults = Faults { rot: true, crashes: true, ..Faults::NONE };
+        let report = run(SimOptions { nodes: 3, replicas: 3, faults, ..SimOptions::of_seed(seed) });
+        assert_eq!(report.violation, None, "{report}");
+        refusals += report.counts.get("refusals to open a rotten replica").copied().unwrap_or(0);
+    }
+    assert!(refusals > 0, "no rotten replica was ever opened");
+}
+
+const CRASHES: Faults = Faults { crashes: true, power: true, slow_disks: true, ..Faults::NONE };
+const TEARS: Faults = Faults { torn: true, ..CRASHES };
+const ROT: Faults = Faults { rot: true, ..CRASHES };
+const READ_ERRORS: Faults = Faults { eio: true, ..CRASHES };
+/// What a minority of damaged replicas would hide is left out.
+const ANY: Faults = Faults { drift: false, rot: false, eio: false, ..Faults::ALL };
+const ENDS: Faults = Faults { replicas: true, slow_disks: true, transfers: true, ..CRASHES };
+
+/// Under which faults a bug is looked for, how many seeds it may need, and by which checks it is seen: others
+/// would be a coincidence.
+fn hunt(bug: Planted) -> (Faults, u64, &'static [&'static str]) {
+    match bug {
+        Planted::AcknowledgeEarly => {
+            (CRASHES, 20, &["state", "open", "leaders", "logs", "durable", "linear"])
+        }
+        Planted::VoteNotPersisted => (ANY, 100, &["leaders", "logs", "state"]),
+        Planted::StaleReads => (ANY, 60, &["linear"]),
+        Planted::FollowerReads => (ANY, 20, &["linear"]),
+        Planted::CompactEarly => (CRASHES, 60, &["open"]),
+        Planted::NoRedoFile | Planted::RedoRemovedEarly => (CRASHES, 60, &["state", "open"]),
+        Planted::ReleaseEarly => (CRASHES, 20, &["state", "panic"]),
+        Planted::SessionsForgotten => (CRASHES, 60, &["state", "open", "once"]),
+        Planted::RetryAppliesTwice => (ANY, 20, &["once"]),
+        Planted::InstallUnsynced => (CRASHES, 200, &["state", "open"]),
+        Planted::SnapshotWithoutSessions => (CRASHES, 100, &["state"]),
+        Planted::SnapshotAhead => (CRASHES, 100, &["state", "open"]),
+        Planted::OldIncarnationWrites => (ENDS, 100, &["disk", "state", "open", "logs", "leaders"]),
+        Planted::TornAccepted => (TEARS, 100, &["disk", "open"]),
+        Planted::RotUnnoticed => (ROT, 60, &["state"]),
+        Planted::ErrorReadAsAbsent => (READ_ERRORS, 60, &["state", "linear", "durable", "open"]),
+    }
+}
+
+/// The first seed at which a bug is seen, and the check that sees it.
+fn caught(bug: Planted) -> Option<(u64, &'static str)> {
+    let (faults, seeds, among) = hunt(bug);
+    let snapshots =
+        [Planted::InstallUnsynced, Planted::SnapshotWithoutSessions, Planted::SnapshotAhead].contains(&bug);
+    (0..seeds).find_map(|seed| {
+        let report = run(SimOptions {
+            nodes: 3,
+            shards: 3,
+            replicas: 3,
+            retention: if snapshots { 0 } else { u64::MAX },
+            faults,
+            planted: Plant::of(bug),
+            ..SimOptions::of_seed(seed)
+        });
+        let check = report.violation?.check;
+        among.contains(&check).then_some((seed, check))
+    })
+}
+
+#[test]
+fn planted_bugs_are_caught() {
+    // Two at a time.
+    let all = std::thread::scope(|scope| {
+        let halves = [0, 1].map(|half| {
+            let bugs = Planted::ALL.into_iter().skip(half).step_by(2);
+            scope.spawn(move || bugs.map(|bug| (bug, caught(bug))).collect::<Vec<_>>())
+        });
+        halves.map(|half| half.join().expect("no check of ours panics")).concat()
+    });
+    println!("| bug | what it does | seeds | caught by |\n|---|---|---|---|");
+    let mut missed = Vec::new();
+    for bug in Planted::ALL {
+        match all.iter().find(|(of, _)| *of == bug).and_then(|(_, caught)| *caught) {
+            Some((seed, check)) => println!("| `{bug:?}` | {} | {} | `{check}` |", bug.text(), seed + 1),
+            None => missed.push(bug),
         }
     }
-    panic!("{planted:?} is not caught within {seeds_max} seeds");
+    assert!(missed.is_empty(), "not caught: {missed:?}");
 }
 
 #[test]
-fn a_disk_that_acknowledges_before_it_is_durable_is_caught() {
-    is_caught(
-        Planted::AcknowledgeEarly,
-        CRASHES,
-        20,
-        &["state", "open", "leaders", "logs", "durable", "linear"],
-    );
-}
-
-#[test]
-fn a_vote_that_is_not_persisted_is_caught() {
-    is_caught(Planted::VoteNotPersisted, ANY, 100, &["leaders", "logs", "state"]);
-}
-
-#[test]
-fn reads_that_skip_the_quorum_are_caught() {
-    is_caught(Planted::StaleReads, ANY, 60, &["linear"]);
-}
-
-#[test]
-fn a_log_that_is_compacted_before_the_flush_is_durable_is_caught() {
-    is_caught(Planted::CompactEarly, CRASHES, 60, &["open"]);
-}
-
-#[test]
-fn a_snapshot_installed_before_it_is_durable_is_caught() {
-    is_caught(Planted::InstallUnsynced, CRASHES, 200, &["state", "open"]);
-}
-
-#[test]
-fn a_flush_without_a_redo_file_is_caught() {
-    is_caught(Planted::NoRedoFile, CRASHES, 60, &["state", "open"]);
-}
-
-#[test]
-fn a_flush_without_the_sessions_is_caught() {
-    is_caught(Planted::SessionsForgotten, CRASHES, 60, &["state", "open", "once"]);
-}
-
-#[test]
-fn a_retry_that_is_taken_for_another_command_is_caught() {
-    is_caught(Planted::RetryAppliesTwice, ANY, 20, &["once"]);
+fn the_page_on_tests_lists_every_check_fault_and_planted_bug() {
+    let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/testing.md")).unwrap();
+    for (name, what) in CHECKS {
+        assert!(page.contains(&format!("| `{name}` | {what} |")), "check {name}");
+    }
+    for name in Faults::NAMES {
+        assert!(page.contains(&format!("`{name}`")), "fault {name}");
+    }
+    for bug in Planted::ALL {
+        assert!(page.contains(&format!("| `{bug:?}` | {} |", bug.text())), "planted {bug:?}");
+    }
 }

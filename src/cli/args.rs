@@ -546,8 +546,8 @@ on purpose and a verdict; exits with 1 if anything was violated, naming the seed
 again. The same seed with the same options gives the same run, to the last event. What isn't given,
 the seed decides.
 
-Faults: messages partitions crashes power pauses transfers slow-disks memory replicas campaigns drift,
-separated by commas; all; none.")]
+Faults: messages corruption partitions half-open flapping crashes power torn eio rot pauses transfers
+slow-disks memory replicas campaigns drift, separated by commas; all; none.")]
 pub struct SimArgs {
     /// One seed [default: 0]
     #[arg(long, value_name = "S", conflicts_with = "seeds")]

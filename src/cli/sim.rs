@@ -12,6 +12,7 @@ use super::context::Context;
 use super::failure::{Exit, Failure};
 use super::output;
 use super::signals::Signals;
+use crate::sim::checks::CHECKS;
 use crate::sim::{self, Report, SimOptions};
 
 /// What all runs together did.
@@ -100,12 +101,14 @@ pub fn sim(context: &Context, args: &SimArgs) -> Result<Exit, Failure> {
             "events": totals.events,
             "counts": totals.counts,
             "operations": totals.operations,
+            "checks": CHECKS.map(|(name, _)| name),
             "undecided": totals.undecided,
             "failed_seeds": totals.failed,
             "reports": reports,
         }))?;
     } else {
         if seeds.end - seeds.start > 1 {
+            output::line(format!("checked {}", CHECKS.map(|(name, _)| name).join(", ")))?;
             output::line(format!("counts {:?}", totals.counts))?;
             output::line(format!("operations {:?}, keys undecided {}", totals.operations, totals.undecided))?;
         }

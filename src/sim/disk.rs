@@ -12,8 +12,9 @@ use std::collections::VecDeque;
 use std::ops::Bound;
 use std::sync::Arc;
 
-use super::Planted;
 use super::dice::Dice;
+use super::media::{Faulty, ReadEngine, ReadLog};
+use super::planted::{Plant, Planted};
 use crate::ids::{Incarnation, Position, ReplicaId};
 use crate::storage::engine::{Engine, Mutation};
 use crate::storage::engine_memory::{CrashLoss, MemoryEngine};
@@ -23,8 +24,11 @@ use crate::storage::log_memory::MemoryLog;
 use crate::storage::state::Frozen;
 use crate::storage::{StorageError, keys};
 
+/// What of a torn write is there or not there as a whole. Small, since the writes of a simulation are.
+const SECTOR_BYTES: usize = 64;
+
 /// A log write that is acknowledged with this.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct WriteName {
     /// Whose.
     pub replica: ReplicaId,
@@ -71,7 +75,9 @@ pub struct Disk {
     pub log: Arc<MemoryLog>,
     /// The engine under the states.
     pub engine: Arc<MemoryEngine>,
-    planted: Option<Planted>,
+    /// What is wrong with it.
+    pub faulty: Arc<Faulty>,
+    planted: Plant,
     /// With a disk that acknowledges early, what is really on it.
     honest: MemoryLog,
     /// Durable redo files, oldest first.
@@ -84,10 +90,11 @@ pub struct Disk {
 
 impl Disk {
     /// An empty disk.
-    pub fn new(planted: Option<Planted>) -> Disk {
+    pub fn new(planted: Plant) -> Disk {
         Disk {
             log: Arc::new(MemoryLog::new()),
             engine: Arc::new(MemoryEngine::new()),
+            faulty: Arc::new(Faulty::new(planted.is(Planted::ErrorReadAsAbsent))),
             planted,
             honest: MemoryLog::new(),
             redo: VecDeque::new(),
@@ -98,9 +105,19 @@ impl Disk {
         }
     }
 
+    /// The log as groups read it.
+    pub fn read_log(&self) -> Arc<ReadLog> {
+        Arc::new(ReadLog { log: self.log.clone(), faulty: self.faulty.clone() })
+    }
+
+    /// The engine as groups read it.
+    pub fn read_engine(&self) -> Arc<ReadEngine> {
+        Arc::new(ReadEngine { engine: self.engine.clone(), faulty: self.faulty.clone() })
+    }
+
     /// Queues a log write. True: it is acknowledged at once, which is a planted bug.
     pub fn write(&mut self, name: WriteName, write: LogWrite) -> Result<bool, StorageError> {
-        let early = self.planted == Some(Planted::AcknowledgeEarly);
+        let early = self.planted.is(Planted::AcknowledgeEarly);
         if early {
             self.log.write(std::slice::from_ref(&write))?;
         }
@@ -141,7 +158,7 @@ impl Disk {
     }
 
     fn store(&self, work: LogWork) -> Result<(), StorageError> {
-        if self.planted == Some(Planted::AcknowledgeEarly) {
+        if self.planted.is(Planted::AcknowledgeEarly) {
             if let LogWork::Compact(replica, to) = work {
                 self.log.compact(replica, to)?;
             }
@@ -149,7 +166,7 @@ impl Disk {
         }
         match work {
             LogWork::Write(name, mut write) => {
-                if self.planted == Some(Planted::VoteNotPersisted)
+                if self.planted.is(Planted::VoteNotPersisted)
                     && let Some(hard_state) = &mut write.hard_state
                 {
                     hard_state.vote = 0;
@@ -189,7 +206,7 @@ impl Disk {
         match stage {
             Stage::Logging => {
                 let told = progress(FlushStep::Logged);
-                if self.planted != Some(Planted::NoRedoFile) {
+                if !self.planted.is(Planted::NoRedoFile) {
                     self.redo.push_back(job.frozen.clone());
                 }
                 let mutations = self.mutations(&job.frozen).into();
@@ -204,7 +221,9 @@ impl Disk {
                 Ok((None, true))
             }
             Stage::Writing(_) => {
-                self.engine.sync()?;
+                if !self.planted.is(Planted::RedoRemovedEarly) {
+                    self.engine.sync()?;
+                }
                 let told = progress(FlushStep::Absorbed);
                 self.redo.retain(|frozen| !Arc::ptr_eq(frozen, &job.frozen));
                 Ok((Some(told), false))
@@ -215,7 +234,7 @@ impl Disk {
     /// A frozen table as the engine stores it, sorted by key.
     fn mutations(&self, frozen: &Frozen) -> Vec<Mutation> {
         let mut mutations = frozen.mutations();
-        if self.planted == Some(Planted::SessionsForgotten) {
+        if self.planted.is(Planted::SessionsForgotten) {
             let session = |key: &[u8]| key.get(keys::PREFIX_BYTES - 1) == Some(&keys::KIND_SESSION);
             mutations.retain(|(key, _)| !session(key));
         }
@@ -239,7 +258,7 @@ impl Disk {
 
     /// A replica goes on from a snapshot.
     pub fn install(&mut self, replica: ReplicaId, install: &Install) -> Result<(), StorageError> {
-        if self.planted == Some(Planted::AcknowledgeEarly) {
+        if self.planted.is(Planted::AcknowledgeEarly) {
             self.honest.install(replica, install)?;
         }
         self.log.install(replica, install)
@@ -259,22 +278,81 @@ impl Disk {
         self.engine.sync()
     }
 
+    /// A record of a replica rots, in its state or in its log.
+    pub fn rot(&mut self, replica: ReplicaId, dice: &mut Dice) -> Result<(), StorageError> {
+        if self.planted.is(Planted::RotUnnoticed) {
+            return self.flip(replica);
+        }
+        if dice.chance(500) {
+            self.faulty.rot_state(replica)
+        } else {
+            self.faulty.rot_log(replica)
+        }
+        Ok(())
+    }
+
+    /// A value of a replica changes, and nobody notices.
+    fn flip(&self, replica: ReplicaId) -> Result<(), StorageError> {
+        let (from, to) = keys::replica_range(replica);
+        let mut flipped = None;
+        self.engine.scan(Bound::Included(&from), &to, &mut |key, value| {
+            if key.get(keys::PREFIX_BYTES - 1) == Some(&keys::KIND_USER) {
+                let mut value = value.to_vec();
+                if let Some(last) = value.last_mut() {
+                    *last ^= 1;
+                }
+                flipped = Some((key.to_vec(), Some(value.into())));
+            }
+            flipped.is_none()
+        })?;
+        self.engine.write(&Vec::from_iter(flipped))?;
+        self.engine.sync()
+    }
+
     /// The node crashes. Of the log write under way a prefix has reached the disk: none, some or
-    /// all of the replicas' parts, each whole. What was queued is gone, and of what was written to
-    /// the engine without a sync as much as `loss` says.
-    pub fn crash(&mut self, loss: CrashLoss, dice: &mut Dice) -> Result<(), StorageError> {
+    /// all of the replicas' parts, each whole; or, if it is `torn`, the part behind those up to a sector,
+    /// of which the log keeps the entries that are whole. What was queued is gone, and of what was
+    /// written to the engine without a sync as much as `loss` says. Returns whether entries or a hard
+    /// state were torn off.
+    pub fn crash(&mut self, loss: CrashLoss, torn: bool, dice: &mut Dice) -> Result<bool, StorageError> {
         let kept = dice.below(self.writing.len() + 1);
-        for work in std::mem::take(&mut self.writing).into_iter().take(kept) {
+        let mut parts = std::mem::take(&mut self.writing).into_iter();
+        for work in parts.by_ref().take(kept) {
             self.store(work)?;
+        }
+        let mut tears = false;
+        if torn && let Some(LogWork::Write(name, write)) = parts.next() {
+            tears = true;
+            let write = self.tear(write, dice);
+            if !write.entries.is_empty() || write.hard_state.is_some() {
+                self.store(LogWork::Write(name, write))?;
+            }
         }
         self.queued.clear();
         self.flushes.clear();
         self.flushing = None;
-        if self.planted == Some(Planted::AcknowledgeEarly) {
+        if self.planted.is(Planted::AcknowledgeEarly) {
             self.log = Arc::new(self.honest.clone());
         }
         self.engine.crash(loss);
-        Ok(())
+        Ok(tears)
+    }
+
+    /// What is whole of a write that is cut at a sector. Its hard state comes last.
+    fn tear(&self, mut write: LogWrite, dice: &mut Dice) -> LogWrite {
+        let sectors = write.size().div_ceil(SECTOR_BYTES);
+        let cut = dice.below(sectors.max(1)) * SECTOR_BYTES;
+        let mut end = 0;
+        write.entries.retain(|entry| {
+            end += 32 + entry.data.len() + entry.context.len();
+            end <= cut
+        });
+        if self.planted.is(Planted::TornAccepted) {
+            write.entries.clear();
+        } else {
+            write.hard_state = None;
+        }
+        write
     }
 
     /// The node starts: redo files are applied whole, in order, before anything is read. It may crash

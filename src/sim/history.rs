@@ -12,7 +12,7 @@ pub type Value = u64;
 pub type Found = Option<(Value, u64)>;
 
 /// The condition of a compare-and-set.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Condition {
     /// The key must be absent.
     Absent,
@@ -23,7 +23,7 @@ pub enum Condition {
 }
 
 /// What was asked.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Action {
     /// A linearizable read.
     Get,

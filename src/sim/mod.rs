@@ -5,17 +5,20 @@
 //! events. What is real: groups with raft-rs, state machines, memtables, commands and their encoding,
 //! the log and engine contracts. What is simulated:
 //!
-//! - [`world`]: time, as a queue of events. `shell` and `pump`: what [`crate::node`] does around groups with
-//!   actors. [`faults`]: what goes wrong, and when.
-//! - [`network`]: delay, loss, duplication, reordering, partitions in one or both directions.
-//! - [`disk`]: log writes take time and are lost in whole or in part by a crash before they are done;
-//!   writes to the engine survive a crash as they like until they are synced; flushes have steps
-//!   between which a crash can come.
+//! - [`world`]: time, as a queue of events. `shell`, `life` and `pump`: what [`crate::node`] does around
+//!   groups with actors. [`faults`]: what goes wrong; `strikes`: when, and whom.
+//! - [`network`]: delay, loss, duplication, reordering, corruption, partitions of all shapes, links that are
+//!   dead in one direction, nodes whose links flap.
+//! - [`disk`]: log writes take time, and are lost in whole, in part or torn by a crash before they are
+//!   done; writes to the engine survive a crash as they like until they are synced; flushes have steps
+//!   between which a crash can come. [`media`]: reads that fail, records that have rotted.
+//! - [`planted`]: bugs put in on purpose.
 //! - [`workload`] and [`history`]: clients, and what they were told. [`checks`]: what must hold.
 //!
-//! Not simulated: torn or rotten bytes on disk and a log that loses what it has acknowledged (the
-//! suites of the storage test those on files), the codec and the transport beneath messages, the
-//! supervisor's decisions, changes of membership, more than one database, clients in other processes.
+//! Not simulated: how the stores notice bytes that are torn or rotten, and a log that loses what it has
+//! acknowledged (the suites of the storage test those on files), the codec and the transport beneath
+//! messages, the supervisor's decisions, the repair of a rotten replica, changes of membership, more than
+//! one database, clients in other processes.
 //!
 //! A seed picks which kinds of faults it uses, so that no kind always hides another.
 
@@ -24,11 +27,15 @@ mod dice;
 pub mod disk;
 pub mod faults;
 pub mod history;
+mod life;
+pub mod media;
 pub mod network;
+pub mod planted;
 mod pump;
 pub mod report;
 mod shell;
 mod snapshots;
+mod strikes;
 pub mod workload;
 pub mod world;
 
@@ -37,33 +44,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use checks::Violation;
 use dice::Dice;
 pub use faults::Faults;
+pub use planted::{Plant, Planted};
 pub use report::Report;
 use world::World;
 
 /// Simulated time in microseconds since the start.
 pub type Time = u64;
-
-/// A bug that is put in on purpose, to see that the checks find it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Planted {
-    /// Log writes are acknowledged before they are durable.
-    AcknowledgeEarly,
-    /// Votes don't reach the disk.
-    VoteNotPersisted,
-    /// Reads are answered from the state of any replica that takes itself for the leader, without
-    /// asking the others.
-    StaleReads,
-    /// The log is compacted when a memtable is frozen, before that is durable.
-    CompactEarly,
-    /// Flushes write the engine without a redo file before it.
-    NoRedoFile,
-    /// Flushes leave out the session table.
-    SessionsForgotten,
-    /// A command that is sent again is taken for another one.
-    RetryAppliesTwice,
-    /// Snapshots are installed before what is loaded of them is durable.
-    InstallUnsynced,
-}
 
 /// What to simulate.
 #[derive(Clone, PartialEq, Debug)]
@@ -83,7 +69,7 @@ pub struct SimOptions {
     /// What goes wrong.
     pub faults: Faults,
     /// A bug to put in.
-    pub planted: Option<Planted>,
+    pub planted: Plant,
     /// How many of the last events the report tells.
     pub trace: usize,
 }
@@ -102,7 +88,7 @@ impl SimOptions {
             operations: 300,
             retention: [0, 100, 1_000, 5_000, u64::MAX][dice.below(5)],
             faults: Faults::some(&mut dice),
-            planted: None,
+            planted: Plant::NONE,
             trace: 0,
         }
     }

@@ -2,11 +2,14 @@
 //! order in which [`crate::node`] does it.
 
 use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use super::checks::Violation;
 use super::checks::leaders::Leaders;
 use super::checks::state::Truth;
 use super::disk::WriteName;
+use super::network::Fate;
+use super::report::{Shown, note};
 use super::shell::{NodeEvent, ReplicaEvent};
 use super::world::{Event, World};
 use crate::codec::{GroupMessage, messages};
@@ -23,10 +26,19 @@ impl World {
         };
         replica.pump_queued = false;
         let (shard, incarnation) = (replica.shard, replica.incarnation);
-        let effects = replica
-            .group
-            .pump()
-            .map_err(|error| Violation::new("replica", format!("replica {replica_id} stops: {error}")))?;
+        let fails = node.unreadable && self.dice.chance(300);
+        node.disk.faulty.begin(fails);
+        let pumped = catch_unwind(AssertUnwindSafe(|| replica.group.pump()));
+        node.disk.faulty.end();
+        let effects = match pumped {
+            Ok(Ok(effects)) => effects,
+            Ok(Err(error)) => return self.stops(id, replica_id, &error.to_string()),
+            // raft-rs panics when its log can't be read; a node's supervisor takes that for a stop.
+            Err(_) if self.excuse(id, replica_id, "").is_ok() => {
+                return self.stops(id, replica_id, "a panic");
+            }
+            Err(panic) => resume_unwind(panic),
+        };
         let Effects { messages, write, done, reads, fetch, snapshot, leader, more } = effects;
         if let Some(first) = write.as_ref().and_then(|numbered| numbered.write.entries.first()) {
             let before = replica.terms.range(..first.index).next_back().map_or(0, |(_, term)| *term);
@@ -42,7 +54,7 @@ impl World {
             }
         }
         if let Some(change) = leader {
-            self.trace.note(format_args!("{now} replica {replica_id} {change:?}"));
+            note!(self.trace, "{} replica {} {:?}", now, replica_id, Shown(change));
             observe_leader(
                 &mut self.leaders,
                 self.truths.get(&shard),
@@ -69,7 +81,7 @@ impl World {
                 replica.observed = to;
                 let state = replica.group.state();
                 truth.compare(shard, replica_id, to, state, state.session_table())?;
-                self.trace.note(format_args!("{now} replica {replica_id} applied {to}"));
+                note!(self.trace, "{} replica {} applied {}", now, replica_id, to);
             }
         }
         let reader = (!reads.is_empty()).then(|| Box::new(replica.group.state().reader()));
@@ -78,11 +90,14 @@ impl World {
         }
         if let Some(numbered) = write {
             let name = WriteName { replica: replica_id, incarnation, number: numbered.number };
-            self.trace.note(format_args!(
-                "{now} replica {replica_id} writes {} entries {:?}",
+            note!(
+                self.trace,
+                "{} replica {} writes {} entries {:?}",
+                now,
+                replica_id,
                 numbered.write.entries.len(),
                 numbered.write.hard_state.as_ref().map(|hs| (hs.term, hs.vote, hs.commit))
-            ));
+            );
             if let Some(node) = self.nodes.get_mut(&id) {
                 let at_once = node.disk.write(name, numbered.write);
                 let at_once = at_once.map_err(|e| Violation::new("disk", e.to_string()))?;
@@ -120,8 +135,10 @@ impl World {
             .map_err(|error| Violation::new("messages", format!("{error}: {:?}", message.message)))?;
         let now = self.clock.now;
         let m = &message.message;
-        self.trace.note(format_args!(
-            "{now} {}->{} {:?} term {} index {} log term {} commit {} entries {} reject {} safe {}",
+        note!(
+            self.trace,
+            "{} {}->{} {:?} term {} index {} log term {} commit {} entries {} reject {} safe {}",
+            now,
             m.from,
             m.to,
             m.get_msg_type(),
@@ -132,18 +149,23 @@ impl World {
             m.entries.len(),
             m.reject,
             message.safe_index
-        ));
-        let arrivals = self.network.arrivals(now, from, to, &mut self.dice);
-        if arrivals.is_empty() {
-            self.count("messages lost");
-            if self.dice.chance(50) {
-                let delay = self.dice.between(100, 100_000);
-                self.clock.after(delay, Event::Node(from, NodeEvent::Unreachable(to)));
-            }
+        );
+        let fate = self.network.send(now, from, to, &mut self.dice);
+        let (what, noticed) = match &fate {
+            Fate::Arrives(at) if at.len() > 1 => ("messages duplicated", 0),
+            Fate::Arrives(_) => ("", 0),
+            Fate::Lost => ("messages lost", 50),
+            Fate::Corrupted => ("frames corrupted", 500),
+            Fate::Vanishes => ("messages vanished", 0),
+        };
+        if !what.is_empty() {
+            self.count(what);
         }
-        if arrivals.len() > 1 {
-            self.count("messages duplicated");
+        if noticed > 0 && self.dice.chance(noticed) {
+            let delay = self.dice.between(100, 100_000);
+            self.clock.after(delay, Event::Node(from, NodeEvent::Unreachable(to)));
         }
+        let Fate::Arrives(arrivals) = fate else { return Ok(()) };
         for at in arrivals {
             let event = NodeEvent::Message(from, Box::new(message.clone()));
             self.clock.after(at - now, Event::Node(to, event));

@@ -1,30 +1,26 @@
 //! A simulated node: what the actors of [`crate::node`] do around groups, as events.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 
-use raft::eraftpb::ConfState;
-
+use super::Time;
 use super::checks::Violation;
 use super::disk::Disk;
+use super::planted::Planted;
+use super::report::{Shown, note};
 use super::snapshots::{InstallEvent, SnapshotEvent};
 use super::world::{Event, World};
-use super::{Planted, Time};
 use crate::codec::GroupMessage;
-use crate::group::catch_up::Retention;
-use crate::group::driver::{Group, GroupOptions};
+use crate::group::driver::Group;
 use crate::group::types::{Fetch, Operation, Output};
-use crate::ids::{GROUP_START, Incarnation, Index, NodeId, Position, ReplicaId, ShardId, Term};
+use crate::ids::{Incarnation, Index, NodeId, Position, ReplicaId, ShardId, Term};
 use crate::limits;
 use crate::machine::MachineKind;
 use crate::machine::command::Query;
-use crate::placement::map::MemberRole;
 use crate::refusal::Refusal;
 use crate::storage::StorageError;
-use crate::storage::engine_memory::CrashLoss;
 use crate::storage::flush::FlushStep;
 use crate::storage::log::{LogStore, ReplicaRecord};
-use crate::storage::state::{ReplicaState, StateHeader, StateReader};
+use crate::storage::state::StateReader;
 
 /// Something that happens to a node.
 pub(super) enum NodeEvent {
@@ -78,19 +74,21 @@ pub(super) struct Node {
     /// Replicas for which a snapshot is being loaded.
     pub installing: BTreeSet<ReplicaId>,
     /// Those of them that have ended for it, and are opened again after it.
-    switching: BTreeSet<ReplicaId>,
+    pub switching: BTreeSet<ReplicaId>,
     /// Nothing happens in its process until then.
     pub paused_until: Time,
     /// Its disk is slow.
     pub slow: bool,
-    tick: Time,
-    starts: u64,
-    incarnations: Incarnation,
+    /// Reads of its disk fail, now and then.
+    pub unreadable: bool,
+    pub tick: Time,
+    pub starts: u64,
+    pub incarnations: Incarnation,
 }
 
 /// A running process.
 pub(super) struct Process {
-    number: u64,
+    pub number: u64,
     pub replicas: BTreeMap<ReplicaId, Replica>,
 }
 
@@ -99,16 +97,16 @@ pub(super) struct Replica {
     pub shard: ShardId,
     pub incarnation: Incarnation,
     pub group: Group<u64>,
-    flushed: Position,
-    flushing: bool,
+    pub flushed: Position,
+    pub flushing: bool,
     pub pump_queued: bool,
-    ticks: u64,
+    pub ticks: u64,
     /// What the checks have seen it apply.
     pub observed: Index,
     /// Terms of the entries in its log, as handed to the log writer.
     pub terms: BTreeMap<Index, Term>,
     /// Operations submitted and not ended.
-    open: BTreeSet<u64>,
+    pub open: BTreeSet<u64>,
 }
 
 impl Node {
@@ -122,6 +120,7 @@ impl Node {
             switching: BTreeSet::new(),
             paused_until: 0,
             slow: false,
+            unreadable: false,
             tick,
             starts: 0,
             incarnations: 0,
@@ -203,7 +202,9 @@ impl World {
                     if replica.ticks.is_multiple_of(limits::COMPACT_TICKS) {
                         self.compact(id, replica_id);
                     }
-                    self.queue_pump(id, replica_id);
+                    if self.replica(id, replica_id).is_some_and(|replica| !replica.group.at_rest()) {
+                        self.queue_pump(id, replica_id);
+                    }
                 }
                 Ok(())
             }
@@ -234,7 +235,7 @@ impl World {
                     return Ok(());
                 };
                 let names = node.disk.finish_write().map_err(|e| Violation::new("disk", e.to_string()))?;
-                self.trace.note(format_args!("{now} node {id} log written {names:?}"));
+                note!(self.trace, "{} node {} log written {:?}", now, id, names);
                 for name in names {
                     let delay = self.dice.between(0, 200);
                     let event = ReplicaEvent::Persisted(name.number);
@@ -256,7 +257,8 @@ impl World {
                 if node.replica(replica).is_some() || node.switching.contains(&replica) {
                     return Ok(());
                 }
-                if node.disk.is_busy_with(replica) {
+                let waits = !self.options.planted.is(Planted::OldIncarnationWrites);
+                if waits && node.disk.is_busy_with(replica) {
                     self.clock.after(5_000, Event::Node(id, NodeEvent::Reopen(process, replica)));
                     return Ok(());
                 }
@@ -288,13 +290,15 @@ impl World {
             ReplicaEvent::Fetch(fetch) => {
                 self.count("fetches");
                 let Some(node) = self.nodes.get_mut(&id) else { return Ok(()) };
-                let read = node.disk.log.entries(replica_id, fetch.low, fetch.high, fetch.max_bytes);
+                node.disk.faulty.begin(node.unreadable && self.dice.chance(300));
+                let log = node.disk.read_log();
+                let read = log.entries(replica_id, fetch.low, fetch.high, fetch.max_bytes);
+                node.disk.faulty.end();
                 let entries = match read {
                     Ok(entries) => entries,
-                    Err(error) => {
-                        let detail = format!("replica {replica_id} fetches {fetch:?}: {error}");
-                        return Err(Violation::new("replica", detail));
-                    }
+                    // Compacted while the read was under way.
+                    Err(StorageError::Compacted(_)) => Vec::new(),
+                    Err(error) => return self.stops(id, replica_id, &error.to_string()),
                 };
                 if let Some(replica) = node.replica_mut(replica_id) {
                     replica.group.on_fetched(entries);
@@ -303,9 +307,18 @@ impl World {
             ReplicaEvent::Read(reader, reads) => {
                 for (token, query) in reads {
                     self.count("engine reads");
+                    let Some(node) = self.nodes.get_mut(&id) else { return Ok(()) };
+                    node.disk.faulty.begin(node.unreadable && self.dice.chance(300));
                     let answer = MachineKind::Kv.query(&query, &*reader);
-                    let answer = answer.map_err(|e| Violation::new("replica", e.to_string()))?;
-                    self.answer(id, replica_id, token, Ok(Output::Answer(answer)))?;
+                    node.disk.faulty.end();
+                    let answer = match answer {
+                        Ok(answer) => Ok(Output::Answer(answer)),
+                        Err(error) => {
+                            self.excuse(id, replica_id, &error.to_string())?;
+                            Err(Refusal::Unavailable("the engine can't be read".into()))
+                        }
+                    };
+                    self.answer(id, replica_id, token, answer)?;
                 }
                 return Ok(());
             }
@@ -334,115 +347,6 @@ impl World {
         }
     }
 
-    // ------------------------------------------------------------------------ start, stop, crash
-
-    fn start(&mut self, id: NodeId) -> Result<(), Violation> {
-        let Some(node) = self.nodes.get_mut(&id).filter(|node| node.process.is_none()) else {
-            return Ok(());
-        };
-        node.starts += 1;
-        let number = node.starts;
-        self.trace.note(format_args!("{} node {id} starts, {number}", self.clock.now));
-        node.disk.recover(&mut self.dice).map_err(|e| Violation::new("disk", e.to_string()))?;
-        node.process = Some(Process { number, replicas: BTreeMap::new() });
-        node.installing.clear();
-        node.switching.clear();
-        node.reload_records().map_err(|e| Violation::new("disk", e.to_string()))?;
-        let first_tick = self.dice.between(0, node.tick);
-        let ids: Vec<ReplicaId> = node.records.iter().map(|record| record.replica).collect();
-        for replica in ids {
-            self.open(id, replica)?;
-        }
-        self.clock.after(first_tick, Event::Node(id, NodeEvent::Tick(number)));
-        let freeze = self.dice.between(200_000, 3_000_000);
-        self.clock.after(freeze, Event::Node(id, NodeEvent::Freeze(number)));
-        Ok(())
-    }
-
-    /// Opens a replica from what is on disk.
-    pub(super) fn open(&mut self, id: NodeId, replica_id: ReplicaId) -> Result<(), Violation> {
-        let Some(node) = self.nodes.get_mut(&id) else { return Ok(()) };
-        node.switching.remove(&replica_id);
-        node.incarnations += 1;
-        let incarnation = node.incarnations;
-        let Some(record) = node.record(replica_id) else {
-            return Ok(());
-        };
-        let shard = record.shard;
-        let opened = open_group(record, incarnation, self.options.retention, &node.disk);
-        let (group, terms) = opened.map_err(|detail| {
-            Violation::new("open", format!("replica {replica_id} of node {id} can't be opened: {detail}"))
-        })?;
-        let flushed = group.state().header().applied;
-        if let Some(truth) = self.truths.get(&shard) {
-            truth.compare(shard, replica_id, flushed.index, group.state(), group.state().session_table())?;
-        }
-        if let Some(process) = &mut node.process {
-            let replica = Replica {
-                shard,
-                incarnation,
-                group,
-                flushed,
-                flushing: false,
-                pump_queued: false,
-                ticks: 0,
-                observed: flushed.index,
-                terms,
-                open: BTreeSet::new(),
-            };
-            process.replicas.insert(replica_id, replica);
-        }
-        self.queue_pump(id, replica_id);
-        Ok(())
-    }
-
-    /// The process ends at once, and comes back after a time. `loss`: what the engine loses.
-    pub(super) fn crash(&mut self, id: NodeId, loss: CrashLoss, back: Time) -> Result<(), Violation> {
-        let Some(node) = self.nodes.get_mut(&id) else { return Ok(()) };
-        let Some(process) = node.process.take() else { return Ok(()) };
-        self.trace.note(format_args!("{} node {id} crashes, {loss:?}", self.clock.now));
-        node.paused_until = 0;
-        node.disk.crash(loss, &mut self.dice).map_err(|e| Violation::new("disk", e.to_string()))?;
-        for replica in process.replicas.into_values() {
-            self.disconnect(replica);
-        }
-        self.clock.after(back, Event::Node(id, NodeEvent::Start));
-        Ok(())
-    }
-
-    /// One replica ends, as after a panic, and is opened again.
-    pub(super) fn crash_replica(&mut self, id: NodeId, replica_id: ReplicaId) {
-        let Some(process) = self.nodes.get_mut(&id).and_then(|node| node.process.as_mut()) else { return };
-        let Some(replica) = process.replicas.remove(&replica_id) else { return };
-        let number = process.number;
-        self.trace.note(format_args!("{} replica {replica_id} crashes", self.clock.now));
-        self.disconnect(replica);
-        // Sooner than in a node, so that messages of before meet the new start.
-        let delay = self.dice.between(500, limits::RESTART_BACKOFF_MS * 1_000);
-        self.clock.after(delay, Event::Node(id, NodeEvent::Reopen(number, replica_id)));
-    }
-
-    /// One replica ends for the installation of a snapshot, which opens it again.
-    pub(super) fn end_replica(&mut self, id: NodeId, replica_id: ReplicaId) {
-        let Some(node) = self.nodes.get_mut(&id) else { return };
-        node.switching.insert(replica_id);
-        let ended = node.process.as_mut().and_then(|process| process.replicas.remove(&replica_id));
-        if let Some(replica) = ended {
-            self.disconnect(replica);
-        }
-    }
-
-    /// Clients learn that the replica is gone, or they don't.
-    fn disconnect(&mut self, replica: Replica) {
-        for token in replica.open {
-            if self.dice.chance(700) {
-                let delay = self.dice.between(100, 2_000);
-                let refusal = Refusal::Unknown("the connection was lost".into());
-                self.clock.after(delay, Event::Answer(token, Err(refusal)));
-            }
-        }
-    }
-
     // ------------------------------------------------------------------------------------ inputs
 
     fn on_request(
@@ -452,7 +356,7 @@ impl World {
         shard: ShardId,
         operation: Operation,
     ) -> Result<(), Violation> {
-        let stale = self.options.planted == Some(Planted::StaleReads);
+        let planted = self.options.planted;
         let process = self.nodes.get_mut(&id).and_then(|node| node.process.as_mut());
         let found = process.and_then(|p| p.replicas.iter_mut().find(|(_, r)| r.shard == shard));
         let Some((replica_id, replica)) = found else {
@@ -466,8 +370,8 @@ impl World {
             return Err(Violation::new("answers", format!("operation {token:x} was submitted twice")));
         }
         if let Operation::Query(query) = &operation
-            && stale
-            && replica.group.leads()
+            && (planted.is(Planted::FollowerReads)
+                || planted.is(Planted::StaleReads) && replica.group.leads())
         {
             let answer = MachineKind::Kv.query(query, replica.group.state());
             let answer = answer.map_err(|e| Violation::new("replica", e.to_string()))?;
@@ -497,7 +401,7 @@ impl World {
 
     fn freeze_some(&mut self, id: NodeId, process: u64) {
         let Some(node) = self.nodes.get_mut(&id).filter(|node| node.is_process(process)) else { return };
-        let early = self.options.planted == Some(Planted::CompactEarly);
+        let early = self.options.planted.is(Planted::CompactEarly);
         let mut compact = Vec::new();
         let ids: Vec<ReplicaId> = node.replicas().map(|(id, _)| id).collect();
         for replica_id in ids {
@@ -528,11 +432,14 @@ impl World {
         let stepped = node.disk.step_flush(&mut self.dice);
         let (told, goes_on) = stepped.map_err(|e| Violation::new("disk", e.to_string()))?;
         if let Some(told) = told {
-            self.trace.note(format_args!("{} node {id} flush {told:?}", self.clock.now));
+            note!(self.trace, "{} node {} flush {:?}", self.clock.now, id, Shown(told));
             let replica = node.replica_mut(told.replica).filter(|r| r.incarnation == told.incarnation);
             match (replica, told.step) {
                 (Some(replica), FlushStep::Logged) => {
                     replica.flushed = told.position;
+                    if self.options.planted.is(Planted::ReleaseEarly) {
+                        replica.group.release(told.position.index);
+                    }
                     self.compact(id, told.replica);
                 }
                 (Some(replica), FlushStep::Absorbed) => {
@@ -557,7 +464,7 @@ impl World {
         let flushed = replica.flushed;
         if let Some(to) = replica.group.compact(flushed) {
             replica.terms = replica.terms.split_off(&to.index);
-            self.trace.note(format_args!("{} replica {replica_id} compacts to {to:?}", self.clock.now));
+            note!(self.trace, "{} replica {} compacts to {:?}", self.clock.now, replica_id, to);
             node.disk.compact(replica_id, to);
             self.count("compactions");
             self.drive_disk(id);
@@ -569,7 +476,7 @@ impl World {
         let Some(node) = self.nodes.get_mut(&id) else { return };
         let Some(number) = node.process.as_ref().map(|process| process.number) else { return };
         // A disk that acknowledges early takes its time to write.
-        let late = self.options.planted == Some(Planted::AcknowledgeEarly);
+        let late = self.options.planted.is(Planted::AcknowledgeEarly);
         let slow = if node.slow || late { 100 } else { 1 };
         if node.disk.begin_write() {
             let latency = self.dice.between(100, 3_000) * slow;
@@ -580,41 +487,4 @@ impl World {
             self.clock.after(latency, Event::Node(id, NodeEvent::FlushStep(number)));
         }
     }
-}
-
-/// A group from what is on disk, with the terms of the entries in its log.
-fn open_group(
-    record: &ReplicaRecord,
-    incarnation: Incarnation,
-    retention: u64,
-    disk: &Disk,
-) -> Result<(Group<u64>, BTreeMap<Index, Term>), String> {
-    let text = |error: StorageError| error.to_string();
-    let voters = record.members.iter().filter(|m| m.role == MemberRole::Voter);
-    let initial = StateHeader {
-        applied: GROUP_START,
-        revision: 0,
-        log_time: 0,
-        epoch: record.epoch,
-        members: record.members.clone(),
-        conf_state: ConfState { voters: voters.map(|m| m.replica.0).collect(), ..ConfState::default() },
-    };
-    let log = disk.log.load(record.replica).map_err(text)?;
-    let entries = disk.log.entries(record.replica, log.truncated.index + 1, log.last + 1, usize::MAX);
-    let mut terms: BTreeMap<Index, Term> =
-        entries.map_err(text)?.iter().map(|entry| (entry.index, entry.term)).collect();
-    terms.insert(log.truncated.index, log.truncated.term);
-    let state = ReplicaState::open(disk.engine.clone(), record.replica, record.generation, initial);
-    let options = GroupOptions {
-        shard: record.shard,
-        machine: record.machine,
-        replica: record.replica,
-        incarnation,
-        retention: Retention::new(retention),
-        logger: slog::Logger::root(slog::Discard, slog::o!()),
-        cached: Arc::default(),
-    };
-    let store: Arc<dyn LogStore> = disk.log.clone();
-    let group = Group::open(options, store, log, state.map_err(text)?).map_err(|error| error.to_string())?;
-    Ok((group, terms))
 }

@@ -16,10 +16,12 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use super::Time;
 use super::checks::Violation;
+use super::planted::Planted;
+use super::report::{Shown, note};
 use super::shell::{NodeEvent, ReplicaEvent};
 use super::world::{Event, World};
-use super::{Planted, Time};
 use crate::group::types::SnapshotWanted;
 use crate::ids::{Epoch, NodeId, Position, ReplicaId, Term};
 use crate::placement::map::Member;
@@ -117,8 +119,21 @@ impl World {
             return Ok(());
         }
         let Some(generation) = node.record(replica_id).map(|record| record.generation) else { return Ok(()) };
+        if node.disk.faulty.is_rotten(replica_id) || (node.unreadable && self.dice.chance(300)) {
+            self.count("snapshots not made by read errors");
+            self.later(id, replica_id, 1_000, SnapshotEvent::Done(wanted.to, false));
+            return Ok(());
+        }
         let image = image(&*node.disk.engine, replica_id, generation).map_err(failed)?;
-        let image = image.ok_or_else(|| Violation::new("snapshots", "of a state that was never flushed"))?;
+        let mut image =
+            image.ok_or_else(|| Violation::new("snapshots", "of a state that was never flushed"))?;
+        let planted = self.options.planted;
+        if planted.is(Planted::SnapshotWithoutSessions) {
+            image.records.retain(|(local, _)| local.first() != Some(&keys::KIND_SESSION));
+        }
+        if let Some(replica) = node.replica(replica_id).filter(|_| planted.is(Planted::SnapshotAhead)) {
+            image.position = replica.group.state().header().applied;
+        }
         let made =
             node.replica_mut(replica_id).is_some_and(|r| r.group.snapshot_made(wanted.to, image.position));
         if !made {
@@ -127,7 +142,7 @@ impl World {
         }
         let route =
             Route { from: id, leader: replica_id, node: wanted.node, to: wanted.to, term: wanted.term };
-        self.trace.note(format_args!("{} snapshot at {:?} {route:?}", self.clock.now, image.position));
+        note!(self.trace, "{} snapshot at {:?} {:?}", self.clock.now, image.position, Shown(route));
         self.later(id, replica_id, PATIENCE, SnapshotEvent::Done(wanted.to, false));
         let delay = self.dice.between(1_000, 1_000_000);
         if !self.network.is_blocked(id, wanted.node) && !self.dice.chance(100) {
@@ -179,7 +194,7 @@ impl World {
                     self.install_later(id, InstallEvent::Loaded(number, route, image, count));
                     return Ok(());
                 }
-                if self.options.planted != Some(Planted::InstallUnsynced) {
+                if !self.options.planted.is(Planted::InstallUnsynced) {
                     node.disk.engine.sync().map_err(failed)?;
                 }
                 self.end_replica(id, route.to);
@@ -209,7 +224,7 @@ impl World {
                     }
                     // It has caught up by itself meanwhile.
                     Err(StorageError::Inconsistent { reason, .. }) => {
-                        self.trace.note(format_args!("{} not installed: {reason}", self.clock.now));
+                        note!(self.trace, "{} not installed: {}", self.clock.now, reason);
                         self.count("snapshots not needed");
                         true
                     }

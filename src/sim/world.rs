@@ -1,6 +1,7 @@
 //! The event loop: time, nodes, clients, and the two phases of a run.
 
-use std::collections::BTreeMap;
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap};
 
 use super::checks::leaders::Leaders;
 use super::checks::logs::Logs;
@@ -8,13 +9,15 @@ use super::checks::state::Truth;
 use super::checks::{Violation, durable, linear, once};
 use super::dice::Dice;
 use super::disk::Disk;
-use super::faults::{FaultEvent, Striker};
-use super::history::{Action, History, Told};
+use super::faults::Faults;
+use super::history::{Action, Call, History, Told};
 use super::network::Network;
-use super::report::{Report, Trace};
+use super::planted::Planted;
+use super::report::{Report, Shown, Trace, note};
 use super::shell::{Node, NodeEvent};
+use super::strikes::{FaultEvent, Striker};
 use super::workload::{self, Client, GIVE_UP, KEYS, Waiting};
-use super::{Planted, SimOptions, Time};
+use super::{SimOptions, Time};
 use crate::group::types::Output;
 use crate::ids::{DatabaseId, Epoch, NodeId, ReplicaId, ShardId};
 use crate::machine::MachineKind;
@@ -54,14 +57,34 @@ pub(super) enum Event {
 pub(super) struct Clock {
     pub now: Time,
     next: u64,
-    queue: BTreeMap<(Time, u64), Event>,
+    /// By time, then in the order of planning; with the place of the event, which stays where it is.
+    queue: BinaryHeap<Reverse<(Time, u64, usize)>>,
+    events: Vec<Option<Event>>,
+    free: Vec<usize>,
 }
 
 impl Clock {
+    fn new() -> Clock {
+        Clock { now: 0, next: 0, queue: BinaryHeap::new(), events: Vec::new(), free: Vec::new() }
+    }
+
     /// `event` happens `delay` from now, after what was planned for that moment before.
     pub fn after(&mut self, delay: Time, event: Event) {
         self.next += 1;
-        self.queue.insert((self.now + delay, self.next), event);
+        let place = self.free.pop().unwrap_or_else(|| {
+            self.events.push(None);
+            self.events.len() - 1
+        });
+        self.events[place] = Some(event);
+        self.queue.push(Reverse((self.now + delay, self.next, place)));
+    }
+
+    /// Time moves to the next event.
+    fn advance(&mut self) -> Option<Event> {
+        let Reverse((time, _, place)) = self.queue.pop()?;
+        self.now = time;
+        self.free.push(place);
+        self.events[place].take()
     }
 }
 
@@ -100,7 +123,7 @@ impl World {
         }
         let striker = Striker::new(&options.faults, &mut dice);
         let mut world = World {
-            clock: Clock { now: 0, next: 0, queue: BTreeMap::new() },
+            clock: Clock::new(),
             dice,
             network: Network::new(),
             nodes,
@@ -176,11 +199,23 @@ impl World {
         }
         self.end_faults();
         self.recover()?;
-        self.trace.note(format_args!("{} checks the history", self.clock.now));
+        note!(self.trace, "{} checks the history", self.clock.now);
         durable::check(&self.history.calls, &self.truths)?;
         once::check(&self.history.calls, &self.truths)?;
-        self.undecided = linear::check(&self.history.calls)?.undecided;
-        Ok(())
+        let effect = |call: &Call| self.truths.get(&call.shard).and_then(|truth| truth.effects.of(call));
+        self.undecided = linear::check(&self.history.calls, effect)?.undecided;
+        self.check_flapping()
+    }
+
+    /// Pre-vote and check-quorum: a node that comes and goes takes no leadership from others. Each shard
+    /// has a first leader, and another one if that was on the node.
+    fn check_flapping(&self) -> Result<(), Violation> {
+        let others = Faults { flapping: false, ..self.options.faults };
+        let (elections, most) = (self.leaders.elections(), 2 * self.options.shards as u64);
+        if others != Faults::NONE || self.options.replicas < 3 || elections <= most {
+            return Ok(());
+        }
+        Err(Violation::new("flapping", format!("{elections} elections, no more than {most} were needed")))
     }
 
     /// The phase without faults: everything must work again, within bounds.
@@ -228,7 +263,7 @@ impl World {
         Ok(())
     }
 
-    fn every_shard_is_led(&self) -> bool {
+    pub(super) fn every_shard_is_led(&self) -> bool {
         let led = |shard: &ShardId| self.nodes.values().any(|node| node.leads(*shard));
         self.members.keys().all(led)
     }
@@ -236,7 +271,8 @@ impl World {
     fn replicas_agree(&self) -> bool {
         self.members.iter().all(|(shard, members)| {
             let last = self.truths.get(shard).map_or(0, Truth::last);
-            members.iter().all(|member| {
+            let sound = members.iter().filter(|member| !self.is_rotten(member.node, member.replica));
+            sound.into_iter().all(|member| {
                 let node = self.nodes.get(&member.node);
                 node.and_then(|node| node.applied(member.replica)) == Some(last)
             })
@@ -256,10 +292,10 @@ impl World {
 
     /// One event.
     fn step(&mut self) -> Result<(), Violation> {
-        let Some(((time, _), event)) = self.clock.queue.pop_first() else {
+        let Some(event) = self.clock.advance() else {
             return Err(Violation::new("liveness", "nothing will ever happen again"));
         };
-        self.clock.now = time;
+        let time = self.clock.now;
         self.events += 1;
         match event {
             Event::Node(id, event) => {
@@ -306,7 +342,7 @@ impl World {
         self.history.calls[call].tag = tag.map(|tag| (tag.session, tag.sequence));
         client.waiting =
             Some(Waiting { call, key, action, since: self.clock.now, token, tag, perhaps_applied: false });
-        self.trace.note(format_args!("{} client {number} k{key} {action:?}", self.clock.now));
+        note!(self.trace, "{} client {} k{} {:?}", self.clock.now, number, key, action);
         self.attempt(token);
     }
 
@@ -329,7 +365,7 @@ impl World {
         let delay = self.dice.between(50, if late { LATE } else { 1_000 });
         if again && tag.is_some() {
             self.count("commands sent again");
-            if let (Some(Planted::RetryAppliesTwice), Some(tag)) = (self.options.planted, &mut tag) {
+            if let Some(tag) = tag.as_mut().filter(|_| self.options.planted.is(Planted::RetryAppliesTwice)) {
                 tag.sequence += token << 20;
             }
         }
@@ -342,7 +378,7 @@ impl World {
 
     fn on_answer(&mut self, token: u64, result: Result<Output, Refusal>) -> Result<(), Violation> {
         let now = self.clock.now;
-        self.trace.note(format_args!("{now} answer {token:x} {result:?}"));
+        note!(self.trace, "{} answer {:x} {:?}", now, token, Shown(&result));
         let Some(client) = self.waiting(token) else { return Ok(()) };
         let Some(waiting) = client.waiting.as_ref() else { return Ok(()) };
         let (action, tagged) = (waiting.action, waiting.tag.is_some());
@@ -432,7 +468,7 @@ impl World {
         if waiting.action == Action::Get || again {
             self.try_again(token);
         } else {
-            self.trace.note(format_args!("{now} timeout {token:x}"));
+            note!(self.trace, "{} timeout {:x}", now, token);
             self.end(token, Told::Unknown);
         }
     }

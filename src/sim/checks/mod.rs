@@ -14,6 +14,25 @@ pub mod logs;
 pub mod once;
 pub mod state;
 
+/// Every check, by the name that a violation of it bears, and what must hold.
+pub const CHECKS: [(&str, &str); 15] = [
+    ("leaders", "a term has one leader at most, and it has everything committed before"),
+    ("logs", "entries of one index and term are the same, and so are those before them"),
+    ("state", "replicas apply the same entries and have equal states at equal indexes, sessions included"),
+    ("durable", "acknowledged writes are committed; nothing else is read; versions follow real time"),
+    ("once", "a command takes effect once at most, and as its client was told"),
+    ("linear", "the history of each key is linearizable, operations of unknown outcome included"),
+    ("answers", "each operation ends once, with an answer to what was asked"),
+    ("liveness", "once faults end, all is led, answered and equal again within a bound"),
+    ("flapping", "a node whose links flap, and nothing else, costs each shard one election at most"),
+    ("open", "a replica can be opened from what a crash leaves"),
+    ("replica", "no replica stops but for its disk"),
+    ("disk", "the log is asked for nothing that contradicts it"),
+    ("messages", "messages fit their bounds"),
+    ("snapshots", "a snapshot is asked only of a state that was flushed"),
+    ("panic", "the core doesn't panic"),
+];
+
 /// Something that must never happen has happened.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Violation {
@@ -26,6 +45,7 @@ pub struct Violation {
 impl Violation {
     /// Seen by `check`.
     pub fn new(check: &'static str, detail: impl Into<String>) -> Violation {
+        debug_assert!(CHECKS.iter().any(|(name, _)| *name == check), "{check} is not among the checks");
         Violation { check, detail: detail.into() }
     }
 }

@@ -46,7 +46,7 @@ impl Effects {
     }
 
     /// The version of the change that a call made, if it made one.
-    fn of(&self, call: &Call) -> Option<u64> {
+    pub fn of(&self, call: &Call) -> Option<u64> {
         let by_value = match call.action {
             Action::Put(value) | Action::Cas(_, value) => {
                 self.by_value.get(value_bytes(value).as_slice()).copied()

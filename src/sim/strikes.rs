@@ -1,0 +1,385 @@
+//! When faults strike, and whom.
+
+use std::collections::BTreeSet;
+
+use super::Time;
+use super::checks::Violation;
+use super::dice::Dice;
+use super::faults::Faults;
+use super::network::{Block, Quality};
+use super::report::{Shown, note};
+use super::shell::{NodeEvent, ReplicaEvent};
+use super::world::{Event, World};
+use crate::ids::{NodeId, ReplicaId, ShardId};
+use crate::storage::engine_memory::CrashLoss;
+
+/// A kind of fault that strikes at a moment.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Kind {
+    Messages,
+    Corruption,
+    Partition,
+    HalfOpen,
+    Flapping,
+    Crash,
+    ReadErrors,
+    Rot,
+    Pause,
+    Transfer,
+    SlowDisk,
+    Memory,
+    Replica,
+    Campaign,
+}
+
+/// Something goes wrong, or is mended.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum FaultEvent {
+    /// The next fault.
+    Strike,
+    /// A partition ends.
+    Heal(u64),
+    /// The links of a node come back or go away, so many times more.
+    Flap(NodeId, u64),
+    /// Messages are treated well again.
+    Calm,
+    /// Frames arrive whole again.
+    Whole,
+    /// A disk is fast again.
+    FastDisk(NodeId),
+    /// A disk can be read again.
+    ReadableDisk(NodeId),
+    /// A replica is told to hand leadership over, if it leads.
+    Transfer(NodeId, ReplicaId),
+    /// A replica ends.
+    CrashReplica(NodeId, ReplicaId),
+}
+
+/// Chooses faults.
+pub(super) struct Striker {
+    kinds: Vec<Kind>,
+    power: bool,
+    torn: bool,
+    /// The node whose links flap, if one does.
+    flapping: Option<NodeId>,
+    /// Greatest time between two faults.
+    every: Time,
+    partitions: u64,
+    over: bool,
+}
+
+impl Striker {
+    pub fn new(faults: &Faults, dice: &mut Dice) -> Striker {
+        let kinds = [
+            (faults.messages, Kind::Messages),
+            (faults.corruption, Kind::Corruption),
+            (faults.partitions, Kind::Partition),
+            (faults.half_open, Kind::HalfOpen),
+            (faults.flapping, Kind::Flapping),
+            (faults.crashes, Kind::Crash),
+            (faults.eio, Kind::ReadErrors),
+            (faults.rot, Kind::Rot),
+            (faults.pauses, Kind::Pause),
+            (faults.transfers, Kind::Transfer),
+            (faults.slow_disks, Kind::SlowDisk),
+            (faults.memory, Kind::Memory),
+            (faults.replicas, Kind::Replica),
+            (faults.campaigns, Kind::Campaign),
+        ];
+        let kinds = kinds.into_iter().filter(|(on, _)| *on).map(|(_, kind)| kind).collect();
+        let every = [500_000, 2_000_000, 6_000_000][dice.below(3)];
+        let (power, torn) = (faults.power, faults.torn);
+        Striker { kinds, power, torn, flapping: None, every, partitions: 0, over: false }
+    }
+}
+
+impl World {
+    pub(super) fn on_fault(&mut self, event: FaultEvent) -> Result<(), Violation> {
+        if self.striker.over {
+            return Ok(());
+        }
+        match event {
+            FaultEvent::Strike => {
+                let delay = self.dice.between(1_000, self.striker.every);
+                self.clock.after(delay, Event::Fault(FaultEvent::Strike));
+                if let Some(kind) = self.dice.pick(&self.striker.kinds).copied() {
+                    self.strike(kind)?;
+                }
+            }
+            FaultEvent::Heal(partition) => self.network.heal(partition),
+            FaultEvent::Flap(node, left) => self.flap(node, left),
+            FaultEvent::Calm => self.network.quality = Quality::GOOD,
+            FaultEvent::Whole => self.network.corrupted = 0,
+            FaultEvent::ReadableDisk(node) => {
+                if let Some(node) = self.nodes.get_mut(&node) {
+                    node.unreadable = false;
+                }
+            }
+            FaultEvent::Transfer(node, replica) => self.transfer(node, replica),
+            FaultEvent::CrashReplica(node, replica) => self.crash_replica(node, replica),
+            FaultEvent::FastDisk(node) => {
+                if let Some(node) = self.nodes.get_mut(&node) {
+                    node.slow = false;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn strike(&mut self, kind: Kind) -> Result<(), Violation> {
+        let now = self.clock.now;
+        let Some((node, replica)) = self.victim() else { return Ok(()) };
+        note!(self.trace, "{} {:?} strikes node {} replica {}", now, Shown(kind), node, replica);
+        match kind {
+            Kind::Messages => {
+                self.count("bad network");
+                self.network.quality = Quality {
+                    lost: [0, 10, 100, 300][self.dice.below(4)],
+                    duplicated: [0, 10, 200][self.dice.below(3)],
+                    delay_max: [1_000, 20_000, 300_000, 2_000_000][self.dice.below(4)],
+                    reordered: self.dice.chance(700),
+                };
+                let until = self.dice.between(100_000, 4_000_000);
+                self.clock.after(until, Event::Fault(FaultEvent::Calm));
+            }
+            Kind::Corruption => {
+                self.count("corrupting network");
+                self.network.corrupted = [5, 50, 300][self.dice.below(3)];
+                let until = self.dice.between(100_000, 4_000_000);
+                self.clock.after(until, Event::Fault(FaultEvent::Whole));
+            }
+            Kind::Partition => self.partition(node),
+            Kind::HalfOpen => self.half_open(node),
+            Kind::Flapping => self.begin_flapping(node),
+            Kind::ReadErrors => {
+                self.count("unreadable disks");
+                if let Some(node) = self.nodes.get_mut(&node) {
+                    node.unreadable = true;
+                }
+                let until = self.dice.between(10_000, 2_000_000);
+                self.clock.after(until, Event::Fault(FaultEvent::ReadableDisk(node)));
+            }
+            Kind::Rot => self.rot(node, replica)?,
+            Kind::Crash => {
+                self.count("crashes");
+                let victims: Vec<NodeId> = match self.dice.below(20) {
+                    0 => self.nodes.keys().copied().collect(),
+                    _ => vec![node],
+                };
+                for victim in victims {
+                    let loss = match (self.striker.power, self.dice.below(3)) {
+                        (false, _) | (_, 0) => CrashLoss::Nothing,
+                        (_, 1) => CrashLoss::Everything,
+                        _ => CrashLoss::Random(self.dice.any()),
+                    };
+                    let back = [20_000, 500_000, 6_000_000][self.dice.below(3)];
+                    let back = self.dice.between(10_000, back);
+                    let torn = self.striker.torn && self.dice.chance(700);
+                    self.crash(victim, loss, torn, back)?;
+                }
+            }
+            Kind::Pause => {
+                self.count("pauses");
+                let until = now + self.dice.between(10_000, 5_000_000);
+                if let Some(node) = self.nodes.get_mut(&node) {
+                    node.paused_until = until;
+                }
+            }
+            Kind::Transfer => {
+                self.transfer(node, replica);
+                if self.dice.chance(400) {
+                    self.contest(node, replica);
+                }
+            }
+            Kind::SlowDisk => {
+                self.count("slow disks");
+                if let Some(node) = self.nodes.get_mut(&node) {
+                    node.slow = true;
+                }
+                let until = self.dice.between(100_000, 5_000_000);
+                self.clock.after(until, Event::Fault(FaultEvent::FastDisk(node)));
+            }
+            Kind::Memory => {
+                let until = self.dice.between(10_000, 3_000_000);
+                if let Some(of) = self.replica(node, replica) {
+                    of.group.pause_apply(true);
+                    let event = NodeEvent::Replica(replica, of.incarnation, ReplicaEvent::ResumeApply);
+                    self.clock.after(until, Event::Node(node, event));
+                    self.count("apply pauses");
+                }
+            }
+            Kind::Replica => {
+                self.count("replica crashes");
+                self.crash_replica(node, replica);
+            }
+            Kind::Campaign => {
+                if let Some(replica) = self.replica(node, replica) {
+                    let campaign = replica.group.campaign();
+                    campaign.map_err(|e| Violation::new("replica", format!("campaign: {e}")))?;
+                    self.count("campaigns");
+                }
+                self.queue_pump(node, replica);
+            }
+        }
+        Ok(())
+    }
+
+    fn transfer(&mut self, node: NodeId, replica: ReplicaId) {
+        let successors = self.replica(node, replica).map(|r| r.group.successors());
+        let to = successors.and_then(|all| self.dice.pick(&all).copied());
+        if let (Some(to), Some(replica)) = (to, self.replica(node, replica)) {
+            replica.group.transfer(to);
+            self.count("transfers");
+        }
+        self.queue_pump(node, replica);
+    }
+
+    /// Two replicas are told to take over in the same term, and a third forgets what isn't on disk.
+    fn contest(&mut self, node: NodeId, replica: ReplicaId) {
+        let delay = self.dice.between(200, 3_000);
+        self.clock.after(delay, Event::Fault(FaultEvent::Transfer(node, replica)));
+        let voters = self.members.values().find(|members| members.iter().any(|m| m.replica == replica));
+        let voters: Vec<_> = voters.into_iter().flatten().filter(|m| m.replica != replica).collect();
+        if let Some(voter) = self.dice.pick(&voters).filter(|_| self.striker.kinds.contains(&Kind::Replica)) {
+            let delay = self.dice.between(1_000, 100_000);
+            self.clock.after(delay, Event::Fault(FaultEvent::CrashReplica(voter.node, voter.replica)));
+            self.count("contests");
+        }
+    }
+
+    /// A node and one of its replicas: often the leader of a shard, since that hurts most.
+    fn victim(&mut self) -> Option<(NodeId, ReplicaId)> {
+        let shards: Vec<ShardId> = self.members.keys().copied().collect();
+        let shard = *self.dice.pick(&shards)?;
+        let members = self.members.get(&shard)?;
+        let leads = |node| self.nodes.get(&node).is_some_and(|node| node.leads(shard));
+        let leader = members.iter().find(|member| leads(member.node));
+        let member = match leader {
+            Some(leader) if self.dice.chance(500) => leader,
+            _ => self.dice.pick(members)?,
+        };
+        Some((member.node, member.replica))
+    }
+
+    fn partition(&mut self, node: NodeId) {
+        let nodes: Vec<NodeId> = self.nodes.keys().copied().collect();
+        let Some(&other) = self.dice.pick(&nodes) else { return };
+        let shape = self.dice.below(6);
+        let side: BTreeSet<NodeId> = nodes.iter().copied().filter(|_| self.dice.chance(500)).collect();
+        let mut links = BTreeSet::new();
+        for &from in &nodes {
+            for &to in nodes.iter().filter(|to| **to != from) {
+                let blocked = match shape {
+                    // One node can't be reached, can't reach anybody, or both.
+                    0 => to == node,
+                    1 => from == node,
+                    2 => from == node || to == node,
+                    // Two nodes can't reach each other.
+                    3 => (from == node && to == other) || (from == other && to == node),
+                    // Two sides have only one node in common.
+                    4 if from == node || to == node => false,
+                    _ => side.contains(&from) != side.contains(&to),
+                };
+                if blocked {
+                    links.insert((from, to));
+                }
+            }
+        }
+        self.count("partitions");
+        let partition = self.block(links, Block::Partition);
+        let until = self.dice.between(50_000, 6_000_000);
+        self.clock.after(until, Event::Fault(FaultEvent::Heal(partition)));
+    }
+
+    fn block(&mut self, links: BTreeSet<(NodeId, NodeId)>, kind: Block) -> u64 {
+        self.striker.partitions += 1;
+        self.network.block(self.striker.partitions, links, kind);
+        self.striker.partitions
+    }
+
+    /// A connection of a node is dead in one direction.
+    fn half_open(&mut self, node: NodeId) {
+        let others: Vec<NodeId> = self.nodes.keys().copied().filter(|other| *other != node).collect();
+        let Some(&other) = self.dice.pick(&others) else { return };
+        let link = if self.dice.chance(500) { (node, other) } else { (other, node) };
+        self.count("half-open links");
+        let partition = self.block(BTreeSet::from([link]), Block::HalfOpen);
+        let until = self.dice.between(200_000, 20_000_000);
+        self.clock.after(until, Event::Fault(FaultEvent::Heal(partition)));
+    }
+
+    /// The links of a node begin to flap, once every shard is led. It is one node in the whole run.
+    fn begin_flapping(&mut self, node: NodeId) {
+        let flaps = self.striker.flapping.is_some_and(|flapping| self.network.is_cut(flapping));
+        if flaps || !self.every_shard_is_led() {
+            return;
+        }
+        let node = *self.striker.flapping.get_or_insert(node);
+        let times = self.dice.between(1, 20);
+        self.flap(node, times);
+    }
+
+    fn flap(&mut self, node: NodeId, left: u64) {
+        let away = self.network.is_cut(node);
+        self.network.cut(node, !away);
+        if !away {
+            self.count("flaps");
+        }
+        // It comes back at last.
+        if left > 0 || !away {
+            let until = self.dice.between(20_000, 3_000_000);
+            self.clock.after(until, Event::Fault(FaultEvent::Flap(node, left.saturating_sub(1))));
+        }
+    }
+
+    /// A record of a replica rots, unless so many of its group are rotten that it is needed.
+    fn rot(&mut self, id: NodeId, replica: ReplicaId) -> Result<(), Violation> {
+        let group = self.members.values().find(|members| members.iter().any(|m| m.replica == replica));
+        let Some(group) = group else { return Ok(()) };
+        let spared = group.iter().filter(|member| !self.is_rotten(member.node, member.replica)).count();
+        if self.is_rotten(id, replica) || spared <= group.len() / 2 + 1 {
+            return Ok(());
+        }
+        self.count("rotten replicas");
+        if let Some(node) = self.nodes.get_mut(&id) {
+            let rots = node.disk.rot(replica, &mut self.dice);
+            rots.map_err(|e| Violation::new("disk", e.to_string()))?;
+        }
+        // If nobody reads it before.
+        let delay = self.dice.between(1_000, 5_000_000);
+        self.clock.after(delay, Event::Fault(FaultEvent::CrashReplica(id, replica)));
+        Ok(())
+    }
+
+    /// Whether a replica can't be opened any more.
+    pub(super) fn is_rotten(&self, node: NodeId, replica: ReplicaId) -> bool {
+        self.nodes.get(&node).is_some_and(|node| node.disk.faulty.is_rotten(replica))
+    }
+
+    /// Nothing goes wrong from now on, and what is broken is mended.
+    pub(super) fn end_faults(&mut self) {
+        note!(self.trace, "{} faults end", self.clock.now);
+        self.striker.over = true;
+        self.network.repair();
+        let mut resume = Vec::new();
+        for (id, node) in &mut self.nodes {
+            node.paused_until = 0;
+            node.slow = false;
+            node.unreadable = false;
+            if node.process.is_none() {
+                self.clock.after(0, Event::Node(*id, NodeEvent::Start));
+            }
+            for (replica, of) in node.process.iter_mut().flat_map(|p| p.replicas.iter_mut()) {
+                of.group.pause_apply(false);
+                resume.push((*id, *replica));
+            }
+        }
+        for (node, replica) in resume {
+            self.queue_pump(node, replica);
+            // What nobody has read is read now.
+            if self.is_rotten(node, replica) {
+                self.crash_replica(node, replica);
+            }
+        }
+    }
+}
