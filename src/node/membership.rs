@@ -209,7 +209,9 @@ impl Applicant {
     async fn ask_for_map(&self, cluster: ClusterId, since: u64) -> Result<MapDelta, String> {
         let answers = self.others().into_iter().map(|address| async move {
             let timeout = Duration::from_millis(limits::MAP_PULL_MS_MAX);
-            let refused = match ask(address, PeerRequest::Map { since }, timeout).await {
+            let hello = HelloConfig { cluster_id: Some(cluster), ..HelloConfig::default() };
+            let answer = PeerClient::call(address, hello, PeerRequest::Map { since }, timeout).await;
+            let refused = match answer.map_err(|error| error.to_string()) {
                 Ok(PeerResponse::Map(delta)) if delta.cluster_id == cluster => return Ok(delta),
                 Ok(PeerResponse::Map(delta)) => format!("it belongs to cluster {}", delta.cluster_id),
                 Ok(PeerResponse::Refused(refusal)) => refusal.to_string(),

@@ -229,6 +229,11 @@ impl PeerHandler for Arc<PeerService> {
             let busy = SnapshotAnswer::Busy { retry_after_ms: limits::SNAPSHOT_BUSY_MS };
             return Box::pin(std::future::ready(Err(busy)));
         };
+        if to.shared.disk.is_full() {
+            // A whole state needs more room than the log that it replaces.
+            let busy = SnapshotAnswer::Busy { retry_after_ms: limits::SNAPSHOT_BUSY_MS };
+            return Box::pin(std::future::ready(Err(busy)));
+        }
         Box::pin(install::take(to.shared.clone(), to.supervisor.clone(), offer))
     }
 

@@ -104,7 +104,7 @@ fn a_client_on_a_peer_port_is_told_so() {
     cluster.wait_all_ready();
     drop(ports);
     let (peer, client) = (cluster.nodes[0].peer.clone(), cluster.nodes[0].client.clone());
-    let error = home.run(&["status", "--cluster", &peer, "--timeout", "2s", "--json"]).exits(3).json_error();
+    let error = home.run(&["status", "--cluster", &peer, "--timeout", "2s", "--json"]).exits(2).json_error();
     let message = error["message"].as_str().unwrap();
     assert!(message.contains("peer port") && message.contains(&client), "{message}");
 }
