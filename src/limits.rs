@@ -315,6 +315,16 @@ pub const THREAD_OPERATIONS_MAX: usize = 64 * 1024;
 /// Bytes of keys and values of client calls that one thread of a node works on; above, calls are
 /// `Busy`, unless there is nothing else.
 pub const THREAD_BYTES_MAX: usize = 64 * MIB;
+/// Bytes of great client messages that are arriving on all connections of one thread of a node; above, a
+/// connection isn't read until there is room for its message.
+pub const THREAD_ARRIVING_BYTES_MAX: usize = 64 * MIB;
+/// A client message smaller than this needs no room, in bytes.
+pub const ARRIVING_FREE_BYTES: usize = 16 * KIB;
+/// While others wait for room, a message that has it must move by so many bytes in each
+/// [`ARRIVING_WINDOW_MS`]; else its connection is closed.
+pub const ARRIVING_WINDOW_BYTES: usize = 64 * KIB;
+/// See [`ARRIVING_WINDOW_BYTES`], in milliseconds.
+pub const ARRIVING_WINDOW_MS: u64 = 2_000;
 /// Values in the answer to one batch, in bytes; gets beyond are `Busy`. An answer has at least one.
 pub const ANSWER_BYTES_MAX: usize = 16 * MIB;
 /// Bytes of answers on one client connection that it hasn't read; above, no further call is read from
@@ -373,5 +383,7 @@ const _: () = assert!(ELECTION_TICKS_MAX - ELECTION_TICKS_MIN >= REPLICAS_MAX as
 const _: () = assert!(ANSWER_BYTES_MAX + VALUE_BYTES_MAX <= TRAVERSAL_BYTES_MAX / 2);
 const _: () = assert!(ANSWER_BYTES_MAX + VALUE_BYTES_MAX <= CONNECTION_UNSENT_BYTES_MAX);
 const _: () = assert!(2 * VALUE_BYTES_MAX + KEY_BYTES_MAX <= TRAVERSAL_BYTES_MAX / 2);
+// Any message has room when it is alone.
+const _: () = assert!(TRAVERSAL_BYTES_MAX <= THREAD_ARRIVING_BYTES_MAX);
 const _: () = assert!(CLOSE_MS_MAX < 1_000);
 const _: () = assert!(CLIENT_DRAIN_MS_MAX < STOP_MS_MAX);

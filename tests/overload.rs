@@ -243,6 +243,57 @@ async fn a_message_of_a_hundred_megabytes_is_refused_by_its_length() {
     client.close().await;
 }
 
+/// Threads of a node that serve clients, when its settings don't say.
+fn data_threads() -> u64 {
+    std::thread::available_parallelism().map_or(1, |cores| cores.get().saturating_sub(1).max(1)) as u64
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_great_messages_that_never_end_cost_a_bounded_sum_and_others_get_through() {
+    const LENGTH: u64 = 60 * MIB;
+    let (cluster, client, database) = one_node("halves").await;
+    let before = resident(&cluster);
+    let head = [0u32.to_le_bytes(), (LENGTH as u32 / 8).to_le_bytes()].concat();
+    let work = async {
+        // Unbounded they would be 300 MiB.
+        let senders: Vec<_> = (0..5)
+            .map(|_| {
+                let (address, head) = (cluster.nodes[0].client.clone(), head.clone());
+                tokio::task::spawn_blocking(move || {
+                    let mut stream = TcpStream::connect(address).expect("connected");
+                    stream.set_write_timeout(Some(Duration::from_secs(1))).expect("a socket");
+                    let (zeros, mut sent) = (vec![0; 1 << 20], 0);
+                    // All but the end of it, as far as it is taken.
+                    let mut failed = stream.write_all(&head).is_err();
+                    while !failed && sent + zeros.len() as u64 * 2 < LENGTH {
+                        match stream.write(&zeros) {
+                            Ok(written) => sent += written as u64,
+                            Err(_) => failed = true,
+                        }
+                    }
+                    (stream, sent)
+                })
+            })
+            .collect();
+        let mut open = Vec::new();
+        for sender in senders {
+            open.push(sender.await.expect("sent"));
+        }
+        let sent: u64 = open.iter().map(|(_, sent)| sent).sum();
+        println!("{} MiB of five messages were taken", sent / MIB);
+        // Small calls don't wait, and a great one does until those before it have been given up.
+        served(&database).await;
+        let patient = database.clone().with_timeout(Duration::from_secs(90));
+        patient.put("great", vec![7; 6 * MIB as usize]).await.expect("room for it, in the end");
+        served(&database).await;
+    };
+    let ((), most) = greatest(&cluster, work).await;
+    println!("{} MiB before, up to {} MiB", before / MIB, most / MIB);
+    let bound = data_threads() * 64 * MIB + 96 * MIB;
+    assert!(most < before + bound, "from {} to {} MiB", before / MIB, most / MIB);
+    client.close().await;
+}
+
 /// Sends a head and then zeros until the other side closes, or has taken 100 MB.
 fn push(address: &str, head: &[u8]) -> u64 {
     let mut stream = TcpStream::connect(address).expect("connected");

@@ -11,8 +11,9 @@
 //!     └ at most CLIENT_CONNECTIONS_MAX; more wait in the listen queue
 //! ```
 //!
-//! What comes in is bounded: connections, the size of a message, operations and bytes being worked on
-//! per thread (`Busy` above). So are the answers that a connection hasn't read: above, no call is read
+//! What comes in is bounded: connections, the size of a message, bytes of great messages that are still
+//! arriving per thread ([`crate::transport::arrival`]), operations and bytes being worked on per thread
+//! (`Busy` above). So are the answers that a connection hasn't read: above, no call is read
 //! from it and no value is put out, and it is closed when it reads nothing at all for
 //! [`CONNECTION_STUCK_MS_MAX`]. A connection that sends what can't be read is closed; nobody else
 //! notices. Not here (yet): encryption, and who is calling.
@@ -36,13 +37,15 @@ use tokio::task::{JoinSet, spawn_local};
 
 use crate::client::local::LocalClient;
 use crate::limits::{
-    CLIENT_CONNECTIONS_MAX, CLIENT_DRAIN_MS_MAX, CLIENT_LISTEN_QUEUE, CONNECTION_STUCK_MS_MAX,
-    CONNECTION_UNSENT_BYTES_MAX, GREETING_MS_MAX, TIMEOUT_DEFAULT_MS, TIMEOUT_MAX_MS,
+    ARRIVING_WINDOW_MS, CLIENT_CONNECTIONS_MAX, CLIENT_DRAIN_MS_MAX, CLIENT_LISTEN_QUEUE,
+    CONNECTION_STUCK_MS_MAX, CONNECTION_UNSENT_BYTES_MAX, GREETING_MS_MAX, THREAD_ARRIVING_BYTES_MAX,
+    TIMEOUT_DEFAULT_MS, TIMEOUT_MAX_MS,
 };
 use crate::node::handle::NodeHandle;
 use crate::node::load::{self, Admitted};
 use crate::refusal::Refusal;
 use crate::schema::kv_capnp::gate;
+use crate::transport::arrival::Arrivals;
 use crate::transport::foreign::refusal_for_peer;
 use crate::transport::frame::is_peer_preamble;
 use crate::transport::rpc_stream::rpc_server;
@@ -61,6 +64,8 @@ pub(crate) struct Service {
     /// Carries plain calls to other nodes.
     pub(crate) client: LocalClient,
     pub(crate) load: Rc<Load>,
+    /// Room for great messages that arrive.
+    pub(crate) arrivals: Rc<Arrivals>,
 }
 
 /// Serves clients on `listener` until `shutdown` ends: then accepts nothing more, refuses new calls,
@@ -77,6 +82,7 @@ pub async fn serve(listener: TcpListener, node: NodeHandle, shutdown: impl Futur
         client: LocalClient::start(Box::new(move || source.map())),
         node,
         load: Rc::default(),
+        arrivals: Arrivals::new(THREAD_ARRIVING_BYTES_MAX, Duration::from_millis(ARRIVING_WINDOW_MS)),
     });
     let permits = Arc::new(Semaphore::new(CLIENT_CONNECTIONS_MAX));
     let (stop, stopped) = watch::channel(false);
@@ -168,7 +174,8 @@ async fn converse(mut stream: TcpStream, service: &Rc<Service>, mut stopped: wat
         // It sent nothing, or is gone.
         Ok(Err(_)) | Err(_) => return,
     }
-    let (network, backlog, flusher) = match rpc_server(stream, CONNECTION_UNSENT_BYTES_MAX) {
+    let (network, backlog, flusher) = match rpc_server(stream, &service.arrivals, CONNECTION_UNSENT_BYTES_MAX)
+    {
         Ok(streams) => streams,
         Err(error) => {
             tracing::debug!(%error, "a client connection broke at its start");

@@ -24,6 +24,7 @@
 //!
 //! Not here (yet): encryption, and proof of who is calling. The peer port belongs on a private network.
 
+pub mod arrival;
 pub mod backlog;
 pub mod call;
 pub mod coalesce;

@@ -14,6 +14,7 @@ use tokio::net::TcpStream;
 use tokio::net::tcp::OwnedReadHalf;
 use tokio_util::compat::{Compat, TokioAsyncReadCompatExt};
 
+use super::arrival::{Arrivals, Paced};
 use super::backlog::{Backlog, Metered, metered};
 use super::coalesce::{CoalescingWriter, coalesce};
 use crate::limits::{
@@ -26,7 +27,7 @@ use crate::limits::{
 pub type RpcReader = BufReader<Compat<OwnedReadHalf>>;
 
 /// What an RPC connection on which calls are served runs on.
-pub type ServedNetwork = Metered<VatNetwork<RpcReader>>;
+pub type ServedNetwork = Metered<VatNetwork<Paced<RpcReader>>>;
 
 /// Limits for messages from an RPC connection.
 pub fn reader_options() -> ReaderOptions {
@@ -56,10 +57,12 @@ fn probe_when_idle(stream: &TcpStream) -> io::Result<()> {
     Ok(())
 }
 
-/// A stream on which calls are served, with the count of what isn't sent on it yet, bounded by
-/// `unsent_max` as [`super::backlog`] tells. The future as of [`rpc_streams`].
+/// A stream on which calls are served: great messages wait for room among `arrivals`; with the count of
+/// what isn't sent on it yet, bounded by `unsent_max` as [`super::backlog`] tells. The future as of
+/// [`rpc_streams`].
 pub fn rpc_server(
     stream: TcpStream,
+    arrivals: &Rc<Arrivals>,
     unsent_max: usize,
 ) -> io::Result<(ServedNetwork, Rc<Backlog>, impl Future<Output = io::Result<()>> + 'static)> {
     stream.set_nodelay(true)?;
@@ -68,6 +71,7 @@ pub fn rpc_server(
     let backlog = Backlog::new(unsent_max);
     let (writer, flusher) = coalesce(backlog.meter(writer), COALESCE_BYTES_MAX);
     let reader = BufReader::with_capacity(READ_CHUNK_BYTES, reader.compat());
+    let reader = arrivals.pace(reader);
     let network = VatNetwork::new(reader, writer, Side::Server, reader_options());
     Ok((metered(network, backlog.clone()), backlog, flusher))
 }
@@ -82,8 +86,12 @@ mod tests {
         let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let (stream, _) = listener.accept().await.unwrap();
         let same = stream.into_std().unwrap();
-        let (_network, _backlog, _flusher) =
-            rpc_server(TcpStream::from_std(same.try_clone().unwrap()).unwrap(), 1).unwrap();
+        let (_network, _backlog, _flusher) = rpc_server(
+            TcpStream::from_std(same.try_clone().unwrap()).unwrap(),
+            &Arrivals::new(0, Duration::from_secs(1)),
+            1,
+        )
+        .unwrap();
         assert!(sockopt::socket_keepalive(&same).unwrap());
         assert_eq!(sockopt::tcp_keepidle(&same).unwrap(), Duration::from_secs(CLIENT_PROBE_S));
         assert_eq!(sockopt::tcp_keepcnt(&same).unwrap(), CLIENT_PROBES_MAX);
