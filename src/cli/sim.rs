@@ -13,6 +13,7 @@ use super::failure::{Exit, Failure};
 use super::output;
 use super::signals::Signals;
 use crate::sim::checks::CHECKS;
+use crate::sim::report::listed;
 use crate::sim::{self, Report, SimOptions};
 
 /// What all runs together did.
@@ -108,9 +109,12 @@ pub fn sim(context: &Context, args: &SimArgs) -> Result<Exit, Failure> {
         }))?;
     } else {
         if seeds.end - seeds.start > 1 {
-            output::line(format!("checked {}", CHECKS.map(|(name, _)| name).join(", ")))?;
-            output::line(format!("counts {:?}", totals.counts))?;
-            output::line(format!("operations {:?}, keys undecided {}", totals.operations, totals.undecided))?;
+            output::line(counts_table(&totals.counts))?;
+            output::line(format!("operations: {}", listed(&totals.operations)))?;
+            output::line(format!("checked: {}", CHECKS.map(|(name, _)| name).join(", ")))?;
+            if totals.undecided > 0 {
+                output::line(format!("linearizability of {} keys was not decided", totals.undecided))?;
+            }
         }
         output::line(format!(
             "{} runs, {:.0} s simulated in {seconds:.1} s ({ratio:.0} times as fast as life), {}",
@@ -120,6 +124,17 @@ pub fn sim(context: &Context, args: &SimArgs) -> Result<Exit, Failure> {
         ))?;
     }
     Ok(if totals.failed.is_empty() { Exit::Done } else { Exit::Negative })
+}
+
+/// Faults and other events, three to a line.
+fn counts_table(counts: &BTreeMap<&'static str, u64>) -> String {
+    let mut table = output::table(&["what", "times", "what", "times", "what", "times"]);
+    let cells: Vec<String> =
+        counts.iter().flat_map(|(what, times)| [(*what).to_owned(), times.to_string()]).collect();
+    for row in cells.chunks(6) {
+        table.add_row(row);
+    }
+    table.to_string()
 }
 
 fn verdict(totals: &Totals, args: &SimArgs) -> String {

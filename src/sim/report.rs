@@ -46,7 +46,7 @@ impl fmt::Display for Report {
             options.operations,
             if options.planted == Plant::NONE { String::new() } else { format!("; {:?}", options.planted) }
         )?;
-        writeln!(f, "faults {}", options.faults.names())?;
+        writeln!(f, "faults: {}", options.faults.names())?;
         writeln!(
             f,
             "{:.1} s simulated, {} events, trace {:016x}",
@@ -54,11 +54,14 @@ impl fmt::Display for Report {
             self.events,
             self.trace_hash
         )?;
-        writeln!(f, "counts {:?}", self.counts)?;
-        writeln!(f, "operations {:?}, keys undecided {}", self.operations, self.undecided)?;
+        writeln!(f, "happened: {}", listed(&self.counts))?;
+        writeln!(f, "operations: {}", listed(&self.operations))?;
+        if self.undecided > 0 {
+            writeln!(f, "linearizability of {} keys was not decided", self.undecided)?;
+        }
         // The first violation ends a run: what would have been checked after it isn't known.
         match &self.violation {
-            None => writeln!(f, "checked {}", CHECKS.map(|(name, _)| name).join(", "))?,
+            None => writeln!(f, "checked: {}", CHECKS.map(|(name, _)| name).join(", "))?,
             Some(violation) => writeln!(f, "checked until `{}` failed", violation.check)?,
         }
         for line in &self.trace {
@@ -71,6 +74,11 @@ impl fmt::Display for Report {
             }
         }
     }
+}
+
+/// What was counted, for a person.
+pub fn listed(counts: &BTreeMap<&'static str, u64>) -> String {
+    counts.iter().map(|(what, times)| format!("{times} {what}")).collect::<Vec<_>>().join(", ")
 }
 
 /// Everything that happens, in order, as one number, and the last of it as text. The text is made only if
