@@ -26,7 +26,7 @@ use super::shared::Shared;
 use super::ticker;
 use crate::codec::peer::NodeHeartbeat;
 use crate::group::catch_up::Retention;
-use crate::group::driver::GroupOptions;
+use crate::group::open::GroupOptions;
 use crate::ids::{Incarnation, METADATA_SHARD, NodeId, ReplicaId, ShardId};
 use crate::limits;
 use crate::machine::command::{Command, MetaCommand};

@@ -34,7 +34,8 @@ use std::sync::Arc;
 
 use pontoon::codec::GroupMessage;
 use pontoon::group::catch_up::Retention;
-use pontoon::group::driver::{Group, GroupOptions};
+use pontoon::group::driver::Group;
+use pontoon::group::open::GroupOptions;
 use pontoon::group::types::{Effects, Fetch, NumberedWrite, Operation, Output, SnapshotWanted};
 use pontoon::ids::{DatabaseId, Epoch, GROUP_START, NodeId, Position, RandomId, ReplicaId, ShardId};
 use pontoon::machine::MachineKind;
