@@ -491,6 +491,7 @@ mod tests {
             leader_term: 6,
             epoch: Epoch { range: 1, conf: 3 },
             members: Vec::new(),
+            state_lost: false,
         };
         let record = replicas.end_install(ReplicaId(9), Some(install)).expect("a replica");
         assert_eq!((record.generation, record.epoch.conf), (2, 3));

@@ -17,7 +17,7 @@ use super::handle::{ReplicaHealth, ReplicaReport};
 use super::hub::{FailReplica, Forget, Hub, StartReplica, hub_of};
 use super::map_cache;
 use super::messages::*;
-use super::open::open_stores;
+use super::open::{OpenedState, open_stores};
 use super::panics::contained;
 use super::replica::ReplicaActor;
 use super::replicas::{Orders, Readiness, Replicas, Slot, Started, Verdict};
@@ -165,6 +165,10 @@ impl Supervisor {
             let open = |record: ReplicaRecord| {
                 let found = contained(|| open_stores(log.as_ref(), &engine, &record));
                 let found = found.and_then(|found| found.map_err(|error| error.to_string()));
+                let found = found.and_then(|(log, state)| match state {
+                    OpenedState::Whole(state) => Ok((log, state)),
+                    OpenedState::Lost { why, .. } => Err(format!("its state is lost: {why}")),
+                });
                 Opened { record, found }
             };
             records.into_iter().map(open).collect::<Vec<_>>()

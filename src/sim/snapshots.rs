@@ -215,6 +215,7 @@ impl World {
                     leader_term: route.term,
                     epoch: image.epoch,
                     members: image.members.clone(),
+                    state_lost: false,
                 };
                 node.installing.remove(&route.to);
                 let installed = match node.disk.install(route.to, &install) {

@@ -140,6 +140,7 @@ async fn load_and_switch(
         leader_term: offer.leader_term,
         epoch: header.epoch,
         members: header.members,
+        state_lost: false,
     };
     // What was loaded is removed by the supervisor if it isn't switched to. Without its answer it may
     // have been, and must stay.

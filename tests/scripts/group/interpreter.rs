@@ -415,7 +415,8 @@ impl Groups {
                 .collect();
             target.engine.write(&batch).and_then(|()| target.engine.sync()).map_err(|e| e.to_string())?;
             let (epoch, members) = (Epoch { range: 1, conf: 1 }, Groups::members(3));
-            let install = Install { generation, position, leader_term: wanted.term, epoch, members };
+            let install =
+                Install { generation, position, leader_term: wanted.term, epoch, members, state_lost: false };
             let lost = std::mem::take(&mut target.writes).len();
             if lost > 0 {
                 return Err(format!("node {to} still has writes under way"));
