@@ -52,7 +52,9 @@ impl<T> Group<T> {
     pub(super) fn lost_refusal(&self) -> Option<Refusal> {
         let alone = self.state_lost && self.raft.raft.leader_id == raft::INVALID_ID;
         alone.then(|| {
-            Refusal::Unavailable("the replica's state was lost, and no leader is known to fetch it from".into())
+            Refusal::Unavailable(
+                "the replica's state was lost, and no leader is known to fetch it from".into(),
+            )
         })
     }
 }

@@ -70,7 +70,10 @@ impl<T> Group<T> {
         if options.state_lost && applied != log.truncated {
             return Err(damaged(
                 options.replica,
-                format!("a lost state stands at {}, the log begins after {}", applied.index, log.truncated.index),
+                format!(
+                    "a lost state stands at {}, the log begins after {}",
+                    applied.index, log.truncated.index
+                ),
             ));
         }
         if log.hard_state.commit > log.last {

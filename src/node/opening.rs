@@ -106,7 +106,8 @@ impl Supervisor {
             let retention = self.site.retention;
             let cached = self.shared.cached_entries.clone();
             starts.push(async move {
-                let mut attempt = Attempt { shard, replica, incarnation, lost: None, result: Err(String::new()) };
+                let mut attempt =
+                    Attempt { shard, replica, incarnation, lost: None, result: Err(String::new()) };
                 attempt.result = match found {
                     Ok(Found { log, state, lost }) => {
                         let options = GroupOptions {
