@@ -263,7 +263,8 @@ impl ShardView {
                     None if answered => ("missing", None),
                     None => ("unreachable", None),
                 };
-                let applied = group.map(|g| g.applied);
+                // A lost state has none of it.
+                let applied = group.filter(|_| state != "refetching").map(|g| g.applied);
                 ReplicaView {
                     node: member.node,
                     address: address(member.node),
