@@ -10,7 +10,8 @@ use bytes::Bytes;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use pontoon::codec::GroupMessage;
 use pontoon::group::catch_up::Retention;
-use pontoon::group::driver::{Group, GroupOptions};
+use pontoon::group::driver::Group;
+use pontoon::group::open::GroupOptions;
 use pontoon::group::types::Operation;
 use pontoon::ids::{DatabaseId, Epoch, GROUP_START, NodeId, ReplicaId, ShardId};
 use pontoon::machine::MachineKind;
@@ -76,9 +77,17 @@ impl Replica {
         let logger = slog::Logger::root(slog::Discard, slog::o!());
         let machine = MachineKind::Kv;
         let cached = Arc::default();
-        let retention = Retention::new(u64::MAX);
-        let options =
-            GroupOptions { shard: SHARD, machine, replica, incarnation: 1, retention, logger, cached };
+        let (retention, state_lost) = (Retention::new(u64::MAX), false);
+        let options = GroupOptions {
+            shard: SHARD,
+            machine,
+            replica,
+            incarnation: 1,
+            retention,
+            logger,
+            cached,
+            state_lost,
+        };
         let group = Group::open(options, log.clone(), log.load(replica).unwrap(), state).unwrap();
         Replica { id: replica, group, log, inbox: VecDeque::new() }
     }
