@@ -103,6 +103,17 @@ impl StorageError {
         matches!(self, StorageError::Io { source, .. }
             if matches!(source.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded))
     }
+
+    /// Whether a node that can't open its directory for this reason may have lost what it promised its
+    /// cluster to keep. Trying again doesn't help: it can only begin anew, as another node.
+    pub fn ends_identity(&self) -> bool {
+        use identity::IdentityError::{Damaged, ForeignStore, Nameless};
+        matches!(
+            self,
+            StorageError::Damaged { .. }
+                | StorageError::Identity(Damaged { .. } | Nameless { .. } | ForeignStore { .. })
+        )
+    }
 }
 
 /// A shard's state as a state machine reads it: an ordered map from keys to values.
