@@ -73,11 +73,7 @@ pub async fn start_rejoining(settings: Settings, listeners: Listeners) -> Result
     start_as(settings, listeners, true).await
 }
 
-async fn start_as(
-    settings: Settings,
-    listeners: Listeners,
-    rejoins: bool,
-) -> Result<RunningNode, NodeError> {
+async fn start_as(settings: Settings, listeners: Listeners, rejoins: bool) -> Result<RunningNode, NodeError> {
     panics::install();
     let fatal = Fatal::new();
     let handle = NodeHandle::new(settings.node.id.clone());

@@ -109,7 +109,8 @@ fn open_or_begin_anew<T>(
     tracing::warn!("--rejoin: {why}; setting the content of {shown} aside");
     let cluster_of = |map: &[u8]| map_cache::decode(map).ok().map(|map| map.cluster_id);
     let (data_dir, aside) = DataDir::begin_anew(path, cluster_of).map_err(StorageError::from)?;
-    let cluster = data_dir.cluster_id().map_or("the cluster that it finds".into(), |id| format!("cluster {id}"));
+    let cluster =
+        data_dir.cluster_id().map_or("the cluster that it finds".into(), |id| format!("cluster {id}"));
     let aside = aside.map_or("earlier".into(), |aside| format!("into {}", aside.display()));
     tracing::warn!(
         "--rejoin: what was in {shown} was moved {aside}, and is not used any more; this node joins {cluster} as a \

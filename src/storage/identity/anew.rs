@@ -18,8 +18,8 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use super::{
-    DataDir, IDENTITY, Identity, IdentityError, LOCK, MAP, MAP_MAGIC, from_storage, io_error,
-    is_ours, load_map, lock, read_identity, show, write_identity,
+    DataDir, IDENTITY, Identity, IdentityError, LOCK, MAP, MAP_MAGIC, from_storage, io_error, is_ours,
+    load_map, lock, read_identity, show, write_identity,
 };
 use crate::ids::ClusterId;
 use crate::storage::atomic_file;
@@ -129,8 +129,9 @@ pub(super) fn holds_stores(path: &Path) -> Result<bool, IdentityError> {
             evidence |= is_ours(&path.join(&name)) || has_store(&path.join(&name));
             continue;
         }
-        let is_part =
-            |part: &&str| text.strip_prefix(*part).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
+        let is_part = |part: &&str| {
+            text.strip_prefix(*part).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+        };
         if !STAYS.contains(&text) && !PARTS.iter().any(|part| is_part(&part)) {
             return Ok(false);
         }

@@ -1,0 +1,244 @@
+//! The files of a node's directory, by what they are for, and what may happen to them.
+
+use std::fmt;
+use std::fs;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+/// A file of a node's directory, or all of a kind.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Class {
+    Identity,
+    Lock,
+    Map,
+    /// The append files of the log, by number.
+    LogFirst,
+    LogMiddle,
+    LogLast,
+    /// What the log has written anew of old files.
+    LogRewrite,
+    Log,
+    StateDb,
+    StateConf,
+    StateSnap,
+    State,
+    RedoFile,
+    Redo,
+    SnapshotFile,
+}
+
+impl Class {
+    pub const ALL: [Class; 15] = [
+        Class::Identity,
+        Class::Lock,
+        Class::Map,
+        Class::LogFirst,
+        Class::LogMiddle,
+        Class::LogLast,
+        Class::LogRewrite,
+        Class::Log,
+        Class::StateDb,
+        Class::StateConf,
+        Class::StateSnap,
+        Class::State,
+        Class::RedoFile,
+        Class::Redo,
+        Class::SnapshotFile,
+    ];
+
+    /// Where it is in this directory, if it is there.
+    pub fn find(self, dir: &Path) -> Option<PathBuf> {
+        let nth = |part: &str, is: fn(&str) -> bool, pick: fn(usize) -> Option<usize>| {
+            let mut names = names(&dir.join(part));
+            names.retain(|name| is(name));
+            pick(names.len()).map(|at| dir.join(part).join(&names[at]))
+        };
+        let append = |name: &str| name.ends_with(".raftlog");
+        let first = |count: usize| (count > 0).then_some(0);
+        let last = |count: usize| count.checked_sub(1);
+        let path = match self {
+            Class::Identity => dir.join("IDENTITY"),
+            Class::Lock => dir.join("LOCK"),
+            Class::Map => dir.join("map"),
+            Class::LogFirst => nth("log", append, first)?,
+            Class::LogMiddle => nth("log", append, |count| (count > 2).then_some(count / 2))?,
+            Class::LogLast => nth("log", append, last)?,
+            Class::LogRewrite => nth("log", |name| name.ends_with(".rewrite"), last)?,
+            Class::Log => dir.join("log"),
+            Class::StateDb => dir.join("state/db"),
+            Class::StateConf => dir.join("state/conf"),
+            Class::StateSnap => nth("state", |name| name.starts_with("snap."), last)?,
+            Class::State => dir.join("state"),
+            Class::RedoFile => nth("redo", |name| name.ends_with(".redo"), last)?,
+            Class::Redo => dir.join("redo"),
+            Class::SnapshotFile => files(&dir.join("snapshots")).pop()?,
+        };
+        path.exists().then_some(path)
+    }
+
+    pub fn is_directory(self) -> bool {
+        matches!(self, Class::Log | Class::State | Class::Redo)
+    }
+}
+
+impl fmt::Display for Class {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Class::Identity => "`IDENTITY`",
+            Class::Lock => "`LOCK`",
+            Class::Map => "`map`",
+            Class::LogFirst => "`log/*.raftlog`, the first",
+            Class::LogMiddle => "`log/*.raftlog`, one in the middle",
+            Class::LogLast => "`log/*.raftlog`, the last",
+            Class::LogRewrite => "`log/*.rewrite`",
+            Class::Log => "`log/`, all of it",
+            Class::StateDb => "`state/db`",
+            Class::StateConf => "`state/conf`",
+            Class::StateSnap => "`state/snap.*`",
+            Class::State => "`state/`, all of it",
+            Class::RedoFile => "`redo/*.redo`",
+            Class::Redo => "`redo/`, all of it",
+            Class::SnapshotFile => "a file in `snapshots/`",
+        })
+    }
+}
+
+/// What happens to a file.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Damage {
+    FlipStart,
+    FlipMiddle,
+    FlipEnd,
+    Half,
+    Empty,
+    Delete,
+    Older,
+}
+
+impl Damage {
+    pub const ALL: [Damage; 7] = [
+        Damage::FlipStart,
+        Damage::FlipMiddle,
+        Damage::FlipEnd,
+        Damage::Half,
+        Damage::Empty,
+        Damage::Delete,
+        Damage::Older,
+    ];
+
+    /// Does it to what `class` names in `dir`, of which `older` is an older copy. False: there is nothing
+    /// to do it to, or it would change nothing.
+    pub fn inflict(self, class: Class, dir: &Path, older: &Path) -> bool {
+        let Some(path) = class.find(dir) else { return false };
+        if self == Damage::Older {
+            let copy = older.join(path.strip_prefix(dir).expect("within it"));
+            if !copy.exists() || same(&copy, &path) {
+                return false;
+            }
+            remove(&path);
+            copy_all(&copy, &path);
+            return true;
+        }
+        if self == Damage::Delete {
+            remove(&path);
+            return true;
+        }
+        if class.is_directory() {
+            return false;
+        }
+        let mut file = fs::File::options().read(true).write(true).open(&path).expect("opening");
+        let len = file.metadata().expect("its size").len();
+        if len == 0 {
+            return false;
+        }
+        match self {
+            Damage::Half => file.set_len(len / 2).expect("cutting"),
+            Damage::Empty => file.set_len(0).expect("cutting"),
+            _ => {
+                let at = match self {
+                    Damage::FlipStart => 0,
+                    // Past what a head of a file of ours or of others may have.
+                    Damage::FlipMiddle => len / 2,
+                    _ => last_used(&path),
+                };
+                let mut byte = [0];
+                file.seek(SeekFrom::Start(at)).expect("seeking");
+                file.read_exact(&mut byte).expect("reading");
+                byte[0] ^= 0x10;
+                file.seek(SeekFrom::Start(at)).expect("seeking");
+                file.write_all(&byte).expect("writing");
+            }
+        }
+        true
+    }
+}
+
+impl fmt::Display for Damage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Damage::FlipStart => "a bit flipped at its start",
+            Damage::FlipMiddle => "a bit flipped in its middle",
+            Damage::FlipEnd => "a bit flipped at its end",
+            Damage::Half => "cut to half",
+            Damage::Empty => "cut to nothing",
+            Damage::Delete => "deleted",
+            Damage::Older => "replaced by an older copy",
+        })
+    }
+}
+
+/// Where the last byte is that isn't zero.
+fn last_used(path: &Path) -> u64 {
+    let bytes = fs::read(path).expect("reading");
+    bytes.iter().rposition(|byte| *byte != 0).unwrap_or(0) as u64
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let mut names: Vec<String> = fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .map(|entry| entry.expect("an entry").file_name().into_string().expect("a name"))
+        .collect();
+    names.sort();
+    names
+}
+
+/// All files below a directory.
+pub fn files(dir: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for name in names(dir) {
+        let path = dir.join(name);
+        if path.is_dir() {
+            found.extend(files(&path));
+        } else {
+            found.push(path);
+        }
+    }
+    found
+}
+
+fn same(one: &Path, other: &Path) -> bool {
+    let content = |base: &Path| -> Vec<(PathBuf, Vec<u8>)> {
+        let all = if base.is_dir() { files(base) } else { vec![base.to_owned()] };
+        let relative = |path: &PathBuf| path.strip_prefix(base).expect("within it").to_owned();
+        all.iter().map(|path| (relative(path), fs::read(path).expect("reading"))).collect()
+    };
+    content(one) == content(other)
+}
+
+pub fn remove(path: &Path) {
+    let removed = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+    removed.expect("removing");
+}
+
+/// Copies a file or a directory with everything in it.
+pub fn copy_all(from: &Path, to: &Path) {
+    if !from.is_dir() {
+        fs::copy(from, to).expect("copying");
+        return;
+    }
+    fs::create_dir(to).expect("a directory");
+    for name in names(from) {
+        copy_all(&from.join(&name), &to.join(&name));
+    }
+}

@@ -1,0 +1,344 @@
+//! Three nodes with data in them, one of which is stopped, damaged and started again, and what must hold
+//! of it then.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use pontoon::client::{Cas, Client, Database};
+use pontoon::ids::{NodeId, ShardId};
+use pontoon::machine::command::Expect;
+use pontoon::node::handle::ReplicaHealth;
+use raft::StateRole;
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::cluster::{Cluster, Options, free_ports, http_get};
+use crate::files::{Class, Damage, copy_all, files, remove};
+
+/// Which of the nodes.
+pub const NODE: usize = 2;
+
+const COUNTER: &str = "counter";
+const LARGE_BYTES: usize = 60_000;
+const LARGE_KEYS: u64 = 40;
+
+/// How long a node may take to be whole again.
+const WHOLE: Duration = Duration::from_secs(30);
+
+/// How a node was stopped.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Stop {
+    Clean,
+    Kill,
+    /// While it wrote its memtables to the state store.
+    InFlush,
+}
+
+/// What came of a damage.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Outcome {
+    /// The node started, and had everything.
+    Whole,
+    /// The node started, made the file anew, and had everything.
+    Remade,
+    /// The node started, and got its state from the others.
+    Refetched,
+    /// It didn't start, and said what to do.
+    Refused,
+}
+
+pub struct Patient {
+    pub cluster: Cluster,
+    client: Client,
+    database: Database,
+    shards: Vec<ShardId>,
+    http: u16,
+    /// What was acknowledged: each key's value.
+    model: BTreeMap<String, String>,
+    count: u64,
+    writes: u64,
+    /// The directory as it was when the node stopped last, and the time before that.
+    copy: PathBuf,
+    older: PathBuf,
+}
+
+impl Patient {
+    pub async fn new() -> Patient {
+        let ports = free_ports(7);
+        let extra = "log_file_bytes = \"1MiB\"\nlog_bytes = \"16MiB\"\nmemtable_bytes = \"16MiB\"\nlog_keep_bytes = \"64KiB\"\n";
+        let options = Options { extra: String::new(), ..Options::default() };
+        let mut cluster = Cluster::prepared(3, &ports[..6], options);
+        for (index, node) in cluster.nodes.iter().enumerate() {
+            let text = fs::read_to_string(&node.config).expect("its settings");
+            let mut lines: Vec<&str> = text
+                .lines()
+                .filter(|line| !extra.contains(line.split(' ').next().expect("a word")) || line.is_empty())
+                .collect();
+            lines.push(extra);
+            let mut text = lines.join("\n");
+            if index == NODE {
+                text.push_str(&format!("[http]\nlisten = \"127.0.0.1:{}\"\n", ports[6]));
+            }
+            fs::write(&node.config, text).expect("its settings");
+        }
+        for node in 0..3 {
+            cluster.spawn(node);
+        }
+        cluster.wait_all_ready();
+        let client = cluster.client().await;
+        let database = cluster.database(&client, "db", 3, 2).await;
+        let shards = client.map().await.expect("the map").shards.keys().copied().collect();
+        let (copy, older) = (cluster.dir.path().join("copy"), cluster.dir.path().join("older"));
+        let (model, http) = (BTreeMap::new(), ports[6]);
+        let mut patient =
+            Patient { cluster, client, database, shards, http, model, count: 0, writes: 0, copy, older };
+        // More than the log keeps, so that old files are freed and what they still held is written anew.
+        patient.fill(16 << 20).await;
+        let log = patient.dir().join("log");
+        let begun = Instant::now();
+        while log.join("0000000000000001.raftlog").exists() {
+            assert!(begun.elapsed() < Duration::from_secs(60), "its log is never purged: {:?}", files(&log));
+            patient.write(64 << 10).await;
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        patient.write(64 << 10).await;
+        patient
+    }
+
+    pub fn dir(&self) -> PathBuf {
+        self.cluster.nodes[NODE].data.clone()
+    }
+
+    /// Writes until the log has so many bytes more, in large values.
+    pub async fn fill(&mut self, bytes: usize) {
+        let mut left = bytes;
+        while left > 0 {
+            let writes = (left / LARGE_BYTES).clamp(1, 16) as u64;
+            let keys: Vec<(String, String)> = (0..writes)
+                .map(|write| {
+                    let number = self.writes + write;
+                    (format!("large-{}", number % LARGE_KEYS), format!("{number:0>LARGE_BYTES$}"))
+                })
+                .collect();
+            self.writes += writes;
+            let puts = keys.iter().map(|(key, value)| self.database.put(key.clone(), value.clone()));
+            for result in futures_util::future::join_all(puts).await {
+                result.expect("a write");
+            }
+            self.model.extend(keys);
+            left = left.saturating_sub(writes as usize * LARGE_BYTES);
+        }
+    }
+
+    /// Small writes of each kind, and large ones.
+    pub async fn write(&mut self, bytes: usize) {
+        self.fill(bytes).await;
+        for _ in 0..16 {
+            self.writes += 1;
+            let (key, value) = (format!("small-{}", self.writes % 50), self.writes.to_string());
+            self.database.put(key.clone(), value.clone()).await.expect("a write");
+            self.model.insert(key, value);
+        }
+        let key = format!("small-{}", self.writes % 7);
+        let found = self.database.delete(key.clone()).await.expect("a delete");
+        assert_eq!(found.is_some(), self.model.remove(&key).is_some(), "{key}");
+        self.add().await;
+    }
+
+    /// Adds one to a counter, once.
+    async fn add(&mut self) {
+        let found = self.database.get(COUNTER).await.expect("a read");
+        let (expect, count) = match &found {
+            None => (Expect::Absent, 0),
+            Some(found) => (Expect::Version(found.version), number(&found.value)),
+        };
+        assert_eq!(count, self.count, "additions were lost or made twice");
+        let written = self.database.cas(COUNTER, expect, (count + 1).to_string()).await.expect("an addition");
+        assert!(matches!(written, Cas::Written(_)), "nobody else adds");
+        self.count += 1;
+        self.model.insert(COUNTER.into(), self.count.to_string());
+    }
+
+    /// Stops the node, and takes a copy of its directory.
+    pub async fn stop(&mut self, stop: Stop) {
+        match stop {
+            Stop::Kill => self.cluster.kill(NODE),
+            Stop::Clean => {
+                self.cluster.signal(NODE, Signal::TERM);
+                assert_eq!(self.cluster.wait_exit(NODE, Duration::from_secs(10)).code(), Some(0));
+            }
+            Stop::InFlush => {
+                let (dir, pid) = (self.dir(), self.cluster.pid(NODE));
+                let killer = std::thread::spawn(move || {
+                    let begun = Instant::now();
+                    while Class::RedoFile.find(&dir).is_none() {
+                        assert!(begun.elapsed() < Duration::from_secs(30), "it never flushes");
+                        std::thread::sleep(Duration::from_micros(100));
+                    }
+                    let pid = Pid::from_raw(pid as i32).expect("a pid");
+                    kill_process(pid, Signal::KILL).expect("killing it");
+                });
+                while !killer.is_finished() {
+                    self.fill(512 << 10).await;
+                }
+                killer.join().expect("a flush");
+                self.cluster.kill(NODE);
+                assert!(Class::RedoFile.find(&self.dir()).is_some(), "the flush was over already; try again");
+            }
+        }
+        if self.older.exists() {
+            remove(&self.older);
+        }
+        if self.copy.exists() {
+            fs::rename(&self.copy, &self.older).expect("renaming");
+        }
+        copy_all(&self.dir(), &self.copy);
+    }
+
+    /// Puts the directory back as it was when the node was stopped. Only for a node that hasn't run since.
+    pub fn restore(&self) {
+        remove(&self.dir());
+        copy_all(&self.copy, &self.dir());
+    }
+
+    /// Damages the stopped node, and starts it. What came of it; `None`: there was nothing to damage.
+    /// Afterwards it is stopped and whole again.
+    pub async fn try_out(&mut self, class: Class, damage: Damage, then: Stop) -> Option<Outcome> {
+        let (dir, older) = (self.dir(), self.older.clone());
+        if !damage.inflict(class, &dir, &older) {
+            return None;
+        }
+        // What it must fetch, or learn by its log.
+        self.write(64 << 10).await;
+        let log = self.cluster.nodes[NODE].config.with_extension("log");
+        let before = fs::metadata(&log).map_or(0, |log| log.len() as usize);
+        let said = move || {
+            let text = fs::read(&log).expect("its log");
+            String::from_utf8_lossy(&text[before..]).into_owned()
+        };
+        self.cluster.spawn(NODE);
+        if let Some(code) = self.cluster.ready_or_exit(NODE, Duration::from_secs(20)) {
+            let said = said();
+            println!("{class}, {damage}: exit {code:?}: {}", said.lines().last().unwrap_or_default());
+            assert_eq!(code, Some(2), "{class}, {damage}: {said}");
+            assert!(said.contains("--rejoin"), "{class}, {damage}: it doesn't say what to do: {said}");
+            assert!(
+                said.contains(&dir.display().to_string()),
+                "{class}, {damage}: it doesn't name it: {said}"
+            );
+            self.restore();
+            return Some(Outcome::Refused);
+        }
+        self.whole().await;
+        self.all_there().await;
+        let said = said();
+        for line in said.lines().filter(|line| line.contains("WARN") || line.contains("ERROR")) {
+            println!("{class}, {damage}: {line}");
+        }
+        let outcome = if said.contains("aside") {
+            Outcome::Refetched
+        } else if said.contains("WARN") {
+            Outcome::Remade
+        } else {
+            Outcome::Whole
+        };
+        self.write(64 << 10).await;
+        self.stop(then).await;
+        Some(outcome)
+    }
+
+    /// Waits until every replica of the node serves.
+    pub async fn whole(&self) {
+        let begun = Instant::now();
+        loop {
+            let report =
+                self.client.node_report(&self.cluster.nodes[NODE].client, Duration::from_secs(2)).await;
+            let replicas = report.as_ref().map_or(&[][..], |report| &report.replicas);
+            let serve = replicas.iter().filter(|replica| replica.health == ReplicaHealth::Serving).count();
+            let ready = http_get(self.http, "/readyz").is_ok_and(|(status, _)| status == 200);
+            if serve == self.shards.len() && ready {
+                return;
+            }
+            if begun.elapsed() > WHOLE {
+                let health: Vec<_> = replicas.iter().map(|r| (r.shard, r.health.clone())).collect();
+                panic!("not whole after {WHOLE:?}: {health:?}; its log:\n{}", self.cluster.log(NODE));
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Makes the node the leader of every shard, and reads everything from it.
+    pub async fn all_there(&mut self) {
+        let report = self.client.node_report(&self.cluster.nodes[NODE].client, Duration::from_secs(2)).await;
+        let node = report.expect("a report").node;
+        let begun = Instant::now();
+        loop {
+            self.lead(node).await;
+            let found = self.read_all().await;
+            let led = self.led_by(node).await;
+            if led {
+                assert_eq!(found.len(), self.model.len());
+                for (key, value) in &self.model {
+                    let found = found.get(key).unwrap_or_else(|| panic!("{key} is gone"));
+                    assert!(
+                        found == value,
+                        "{key}: {} was acknowledged, {} is there",
+                        show(value),
+                        show(found)
+                    );
+                }
+                break;
+            }
+            assert!(begun.elapsed() < Duration::from_secs(30), "it doesn't go on leading");
+        }
+        self.add().await;
+    }
+
+    async fn lead(&self, node: NodeId) {
+        for shard in &self.shards {
+            let moved = self.client.transfer_leader(*shard, node, Duration::from_secs(20)).await;
+            moved.unwrap_or_else(|error| {
+                panic!("shard {shard}: {error}; its log:\n{}", self.cluster.log(NODE))
+            });
+        }
+    }
+
+    async fn led_by(&self, node: NodeId) -> bool {
+        let report = self.client.node_report(&self.cluster.nodes[NODE].client, Duration::from_secs(2)).await;
+        let report = report.expect("a report");
+        assert_eq!(report.node, node);
+        let leads = |replica: &pontoon::node::handle::ReplicaReport| {
+            replica.group.as_ref().is_some_and(|group| group.role == StateRole::Leader)
+        };
+        report.replicas.iter().filter(|replica| leads(replica)).count() == self.shards.len()
+    }
+
+    async fn read_all(&self) -> BTreeMap<String, String> {
+        let mut found = BTreeMap::new();
+        let mut scan = self.database.scan(Default::default());
+        loop {
+            let page = scan.next_page().await.expect("a page");
+            if page.is_empty() {
+                return found;
+            }
+            for (key, value) in page {
+                let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+                found.insert(text(&key), text(&value.value));
+            }
+        }
+    }
+
+    pub fn older_copy(&self) -> &Path {
+        &self.older
+    }
+}
+
+fn number(value: &[u8]) -> u64 {
+    String::from_utf8_lossy(value).parse().expect("a number")
+}
+
+fn show(value: &str) -> &str {
+    let digits = value.trim_start_matches('0');
+    if digits.is_empty() { "0" } else { digits }
+}
