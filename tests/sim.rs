@@ -77,6 +77,11 @@ fn seeds_show_no_violation() {
         "torn writes",
         "replicas stopped by read errors",
         "refusals to open a rotten replica",
+        "state stores lost",
+        "older copies of a state store",
+        "replicas without a state",
+        "states fetched",
+        "flushes for a snapshot",
     ];
     for what in expected {
         assert!(totals.get(what).is_some_and(|count| *count > 0), "no {what}: {totals:?}");
@@ -87,7 +92,10 @@ fn seeds_show_no_violation() {
 #[test]
 fn seeds_that_once_failed_show_no_violation() {
     for (seed, bug) in REGRESSIONS {
-        let report = run(of_seed(*seed));
+        let options = of_seed(*seed);
+        // As it was when they failed.
+        let faults = Faults { state_loss: false, ..options.faults };
+        let report = run(SimOptions { faults, ..options });
         assert_eq!(report.violation, None, "{bug}\n{report}");
     }
 }
@@ -141,12 +149,31 @@ fn a_minority_of_rotten_replicas_stays_closed_and_the_others_go_on() {
     assert!(refusals > 0, "no rotten replica was ever opened");
 }
 
+#[test]
+fn a_minority_without_its_state_gets_it_back_and_the_others_go_on() {
+    let mut counts: BTreeMap<&str, u64> = BTreeMap::new();
+    for seed in 0..20 {
+        let faults = Faults { state_loss: true, crashes: true, ..Faults::NONE };
+        let retention = if seed % 2 == 0 { 0 } else { u64::MAX };
+        let options = SimOptions { nodes: 3, replicas: 3, faults, retention, ..SimOptions::of_seed(seed) };
+        let report = run(options);
+        assert_eq!(report.violation, None, "{report}");
+        for (what, count) in report.counts {
+            *counts.entry(what).or_insert(0) += count;
+        }
+    }
+    for what in ["replicas without a state", "states fetched"] {
+        assert!(counts.get(what).is_some_and(|count| *count > 10), "{what}: {counts:?}");
+    }
+}
+
 const CRASHES: Faults = Faults { crashes: true, power: true, slow_disks: true, ..Faults::NONE };
 const TEARS: Faults = Faults { torn: true, ..CRASHES };
 const ROT: Faults = Faults { rot: true, ..CRASHES };
 const READ_ERRORS: Faults = Faults { eio: true, ..CRASHES };
 /// What a minority of damaged replicas would hide is left out.
-const ANY: Faults = Faults { drift: false, rot: false, eio: false, ..Faults::ALL };
+const ANY: Faults = Faults { drift: false, rot: false, eio: false, state_loss: false, ..Faults::ALL };
+const LOSSES: Faults = Faults { state_loss: true, transfers: true, ..CRASHES };
 const ENDS: Faults = Faults { replicas: true, slow_disks: true, transfers: true, ..CRASHES };
 
 /// Under which faults a bug is looked for, how many seeds it may need, and by which checks it is seen: others
@@ -171,14 +198,24 @@ fn hunt(bug: Planted) -> (Faults, u64, &'static [&'static str]) {
         Planted::TornAccepted => (TEARS, 100, &["disk", "open"]),
         Planted::RotUnnoticed => (ROT, 60, &["state"]),
         Planted::ErrorReadAsAbsent => (READ_ERRORS, 60, &["state", "linear", "durable", "open"]),
+        Planted::LostStateServed => (LOSSES, 20, &["state"]),
+        Planted::LogResetWithState => (LOSSES, 60, &["leaders", "logs", "state", "durable", "linear"]),
+        Planted::SuffixDropped => (LOSSES, 100, &["leaders", "logs", "state", "durable", "liveness"]),
     }
 }
 
 /// The first seed at which a bug is seen, and the check that sees it.
 fn caught(bug: Planted) -> Option<(u64, &'static str)> {
     let (faults, seeds, among) = hunt(bug);
-    let snapshots =
-        [Planted::InstallUnsynced, Planted::SnapshotWithoutSessions, Planted::SnapshotAhead].contains(&bug);
+    let snapshots = [
+        Planted::InstallUnsynced,
+        Planted::SnapshotWithoutSessions,
+        Planted::SnapshotAhead,
+        Planted::LostStateServed,
+        Planted::LogResetWithState,
+        Planted::SuffixDropped,
+    ]
+    .contains(&bug);
     (0..seeds).find_map(|seed| {
         let report = run(SimOptions {
             nodes: 3,

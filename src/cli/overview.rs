@@ -79,7 +79,7 @@ pub struct ReplicaView {
     pub address: Option<String>,
     /// `leader`, `follower`, `candidate`, `learner` or `voter` where only the map is known.
     pub role: &'static str,
-    /// `serving`, `recovering`, `installing`, `restarting`, `quarantined`, `failed`, `missing` or `unreachable`.
+    /// `serving`, `recovering`, `installing`, `refetching`, `restarting`, `quarantined`, `failed`, `missing` or `unreachable`.
     pub state: &'static str,
     /// Why it isn't serving.
     pub message: Option<String>,
@@ -230,6 +230,12 @@ impl Overview {
         if leaderless > 0 {
             text.push_str(&format!("{leaderless} shards have no leader\n"));
         }
+        let lost = self.shards().filter(|shard| shard.is_lost()).count();
+        if lost > 0 {
+            text.push_str(&format!(
+                "{lost} shards have lost their state at every replica: restore their databases from a backup\n"
+            ));
+        }
         text
     }
 }
@@ -296,6 +302,11 @@ impl ShardView {
             Some(_) if self.replicas.iter().all(|r| r.state == "serving") => "ok",
             Some(_) => "degraded",
         }
+    }
+
+    /// Whether no replica has a state to give to the others.
+    fn is_lost(&self) -> bool {
+        self.replicas.iter().all(|replica| replica.state == "refetching")
     }
 
     /// First ring position, in hexadecimal: JSON numbers don't hold 64 bits everywhere.
@@ -398,6 +409,7 @@ fn health_name(health: &ReplicaHealth) -> (&'static str, Option<&str>) {
         ReplicaHealth::Serving => ("serving", None),
         ReplicaHealth::Recovering => ("recovering", None),
         ReplicaHealth::Installing => ("installing", Some("receives or installs a snapshot")),
+        ReplicaHealth::Refetching(why) => ("refetching", Some(why)),
         ReplicaHealth::Restarting(why) => ("restarting", Some(why)),
         ReplicaHealth::Quarantined(why) => ("quarantined", Some(why)),
         ReplicaHealth::Failed(why) => ("failed", Some(why)),

@@ -122,11 +122,14 @@ pub fn read_report(from: node_status::Reader<'_>) -> Result<NodeReport, CodecErr
             ReplicaState::Restarting => ReplicaHealth::Restarting(message()?),
             ReplicaState::Quarantined => ReplicaHealth::Quarantined(message()?),
             ReplicaState::Failed => ReplicaHealth::Failed(message()?),
-            ReplicaState::Installing => ReplicaHealth::Installing,
+            ReplicaState::Installing => match message()? {
+                why if why.is_empty() => ReplicaHealth::Installing,
+                why => ReplicaHealth::Refetching(why),
+            },
         };
         let role = replica.get_role().map_err(|_| unknown("ReplicaStatus.role"))?;
         let running = match health {
-            ReplicaHealth::Serving | ReplicaHealth::Recovering => true,
+            ReplicaHealth::Serving | ReplicaHealth::Recovering | ReplicaHealth::Refetching(_) => true,
             // It is stopped for the moment of the switch; every replica that runs has a term.
             ReplicaHealth::Installing => replica.get_term() > 0,
             _ => false,
@@ -145,6 +148,8 @@ pub fn read_report(from: node_status::Reader<'_>) -> Result<NodeReport, CodecErr
             committed: replica.get_committed(),
             last: replica.get_last(),
             recovering: health == ReplicaHealth::Recovering,
+            // That it is, its health says; from where on, only its own node needs to know.
+            state_lost: None,
             incarnation: u64::from(replica.get_restarts()) + 1,
         });
         replicas.push(ReplicaReport {

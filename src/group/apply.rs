@@ -20,7 +20,7 @@ impl<T> Group<T> {
             assert!(committed[0].index == self.handed + 1, "raft hands out committed entries in order");
             self.handed = last.index;
         }
-        if self.apply_paused {
+        if self.holds_apply() {
             // Entries go on arriving for as long as the others are a quorum without this replica. Those
             // that raft has handed out are read from the log again when applying resumes.
             self.raft.mut_store().trim_cache(self.handed);

@@ -1,5 +1,5 @@
 //! How followers that lag are brought back: which log entries are kept for them, and who needs a
-//! snapshot because they are gone.
+//! snapshot because they are gone, or because its own state is ([`super::lost`]).
 //!
 //! The log is kept, beyond what every replica has, up to a bound of bytes: [`Retention::live`] for a
 //! follower that answers, [`Retention::dead`] for one that has been silent for
@@ -18,6 +18,14 @@
 //! state `Snapshot` at once, and its message is not sent. What travels to the follower, and how it is
 //! installed there, is the shell's. Until then raft finds the snapshot "temporarily unavailable", asks
 //! again with every heartbeat, and goes on counting the follower's answers.
+//!
+//! A follower whose state is lost asks for itself, with every answer to a heartbeat, though it may have every
+//! entry. It goes on taking and acknowledging entries meanwhile: that ends nothing here, nor is there anything
+//! for raft to learn if it has all behind B. So its way is
+//!
+//! ```text
+//!   (nothing) ─ it asks ─► Making ─► Bringing ─► Resting, a while for late answers ─ it asks no more ─► (nothing)
+//! ```
 //!
 //! Invariant: while a snapshot at B is under way, and until the follower has acknowledged an entry behind it,
 //! the entries after B stay in this log, unless that would take more than [`Retention::snapshot`];
@@ -84,12 +92,23 @@ impl Transfer {
     }
 }
 
+/// A follower whose state is lost.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Request {
+    /// Its log begins behind this index: it can't go on from an earlier one.
+    least: Index,
+    /// It has said so since requests were last looked at.
+    fresh: bool,
+}
+
 /// The followers of a leader.
 pub struct CatchUp {
     retention: Retention,
     /// The tick at which each was last known to answer.
     seen: BTreeMap<ReplicaId, u64>,
     transfers: BTreeMap<ReplicaId, Transfer>,
+    /// Who said last that its state is lost.
+    requests: BTreeMap<ReplicaId, Request>,
     /// Until this tick the log is pressed.
     pressed_until: u64,
 }
@@ -97,7 +116,13 @@ pub struct CatchUp {
 impl CatchUp {
     /// Nobody yet.
     pub fn new(retention: Retention) -> CatchUp {
-        CatchUp { retention, seen: BTreeMap::new(), transfers: BTreeMap::new(), pressed_until: 0 }
+        CatchUp {
+            retention,
+            seen: BTreeMap::new(),
+            transfers: BTreeMap::new(),
+            requests: BTreeMap::new(),
+            pressed_until: 0,
+        }
     }
 
     /// Leadership begins or ends at tick `now`: what was known of followers is void, and a snapshot
@@ -105,6 +130,7 @@ impl CatchUp {
     pub fn reset(&mut self) {
         self.seen.clear();
         self.transfers.clear();
+        self.requests.clear();
     }
 
     /// The node's log is too large.
@@ -159,7 +185,37 @@ impl CatchUp {
         safe
     }
 
-    /// raft wants to send a snapshot to `replica`. Whether the shell is to be asked to make one.
+    /// A follower has answered: its state is lost, and it can go on from a snapshot at `least` or later; or
+    /// it says nothing of the kind.
+    pub fn hear(&mut self, replica: ReplicaId, least: Option<Index>) {
+        match least {
+            Some(least) => {
+                self.requests.insert(replica, Request { least, fresh: true });
+            }
+            None => {
+                self.requests.remove(&replica);
+            }
+        }
+    }
+
+    /// Whether a follower's state is lost, as far as it has told.
+    pub fn lacks_state(&self, replica: ReplicaId) -> bool {
+        self.requests.contains_key(&replica)
+    }
+
+    /// Who has asked for a snapshot since the last call.
+    pub fn take_requests(&mut self) -> Vec<ReplicaId> {
+        let requests = self.requests.iter_mut();
+        requests.filter_map(|(of, request)| std::mem::take(&mut request.fresh).then_some(*of)).collect()
+    }
+
+    /// A snapshot for `replica` at an earlier index than this would be of no use.
+    pub fn least(&self, replica: ReplicaId, log: &GroupLog) -> Index {
+        self.requests.get(&replica).map_or(0, |request| request.least).max(log.truncated().index)
+    }
+
+    /// `replica` needs a snapshot: raft wants to send one, or it has asked itself. Whether the shell is to be
+    /// asked to make one.
     pub fn wanted(&mut self, replica: ReplicaId, log: &GroupLog, now: u64) -> bool {
         match self.transfers.get(&replica) {
             Some(Transfer::Resting(until)) if now < *until => false,
@@ -171,10 +227,13 @@ impl CatchUp {
         }
     }
 
-    /// The snapshot for `replica` is exact at `position`. False: it isn't wanted any more.
-    pub fn made(&mut self, replica: ReplicaId, position: Position, log: &GroupLog) -> bool {
+    /// The snapshot for `replica`, which has everything up to `matched` in its log, is exact at `position`.
+    /// False: it isn't wanted any more.
+    pub fn made(&mut self, replica: ReplicaId, position: Position, matched: Index, log: &GroupLog) -> bool {
+        let least = self.requests.get(&replica).map_or(0, |request| request.least);
+        let goes_on = position.index >= log.truncated().index || self.goes_on(replica, position, matched);
         match self.transfers.get_mut(&replica) {
-            Some(transfer @ Transfer::Making(_)) if position.index >= log.truncated().index => {
+            Some(transfer @ Transfer::Making(_)) if goes_on && position.index >= least => {
                 *transfer = Transfer::Bringing(position);
                 true
             }
@@ -182,14 +241,23 @@ impl CatchUp {
         }
     }
 
-    /// What the shell did for `replica` has ended. `installed`: the follower has the snapshot, or
-    /// something better.
-    pub fn done(&mut self, replica: ReplicaId, installed: bool, log: &GroupLog, now: u64) {
-        let Some(transfer) = self.transfers.get_mut(&replica) else { return };
-        *transfer = match *transfer {
+    /// What the shell did for `replica`, which has everything up to `matched` in its log, has ended.
+    /// `installed`: the follower has the snapshot, or something better.
+    pub fn done(&mut self, replica: ReplicaId, installed: bool, matched: Index, log: &GroupLog, now: u64) {
+        let Some(transfer) = self.transfers.get(&replica) else { return };
+        let rest = Transfer::Resting(now + limits::SNAPSHOT_RETRY_TICKS);
+        let next = match *transfer {
+            // Its log goes on from there by itself. What it said before may still be on its way.
+            Transfer::Bringing(at) if installed && self.goes_on(replica, at, matched) => rest,
             Transfer::Bringing(at) if installed && at.index >= log.truncated().index => Transfer::Offered(at),
-            _ => Transfer::Resting(now + limits::SNAPSHOT_RETRY_TICKS),
+            _ => rest,
         };
+        self.transfers.insert(replica, next);
+    }
+
+    /// Whether a follower that asked for the snapshot at `position` has all that follows on it.
+    fn goes_on(&self, replica: ReplicaId, position: Position, matched: Index) -> bool {
+        self.lacks_state(replica) && matched >= position.index
     }
 
     /// raft has taken the offer.
@@ -202,10 +270,19 @@ impl CatchUp {
     }
 
     /// The follower gets entries from the log, the last acknowledged one at `matched`. If that is
-    /// behind its snapshot, or it doesn't need one any more, there is nothing more to do.
+    /// behind its snapshot, or it doesn't need one any more, there is nothing more to do. One whose state is
+    /// lost needs it all the same.
     pub fn replicates(&mut self, replica: ReplicaId, matched: Index) {
-        if self.transfers.get(&replica).is_some_and(|transfer| transfer.held().is_none_or(|at| at <= matched))
-        {
+        let Some(transfer) = self.transfers.get(&replica) else { return };
+        let over = match transfer {
+            Transfer::Making(_) | Transfer::Bringing(_) | Transfer::Resting(_)
+                if self.lacks_state(replica) =>
+            {
+                false
+            }
+            transfer => transfer.held().is_none_or(|at| at <= matched),
+        };
+        if over {
             self.transfers.remove(&replica);
         }
     }

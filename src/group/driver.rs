@@ -5,19 +5,17 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use raft::eraftpb::{Entry, Message, MessageType};
-use raft::{Config, GetEntriesContext, ProgressState, RawNode, SnapshotStatus, StateRole};
+use raft::{GetEntriesContext, RawNode, StateRole};
 
-use super::catch_up::{CatchUp, Retention};
+use super::catch_up::CatchUp;
 use super::clock::SessionClock;
 use super::election::{self, Ambition};
-use super::log::{CachedBytes, GroupLog};
+use super::log::GroupLog;
 use super::messages::promises_no_write;
 use super::proposals::Proposals;
 use super::queue::Queue;
 use super::reads::Reads;
-use super::types::{
-    Effects, Fetch, GroupStatus, LeaderChange, NumberedWrite, Operation, Output, SnapshotWanted,
-};
+use super::types::{Effects, Fetch, GroupStatus, LeaderChange, NumberedWrite, Operation, Output};
 use crate::codec::GroupMessage;
 use crate::ids::{Epoch, Incarnation, Index, NodeId, Position, ReplicaId, ShardId, Term};
 use crate::limits;
@@ -26,7 +24,7 @@ use crate::machine::entry::tagged_size;
 use crate::machine::{ApplyError, MachineKind};
 use crate::refusal::Refusal;
 use crate::storage::StorageError;
-use crate::storage::log::{LogState, LogStore, LogWrite};
+use crate::storage::log::LogWrite;
 use crate::storage::state::{Frozen, ReplicaState};
 use crate::telemetry::metrics as names;
 
@@ -48,26 +46,8 @@ pub enum GroupError {
     Raft(#[from] raft::Error),
 }
 
-/// Who a group is.
-pub struct GroupOptions {
-    /// The shard.
-    pub shard: ShardId,
-    /// The machine it runs.
-    pub machine: MachineKind,
-    /// This replica.
-    pub replica: ReplicaId,
-    /// Which start of the replica this is.
-    pub incarnation: Incarnation,
-    /// What is kept of the log for followers that lag.
-    pub retention: Retention,
-    /// Where raft-rs logs.
-    pub logger: slog::Logger,
-    /// Log entries in memory of all groups of the node.
-    pub cached: Arc<CachedBytes>,
-}
-
 /// A write that the log writer has not acknowledged, and what waits for it.
-struct Unpersisted {
+pub(super) struct Unpersisted {
     /// The ready it is of, or the last one without a write that came after it.
     ready: u64,
     write: u64,
@@ -76,7 +56,7 @@ struct Unpersisted {
     /// The term in the write.
     term: Term,
     /// What may leave after that: a vote or an acknowledgement promises what is on disk.
-    pub(super) messages: Vec<Message>,
+    messages: Vec<Message>,
 }
 
 /// One replica of a shard. `T` is the caller's token for an operation: handed in by
@@ -84,136 +64,62 @@ struct Unpersisted {
 pub struct Group<T> {
     pub(super) shard: ShardId,
     pub(super) machine: MachineKind,
-    replica: ReplicaId,
-    incarnation: Incarnation,
+    pub(super) replica: ReplicaId,
+    pub(super) incarnation: Incarnation,
     pub(super) raft: RawNode<GroupLog>,
     pub(super) state: ReplicaState,
     /// Commands not yet proposed.
-    queued: Queue<T, TaggedCommand>,
+    pub(super) queued: Queue<T, TaggedCommand>,
     pub(super) proposals: Proposals<T>,
     pub(super) reads: Reads<(T, Query)>,
-    unpersisted: VecDeque<Unpersisted>,
-    writes: u64,
+    pub(super) unpersisted: VecDeque<Unpersisted>,
+    pub(super) writes: u64,
     /// The term that is on disk.
-    durable_term: Term,
+    pub(super) durable_term: Term,
     /// Committed before the start: until it is applied the replica takes no part in elections, nor
     /// serves, since it may not know its own configuration.
-    recover_to: Index,
+    pub(super) recover_to: Index,
     /// The last committed entry that raft has handed out.
     pub(super) handed: Index,
     pub(super) apply_paused: bool,
-    fetching: Option<GetEntriesContext>,
-    ticks: u64,
+    /// See [`super::lost`].
+    pub(super) state_lost: bool,
+    pub(super) fetching: Option<GetEntriesContext>,
+    pub(super) ticks: u64,
     /// What entries with commands of sessions are stamped with.
-    clock: SessionClock,
-    stepped_down: Option<u64>,
-    leader: LeaderChange,
+    pub(super) clock: SessionClock,
+    pub(super) stepped_down: Option<u64>,
+    pub(super) leader: LeaderChange,
     /// The election timeout in ticks, and the term it holds in.
-    timeout: (Term, usize),
-    ambition: Ambition,
+    pub(super) timeout: (Term, usize),
+    pub(super) ambition: Ambition,
     /// As told by the leader.
-    safe_index: Index,
-    catch_up: CatchUp,
+    pub(super) safe_index: Index,
+    pub(super) catch_up: CatchUp,
     pub(super) messages: Vec<Message>,
     pub(super) done: Vec<(T, Result<Output, Refusal>)>,
 }
 
 impl<T> Group<T> {
-    /// Rebuilds a replica from its log and state. Nothing in memory survives a crash; whatever was
-    /// promised is on disk.
-    pub fn open(
-        options: GroupOptions,
-        store: Arc<dyn LogStore>,
-        mut log: LogState,
-        state: ReplicaState,
-    ) -> Result<Group<T>, GroupError> {
-        let applied = state.header().applied;
-        if log.last < applied.index {
-            return Err(damaged(
-                options.replica,
-                format!("the log ends at {}, the state is applied up to {}", log.last, applied.index),
-            ));
-        }
-        if applied.index < log.truncated.index {
-            return Err(damaged(
-                options.replica,
-                format!(
-                    "the state is applied up to {}, the log begins after {}",
-                    applied.index, log.truncated.index
-                ),
-            ));
-        }
-        if log.hard_state.commit > log.last {
-            return Err(damaged(
-                options.replica,
-                format!("entry {} is committed, the log ends at {}", log.hard_state.commit, log.last),
-            ));
-        }
-        // The commit index is stored with the next write, not for its own sake: the state may be ahead.
-        log.hard_state.commit = log.hard_state.commit.max(applied.index);
-        let recover_to = log.hard_state.commit;
-        let durable_term = log.hard_state.term;
-        let config = Config {
-            id: options.replica.0,
-            election_tick: limits::ELECTION_TICKS_MIN,
-            heartbeat_tick: limits::HEARTBEAT_TICKS,
-            min_election_tick: limits::ELECTION_TICKS_MIN,
-            max_election_tick: limits::ELECTION_TICKS_MAX + election::LAST_TICKS,
-            applied: applied.index,
-            max_size_per_msg: limits::APPEND_TARGET_BYTES as u64,
-            max_inflight_msgs: limits::APPENDS_IN_FLIGHT_MAX,
-            check_quorum: true,
-            pre_vote: true,
-            batch_append: true,
-            max_uncommitted_size: limits::UNCOMMITTED_BYTES_MAX as u64,
-            max_committed_size_per_ready: limits::APPLY_PASS_BYTES,
-            ..Config::default()
-        };
-        let conf_state = state.header().conf_state.clone();
-        let marks = options.retention.mark_bytes();
-        let log = GroupLog::new(options.replica, store, log, conf_state, marks, options.cached);
-        let raft = RawNode::new(&config, log, &options.logger)?;
-        let mut group = Group {
-            shard: options.shard,
-            machine: options.machine,
-            replica: options.replica,
-            incarnation: options.incarnation,
-            leader: LeaderChange { term: raft.raft.term, leader: None, local: false },
-            raft,
-            state,
-            queued: Queue::new(),
-            proposals: Proposals::new(),
-            reads: Reads::new(options.incarnation),
-            unpersisted: VecDeque::new(),
-            writes: 0,
-            durable_term,
-            recover_to,
-            handed: applied.index,
-            apply_paused: false,
-            fetching: None,
-            ticks: 0,
-            clock: SessionClock::default(),
-            stepped_down: None,
-            timeout: (Term::MAX, 0),
-            ambition: Ambition::Usual,
-            safe_index: 0,
-            catch_up: CatchUp::new(options.retention),
-            messages: Vec::new(),
-            done: Vec::new(),
-        };
-        group.draw_timeout();
-        Ok(group)
-    }
-
     // ----------------------------------------------------------------------------------- inputs
 
     /// Time: one tick has passed.
     pub fn tick(&mut self) {
         self.ticks += 1;
         // A group at rest gives way to others.
-        let applied = self.applied();
-        self.raft.mut_store().trim_cache(applied);
-        if self.recovering() || (self.stays_behind() && !self.leads()) {
+        let done = self.done_to();
+        self.raft.mut_store().trim_cache(done);
+        if self.recovering() {
+            self.end_undecided();
+            return;
+        }
+        if self.stays_behind() && !self.leads() {
+            // No election of its own; but the time in which it gives nobody else its vote, for the sake of a
+            // leader that it has heard, has to pass here as well.
+            self.draw_timeout();
+            if self.raft.raft.election_elapsed < limits::ELECTION_TICKS_MIN {
+                self.raft.tick();
+            }
             self.end_undecided();
             return;
         }
@@ -261,6 +167,7 @@ impl<T> Group<T> {
         {
             self.safe_index = self.safe_index.max(safe_index);
         }
+        self.hear_request(&message);
         let from = message.from;
         match self.raft.step(message) {
             // From a replica that isn't a member (any more), or with nothing to do about it.
@@ -295,7 +202,7 @@ impl<T> Group<T> {
         if self.recovering() {
             Some(Refusal::Unavailable("the replica is re-applying its log after a start".into()))
         } else if !self.leads() {
-            Some(self.not_leader())
+            Some(self.lost_refusal().unwrap_or_else(|| self.not_leader()))
         } else if self.queued.len() + self.proposals.len() + self.reads.len() >= limits::REPLICA_PENDING_MAX {
             Some(busy("operations of the shard"))
         } else if self.queued.bytes() >= limits::UNCOMMITTED_BYTES_MAX {
@@ -363,9 +270,10 @@ impl<T> Group<T> {
     }
 
     /// Begins to move leadership to `to`. It succeeds, or lapses after an election timeout. Only a leader
-    /// can: a follower would send the request on, and none is taken from others.
+    /// can: a follower would send the request on, and none is taken from others. Nothing happens if `to` has
+    /// lost its state: it wouldn't take it.
     pub fn transfer(&mut self, to: ReplicaId) {
-        if self.leads() {
+        if self.leads() && !self.lacks_state(to) {
             self.raft.transfer_leader(to.0);
         }
     }
@@ -405,7 +313,7 @@ impl<T> Group<T> {
             && self.done.is_empty()
             && self.messages.is_empty()
             && self.reads.is_empty()
-            && (self.apply_paused || self.handed == self.applied())
+            && (self.holds_apply() || self.handed == self.applied())
             && !self.raft.has_ready()
     }
 
@@ -440,7 +348,7 @@ impl<T> Group<T> {
         effects.snapshot = self.want_snapshot();
         self.route_messages(&mut effects);
         effects.done = std::mem::take(&mut self.done);
-        effects.more = self.raft.has_ready() || (!self.apply_paused && self.handed > self.applied());
+        effects.more = self.raft.has_ready() || (!self.holds_apply() && self.handed > self.applied());
         Ok(effects)
     }
 
@@ -589,118 +497,17 @@ impl<T> Group<T> {
         Some(fetch)
     }
 
-    // ------------------------------------------------------------------------- flush and compaction
+    // ---------------------------------------------------------------------------------------- flush
 
     /// Freezes recent writes for a flush; `None` if there are none.
     pub fn freeze(&mut self) -> Option<Arc<Frozen>> {
-        self.state.freeze()
+        // On disk, an empty state with a header would look like a whole one.
+        if self.state_lost { None } else { self.state.freeze() }
     }
 
     /// The engine has all that was frozen up to `index`: its memory is free.
     pub fn release(&mut self, index: Index) {
         self.state.release(index);
-    }
-
-    /// Forgets log entries that are in the durable state up to `flushed` and that no follower will be
-    /// sent any more ([`super::catch_up`]). Returns the position up to which the shell must drop them from
-    /// the store.
-    pub fn compact(&mut self, flushed: Position) -> Option<Position> {
-        let index = flushed.index.min(self.compactable());
-        let log = self.raft.mut_store();
-        if index <= log.truncated().index {
-            return None;
-        }
-        let to = Position { index, term: log.term_at(index)? };
-        log.compact(to);
-        Some(to)
-    }
-
-    /// The node's log is too large: for a while, less of it is kept for followers that lag.
-    pub fn press_log(&mut self) {
-        self.catch_up.press(self.ticks);
-    }
-
-    fn compactable(&self) -> Index {
-        if !self.leads() && self.catch_up.is_pressed(self.ticks) {
-            // Kept for the case that this replica leads next; a snapshot does as well.
-            return self.applied();
-        }
-        self.safe_index()
-    }
-
-    /// Up to which index no replica of the group will be sent entries any more, as far as known.
-    pub(super) fn safe_index(&self) -> Index {
-        if self.leads() {
-            let progress = self.raft.raft.prs().iter();
-            let matched = progress.map(|(id, progress)| (ReplicaId(*id), progress.matched));
-            self.catch_up
-                .safe_index(matched, self.raft.store(), self.ticks)
-                .min(self.raft.raft.raft_log.committed)
-        } else {
-            self.safe_index
-        }
-    }
-
-    fn observe_followers(&mut self) {
-        if !self.leads() {
-            return;
-        }
-        for (id, progress) in self.raft.raft.prs().iter() {
-            let id = ReplicaId(*id);
-            self.catch_up.observe(id, progress.recent_active || id == self.replica, self.ticks);
-            if progress.state == ProgressState::Replicate {
-                self.catch_up.replicates(id, progress.matched);
-            }
-        }
-        self.raft.mut_store().set_snapshots(self.catch_up.offered());
-    }
-
-    fn want_snapshot(&mut self) -> Option<SnapshotWanted> {
-        let asked = self.raft.mut_store().take_snapshots_wanted();
-        if !self.leads() {
-            return None;
-        }
-        // One at a time; raft asks again for the others.
-        asked.into_iter().find_map(|to| {
-            let node = self.node_of(to)?;
-            // Asked for in passing, before `mend_progress`.
-            let matched = self.raft.raft.prs().get(to.0)?.matched;
-            if matched >= self.raft.store().truncated().index {
-                return None;
-            }
-            let wanted = self.catch_up.wanted(to, self.raft.store(), self.ticks);
-            wanted.then_some(SnapshotWanted { to, node, term: self.raft.raft.term })
-        })
-    }
-
-    /// raft has taken note of snapshots that are installed: it may go on behind them. Its own messages
-    /// about them don't leave ([`Group::route_messages`]).
-    fn conclude_snapshots(&mut self) {
-        let noted: Vec<u64> = (self.messages.iter())
-            .filter(|message| message.get_msg_type() == MessageType::MsgSnapshot)
-            .map(|message| message.to)
-            .collect();
-        if noted.is_empty() {
-            return;
-        }
-        for to in noted {
-            self.raft.report_snapshot(to, SnapshotStatus::Finish);
-            self.catch_up.noted(ReplicaId(to));
-        }
-        self.raft.mut_store().set_snapshots(self.catch_up.offered());
-    }
-
-    /// The snapshot for `to` is made, exact at `position`, and can be brought there. False: nobody
-    /// wants it any more (leadership has moved, or the log has gone on too far), and it can be dropped.
-    pub fn snapshot_made(&mut self, to: ReplicaId, position: Position) -> bool {
-        self.leads() && self.catch_up.made(to, position, self.raft.store())
-    }
-
-    /// The follower has installed the snapshot, or has no need of it; or that has failed, or can't be
-    /// told, and it is asked for anew if need be.
-    pub fn snapshot_done(&mut self, to: ReplicaId, installed: bool) {
-        self.catch_up.done(to, installed, self.raft.store(), self.ticks);
-        self.raft.mut_store().set_snapshots(self.catch_up.offered());
     }
 
     // ------------------------------------------------------------------------------------ queries
@@ -724,7 +531,7 @@ impl<T> Group<T> {
 
     /// Whether it must not come to lead.
     fn stays_behind(&self) -> bool {
-        self.ambition == Ambition::None || self.backlogged()
+        self.state_lost || self.ambition == Ambition::None || self.backlogged()
     }
 
     /// The shard's epoch, as applied here.
@@ -740,17 +547,6 @@ impl<T> Group<T> {
     /// The machine of the shard.
     pub fn machine(&self) -> MachineKind {
         self.machine
-    }
-
-    /// Replicas other than this one that hold everything committed, best first: whom to hand
-    /// leadership to.
-    pub fn successors(&self) -> Vec<ReplicaId> {
-        let mut others: Vec<_> = (self.raft.raft.prs().iter())
-            .filter(|&(&id, progress)| id != self.replica.0 && progress.recent_active)
-            .map(|(&id, progress)| (std::cmp::Reverse(progress.matched), id))
-            .collect();
-        others.sort_unstable();
-        others.into_iter().map(|(_, id)| ReplicaId(id)).collect()
     }
 
     /// The node of a member.
@@ -775,6 +571,7 @@ impl<T> Group<T> {
             committed: raft.raft_log.committed,
             last: raft.raft_log.last_index(),
             recovering: self.recovering(),
+            state_lost: self.wanted_index(),
             incarnation: self.incarnation,
         }
     }
@@ -790,14 +587,16 @@ impl<T> Group<T> {
         self.state.header().applied.index
     }
 
-    fn draw_timeout(&mut self) {
+    pub(super) fn draw_timeout(&mut self) {
         // raft-rs draws at random whenever it resets, within a term too; ours is put back after every input.
         let term = self.raft.raft.term;
         if self.timeout.0 != term {
             let rank = election::rank(self.replica, self.state.header().members.iter().map(|m| m.replica));
             self.timeout = (term, election::timeout_ticks(self.shard, term, rank));
         }
-        let last = if self.ambition == Ambition::Last { election::LAST_TICKS } else { 0 };
+        // Who stays behind gets one that its ticks don't reach.
+        let late = self.ambition == Ambition::Last || self.stays_behind();
+        let last = if late { election::LAST_TICKS } else { 0 };
         if self.raft.raft.randomized_election_timeout() != self.timeout.1 + last {
             self.raft.raft.set_randomized_election_timeout(self.timeout.1 + last);
         }
@@ -806,10 +605,6 @@ impl<T> Group<T> {
 
 fn busy(what: &'static str) -> Refusal {
     Refusal::Busy { what: what.into(), retry_after_ms: limits::BUSY_RETRY_MS }
-}
-
-fn damaged(replica: ReplicaId, detail: String) -> GroupError {
-    StorageError::Damaged { what: format!("replica {replica}"), detail }.into()
 }
 
 #[cfg(test)]

@@ -6,12 +6,14 @@ use raft::eraftpb::{ConfState, Entry, Message, MessageType};
 
 use super::*;
 use crate::codec::messages::POSITION_MAX;
+use crate::group::catch_up::Retention;
+use crate::group::open::GroupOptions;
 use crate::ids::{DatabaseId, GROUP_START};
 use crate::machine::command::{Command, KvCommand, encode_entry};
 use crate::placement::map::{Member, MemberRole};
 use crate::placement::ring::RingRange;
 use crate::storage::engine_memory::MemoryEngine;
-use crate::storage::log::{ReplicaPhase, ReplicaRecord};
+use crate::storage::log::{LogStore, ReplicaPhase, ReplicaRecord};
 use crate::storage::log_memory::MemoryLog;
 use crate::storage::state::StateHeader;
 

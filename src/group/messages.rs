@@ -5,6 +5,7 @@ use raft::eraftpb::{Message, MessageType};
 
 use super::driver::Group;
 use super::log::GroupLog;
+use super::lost::ask_along;
 use super::types::Effects;
 use crate::codec::GroupMessage;
 use crate::ids::{ReplicaId, Term};
@@ -51,6 +52,14 @@ impl<T> Group<T> {
             {
                 Err("a follower acknowledges entries that its leader doesn't have")
             }
+            // Such a log begins behind an entry that was committed, and a leader has all of those.
+            MessageType::MsgHeartbeatResponse
+                if message.request_snapshot > log.last_index()
+                    && message.term == self.raft.raft.term
+                    && self.leads() =>
+            {
+                Err("a follower asks for a snapshot of entries that its leader doesn't have")
+            }
             // It asks for votes when its log is on disk, and raft-rs relies on that when it has won.
             MessageType::MsgRequestVoteResponse | MessageType::MsgRequestPreVoteResponse
                 if log.last_index() > log.persisted
@@ -94,6 +103,7 @@ impl<T> Group<T> {
         let epoch = self.epoch();
         let members = &self.state.header().members;
         let leads_term = self.leads().then_some(self.raft.raft.term);
+        let wanted_index = self.wanted_index();
         for mut message in self.messages.drain(..) {
             let to = ReplicaId(message.to);
             // What it would ask for is done already, or by a leader of the past.
@@ -103,6 +113,7 @@ impl<T> Group<T> {
             if !mend_append(&mut message, leads_term, self.raft.store()) {
                 continue;
             }
+            ask_along(&mut message, wanted_index);
             match members.iter().find(|m| m.replica == to) {
                 Some(member) => {
                     let message = GroupMessage { shard: self.shard, epoch, safe_index, message };

@@ -43,8 +43,7 @@ pub struct Effects<T> {
     pub reads: Vec<(T, Query)>,
     /// Log entries to read from the store; then [`super::driver::Group::on_fetched`].
     pub fetch: Option<Fetch>,
-    /// A follower needs a snapshot of this replica's state, since the log entries that it lacks are
-    /// gone. The shell makes one, tells [`super::driver::Group::snapshot_made`], brings it there, and
+    /// A follower needs a snapshot of this replica's state. The shell makes one, tells [`super::driver::Group::snapshot_made`], brings it there, and
     /// ends, whatever the outcome, with [`super::driver::Group::snapshot_done`].
     pub snapshot: Option<SnapshotWanted>,
     /// Leadership as it is now, if it changed.
@@ -72,7 +71,7 @@ pub struct Fetch {
     pub max_bytes: usize,
 }
 
-/// A snapshot that a follower needs.
+/// A snapshot that a follower needs: its next entries are gone from the log, or its state is lost.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct SnapshotWanted {
     /// The follower.
@@ -81,6 +80,8 @@ pub struct SnapshotWanted {
     pub node: NodeId,
     /// The term in which this replica leads, which goes along with the snapshot.
     pub term: Term,
+    /// Exact at an earlier index it is of no use. That much is applied here, maybe not yet flushed.
+    pub least: Index,
 }
 
 /// Who leads a group, as one replica sees it.
@@ -113,6 +114,8 @@ pub struct GroupStatus {
     pub last: Index,
     /// Still re-applying its log after a start.
     pub recovering: bool,
+    /// Its state is lost: it waits for a snapshot at this index or a later one.
+    pub state_lost: Option<Index>,
     /// Which start of the replica this is.
     pub incarnation: Incarnation,
 }

@@ -75,6 +75,8 @@ pub enum ReplicaHealth {
     Recovering,
     /// Too far behind for the log of its leader: receives or installs a snapshot.
     Installing,
+    /// Its state is lost, for this reason: it votes and follows, and waits for a snapshot of its leader.
+    Refetching(String),
     /// Crashed; will be rebuilt.
     Restarting(String),
     /// Crashed too often.

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use super::open::open_stores;
+use super::open::{OpenedState, open_stores};
 use crate::codec::CodecError;
 use crate::codec::records::{read_delta, write_delta};
 use crate::ids::{ClusterId, METADATA_DATABASE, METADATA_SHARD};
@@ -42,6 +42,9 @@ pub fn of_own_replica(
         return Ok(None);
     };
     let (_, state) = open_stores(log, engine, &record)?;
+    let OpenedState::Whole(state) = state else {
+        return Ok(None);
+    };
     let map = meta::cluster_map(&state)?;
     if map.cluster_id == cluster {
         return Ok(Some(map));

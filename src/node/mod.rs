@@ -28,6 +28,7 @@ pub mod map_cache;
 pub mod membership;
 pub mod messages;
 pub mod open;
+mod opening;
 pub mod panics;
 pub mod reader;
 pub mod replica;

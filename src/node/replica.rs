@@ -220,15 +220,16 @@ impl ReplicaActor {
         }));
     }
 
-    /// Has a follower brought up to date whose next log entries are gone.
+    /// Has a follower brought up to date whose next log entries are gone, or whose state is.
     fn bring_snapshot(&mut self, wanted: SnapshotWanted, ctx: &mut Context<Self>) {
-        let SnapshotWanted { to, node, term } = wanted;
+        let SnapshotWanted { to, node, term, least } = wanted;
         tracing::info!(shard = %self.shard, replica = %self.replica, %to, %node, "a follower needs a snapshot");
         self.shared.snapshots.outgoing.bring(Order {
             shard: self.shard,
             from: self.replica,
             generation: self.group.state().reader().generation,
             term,
+            least,
             to,
             node,
             replica: ctx.address(),
@@ -301,7 +302,7 @@ impl ReplicaActor {
     /// Tells the supervisor of a changed map.
     fn tell_map(&mut self, ctx: &mut Context<Self>) {
         let revision = self.group.state().header().revision;
-        if self.group.recovering() || self.map_revision == Some(revision) {
+        if self.group.recovering() || self.group.state_lost() || self.map_revision == Some(revision) {
             return;
         }
         self.map_revision = Some(revision);
@@ -492,6 +493,11 @@ impl Handler<Transfer> for ReplicaActor {
             })?,
             None => self.heir().ok_or(Refusal::Unavailable("no other replica is in reach".into()))?,
         };
+        if self.group.lacks_state(to) {
+            return Err(Refusal::Unavailable(
+                format!("replica {to} has lost its state, and fetches it from this one").into(),
+            ));
+        }
         self.group.transfer(to);
         self.queue_pump(ctx);
         Ok(())

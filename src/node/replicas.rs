@@ -21,6 +21,8 @@ pub struct Slot {
     pub incarnation: Incarnation,
     /// How it is.
     pub health: ReplicaHealth,
+    /// Why its state is lost, from the start that found it so until one that has another.
+    lost: Option<String>,
     /// Restarts since the node started.
     pub restarts: u32,
     crashes: VecDeque<Instant>,
@@ -51,6 +53,8 @@ pub enum Started {
         /// Attempts.
         failures: u32,
     },
+    /// It runs, but its state is lost.
+    WithoutState,
     /// It can't be opened. The reason may pass, as a want of memory or file descriptors does.
     Failed {
         /// Time until the next attempt.
@@ -121,6 +125,7 @@ impl Replicas {
             record,
             incarnation: 0,
             health: ReplicaHealth::Recovering,
+            lost: None,
             restarts: 0,
             crashes: VecDeque::new(),
             failures: 0,
@@ -179,12 +184,13 @@ impl Replicas {
         self.tombstones.insert(replica);
     }
 
-    /// The attempt to start `incarnation` of `replica` has come to an end: it serves, or why it can't.
+    /// The attempt to start `incarnation` of `replica` has come to an end: it runs, and why its state is
+    /// lost, if it is; or why it can't.
     pub fn started(
         &mut self,
         replica: ReplicaId,
         incarnation: Incarnation,
-        result: Result<(), String>,
+        result: Result<Option<String>, String>,
     ) -> Started {
         let current = |slot: &&mut Slot| slot.incarnation == incarnation && slot.ended < incarnation;
         let Some(slot) = self.slots.get_mut(&replica).filter(current) else {
@@ -192,9 +198,19 @@ impl Replicas {
         };
         slot.opening = false;
         match result {
-            Ok(()) => {
-                slot.health = ReplicaHealth::Serving;
-                Started::Serving { failures: std::mem::take(&mut slot.failures) }
+            Ok(lost) => {
+                slot.lost = lost;
+                let failures = std::mem::take(&mut slot.failures);
+                match &slot.lost {
+                    None => {
+                        slot.health = ReplicaHealth::Serving;
+                        Started::Serving { failures }
+                    }
+                    Some(why) => {
+                        slot.health = ReplicaHealth::Refetching(why.clone());
+                        Started::WithoutState
+                    }
+                }
             }
             Err(reason) => {
                 let health = ReplicaHealth::Failed(reason);
@@ -207,10 +223,16 @@ impl Replicas {
         }
     }
 
-    /// Which replicas are not open although they were, or were tried, and why; for a person.
+    /// Which replicas are not open although they were, or were tried, or have no state, and why; for a
+    /// person.
     pub fn closed(&self) -> Option<String> {
         let closed = self.iter().filter_map(|slot| match &slot.health {
-            ReplicaHealth::Serving | ReplicaHealth::Recovering | ReplicaHealth::Installing => None,
+            ReplicaHealth::Serving => None,
+            // Its state is on its way still while a snapshot is installed.
+            ReplicaHealth::Recovering | ReplicaHealth::Installing => {
+                slot.lost.as_ref().map(|why| (slot, "refetching", why))
+            }
+            ReplicaHealth::Refetching(why) => Some((slot, "refetching", why)),
             ReplicaHealth::Restarting(why) => Some((slot, "restarting", why)),
             ReplicaHealth::Quarantined(why) => Some((slot, "quarantined", why)),
             ReplicaHealth::Failed(why) => Some((slot, "failed", why)),
@@ -220,7 +242,7 @@ impl Replicas {
             count += 1;
             first.get_or_insert_with(|| format!("that of shard {} is {state}: {why}", slot.record.shard));
         }
-        first.map(|first| format!("{count} of {} replicas are not open; {first}", self.slots.len()))
+        first.map(|first| format!("{count} of {} replicas can't serve; {first}", self.slots.len()))
     }
 
     /// Incarnation `incarnation` of `replica` ended at `now` for `reason`. `None` if it isn't the
@@ -389,15 +411,15 @@ mod tests {
         for incarnation in 1..=limits::CRASHES_MAX as Incarnation {
             replicas.get_mut(ReplicaId(9)).unwrap().incarnation = incarnation;
             assert!(replicas.crashed(ReplicaId(9), incarnation, "boom", now).is_some());
-            assert_eq!(replicas.started(ReplicaId(9), incarnation, Ok(())), Started::Old);
+            assert_eq!(replicas.started(ReplicaId(9), incarnation, Ok(None)), Started::Old);
         }
         let health = replicas.get_mut(ReplicaId(9)).unwrap().health.clone();
         assert_eq!(health, ReplicaHealth::Quarantined("boom".into()));
-        assert_eq!(replicas.started(ReplicaId(8), 1, Ok(())), Started::Old, "removed");
+        assert_eq!(replicas.started(ReplicaId(8), 1, Ok(None)), Started::Old, "removed");
         assert!(replicas.closed().expect("one is down").contains("shard 4 is quarantined: boom"));
         replicas.get_mut(ReplicaId(9)).unwrap().incarnation += 1;
         let next = limits::CRASHES_MAX as Incarnation + 1;
-        assert_eq!(replicas.started(ReplicaId(9), next, Ok(())), Started::Serving { failures: 0 });
+        assert_eq!(replicas.started(ReplicaId(9), next, Ok(None)), Started::Serving { failures: 0 });
         assert_eq!(replicas.get_mut(ReplicaId(9)).unwrap().health, ReplicaHealth::Serving);
         assert_eq!(replicas.closed(), None);
     }
@@ -423,10 +445,10 @@ mod tests {
         assert_eq!(last, Duration::from_millis(limits::REOPEN_MS_MAX));
         assert_eq!(
             replicas.closed().as_deref(),
-            Some("1 of 1 replicas are not open; that of shard 4 is failed: no memory")
+            Some("1 of 1 replicas can't serve; that of shard 4 is failed: no memory")
         );
         replicas.get_mut(ReplicaId(9)).unwrap().incarnation = 20;
-        assert_eq!(replicas.started(ReplicaId(9), 20, Ok(())), Started::Serving { failures: 19 });
+        assert_eq!(replicas.started(ReplicaId(9), 20, Ok(None)), Started::Serving { failures: 19 });
         replicas.get_mut(ReplicaId(9)).unwrap().incarnation = 21;
         let Started::Failed { again, .. } = replicas.started(ReplicaId(9), 21, Err("no".into())) else {
             panic!("it failed");
@@ -458,7 +480,7 @@ mod tests {
         replicas.created(&replicas.orders(&map(false), NodeId(2)).create);
         assert_eq!(replicas.judge(&offer()), Err(busy()), "being opened");
         replicas.get_mut(ReplicaId(9)).unwrap().incarnation = 1;
-        assert_eq!(replicas.started(ReplicaId(9), 1, Ok(())), Started::Serving { failures: 0 });
+        assert_eq!(replicas.started(ReplicaId(9), 1, Ok(None)), Started::Serving { failures: 0 });
         assert_eq!(replicas.judge(&offer()), Ok(1));
         assert!(refused(replicas.judge(&SnapshotOffer { shard: ShardId(5), ..offer() })));
         assert!(refused(replicas.judge(&SnapshotOffer { epoch: Epoch { range: 0, conf: 1 }, ..offer() })));
@@ -480,7 +502,7 @@ mod tests {
         let mut replicas = Replicas::default();
         replicas.created(&replicas.orders(&map(false), NodeId(2)).create);
         replicas.get_mut(ReplicaId(9)).unwrap().incarnation = 1;
-        assert_eq!(replicas.started(ReplicaId(9), 1, Ok(())), Started::Serving { failures: 0 });
+        assert_eq!(replicas.started(ReplicaId(9), 1, Ok(None)), Started::Serving { failures: 0 });
         assert_eq!(replicas.begin_install(ReplicaId(9)), Ok((ShardId(4), 1)));
         assert_eq!(replicas.begin_install(ReplicaId(9)), Err(busy()), "one at a time");
         assert_eq!(replicas.judge(&offer()), Err(busy()));
@@ -491,6 +513,7 @@ mod tests {
             leader_term: 6,
             epoch: Epoch { range: 1, conf: 3 },
             members: Vec::new(),
+            state_lost: false,
         };
         let record = replicas.end_install(ReplicaId(9), Some(install)).expect("a replica");
         assert_eq!((record.generation, record.epoch.conf), (2, 3));
@@ -498,7 +521,7 @@ mod tests {
             "replica 9 knows of Epoch { range: 1, conf: 3 }, the snapshot is of Epoch { range: 1, conf: 1 }".into()
         )));
         replicas.get_mut(ReplicaId(9)).unwrap().incarnation = 2;
-        assert_eq!(replicas.started(ReplicaId(9), 2, Ok(())), Started::Serving { failures: 0 });
+        assert_eq!(replicas.started(ReplicaId(9), 2, Ok(None)), Started::Serving { failures: 0 });
         // One that comes to nothing leaves the record as it was.
         assert_eq!(replicas.begin_install(ReplicaId(9)), Ok((ShardId(4), 2)));
         assert_eq!(replicas.end_install(ReplicaId(9), None), Some(record));

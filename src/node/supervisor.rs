@@ -14,28 +14,23 @@ use tokio::sync::watch;
 
 use super::fatal::{Fatal, FatalGuard};
 use super::handle::{ReplicaHealth, ReplicaReport};
-use super::hub::{FailReplica, Forget, Hub, StartReplica, hub_of};
+use super::hub::{FailReplica, Forget, Hub, hub_of};
 use super::map_cache;
 use super::messages::*;
-use super::open::open_stores;
-use super::panics::contained;
 use super::replica::ReplicaActor;
-use super::replicas::{Orders, Readiness, Replicas, Slot, Started, Verdict};
+use super::replicas::{Orders, Readiness, Replicas, Slot, Verdict};
 use super::router::Route;
 use super::shared::Shared;
 use super::ticker;
 use crate::codec::peer::NodeHeartbeat;
 use crate::group::catch_up::Retention;
-use crate::group::driver::GroupOptions;
 use crate::ids::{Incarnation, METADATA_SHARD, NodeId, ReplicaId, ShardId};
 use crate::limits;
 use crate::machine::command::{Command, MetaCommand};
 use crate::placement::map::ClusterMap;
 use crate::storage::engine::Engine;
 use crate::storage::identity::DataDir;
-use crate::storage::log::{LogState, ReplicaRecord};
-use crate::storage::state::ReplicaState;
-use crate::telemetry;
+use crate::storage::log::ReplicaRecord;
 use crate::telemetry::metrics as names;
 
 /// What a node is and where it keeps things.
@@ -54,7 +49,7 @@ pub struct Site {
 
 /// See the module page.
 pub struct Supervisor {
-    site: Site,
+    pub(super) site: Site,
     pub(super) shared: Arc<Shared>,
     data_hubs: Vec<Addr<Hub>>,
     control_hub: Addr<Hub>,
@@ -62,7 +57,7 @@ pub struct Supervisor {
     pub(super) addrs: BTreeMap<ReplicaId, Addr<ReplicaActor>>,
     pub(super) led: HashSet<ShardId>,
     /// Replicas of the catalogue that were not tried yet.
-    untried: HashSet<ReplicaId>,
+    pub(super) untried: HashSet<ReplicaId>,
     readiness: watch::Sender<Readiness>,
     /// All replicas are to end: none is opened any more.
     pub(super) stopping: bool,
@@ -100,14 +95,6 @@ pub struct EndReplica {
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct StopAll;
-
-struct Opened {
-    record: ReplicaRecord,
-    found: Result<(LogState, ReplicaState), String>,
-}
-
-/// A replica that was started, or why it can't be.
-type Attempt = (ShardId, ReplicaId, Incarnation, Result<Addr<ReplicaActor>, String>);
 
 impl Supervisor {
     /// A supervisor of the replicas in `catalogue`. `readiness` shows how far they are.
@@ -148,147 +135,13 @@ impl Supervisor {
         }
     }
 
-    /// Reads log and state of `records` from disk, off this thread, and starts their actors.
-    /// `campaign`: those to elect at once.
-    pub(super) fn open(
-        &mut self,
-        records: Vec<ReplicaRecord>,
-        campaign: HashSet<ReplicaId>,
-        ctx: &mut Context<Self>,
-    ) {
-        if self.stopping {
-            return;
-        }
-        let log = self.shared.log.clone();
-        let engine = self.site.engine.clone();
-        let read = tokio::task::spawn_blocking(move || {
-            let open = |record: ReplicaRecord| {
-                let found = contained(|| open_stores(log.as_ref(), &engine, &record));
-                let found = found.and_then(|found| found.map_err(|error| error.to_string()));
-                Opened { record, found }
-            };
-            records.into_iter().map(open).collect::<Vec<_>>()
-        });
-        ctx.spawn(fut::wrap_future(read).map(move |opened, act: &mut Self, ctx| match opened {
-            Ok(opened) => act.start(opened, campaign, ctx),
-            Err(error) => tracing::debug!(%error, "the node ended while it opened replicas"),
-        }));
-    }
-
-    fn start(&mut self, opened: Vec<Opened>, campaign: HashSet<ReplicaId>, ctx: &mut Context<Self>) {
-        let mut starts = Vec::new();
-        let tried: Vec<_> = opened.iter().map(|opened| opened.record.replica).collect();
-        for Opened { record, found } in opened {
-            #[cfg(feature = "test-hooks")]
-            let found = self.hooks.open(record.replica).and(found);
-            // Removed meanwhile, with its shard.
-            let Some(slot) = self.replicas.get_mut(record.replica) else {
-                continue;
-            };
-            slot.incarnation += 1;
-            let (shard, replica, incarnation) = (record.shard, record.replica, slot.incarnation);
-            let hub = self.hub(shard).clone();
-            let supervisor = ctx.address();
-            let retention = self.site.retention;
-            let cached = self.shared.cached_entries.clone();
-            starts.push(async move {
-                let result = match found {
-                    Ok((log, state)) => {
-                        let logger = telemetry::log::raft_logger(shard, replica);
-                        let options = GroupOptions {
-                            shard,
-                            machine: record.machine,
-                            replica,
-                            incarnation,
-                            retention,
-                            logger,
-                            cached,
-                        };
-                        let start = StartReplica { options, log, state, supervisor };
-                        hub.send(start)
-                            .await
-                            .unwrap_or_else(|error| Err(format!("its thread has ended: {error}")))
-                    }
-                    Err(error) => Err(error),
-                };
-                (shard, replica, incarnation, result)
-            });
-        }
-        let all = futures_util::future::join_all(starts);
-        ctx.spawn(fut::wrap_future(all).map(move |attempts, act: &mut Self, ctx| {
-            act.started_all(attempts, &campaign, ctx);
-            for replica in &tried {
-                act.untried.remove(replica);
-            }
-            act.tell_readiness();
-        }));
-    }
-
-    /// Tries once more to open a replica that couldn't be, unless it was removed or has been since.
-    fn reopen(&mut self, replica: ReplicaId, incarnation: Incarnation, ctx: &mut Context<Self>) {
-        let failed = |slot: &&mut Slot| {
-            slot.incarnation == incarnation && matches!(slot.health, ReplicaHealth::Failed(_))
-        };
-        if let Some(slot) = self.replicas.get_mut(replica).filter(failed) {
-            let record = slot.record.clone();
-            self.open(vec![record], HashSet::new(), ctx);
-        }
-    }
-
-    fn tell_readiness(&self) {
+    pub(super) fn tell_readiness(&self) {
         let now = Readiness { untried: Some(self.untried.len()), closed: self.replicas.closed() };
         self.readiness.send_if_modified(|told| {
             let news = *told != now;
             *told = now;
             news
         });
-    }
-
-    fn started_all(
-        &mut self,
-        attempts: Vec<Attempt>,
-        campaign: &HashSet<ReplicaId>,
-        ctx: &mut Context<Self>,
-    ) {
-        let mut routes = Vec::new();
-        for (shard, replica, incarnation, result) in attempts {
-            let outcome = result.as_ref().map(drop).map_err(String::clone);
-            match self.replicas.started(replica, incarnation, outcome) {
-                Started::Serving { failures: 0 } => {}
-                Started::Serving { failures } => {
-                    tracing::info!(%shard, %replica, failures, "replica is open after all");
-                }
-                Started::Failed { again, news } => {
-                    let reason = result.as_ref().err();
-                    match news {
-                        true => tracing::error!(%shard, %replica, reason, ?again, "replica can't be opened"),
-                        false => tracing::debug!(%shard, %replica, reason, ?again, "replica can't be opened"),
-                    }
-                    ctx.run_later(again, move |act, ctx| act.reopen(replica, incarnation, ctx));
-                }
-                Started::Old => {
-                    // Its shard was dropped while it started, and `remove` found no address to stop; or
-                    // it has crashed already, and then this reaches nobody.
-                    if let Ok(addr) = result {
-                        addr.do_send(StopReplica);
-                    }
-                    continue;
-                }
-            }
-            let target = match result {
-                Ok(addr) => {
-                    if campaign.contains(&replica) {
-                        addr.do_send(Campaign);
-                    }
-                    self.addrs.insert(replica, addr.clone());
-                    Ok(addr)
-                }
-                Err(reason) => Err(ReplicaHealth::Failed(reason)),
-            };
-            routes.push((shard, Route { replica, target }));
-        }
-        self.shared.router.update(|all| all.extend(routes));
-        metrics::gauge!(names::REPLICAS).set(self.addrs.len() as f64);
     }
 
     /// A better map is known: keep it, tell others, do what it orders.
@@ -604,7 +457,7 @@ impl Handler<Report> for Supervisor {
                 {
                     if status.recovering {
                         report.health = ReplicaHealth::Recovering;
-                    } else if receives {
+                    } else if receives && status.state_lost.is_none() {
                         report.health = ReplicaHealth::Installing;
                     }
                     report.group = Some(status);

@@ -298,6 +298,8 @@ fn write_replica(replica: &crate::node::handle::ReplicaReport, mut to: replica_s
         ReplicaHealth::Serving => (ReplicaState::Serving, ""),
         ReplicaHealth::Recovering => (ReplicaState::Recovering, ""),
         ReplicaHealth::Installing => (ReplicaState::Installing, ""),
+        // The same for who doesn't know the difference; a text is what makes it.
+        ReplicaHealth::Refetching(why) => (ReplicaState::Installing, why.as_str()),
         ReplicaHealth::Restarting(why) => (ReplicaState::Restarting, why.as_str()),
         ReplicaHealth::Quarantined(why) => (ReplicaState::Quarantined, why.as_str()),
         ReplicaHealth::Failed(why) => (ReplicaState::Failed, why.as_str()),
@@ -519,6 +521,7 @@ mod tests {
             committed: 11,
             last: 12,
             recovering: false,
+            state_lost: None,
             incarnation: 3,
         };
         let replica = |shard, health, group: Option<GroupStatus>| ReplicaReport {
@@ -541,7 +544,8 @@ mod tests {
                 replica(3, ReplicaHealth::Restarting(why()), None),
                 replica(4, ReplicaHealth::Quarantined(why()), None),
                 replica(5, ReplicaHealth::Failed(why()), None),
-                replica(6, ReplicaHealth::Installing, Some(group)),
+                replica(6, ReplicaHealth::Installing, Some(group.clone())),
+                replica(7, ReplicaHealth::Refetching(why()), Some(group)),
             ],
             uptime: Duration::from_millis(1234),
         };

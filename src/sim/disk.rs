@@ -19,8 +19,9 @@ use crate::ids::{Incarnation, Position, ReplicaId};
 use crate::storage::engine::{Engine, Mutation};
 use crate::storage::engine_memory::{CrashLoss, MemoryEngine};
 use crate::storage::flush::FlushStep;
-use crate::storage::log::{Install, LogStore, LogWrite, ReplicaRecord};
+use crate::storage::log::{Install, LogState, LogStore, LogWrite, ReplicaRecord};
 use crate::storage::log_memory::MemoryLog;
+use crate::storage::opened::OpenedState;
 use crate::storage::state::Frozen;
 use crate::storage::{StorageError, keys};
 
@@ -86,6 +87,8 @@ pub struct Disk {
     writing: VecDeque<LogWork>,
     flushes: VecDeque<FlushJob>,
     flushing: Option<(FlushJob, Stage)>,
+    /// An older copy of the engine, made while there were no redo files.
+    copy: Option<Vec<Mutation>>,
 }
 
 impl Disk {
@@ -102,6 +105,7 @@ impl Disk {
             writing: VecDeque::new(),
             flushes: VecDeque::new(),
             flushing: None,
+            copy: None,
         }
     }
 
@@ -261,7 +265,73 @@ impl Disk {
         if self.planted.is(Planted::AcknowledgeEarly) {
             self.honest.install(replica, install)?;
         }
-        self.log.install(replica, install)
+        if self.planted.is(Planted::SuffixDropped) && install.state_lost {
+            self.drop_suffix(replica, install.position)?;
+        }
+        self.log.install(replica, install)?;
+        self.faulty.replace_state(replica);
+        Ok(())
+    }
+
+    /// Drops the entries behind `position`, if that is in the log.
+    fn drop_suffix(&self, replica: ReplicaId, position: Position) -> Result<(), StorageError> {
+        let Position { index, term } = position;
+        let LogState { mut hard_state, truncated, .. } = self.log.load(replica)?;
+        if index <= truncated.index {
+            return Ok(());
+        }
+        let entries = self.log.entries(replica, index, index + 1, usize::MAX)?;
+        if entries.iter().any(|entry| entry.term == term) {
+            hard_state.commit = hard_state.commit.min(index);
+            self.log.write(&[LogWrite { replica, entries, hard_state: Some(hard_state) }])?;
+        }
+        Ok(())
+    }
+
+    /// Whether lost states are taken for whole ones, which is a planted bug.
+    pub fn serves_lost_states(&self) -> bool {
+        self.planted.is(Planted::LostStateServed)
+    }
+
+    /// Whether a replica would have to start without its state.
+    pub fn lacks_state(&self, record: &ReplicaRecord) -> bool {
+        let Ok(log) = self.log.load(record.replica) else { return true };
+        let redone = self.redo.iter().any(|frozen| {
+            (frozen.replica, frozen.generation) == (record.replica, record.generation)
+                && frozen.header.applied.index >= log.truncated.index
+        });
+        let engine: Arc<dyn Engine> = self.engine.clone();
+        !redone && !matches!(OpenedState::open(&engine, record, &log), Ok(OpenedState::Whole(_)))
+    }
+
+    /// Copies the engine, unless a flush is under way: the copy is a state of one moment.
+    pub fn keep_copy(&mut self) -> Result<(), StorageError> {
+        if self.flushing.is_some() || !self.redo.is_empty() {
+            return Ok(());
+        }
+        let mut copy = Vec::new();
+        self.engine.scan(Bound::Unbounded, &[], &mut |key, value| {
+            copy.push((key.to_vec(), Some(value)));
+            true
+        })?;
+        self.copy = Some(copy);
+        Ok(())
+    }
+
+    /// The state store is gone while nothing runs, and in its place is the older copy of it, if there is one
+    /// and it is to be `older`. Returns whether it is.
+    pub fn lose_state(&mut self, older: bool) -> Result<bool, StorageError> {
+        self.redo.clear();
+        self.engine = Arc::new(MemoryEngine::new());
+        if self.planted.is(Planted::LogResetWithState) {
+            let records = self.log.catalogue()?;
+            self.log = Arc::new(MemoryLog::new());
+            self.log.create(&records)?;
+        }
+        let Some(copy) = self.copy.as_ref().filter(|_| older) else { return Ok(false) };
+        self.engine.write(copy)?;
+        self.engine.sync()?;
+        Ok(true)
     }
 
     /// Removes what the engine has of a replica in other generations than this.

@@ -54,8 +54,8 @@ faults! {
     torn = "torn",
     /// Reads of the log and of the engine fail for a while.
     eio = "eio",
-    /// A record on disk rots: its replica can't be opened any more. Never of so many replicas of a shard
-    /// that the others are no majority.
+    /// A record on disk rots: in the log, and its replica can't be opened any more; or in the state, which
+    /// then is lost. Never of so many replicas of a shard that the others are no majority.
     rot = "rot",
     /// Processes stand still for a while.
     pauses = "pauses",
@@ -71,6 +71,9 @@ faults! {
     campaigns = "campaigns",
     /// Time passes at different speeds.
     drift = "drift",
+    /// A node that starts finds its state store gone, or an older copy of it. Never of so many replicas of a
+    /// shard that those with a state are no majority.
+    state_loss = "state-loss",
 }
 
 impl Faults {

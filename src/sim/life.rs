@@ -3,8 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use raft::eraftpb::ConfState;
-
 use super::Time;
 use super::checks::Violation;
 use super::disk::Disk;
@@ -12,15 +10,16 @@ use super::report::{Shown, note};
 use super::shell::{Node, NodeEvent, Process, Replica};
 use super::world::{Event, World};
 use crate::group::catch_up::Retention;
-use crate::group::driver::{Group, GroupOptions};
-use crate::ids::{GROUP_START, Incarnation, Index, NodeId, ReplicaId, Term};
+use crate::group::driver::Group;
+use crate::group::open::GroupOptions;
+use crate::ids::{Incarnation, Index, NodeId, ReplicaId, Term};
 use crate::limits;
-use crate::placement::map::MemberRole;
 use crate::refusal::Refusal;
 use crate::storage::StorageError;
+use crate::storage::engine::Engine;
 use crate::storage::engine_memory::CrashLoss;
 use crate::storage::log::{LogStore, ReplicaRecord};
-use crate::storage::state::{ReplicaState, StateHeader};
+use crate::storage::opened::OpenedState;
 
 impl World {
     pub(super) fn start(&mut self, id: NodeId) -> Result<(), Violation> {
@@ -64,7 +63,8 @@ impl World {
             Err(detail) => return self.stays_closed(id, replica_id, &detail),
         };
         let flushed = group.state().header().applied;
-        if let Some(truth) = self.truths.get(&shard) {
+        let state_lost = group.state_lost();
+        if let Some(truth) = self.truths.get(&shard).filter(|_| !state_lost) {
             truth.compare(shard, replica_id, flushed.index, group.state(), group.state().session_table())?;
         }
         if let Some(process) = &mut node.process {
@@ -81,6 +81,9 @@ impl World {
                 open: BTreeSet::new(),
             };
             process.replicas.insert(replica_id, replica);
+        }
+        if state_lost {
+            self.count("replicas without a state");
         }
         self.queue_pump(id, replica_id);
         Ok(())
@@ -112,7 +115,7 @@ impl World {
 
     /// A replica can't be opened. While its disk can't be read it is tried again.
     fn stays_closed(&mut self, id: NodeId, replica_id: ReplicaId, detail: &str) -> Result<(), Violation> {
-        let rotten = self.is_rotten(id, replica_id);
+        let rotten = self.has_rotten_log(id, replica_id);
         let node = self.nodes.get(&id).filter(|node| rotten || node.disk.faulty.has_failed());
         let Some(number) = node.and_then(Node::process_number) else {
             let detail = format!("replica {replica_id} of node {id} can't be opened: {detail}");
@@ -188,22 +191,17 @@ fn open_group(
     disk: &Disk,
 ) -> Result<(Group<u64>, BTreeMap<Index, Term>), String> {
     let text = |error: StorageError| error.to_string();
-    let voters = record.members.iter().filter(|m| m.role == MemberRole::Voter);
-    let initial = StateHeader {
-        applied: GROUP_START,
-        revision: 0,
-        log_time: 0,
-        epoch: record.epoch,
-        members: record.members.clone(),
-        conf_state: ConfState { voters: voters.map(|m| m.replica.0).collect(), ..ConfState::default() },
-    };
     let store = disk.read_log();
     let log = store.load(record.replica).map_err(text)?;
     let entries = store.entries(record.replica, log.truncated.index + 1, log.last + 1, usize::MAX);
     let mut terms: BTreeMap<Index, Term> =
         entries.map_err(text)?.iter().map(|entry| (entry.index, entry.term)).collect();
     terms.insert(log.truncated.index, log.truncated.term);
-    let state = ReplicaState::open(disk.read_engine(), record.replica, record.generation, initial);
+    let engine: Arc<dyn Engine> = disk.read_engine();
+    let (state, state_lost) = match OpenedState::open(&engine, record, &log).map_err(text)? {
+        OpenedState::Whole(state) => (state, false),
+        OpenedState::Lost { state, .. } => (state, !disk.serves_lost_states()),
+    };
     let options = GroupOptions {
         shard: record.shard,
         machine: record.machine,
@@ -212,7 +210,8 @@ fn open_group(
         retention: Retention::new(retention),
         logger: slog::Logger::root(slog::Discard, slog::o!()),
         cached: Arc::default(),
+        state_lost,
     };
-    let group = Group::open(options, store, log, state.map_err(text)?).map_err(|error| error.to_string())?;
+    let group = Group::open(options, store, log, state).map_err(|error| error.to_string())?;
     Ok((group, terms))
 }

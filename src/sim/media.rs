@@ -70,6 +70,16 @@ impl Faulty {
         self.rotten().states.insert(replica);
     }
 
+    /// The state of a replica is another one from now on, in place of the one that has rotted.
+    pub fn replace_state(&self, replica: ReplicaId) {
+        self.rotten().states.remove(&replica);
+    }
+
+    /// Whether its log is rotten.
+    pub fn has_rotten_log(&self, replica: ReplicaId) -> bool {
+        self.rotten().logs.contains(&replica)
+    }
+
     /// Whether anything of a replica is rotten.
     pub fn is_rotten(&self, replica: ReplicaId) -> bool {
         let rotten = self.rotten();
@@ -249,5 +259,8 @@ mod tests {
         assert!(engine.get(&keys[1]).unwrap().is_some());
         assert!(faulty.has_failed());
         assert!(faulty.is_rotten(ReplicaId(1)) && !faulty.is_rotten(ReplicaId(2)));
+        assert!(!faulty.has_rotten_log(ReplicaId(1)));
+        faulty.replace_state(ReplicaId(1));
+        assert!(!faulty.is_rotten(ReplicaId(1)));
     }
 }

@@ -11,14 +11,15 @@
 //!   dead in one direction, nodes whose links flap.
 //! - [`disk`]: log writes take time, and are lost in whole, in part or torn by a crash before they are
 //!   done; writes to the engine survive a crash as they like until they are synced; flushes have steps
-//!   between which a crash can come. [`media`]: reads that fail, records that have rotted.
+//!   between which a crash can come; a state store can be gone, or be an older copy. [`media`]: reads that
+//!   fail, records that have rotted.
 //! - [`planted`]: bugs put in on purpose.
 //! - [`workload`] and [`history`]: clients, and what they were told. [`checks`]: what must hold.
 //!
 //! Not simulated: how the stores notice bytes that are torn or rotten, and a log that loses what it has
 //! acknowledged (the suites of the storage test those on files), the codec and the transport beneath
-//! messages, the supervisor's decisions, the repair of a rotten replica, changes of membership, more than
-//! one database, clients in other processes.
+//! messages, the supervisor's decisions, what becomes of a replica whose log has rotted, changes of
+//! membership, more than one database, clients in other processes.
 //!
 //! A seed picks which kinds of faults it uses, so that no kind always hides another.
 

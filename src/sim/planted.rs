@@ -41,11 +41,17 @@ pub enum Planted {
     RotUnnoticed,
     /// A key that can't be read is taken for absent.
     ErrorReadAsAbsent,
+    /// A lost state is taken for a whole one.
+    LostStateServed,
+    /// A node that lost its state begins with new logs too, and forgets what it has promised.
+    LogResetWithState,
+    /// A snapshot in place of a lost state drops the entries behind it from the log.
+    SuffixDropped,
 }
 
 impl Planted {
     /// All of them.
-    pub const ALL: [Planted; 17] = [
+    pub const ALL: [Planted; 20] = [
         Planted::AcknowledgeEarly,
         Planted::VoteNotPersisted,
         Planted::StaleReads,
@@ -63,6 +69,9 @@ impl Planted {
         Planted::TornAccepted,
         Planted::RotUnnoticed,
         Planted::ErrorReadAsAbsent,
+        Planted::LostStateServed,
+        Planted::LogResetWithState,
+        Planted::SuffixDropped,
     ];
 
     /// What it does wrong, in one line.
@@ -85,6 +94,9 @@ impl Planted {
             Planted::TornAccepted => "the hard state of a torn log write is taken for whole",
             Planted::RotUnnoticed => "rotten records are read as if they were sound",
             Planted::ErrorReadAsAbsent => "a key that can't be read is taken for absent",
+            Planted::LostStateServed => "a lost state is taken for a whole one",
+            Planted::LogResetWithState => "a node that lost its state begins with new logs too",
+            Planted::SuffixDropped => "a snapshot in place of a lost state drops the log behind it",
         }
     }
 }

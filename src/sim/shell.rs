@@ -425,6 +425,18 @@ impl World {
         self.clock.after(next, Event::Node(id, NodeEvent::Freeze(process)));
     }
 
+    /// Freezes the memtable of one replica, unless it is flushed already.
+    pub(super) fn freeze(&mut self, id: NodeId, replica_id: ReplicaId) {
+        let Some(node) = self.nodes.get_mut(&id) else { return };
+        let Some(replica) = node.replica_mut(replica_id).filter(|r| !r.flushing) else { return };
+        if let Some(frozen) = replica.group.freeze() {
+            replica.flushing = true;
+            let incarnation = replica.incarnation;
+            node.disk.flush(incarnation, frozen);
+        }
+        self.drive_disk(id);
+    }
+
     fn on_flush_step(&mut self, id: NodeId, process: u64) -> Result<(), Violation> {
         let Some(node) = self.nodes.get_mut(&id).filter(|node| node.is_process(process)) else {
             return Ok(());

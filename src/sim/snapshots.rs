@@ -70,8 +70,8 @@ pub(super) enum InstallEvent {
     Arrived(Route, Arc<Image>),
     /// So many of its records are loaded, by the process with this number.
     Loaded(u64, Route, Arc<Image>, usize),
-    /// All are loaded and durable; the replica has to end.
-    Switch(u64, Route, Arc<Image>),
+    /// All are loaded and durable; the replica has to end. Whether its state was lost.
+    Switch(u64, Route, Arc<Image>, bool),
     /// What is left of another generation than the replica's goes.
     Sweep(u64, ReplicaId),
 }
@@ -124,9 +124,17 @@ impl World {
             self.later(id, replica_id, 1_000, SnapshotEvent::Done(wanted.to, false));
             return Ok(());
         }
+        if node.replica(replica_id).is_none_or(|r| r.group.status().applied < wanted.least) {
+            return Err(Violation::new("snapshots", format!("{wanted:?} isn't applied at its leader")));
+        }
         let image = image(&*node.disk.engine, replica_id, generation).map_err(failed)?;
-        let mut image =
-            image.ok_or_else(|| Violation::new("snapshots", "of a state that was never flushed"))?;
+        let Some(mut image) = image.filter(|image| image.position.index >= wanted.least) else {
+            self.count("flushes for a snapshot");
+            self.freeze(id, replica_id);
+            let delay = self.dice.between(500, 5_000);
+            self.later(id, replica_id, delay, SnapshotEvent::Make(wanted));
+            return Ok(());
+        };
         let planted = self.options.planted;
         if planted.is(Planted::SnapshotWithoutSessions) {
             image.records.retain(|(local, _)| local.first() != Some(&keys::KIND_SESSION));
@@ -157,10 +165,15 @@ impl World {
         let Some(number) = node.process_number() else { return Ok(()) };
         match event {
             InstallEvent::Arrived(route, image) => {
-                let needed =
-                    node.replica(route.to).is_some_and(|r| r.group.status().applied < image.position.index);
+                let index = image.position.index;
+                let status = node.replica(route.to).map(|replica| replica.group.status());
+                let least = status.as_ref().and_then(|status| status.state_lost);
+                let needed = match least {
+                    Some(least) => index >= least,
+                    None => status.is_some_and(|status| status.applied < index),
+                };
                 if !needed || node.installing.contains(&route.to) {
-                    let installed = !needed;
+                    let installed = !needed && least.is_none();
                     self.report(route, installed);
                     return Ok(());
                 }
@@ -197,13 +210,14 @@ impl World {
                 if !self.options.planted.is(Planted::InstallUnsynced) {
                     node.disk.engine.sync().map_err(failed)?;
                 }
+                let state_lost = node.replica(route.to).is_some_and(|replica| replica.group.state_lost());
                 self.end_replica(id, route.to);
-                self.install_later(id, InstallEvent::Switch(number, route, image));
+                self.install_later(id, InstallEvent::Switch(number, route, image, state_lost));
                 Ok(())
             }
-            InstallEvent::Switch(_, route, image) => {
+            InstallEvent::Switch(_, route, image, state_lost) => {
                 if node.disk.is_busy_with(route.to) {
-                    self.install_later(id, InstallEvent::Switch(number, route, image));
+                    self.install_later(id, InstallEvent::Switch(number, route, image, state_lost));
                     return Ok(());
                 }
                 let Some(generation) = node.record(route.to).map(|record| record.generation + 1) else {
@@ -215,11 +229,12 @@ impl World {
                     leader_term: route.term,
                     epoch: image.epoch,
                     members: image.members.clone(),
+                    state_lost,
                 };
                 node.installing.remove(&route.to);
                 let installed = match node.disk.install(route.to, &install) {
                     Ok(()) => {
-                        self.count("snapshots installed");
+                        self.count(if state_lost { "states fetched" } else { "snapshots installed" });
                         true
                     }
                     // It has caught up by itself meanwhile.
@@ -276,5 +291,7 @@ fn image(engine: &dyn Engine, replica: ReplicaId, generation: u32) -> Result<Opt
     })?;
     let Some(header) = engine.get(&keys::header_key(replica, generation))? else { return Ok(None) };
     let StateHeader { applied, epoch, members, .. } = StateHeader::decode(&header, "a simulated state")?;
+    // Where it stands comes last: a state that is loaded in part stands nowhere.
+    records.sort_by_key(|(local, _)| local.first() == Some(&keys::KIND_HEADER));
     Ok(Some(Image { records, position: applied, epoch, members }))
 }

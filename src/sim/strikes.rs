@@ -11,6 +11,8 @@ use super::report::{Shown, note};
 use super::shell::{NodeEvent, ReplicaEvent};
 use super::world::{Event, World};
 use crate::ids::{NodeId, ReplicaId, ShardId};
+use crate::placement::map::Member;
+use crate::storage::StorageError;
 use crate::storage::engine_memory::CrashLoss;
 
 /// A kind of fault that strikes at a moment.
@@ -30,6 +32,7 @@ enum Kind {
     Memory,
     Replica,
     Campaign,
+    StateLoss,
 }
 
 /// Something goes wrong, or is mended.
@@ -85,6 +88,7 @@ impl Striker {
             (faults.memory, Kind::Memory),
             (faults.replicas, Kind::Replica),
             (faults.campaigns, Kind::Campaign),
+            (faults.state_loss, Kind::StateLoss),
         ];
         let kinds = kinds.into_iter().filter(|(on, _)| *on).map(|(_, kind)| kind).collect();
         let every = [500_000, 2_000_000, 6_000_000][dice.below(3)];
@@ -160,6 +164,7 @@ impl World {
                 self.clock.after(until, Event::Fault(FaultEvent::ReadableDisk(node)));
             }
             Kind::Rot => self.rot(node, replica)?,
+            Kind::StateLoss => self.lose_state(node)?,
             Kind::Crash => {
                 self.count("crashes");
                 let victims: Vec<NodeId> = match self.dice.below(20) {
@@ -332,12 +337,47 @@ impl World {
         }
     }
 
-    /// A record of a replica rots, unless so many of its group are rotten that it is needed.
+    /// A node crashes, and finds no state store when it is back, or an older copy; unless one of its
+    /// replicas is needed by the others.
+    fn lose_state(&mut self, id: NodeId) -> Result<(), Violation> {
+        let disk = |error: StorageError| Violation::new("disk", error.to_string());
+        for node in self.nodes.values_mut() {
+            if self.dice.chance(300) {
+                node.disk.keep_copy().map_err(disk)?;
+            }
+        }
+        let held = self.members.values().filter(|group| group.iter().any(|member| member.node == id));
+        if held.into_iter().any(|group| !self.others_suffice(group, id)) {
+            return Ok(());
+        }
+        let older = self.dice.chance(400);
+        let back = self.dice.between(10_000, 2_000_000);
+        self.crash(id, CrashLoss::Nothing, false, back)?;
+        let Some(node) = self.nodes.get_mut(&id).filter(|node| node.process.is_none()) else { return Ok(()) };
+        let older = node.disk.lose_state(older).map_err(disk)?;
+        self.count(if older { "older copies of a state store" } else { "state stores lost" });
+        Ok(())
+    }
+
+    /// Whether the members of a group that are on other nodes than this, and have all that they should have,
+    /// are a majority of it.
+    fn others_suffice(&self, group: &[Member], id: NodeId) -> bool {
+        let sound = group.iter().filter(|member| member.node != id && !self.is_damaged(member)).count();
+        sound > group.len() / 2
+    }
+
+    /// Whether something of a replica is rotten, or its state is lost.
+    fn is_damaged(&self, member: &Member) -> bool {
+        let Some(node) = self.nodes.get(&member.node) else { return true };
+        let lacks_state = node.record(member.replica).is_none_or(|record| node.disk.lacks_state(record));
+        lacks_state || self.is_rotten(member.node, member.replica)
+    }
+
+    /// A record of a replica rots, unless the others of its group need it.
     fn rot(&mut self, id: NodeId, replica: ReplicaId) -> Result<(), Violation> {
         let group = self.members.values().find(|members| members.iter().any(|m| m.replica == replica));
         let Some(group) = group else { return Ok(()) };
-        let spared = group.iter().filter(|member| !self.is_rotten(member.node, member.replica)).count();
-        if self.is_rotten(id, replica) || spared <= group.len() / 2 + 1 {
+        if self.is_rotten(id, replica) || !self.others_suffice(group, id) {
             return Ok(());
         }
         self.count("rotten replicas");
@@ -352,6 +392,11 @@ impl World {
     }
 
     /// Whether a replica can't be opened any more.
+    pub(super) fn has_rotten_log(&self, node: NodeId, replica: ReplicaId) -> bool {
+        self.nodes.get(&node).is_some_and(|node| node.disk.faulty.has_rotten_log(replica))
+    }
+
+    /// Whether a replica has a record that can't be read any more.
     pub(super) fn is_rotten(&self, node: NodeId, replica: ReplicaId) -> bool {
         self.nodes.get(&node).is_some_and(|node| node.disk.faulty.is_rotten(replica))
     }

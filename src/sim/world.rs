@@ -271,7 +271,7 @@ impl World {
     fn replicas_agree(&self) -> bool {
         self.members.iter().all(|(shard, members)| {
             let last = self.truths.get(shard).map_or(0, Truth::last);
-            let sound = members.iter().filter(|member| !self.is_rotten(member.node, member.replica));
+            let sound = members.iter().filter(|member| !self.has_rotten_log(member.node, member.replica));
             sound.into_iter().all(|member| {
                 let node = self.nodes.get(&member.node);
                 node.and_then(|node| node.applied(member.replica)) == Some(last)

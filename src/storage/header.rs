@@ -4,6 +4,7 @@ use capnp::message::{Builder, ReaderOptions};
 use raft::eraftpb::ConfState;
 
 use super::StorageError;
+use super::identity::IdentityError;
 use crate::ids::{Epoch, NodeId, Position, ReplicaId};
 use crate::placement::map::{Member, MemberRole};
 use crate::schema::store_capnp::state_header;
@@ -69,15 +70,21 @@ impl StateHeader {
         bytes
     }
 
-    /// Reads what [`StateHeader::encode`] wrote. `what` names the record in an error.
+    /// Reads what [`StateHeader::encode`] wrote. `what` names the record in an error:
+    /// [`StorageError::Damaged`], or [`IdentityError::Newer`] if a newer program wrote it.
     pub fn decode(bytes: &[u8], what: &str) -> Result<StateHeader, StorageError> {
         let damaged = |detail: String| StorageError::Damaged { what: what.to_owned(), detail };
         let (version, body) = bytes
             .split_first_chunk::<4>()
             .ok_or_else(|| damaged(format!("{} bytes are no header", bytes.len())))?;
         let version = u32::from_be_bytes(*version);
-        if !(1..=FORMAT_VERSION).contains(&version) {
-            return Err(damaged(format!("header format {version}; this program reads {FORMAT_VERSION}")));
+        if version > FORMAT_VERSION {
+            // Not damage, which would be repaired: the newer program can read it.
+            let path = what.to_owned();
+            return Err(IdentityError::Newer { path, found: version, known: FORMAT_VERSION }.into());
+        }
+        if version == 0 {
+            return Err(damaged("header format 0".into()));
         }
         read(body).map_err(|error| damaged(error.to_string()))
     }
@@ -179,7 +186,7 @@ mod tests {
         let error = StateHeader::decode(&newer, "header of replica 4").unwrap_err();
         assert_eq!(
             error.to_string(),
-            "header of replica 4 is damaged: header format 3; this program reads 2"
+            "header of replica 4 has format 3, this program knows up to 2; use the newer program that wrote it"
         );
     }
 }

@@ -74,19 +74,38 @@ pub struct Install {
     pub epoch: Epoch,
     /// The group's members in the snapshot.
     pub members: Vec<Member>,
+    /// The replica's own state is lost: it needs the snapshot even where its log goes on from there. What
+    /// its log holds beyond is kept then.
+    pub state_lost: bool,
+}
+
+/// A replica after an installation.
+#[derive(Clone, PartialEq, Debug)]
+pub(crate) struct Installed {
+    /// Its record.
+    pub record: ReplicaRecord,
+    /// Its hard state.
+    pub hard_state: HardState,
+    /// Its log. All entries of the log before that lie within it are kept, the others dropped: either all
+    /// that follow the snapshot, or none at all.
+    pub extent: Extent,
 }
 
 impl Install {
-    /// The record and hard state of a replica after the installation, or why it is refused: nothing
-    /// may be dropped that the replica has promised to keep. `term_at` is the term of the log's own
-    /// entry at [`Install::position`], if it has one.
+    /// What a replica is after the installation, or why it is refused: nothing may be dropped that the
+    /// replica has promised to keep. `term_at` is the term of the log's own entry at
+    /// [`Install::position`], if it has one.
+    ///
+    /// A replica whose state is lost may have committed and acknowledged more than the snapshot covers.
+    /// An entry of the same index and term is the same entry, and so is all before it: its log then goes
+    /// on from the snapshot as it is.
     pub(crate) fn apply(
         &self,
         record: &ReplicaRecord,
         extent: Extent,
         hard_state: &HardState,
         term_at: Option<Term>,
-    ) -> Result<(ReplicaRecord, HardState), StorageError> {
+    ) -> Result<Installed, StorageError> {
         let refuse = |reason| Err(StorageError::Inconsistent { replica: record.replica, reason });
         let Position { index, term } = self.position;
         if self.generation <= record.generation {
@@ -98,19 +117,31 @@ impl Install {
         if self.leader_term < term {
             return refuse(format!("no leader of term {} has an entry of term {term}", self.leader_term));
         }
-        if index <= extent.truncated.index || term < extent.truncated.term {
+        // What a log begins after counts as an entry of it: the state that had it is what was lost.
+        let term_at = if self.state_lost && index == extent.truncated.index {
+            Some(extent.truncated.term)
+        } else {
+            term_at
+        };
+        let keeps_log = self.state_lost && term_at == Some(term);
+        if !keeps_log && index <= extent.truncated.index || term < extent.truncated.term {
             return refuse(format!(
                 "a snapshot at entry {index} of term {term} isn't ahead of a log that begins after entry {} of term {}",
                 extent.truncated.index, extent.truncated.term
             ));
         }
-        if index <= hard_state.commit {
-            return refuse(format!(
-                "a snapshot at entry {index} isn't needed: entries up to {} are committed here",
-                hard_state.commit
-            ));
+        if !keeps_log && index <= hard_state.commit {
+            return refuse(match term_at {
+                Some(other) if self.state_lost => {
+                    format!("entry {index} is committed here with term {other}, not with term {term}")
+                }
+                _ => format!(
+                    "a snapshot at entry {index} isn't needed: entries up to {} are committed here",
+                    hard_state.commit
+                ),
+            });
         }
-        if term_at == Some(term) {
+        if !keeps_log && term_at == Some(term) {
             return refuse(format!("it has entry {index} of term {term}: the log can go on from there"));
         }
         let record = ReplicaRecord {
@@ -124,10 +155,12 @@ impl Install {
             term: hard_state.term.max(self.leader_term),
             // A vote belongs to its term.
             vote: if rises { 0 } else { hard_state.vote },
-            commit: index,
+            // All of what is kept, and no more, may have been committed beyond the snapshot.
+            commit: hard_state.commit.max(index),
             ..Default::default()
         };
-        Ok((record, hard_state))
+        let last = if keeps_log { extent.last } else { index };
+        Ok(Installed { record, hard_state, extent: Extent { truncated: self.position, last } })
     }
 }
 
@@ -175,6 +208,11 @@ pub trait LogStore: Send + Sync + 'static {
     /// snapshot (it has that very entry, or has committed or compacted as far): acknowledged entries
     /// are never dropped. The caller has stopped the replica and made sure that no write of it is
     /// queued.
+    ///
+    /// With [`Install::state_lost`] the replica needn't be behind: if its log holds the snapshot's very
+    /// entry, or begins right after it, the entries that follow are kept, and stay committed as far as
+    /// they were. Refused are then only a snapshot from before the log begins, and one that contradicts
+    /// a committed entry.
     fn install(&self, replica: ReplicaId, install: &Install) -> Result<(), StorageError>;
 
     /// Notes that the state of these tombstones is gone, so that nobody looks for it at the next start.
@@ -253,11 +291,6 @@ impl Extent {
             return refuse(format!("commit index {} lies beyond the last entry {last}", hard_state.commit));
         }
         Ok(Extent { last, ..self })
-    }
-
-    /// The empty log that begins after `truncated`.
-    pub fn empty(truncated: Position) -> Extent {
-        Extent { truncated, last: truncated.index }
     }
 
     /// The extent after compacting up to `to`; `None` if that changes nothing.

@@ -14,7 +14,9 @@ use protobuf::Message;
 use raft::eraftpb::{Entry, HardState};
 
 use super::StorageError;
-use super::log::{Extent, Install, LogState, LogStore, LogWrite, ReplicaPhase, ReplicaRecord, term_starts};
+use super::log::{
+    Extent, Install, Installed, LogState, LogStore, LogWrite, ReplicaPhase, ReplicaRecord, term_starts,
+};
 use crate::ids::{GROUP_START, Index, Position, ReplicaId};
 
 /// What a write that is made to fail leaves behind.
@@ -198,11 +200,14 @@ impl LogStore for MemoryLog {
         let Position { index, .. } = install.position;
         let offset = index.checked_sub(log.extent.truncated.index + 1);
         let term_at = offset.and_then(|offset| log.entries.get(offset as usize)).map(|entry| entry.term);
-        let (record, hard_state) = install.apply(record, log.extent, &log.hard_state, term_at)?;
-        let extent = Extent::empty(install.position);
+        let after = install.apply(record, log.extent, &log.hard_state, term_at)?;
+        let Installed { record, hard_state, extent } = after;
         content.durably(|content| {
+            let kept = (extent.last - index) as usize;
+            let before = content.logs.remove(&replica).map(|log| log.entries).unwrap_or_default();
+            let entries = before.into_iter().rev().take(kept).rev().collect();
             content.catalogue.insert(replica, record);
-            content.logs.insert(replica, ReplicaLog { extent, hard_state, entries: VecDeque::new() });
+            content.logs.insert(replica, ReplicaLog { extent, hard_state, entries });
         })
     }
 

@@ -3,7 +3,8 @@
 //! - [`log`]: the trait of the raft log; [`log_disk`] on raft-engine, [`log_memory`] for tests and simulation.
 //! - [`engine`]: the trait of the ordered key-value engine under the state; [`engine_sled`] and [`engine_memory`].
 //! - [`sessions`]: what one replica remembers of client sessions.
-//! - [`memtable`]: recent applied writes of one replica. [`state`]: one replica's state: memtables over the engine.
+//! - [`memtable`]: recent applied writes of one replica. [`state`]: one replica's state: memtables over the engine;
+//!   [`opened`]: as it is found at a start, whole or lost.
 //! - [`flush`]: freezing memtables into redo files ([`redo`]) and the engine; recovery from redo files.
 //! - [`sled_files`], [`sled_record`]: what sled's files need, and how it stores a value.
 //! - [`snapshot`]: a shard's state as a file ([`snapshot_file`]), exact at one index; [`snapshot_dir`]: where
@@ -29,6 +30,7 @@ pub mod log_disk;
 pub mod log_memory;
 pub mod memtable;
 mod merge;
+pub mod opened;
 pub mod redo;
 pub mod sessions;
 pub mod sled_files;

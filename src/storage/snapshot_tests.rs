@@ -457,6 +457,7 @@ fn install(engine: &Arc<dyn Engine>, log: &dyn LogStore, file: &SnapshotFile, st
         leader_term: header.applied.term,
         epoch: header.epoch,
         members: header.members.clone(),
+        state_lost: false,
     };
     if log.install(RECEIVER, &install).is_err() {
         return true;

@@ -143,10 +143,21 @@ impl ReplicaState {
             None => initial,
         };
         let sessions = load_sessions(&*engine, replica, generation, header.log_time)?;
-        Ok(ReplicaState {
+        Ok(ReplicaState { sessions, ..ReplicaState::at(engine, replica, generation, header) })
+    }
+
+    /// A state of which nothing is known but where it should stand: that of a replica whose state is lost.
+    /// Nothing of it may be read or written.
+    pub fn at(
+        engine: Arc<dyn Engine>,
+        replica: ReplicaId,
+        generation: u32,
+        header: StateHeader,
+    ) -> ReplicaState {
+        ReplicaState {
             replica,
             generation,
-            sessions,
+            sessions: SessionTable::new(header.log_time),
             frozen_to: header.applied.index,
             header,
             within_entry: false,
@@ -154,7 +165,7 @@ impl ReplicaState {
             frozen: Vec::new(),
             engine,
             engine_reads: Cell::new(0),
-        })
+        }
     }
 
     /// Where the state stands.

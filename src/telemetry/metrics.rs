@@ -98,6 +98,10 @@ metrics_table! {
         "Transfers of a snapshot from this node that went on where an earlier one was cut.";
     SNAPSHOTS_FAILED = "pontoon_snapshots_failed_total", Counter, ["step"],
         "Snapshots that could not be made, sent or installed on this node; another one follows if it is needed still.";
+    STATES_LOST = "pontoon_states_lost_total", Counter, [],
+        "Replicas of this node that were started without their state, because it was lost.";
+    STATES_REFETCHED = "pontoon_states_refetched_total", Counter, [],
+        "Replicas of this node that got a state from their leader in place of a lost one.";
     PEER_SENT_FRAMES = "pontoon_peer_sent_frames_total", Counter, ["lane"],
         "Frames sent to other nodes, by class of connection.";
     PEER_SENT_MESSAGES = "pontoon_peer_sent_messages_total", Counter, ["lane"],

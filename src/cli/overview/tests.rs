@@ -77,6 +77,7 @@ fn report(n: u64, role: StateRole, term: u64, applied: u64, committed: u64) -> N
                 committed,
                 last: committed,
                 recovering: false,
+                state_lost: None,
                 incarnation: 1,
             }),
             restarts: 0,

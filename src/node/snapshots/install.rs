@@ -23,11 +23,20 @@ use crate::storage::log::Install;
 use crate::telemetry::metrics as names;
 use crate::transport::snapshot::receiver::SnapshotSink;
 
-/// Peer connection → supervisor: may this replica take the snapshot? The generation of its state if it
-/// may, else what to answer.
+/// Peer connection → supervisor: may this replica take the snapshot? What it has now if it may, else what
+/// to answer.
 #[derive(Message)]
-#[rtype(result = "Result<u32, SnapshotAnswer>")]
+#[rtype(result = "Result<Present, SnapshotAnswer>")]
 pub struct JudgeSnapshot(pub SnapshotOffer);
+
+/// What a replica has that takes a snapshot.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Present {
+    /// The generation of its state.
+    pub generation: u32,
+    /// That state is lost: the replica takes what its log goes on from.
+    pub state_lost: bool,
+}
 
 /// Peer connection → supervisor: the snapshot is loaded and durable, go on from it. Inside an error:
 /// what to answer.
@@ -71,7 +80,7 @@ pub async fn take(
     Ok(Box::new(PartSink::new(part, finish)))
 }
 
-async fn judge(supervisor: &Addr<Supervisor>, offer: &SnapshotOffer) -> Result<u32, SnapshotAnswer> {
+async fn judge(supervisor: &Addr<Supervisor>, offer: &SnapshotOffer) -> Result<Present, SnapshotAnswer> {
     supervisor.send(JudgeSnapshot(*offer)).await.unwrap_or_else(|_| Err(busy()))
 }
 
@@ -112,7 +121,7 @@ async fn load_and_switch(
     let offer = *part.offer();
     let worker = &shared.snapshots.worker;
     // Asked for anew: as long as this part lives, nobody else gives the replica another generation.
-    let current = judge(supervisor, &offer).await?;
+    let Present { generation: current, state_lost } = judge(supervisor, &offer).await?;
     let Some(generation) = current.checked_add(1) else {
         return Err(SnapshotAnswer::Refused("the replica's state has no generations left".into()));
     };
@@ -140,6 +149,7 @@ async fn load_and_switch(
         leader_term: offer.leader_term,
         epoch: header.epoch,
         members: header.members,
+        state_lost,
     };
     // What was loaded is removed by the supervisor if it isn't switched to. Without its answer it may
     // have been, and must stay.
@@ -148,19 +158,28 @@ async fn load_and_switch(
 }
 
 impl Handler<JudgeSnapshot> for Supervisor {
-    type Result = ResponseFuture<Result<u32, SnapshotAnswer>>;
+    type Result = ResponseFuture<Result<Present, SnapshotAnswer>>;
     fn handle(&mut self, JudgeSnapshot(offer): JudgeSnapshot, _: &mut Context<Self>) -> Self::Result {
         let verdict = self.replicas.judge(&offer);
         let addr = self.addrs.get(&offer.to).cloned();
         Box::pin(async move {
-            let generation = verdict?;
+            let mut present = Present { generation: verdict?, state_lost: false };
             if let Some(addr) = addr {
                 let status = addr.send(AskStatus).await.map_err(|_| busy())?;
-                if status.committed >= offer.position.index {
-                    return Err(SnapshotAnswer::NotNeeded);
+                let index = offer.position.index;
+                match status.state_lost {
+                    // Its leader knows that, unless it has asked another one.
+                    Some(least) if index < least => {
+                        return Err(SnapshotAnswer::Refused(format!(
+                            "the replica's log begins after entry {least}, the snapshot is of entry {index}"
+                        )));
+                    }
+                    Some(_) => present.state_lost = true,
+                    None if status.committed >= index => return Err(SnapshotAnswer::NotNeeded),
+                    None => {}
                 }
             }
-            Ok(generation)
+            Ok(present)
         })
     }
 }
@@ -230,6 +249,10 @@ impl Supervisor {
             // Which of the two states the log names is unknown: neither may be removed, nor used.
             self.fatal.raise(format!("switching replica {replica} to a snapshot: {error}"));
             return Err(busy());
+        }
+        if written.is_ok() && install.state_lost {
+            metrics::counter!(names::STATES_REFETCHED).increment(1);
+            tracing::info!(%replica, index = install.position.index, "the replica has a state again, in place of the lost one");
         }
         let installed = written.is_ok().then_some(install);
         let Some(record) = self.replicas.end_install(replica, installed) else {

@@ -21,7 +21,7 @@ use super::attempts::{Attempts, Next};
 use super::inbox::Inbox;
 use super::worker::{Build, BuildError, Worker};
 use crate::codec::snapshot::SnapshotOffer;
-use crate::ids::{ClusterId, NodeId, ReplicaId, ShardId, Term};
+use crate::ids::{ClusterId, Index, NodeId, ReplicaId, ShardId, Term};
 use crate::limits::{
     SNAPSHOT_FLUSH_WAIT_MS, SNAPSHOT_FLUSH_WAITS_MAX, SNAPSHOT_KEEP_MS, SNAPSHOT_TIDY_MS, SNAPSHOTS_SENT_MAX,
 };
@@ -46,6 +46,8 @@ pub struct Order {
     pub generation: u32,
     /// The term in which it leads.
     pub term: Term,
+    /// A snapshot at an earlier index is of no use; so much is applied.
+    pub least: Index,
     /// The follower.
     pub to: ReplicaId,
     /// The follower's node.
@@ -341,10 +343,11 @@ impl Sending {
                 shard: order.shard,
                 replica: order.from,
                 generation: order.generation,
+                least: order.least,
                 done,
             });
             match made.await.unwrap_or(Err(BuildError::Stopping)) {
-                Err(BuildError::NothingFlushed) if waits < SNAPSHOT_FLUSH_WAITS_MAX => {
+                Err(BuildError::NotFlushed) if waits < SNAPSHOT_FLUSH_WAITS_MAX => {
                     waits += 1;
                     order.replica.do_send(Freeze { for_log: false });
                     tokio::time::sleep(Duration::from_millis(SNAPSHOT_FLUSH_WAIT_MS)).await;

@@ -21,7 +21,7 @@ use std::thread::JoinHandle;
 use tokio::sync::oneshot;
 
 use crate::codec::snapshot::SnapshotOffer;
-use crate::ids::{RandomId, ReplicaId, ShardId};
+use crate::ids::{Index, RandomId, ReplicaId, ShardId};
 use crate::limits::{SNAPSHOT_STEP_BYTES, SWEEP_STEP_KEYS};
 use crate::node::fatal::Fatal;
 use crate::node::flusher::FlushThread;
@@ -40,6 +40,8 @@ pub struct Build {
     pub replica: ReplicaId,
     /// The generation of that state.
     pub generation: u32,
+    /// It has to be exact at this index or a later one.
+    pub least: Index,
     /// Where the file goes.
     pub done: oneshot::Sender<Result<SnapshotFile, BuildError>>,
 }
@@ -47,9 +49,9 @@ pub struct Build {
 /// Why there is no snapshot.
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
-    /// The replica's state was never flushed: there is nothing on disk to make it from.
-    #[error("the state was never flushed")]
-    NothingFlushed,
+    /// The replica's state was never flushed, or not that far: on disk there is nothing to make it from.
+    #[error("the state is not flushed as far as the snapshot has to reach")]
+    NotFlushed,
     /// The disk, or something that only happens beside it.
     #[error(transparent)]
     Storage(#[from] StorageError),
@@ -306,7 +308,8 @@ fn begin_build(tools: &Tools, build: &Build) -> Result<SnapshotBuilder, BuildErr
     let dir = tools.dir.link_dir().to_owned();
     let collection =
         between_flushes(tools, move |flusher| flusher.begin_collection(replica, generation, &dir))?
-            .ok_or(BuildError::NothingFlushed)?;
+            .filter(|collection| collection.base.applied.index >= build.least)
+            .ok_or(BuildError::NotFlushed)?;
     let origin = Origin { stream: RandomId::random(), shard: build.shard, replica };
     let path = tools.dir.made_path(replica, origin.stream);
     let room = tools.dir.room()?;

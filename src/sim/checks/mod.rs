@@ -29,7 +29,7 @@ pub const CHECKS: [(&str, &str); 15] = [
     ("replica", "no replica stops but for its disk"),
     ("disk", "the log is asked for nothing that contradicts it"),
     ("messages", "messages fit their bounds"),
-    ("snapshots", "a snapshot is asked only of a state that was flushed"),
+    ("snapshots", "a snapshot is asked only of what its leader has applied"),
     ("panic", "the core doesn't panic"),
 ];
 

@@ -38,7 +38,7 @@ use raft_engine::{Command, LogBatch, MessageExt};
 
 use super::StorageError;
 use super::identity::IdentityError;
-use super::log::{Extent, Install, LogState, LogStore, LogWrite, ReplicaPhase, ReplicaRecord};
+use super::log::{Extent, Install, Installed, LogState, LogStore, LogWrite, ReplicaPhase, ReplicaRecord};
 use crate::ids::{GROUP_START, Index, Position, ReplicaId, StoreId};
 use guard::EngineGuard;
 pub(crate) use guard::panic_text;
@@ -316,7 +316,7 @@ impl<F: FileSystem + 'static> LogStore for DiskLog<F> {
         let term_at = (extent.truncated.index < position.index && position.index <= extent.last)
             .then(|| self.term(replica, position.index))
             .transpose()?;
-        let (record, hard_state) = {
+        let Installed { record, hard_state, extent: after } = {
             let replicas = self.replicas();
             let record = replicas.catalogue.get(&replica).ok_or_else(|| StorageError::Inconsistent {
                 replica,
@@ -325,8 +325,13 @@ impl<F: FileSystem + 'static> LogStore for DiskLog<F> {
             install.apply(record, extent, &held.hard_state, term_at)?
         };
         let mut batch = LogBatch::with_capacity(4);
-        // First: the engine carries out a batch in order, and this drops the records too.
-        batch.add_command(replica.0, Command::Clean);
+        // First: the engine carries out a batch in order.
+        if after.last == position.index {
+            // Drops the records too.
+            batch.add_command(replica.0, Command::Clean);
+        } else if extent.truncated.index < position.index {
+            batch.add_command(replica.0, Command::Compact { index: position.index + 1 });
+        }
         batch
             .put_message(replica.0, HARD_STATE_KEY.to_vec(), &hard_state)
             .map_err(|e| self.engine.error(e))?;
@@ -334,7 +339,7 @@ impl<F: FileSystem + 'static> LogStore for DiskLog<F> {
         let key = record::replica_key(replica);
         self.put(&mut batch, CATALOGUE_GROUP, &key, record::encode_replica(&record)?)?;
         // The extent changes first, as in a compaction; the record only when it is durable.
-        self.replicas_mut().extents.insert(replica, Extent::empty(position));
+        self.replicas_mut().extents.insert(replica, after);
         self.engine.write(batch, true)?;
         self.replicas_mut().catalogue.insert(replica, record);
         Ok(())

@@ -24,6 +24,7 @@
 //! | `pause N`, `resume N` | applying stops for want of memory |
 //! | `cut N`, `heal` | N can't be reached nor reach others |
 //! | `crash N`, `restart N [pump=no]` | writes that are not durable are lost |
+//! | `forget N` | the state store of N, which is down, is gone |
 //! | `settle` | delivers, persists and fetches until nothing moves; prints only who leads and ends of operations |
 //! | `status` | where each replica stands |
 
@@ -34,24 +35,27 @@ use std::sync::Arc;
 
 use pontoon::codec::GroupMessage;
 use pontoon::group::catch_up::Retention;
-use pontoon::group::driver::{Group, GroupOptions};
+use pontoon::group::driver::Group;
+use pontoon::group::open::GroupOptions;
 use pontoon::group::types::{Effects, Fetch, NumberedWrite, Operation, Output, SnapshotWanted};
-use pontoon::ids::{DatabaseId, Epoch, GROUP_START, NodeId, Position, RandomId, ReplicaId, ShardId};
+use pontoon::ids::{DatabaseId, Epoch, GROUP_START, NodeId, Position, ReplicaId, ShardId};
 use pontoon::machine::MachineKind;
-use pontoon::machine::command::{Answer, Command, KvCommand, KvReply, Query, Reply, Versioned};
-use pontoon::machine::session::SessionTag;
+use pontoon::machine::command::{Command, KvCommand, Query};
 use pontoon::placement::map::{Member, MemberRole};
 use pontoon::placement::ring::RingRange;
-use pontoon::refusal::Refusal;
 use pontoon::storage::engine::Engine;
 use pontoon::storage::engine_memory::{CrashLoss, MemoryEngine};
 use pontoon::storage::keys;
 use pontoon::storage::log::{Install, LogStore, ReplicaPhase, ReplicaRecord};
 use pontoon::storage::log_memory::MemoryLog;
-use pontoon::storage::state::{ReplicaState, StateHeader};
-use raft::eraftpb::{ConfState, Entry, Message, MessageType};
+use pontoon::storage::opened::OpenedState;
 
-use crate::script::{self, Interpreter, quoted};
+#[path = "words.rs"]
+mod words;
+
+use words::{describe, end, entries, tag};
+
+use crate::script::{self, Interpreter};
 
 const SHARD: ShardId = ShardId(1);
 const GENERATION: u32 = 1;
@@ -190,6 +194,14 @@ impl Interpreter for Groups {
                 }
                 Ok(output)
             }
+            "forget" => {
+                let node = self.node(line.number(0)?)?;
+                if node.group.is_some() {
+                    return Err("it is running".into());
+                }
+                node.engine = Arc::new(MemoryEngine::new());
+                Ok(String::new())
+            }
             "settle" => self.settle(),
             "status" => self.status(),
             "sessions" => {
@@ -260,27 +272,20 @@ impl Groups {
     fn open(&mut self, id: u64) -> Result<String, String> {
         self.incarnations += 1;
         let incarnation = self.incarnations;
-        let members = Groups::members(self.nodes.len() as u64);
         let retention = Retention::new(self.keep);
         let node = self.node(id)?;
         if node.group.is_some() {
             return Err(format!("node {id} is running"));
         }
         let replica = ReplicaId(id);
-        let initial = StateHeader {
-            applied: GROUP_START,
-            revision: 0,
-            log_time: 0,
-            epoch: Epoch { range: 1, conf: 1 },
-            conf_state: ConfState {
-                voters: members.iter().map(|m| m.replica.0).collect(),
-                ..ConfState::default()
-            },
-            members,
-        };
+        let catalogue = node.log.catalogue().map_err(|e| e.to_string())?;
+        let record = catalogue.first().ok_or("it has no replica")?;
         let log = node.log.load(replica).map_err(|e| e.to_string())?;
-        let state = ReplicaState::open(node.engine.clone(), replica, node.generation, initial)
-            .map_err(|e| e.to_string())?;
+        let engine: Arc<dyn Engine> = node.engine.clone();
+        let (state, why) = match OpenedState::open(&engine, record, &log).map_err(|e| e.to_string())? {
+            OpenedState::Whole(state) => (state, None),
+            OpenedState::Lost { state, why } => (state, Some(why)),
+        };
         let options = GroupOptions {
             retention,
             shard: SHARD,
@@ -289,14 +294,16 @@ impl Groups {
             incarnation,
             logger: slog::Logger::root(slog::Discard, slog::o!()),
             cached: Arc::default(),
+            state_lost: why.is_some(),
         };
         let (last, applied) = (log.last, state.header().applied.index);
         let (term, commit) = (log.hard_state.term, log.hard_state.commit);
         let group = Group::open(options, node.log.clone(), log, state).map_err(|e| e.to_string())?;
         let recovering = if group.recovering() { ", re-applies" } else { "" };
         node.group = Some(group);
+        let state = why.map_or(format!("to {applied}"), |why| format!("lost: {why}"));
         Ok(format!(
-            "{id}: starts in term {term}, log to {last}, commit {commit}, state to {applied}{recovering}\n"
+            "{id}: starts in term {term}, log to {last}, commit {commit}, state {state}{recovering}\n"
         ))
     }
 
@@ -388,8 +395,11 @@ impl Groups {
             true
         });
         scanned.map_err(|e| e.to_string())?;
+        let (to, least) = (wanted.to, wanted.least);
+        if at.index < least {
+            return Ok(format!("{id}: its state is durable to {} only", at.index));
+        }
         *made = Some((at, records));
-        let to = wanted.to;
         if self.group(id)?.snapshot_made(to, at) {
             return Ok(format!("{id}: snapshot for {to} at {} of term {}", at.index, at.term));
         }
@@ -414,11 +424,13 @@ impl Groups {
                 .collect();
             target.engine.write(&batch).and_then(|()| target.engine.sync()).map_err(|e| e.to_string())?;
             let (epoch, members) = (Epoch { range: 1, conf: 1 }, Groups::members(3));
-            let install = Install { generation, position, leader_term: wanted.term, epoch, members };
             let lost = std::mem::take(&mut target.writes).len();
             if lost > 0 {
                 return Err(format!("node {to} still has writes under way"));
             }
+            let state_lost = target.group.as_ref().is_some_and(Group::state_lost);
+            let install =
+                Install { generation, position, leader_term: wanted.term, epoch, members, state_lost };
             target.group = None;
             match target.log.install(to, &install) {
                 Ok(()) => (target.generation, target.flushed) = (generation, position),
@@ -515,7 +527,7 @@ impl Groups {
             self.node(id)?.fetch = Some(fetch);
         }
         if let Some(wanted) = snapshot {
-            lines.push(format!("{id}: wants a snapshot for {}", wanted.to));
+            lines.push(format!("{id}: wants a snapshot for {}, of {} or later", wanted.to, wanted.least));
             self.node(id)?.snapshot = Some((wanted, None));
         }
         Ok(lines.into_iter().map(|line| line + "\n").collect())
@@ -537,73 +549,13 @@ impl Groups {
                 status.last,
                 status.committed,
                 status.applied,
-                if status.recovering { ", recovering" } else { "" }
+                match (status.recovering, status.state_lost) {
+                    (true, _) => ", recovering",
+                    (_, Some(_)) => ", without a state",
+                    _ => "",
+                }
             );
         }
         Ok(output)
-    }
-}
-
-/// The tag of a write that names a session.
-fn tag(line: &script::Command) -> Result<Option<SessionTag>, String> {
-    if line.named("session").is_none() {
-        return Ok(None);
-    }
-    Ok(Some(SessionTag {
-        session: RandomId([line.named_number("session", 0)?; 16]),
-        sequence: line.named_number("seq", 0)?,
-        acked_below: line.named_number("acked", 0)?,
-        open: line.named("open").map(|_| line.named_number("open", 0)).transpose()?,
-    }))
-}
-
-fn describe(message: &Message) -> String {
-    let term = message.term;
-    let kind = format!("{:?}", message.get_msg_type());
-    let kind = kind.strip_prefix("Msg").unwrap_or(&kind);
-    let round = if message.context.is_empty() { "" } else { ", read round" };
-    match message.get_msg_type() {
-        MessageType::MsgAppend => {
-            let after = format!("after {} of term {}", message.index, message.log_term);
-            format!("{kind} term {term}, {after}{}, commit {}", entries(&message.entries), message.commit)
-        }
-        MessageType::MsgAppendResponse if message.reject => {
-            format!("{kind} term {term}, rejects {}, has {}", message.index, message.reject_hint)
-        }
-        MessageType::MsgAppendResponse => format!("{kind} term {term}, has {}", message.index),
-        MessageType::MsgHeartbeat => format!("{kind} term {term}, commit {}{round}", message.commit),
-        MessageType::MsgHeartbeatResponse => format!("{kind} term {term}{round}"),
-        MessageType::MsgRequestVote | MessageType::MsgRequestPreVote => {
-            format!("{kind} term {term}, log to {} of term {}", message.index, message.log_term)
-        }
-        MessageType::MsgRequestVoteResponse | MessageType::MsgRequestPreVoteResponse => {
-            let vote = if message.reject { "no" } else { "yes" };
-            format!("{kind} term {term}, {vote}")
-        }
-        _ => format!("{kind} term {term}"),
-    }
-}
-
-fn entries(entries: &[Entry]) -> String {
-    let words: Vec<_> = entries.iter().map(|e| format!("{} of term {}", e.index, e.term)).collect();
-    if words.is_empty() { String::new() } else { format!(", entries [{}]", words.join(", ")) }
-}
-
-fn end(result: &Result<Output, Refusal>) -> String {
-    let found = |value: &Option<Versioned>| match value {
-        Some(found) => format!("{} version {}", quoted(&found.value), found.version),
-        None => "absent".into(),
-    };
-    match result {
-        Ok(Output::Reply(Reply::Kv(KvReply::Written(version)))) => format!("written, version {version}"),
-        Ok(Output::Answer(Answer::Value(value))) => format!("is {}", found(value)),
-        Ok(other) => format!("{other:?}"),
-        Err(refusal) => {
-            let hint = match refusal {
-                Refusal::NotLeader { leader: Some(leader), .. } => format!("; ask node {leader}"),
-                _ => String::new(),
-            };
-            format!("{:?}: {refusal}{hint}", refusal.outcome())
-        }
     }
 }

@@ -91,8 +91,12 @@ fn content(engine: &MemoryEngine, replica: ReplicaId, generation: u32) -> Vec<(V
 
 impl Setting {
     fn make(&self) -> Result<SnapshotFile, BuildError> {
+        self.make_at(0)
+    }
+
+    fn make_at(&self, least: Index) -> Result<SnapshotFile, BuildError> {
         let (done, made) = oneshot::channel();
-        self.worker.build(Build { shard: SHARD, replica: MADE_OF, generation: 1, done });
+        self.worker.build(Build { shard: SHARD, replica: MADE_OF, generation: 1, least, done });
         made.blocking_recv().unwrap()
     }
 
@@ -156,7 +160,7 @@ fn a_load_calls_off_the_removal_that_was_asked_for_before() {
     // generation 3 is there, and may be the one that counts.
     // Something to make keeps it from being removed before the load is asked for.
     let (done, _made) = oneshot::channel();
-    setting.worker.build(Build { shard: SHARD, replica: MADE_OF, generation: 1, done });
+    setting.worker.build(Build { shard: SHARD, replica: MADE_OF, generation: 1, least: 0, done });
     let (done, loaded) = oneshot::channel();
     setting.worker.sweep(LOADED_BY, 2);
     setting.worker.load(Load { path: file.path.clone(), offer: setting.offer(&file), current: 2, done });
@@ -169,10 +173,13 @@ fn a_load_calls_off_the_removal_that_was_asked_for_before() {
 }
 
 #[test]
-fn a_state_that_was_never_flushed_gives_no_snapshot() {
+fn a_state_that_was_never_flushed_or_not_so_far_gives_no_snapshot() {
     let setting = setting();
-    assert!(matches!(setting.make(), Err(BuildError::NothingFlushed)));
+    assert!(matches!(setting.make(), Err(BuildError::NotFlushed)));
+    fill(&setting.engine, MADE_OF, 1, 10);
+    assert!(matches!(setting.make_at(POSITION.index + 1), Err(BuildError::NotFlushed)));
     assert!(snapshot_dir(setting.dir.path()).made().unwrap().is_empty());
+    assert!(setting.make_at(POSITION.index).is_ok());
 }
 
 #[test]
@@ -210,7 +217,7 @@ fn a_snapshot_that_nobody_waits_for_leaves_nothing() {
     let setting = setting();
     fill(&setting.engine, MADE_OF, 1, 3000);
     let (done, made) = oneshot::channel();
-    setting.worker.build(Build { shard: SHARD, replica: MADE_OF, generation: 1, done });
+    setting.worker.build(Build { shard: SHARD, replica: MADE_OF, generation: 1, least: 0, done });
     drop(made);
     // The next one is made after it.
     let file = setting.make().unwrap();

@@ -1,0 +1,157 @@
+//! What a leader does about its followers' logs: how much of its own it keeps for them, and who gets a
+//! snapshot. The decisions are [`CatchUp`](super::catch_up::CatchUp)'s; here they meet raft's progress.
+
+use raft::eraftpb::{Message, MessageType};
+use raft::{ProgressState, SnapshotStatus};
+
+use super::driver::Group;
+use super::types::SnapshotWanted;
+use crate::ids::{Index, Position, ReplicaId};
+
+impl<T> Group<T> {
+    /// Forgets log entries that are in the durable state up to `flushed` and that no follower will be
+    /// sent any more ([`super::catch_up`]). Returns the position up to which the shell must drop them from
+    /// the store.
+    pub fn compact(&mut self, flushed: Position) -> Option<Position> {
+        if self.state_lost {
+            return None;
+        }
+        let index = flushed.index.min(self.compactable());
+        let log = self.raft.mut_store();
+        if index <= log.truncated().index {
+            return None;
+        }
+        let to = Position { index, term: log.term_at(index)? };
+        log.compact(to);
+        Some(to)
+    }
+
+    /// The node's log is too large: for a while, less of it is kept for followers that lag.
+    pub fn press_log(&mut self) {
+        self.catch_up.press(self.ticks);
+    }
+
+    fn compactable(&self) -> Index {
+        if !self.leads() && self.catch_up.is_pressed(self.ticks) {
+            // Kept for the case that this replica leads next; a snapshot does as well.
+            return self.applied();
+        }
+        self.safe_index()
+    }
+
+    /// Up to which index no replica of the group will be sent entries any more, as far as known.
+    pub(super) fn safe_index(&self) -> Index {
+        if self.leads() {
+            let progress = self.raft.raft.prs().iter();
+            let matched = progress.map(|(id, progress)| (ReplicaId(*id), progress.matched));
+            self.catch_up
+                .safe_index(matched, self.raft.store(), self.ticks)
+                .min(self.raft.raft.raft_log.committed)
+        } else {
+            self.safe_index
+        }
+    }
+
+    pub(super) fn observe_followers(&mut self) {
+        if !self.leads() {
+            return;
+        }
+        for (id, progress) in self.raft.raft.prs().iter() {
+            let id = ReplicaId(*id);
+            self.catch_up.observe(id, progress.recent_active || id == self.replica, self.ticks);
+            if progress.state == ProgressState::Replicate {
+                self.catch_up.replicates(id, progress.matched);
+            }
+        }
+        self.raft.mut_store().set_snapshots(self.catch_up.offered());
+    }
+
+    /// A follower answers a heartbeat of this leader, and says with it whether its state is lost.
+    pub(super) fn hear_request(&mut self, message: &Message) {
+        if message.get_msg_type() != MessageType::MsgHeartbeatResponse
+            || !self.leads()
+            || message.term != self.raft.raft.term
+            || self.raft.raft.prs().get(message.from).is_none()
+        {
+            return;
+        }
+        let least = (message.request_snapshot != raft::INVALID_INDEX).then_some(message.request_snapshot);
+        self.catch_up.hear(ReplicaId(message.from), least);
+    }
+
+    /// Whether a follower of this leader has said last that its state is lost.
+    pub fn lacks_state(&self, replica: ReplicaId) -> bool {
+        self.catch_up.lacks_state(replica)
+    }
+
+    pub(super) fn want_snapshot(&mut self) -> Option<SnapshotWanted> {
+        let mut asked = self.raft.mut_store().take_snapshots_wanted();
+        if !self.leads() {
+            return None;
+        }
+        // Asked for in passing, before `mend_progress`.
+        asked.retain(|to| {
+            let progress = self.raft.raft.prs().get(to.0);
+            progress.is_some_and(|progress| progress.matched < self.raft.store().truncated().index)
+        });
+        asked.extend(self.catch_up.take_requests());
+        // One at a time; the others are asked for again.
+        asked.into_iter().find_map(|to| {
+            let node = self.node_of(to)?;
+            let least = self.catch_up.least(to, self.raft.store());
+            if least > self.applied() {
+                return None;
+            }
+            let wanted = self.catch_up.wanted(to, self.raft.store(), self.ticks);
+            wanted.then_some(SnapshotWanted { to, node, term: self.raft.raft.term, least })
+        })
+    }
+
+    /// raft has taken note of snapshots that are installed: it may go on behind them. Its own messages
+    /// about them don't leave ([`Group::route_messages`]).
+    pub(super) fn conclude_snapshots(&mut self) {
+        let noted: Vec<u64> = (self.messages.iter())
+            .filter(|message| message.get_msg_type() == MessageType::MsgSnapshot)
+            .map(|message| message.to)
+            .collect();
+        if noted.is_empty() {
+            return;
+        }
+        for to in noted {
+            self.raft.report_snapshot(to, SnapshotStatus::Finish);
+            self.catch_up.noted(ReplicaId(to));
+        }
+        self.raft.mut_store().set_snapshots(self.catch_up.offered());
+    }
+
+    /// The snapshot for `to` is made, exact at `position`, and can be brought there. False: nobody
+    /// wants it any more (leadership has moved, or the log has gone on too far), and it can be dropped.
+    pub fn snapshot_made(&mut self, to: ReplicaId, position: Position) -> bool {
+        let matched = self.matched(to);
+        self.leads() && self.catch_up.made(to, position, matched, self.raft.store())
+    }
+
+    /// The follower has installed the snapshot, or has no need of it; or that has failed, or can't be
+    /// told, and it is asked for anew if need be.
+    pub fn snapshot_done(&mut self, to: ReplicaId, installed: bool) {
+        let matched = self.matched(to);
+        self.catch_up.done(to, installed, matched, self.raft.store(), self.ticks);
+        self.raft.mut_store().set_snapshots(self.catch_up.offered());
+    }
+
+    fn matched(&self, follower: ReplicaId) -> Index {
+        self.raft.raft.prs().get(follower.0).map_or(0, |progress| progress.matched)
+    }
+
+    /// Replicas other than this one that hold everything committed, state included, best first: whom to
+    /// hand leadership to.
+    pub fn successors(&self) -> Vec<ReplicaId> {
+        let mut others: Vec<_> = (self.raft.raft.prs().iter())
+            .filter(|&(&id, progress)| id != self.replica.0 && progress.recent_active)
+            .filter(|&(&id, _)| !self.lacks_state(ReplicaId(id)))
+            .map(|(&id, progress)| (std::cmp::Reverse(progress.matched), id))
+            .collect();
+        others.sort_unstable();
+        others.into_iter().map(|(_, id)| ReplicaId(id)).collect()
+    }
+}

@@ -1,0 +1,69 @@
+//! A replica whose state is lost: the state store was damaged and set aside, or it lacks what the log was
+//! compacted for. Its vote and its log are whole (a log that isn't keeps the node from starting), so what it
+//! has promised to others it keeps: it takes and acknowledges entries, and it votes. It applies nothing,
+//! serves nobody, flushes and compacts nothing, and doesn't come to lead, until it is opened anew from a
+//! snapshot of its leader.
+//!
+//! *Why it may vote.* A vote promises that it is the only one in its term, and that the candidate has every
+//! entry that this replica has acknowledged. Hard state and log tell both; the state tells neither. Other
+//! replicas wait with their vote until they have applied what was committed before their start, since what
+//! they haven't applied may say who votes. This one takes the members from its record in the catalogue,
+//! which is right as long as no entry changes them. With changes of membership two things have to come: the
+//! record names the members as of the last entry that was compacted away, durably before it goes; and the
+//! entries behind it up to the commit index are looked through for changes before the first vote.
+//!
+//! *Why it should.* Mute, it would count as down: a group of three could lose nobody else meanwhile.
+//!
+//! *How it asks.* With every answer to a heartbeat, in `request_snapshot`, which raft-rs doesn't look at
+//! there: so whatever is lost on the way is said again. It names the entry behind which this log begins; an
+//! older snapshot would leave a gap between the two. What a leader does about it: [`super::catch_up`]. A
+//! leader that doesn't know of this takes no notice, and goes on with a follower that acknowledges.
+//!
+//! Who can't be helped: a group of which every replica has lost its state. Nobody leads it.
+
+use raft::eraftpb::{Message, MessageType};
+
+use super::driver::Group;
+use crate::ids::Index;
+use crate::refusal::Refusal;
+
+impl<T> Group<T> {
+    /// Whether the state is lost. [`Group::state`] is empty then: nothing of it may be told to anybody.
+    pub fn state_lost(&self) -> bool {
+        self.state_lost
+    }
+
+    /// The least index of a snapshot that a replica without its state can go on from.
+    pub(super) fn wanted_index(&self) -> Option<Index> {
+        self.state_lost.then(|| self.raft.store().truncated().index)
+    }
+
+    /// Whether entries that are committed stay in the log for now.
+    pub(super) fn holds_apply(&self) -> bool {
+        self.apply_paused || self.state_lost
+    }
+
+    /// Up to where entries needn't be in memory any more: applied, or not to be applied here.
+    pub(super) fn done_to(&self) -> Index {
+        if self.state_lost { self.handed } else { self.applied() }
+    }
+
+    /// Why a replica without its state does nothing for a caller, where nobody is known who would.
+    pub(super) fn lost_refusal(&self) -> Option<Refusal> {
+        let alone = self.state_lost && self.raft.raft.leader_id == raft::INVALID_ID;
+        alone.then(|| {
+            Refusal::Unavailable(
+                "the replica's state was lost, and no leader is known to fetch it from".into(),
+            )
+        })
+    }
+}
+
+/// Has an answer to a heartbeat say that its sender needs a snapshot, at `least` or a later index.
+pub(super) fn ask_along(message: &mut Message, least: Option<Index>) {
+    if let Some(least) = least
+        && message.get_msg_type() == MessageType::MsgHeartbeatResponse
+    {
+        message.request_snapshot = least;
+    }
+}
