@@ -4,6 +4,7 @@ use raft::eraftpb::HardState;
 use raft_engine::env::FileSystem;
 use raft_engine::{Command, LogBatch};
 
+use super::guard::Unread;
 use super::record::{self, CATALOGUE_GROUP, HARD_STATE_KEY, IDENTITY_KEY, TRUNCATED_KEY};
 use super::{DiskLog, RaftEntries, Replicas, damaged_log};
 use crate::ids::{Index, ReplicaId, StoreId, Term};
@@ -12,8 +13,8 @@ use crate::storage::identity::IdentityError;
 use crate::storage::log::{Extent, LogState, ReplicaPhase, term_starts};
 
 impl<F: FileSystem + 'static> DiskLog<F> {
-    /// Compares the store id with the caller's, or writes it if the log is empty and may be.
-    pub(super) fn check_identity(&mut self, store_id: StoreId, may_create: bool) -> Result<(), StorageError> {
+    /// Compares the store id with the caller's. False: there is none, the log is empty, and may be.
+    pub(super) fn check_identity(&self, store_id: StoreId, may_create: bool) -> Result<bool, StorageError> {
         let engine = self.engine.get();
         match engine.get(CATALOGUE_GROUP, IDENTITY_KEY) {
             Some(value) => {
@@ -26,17 +27,21 @@ impl<F: FileSystem + 'static> DiskLog<F> {
                     }
                     .into());
                 }
+                Ok(true)
             }
-            None if engine.is_empty() && !may_create => return Err(super::lost(&self.dir)),
-            None if engine.is_empty() => {
-                let mut batch = LogBatch::default();
-                let value = record::encode_identity(store_id);
-                self.put(&mut batch, CATALOGUE_GROUP, IDENTITY_KEY, value)?;
-                self.engine.write(batch, true)?;
-                self.is_new = true;
-            }
-            None => return Err(self.damaged("it has entries but no identity".into())),
+            None if engine.is_empty() && !may_create => Err(super::lost(&self.dir)),
+            None if engine.is_empty() => Ok(false),
+            None => Err(self.damaged("it has entries but no identity".into())),
         }
+    }
+
+    /// Writes the store id, the first thing in a log.
+    pub(super) fn write_identity(&mut self, store_id: StoreId) -> Result<(), StorageError> {
+        let mut batch = LogBatch::default();
+        let value = record::encode_identity(store_id);
+        self.put(&mut batch, CATALOGUE_GROUP, IDENTITY_KEY, value)?;
+        self.engine.write(batch, true)?;
+        self.is_new = true;
         Ok(())
     }
 
@@ -173,8 +178,19 @@ impl<F: FileSystem + 'static> DiskLog<F> {
     pub(super) fn term(&self, replica: ReplicaId, index: Index) -> Result<Term, StorageError> {
         self.engine
             .read(|engine| engine.get_entry::<RaftEntries>(replica.0, index))
-            .map_err(|e| damaged_log(replica, e))?
+            .map_err(|e| unread(replica, e))?
             .map(|entry| entry.term)
             .ok_or_else(|| damaged_log(replica, format!("entry {index} is missing")))
+    }
+}
+
+/// Why an entry couldn't be read: because it is damaged, or because the disk refused.
+pub(super) fn unread(replica: ReplicaId, Unread { detail, damaged }: Unread) -> StorageError {
+    if damaged {
+        return damaged_log(replica, detail);
+    }
+    StorageError::Engine {
+        engine: "raft log",
+        reason: format!("reading the log of replica {replica}: {detail}"),
     }
 }
