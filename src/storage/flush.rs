@@ -16,6 +16,11 @@
 //! says is never older than what the engine holds. A flush that fails after `Logged` leaves its
 //! file; the flusher then refuses to go on, since a later flush could be undone by that file at the
 //! next start.
+//!
+//! Each flush has a number, that of its redo file, and the last thing that it writes to the engine is
+//! this number. So an engine that is found with a redo file has its number, or the one before, or else has
+//! lost (or regained) a flush that was durable: what the file was made to is gone, and laying it over what
+//! is there would make a state that never was.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -78,10 +83,21 @@ impl Flusher {
     pub fn open(redo_dir: PathBuf, engine: Arc<dyn Engine>) -> Result<Flusher, StorageError> {
         std::fs::create_dir_all(&redo_dir).map_err(atomic_file::io_error("creating", &redo_dir))?;
         let files = redo::list(&redo_dir)?;
+        let flushed = last_flush(&*engine)?;
+        if let Some(flushed) = flushed {
+            check_numbers(&files, flushed, &*engine)?;
+        }
         for (sequence, path) in &files {
             reapply(path, *sequence, &*engine)?;
         }
-        if !files.is_empty() {
+        let last = files.last().map(|(sequence, _)| *sequence).or(flushed);
+        let next_sequence = last.unwrap_or(0).checked_add(1).ok_or_else(|| StorageError::Damaged {
+            what: format!("the {} store", engine.name()),
+            detail: "there is no number left for a flush".into(),
+        })?;
+        if !files.is_empty() || flushed.is_none() {
+            // A store without a number is new, or from before there were any.
+            set_last_flush(&*engine, last.unwrap_or(0))?;
             engine.sync()?;
         }
         for (_, path) in &files {
@@ -91,7 +107,7 @@ impl Flusher {
         Ok(Flusher {
             redo_dir,
             engine,
-            next_sequence: files.last().map_or(1, |(sequence, _)| sequence + 1),
+            next_sequence,
             failed: None,
             collections: Collections::default(),
             hook: None,
@@ -243,6 +259,8 @@ impl Flusher {
             self.at(FlushPoint::BatchWritten)?;
         }
         progress(FlushStep::Absorbed);
+        set_last_flush(&*engine, self.next_sequence - 1)?;
+        self.at(FlushPoint::BatchWritten)?;
         self.engine.sync()?;
         self.at(FlushPoint::EngineSynced)?;
         self.collections.keep(path, self.next_sequence - 1, |replica, generation| {
@@ -342,6 +360,40 @@ fn held(engine: &dyn Engine, replica: ReplicaId, generation: u32) -> Result<Inde
         }
         None => Ok(0),
     }
+}
+
+/// The number of the last flush that the engine holds; `None` if it was never told one.
+fn last_flush(engine: &dyn Engine) -> Result<Option<u64>, StorageError> {
+    let Some(bytes) = engine.get(&keys::flush_key())? else {
+        return Ok(None);
+    };
+    let number = bytes[..].try_into().map(u64::from_be_bytes).map_err(|_| StorageError::Damaged {
+        what: format!("the {} store", engine.name()),
+        detail: format!("{} bytes are no number of a flush", bytes.len()),
+    })?;
+    Ok(Some(number))
+}
+
+fn set_last_flush(engine: &dyn Engine, number: u64) -> Result<(), StorageError> {
+    engine.write(&[(keys::flush_key(), Some(bytes::Bytes::copy_from_slice(&number.to_be_bytes())))])
+}
+
+/// Whether redo files lead on from what the engine holds, see the head of this file.
+fn check_numbers(files: &[(u64, PathBuf)], flushed: u64, engine: &dyn Engine) -> Result<(), StorageError> {
+    let Some(((first, path), (last, _))) = files.first().zip(files.last()) else {
+        return Ok(());
+    };
+    let contiguous = files.windows(2).all(|pair| pair[0].0.checked_add(1) == Some(pair[1].0));
+    if contiguous && (first.saturating_sub(1)..=*last).contains(&flushed) {
+        return Ok(());
+    }
+    Err(StorageError::Damaged {
+        what: format!("the {} store", engine.name()),
+        detail: format!(
+            "its last flush has the number {flushed}, and the redo files beside it begin with {}",
+            path.display()
+        ),
+    })
 }
 
 /// Collects changes and hands them to the engine in bounded, sorted batches, so that nobody who

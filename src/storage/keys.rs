@@ -10,9 +10,10 @@
 //! Big endian keeps one replica's keys together and a generation's user keys in user-key order, so
 //! that a scan of a shard is one range of the engine, and the header precedes the data.
 //!
-//! Store records: [`store_id_key`] (16 bytes: which data directory the store belongs to) and
-//! [`format_key`] (u32 big endian: [`FORMAT_VERSION`]). An engine may keep more keyspaces of its own
-//! (the chunks of great values in `engine_sled`); they are invisible above it.
+//! Store records: [`store_id_key`] (16 bytes: which data directory the store belongs to),
+//! [`format_key`] (u32 big endian: [`FORMAT_VERSION`]) and [`flush_key`] (u64 big endian: the number of the
+//! last flush that the store holds whole). An engine may keep more keyspaces of its own (the chunks of
+//! great values in `engine_sled`); they are invisible above it.
 
 use crate::ids::ReplicaId;
 
@@ -111,6 +112,11 @@ pub fn store_id_key() -> Vec<u8> {
 /// The key of the store's format version.
 pub fn format_key() -> Vec<u8> {
     store_key(b"format")
+}
+
+/// The key of the number of the last flush.
+pub fn flush_key() -> Vec<u8> {
+    store_key(b"flush")
 }
 
 fn store_key(name: &[u8]) -> Vec<u8> {
