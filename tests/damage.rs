@@ -9,6 +9,7 @@ mod files;
 mod patient;
 
 use files::{Class, Damage};
+use futures_util::FutureExt;
 use patient::{NODE, Patient, Stop};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -27,10 +28,17 @@ async fn every_damage_to_every_file() {
     for class in Class::ALL {
         for damage in Damage::ALL {
             let begun = std::time::Instant::now();
-            let outcome = patient
-                .try_out(class, damage, if class >= Class::State { Stop::InFlush } else { Stop::Clean })
-                .await;
+            let stop = if class >= Class::State { Stop::InFlush } else { Stop::Clean };
+            let outcome =
+                std::panic::AssertUnwindSafe(patient.try_out(class, damage, stop)).catch_unwind().await;
             println!("RESULT {class} {damage}: {outcome:?} {:?}", begun.elapsed());
+            if outcome.is_err() {
+                patient = Patient::new().await;
+                patient.stop(Stop::InFlush).await;
+                patient.cluster.spawn(NODE);
+                patient.cluster.wait_ready(NODE);
+                patient.stop(Stop::InFlush).await;
+            }
         }
     }
 }

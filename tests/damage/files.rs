@@ -17,6 +17,7 @@ pub enum Class {
     LogLast,
     /// What the log has written anew of old files.
     LogRewrite,
+    LogMark,
     Log,
     StateDb,
     StateConf,
@@ -28,7 +29,7 @@ pub enum Class {
 }
 
 impl Class {
-    pub const ALL: [Class; 15] = [
+    pub const ALL: [Class; 16] = [
         Class::Identity,
         Class::Lock,
         Class::Map,
@@ -36,6 +37,7 @@ impl Class {
         Class::LogMiddle,
         Class::LogLast,
         Class::LogRewrite,
+        Class::LogMark,
         Class::Log,
         Class::StateDb,
         Class::StateConf,
@@ -64,6 +66,7 @@ impl Class {
             Class::LogMiddle => nth("log", append, |count| (count > 2).then_some(count / 2))?,
             Class::LogLast => nth("log", append, last)?,
             Class::LogRewrite => nth("log", |name| name.ends_with(".rewrite"), last)?,
+            Class::LogMark => dir.join("log.mark"),
             Class::Log => dir.join("log"),
             Class::StateDb => dir.join("state/db"),
             Class::StateConf => dir.join("state/conf"),
@@ -91,6 +94,7 @@ impl fmt::Display for Class {
             Class::LogMiddle => "`log/*.raftlog`, one in the middle",
             Class::LogLast => "`log/*.raftlog`, the last",
             Class::LogRewrite => "`log/*.rewrite`",
+            Class::LogMark => "`log.mark`",
             Class::Log => "`log/`, all of it",
             Class::StateDb => "`state/db`",
             Class::StateConf => "`state/conf`",
