@@ -77,9 +77,17 @@ impl Replica {
         let logger = slog::Logger::root(slog::Discard, slog::o!());
         let machine = MachineKind::Kv;
         let cached = Arc::default();
-        let retention = Retention::new(u64::MAX);
-        let options =
-            GroupOptions { shard: SHARD, machine, replica, incarnation: 1, retention, logger, cached };
+        let (retention, state_lost) = (Retention::new(u64::MAX), false);
+        let options = GroupOptions {
+            shard: SHARD,
+            machine,
+            replica,
+            incarnation: 1,
+            retention,
+            logger,
+            cached,
+            state_lost,
+        };
         let group = Group::open(options, log.clone(), log.load(replica).unwrap(), state).unwrap();
         Replica { id: replica, group, log, inbox: VecDeque::new() }
     }

@@ -1,5 +1,6 @@
-//! Nodes that were away for longer than the log is kept for them: they come back by a snapshot, while
-//! writes go on, whatever is cut or killed on the way, and with every key as the others have it.
+//! Nodes that were away for longer than the log is kept for them, or have lost their state store: they come
+//! back by a snapshot, while writes go on, whatever is cut or killed on the way, and with every key as the
+//! others have it.
 
 #[path = "support/cluster.rs"]
 mod cluster;
@@ -138,6 +139,19 @@ impl Setting {
         let written = self.metric(leader, "pontoon_log_bytes_total") - before;
         assert!(written > (2 * KEYS * VALUE_BYTES) as f64, "{written} bytes of log");
         victim
+    }
+
+    /// Takes a node that is down its state store.
+    fn lose_state(&self, node: usize) {
+        for part in ["state", "redo"] {
+            std::fs::remove_dir_all(self.cluster.nodes[node].data.join(part)).expect("removed");
+        }
+    }
+
+    /// How a node's replica of a shard is.
+    async fn health(&self, node: usize, shard: ShardId) -> Option<ReplicaHealth> {
+        let report = self.report(node).await?;
+        report.replicas.into_iter().find(|replica| replica.shard == shard).map(|replica| replica.health)
     }
 
     /// Waits until a node has applied all that the others have committed.
@@ -359,5 +373,99 @@ async fn the_log_stays_bounded_while_a_node_is_dead() {
         })
         .await;
     println!("{last:?} bytes of log");
+    setting.client.close().await;
+}
+
+fn refetches(health: &Option<ReplicaHealth>) -> bool {
+    matches!(health, Some(ReplicaHealth::Refetching(why)) if why.contains("its log begins after"))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_without_its_state_store_counts_for_a_majority_and_gets_its_state_from_the_others() {
+    let mut setting = Setting::new("1MiB", false).await;
+    setting.fill(1, 2).await;
+    let leader = setting.leader().await;
+    let (victim, third) = ((leader + 1) % 3, (leader + 2) % 3);
+    setting.cluster.kill(victim);
+    setting.lose_state(victim);
+    setting.cluster.spawn(victim);
+    setting.cluster.wait_ready(victim);
+    setting
+        .until("a replica that says that its state is lost", async |setting| {
+            refetches(&setting.health(victim, setting.shard()).await)
+        })
+        .await;
+    let (status, why) = http_get(setting.http[victim], "/readyz").expect("an answer");
+    assert_eq!(status, 503, "{why}");
+    assert!(why.contains("refetching"), "{why}");
+    let status = String::from_utf8(setting.cluster.run(&["status"]).stdout).expect("text");
+    assert!(status.contains("refetching: the state store has none"), "{status}");
+
+    // Without a third node, what it acknowledges is what makes a majority.
+    setting.cluster.kill(third);
+    assert!(refetches(&setting.health(victim, setting.shard()).await), "too fast to see");
+    setting.fill(9, 1).await;
+    let begun = Instant::now();
+    setting
+        .until("a whole replica", async |setting| {
+            setting.health(victim, setting.shard()).await == Some(ReplicaHealth::Serving)
+        })
+        .await;
+    println!("whole {:?} after the writes", begun.elapsed());
+    for (name, least) in [("pontoon_states_lost_total", 1.0), ("pontoon_states_refetched_total", 1.0)] {
+        assert!(setting.metric(victim, name) >= least, "{name}");
+    }
+    assert!(setting.cluster.log(victim).contains("the replica's state is lost"), "a line in the log");
+    assert_eq!(http_get(setting.http[victim], "/readyz").expect("an answer").0, 200);
+    setting.caught_up(victim).await;
+    setting.assert_content(victim, 9).await;
+
+    // It starts from what it has now.
+    setting.cluster.spawn(third);
+    setting.cluster.wait_ready(third);
+    setting.cluster.kill(victim);
+    setting.cluster.spawn(victim);
+    setting.cluster.wait_ready(victim);
+    setting.caught_up(victim).await;
+    setting.assert_content(victim, 9).await;
+    setting.client.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_state_that_nobody_has_any_more_is_told_as_such_and_the_nodes_live_on() {
+    let mut setting = Setting::new("64MiB", false).await;
+    setting.fill(1, 2).await;
+    let single = setting.cluster.database(&setting.client, "single", 1, 1).await.with_timeout(LONG);
+    let replicated = std::mem::replace(&mut setting.database, single);
+    setting.fill(1, 2).await;
+    setting.database = replicated;
+    for node in 0..3 {
+        setting.cluster.kill(node);
+        setting.lose_state(node);
+    }
+    for node in 0..3 {
+        setting.cluster.spawn(node);
+    }
+    setting.cluster.wait_all_ready();
+    for node in 0..3 {
+        let health = setting.health(node, setting.shard()).await;
+        assert!(refetches(&health), "{health:?}");
+    }
+    let failed = async |setting: &Setting, node| match setting.health(node, ShardId(2)).await {
+        Some(ReplicaHealth::Failed(why)) => Some(why),
+        _ => None,
+    };
+    let mut whys = Vec::new();
+    for node in 0..3 {
+        whys.extend(failed(&setting, node).await);
+    }
+    assert_eq!(whys.len(), 1, "one node has the only copy");
+    assert!(whys[0].contains("only copy is lost") && whys[0].contains("backup"), "{}", whys[0]);
+    let status = setting.cluster.run(&["status"]);
+    let text = String::from_utf8(status.stdout).expect("text");
+    assert!(text.contains("1 shards have lost their state at every replica"), "{text}");
+    // Nobody leads, so nobody makes up a state.
+    let read = setting.database.clone().with_timeout(Duration::from_secs(2)).get("key-1").await;
+    assert!(read.is_err(), "{read:?}");
     setting.client.close().await;
 }

@@ -274,7 +274,8 @@ impl ShardView {
                         ("unreachable", Some(format!("node {by} runs in place of its node")))
                     }
                 };
-                let applied = group.map(|g| g.applied);
+                // A lost state has none of it.
+                let applied = group.filter(|_| state != "refetching").map(|g| g.applied);
                 ReplicaView {
                     node: member.node,
                     address: address(member.node),

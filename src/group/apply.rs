@@ -1,15 +1,18 @@
-//! What a group does with committed entries, and with the reads that wait for them.
+//! What a group does with committed entries, with the reads that wait for them, and with what they have
+//! written.
+
+use std::sync::Arc;
 
 use raft::eraftpb::{Entry, EntryType};
 
 use super::driver::{Group, GroupError};
 use super::types::{Effects, Output};
-use crate::ids::Position;
+use crate::ids::{Index, Position};
 use crate::limits;
 use crate::machine::ApplyError;
 use crate::machine::command::{FormatError, Query, Reply, decode_entry};
 use crate::refusal::Refusal;
-use crate::storage::state::Lookup;
+use crate::storage::state::{Frozen, Lookup};
 use crate::telemetry::metrics as names;
 
 impl<T> Group<T> {
@@ -101,6 +104,17 @@ impl<T> Group<T> {
             }
         }
         Ok(())
+    }
+
+    /// Freezes recent writes for a flush; `None` if there are none.
+    pub fn freeze(&mut self) -> Option<Arc<Frozen>> {
+        // On disk, an empty state with a header would look like a whole one.
+        if self.state_lost { None } else { self.state.freeze() }
+    }
+
+    /// The engine has all that was frozen up to `index`: its memory is free.
+    pub fn release(&mut self, index: Index) {
+        self.state.release(index);
     }
 }
 

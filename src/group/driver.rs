@@ -2,7 +2,6 @@
 //! raft-rs `Ready` is handled; the comments there say what would break otherwise.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 
 use raft::eraftpb::{Entry, Message, MessageType};
 use raft::{GetEntriesContext, RawNode, StateRole};
@@ -25,7 +24,7 @@ use crate::machine::{ApplyError, MachineKind};
 use crate::refusal::Refusal;
 use crate::storage::StorageError;
 use crate::storage::log::LogWrite;
-use crate::storage::state::{Frozen, ReplicaState};
+use crate::storage::state::ReplicaState;
 use crate::telemetry::metrics as names;
 
 /// Ticks after which proposals of a lost leadership are reported as unknown, if the log has not
@@ -495,19 +494,6 @@ impl<T> Group<T> {
         let (fetch, context) = self.raft.mut_store().take_wanted()?;
         self.fetching = Some(context);
         Some(fetch)
-    }
-
-    // ---------------------------------------------------------------------------------------- flush
-
-    /// Freezes recent writes for a flush; `None` if there are none.
-    pub fn freeze(&mut self) -> Option<Arc<Frozen>> {
-        // On disk, an empty state with a header would look like a whole one.
-        if self.state_lost { None } else { self.state.freeze() }
-    }
-
-    /// The engine has all that was frozen up to `index`: its memory is free.
-    pub fn release(&mut self, index: Index) {
-        self.state.release(index);
     }
 
     // ------------------------------------------------------------------------------------ queries

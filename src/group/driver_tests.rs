@@ -8,6 +8,7 @@ use super::*;
 use crate::codec::messages::POSITION_MAX;
 use crate::group::catch_up::Retention;
 use crate::group::open::GroupOptions;
+use crate::group::types::SnapshotWanted;
 use crate::ids::{DatabaseId, GROUP_START};
 use crate::machine::command::{Command, KvCommand, encode_entry};
 use crate::placement::map::{Member, MemberRole};
@@ -19,6 +20,8 @@ use crate::storage::state::StateHeader;
 
 #[path = "hostile_tests.rs"]
 mod hostile;
+#[path = "lost_tests.rs"]
+mod lost;
 
 const EPOCH: Epoch = Epoch { range: 1, conf: 1 };
 
@@ -27,6 +30,10 @@ struct Follower {
     group: Group<u64>,
     log: Arc<MemoryLog>,
     writes: VecDeque<NumberedWrite>,
+    /// What left.
+    sent: Vec<Message>,
+    /// Snapshots that were asked of the shell.
+    wanted: Vec<SnapshotWanted>,
 }
 
 fn members(voters: &[u64]) -> Vec<Member> {
@@ -54,7 +61,11 @@ impl Follower {
             generation: 1,
         };
         log.create(&[record]).unwrap();
-        Follower { group: Follower::open(&log, voters), log, writes: VecDeque::new() }
+        Follower::with(Follower::open(&log, voters), log)
+    }
+
+    fn with(group: Group<u64>, log: Arc<MemoryLog>) -> Follower {
+        Follower { group, log, writes: VecDeque::new(), sent: Vec::new(), wanted: Vec::new() }
     }
 
     /// The replica as its log tells, with nothing of the state on disk.
@@ -69,17 +80,21 @@ impl Follower {
             conf_state: ConfState { voters: voters.to_vec(), ..ConfState::default() },
         };
         let state = ReplicaState::open(Arc::new(MemoryEngine::new()), replica, 1, initial).unwrap();
-        let options = GroupOptions {
+        let state_of_log = log.load(replica).unwrap();
+        Group::open(Follower::options(false), log.clone(), state_of_log, state).unwrap()
+    }
+
+    fn options(state_lost: bool) -> GroupOptions {
+        GroupOptions {
             shard: ShardId(1),
             machine: MachineKind::Kv,
-            replica,
+            replica: ReplicaId(3),
             incarnation: 1,
             retention: Retention::new(u64::MAX),
             logger: slog::Logger::root(slog::Discard, slog::o!()),
             cached: Arc::default(),
-        };
-        let state_of_log = log.load(replica).unwrap();
-        Group::open(options, log.clone(), state_of_log, state).unwrap()
+            state_lost,
+        }
     }
 
     fn step(&mut self, message: Message) {
@@ -92,6 +107,8 @@ impl Follower {
         loop {
             let effects = self.group.pump().unwrap();
             self.writes.extend(effects.write);
+            self.sent.extend(effects.messages.into_iter().map(|(_, message)| message.message));
+            self.wanted.extend(effects.snapshot);
             if !effects.more {
                 return;
             }
@@ -176,8 +193,8 @@ fn a_group_of_one_voter_follows_nobody() {
     assert!(alone.group.leads());
 }
 
-#[test]
-fn an_acknowledgement_of_what_the_leader_does_not_have_commits_nothing() {
+/// Replica 3 as the leader of the first term.
+fn leader() -> Follower {
     let mut leader = Follower::new();
     leader.group.campaign().unwrap();
     for kind in [MessageType::MsgRequestPreVoteResponse, MessageType::MsgRequestVoteResponse] {
@@ -190,6 +207,12 @@ fn an_acknowledgement_of_what_the_leader_does_not_have_commits_nothing() {
         leader.step(vote);
     }
     assert!(leader.group.leads());
+    leader
+}
+
+#[test]
+fn an_acknowledgement_of_what_the_leader_does_not_have_commits_nothing() {
+    let mut leader = leader();
     let own = leader.group.status();
     let mut far = Message { from: 1, to: 3, term: own.term, index: own.last + 1, ..Message::default() };
     far.set_msg_type(MessageType::MsgAppendResponse);

@@ -338,7 +338,7 @@ proptest! {
         let log = target.follower.log;
         if log.load(ReplicaId(3)).unwrap().truncated == GROUP_START {
             let group = Follower::open(&log, voters);
-            let follower = Follower { group, log, writes: VecDeque::new() };
+            let follower = Follower::with(group, log);
             let mut target = Target { follower, fetch: None, tokens: 0, answered: 0 };
             match target.pump() {
                 Ok(()) => prop_assert!(!target.follower.group.recovering()),

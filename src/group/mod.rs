@@ -18,7 +18,8 @@
 //! 3. `pump` is called after inputs, once per batch of them, and again while `more` is set.
 //! 4. A snapshot that a follower needs is made, brought and installed, or given up, and the group is
 //!    told of either ([`catch_up`]). A follower installs it by being rebuilt from disk, not here.
-//! 5. After an error or a panic the group is dropped and rebuilt from disk, never reused.
+//! 5. A replica whose state is lost is opened without it ([`lost`]), and anew once a snapshot is installed.
+//! 6. After an error or a panic the group is dropped and rebuilt from disk, never reused.
 //!
 //! What the group promises:
 //! - `compacted ≤ flushed ≤ applied ≤ committed`, and `applied ≤ persisted ≤ last`.
@@ -38,7 +39,7 @@ pub mod driver;
 pub mod election;
 mod followers;
 pub mod log;
-mod lost;
+pub mod lost;
 mod messages;
 pub mod open;
 pub mod proposals;

@@ -206,3 +206,53 @@ impl Supervisor {
         metrics::gauge!(names::REPLICAS).set(self.addrs.len() as f64);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use raft::eraftpb::Entry;
+
+    use super::*;
+    use crate::ids::{DatabaseId, Epoch, NodeId, Position};
+    use crate::machine::MachineKind;
+    use crate::placement::map::Member;
+    use crate::placement::ring::RingRange;
+    use crate::storage::engine_memory::MemoryEngine;
+    use crate::storage::log::{LogWrite, ReplicaPhase};
+    use crate::storage::log_memory::MemoryLog;
+
+    /// Replica 1 of these, with a log that begins after entry 7, and nothing else.
+    fn found(members: &[(u64, MemberRole)]) -> Result<Found, String> {
+        let replica = ReplicaId(1);
+        let member = |&(id, role)| Member { replica: ReplicaId(id), node: NodeId(id), role };
+        let record = ReplicaRecord {
+            replica,
+            shard: ShardId(1),
+            database: DatabaseId(1),
+            machine: MachineKind::Kv,
+            phase: ReplicaPhase::Active,
+            range: RingRange::ALL,
+            epoch: Epoch { range: 1, conf: 1 },
+            members: members.iter().map(member).collect(),
+            generation: 1,
+        };
+        let log = MemoryLog::new();
+        log.create(std::slice::from_ref(&record)).unwrap();
+        let entries = (6..=8).map(|index| Entry { index, term: 6, ..Entry::default() }).collect();
+        log.write(&[LogWrite { replica, entries, hard_state: None }]).unwrap();
+        log.compact(replica, Position { index: 7, term: 6 }).unwrap();
+        let engine: Arc<dyn Engine> = Arc::new(MemoryEngine::new());
+        find(&log, &engine, &record)
+    }
+
+    #[test]
+    fn a_replica_without_its_state_runs_if_another_may_lead() {
+        use MemberRole::{Learner, Voter};
+        let found_lost = found(&[(1, Voter), (2, Voter)]).unwrap();
+        assert_eq!(found_lost.state.header().applied, found_lost.log.truncated);
+        assert!(found_lost.lost.is_some());
+        for alone in [&[(1, Voter)][..], &[(1, Voter), (2, Learner)]] {
+            let why = found(alone).err().expect("nobody can give it a state");
+            assert!(why.contains("only copy is lost") && why.contains("from a backup"), "{why}");
+        }
+    }
+}

@@ -530,6 +530,28 @@ mod tests {
     }
 
     #[test]
+    fn a_replica_without_its_state_runs_and_is_told_of_until_it_has_another() {
+        let mut replicas = Replicas::default();
+        replicas.created(&replicas.orders(&map(false), NodeId(2)).create);
+        let start = |replicas: &mut Replicas, incarnation, lost: Option<&str>| {
+            replicas.get_mut(ReplicaId(9)).unwrap().incarnation = incarnation;
+            replicas.started(ReplicaId(9), incarnation, Ok(lost.map(str::to_owned)))
+        };
+        let told = "1 of 1 replicas can't serve; that of shard 4 is refetching: gone";
+        assert_eq!(start(&mut replicas, 1, Some("gone")), Started::WithoutState);
+        let health = replicas.get_mut(ReplicaId(9)).unwrap().health.clone();
+        assert_eq!(health, ReplicaHealth::Refetching("gone".into()));
+        assert_eq!(replicas.closed().as_deref(), Some(told));
+        assert_eq!(replicas.judge(&offer()), Ok(1), "it takes snapshots");
+        assert_eq!(replicas.begin_install(ReplicaId(9)), Ok((ShardId(4), 1)));
+        assert_eq!(replicas.closed().as_deref(), Some(told), "not yet");
+        assert!(replicas.end_install(ReplicaId(9), None).is_some());
+        assert_eq!(replicas.closed().as_deref(), Some(told), "nor when it is opened");
+        assert_eq!(start(&mut replicas, 2, None), Started::Serving { failures: 0 });
+        assert_eq!(replicas.closed(), None);
+    }
+
+    #[test]
     fn crashes_back_off_then_quarantine_and_old_news_is_ignored() {
         let mut replicas = Replicas::default();
         replicas.created(&replicas.orders(&map(false), NodeId(2)).create);

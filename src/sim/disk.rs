@@ -8,7 +8,7 @@
 //! flush:  freeze ─► (redo file durable) "logged" ─► engine.write … engine.write ─► engine.sync ─► "absorbed"
 //! ```
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::ops::Bound;
 use std::sync::Arc;
 
@@ -89,6 +89,8 @@ pub struct Disk {
     flushing: Option<(FlushJob, Stage)>,
     /// An older copy of the engine, made while there were no redo files.
     copy: Option<Vec<Mutation>>,
+    /// Replicas whose state a fault has taken, and that have no other yet.
+    robbed: BTreeSet<ReplicaId>,
 }
 
 impl Disk {
@@ -106,6 +108,7 @@ impl Disk {
             flushes: VecDeque::new(),
             flushing: None,
             copy: None,
+            robbed: BTreeSet::new(),
         }
     }
 
@@ -270,6 +273,7 @@ impl Disk {
         }
         self.log.install(replica, install)?;
         self.faulty.replace_state(replica);
+        self.robbed.remove(&replica);
         Ok(())
     }
 
@@ -291,6 +295,16 @@ impl Disk {
     /// Whether lost states are taken for whole ones, which is a planted bug.
     pub fn serves_lost_states(&self) -> bool {
         self.planted.is(Planted::LostStateServed)
+    }
+
+    /// Whether a fault is the reason if a replica starts without its state.
+    pub fn may_lack_state(&self, replica: ReplicaId) -> bool {
+        self.robbed.contains(&replica) || self.faulty.is_rotten(replica)
+    }
+
+    /// A replica has started with its state.
+    pub fn has_state(&mut self, replica: ReplicaId) {
+        self.robbed.remove(&replica);
     }
 
     /// Whether a replica would have to start without its state.
@@ -323,6 +337,7 @@ impl Disk {
     pub fn lose_state(&mut self, older: bool) -> Result<bool, StorageError> {
         self.redo.clear();
         self.engine = Arc::new(MemoryEngine::new());
+        self.robbed.extend(self.log.catalogue()?.iter().map(|record| record.replica));
         if self.planted.is(Planted::LogResetWithState) {
             let records = self.log.catalogue()?;
             self.log = Arc::new(MemoryLog::new());

@@ -64,6 +64,9 @@ impl World {
         };
         let flushed = group.state().header().applied;
         let state_lost = group.state_lost();
+        if !state_lost {
+            node.disk.has_state(replica_id);
+        }
         if let Some(truth) = self.truths.get(&shard).filter(|_| !state_lost) {
             truth.compare(shard, replica_id, flushed.index, group.state(), group.state().session_table())?;
         }
@@ -200,6 +203,9 @@ fn open_group(
     let engine: Arc<dyn Engine> = disk.read_engine();
     let (state, state_lost) = match OpenedState::open(&engine, record, &log).map_err(text)? {
         OpenedState::Whole(state) => (state, false),
+        OpenedState::Lost { why, .. } if !disk.may_lack_state(record.replica) => {
+            return Err(format!("its state is lost, which nothing has damaged: {why}"));
+        }
         OpenedState::Lost { state, .. } => (state, !disk.serves_lost_states()),
     };
     let options = GroupOptions {

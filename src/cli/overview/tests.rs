@@ -179,3 +179,23 @@ fn a_node_that_runs_in_place_of_another_is_not_taken_for_it() {
     assert_eq!((lost.node, lost.state), (NodeId(3), "unreachable"));
     assert_eq!(lost.message.as_deref(), Some("node 4 runs in place of its node"));
 }
+
+#[test]
+fn a_shard_whose_state_is_lost_everywhere_is_told_as_such() {
+    let lost = |node| {
+        let mut report = report(node, StateRole::Follower, 7, 20, 20);
+        report.replicas[0].health = ReplicaHealth::Refetching("gone".into());
+        report
+    };
+    let seen = Overview::new(&map(), &reports([Ok(lost(1)), Ok(lost(2)), Ok(lost(3))]), None);
+    let shard = &seen.databases[0].shards[0];
+    assert_eq!((shard.state(), shard.replicas[0].state), ("unavailable", "refetching"));
+    assert_eq!((shard.replicas[0].applied, shard.replicas[0].lag), (None, None));
+    let text = seen.text();
+    assert!(text.contains("1 shards have lost their state at every replica"), "{text}");
+
+    let leader = report(3, StateRole::Leader, 7, 20, 20);
+    let seen = Overview::new(&map(), &reports([Ok(lost(1)), Ok(lost(2)), Ok(leader)]), None);
+    assert_eq!(seen.databases[0].shards[0].state(), "degraded");
+    assert!(!seen.text().contains("lost their state"), "one of them gives it to the others");
+}

@@ -254,6 +254,7 @@ impl Supervisor {
             metrics::counter!(names::STATES_REFETCHED).increment(1);
             tracing::info!(%replica, index = install.position.index, "the replica has a state again, in place of the lost one");
         }
+        let state_lost = install.state_lost;
         let installed = written.is_ok().then_some(install);
         let Some(record) = self.replicas.end_install(replica, installed) else {
             // Its shard was dropped meanwhile, and its state removed, maybe not all that was loaded.
@@ -264,6 +265,11 @@ impl Supervisor {
         self.open(vec![record], HashSet::new(), ctx);
         match written {
             Ok(()) => Ok(()),
+            // It isn't that it has caught up: its log and the snapshot contradict each other.
+            Err(error) if state_lost => {
+                tracing::warn!(%replica, %error, "not switching to a snapshot, though the replica's state is lost");
+                Err(SnapshotAnswer::Refused(error.to_string()))
+            }
             Err(error) => {
                 tracing::info!(%replica, %error, "not switching to a snapshot");
                 Err(SnapshotAnswer::NotNeeded)
