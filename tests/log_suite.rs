@@ -1,6 +1,8 @@
 //! The contract of the raft log, held by every implementation: one suite, run on disk and in
-//! memory. Then what only the disk can do: lose power, be full, tear a write, fail a sync.
+//! memory. Then what only the disk can do: lose power, be full, tear a write, fail a sync, rot.
 
+#[path = "log_suite/damage.rs"]
+mod damage;
 #[path = "log_suite/full.rs"]
 mod full;
 #[path = "support/lossy_fs.rs"]

@@ -546,8 +546,7 @@ fn refused(dir: &Path, detail: String) -> StorageError {
         what: format!("the raft log in {}", dir.display()),
         detail: format!(
             "{detail}; entries and votes that this node promised to keep may be gone, so it can't go on as the \
-             member it was: look after the disk, then start it with `serve --rejoin`, which sets its directory \
-             aside and has it join as a new node"
+             member it was: see `serve --rejoin`"
         ),
     }
 }
