@@ -17,8 +17,9 @@
 
 use crate::ids::ReplicaId;
 
-/// Version of this layout; a greater one in a store is refused.
-pub const FORMAT_VERSION: u32 = 1;
+/// Version of this layout; a greater one in a store is refused. A store of version 1 had no sums beside
+/// it (`sled_sums`).
+pub const FORMAT_VERSION: u32 = 2;
 
 /// Kind of the record that says where a replica's state stands.
 pub const KIND_HEADER: u8 = 0;

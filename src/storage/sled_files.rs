@@ -45,6 +45,9 @@ impl SledFiles {
         let blobs = dir.join("blobs");
         fs::create_dir_all(&blobs).map_err(io_error("creating", &blobs))?;
         remove_unfinished_snapshots(dir)?;
+        for item in fs::read_dir(dir).map_err(io_error("listing", dir))? {
+            remove_if_damaged(&item.map_err(io_error("listing", dir))?.path())?;
+        }
         let path = dir.join("db");
         let db = OpenOptions::new()
             .read(true)
@@ -176,6 +179,28 @@ fn remove_unfinished_snapshots(dir: &Path) -> Result<(), StorageError> {
         if name.starts_with("snap.") && name.ends_with(".generating") {
             fs::remove_file(item.path()).map_err(io_error("removing", &item.path()))?;
         }
+    }
+    Ok(())
+}
+
+/// Removes a file that sled makes anew if it is missing, from what is in `db` or in this program: a
+/// snapshot of where its pages are, or its settings. Damaged, it would keep sled from opening.
+fn remove_if_damaged(path: &Path) -> Result<(), StorageError> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    // Bytes between what is summed and the sum.
+    let between = match &*name {
+        "conf" => 0,
+        name if name.starts_with("snap.") => 8,
+        _ => return Ok(()),
+    };
+    let bytes = fs::read(path).map_err(io_error("reading", path))?;
+    let whole = bytes.split_last_chunk::<4>().is_some_and(|(rest, sum)| {
+        let summed = rest.len().checked_sub(between).filter(|len| *len > 0).map(|len| &rest[..len]);
+        summed.is_some_and(|summed| crc32fast::hash(summed) == u32::from_le_bytes(*sum))
+    });
+    if !whole {
+        tracing::warn!(file = %path.display(), "damaged; removed, to be made anew from the store");
+        atomic_file::remove(path)?;
     }
     Ok(())
 }
