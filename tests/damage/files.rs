@@ -22,6 +22,7 @@ pub enum Class {
     StateDb,
     StateConf,
     StateSnap,
+    StateSums,
     State,
     RedoFile,
     Redo,
@@ -29,7 +30,7 @@ pub enum Class {
 }
 
 impl Class {
-    pub const ALL: [Class; 16] = [
+    pub const ALL: [Class; 17] = [
         Class::Identity,
         Class::Lock,
         Class::Map,
@@ -42,6 +43,7 @@ impl Class {
         Class::StateDb,
         Class::StateConf,
         Class::StateSnap,
+        Class::StateSums,
         Class::State,
         Class::RedoFile,
         Class::Redo,
@@ -71,6 +73,7 @@ impl Class {
             Class::StateDb => dir.join("state/db"),
             Class::StateConf => dir.join("state/conf"),
             Class::StateSnap => nth("state", |name| name.starts_with("snap."), last)?,
+            Class::StateSums => dir.join("state.sums"),
             Class::State => dir.join("state"),
             Class::RedoFile => nth("redo", |name| name.ends_with(".redo"), last)?,
             Class::Redo => dir.join("redo"),
@@ -99,6 +102,7 @@ impl fmt::Display for Class {
             Class::StateDb => "`state/db`",
             Class::StateConf => "`state/conf`",
             Class::StateSnap => "`state/snap.*`",
+            Class::StateSums => "`state.sums`",
             Class::State => "`state/`, all of it",
             Class::RedoFile => "`redo/*.redo`",
             Class::Redo => "`redo/`, all of it",
@@ -113,6 +117,8 @@ pub enum Damage {
     FlipStart,
     FlipMiddle,
     FlipEnd,
+    /// One bit in each so many bytes.
+    FlipMany,
     Half,
     Empty,
     Delete,
@@ -120,10 +126,11 @@ pub enum Damage {
 }
 
 impl Damage {
-    pub const ALL: [Damage; 7] = [
+    pub const ALL: [Damage; 8] = [
         Damage::FlipStart,
         Damage::FlipMiddle,
         Damage::FlipEnd,
+        Damage::FlipMany,
         Damage::Half,
         Damage::Empty,
         Damage::Delete,
@@ -158,20 +165,11 @@ impl Damage {
         match self {
             Damage::Half => file.set_len(len / 2).expect("cutting"),
             Damage::Empty => file.set_len(0).expect("cutting"),
-            _ => {
-                let at = match self {
-                    Damage::FlipStart => 0,
-                    // Past what a head of a file of ours or of others may have.
-                    Damage::FlipMiddle => len / 2,
-                    _ => last_used(&path),
-                };
-                let mut byte = [0];
-                file.seek(SeekFrom::Start(at)).expect("seeking");
-                file.read_exact(&mut byte).expect("reading");
-                byte[0] ^= 0x10;
-                file.seek(SeekFrom::Start(at)).expect("seeking");
-                file.write_all(&byte).expect("writing");
-            }
+            Damage::FlipStart => flip(&mut file, 0),
+            Damage::FlipMiddle => flip(&mut file, len / 2),
+            Damage::FlipEnd => flip(&mut file, last_used(&path)),
+            Damage::FlipMany => (0..len).skip(7).step_by(FLIP_EVERY).for_each(|at| flip(&mut file, at)),
+            Damage::Delete | Damage::Older => unreachable!("done above"),
         }
         true
     }
@@ -183,12 +181,25 @@ impl fmt::Display for Damage {
             Damage::FlipStart => "a bit flipped at its start",
             Damage::FlipMiddle => "a bit flipped in its middle",
             Damage::FlipEnd => "a bit flipped at its end",
+            Damage::FlipMany => "many bits flipped",
             Damage::Half => "cut to half",
             Damage::Empty => "cut to nothing",
             Damage::Delete => "deleted",
             Damage::Older => "replaced by an older copy",
         })
     }
+}
+
+/// Distance of flipped bits.
+const FLIP_EVERY: usize = 4099;
+
+fn flip(file: &mut fs::File, at: u64) {
+    let mut byte = [0];
+    file.seek(SeekFrom::Start(at)).expect("seeking");
+    file.read_exact(&mut byte).expect("reading");
+    byte[0] ^= 0x10;
+    file.seek(SeekFrom::Start(at)).expect("seeking");
+    file.write_all(&byte).expect("writing");
 }
 
 /// Where the last byte is that isn't zero.

@@ -21,7 +21,8 @@ pub const NODE: usize = 2;
 
 const COUNTER: &str = "counter";
 const LARGE_BYTES: usize = 60_000;
-const LARGE_KEYS: u64 = 40;
+/// More than half of what the memtables may hold: a round over them has them flushed.
+const LARGE_KEYS: u64 = 160;
 
 /// How long a node may take to be whole again.
 const WHOLE: Duration = Duration::from_secs(30);
@@ -31,7 +32,9 @@ const WHOLE: Duration = Duration::from_secs(30);
 pub enum Stop {
     Clean,
     Kill,
-    /// While it wrote its memtables to the state store.
+    /// Killed, after it has written its memtables to the state store since the last time.
+    Flushed,
+    /// Killed while it did so.
     InFlush,
 }
 
@@ -164,6 +167,11 @@ impl Patient {
     pub async fn stop(&mut self, stop: Stop) {
         match stop {
             Stop::Kill => self.cluster.kill(NODE),
+            Stop::Flushed => {
+                self.fill(10 << 20).await;
+                tokio::time::sleep(Duration::from_millis(500)).await;
+                self.cluster.kill(NODE);
+            }
             Stop::Clean => {
                 self.cluster.signal(NODE, Signal::TERM);
                 assert_eq!(self.cluster.wait_exit(NODE, Duration::from_secs(10)).code(), Some(0));
