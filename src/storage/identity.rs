@@ -4,6 +4,7 @@
 //! DIR/IDENTITY   who this is: store id, cluster id, node id (replaced atomically)
 //! DIR/LOCK       held by the process that uses the directory; its text is the process id
 //! DIR/log/       raft log        DIR/state/  state engine        DIR/redo/  redo files
+//! DIR/log.mark   how far the raft log reaches
 //! DIR/map        the last cluster map, a cache
 //! DIR/aside-N/   what was there before the node began anew ([`DataDir::begin_anew`]), never read again
 //! ```

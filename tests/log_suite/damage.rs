@@ -156,7 +156,30 @@ fn an_old_copy_of_the_whole_log_is_noticed() {
     let dir = lay_out(&copy);
     let reason = refused(open(dir.path()));
     assert!(reason.contains("is missing") || reason.contains("were written"), "{reason}");
-    assert_eq!(image(dir.path()), copy);
+    for name in [files(&copy, "raftlog"), files(&copy, "rewrite"), vec![MARK.into()]].concat() {
+        assert!(fs::read(dir.path().join(&name)).unwrap() == copy[&name], "{name:?} is as it was found");
+    }
+}
+
+/// Whether or not its files happen to be such as the mark asks for.
+#[test]
+fn another_nodes_log_is_told_from_a_damaged_one() {
+    let (_, last) = with_older();
+    let other = pontoon::ids::RandomId([9; 16]);
+    for writes in [0, 100] {
+        let dir = tempfile::tempdir().unwrap();
+        let log = DiskLog::open(&dir.path().join("log"), SMALL, other).unwrap();
+        log.create(&[record(1)]).unwrap();
+        for index in 6..6 + writes {
+            log.write(&[LogWrite { entries: vec![entry(index, 6, 900)], ..write(1, 6..=6, 6) }]).unwrap();
+        }
+        drop(log);
+        let mut mixed = last.clone();
+        mixed.insert(MARK.into(), image(dir.path())[Path::new(MARK)].clone());
+        let dir = lay_out(&mixed);
+        let found = DiskLog::open(&dir.path().join("log"), SMALL, other).map(|_| ());
+        assert!(matches!(found, Err(StorageError::Identity(_))), "{writes}: {found:?}");
+    }
 }
 
 /// Nothing is lost with the mark, and the log knows by itself which files there must be.

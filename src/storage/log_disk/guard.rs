@@ -30,7 +30,7 @@ use raft_engine::internals::LogQueue;
 use raft_engine::{Config, Engine, Error, LogBatch, ReadableSize, RecoveryMode};
 
 use super::mark::{self, Found, Reach};
-use super::record::{self, CATALOGUE_GROUP, REACH_KEY};
+use super::record::{self, CATALOGUE_GROUP, IDENTITY_KEY, REACH_KEY};
 use super::watch::{Listener, Watch, WatchedFiles};
 use super::{DiskLogOptions, check};
 use crate::ids::StoreId;
@@ -109,37 +109,29 @@ impl<F: FileSystem + 'static> EngineGuard<F> {
         };
         let checked = {
             let _lock = lock(dir)?;
-            check::check(dir, &floor, &*file_system)?
+            check::check(dir, &floor, &*file_system)
         };
-        let watch = Watch::new(file_system, dir, floor);
-        let (files, listener) = (Arc::new(WatchedFiles(watch.clone())), Arc::new(Listener(watch.clone())));
-        let opened = catch_unwind(AssertUnwindSafe(|| Engine::open_with(config, files, vec![listener])));
-        // A hole is what makes the engine stumble over the rest.
-        let damaged = |detail| super::refused(dir, checked.missing.clone().unwrap_or(detail));
-        let engine = match opened {
-            Ok(Ok(engine)) => engine,
-            Ok(Err(Error::Corruption(detail))) => return Err(damaged(detail)),
-            Ok(Err(Error::Codec(e))) => return Err(damaged(e.to_string())),
-            Ok(Err(Error::Io(source))) => {
-                return Err(match watch.refused_cut() {
-                    Some(detail) => damaged(detail),
-                    None => StorageError::Io {
-                        action: "opening the raft log in",
-                        path: dir.to_path_buf(),
-                        source,
-                    },
+        let checked = match checked {
+            Ok(checked) => checked,
+            Err(error) => {
+                // Another node's log is damaged in no other way than that.
+                return Err(match foreign(dir, &config, store_id, file_system) {
+                    Some(foreign) => foreign.into(),
+                    None => error,
                 });
             }
-            // The engine has no error of its own for a lock that is held.
-            Ok(Err(e)) if e.to_string().contains("lock file") => return Err(in_use(dir)),
-            Ok(Err(e)) => {
-                return Err(StorageError::Engine { engine: ENGINE, reason: e.to_string() });
-            }
-            Err(panic) => return Err(damaged(panic_text(panic.as_ref()))),
         };
+        let watch = Watch::new(file_system, dir, floor);
+        let engine = engine(dir, config, &watch).map_err(|error| match (error, &checked.missing) {
+            // A hole is what makes the engine stumble over the rest.
+            (StorageError::Damaged { .. }, Some(detail)) => super::refused(dir, detail.clone()),
+            (error, _) => error,
+        })?;
+        owner(dir, &engine, store_id)?;
+        let damaged = |detail| super::refused(dir, detail);
         let record = engine.get(CATALOGUE_GROUP, REACH_KEY);
         let record = record.map(|value| record::decode_reach(&value)).transpose().map_err(damaged)?;
-        missing(&checked.files, &floor, record.as_ref()).map_err(|detail| super::refused(dir, detail))?;
+        missing(&checked.files, &floor, record.as_ref()).map_err(damaged)?;
         let guard = EngineGuard {
             engine: Arc::new(engine),
             watch,
@@ -300,6 +292,66 @@ impl<F: FileSystem + 'static> EngineGuard<F> {
                 })?;
             Ok(thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
         })
+    }
+}
+
+/// Opens the engine on files that are watched.
+fn engine<F: FileSystem + 'static>(
+    dir: &Path,
+    config: Config,
+    watch: &Arc<Watch<F>>,
+) -> Result<WatchedEngine<F>, StorageError> {
+    let (files, listener) = (Arc::new(WatchedFiles(watch.clone())), Arc::new(Listener(watch.clone())));
+    let opened = catch_unwind(AssertUnwindSafe(|| Engine::open_with(config, files, vec![listener])));
+    let damaged = |detail| super::refused(dir, detail);
+    Err(match opened {
+        Ok(Ok(engine)) => return Ok(engine),
+        Ok(Err(Error::Corruption(detail))) => damaged(detail),
+        Ok(Err(Error::Codec(e))) => damaged(e.to_string()),
+        Ok(Err(Error::Io(source))) => match watch.refused_cut() {
+            Some(detail) => damaged(detail),
+            None => StorageError::Io { action: "opening the raft log in", path: dir.to_path_buf(), source },
+        },
+        // The engine has no error of its own for a lock that is held.
+        Ok(Err(e)) if e.to_string().contains("lock file") => in_use(dir),
+        Ok(Err(e)) => StorageError::Engine { engine: ENGINE, reason: e.to_string() },
+        Err(panic) => damaged(panic_text(panic.as_ref())),
+    })
+}
+
+/// Whether the log carries a store id: the caller's, or this is the error.
+pub fn owner<F: FileSystem>(
+    dir: &Path,
+    engine: &WatchedEngine<F>,
+    store_id: StoreId,
+) -> Result<bool, StorageError> {
+    let Some(value) = engine.get(CATALOGUE_GROUP, IDENTITY_KEY) else {
+        return Ok(false);
+    };
+    let found = record::decode_identity(&value).map_err(|e| super::refused(dir, e))?;
+    if found != store_id {
+        let (path, found) = (dir.display().to_string(), found.to_string());
+        return Err(IdentityError::ForeignStore { path, found, expected: store_id }.into());
+    }
+    Ok(true)
+}
+
+/// Whether a log that doesn't fit its mark is another node's. Looked at without a cut into its files, and
+/// only if the engine would make none.
+fn foreign<F: FileSystem + 'static>(
+    dir: &Path,
+    config: &Config,
+    store_id: StoreId,
+    file_system: Arc<F>,
+) -> Option<IdentityError> {
+    let files = check::list(dir).ok()?;
+    if files.iter().any(|queue| queue.is_empty()) {
+        return None;
+    }
+    let engine = engine(dir, config.clone(), &Watch::new(file_system, dir, Reach::MAX)).ok()?;
+    match owner(dir, &engine, store_id) {
+        Err(StorageError::Identity(foreign)) => Some(foreign),
+        _ => None,
     }
 }
 

@@ -69,6 +69,12 @@ pub struct Reach {
 }
 
 impl Reach {
+    /// So far that nothing may be cut off.
+    pub const MAX: Reach = {
+        let span = Span { first: 0, last: u64::MAX, closed_bytes: 0, end: u64::MAX };
+        Reach { writes: 0, spans: [span; 2] }
+    };
+
     /// As bytes.
     pub fn encode(&self) -> [u8; REACH_BYTES] {
         let [a, r] = self.spans;

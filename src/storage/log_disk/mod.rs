@@ -20,9 +20,9 @@
 //! can't read in its last file for one, passes over files before a hole, and doesn't miss files at either
 //! end: acknowledged entries and votes would go with them. Here they don't:
 //!
-//! - The [`mark`] beside the log tells up to which byte of which file it was acknowledged, which files there must be
+//! - The mark beside the log tells up to which byte of which file it was acknowledged, which files there must be
 //!   and how long they are together. It is never ahead of the log, and behind it only after a power cut.
-//! - Before the engine opens the files, all of them are read whole ([`check`]): what was acknowledged and
+//! - Before the engine opens the files, all of them are read whole: what was acknowledged and
 //!   fails its checksum, is cut off, missing, or of an older copy, is found before anything is changed.
 //! - A log that isn't whole is [`StorageError::Damaged`]: the node doesn't start under this identity, since it can't
 //!   know which votes and entries it has promised to keep. A mark that is missing or damaged is made anew, with a warning:
@@ -529,15 +529,9 @@ impl<F: FileSystem + 'static> LogStore for DiskLog<F> {
     }
 }
 
-/// Whether a directory holds any file of a log.
+/// Whether a directory holds any file of a log that has content.
 fn has_files(dir: &Path) -> Result<bool, StorageError> {
-    let failed = |source| StorageError::Io { action: "listing", path: dir.to_owned(), source };
-    for entry in std::fs::read_dir(dir).map_err(failed)? {
-        if Path::new(&entry.map_err(failed)?.file_name()).extension().is_some_and(|e| e == "raftlog") {
-            return Ok(true);
-        }
-    }
-    Ok(false)
+    Ok(check::list(dir)?.iter().flat_map(|queue| queue.values()).any(|bytes| *bytes > 0))
 }
 
 /// The error of a node whose log is damaged, with the way out.

@@ -6,7 +6,7 @@
 //! | [`CATALOGUE_GROUP`] | `i` | format version (1 byte), store id (16 bytes) |
 //! | [`CATALOGUE_GROUP`] | `r` + replica id (8 bytes, big-endian) | version (1 byte), `ReplicaRecord` of store.capnp |
 //! | [`CATALOGUE_GROUP`] | `d` + replica id (8 bytes, big-endian) | version (1 byte): the state of this tombstone is gone |
-//! | [`CATALOGUE_GROUP`] | `n` | version (1 byte), how far the log reached before this write, and its number ([`Reach`]); part of each synced write |
+//! | [`CATALOGUE_GROUP`] | `n` | version (1 byte), how far the log reached before this write, and its number (`Reach`); part of each synced write |
 //! | replica id | `h` | hard state as raft's protobuf message |
 //! | replica id | `t` | version (1 byte), index and term of the last entry compacted away (8 bytes each, little-endian) |
 
@@ -34,7 +34,7 @@ pub const REPLICA_END: &[u8] = b"s";
 pub const DESTROYED_PREFIX: &[u8] = b"d";
 /// The first key after all of those.
 pub const DESTROYED_END: &[u8] = b"e";
-/// Key of the [`Reach`] before the last synced write.
+/// Key of how far the log reached before the last synced write.
 pub const REACH_KEY: &[u8] = b"n";
 /// Key of a replica's hard state.
 pub const HARD_STATE_KEY: &[u8] = b"h";

@@ -4,34 +4,22 @@ use raft::eraftpb::HardState;
 use raft_engine::env::FileSystem;
 use raft_engine::{Command, LogBatch};
 
-use super::guard::Unread;
+use super::guard::{Unread, owner};
 use super::record::{self, CATALOGUE_GROUP, HARD_STATE_KEY, IDENTITY_KEY, TRUNCATED_KEY};
 use super::{DiskLog, RaftEntries, Replicas, damaged_log};
 use crate::ids::{Index, ReplicaId, StoreId, Term};
 use crate::storage::StorageError;
-use crate::storage::identity::IdentityError;
 use crate::storage::log::{Extent, LogState, ReplicaPhase, term_starts};
 
 impl<F: FileSystem + 'static> DiskLog<F> {
-    /// Compares the store id with the caller's. False: there is none, the log is empty, and may be.
+    /// Whether there is a log. False: it is empty, and may be.
     pub(super) fn check_identity(&self, store_id: StoreId, may_create: bool) -> Result<bool, StorageError> {
         let engine = self.engine.get();
-        match engine.get(CATALOGUE_GROUP, IDENTITY_KEY) {
-            Some(value) => {
-                let found = record::decode_identity(&value).map_err(|e| self.damaged(e))?;
-                if found != store_id {
-                    return Err(IdentityError::ForeignStore {
-                        path: self.dir.display().to_string(),
-                        found: found.to_string(),
-                        expected: store_id,
-                    }
-                    .into());
-                }
-                Ok(true)
-            }
-            None if engine.is_empty() && !may_create => Err(super::lost(&self.dir)),
-            None if engine.is_empty() => Ok(false),
-            None => Err(self.damaged("it has entries but no identity".into())),
+        match (owner(&self.dir, engine, store_id)?, engine.is_empty()) {
+            (true, _) => Ok(true),
+            (false, true) if may_create => Ok(false),
+            (false, true) => Err(super::lost(&self.dir)),
+            (false, false) => Err(self.damaged("it has entries but no identity".into())),
         }
     }
 
