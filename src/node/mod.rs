@@ -37,6 +37,7 @@ pub mod service;
 pub mod shared;
 pub mod snapshots;
 pub mod start;
+mod state_store;
 pub mod supervisor;
 pub mod ticker;
 pub mod ticket;

@@ -25,7 +25,7 @@ use super::shared::{MemoryGauge, Shared};
 use super::snapshots::Snapshots;
 use super::snapshots::{outgoing, worker};
 use super::supervisor::{EndReplica, HandOver, OpenAll, Site, StopAll, Supervisor};
-use super::{Listeners, NodeError, map_cache, panics};
+use super::{Listeners, NodeError, map_cache, panics, state_store};
 use crate::group::catch_up::Retention;
 use crate::ids::{ClusterId, NodeId, ReplicaId};
 use crate::limits;
@@ -67,7 +67,7 @@ struct Running {
 /// The stores of a node, opened and checked, before it is known which cluster it belongs to.
 struct Stores {
     log: Arc<DiskLog>,
-    engine: Arc<dyn Engine>,
+    engine: Arc<SledEngine>,
     flusher: Flusher,
     snapshots: SnapshotDir,
 }
@@ -177,8 +177,7 @@ async fn open_stores(settings: &Settings, handle: NodeHandle) -> Result<(DataDir
             None => DiskLog::open(&path, options, store_id)?,
         };
         let options = SledOptions { cache_bytes: storage.cache_bytes, ..SledOptions::default() };
-        let engine: Arc<dyn Engine> = Arc::new(SledEngine::open(&data_dir.state_path(), options, store_id)?);
-        let flusher = Flusher::open(data_dir.redo_path(), engine.clone())?;
+        let (engine, flusher) = state_store::open(&data_dir, options, &log)?;
         let snapshots = SnapshotDir::open(&data_dir.snapshots_path(), limits::SNAPSHOT_FILES_BYTES_MAX)?;
         Ok((data_dir, Stores { log: Arc::new(log), engine, flusher, snapshots }))
     };
@@ -268,6 +267,11 @@ struct Assembly {
 
 impl Assembly {
     async fn run(self, stores: Stores) -> Result<(), NodeError> {
+        let fatal = self.fatal.clone();
+        stores.engine.on_damage(Box::new(move |damage| {
+            fatal
+                .raise(format!("{damage}; start the node again: it sets this state aside, and gets another"));
+        }));
         let (cluster, node) = self.applicant.become_member().await?;
         tracing::info!(%cluster, %node, "member");
         let map = self.map_to_start_from(cluster, node, stores.log.clone(), stores.engine.clone()).await?;
