@@ -38,6 +38,7 @@ pub mod service;
 pub mod shared;
 pub mod snapshots;
 pub mod start;
+mod state_store;
 mod stores;
 pub mod supervisor;
 pub mod ticker;

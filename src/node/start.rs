@@ -232,6 +232,11 @@ struct Assembly {
 
 impl Assembly {
     async fn run(self, stores: Stores) -> Result<(), NodeError> {
+        let fatal = self.fatal.clone();
+        stores.engine.on_damage(Box::new(move |damage| {
+            fatal
+                .raise(format!("{damage}; start the node again: it sets this state aside, and gets another"));
+        }));
         let (cluster, node) = self.applicant.become_member().await?;
         tracing::info!(%cluster, %node, "member");
         let map = self.map_to_start_from(cluster, node, stores.log.clone(), stores.engine.clone()).await?;

@@ -5,11 +5,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::handle::NodeHandle;
-use super::{NodeError, disk, map_cache};
+use super::{NodeError, disk, map_cache, state_store};
 use crate::limits;
 use crate::settings::{Settings, StorageSettings};
 use crate::storage::StorageError;
-use crate::storage::engine::Engine;
 use crate::storage::engine_sled::{SledEngine, SledOptions};
 use crate::storage::flush::Flusher;
 use crate::storage::identity::DataDir;
@@ -19,7 +18,7 @@ use crate::storage::snapshot_dir::SnapshotDir;
 /// The stores of a node, opened and checked.
 pub(super) struct Stores {
     pub(super) log: Arc<DiskLog>,
-    pub(super) engine: Arc<dyn Engine>,
+    pub(super) engine: Arc<SledEngine>,
     pub(super) flusher: Flusher,
     pub(super) snapshots: SnapshotDir,
 }
@@ -66,8 +65,7 @@ fn open_stores(data_dir: DataDir, storage: &StorageSettings) -> Result<(DataDir,
         None => DiskLog::open(&path, options, store_id)?,
     };
     let options = SledOptions { cache_bytes: storage.cache_bytes, ..SledOptions::default() };
-    let engine: Arc<dyn Engine> = Arc::new(SledEngine::open(&data_dir.state_path(), options, store_id)?);
-    let flusher = Flusher::open(data_dir.redo_path(), engine.clone())?;
+    let (engine, flusher) = state_store::open(&data_dir, options, &log)?;
     let snapshots = SnapshotDir::open(&data_dir.snapshots_path(), limits::SNAPSHOT_FILES_BYTES_MAX)?;
     Ok((data_dir, Stores { log: Arc::new(log), engine, flusher, snapshots }))
 }

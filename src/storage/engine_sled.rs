@@ -36,7 +36,7 @@ use super::atomic_file::io_error;
 use super::engine::{Engine, Mutation};
 use super::identity::IdentityError;
 use super::log_disk::panic_text;
-use super::sled_files::SledFiles;
+use super::sled_files::{SledFiles, check_owner};
 pub use super::sled_record::{CHUNK_BYTES, INLINE_BYTES_MAX};
 use super::sled_record::{ChunkRef, Record, chunk_id, chunk_key, is_great};
 use super::sled_sums::SledSums;
@@ -102,6 +102,7 @@ impl SledEngine {
             return Err(damaged(path, &why));
         }
         fs::create_dir_all(path).map_err(io_error("creating", path))?;
+        check_owner(path, store_id)?;
         let files = SledFiles::prepare(path, options.synchronous)?;
         if !files.synchronous() {
             tracing::warn!(
@@ -146,6 +147,7 @@ impl SledEngine {
             }
         }
         engine.sync()?;
+        engine.writer().files.note_owner(store_id)?;
         engine.writer().files.sync_names()?;
         Ok(engine)
     }
@@ -235,6 +237,12 @@ impl SledEngine {
             self.run(|| self.intents.remove(at.id.to_be_bytes()))?;
         }
         Ok(())
+    }
+
+    /// Makes a record one that can't be read, as damage would that sled doesn't see.
+    #[cfg(test)]
+    pub(crate) fn spoil(&self, key: &[u8]) {
+        self.db.insert(key, &[9]).expect("written");
     }
 
     fn write_chunks(&self, writer: &mut Writer, key: &[u8], value: &Bytes) -> Result<ChunkRef, StorageError> {
