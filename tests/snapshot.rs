@@ -15,8 +15,11 @@ use std::time::{Duration, Instant};
 use cluster::{Cluster, Options, free_ports, http_get, metric};
 use pontoon::client::{Client, Database};
 use pontoon::codec::hello::Lane;
-use pontoon::ids::{NodeId, ShardId};
+use pontoon::ids::{GROUP_START, METADATA_SHARD, NodeId, ShardId};
 use pontoon::node::handle::{NodeReport, ReplicaHealth};
+use pontoon::storage::identity::DataDir;
+use pontoon::storage::log::LogStore;
+use pontoon::storage::log_disk::{DiskLog, DiskLogOptions};
 use proxy::Network;
 
 const LONG: Duration = Duration::from_secs(60);
@@ -141,6 +144,21 @@ impl Setting {
         victim
     }
 
+    /// Kills nodes at a moment at which none of them could make its state from its log alone.
+    async fn kill_compacted(&mut self, nodes: &[usize]) {
+        let begun = Instant::now();
+        loop {
+            nodes.iter().for_each(|node| self.cluster.kill(*node));
+            if nodes.iter().all(|node| is_compacted(&self.cluster.nodes[*node].data)) {
+                return;
+            }
+            assert!(begun.elapsed() < LONG, "never: compacted logs");
+            nodes.iter().for_each(|node| self.cluster.spawn(*node));
+            nodes.iter().for_each(|node| drop(self.cluster.wait_ready(*node)));
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    }
+
     /// Takes a node that is down its state store.
     fn lose_state(&self, node: usize) {
         for part in ["state", "redo"] {
@@ -236,6 +254,16 @@ fn busy(setting: &Setting, node: usize) -> f64 {
     let (_, text) = http_get(setting.http[node], "/metrics").expect("metrics");
     let lines = text.lines().filter(|line| line.contains("reason=\"busy\""));
     lines.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
+}
+
+/// Whether the logs of all replicas in a node's directory, but for the metadata, begin later than they did.
+fn is_compacted(data: &Path) -> bool {
+    let dir = DataDir::open(data).expect("its directory");
+    let options = DiskLogOptions { file_bytes: 4 << 20, purge_bytes: 16 << 20, spare_files: 0 };
+    let log = DiskLog::open_existing(&dir.log_path(), options, dir.store_id()).expect("its log");
+    let records = log.catalogue().expect("its replicas");
+    let mut replicas = records.iter().filter(|record| record.shard != METADATA_SHARD);
+    replicas.all(|record| log.load(record.replica).expect("a log").truncated != GROUP_START)
 }
 
 fn bytes_under(path: &Path) -> u64 {
@@ -386,7 +414,7 @@ async fn a_node_without_its_state_store_counts_for_a_majority_and_gets_its_state
     setting.fill(1, 2).await;
     let leader = setting.leader().await;
     let (victim, third) = ((leader + 1) % 3, (leader + 2) % 3);
-    setting.cluster.kill(victim);
+    setting.kill_compacted(&[victim]).await;
     setting.lose_state(victim);
     setting.cluster.spawn(victim);
     setting.cluster.wait_ready(victim);
@@ -439,11 +467,9 @@ async fn a_state_that_nobody_has_any_more_is_told_as_such_and_the_nodes_live_on(
     let replicated = std::mem::replace(&mut setting.database, single);
     setting.fill(1, 2).await;
     setting.database = replicated;
+    setting.kill_compacted(&[0, 1, 2]).await;
     for node in 0..3 {
-        setting.cluster.kill(node);
         setting.lose_state(node);
-    }
-    for node in 0..3 {
         setting.cluster.spawn(node);
     }
     setting.cluster.wait_all_ready();
