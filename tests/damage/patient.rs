@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use pontoon::client::{Cas, Client, Database};
@@ -17,7 +17,7 @@ use crate::cluster::{Cluster, Options, free_ports, http_get};
 use crate::files::{Class, Damage, copy_all, files, remove};
 
 /// Which of the nodes.
-pub const NODE: usize = 2;
+const NODE: usize = 2;
 
 const COUNTER: &str = "counter";
 const LARGE_BYTES: usize = 60_000;
@@ -36,6 +36,8 @@ pub enum Stop {
     Flushed,
     /// Killed while it did so.
     InFlush,
+    /// Killed while it received the state of a replica.
+    InInstall,
 }
 
 /// What came of a damage.
@@ -52,7 +54,7 @@ pub enum Outcome {
 }
 
 pub struct Patient {
-    pub cluster: Cluster,
+    cluster: Cluster,
     client: Client,
     database: Database,
     shards: Vec<ShardId>,
@@ -61,6 +63,8 @@ pub struct Patient {
     model: BTreeMap<String, String>,
     count: u64,
     writes: u64,
+    /// How, unless it runs.
+    stopped: Option<Stop>,
     /// The directory as it was when the node stopped last, and the time before that.
     copy: PathBuf,
     older: PathBuf,
@@ -69,17 +73,20 @@ pub struct Patient {
 impl Patient {
     pub async fn new() -> Patient {
         let ports = free_ports(7);
-        let extra = "log_file_bytes = \"1MiB\"\nlog_bytes = \"16MiB\"\nmemtable_bytes = \"16MiB\"\nlog_keep_bytes = \"64KiB\"\n";
-        let options = Options { extra: String::new(), ..Options::default() };
-        let mut cluster = Cluster::prepared(3, &ports[..6], options);
+        let mut cluster = Cluster::prepared(3, &ports[..6], Options::default());
         for (index, node) in cluster.nodes.iter().enumerate() {
-            let text = fs::read_to_string(&node.config).expect("its settings");
-            let mut lines: Vec<&str> = text
-                .lines()
-                .filter(|line| !extra.contains(line.split(' ').next().expect("a word")) || line.is_empty())
-                .collect();
-            lines.push(extra);
-            let mut text = lines.join("\n");
+            let mut text = fs::read_to_string(&node.config).expect("its settings");
+            for (key, from, to) in [
+                ("memtable_bytes", "32MiB", "16MiB"),
+                ("log_file_bytes", "8MiB", "1MiB"),
+                ("log_bytes", "64MiB", "16MiB\"\nlog_keep_bytes = \"64KiB"),
+            ] {
+                let (from, to) = (format!("{key} = \"{from}\""), format!("{key} = \"{to}\""));
+                assert!(text.contains(&from), "{from} in {text}");
+                text = text.replace(&from, &to);
+            }
+            // Slow enough to be killed meanwhile.
+            text.push_str("[snapshot]\nbytes_per_second = \"16MiB\"\n");
             if index == NODE {
                 text.push_str(&format!("[http]\nlisten = \"127.0.0.1:{}\"\n", ports[6]));
             }
@@ -94,8 +101,19 @@ impl Patient {
         let shards = client.map().await.expect("the map").shards.keys().copied().collect();
         let (copy, older) = (cluster.dir.path().join("copy"), cluster.dir.path().join("older"));
         let (model, http) = (BTreeMap::new(), ports[6]);
-        let mut patient =
-            Patient { cluster, client, database, shards, http, model, count: 0, writes: 0, copy, older };
+        let mut patient = Patient {
+            cluster,
+            client,
+            database,
+            shards,
+            http,
+            model,
+            count: 0,
+            writes: 0,
+            stopped: None,
+            copy,
+            older,
+        };
         // More than the log keeps, so that old files are freed and what they still held is written anew.
         patient.fill(16 << 20).await;
         let log = patient.dir().join("log");
@@ -109,12 +127,12 @@ impl Patient {
         patient
     }
 
-    pub fn dir(&self) -> PathBuf {
+    fn dir(&self) -> PathBuf {
         self.cluster.nodes[NODE].data.clone()
     }
 
     /// Writes until the log has so many bytes more, in large values.
-    pub async fn fill(&mut self, bytes: usize) {
+    async fn fill(&mut self, bytes: usize) {
         let mut left = bytes;
         while left > 0 {
             let writes = (left / LARGE_BYTES).clamp(1, 16) as u64;
@@ -135,7 +153,7 @@ impl Patient {
     }
 
     /// Small writes of each kind, and large ones.
-    pub async fn write(&mut self, bytes: usize) {
+    async fn write(&mut self, bytes: usize) {
         self.fill(bytes).await;
         for _ in 0..16 {
             self.writes += 1;
@@ -164,7 +182,11 @@ impl Patient {
     }
 
     /// Stops the node, and takes a copy of its directory.
-    pub async fn stop(&mut self, stop: Stop) {
+    async fn stop(&mut self, stop: Stop) {
+        let found = match stop {
+            Stop::InFlush => Class::RedoFile,
+            _ => Class::SnapshotFile,
+        };
         match stop {
             Stop::Kill => self.cluster.kill(NODE),
             Stop::Flushed => {
@@ -176,23 +198,27 @@ impl Patient {
                 self.cluster.signal(NODE, Signal::TERM);
                 assert_eq!(self.cluster.wait_exit(NODE, Duration::from_secs(10)).code(), Some(0));
             }
-            Stop::InFlush => {
-                let (dir, pid) = (self.dir(), self.cluster.pid(NODE));
-                let killer = std::thread::spawn(move || {
-                    let begun = Instant::now();
-                    while Class::RedoFile.find(&dir).is_none() {
-                        assert!(begun.elapsed() < Duration::from_secs(30), "it never flushes");
-                        std::thread::sleep(Duration::from_micros(100));
+            Stop::InFlush | Stop::InInstall => {
+                // What is looked for may be gone again before the node is.
+                let mut attempts = 0;
+                loop {
+                    self.kill_at(stop, found).await;
+                    if found.find(&self.dir()).is_some() {
+                        break;
                     }
-                    let pid = Pid::from_raw(pid as i32).expect("a pid");
-                    kill_process(pid, Signal::KILL).expect("killing it");
-                });
-                while !killer.is_finished() {
-                    self.fill(512 << 10).await;
+                    attempts += 1;
+                    assert!(attempts < 10, "{found} is never there when it is killed");
+                    self.cluster.spawn(NODE);
+                    self.cluster.wait_ready(NODE);
+                    self.whole().await;
                 }
-                killer.join().expect("a flush");
-                self.cluster.kill(NODE);
-                assert!(Class::RedoFile.find(&self.dir()).is_some(), "the flush was over already; try again");
+            }
+        }
+        // What an operator does once the node is whole.
+        for name in fs::read_dir(self.dir()).expect("listing") {
+            let path = name.expect("an entry").path();
+            if path.to_string_lossy().contains(".aside-") {
+                remove(&path);
             }
         }
         if self.older.exists() {
@@ -202,17 +228,51 @@ impl Patient {
             fs::rename(&self.copy, &self.older).expect("renaming");
         }
         copy_all(&self.dir(), &self.copy);
+        self.stopped = Some(stop);
     }
 
-    /// Puts the directory back as it was when the node was stopped. Only for a node that hasn't run since.
-    pub fn restore(&self) {
-        remove(&self.dir());
-        copy_all(&self.copy, &self.dir());
+    /// Kills the node once it has such a file.
+    async fn kill_at(&mut self, stop: Stop, found: Class) {
+        if stop == Stop::InInstall {
+            self.fill(10 << 20).await;
+            self.cluster.kill(NODE);
+            for gone in [Class::State, Class::StateSums] {
+                remove(&gone.find(&self.dir()).expect("its state"));
+            }
+            self.cluster.spawn(NODE);
+        }
+        let (dir, pid) = (self.dir(), self.cluster.pid(NODE));
+        let killer = std::thread::spawn(move || {
+            let begun = Instant::now();
+            while found.find(&dir).is_none() {
+                assert!(begun.elapsed() < Duration::from_secs(30), "there is never {found}");
+                std::thread::sleep(Duration::from_micros(100));
+            }
+            let pid = Pid::from_raw(pid as i32).expect("a pid");
+            kill_process(pid, Signal::KILL).expect("killing it");
+        });
+        while !killer.is_finished() {
+            match stop {
+                Stop::InFlush => self.fill(512 << 10).await,
+                _ => tokio::time::sleep(Duration::from_millis(1)).await,
+            }
+        }
+        killer.join().expect("it was seen");
+        self.cluster.kill(NODE);
     }
 
-    /// Damages the stopped node, and starts it. What came of it; `None`: there was nothing to damage.
-    /// Afterwards it is stopped and whole again.
-    pub async fn try_out(&mut self, class: Class, damage: Damage, then: Stop) -> Option<Outcome> {
+    /// Stops the node, damages it, and starts it again. What came of it; `None`: there was nothing to damage.
+    pub async fn try_out(&mut self, class: Class, damage: Damage, stop: Stop) -> Option<Outcome> {
+        if self.stopped.is_some_and(|stopped| stopped != stop) {
+            self.cluster.spawn(NODE);
+            self.cluster.wait_ready(NODE);
+            self.whole().await;
+            self.stopped = None;
+        }
+        if self.stopped.is_none() {
+            self.write(64 << 10).await;
+            self.stop(stop).await;
+        }
         let (dir, older) = (self.dir(), self.older.clone());
         if !damage.inflict(class, &dir, &older) {
             return None;
@@ -239,7 +299,9 @@ impl Patient {
             assert!(last.contains("--rejoin"), "{class}, {damage}: it doesn't say what to do: {said}");
             assert!(last.contains(&dir.display().to_string()), "{class}, {damage}: it names no file: {said}");
             if attempt == 2 {
-                self.restore();
+                // It hasn't run since: nobody was promised anything.
+                remove(&dir);
+                copy_all(&self.copy, &dir);
                 return Some(Outcome::Refused);
             }
         }
@@ -249,20 +311,19 @@ impl Patient {
         for line in said.lines().filter(|line| line.contains("WARN") || line.contains("ERROR")) {
             println!("{class}, {damage}: {line}");
         }
-        let outcome = if said.contains("aside") {
+        let outcome = if said.contains("state is lost") {
             Outcome::Refetched
         } else if said.contains("WARN") {
             Outcome::Remade
         } else {
             Outcome::Whole
         };
-        self.write(64 << 10).await;
-        self.stop(then).await;
+        self.stopped = None;
         Some(outcome)
     }
 
     /// Waits until every replica of the node serves.
-    pub async fn whole(&self) {
+    async fn whole(&self) {
         let begun = Instant::now();
         loop {
             let report =
@@ -282,7 +343,7 @@ impl Patient {
     }
 
     /// Makes the node the leader of every shard, and reads everything from it.
-    pub async fn all_there(&mut self) {
+    async fn all_there(&mut self) {
         let report = self.client.node_report(&self.cluster.nodes[NODE].client, Duration::from_secs(2)).await;
         let node = report.expect("a report").node;
         let begun = Instant::now();
@@ -340,10 +401,6 @@ impl Patient {
                 found.insert(text(&key), text(&value.value));
             }
         }
-    }
-
-    pub fn older_copy(&self) -> &Path {
-        &self.older
     }
 }
 
