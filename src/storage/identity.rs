@@ -5,6 +5,7 @@
 //! DIR/LOCK       held by the process that uses the directory; its text is the process id
 //! DIR/log/       raft log        DIR/state/  state engine        DIR/redo/  redo files
 //! DIR/map        the last cluster map, a cache
+//! DIR/state.sums what the files of the state engine should be
 //! ```
 //!
 //! A directory is used by one process at a time, belongs to one cluster for good once it has
