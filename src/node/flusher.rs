@@ -114,11 +114,15 @@ fn run(mut flusher: Flusher, queue: mpsc::Receiver<Work>, fatal: Fatal) {
         let first = match flushes.is_empty() {
             true if unsettled => match queue.recv_timeout(Duration::from_millis(limits::SETTLE_MS)) {
                 Err(RecvTimeoutError::Timeout) => {
-                    if let Err(error) = flusher.engine.settle() {
-                        fatal.raise(format!("after flushing state to disk: {error}"));
-                        return;
+                    match flusher.engine.settle() {
+                        Ok(()) => unsettled = false,
+                        // It waits for space, as a flush does.
+                        Err(error) if error.is_full() => {}
+                        Err(error) => {
+                            fatal.raise(format!("after flushing state to disk: {error}"));
+                            return;
+                        }
                     }
-                    unsettled = false;
                     continue;
                 }
                 other => other.ok(),

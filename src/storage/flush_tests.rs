@@ -152,7 +152,7 @@ fn redo_file(sequence: u64) -> (tempfile::TempDir, Arc<MemoryEngine>) {
 
 #[test]
 fn an_engine_that_lost_or_regained_a_flush_is_refused() {
-    let set = |engine: &MemoryEngine, number| set_last_flush(engine, number).unwrap();
+    let set = |engine: &MemoryEngine, number| Numbers::complete(number).write(engine).unwrap();
     for held in [0, 1, 4, 5, u64::MAX] {
         let (dir, engine) = redo_file(3);
         set(&engine, held);
@@ -164,9 +164,44 @@ fn an_engine_that_lost_or_regained_a_flush_is_refused() {
         let (dir, engine) = redo_file(3);
         set(&engine, held);
         let flusher = Flusher::open(dir.path().to_owned(), engine.clone()).unwrap();
-        assert_eq!((last_flush(&*engine).unwrap(), flusher.next_sequence), (Some(3), 4));
+        assert_eq!((last_flush(&*engine).unwrap(), flusher.next_sequence), (Some(Numbers::complete(3)), 4));
         engine.crash(CrashLoss::Everything);
         assert_eq!(Flusher::open(dir.path().to_owned(), engine).unwrap().next_sequence, 4);
+    }
+}
+
+/// What the engine holds of it is no state of any moment.
+#[test]
+fn half_a_flush_without_its_redo_file_is_refused() {
+    for batches in 1..=3 {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = Arc::new(MemoryEngine::new());
+        let mut flusher = Flusher::open(dir.path().to_owned(), engine.clone()).unwrap();
+        let mut state = open_state(&engine, 1);
+        apply(&mut state, 6, "a", Some("x"));
+        flusher.flush(&[state.freeze().unwrap()], &mut |_| {}).unwrap();
+        for index in 7..400 {
+            apply(&mut state, index, &format!("key-{index}"), Some("x"));
+        }
+        let mut left = batches;
+        flusher.set_hook(Box::new(move |point| {
+            left -= u64::from(point == FlushPoint::BatchWritten);
+            if left == 0 { Err(full_disk()) } else { Ok(()) }
+        }));
+        flusher.flush(&[state.freeze().unwrap()], &mut |_| {}).unwrap_err();
+        let redo = redo::list(dir.path()).unwrap().remove(0).1;
+        let bytes = std::fs::read(&redo).unwrap();
+        std::fs::remove_file(&redo).unwrap();
+        let opened = Flusher::open(dir.path().to_owned(), engine.clone());
+        if batches == 3 {
+            opened.unwrap();
+            continue;
+        }
+        let error = opened.err().unwrap();
+        assert!(error.to_string().contains("a part of flush 2"), "{error}");
+        std::fs::write(&redo, bytes).unwrap();
+        Flusher::open(dir.path().to_owned(), engine.clone()).unwrap();
+        assert_eq!(open_state(&engine, 1).header().applied.index, 399);
     }
 }
 
@@ -175,10 +210,10 @@ fn a_store_from_before_flushes_had_numbers_is_taken_over() {
     let (dir, engine) = redo_file(3);
     engine.write(&[(keys::flush_key(), None)]).unwrap();
     let flusher = Flusher::open(dir.path().to_owned(), engine.clone()).unwrap();
-    assert_eq!((last_flush(&*engine).unwrap(), flusher.next_sequence), (Some(3), 4));
+    assert_eq!((last_flush(&*engine).unwrap(), flusher.next_sequence), (Some(Numbers::complete(3)), 4));
     engine.write(&[(keys::flush_key(), None)]).unwrap();
     Flusher::open(dir.path().to_owned(), engine.clone()).unwrap();
-    assert_eq!(last_flush(&*engine).unwrap(), Some(0));
+    assert_eq!(last_flush(&*engine).unwrap(), Some(Numbers::complete(0)));
 }
 
 #[test]

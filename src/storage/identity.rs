@@ -6,6 +6,7 @@
 //! DIR/log/       raft log        DIR/state/  state engine        DIR/redo/  redo files
 //! DIR/log.mark   how far the raft log reaches
 //! DIR/map        the last cluster map, a cache
+//! DIR/state.sums what the files of the state engine should be
 //! DIR/aside-N/   what was there before the node began anew ([`DataDir::begin_anew`]), never read again
 //! ```
 //!

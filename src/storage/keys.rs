@@ -11,9 +11,9 @@
 //! that a scan of a shard is one range of the engine, and the header precedes the data.
 //!
 //! Store records: [`store_id_key`] (16 bytes: which data directory the store belongs to),
-//! [`format_key`] (u32 big endian: [`FORMAT_VERSION`]) and [`flush_key`] (u64 big endian: the number of the
-//! last flush that the store holds whole). An engine may keep more keyspaces of its own (the chunks of
-//! great values in `engine_sled`); they are invisible above it.
+//! [`format_key`] (u32 big endian: [`FORMAT_VERSION`]) and [`flush_key`] (twice u64 big endian: the numbers
+//! of the last flush that the store holds whole, and of the last that was begun). An engine may keep more
+//! keyspaces of its own (the chunks of great values in `engine_sled`); they are invisible above it.
 
 use crate::ids::ReplicaId;
 
@@ -115,7 +115,7 @@ pub fn format_key() -> Vec<u8> {
     store_key(b"format")
 }
 
-/// The key of the number of the last flush.
+/// The key of the numbers of the last flushes.
 pub fn flush_key() -> Vec<u8> {
     store_key(b"flush")
 }

@@ -131,11 +131,15 @@ impl SledSums {
         let record = record(SEALED, self.segments.len(), changes.into_iter());
         match &mut self.file {
             Some(file) if self.bytes + record.len() as u64 <= full => {
-                file.write_all(&record).map_err(io_error("writing", &self.path))?;
-                file.sync_data().map_err(sync_error(&self.path))?;
+                let written = file.write_all(&record).map_err(io_error("writing", &self.path));
+                let written = written.and_then(|()| file.sync_data().map_err(sync_error(&self.path)));
                 self.bytes += record.len() as u64;
-                self.sealed = true;
-                Ok(())
+                self.sealed = written.is_ok();
+                if written.is_err() {
+                    // Nothing may follow on a part of a record.
+                    self.file = None;
+                }
+                written
             }
             _ => self.rewrite(SEALED),
         }
