@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::fs;
-use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 /// A file of a node's directory, or all of a kind.
@@ -117,7 +116,7 @@ pub enum Damage {
     FlipStart,
     FlipMiddle,
     FlipEnd,
-    /// One bit in each so many bytes.
+    /// One bit in every so many bytes.
     FlipMany,
     Half,
     Empty,
@@ -157,20 +156,25 @@ impl Damage {
         if class.is_directory() {
             return false;
         }
-        let mut file = fs::File::options().read(true).write(true).open(&path).expect("opening");
-        let len = file.metadata().expect("its size").len();
+        let mut bytes = fs::read(&path).expect("reading");
+        let len = bytes.len();
         if len == 0 {
             return false;
         }
         match self {
-            Damage::Half => file.set_len(len / 2).expect("cutting"),
-            Damage::Empty => file.set_len(0).expect("cutting"),
-            Damage::FlipStart => flip(&mut file, 0),
-            Damage::FlipMiddle => flip(&mut file, len / 2),
-            Damage::FlipEnd => flip(&mut file, last_used(&path)),
-            Damage::FlipMany => (0..len).skip(7).step_by(FLIP_EVERY).for_each(|at| flip(&mut file, at)),
+            Damage::FlipStart => flip(&mut bytes, [0]),
+            Damage::FlipMiddle => flip(&mut bytes, [len / 2]),
+            Damage::FlipEnd => {
+                let last = bytes.iter().rposition(|byte| *byte != 0);
+                flip(&mut bytes, last);
+            }
+            Damage::FlipMany => flip(&mut bytes, (7..len).step_by(FLIP_EVERY)),
+            Damage::Half => bytes.truncate(len / 2),
+            Damage::Empty => bytes.clear(),
             Damage::Delete | Damage::Older => unreachable!("done above"),
         }
+        // The same file as before, whatever it is known as to the file system.
+        fs::write(&path, bytes).expect("writing");
         true
     }
 }
@@ -193,19 +197,10 @@ impl fmt::Display for Damage {
 /// Distance of flipped bits.
 const FLIP_EVERY: usize = 4099;
 
-fn flip(file: &mut fs::File, at: u64) {
-    let mut byte = [0];
-    file.seek(SeekFrom::Start(at)).expect("seeking");
-    file.read_exact(&mut byte).expect("reading");
-    byte[0] ^= 0x10;
-    file.seek(SeekFrom::Start(at)).expect("seeking");
-    file.write_all(&byte).expect("writing");
-}
-
-/// Where the last byte is that isn't zero.
-fn last_used(path: &Path) -> u64 {
-    let bytes = fs::read(path).expect("reading");
-    bytes.iter().rposition(|byte| *byte != 0).unwrap_or(0) as u64
+fn flip(bytes: &mut [u8], places: impl IntoIterator<Item = usize>) {
+    for place in places {
+        bytes[place] ^= 0x10;
+    }
 }
 
 fn names(dir: &Path) -> Vec<String> {

@@ -3,9 +3,11 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
+use futures_util::future::join_all;
 use pontoon::client::{Cas, Client, Database};
 use pontoon::ids::{NodeId, ShardId};
 use pontoon::machine::command::Expect;
@@ -23,6 +25,10 @@ const COUNTER: &str = "counter";
 const LARGE_BYTES: usize = 60_000;
 /// More than half of what the memtables may hold: a round over them has them flushed.
 const LARGE_KEYS: u64 = 160;
+
+/// Keys that go round these values.
+const TURNED_KEYS: usize = 24;
+const TURNS: [&str; 3] = ["a", "b", "c"];
 
 /// How long a node may take to be whole again.
 const WHOLE: Duration = Duration::from_secs(30);
@@ -144,12 +150,37 @@ impl Patient {
                 .collect();
             self.writes += writes;
             let puts = keys.iter().map(|(key, value)| self.database.put(key.clone(), value.clone()));
-            for result in futures_util::future::join_all(puts).await {
+            for result in join_all(puts).await {
                 result.expect("a write");
             }
             self.model.extend(keys);
+            self.turn().await;
             left = left.saturating_sub(writes as usize * LARGE_BYTES);
         }
+    }
+
+    /// Turns each of some keys to its next value, if it has the one before. Done again to a state that is
+    /// partly ahead, as half a flush is, that ends elsewhere.
+    async fn turn(&mut self) {
+        let turns: Vec<(String, &str, &str)> = (0..TURNED_KEYS)
+            .map(|key| {
+                let key = format!("turned-{key}");
+                let now = self.model.get(&key).map_or("", String::as_str);
+                let at = TURNS.iter().position(|turn| *turn == now).unwrap_or(TURNS.len() - 1);
+                (key, TURNS[at], TURNS[(at + 1) % TURNS.len()])
+            })
+            .collect();
+        let sent = turns.iter().map(|(key, from, to)| {
+            let expect = match self.model.contains_key(key) {
+                true => Expect::Value(Bytes::from_static(from.as_bytes())),
+                false => Expect::Absent,
+            };
+            self.database.cas(key.clone(), expect, *to)
+        });
+        for result in join_all(sent).await {
+            assert!(matches!(result.expect("a turn"), Cas::Written(_)), "nobody else turns it");
+        }
+        self.model.extend(turns.into_iter().map(|(key, _, to)| (key, to.to_owned())));
     }
 
     /// Small writes of each kind, and large ones.
@@ -203,7 +234,7 @@ impl Patient {
                 let mut attempts = 0;
                 loop {
                     self.kill_at(stop, found).await;
-                    if found.find(&self.dir()).is_some() {
+                    if is_there(found, &self.dir()) {
                         break;
                     }
                     attempts += 1;
@@ -244,7 +275,7 @@ impl Patient {
         let (dir, pid) = (self.dir(), self.cluster.pid(NODE));
         let killer = std::thread::spawn(move || {
             let begun = Instant::now();
-            while found.find(&dir).is_none() {
+            while !is_there(found, &dir) {
                 assert!(begun.elapsed() < Duration::from_secs(30), "there is never {found}");
                 std::thread::sleep(Duration::from_micros(100));
             }
@@ -402,6 +433,11 @@ impl Patient {
             }
         }
     }
+}
+
+/// Whether there is such a file with something in it.
+fn is_there(class: Class, dir: &Path) -> bool {
+    class.find(dir).and_then(|path| fs::metadata(path).ok()).is_some_and(|file| file.len() > 4096)
 }
 
 fn number(value: &[u8]) -> u64 {

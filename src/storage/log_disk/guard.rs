@@ -167,8 +167,20 @@ impl<F: FileSystem + 'static> EngineGuard<F> {
                  as it can tell, but a tail that it lost meanwhile would not be missed"
             ),
         }
-        self.watch.start(self.file_spans(), &files, record.unwrap_or_default().writes)?;
-        self.watch.open_mark(&path, store_id, version)
+        let is_known = record.is_some() || version > 0;
+        let spans = self.file_spans();
+        self.watch.start(spans, &files, record.unwrap_or_default().writes)?;
+        self.watch.open_mark(&path, store_id, version)?;
+        // What a purge had freed, and the next one never hears of: the engine passes over files before a
+        // hole. In a log without any account of its files it may be more than that.
+        for (queue, (first, _)) in mark::QUEUES.into_iter().zip(spans).filter(|_| is_known) {
+            for (seq, _) in files[queue as usize].range(..first) {
+                let path = self.dir.join(check::file_name(queue, *seq));
+                tracing::info!(path = %path.display(), "removing a file of the raft log that isn't needed any more");
+                self.watch.remove(&path).map_err(atomic_file::io_error("removing", &path))?;
+            }
+        }
+        Ok(())
     }
 
     fn file_spans(&self) -> [(u64, u64); 2] {

@@ -118,6 +118,12 @@ impl<F: FileSystem> Watch<F> {
         Ok(())
     }
 
+    /// Removes a file that the engine doesn't know of.
+    pub fn remove(&self, path: &Path) -> io::Result<()> {
+        self.before_removal(path)?;
+        self.files.delete(path)
+    }
+
     /// What the next synced batch carries: its own number, and what is durable before it.
     pub fn next(&self) -> Reach {
         let mut reach = self.state().reach();
