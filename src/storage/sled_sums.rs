@@ -69,6 +69,9 @@ struct Sum {
 
 const NO_LSN: u64 = u64::MAX;
 
+/// What is known of each segment, in the order of the file; `None`: it was blank.
+type Segments = Vec<Option<Sum>>;
+
 /// How a segment looks in the file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Seen {
@@ -87,7 +90,7 @@ pub(super) struct SledSums {
     path: PathBuf,
     db: File,
     db_path: PathBuf,
-    segments: Vec<Option<Sum>>,
+    segments: Segments,
     /// Open for appending; `None`: to be written as a whole.
     file: Option<File>,
     bytes: u64,
@@ -317,7 +320,7 @@ fn record(kind: u8, segments: usize, sums: impl Iterator<Item = (usize, Sum)>) -
 
 /// What a file of sums says: the segments, and whether sled was opening the store; `None` if there is no
 /// file.
-fn read(path: &Path) -> Result<Option<(Vec<Option<Sum>>, bool)>, StorageError> {
+fn read(path: &Path) -> Result<Option<(Segments, bool)>, StorageError> {
     let bytes = match fs::read(path) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -367,7 +370,7 @@ fn take_record<'a>(bytes: &mut &'a [u8]) -> Option<&'a [u8]> {
     (crc32c::crc32c(body) == sum).then_some(body)
 }
 
-fn apply(segments: &mut Vec<Option<Sum>>, mut body: &[u8]) -> Option<()> {
+fn apply(segments: &mut Segments, mut body: &[u8]) -> Option<()> {
     let count = take_u32(&mut body).filter(|count| *count <= SEGMENTS_MAX)?;
     segments.resize(count as usize, None);
     while !body.is_empty() {
