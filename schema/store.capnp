@@ -9,6 +9,7 @@ struct Identity {
   storeId @0 :Data;          # 16 random bytes, also in the log and in the state store
   clusterId @1 :Data;        # 16 bytes; empty: none recorded yet
   node @2 :UInt64;           # 0: not yet a member
+  rejoins @3 :Bool;          # made by `serve --rejoin`: it joins a cluster and never forms one
 }
 
 enum MachineKind {

@@ -213,7 +213,7 @@ async fn stores_without_an_identity_are_refused_however_often_it_is_tried() {
         for attempt in 1..=3 {
             let (code, says) = refused(&cluster, 0);
             assert_eq!(code, Some(2), "before {gone} went, attempt {attempt}: {says}");
-            assert!(says.contains("not a Pontoon data directory"), "{says}");
+            assert!(says.contains("IDENTITY is missing") && says.contains("--rejoin"), "{says}");
             assert_same(&before, &files(data));
         }
         let path = data.join(gone);

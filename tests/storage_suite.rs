@@ -257,19 +257,21 @@ fn sled_never_puts_values_into_unsynced_files() {
 #[test]
 fn sled_refuses_what_is_not_its_own() {
     let home = tempfile::tempdir().unwrap();
-    let engine = open_sled(home.path()).unwrap();
-    let error = open_sled(home.path()).err().unwrap();
+    let path = home.path().join("sled");
+    let engine = open_sled(&path).unwrap();
+    let error = open_sled(&path).err().unwrap();
     assert!(matches!(error, StorageError::Identity(IdentityError::InUse { .. })), "{error}");
     let newer = Bytes::copy_from_slice(&(keys::FORMAT_VERSION + 1).to_be_bytes());
     engine.write(&[(keys::format_key(), Some(newer))]).unwrap();
     engine.sync().unwrap();
     drop(engine);
-    let error = open_sled(home.path()).err().unwrap();
+    let error = open_sled(&path).err().unwrap();
     assert!(matches!(error, StorageError::Identity(IdentityError::Newer { .. })), "{error}");
 
     let home = tempfile::tempdir().unwrap();
-    drop(open_sled(home.path()).unwrap());
-    let other = SledEngine::open(home.path(), SledOptions::default(), RandomId([8; 16]));
+    let path = home.path().join("sled");
+    drop(open_sled(&path).unwrap());
+    let other = SledEngine::open(&path, SledOptions::default(), RandomId([8; 16]));
     let error = other.err().unwrap();
     assert!(matches!(error, StorageError::Identity(IdentityError::ForeignStore { .. })), "{error}");
 }
@@ -277,18 +279,20 @@ fn sled_refuses_what_is_not_its_own() {
 #[test]
 fn sled_opens_over_an_unfinished_snapshot() {
     let home = tempfile::tempdir().unwrap();
-    let engine = open_sled(home.path()).unwrap();
+    let path = home.path().join("sled");
+    let engine = open_sled(&path).unwrap();
     engine.write(&[put("a", b"1")]).unwrap();
     engine.sync().unwrap();
     drop(engine);
-    let left = home.path().join("snap.00000000DEADBEEF.generating");
+    let left = path.join("snap.00000000DEADBEEF.generating");
     std::fs::write(&left, "half").unwrap();
-    let engine = open_sled(home.path()).unwrap();
+    let engine = open_sled(&path).unwrap();
     assert_eq!(engine.get(&key("a")).unwrap().unwrap(), "1");
     assert!(!left.exists());
 }
 
-/// Bytes changed anywhere in sled's files lead to an error or to an older state, never to a panic.
+/// Bytes changed anywhere in sled's files lead to an error or to the state that was there, never to a panic
+/// or to another state.
 #[test]
 fn sled_reports_damage() {
     let home = tempfile::tempdir().unwrap();
@@ -310,13 +314,20 @@ fn sled_reports_damage() {
         for step in 0..6 {
             let copy = home.path().join(format!("{:?}-{step}", file.file_name()));
             copy_dir(&path, &copy);
+            let sums = format!("{}.sums", copy.display());
+            std::fs::copy(home.path().join("whole.sums"), sums).unwrap();
             let mut bad = bytes.clone();
             let place = bad.len() * step / 6;
             let end = (place + 40).min(bad.len());
             bad[place..end].fill(0xee);
             std::fs::write(copy.join(file.file_name()), bad).unwrap();
             let result = open_sled(&copy).and_then(|engine| {
-                engine.scan(Bound::Unbounded, &[], &mut |_, _| true)?;
+                let mut pairs = 0;
+                engine.scan(Bound::Included(&key("")), &[], &mut |_, value| {
+                    pairs += usize::from(value[..] == [1; 900]);
+                    true
+                })?;
+                assert_eq!(pairs, 300, "{}", copy.display());
                 engine.write(&[put("z", b"z")])?;
                 engine.sync()
             });

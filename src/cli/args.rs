@@ -169,7 +169,14 @@ pub struct CleanArgs {
 Examples:
   pontoon serve --config n1.toml
   pontoon serve --config n1.toml --check
-  PONTOON__LOG__LEVEL=debug pontoon serve --config n1.toml")]
+  pontoon serve --config n1.toml --rejoin
+  PONTOON__LOG__LEVEL=debug pontoon serve --config n1.toml
+
+--rejoin is for a node that doesn't start because its directory is damaged, or was lost. What is
+left is moved into `aside-SECONDS` within the directory, nothing is deleted, and the node joins its
+cluster with a new number; it never forms a cluster. A directory that can be opened is left as it
+is, and the node starts as always. The old number stays in `pontoon status`, and its replicas stay
+missing: nodes can't be removed and replicas not moved yet.")]
 pub struct ServeArgs {
     /// Settings of the node; config/default.toml documents each key
     #[arg(long, value_name = "FILE")]
@@ -180,6 +187,9 @@ pub struct ServeArgs {
     /// Print the settings in force as TOML and exit
     #[arg(long)]
     pub print_config: bool,
+    /// If the directory is too damaged to start from, set it aside and join the cluster as a new node
+    #[arg(long, conflicts_with_all = ["check", "print_config"])]
+    pub rejoin: bool,
     /// Exit at once when stdin ends: a test's node never outlives the test.
     #[arg(long, hide = true)]
     pub until_stdin_closes: bool,

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::output;
 use super::status::{Reports, databases};
 use crate::ids::{METADATA_SHARD, NodeId, ReplicaId, ShardId};
-use crate::node::handle::{NodePhase, ReplicaHealth, ReplicaReport};
+use crate::node::handle::{NodePhase, NodeReport, ReplicaHealth, ReplicaReport};
 use crate::placement::map::{ClusterMap, MemberRole, ShardRecord};
 
 /// The picture of a cluster.
@@ -35,7 +35,8 @@ pub struct NodeView {
     pub address: String,
     /// Failure domain.
     pub zone: String,
-    /// `ready`, `starting`, `stopping` or `unreachable`.
+    /// `ready`, `read-only`, `starting`, `stopping`, `unreachable`, or `replaced`: another node answers at its
+    /// address.
     pub state: &'static str,
     /// Shards it leads, the metadata shard included, whether in the picture or not.
     pub leaders: usize,
@@ -116,13 +117,17 @@ impl Overview {
             .nodes
             .values()
             .map(|record| {
-                let report = reports.get(&record.id).and_then(|r| r.as_ref().ok());
+                let (report, state) = match answer(reports, record.id) {
+                    Ok(report) => (Some(report), phase_name(report.phase)),
+                    Err(Silence::Replaced(_)) => (None, "replaced"),
+                    Err(Silence::Unreachable) => (None, "unreachable"),
+                };
                 NodeView {
                     id: record.id,
                     label: record.label.clone(),
                     address: record.client_address.clone(),
                     zone: record.zone.clone(),
-                    state: report.map_or("unreachable", |r| phase_name(r.phase)),
+                    state,
                     leaders: leaders.get(&record.id).copied().unwrap_or(0),
                     replicas: replicas.get(&record.id).copied().unwrap_or(0),
                     disk_bytes: report.map(|r| r.disk_bytes),
@@ -239,7 +244,7 @@ impl ShardView {
     /// Puts a shard's record together with what the holders of its replicas say.
     pub fn new(map: &ClusterMap, record: &ShardRecord, reports: &Reports) -> ShardView {
         let report_of = |node: NodeId, replica: ReplicaId| -> Option<&ReplicaReport> {
-            let report = reports.get(&node)?.as_ref().ok()?;
+            let report = answer(reports, node).ok()?;
             report.replicas.iter().find(|r| r.shard == record.id && r.replica == replica)
         };
         // An old leader that is cut off still believes in itself; the newest term is right.
@@ -255,13 +260,19 @@ impl ShardView {
             .members
             .iter()
             .map(|member| {
-                let answered = reports.get(&member.node).is_some_and(Result::is_ok);
+                let answer = answer(reports, member.node);
                 let report = report_of(member.node, member.replica);
                 let group = report.and_then(|r| r.group.as_ref());
-                let (state, message) = match report.map(|r| &r.health) {
-                    Some(health) => health_name(health),
-                    None if answered => ("missing", None),
-                    None => ("unreachable", None),
+                let (state, message) = match (report.map(|r| &r.health), answer) {
+                    (Some(health), _) => {
+                        let (state, why) = health_name(health);
+                        (state, why.map(str::to_owned))
+                    }
+                    (None, Ok(_)) => ("missing", None),
+                    (None, Err(Silence::Unreachable)) => ("unreachable", None),
+                    (None, Err(Silence::Replaced(by))) => {
+                        ("unreachable", Some(format!("node {by} runs in place of its node")))
+                    }
                 };
                 // A lost state has none of it.
                 let applied = group.filter(|_| state != "refetching").map(|g| g.applied);
@@ -275,7 +286,7 @@ impl ShardView {
                         (None, MemberRole::Voter) => "voter",
                     },
                     state,
-                    message: message.map(str::to_owned),
+                    message,
                     applied,
                     lag: applied.zip(committed).map(|(applied, committed)| committed.saturating_sub(applied)),
                 }
@@ -356,6 +367,23 @@ impl ShardView {
             "state": self.state(),
             "replicas": replicas.collect::<Value>(),
         })
+    }
+}
+
+/// Why a node says nothing of itself.
+enum Silence {
+    /// It doesn't answer.
+    Unreachable,
+    /// The one that answers at its address says that it is another.
+    Replaced(NodeId),
+}
+
+/// What a node says of itself. One that has yet to learn who it is may be the right one.
+fn answer(reports: &Reports, node: NodeId) -> Result<&NodeReport, Silence> {
+    match reports.get(&node) {
+        Some(Ok(report)) if report.node == node || report.node == NodeId(0) => Ok(report),
+        Some(Ok(report)) => Err(Silence::Replaced(report.node)),
+        Some(Err(_)) | None => Err(Silence::Unreachable),
     }
 }
 

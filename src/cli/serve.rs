@@ -65,8 +65,15 @@ pub fn serve(context: &Context, args: &ServeArgs) -> Result<Exit, Failure> {
     let json = context.json();
     let client = settings.client.advertise.clone();
     let peer = settings.peer.advertise.clone();
+    let rejoin = args.rejoin;
     on_system(async move {
-        let start = node::start(settings, listeners);
+        let start = async {
+            if rejoin {
+                node::start_rejoining(settings, listeners).await
+            } else {
+                node::start(settings, listeners).await
+            }
+        };
         let node = match until_stopped(&signals, start).await {
             None => return Ok(Exit::Done),
             Some(node) => node.map_err(failed_node)?,
@@ -179,16 +186,20 @@ pub fn start_log(settings: &LogSettings) -> Result<(), Failure> {
 pub fn failed_node(error: NodeError) -> Failure {
     let message = error.to_string();
     match error {
+        // Starting it again changes nothing, so a service manager shouldn't.
+        NodeError::Storage(error) if error.ends_identity() => Failure::usage(
+            "damaged",
+            format!(
+                "{message}. Look after the disk first. Then `pontoon serve --config FILE --rejoin` sets the \
+                 directory aside and has the node join its cluster as a new one"
+            ),
+        ),
         NodeError::Storage(StorageError::Identity(_)) => Failure::usage("directory", message),
         // It may start as soon as there is space: a service manager should go on trying.
         NodeError::Storage(error) if error.is_full() => {
             Failure::internal(format!("{message}; free some space on that disk, then start the node again"))
         }
         NodeError::Storage(StorageError::Io { .. }) => Failure::usage("io", message),
-        NodeError::Storage(StorageError::Damaged { .. }) => Failure::internal(format!(
-            "{message}; look after the disk first, then set the directory aside and start anew: the node joins as \
-             a new one"
-        )),
         NodeError::Storage(_) => Failure::internal(message),
         NodeError::Membership(_) => Failure::negative("membership", message),
         NodeError::Fatal(_) => Failure::internal(message),
@@ -227,8 +238,8 @@ mod tests {
     fn a_damaged_store_comes_with_the_way_out() {
         let error = StorageError::Damaged { what: "state store /d/state".into(), detail: "torn".into() };
         let failure = failed_node(NodeError::Storage(error));
-        assert_eq!(failure.exit, Exit::Internal);
-        assert!(failure.message.starts_with("state store /d/state is damaged: torn; "), "{failure}");
-        assert!(failure.message.contains("set the directory aside"), "{failure}");
+        assert_eq!((failure.exit, failure.code), (Exit::Usage, "damaged"));
+        assert!(failure.message.starts_with("state store /d/state is damaged: torn. "), "{failure}");
+        assert!(failure.message.contains("--rejoin"), "{failure}");
     }
 }

@@ -26,7 +26,7 @@ use super::status;
 use crate::client::{Client, ClientError};
 use crate::limits::TIMEOUT_MAX_MS;
 use crate::node::handle::NodeHandle;
-use crate::node::{self, Listeners, RunningNode};
+use crate::node::{self, Listeners, NodeError, RunningNode};
 use crate::placement::map::{ClusterMap, DatabaseRecord};
 use crate::settings::{LogFormat, LogSettings, Settings};
 
@@ -305,7 +305,7 @@ async fn start_nodes(
     for (settings, listeners) in settings.into_iter().zip(ports) {
         let label = settings.node.id.clone();
         let node =
-            node::start(settings, listeners).await.map_err(|error| named(&label, failed_node(error)))?;
+            node::start(settings, listeners).await.map_err(|error| named(&label, failed_local(error)))?;
         nodes.push(node);
     }
     let ready = try_join_all(nodes.iter().map(async |node| {
@@ -324,6 +324,20 @@ async fn start_nodes(
         })?
         .map_err(failed_node)?;
     Ok(())
+}
+
+/// What the failure of a node means here: it has no settings file to rejoin with.
+fn failed_local(error: NodeError) -> Failure {
+    match error {
+        NodeError::Storage(error) if error.ends_identity() => Failure::usage(
+            "damaged",
+            format!(
+                "{error}. Look after the disk first. A local cluster can't replace a node: `pontoon clean` removes \
+                 it with its data"
+            ),
+        ),
+        error => failed_node(error),
+    }
 }
 
 fn named(label: &str, failure: Failure) -> Failure {

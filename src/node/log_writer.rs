@@ -558,7 +558,8 @@ fn purge_all(shared: &Shared, every: Duration) -> Result<(), StorageError> {
                     tell(named);
                 }
             }
-            Err(e @ StorageError::SyncFailed { .. }) => return Err(e),
+            // What can't be read can't be purged either, now or later.
+            Err(e @ (StorageError::SyncFailed { .. } | StorageError::Damaged { .. })) => return Err(e),
             // The log is as it was, only larger than it should be; a full disk says so again when
             // something is written.
             Err(e) => tracing::warn!("purging the raft log, to be tried again: {e}"),

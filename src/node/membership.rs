@@ -16,7 +16,9 @@
 //!                                          others: join through a member
 //! ```
 //!
-//! A listed node that finds a member instead joins that cluster as a new node.
+//! A listed node that finds a member instead joins that cluster as a new node. One that rejoins
+//! ([`DataDir::rejoins`]) does only that: it was a member before, so there is a cluster, and if all its nodes
+//! had lost their directories, forming it again would pass off an empty one as the same.
 //!
 //! A member keeps what the cluster knows of it up to date ([`keep_record`]), and may have to ask the same
 //! nodes for a cluster map, if its own is lost.
@@ -51,22 +53,24 @@ pub struct Applicant {
     data_dir: Arc<Mutex<DataDir>>,
     record: NodeRecord,
     settings: ClusterSettings,
+    /// It joins a cluster and forms none.
+    rejoins: bool,
     stage: watch::Sender<Membership>,
 }
 
 impl Applicant {
     /// A node with this directory; `record` tells others of it and has id 0.
     pub fn new(data_dir: Arc<Mutex<DataDir>>, record: NodeRecord, settings: ClusterSettings) -> Applicant {
-        let (cluster, node) = {
+        let (cluster, node, rejoins) = {
             let dir = locked(&data_dir);
-            (dir.cluster_id(), dir.node())
+            (dir.cluster_id(), dir.node(), dir.rejoins())
         };
         let stage = match (cluster, node) {
             (None, _) => Membership::Empty,
             (Some(cluster), None) => Membership::Claimed(cluster),
             (Some(cluster), Some(node)) => Membership::Member(cluster, node),
         };
-        Applicant { data_dir, record, settings, stage: watch::Sender::new(stage) }
+        Applicant { data_dir, record, settings, rejoins, stage: watch::Sender::new(stage) }
     }
 
     /// How far the node is.
@@ -90,7 +94,7 @@ impl Applicant {
     }
 
     fn forms(&self) -> bool {
-        self.settings.initial.first() == Some(&self.record.peer_address)
+        !self.rejoins && self.settings.initial.first() == Some(&self.record.peer_address)
     }
 
     /// A peer asks to record its cluster id. Blocks for the disk.
@@ -101,6 +105,9 @@ impl Applicant {
             Membership::Claimed(have) | Membership::Member(have, _) => {
                 Err(Refusal::Refused(format!("this node has recorded cluster {have}, not {cluster}")))
             }
+            Membership::Empty if self.rejoins => Err(Refusal::Refused(
+                "this node was started with `--rejoin`: it joins a cluster, it forms none".into(),
+            )),
             Membership::Empty if self.settings.initial.is_empty() => Err(Refusal::Refused(
                 "this node has no `cluster.initial`: it joins a cluster, it forms none".into(),
             )),
@@ -129,7 +136,7 @@ impl Applicant {
             {
                 Ok(())
             }
-            Membership::Claimed(cluster) if cluster == formation.cluster_id => {
+            Membership::Claimed(cluster) if cluster == formation.cluster_id && !self.rejoins => {
                 self.record_member(&mut dir, &first_map(formation), formation.node)
             }
             stage => Err(Refusal::Refused(format!(
@@ -267,6 +274,8 @@ impl Applicant {
         }
         if self.forms() {
             self.lead_formation(&answers).await.err()
+        } else if self.rejoins {
+            Some("no member answers yet, and after `--rejoin` this node forms no cluster of its own".into())
         } else {
             Some("no member answers yet".into())
         }

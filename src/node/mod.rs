@@ -38,6 +38,8 @@ pub mod service;
 pub mod shared;
 pub mod snapshots;
 pub mod start;
+mod state_store;
+mod stores;
 pub mod supervisor;
 pub mod ticker;
 pub mod ticket;
@@ -46,7 +48,7 @@ use std::net::TcpListener;
 
 use crate::storage::StorageError;
 
-pub use start::{RunningNode, start};
+pub use start::{RunningNode, start, start_rejoining};
 
 /// The ports of a node, bound by the caller, so that an address in use is found before anything is
 /// created, and a port 0 is known before it is advertised.

@@ -24,21 +24,18 @@ use super::service::{Destinations, PeerService};
 use super::shared::{MemoryGauge, Shared};
 use super::snapshots::Snapshots;
 use super::snapshots::{outgoing, worker};
+use super::stores::Stores;
 use super::supervisor::{EndReplica, HandOver, OpenAll, Site, StopAll, Supervisor};
-use super::{Listeners, NodeError, map_cache, panics};
+use super::{Listeners, NodeError, map_cache, panics, stores};
 use crate::group::catch_up::Retention;
 use crate::ids::{ClusterId, NodeId, ReplicaId};
 use crate::limits;
 use crate::placement::map::{ClusterMap, NodeRecord};
 use crate::settings::Settings;
-use crate::storage::StorageError;
 use crate::storage::engine::Engine;
-use crate::storage::engine_sled::{SledEngine, SledOptions};
-use crate::storage::flush::Flusher;
 use crate::storage::identity::DataDir;
 use crate::storage::log::LogStore;
-use crate::storage::log_disk::{DiskLog, DiskLogOptions};
-use crate::storage::snapshot_dir::SnapshotDir;
+use crate::storage::log_disk::DiskLog;
 use crate::telemetry::http::HealthView;
 use crate::telemetry::metrics as names;
 use crate::transport::listener::{PeerHandler, PeerListener};
@@ -64,21 +61,23 @@ struct Running {
     threads: Vec<JoinHandle<()>>,
 }
 
-/// The stores of a node, opened and checked, before it is known which cluster it belongs to.
-struct Stores {
-    log: Arc<DiskLog>,
-    engine: Arc<dyn Engine>,
-    flusher: Flusher,
-    snapshots: SnapshotDir,
-}
-
 /// Starts a node: opens its directory, binds its threads, and begins to form or join. Must be called
 /// within an `actix::System`; several nodes may share one. Returns once the stores are open.
 pub async fn start(settings: Settings, listeners: Listeners) -> Result<RunningNode, NodeError> {
+    start_as(settings, listeners, false).await
+}
+
+/// [`start`]; but if the directory is too damaged to go on as the node that it was, it is set aside, and
+/// the node joins its cluster as a new one. It never forms a cluster.
+pub async fn start_rejoining(settings: Settings, listeners: Listeners) -> Result<RunningNode, NodeError> {
+    start_as(settings, listeners, true).await
+}
+
+async fn start_as(settings: Settings, listeners: Listeners, rejoins: bool) -> Result<RunningNode, NodeError> {
     panics::install();
     let fatal = Fatal::new();
     let handle = NodeHandle::new(settings.node.id.clone());
-    let (data_dir, stores) = open_stores(&settings, handle.clone()).await?;
+    let (data_dir, stores) = stores::open(&settings, handle.clone(), rejoins).await?;
     let store_id = data_dir.store_id();
     let data_dir = Arc::new(Mutex::new(data_dir));
     let record = NodeRecord {
@@ -149,41 +148,6 @@ fn data_threads(settings: &Settings) -> usize {
         0 => std::thread::available_parallelism().map_or(1, |cores| cores.get().saturating_sub(1).max(1)),
         threads => threads,
     }
-}
-
-async fn open_stores(settings: &Settings, handle: NodeHandle) -> Result<(DataDir, Stores), NodeError> {
-    let settings = settings.clone();
-    let open = move || -> Result<_, StorageError> {
-        let storage = &settings.storage;
-        let dir = &settings.node.data_dir;
-        match disk::free_bytes(dir) {
-            Ok(free) => {
-                disk::room_to_start(dir, free)?;
-                // Before anybody is served.
-                handle.disk().measured(free, storage.reserve_bytes);
-            }
-            Err(error) => tracing::warn!(%error, "measuring the free space of {}", dir.display()),
-        }
-        let data_dir = DataDir::open(&settings.node.data_dir).map_err(StorageError::from)?;
-        let options = DiskLogOptions {
-            file_bytes: storage.log_file_bytes,
-            purge_bytes: storage.log_bytes,
-            spare_files: storage.log_spare_files,
-        };
-        let path = data_dir.log_path();
-        let store_id = data_dir.store_id();
-        let log = match data_dir.node() {
-            Some(_) => DiskLog::open_existing(&path, options, store_id)?,
-            None => DiskLog::open(&path, options, store_id)?,
-        };
-        let options = SledOptions { cache_bytes: storage.cache_bytes, ..SledOptions::default() };
-        let engine: Arc<dyn Engine> = Arc::new(SledEngine::open(&data_dir.state_path(), options, store_id)?);
-        let flusher = Flusher::open(data_dir.redo_path(), engine.clone())?;
-        let snapshots = SnapshotDir::open(&data_dir.snapshots_path(), limits::SNAPSHOT_FILES_BYTES_MAX)?;
-        Ok((data_dir, Stores { log: Arc::new(log), engine, flusher, snapshots }))
-    };
-    let opened = tokio::task::spawn_blocking(open).await;
-    Ok(opened.map_err(|error| NodeError::Fatal(format!("opening the stores: {error}")))??)
 }
 
 fn clone_listener(listener: &TcpListener) -> Result<TcpListener, NodeError> {
@@ -268,6 +232,11 @@ struct Assembly {
 
 impl Assembly {
     async fn run(self, stores: Stores) -> Result<(), NodeError> {
+        let fatal = self.fatal.clone();
+        stores.engine.on_damage(Box::new(move |damage| {
+            fatal
+                .raise(format!("{damage}; start the node again: it sets this state aside, and gets another"));
+        }));
         let (cluster, node) = self.applicant.become_member().await?;
         tracing::info!(%cluster, %node, "member");
         let map = self.map_to_start_from(cluster, node, stores.log.clone(), stores.engine.clone()).await?;

@@ -1,7 +1,7 @@
 //! The cluster map: nodes, databases, shards, and who holds which replica. It is the metadata
 //! shard's content, cached by every node and client; a replica's own epoch decides in a dispute.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::ring::{self, RingRange};
 use crate::ids::{ClusterId, DatabaseId, Epoch, NodeId, ReplicaId, ShardId, StoreId};
@@ -158,6 +158,18 @@ impl ClusterMap {
             changed = true;
         }
         changed
+    }
+
+    /// Nodes whose address a later node has taken over: it runs in their place, with another identity, after
+    /// their directories were lost. They come back only if they are started at another address.
+    pub fn replaced(&self) -> BTreeSet<NodeId> {
+        let mut newest: HashMap<&str, NodeId> = HashMap::new();
+        let mut replaced = BTreeSet::new();
+        for node in self.nodes.values().filter(|node| !node.peer_address.is_empty()) {
+            // In order of their ids, which are never used again.
+            replaced.extend(newest.insert(&node.peer_address, node.id));
+        }
+        replaced
     }
 
     /// The living database of this name.

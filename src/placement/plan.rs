@@ -17,7 +17,8 @@
 //!    are spread by weight: the lowest of its nodes, counting what each should lead already; then leaderships
 //!    are handed on along chains of shards (augmenting paths) until no chain evens them out further.
 //!
-//! A node without a zone is a zone of its own. A node of weight 0 takes no replicas. Nothing here depends
+//! A node without a zone is a zone of its own. A node of weight 0 takes no replicas, nor does one at whose
+//! address another runs by now. Nothing here depends
 //! on a clock, on chance or on the machine: equal maps give equal plans.
 
 use std::cmp::Reverse;
@@ -112,7 +113,8 @@ impl Planner {
         let mut zone_names = BTreeMap::new();
         let mut nodes: Vec<Candidate> = Vec::new();
         let mut places = BTreeMap::new();
-        for record in map.nodes.values().filter(|n| n.weight > 0) {
+        let replaced = map.replaced();
+        for record in map.nodes.values().filter(|n| n.weight > 0 && !replaced.contains(&n.id)) {
             let own = (record.zone.is_empty()).then_some(record.id);
             let next = zone_names.len();
             places.insert(record.id, nodes.len());

@@ -14,15 +14,20 @@
 //!   the redo file makes a flush whole. Each key is written by itself, in key order.
 //! - It panics where it meets what it doesn't expect, damaged files above all. Every call is caught;
 //!   after a panic the engine answers nothing but errors, since sled's inside is unknown then.
+//! - It opens damaged files as if data had never been written. [`super::sled_sums`] looks at them before.
+//!
+//! Damage that is found while the store is open is noted beside it ([`super::aside`]), since the next
+//! opening might not meet it, and told to whoever asked for it ([`SledEngine::on_damage`]).
 //!
 //! The form of records and chunks is in [`super::sled_record`].
 
 use std::fs;
+use std::io::ErrorKind;
 use std::ops::Bound;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -30,10 +35,12 @@ use bytes::Bytes;
 use super::atomic_file::io_error;
 use super::engine::{Engine, Mutation};
 use super::identity::IdentityError;
-use super::sled_files::SledFiles;
+use super::log_disk::panic_text;
+use super::sled_files::{SledFiles, check_owner};
 pub use super::sled_record::{CHUNK_BYTES, INLINE_BYTES_MAX};
 use super::sled_record::{ChunkRef, Record, chunk_id, chunk_key, is_great};
-use super::{StorageError, keys};
+use super::sled_sums::SledSums;
+use super::{StorageError, aside, keys};
 use crate::ids::{RandomId, StoreId};
 
 /// Cache of sled unless set otherwise, in bytes.
@@ -60,6 +67,9 @@ impl Default for SledOptions {
     }
 }
 
+/// Told once of damage that was found in an open store.
+pub type OnDamage = Box<dyn Fn(String) + Send + Sync>;
+
 /// An open sled store.
 pub struct SledEngine {
     path: PathBuf,
@@ -68,8 +78,9 @@ pub struct SledEngine {
     intents: sled::Tree,
     /// One writer at a time, so that chunk ids and intents need no more care.
     writer: Mutex<Writer>,
-    /// sled has panicked or a sync has failed.
+    /// sled has panicked, a sync has failed, or the store is damaged.
     broken: AtomicBool,
+    on_damage: OnceLock<OnDamage>,
     created: bool,
 }
 
@@ -78,14 +89,20 @@ struct Writer {
     /// Whether any value is chunked: if none is, a write needn't look for the old one's.
     any_chunks: bool,
     files: SledFiles,
+    sums: SledSums,
 }
 
 impl SledEngine {
     /// Opens the store in directory `path`, or creates it for the data directory `store_id`. Errors:
     /// [`IdentityError::InUse`], [`IdentityError::ForeignStore`], [`IdentityError::Newer`];
-    /// [`StorageError::Damaged`] for files that sled can't read.
+    /// [`StorageError::Damaged`] for files that sled can't read, or that aren't what they were, and for a
+    /// store of which that was noted before.
     pub fn open(path: &Path, options: SledOptions, store_id: StoreId) -> Result<SledEngine, StorageError> {
+        if let Some(why) = aside::noted_damage(path)? {
+            return Err(damaged(path, &why));
+        }
         fs::create_dir_all(path).map_err(io_error("creating", path))?;
+        check_owner(path, store_id)?;
         let files = SledFiles::prepare(path, options.synchronous)?;
         if !files.synchronous() {
             tracing::warn!(
@@ -93,6 +110,7 @@ impl SledEngine {
                 "the file system has no synchronous files: a power loss during a flush costs the state store"
             );
         }
+        let sums = SledSums::open(path)?;
         let config = sled::Config::new().path(path).cache_capacity(options.cache_bytes).flush_every_ms(None);
         let db = open_db(path, &config)?;
         let open_tree = |name| contain(path, || db.open_tree(name));
@@ -109,20 +127,27 @@ impl SledEngine {
             db,
             chunks,
             intents,
-            writer: Mutex::new(Writer { next_chunks, any_chunks: last.is_some(), files }),
+            writer: Mutex::new(Writer { next_chunks, any_chunks: last.is_some(), files, sums }),
             broken: AtomicBool::new(false),
+            on_damage: OnceLock::new(),
             created,
         };
+        let format = (keys::format_key(), Some(Bytes::copy_from_slice(&keys::FORMAT_VERSION.to_be_bytes())));
         if created {
-            engine.write(&[
-                (keys::format_key(), Some(Bytes::copy_from_slice(&keys::FORMAT_VERSION.to_be_bytes()))),
-                (keys::store_id_key(), Some(Bytes::copy_from_slice(&store_id.0))),
-            ])?;
+            engine.write(&[format, (keys::store_id_key(), Some(Bytes::copy_from_slice(&store_id.0)))])?;
         } else {
-            engine.check_identity(store_id)?;
+            let found = engine.check_identity(store_id)?;
             engine.finish_intents()?;
+            if found < keys::FORMAT_VERSION {
+                // The sums first: a store of this version without them is taken for damaged.
+                engine.sync()?;
+                engine.write(&[format])?;
+            } else if !engine.writer().sums.known() {
+                return Err(damaged(path, "its sums are missing: whether it is what it was can't be told"));
+            }
         }
         engine.sync()?;
+        engine.writer().files.note_owner(store_id)?;
         engine.writer().files.sync_names()?;
         Ok(engine)
     }
@@ -132,7 +157,15 @@ impl SledEngine {
         self.created
     }
 
-    fn check_identity(&self, expected: StoreId) -> Result<(), StorageError> {
+    /// Has `hook` told of damage that is found from now on; the store is of no use any more then.
+    pub fn on_damage(&self, hook: OnDamage) {
+        if self.on_damage.set(hook).is_err() {
+            tracing::debug!("somebody else is told of damage");
+        }
+    }
+
+    /// Checks whose store it is; its format.
+    fn check_identity(&self, expected: StoreId) -> Result<u32, StorageError> {
         let format = self
             .get(&keys::format_key())?
             .and_then(|bytes| bytes[..].try_into().ok().map(u32::from_be_bytes))
@@ -145,7 +178,7 @@ impl SledEngine {
         }
         let found = self.get(&keys::store_id_key())?.and_then(|bytes| RandomId::from_slice(&bytes));
         match found {
-            Some(found) if found == expected => Ok(()),
+            Some(found) if found == expected => Ok(format),
             Some(found) => {
                 Err(IdentityError::ForeignStore { path: path(), found: found.to_string(), expected }.into())
             }
@@ -204,6 +237,12 @@ impl SledEngine {
             self.run(|| self.intents.remove(at.id.to_be_bytes()))?;
         }
         Ok(())
+    }
+
+    /// Makes a record one that can't be read, as damage would that sled doesn't see.
+    #[cfg(test)]
+    pub(crate) fn spoil(&self, key: &[u8]) {
+        self.db.insert(key, &[9]).expect("written");
     }
 
     fn write_chunks(&self, writer: &mut Writer, key: &[u8], value: &Bytes) -> Result<ChunkRef, StorageError> {
@@ -281,10 +320,77 @@ impl SledEngine {
             });
         }
         let result = contain(&self.path, call);
-        if matches!(result, Err(StorageError::Damaged { .. })) {
+        if matches!(result, Err(StorageError::Damaged { .. } | StorageError::SyncFailed { .. })) {
             self.broken.store(true, Ordering::Relaxed);
         }
         result
+    }
+
+    /// Sees to it that damage isn't forgotten: a store in which something is wrong may have more of it.
+    fn noting<T>(&self, result: Result<T, StorageError>) -> Result<T, StorageError> {
+        if let Err(error @ StorageError::Damaged { detail, .. }) = &result {
+            self.broken.store(true, Ordering::Relaxed);
+            // While it is being opened, its opener sees to that.
+            if let Some(hook) = self.on_damage.get() {
+                if let Err(second) = aside::note_damage(&self.path, detail) {
+                    tracing::error!(%second, "damage of the state store could not be noted for the next start");
+                }
+                hook(error.to_string());
+            }
+        }
+        result
+    }
+
+    fn get_record(&self, key: &[u8]) -> Result<Option<Bytes>, StorageError> {
+        match self.run(|| self.db.get(key))? {
+            Some(record) => self.resolve(key, record),
+            None => Ok(None),
+        }
+    }
+
+    fn scan_records(
+        &self,
+        from: Bound<&[u8]>,
+        to: &[u8],
+        visit: &mut dyn FnMut(&[u8], Bytes) -> bool,
+    ) -> Result<(), StorageError> {
+        let Some(mut items) = self.range(from, to) else {
+            return Ok(());
+        };
+        while let Some((key, record)) = self.run(|| items.next().transpose())? {
+            if let Some(value) = self.resolve(&key, record)?
+                && !visit(&key, value)
+            {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn scan_only_keys(
+        &self,
+        from: Bound<&[u8]>,
+        to: &[u8],
+        visit: &mut dyn FnMut(&[u8]) -> bool,
+    ) -> Result<(), StorageError> {
+        let Some(mut items) = self.range(from, to) else {
+            return Ok(());
+        };
+        while let Some((key, _)) = self.run(|| items.next().transpose())? {
+            if !visit(&key) {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn write_all(&self, batch: &[Mutation]) -> Result<(), StorageError> {
+        let mut writer = self.writer();
+        writer.files.before_write()?;
+        for (key, value) in batch {
+            self.write_one(&mut writer, key, value.as_ref())?;
+        }
+        Ok(())
     }
 
     // What the lock guards is changed by single assignments; a panic leaves it usable.
@@ -305,10 +411,7 @@ impl SledEngine {
 
 impl Engine for SledEngine {
     fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StorageError> {
-        match self.run(|| self.db.get(key))? {
-            Some(record) => self.resolve(key, record),
-            None => Ok(None),
-        }
+        self.noting(self.get_record(key))
     }
 
     fn scan(
@@ -317,17 +420,7 @@ impl Engine for SledEngine {
         to: &[u8],
         visit: &mut dyn FnMut(&[u8], Bytes) -> bool,
     ) -> Result<(), StorageError> {
-        let Some(mut items) = self.range(from, to) else {
-            return Ok(());
-        };
-        while let Some((key, record)) = self.run(|| items.next().transpose())? {
-            if let Some(value) = self.resolve(&key, record)?
-                && !visit(&key, value)
-            {
-                break;
-            }
-        }
-        Ok(())
+        self.noting(self.scan_records(from, to, visit))
     }
 
     fn scan_keys(
@@ -336,30 +429,19 @@ impl Engine for SledEngine {
         to: &[u8],
         visit: &mut dyn FnMut(&[u8]) -> bool,
     ) -> Result<(), StorageError> {
-        let Some(mut items) = self.range(from, to) else {
-            return Ok(());
-        };
-        while let Some((key, _)) = self.run(|| items.next().transpose())? {
-            if !visit(&key) {
-                break;
-            }
-        }
-        Ok(())
+        self.noting(self.scan_only_keys(from, to, visit))
     }
 
     fn write(&self, batch: &[Mutation]) -> Result<(), StorageError> {
-        let mut writer = self.writer();
-        writer.files.before_write()?;
-        for (key, value) in batch {
-            self.write_one(&mut writer, key, value.as_ref())?;
-        }
-        Ok(())
+        self.noting(self.write_all(batch))
     }
 
     fn sync(&self) -> Result<(), StorageError> {
         let mut writer = self.writer();
         let result = match self.run(|| self.db.flush()) {
-            Ok(_) => writer.files.sync(),
+            // In this order: the sums are of what is durable.
+            Ok(_) => writer.files.sync().and_then(|()| writer.sums.seal()),
+            Err(error @ StorageError::Damaged { .. }) => Err(error),
             Err(error) => {
                 Err(StorageError::SyncFailed { path: self.path.join("db"), reason: error.to_string() })
             }
@@ -367,7 +449,12 @@ impl Engine for SledEngine {
         if result.is_err() {
             self.broken.store(true, Ordering::Relaxed);
         }
-        result
+        drop(writer);
+        self.noting(result)
+    }
+
+    fn settle(&self) -> Result<(), StorageError> {
+        self.writer().sums.settle()
     }
 
     fn disk_bytes(&self) -> u64 {
@@ -416,15 +503,20 @@ fn contain<T>(path: &Path, call: impl FnOnce() -> sled::Result<T>) -> Result<T, 
             let place = at.map_or(String::new(), |at| format!(" at {at:?}"));
             Err(damaged(path, &format!("sled finds it corrupt{place}")))
         }
+        // What it has noted of its file isn't there.
+        Ok(Err(sled::Error::Io(error))) if error.kind() == ErrorKind::UnexpectedEof => {
+            Err(damaged(path, &format!("sled finds it too short: {error}")))
+        }
         Ok(Err(error)) => {
             Err(StorageError::Engine { engine: NAME, reason: format!("{}: {error}", path.display()) })
         }
         Err(panic) => {
-            let text = panic
-                .downcast_ref::<String>()
-                .map(String::as_str)
-                .or_else(|| panic.downcast_ref::<&str>().copied())
-                .unwrap_or("without a message");
+            let text = panic_text(panic.as_ref());
+            // It has had an error of the system that it didn't reckon with. What it was about to write is
+            // unknown; what is on disk isn't damaged by that.
+            if text.contains("Os {") || text.contains("Io(") {
+                return Err(StorageError::SyncFailed { path: path.to_owned(), reason: text });
+            }
             Err(damaged(path, &format!("sled panicked: {text}")))
         }
     }

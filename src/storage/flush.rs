@@ -16,6 +16,12 @@
 //! says is never older than what the engine holds. A flush that fails after `Logged` leaves its
 //! file; the flusher then refuses to go on, since a later flush could be undone by that file at the
 //! next start.
+//!
+//! Each flush has a number, that of its redo file. The first thing that it writes to the engine is that
+//! this number has begun, the last that it is complete. So an engine that is found with a redo file has
+//! completed its number, or the one before, or else has lost (or regained) a flush that was durable: what
+//! the file was made to is gone, and laying it over what is there would make a state that never was. And
+//! one that has begun what it hasn't completed has a redo file, or else that was lost.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -78,10 +84,24 @@ impl Flusher {
     pub fn open(redo_dir: PathBuf, engine: Arc<dyn Engine>) -> Result<Flusher, StorageError> {
         std::fs::create_dir_all(&redo_dir).map_err(atomic_file::io_error("creating", &redo_dir))?;
         let files = redo::list(&redo_dir)?;
+        let flushed = match last_flush(&*engine)? {
+            Some(numbers) => {
+                check_numbers(&files, numbers, &*engine)?;
+                Some(numbers.complete)
+            }
+            None => None,
+        };
         for (sequence, path) in &files {
             reapply(path, *sequence, &*engine)?;
         }
-        if !files.is_empty() {
+        let last = files.last().map(|(sequence, _)| *sequence).or(flushed);
+        let next_sequence = last.unwrap_or(0).checked_add(1).ok_or_else(|| StorageError::Damaged {
+            what: format!("the {} store", engine.name()),
+            detail: "there is no number left for a flush".into(),
+        })?;
+        if !files.is_empty() || flushed.is_none() {
+            // A store without a number is new, or from before there were any.
+            Numbers::complete(last.unwrap_or(0)).write(&*engine)?;
             engine.sync()?;
         }
         for (_, path) in &files {
@@ -91,7 +111,7 @@ impl Flusher {
         Ok(Flusher {
             redo_dir,
             engine,
-            next_sequence: files.last().map_or(1, |(sequence, _)| sequence + 1),
+            next_sequence,
             failed: None,
             collections: Collections::default(),
             hook: None,
@@ -229,6 +249,8 @@ impl Flusher {
         self.at(FlushPoint::RedoDurable)?;
         progress(FlushStep::Logged);
         let engine = self.engine.clone();
+        let number = self.next_sequence - 1;
+        Numbers { complete: number - 1, begun: number }.write(&*engine)?;
         let mut batch = Batch::new(&*engine);
         for source in sources {
             let Section { replica, generation, .. } = source.section;
@@ -243,9 +265,11 @@ impl Flusher {
             self.at(FlushPoint::BatchWritten)?;
         }
         progress(FlushStep::Absorbed);
+        Numbers::complete(number).write(&*engine)?;
+        self.at(FlushPoint::BatchWritten)?;
         self.engine.sync()?;
         self.at(FlushPoint::EngineSynced)?;
-        self.collections.keep(path, self.next_sequence - 1, |replica, generation| {
+        self.collections.keep(path, number, |replica, generation| {
             sources.iter().any(|s| (s.section.replica, s.section.generation) == (replica, generation))
         });
         atomic_file::remove(path)?;
@@ -342,6 +366,61 @@ fn held(engine: &dyn Engine, replica: ReplicaId, generation: u32) -> Result<Inde
         }
         None => Ok(0),
     }
+}
+
+/// The numbers of flushes that an engine holds.
+/// Invariant: `complete <= begun`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Numbers {
+    complete: u64,
+    begun: u64,
+}
+
+impl Numbers {
+    fn complete(number: u64) -> Numbers {
+        Numbers { complete: number, begun: number }
+    }
+
+    fn write(self, engine: &dyn Engine) -> Result<(), StorageError> {
+        let value = [self.complete.to_be_bytes(), self.begun.to_be_bytes()].concat();
+        engine.write(&[(keys::flush_key(), Some(value.into()))])
+    }
+}
+
+/// What the engine knows of flushes; `None` if it was never told.
+fn last_flush(engine: &dyn Engine) -> Result<Option<Numbers>, StorageError> {
+    let Some(bytes) = engine.get(&keys::flush_key())? else {
+        return Ok(None);
+    };
+    let numbers = bytes.split_first_chunk::<8>().and_then(|(complete, begun)| {
+        let begun = u64::from_be_bytes(begun.try_into().ok()?);
+        Some(Numbers { complete: u64::from_be_bytes(*complete), begun })
+    });
+    numbers.map(Some).ok_or_else(|| StorageError::Damaged {
+        what: format!("the {} store", engine.name()),
+        detail: format!("{} bytes are no numbers of flushes", bytes.len()),
+    })
+}
+
+/// Whether redo files lead on from what the engine holds, see the head of this file.
+fn check_numbers(files: &[(u64, PathBuf)], held: Numbers, engine: &dyn Engine) -> Result<(), StorageError> {
+    let Numbers { complete, begun } = held;
+    let damaged =
+        |detail| Err(StorageError::Damaged { what: format!("the {} store", engine.name()), detail });
+    let Some(((first, path), (last, _))) = files.first().zip(files.last()) else {
+        if begun == complete {
+            return Ok(());
+        }
+        return damaged(format!("it holds a part of flush {begun}, and the redo file of that is missing"));
+    };
+    let contiguous = files.windows(2).all(|pair| pair[0].0.checked_add(1) == Some(pair[1].0));
+    if contiguous && (first.saturating_sub(1)..=*last).contains(&complete) && begun <= *last {
+        return Ok(());
+    }
+    damaged(format!(
+        "its last flush has the number {complete}, and the redo files beside it begin with {}",
+        path.display()
+    ))
 }
 
 /// Collects changes and hands them to the engine in bounded, sorted batches, so that nobody who

@@ -52,7 +52,7 @@ fn a_round_over_several_replicas_and_tables() {
         })
         .unwrap();
     let steps = steps.lock().unwrap().clone();
-    assert_eq!(steps, [(FlushStep::Logged, 0), (FlushStep::Absorbed, 4)], "two keys and two headers");
+    assert_eq!(steps, [(FlushStep::Logged, 1), (FlushStep::Absorbed, 5)], "two keys, two headers, a number");
     assert_eq!(redo_files(&flusher.redo_dir), 0);
     engine.crash(CrashLoss::Everything);
     let one = open_state(&engine, 1);
@@ -63,7 +63,7 @@ fn a_round_over_several_replicas_and_tables() {
 
     flusher.destroy(&[ReplicaId(1), ReplicaId(3)]).unwrap();
     engine.crash(CrashLoss::Everything);
-    assert_eq!(engine.len(), 2, "replica 2 is untouched");
+    assert_eq!(engine.len(), 3, "replica 2 is untouched");
 }
 
 #[test]
@@ -117,14 +117,103 @@ fn a_redo_file_older_than_the_state_is_refused() {
     let engine = Arc::new(MemoryEngine::new());
     let mut state = open_state(&engine, 1);
     let mut flusher = Flusher::open(dir.path().to_owned(), engine.clone()).unwrap();
-    let mut old = RedoWriter::create(dir.path(), 99).unwrap();
+    let mut old = RedoWriter::create(dir.path(), 1).unwrap();
     old.section(&section(0)).unwrap();
     old.change(keys::KIND_USER, b"a", Some(b"stale")).unwrap();
     old.finish().unwrap();
+    let old = std::fs::read(redo::list(dir.path()).unwrap().remove(0).1).unwrap();
     apply(&mut state, 6, "a", Some("x"));
     flusher.flush(&[state.freeze().unwrap()], &mut |_| {}).unwrap();
+    std::fs::write(dir.path().join("0000000000000001.redo"), old).unwrap();
     let error = Flusher::open(dir.path().to_owned(), engine).err().unwrap();
     assert!(error.to_string().contains("at 6 already"), "{error}");
+}
+
+/// What is left on disk of the flush with this number, of an engine that holds the one before.
+fn redo_file(sequence: u64) -> (tempfile::TempDir, Arc<MemoryEngine>) {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = Arc::new(MemoryEngine::new());
+    let mut flusher = Flusher::open(dir.path().to_owned(), engine.clone()).unwrap();
+    let mut state = open_state(&engine, 1);
+    for index in 0..sequence {
+        apply(&mut state, 6 + index, "a", Some("x"));
+        if index + 1 == sequence {
+            flusher.set_hook(Box::new(|point| match point {
+                FlushPoint::RedoDurable => Err(full_disk()),
+                _ => Ok(()),
+            }));
+        }
+        let flushed = flusher.flush(&[state.freeze().unwrap()], &mut |_| {});
+        assert_eq!(flushed.is_err(), index + 1 == sequence);
+    }
+    engine.sync().unwrap();
+    (dir, engine)
+}
+
+#[test]
+fn an_engine_that_lost_or_regained_a_flush_is_refused() {
+    let set = |engine: &MemoryEngine, number| Numbers::complete(number).write(engine).unwrap();
+    for held in [0, 1, 4, 5, u64::MAX] {
+        let (dir, engine) = redo_file(3);
+        set(&engine, held);
+        let error = Flusher::open(dir.path().to_owned(), engine.clone()).err().unwrap();
+        assert!(error.to_string().contains(&format!("its last flush has the number {held}")), "{error}");
+        assert_eq!(redo_files(dir.path()), 1, "nothing was thrown away");
+    }
+    for held in [2, 3] {
+        let (dir, engine) = redo_file(3);
+        set(&engine, held);
+        let flusher = Flusher::open(dir.path().to_owned(), engine.clone()).unwrap();
+        assert_eq!((last_flush(&*engine).unwrap(), flusher.next_sequence), (Some(Numbers::complete(3)), 4));
+        engine.crash(CrashLoss::Everything);
+        assert_eq!(Flusher::open(dir.path().to_owned(), engine).unwrap().next_sequence, 4);
+    }
+}
+
+/// What the engine holds of it is no state of any moment.
+#[test]
+fn half_a_flush_without_its_redo_file_is_refused() {
+    for batches in 1..=3 {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = Arc::new(MemoryEngine::new());
+        let mut flusher = Flusher::open(dir.path().to_owned(), engine.clone()).unwrap();
+        let mut state = open_state(&engine, 1);
+        apply(&mut state, 6, "a", Some("x"));
+        flusher.flush(&[state.freeze().unwrap()], &mut |_| {}).unwrap();
+        for index in 7..400 {
+            apply(&mut state, index, &format!("key-{index}"), Some("x"));
+        }
+        let mut left = batches;
+        flusher.set_hook(Box::new(move |point| {
+            left -= u64::from(point == FlushPoint::BatchWritten);
+            if left == 0 { Err(full_disk()) } else { Ok(()) }
+        }));
+        flusher.flush(&[state.freeze().unwrap()], &mut |_| {}).unwrap_err();
+        let redo = redo::list(dir.path()).unwrap().remove(0).1;
+        let bytes = std::fs::read(&redo).unwrap();
+        std::fs::remove_file(&redo).unwrap();
+        let opened = Flusher::open(dir.path().to_owned(), engine.clone());
+        if batches == 3 {
+            opened.unwrap();
+            continue;
+        }
+        let error = opened.err().unwrap();
+        assert!(error.to_string().contains("a part of flush 2"), "{error}");
+        std::fs::write(&redo, bytes).unwrap();
+        Flusher::open(dir.path().to_owned(), engine.clone()).unwrap();
+        assert_eq!(open_state(&engine, 1).header().applied.index, 399);
+    }
+}
+
+#[test]
+fn a_store_from_before_flushes_had_numbers_is_taken_over() {
+    let (dir, engine) = redo_file(3);
+    engine.write(&[(keys::flush_key(), None)]).unwrap();
+    let flusher = Flusher::open(dir.path().to_owned(), engine.clone()).unwrap();
+    assert_eq!((last_flush(&*engine).unwrap(), flusher.next_sequence), (Some(Numbers::complete(3)), 4));
+    engine.write(&[(keys::flush_key(), None)]).unwrap();
+    Flusher::open(dir.path().to_owned(), engine.clone()).unwrap();
+    assert_eq!(last_flush(&*engine).unwrap(), Some(Numbers::complete(0)));
 }
 
 #[test]

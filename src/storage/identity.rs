@@ -4,7 +4,10 @@
 //! DIR/IDENTITY   who this is: store id, cluster id, node id (replaced atomically)
 //! DIR/LOCK       held by the process that uses the directory; its text is the process id
 //! DIR/log/       raft log        DIR/state/  state engine        DIR/redo/  redo files
+//! DIR/log.mark   how far the raft log reaches
 //! DIR/map        the last cluster map, a cache
+//! DIR/state.sums what the files of the state engine should be
+//! DIR/aside-N/   what was there before the node began anew ([`DataDir::begin_anew`]), never read again
 //! ```
 //!
 //! A directory is used by one process at a time, belongs to one cluster for good once it has
@@ -15,11 +18,12 @@
 //! Log and state store carry the store id too; their opening checks it, so that parts of two nodes'
 //! directories can't be put together.
 
+mod anew;
+
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
 
 use capnp::message::{Builder, ReaderOptions};
 
@@ -54,6 +58,12 @@ pub enum IdentityError {
         /// The directory.
         path: String,
     },
+    /// It holds the stores of a node, and IDENTITY is gone.
+    #[error("{path} holds what a node stores, but its file IDENTITY is missing: who it is can't be told")]
+    Nameless {
+        /// The directory.
+        path: String,
+    },
     /// A newer program wrote it.
     #[error(
         "{path} has format {found}, this program knows up to {known}; use the newer program that wrote it"
@@ -67,9 +77,7 @@ pub enum IdentityError {
         known: u32,
     },
     /// The identity can't be read.
-    #[error(
-        "{path} is damaged: {detail}; restore it from a copy, or set the directory aside and rejoin as a new node"
-    )]
+    #[error("{path} is damaged: {detail}")]
     Damaged {
         /// The file.
         path: String,
@@ -137,12 +145,34 @@ struct Identity {
     store_id: StoreId,
     cluster_id: Option<ClusterId>,
     node: Option<NodeId>,
+    rejoins: bool,
+}
+
+impl Identity {
+    /// A directory that nobody knows yet.
+    fn new(rejoins: bool) -> Identity {
+        Identity { store_id: StoreId::random(), cluster_id: None, node: None, rejoins }
+    }
 }
 
 impl DataDir {
     /// Opens a data directory for this process alone, creating it (mode 0700) if it is absent or
     /// empty. Nothing is created or changed if it is refused.
     pub fn open(path: &Path) -> Result<DataDir, IdentityError> {
+        DataDir::open_as(path, false)
+    }
+
+    /// [`DataDir::open`] for a node that, unless it is a member, may join a cluster and must not form
+    /// one. That is recorded.
+    pub fn open_to_rejoin(path: &Path) -> Result<DataDir, IdentityError> {
+        let mut dir = DataDir::open_as(path, true)?;
+        if dir.node().is_none() && !dir.rejoins() {
+            dir.record(Identity { rejoins: true, ..dir.identity })?;
+        }
+        Ok(dir)
+    }
+
+    fn open_as(path: &Path, rejoins: bool) -> Result<DataDir, IdentityError> {
         create_dir(path)?;
         let found = survey(path)?;
         let lock = lock(path)?;
@@ -150,11 +180,15 @@ impl DataDir {
         let identity = match found.or(survey(path)?) {
             Some(()) => read_identity(path)?,
             None => {
-                let identity = Identity { store_id: StoreId::random(), cluster_id: None, node: None };
+                let identity = Identity::new(rejoins);
                 write_identity(path, &identity)?;
                 identity
             }
         };
+        DataDir::of(path, identity, lock)
+    }
+
+    fn of(path: &Path, identity: Identity, lock: File) -> Result<DataDir, IdentityError> {
         let dir = DataDir { path: path.to_owned(), identity, _lock: lock };
         for part in [dir.log_path(), dir.state_path(), dir.redo_path()] {
             create_dir(&part)?;
@@ -180,6 +214,13 @@ impl DataDir {
     /// The node it is, once recorded. From then on its stores must be there: an empty log is a lost one.
     pub fn node(&self) -> Option<NodeId> {
         self.identity.node
+    }
+
+    /// Whether it was made by a node that was a member before, or is taken for one: it joins a cluster,
+    /// and never forms one. Else nodes that have all lost their directories would form their cluster
+    /// again, empty.
+    pub fn rejoins(&self) -> bool {
+        self.identity.rejoins
     }
 
     /// Where the raft log is.
@@ -238,19 +279,23 @@ impl DataDir {
     /// The map that was saved last. It is only a cache: a damaged one or one that can't be read
     /// counts as absent, with a warning in the log.
     pub fn load_map(&self) -> Option<Vec<u8>> {
-        let path = self.path.join(MAP);
-        let reason = match fs::read(&path) {
-            Ok(bytes) => match unseal(MAP_MAGIC, &bytes) {
-                Ok((MAP_FORMAT_VERSION, body)) => return Some(body.to_vec()),
-                Ok((version, _)) => format!("unknown format {version}"),
-                Err(reason) => reason,
-            },
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
-            Err(error) => error.to_string(),
-        };
-        tracing::warn!(file = %path.display(), reason, "the saved cluster map is not used");
-        None
+        load_map(&self.path)
     }
+}
+
+fn load_map(dir: &Path) -> Option<Vec<u8>> {
+    let path = dir.join(MAP);
+    let reason = match fs::read(&path) {
+        Ok(bytes) => match unseal(MAP_MAGIC, &bytes) {
+            Ok((MAP_FORMAT_VERSION, body)) => return Some(body.to_vec()),
+            Ok((version, _)) => format!("unknown format {version}"),
+            Err(reason) => reason,
+        },
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
+        Err(error) => error.to_string(),
+    };
+    tracing::warn!(file = %path.display(), reason, "the saved cluster map is not used");
+    None
 }
 
 /// Whether a directory has an identity file of ours, be it damaged or newer. Only such a directory
@@ -269,23 +314,6 @@ pub fn check_unused(path: &Path) -> Result<(), IdentityError> {
         lock(path)?;
     }
     Ok(())
-}
-
-/// Renames a data directory that isn't in use to `<dir>.aside-<seconds since 1970>`, so that the
-/// node can begin anew while nothing is lost. Returns the new name.
-pub fn set_aside(path: &Path) -> Result<PathBuf, IdentityError> {
-    if !is_ours(path) {
-        return Err(IdentityError::NotOurs { path: show(path) });
-    }
-    let _lock = lock(path)?;
-    let seconds = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    let mut aside = path.as_os_str().to_owned();
-    aside.push(format!(".aside-{seconds}"));
-    let aside = PathBuf::from(aside);
-    // A rename onto an existing directory that isn't empty fails: nothing is overwritten.
-    fs::rename(path, &aside).map_err(io_error("renaming", path))?;
-    atomic_file::sync_parent(&aside).map_err(from_storage)?;
-    Ok(aside)
 }
 
 /// Removes a data directory that isn't in use, its identity last, so that a removal that is cut short
@@ -336,7 +364,13 @@ fn survey(path: &Path) -> Result<Option<()>, IdentityError> {
             _ => empty = false,
         }
     }
-    if empty { Ok(None) } else { Err(IdentityError::NotOurs { path: show(path) }) }
+    if empty {
+        Ok(None)
+    } else if anew::holds_stores(path)? {
+        Err(IdentityError::Nameless { path: show(path) })
+    } else {
+        Err(IdentityError::NotOurs { path: show(path) })
+    }
 }
 
 fn create_dir(path: &Path) -> Result<(), IdentityError> {
@@ -397,6 +431,7 @@ fn write_identity(path: &Path, identity: &Identity) -> Result<(), IdentityError>
         root.set_cluster_id(&cluster.0);
     }
     root.set_node(identity.node.map_or(0, |node| node.0));
+    root.set_rejoins(identity.rejoins);
     let body = capnp::serialize::write_message_to_words(&message);
     let bytes = seal(IDENTITY_MAGIC, FORMAT_VERSION, &body);
     atomic_file::replace(&path.join(IDENTITY), &bytes).map_err(from_storage)
@@ -429,7 +464,8 @@ fn parse_identity(mut body: &[u8]) -> capnp::Result<Option<Identity>> {
     if cluster_id.is_none() && !cluster.is_empty() {
         return Ok(None);
     }
-    Ok(Some(Identity { store_id, cluster_id, node: (root.get_node() != 0).then(|| NodeId(root.get_node())) }))
+    let node = (root.get_node() != 0).then(|| NodeId(root.get_node()));
+    Ok(Some(Identity { store_id, cluster_id, node, rejoins: root.get_rejoins() }))
 }
 
 /// Magic, format version, length (8 bytes), body, crc32c of all before; numbers big endian.

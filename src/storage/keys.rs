@@ -10,14 +10,16 @@
 //! Big endian keeps one replica's keys together and a generation's user keys in user-key order, so
 //! that a scan of a shard is one range of the engine, and the header precedes the data.
 //!
-//! Store records: [`store_id_key`] (16 bytes: which data directory the store belongs to) and
-//! [`format_key`] (u32 big endian: [`FORMAT_VERSION`]). An engine may keep more keyspaces of its own
-//! (the chunks of great values in `engine_sled`); they are invisible above it.
+//! Store records: [`store_id_key`] (16 bytes: which data directory the store belongs to),
+//! [`format_key`] (u32 big endian: [`FORMAT_VERSION`]) and [`flush_key`] (twice u64 big endian: the numbers
+//! of the last flush that the store holds whole, and of the last that was begun). An engine may keep more
+//! keyspaces of its own (the chunks of great values in `engine_sled`); they are invisible above it.
 
 use crate::ids::ReplicaId;
 
-/// Version of this layout; a greater one in a store is refused.
-pub const FORMAT_VERSION: u32 = 1;
+/// Version of this layout; a greater one in a store is refused. A store of version 1 had no sums beside
+/// it (`sled_sums`).
+pub const FORMAT_VERSION: u32 = 2;
 
 /// Kind of the record that says where a replica's state stands.
 pub const KIND_HEADER: u8 = 0;
@@ -111,6 +113,11 @@ pub fn store_id_key() -> Vec<u8> {
 /// The key of the store's format version.
 pub fn format_key() -> Vec<u8> {
     store_key(b"format")
+}
+
+/// The key of the numbers of the last flushes.
+pub fn flush_key() -> Vec<u8> {
+    store_key(b"flush")
 }
 
 fn store_key(name: &[u8]) -> Vec<u8> {

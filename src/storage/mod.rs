@@ -6,7 +6,8 @@
 //! - [`memtable`]: recent applied writes of one replica. [`state`]: one replica's state: memtables over the engine;
 //!   [`opened`]: as it is found at a start, whole or lost.
 //! - [`flush`]: freezing memtables into redo files ([`redo`]) and the engine; recovery from redo files.
-//! - [`sled_files`], [`sled_record`]: what sled's files need, and how it stores a value.
+//! - [`sled_files`], [`sled_record`], `sled_sums`: what sled's files need, how it stores a value, and how
+//!   damage is seen that it doesn't see itself. [`aside`]: what becomes of a damaged state.
 //! - [`snapshot`]: a shard's state as a file ([`snapshot_file`]), exact at one index; [`snapshot_dir`]: where
 //!   these files are; [`collect`]: what flushes leave for them; [`generations`]: what they are loaded into.
 //! - [`keys`]: the layout of state keys. [`identity`]: who owns a data directory.
@@ -15,6 +16,7 @@
 //! file, `fsync` on its directory) has returned success; a failed sync tells nothing about what is
 //! on disk and is never retried; anything else may be lost, torn or old after a crash.
 
+pub mod aside;
 mod atomic_file;
 pub mod collect;
 pub mod engine;
@@ -35,6 +37,7 @@ pub mod redo;
 pub mod sessions;
 pub mod sled_files;
 pub mod sled_record;
+mod sled_sums;
 pub mod snapshot;
 pub mod snapshot_dir;
 pub mod snapshot_file;
@@ -42,7 +45,7 @@ pub mod state;
 
 use std::io::ErrorKind;
 use std::ops::Bound;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 
@@ -105,6 +108,25 @@ impl StorageError {
         matches!(self, StorageError::Io { source, .. }
             if matches!(source.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded))
     }
+
+    /// Whether a node that can't open its directory for this reason may have lost what it promised its
+    /// cluster to keep. Trying again doesn't help: it can only begin anew, as another node.
+    pub fn ends_identity(&self) -> bool {
+        use identity::IdentityError::{Damaged, ForeignStore, Nameless};
+        matches!(
+            self,
+            StorageError::Damaged { .. }
+                | StorageError::Identity(Damaged { .. } | Nameless { .. } | ForeignStore { .. })
+        )
+    }
+}
+
+/// The path of what belongs to `path` and lies beside it.
+fn beside(path: &Path, ending: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".");
+    name.push(ending);
+    PathBuf::from(name)
 }
 
 /// A shard's state as a state machine reads it: an ordered map from keys to values.

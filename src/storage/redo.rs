@@ -30,6 +30,7 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 
 use super::atomic_file::{self, io_error};
+use super::identity::IdentityError;
 use super::state::StateHeader;
 use super::{StorageError, keys};
 use crate::ids::{Index, ReplicaId};
@@ -191,8 +192,12 @@ pub fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>, StorageError> {
             .and_then(|stem| u64::from_str_radix(stem, 16).ok());
         match sequence {
             Some(sequence) => found.push((sequence, path)),
+            // Nothing of ours, and no reason to give up what is.
             None => {
-                return Err(damaged(dir, format!("`{}` is not a redo file; move it away", path.display())));
+                return Err(StorageError::Engine {
+                    engine: "redo files",
+                    reason: format!("`{}` is not a redo file; move it away", path.display()),
+                });
             }
         }
     }
@@ -216,13 +221,15 @@ impl RedoReader {
     /// Opens a file and checks it as a whole before the first record is believed.
     pub fn open(path: &Path, sequence: u64) -> Result<RedoReader, StorageError> {
         let read = io_error("reading", path);
-        let (body, problem) = match check(path, sequence) {
-            Ok(Ok(body)) => (body, None),
-            Ok(Err(problem)) => (0, Some(problem)),
+        let (body, version) = match check(path, sequence) {
+            Ok(Ok(found)) => found,
+            Ok(Err(problem)) => return Err(damaged(path, problem)),
             Err(error) => return Err(read(error)),
         };
-        if let Some(problem) = problem {
-            return Err(damaged(path, problem));
+        if version > FORMAT_VERSION {
+            // Not damage, which would be repaired: the newer program can read it.
+            let path = path.display().to_string();
+            return Err(IdentityError::Newer { path, found: version, known: FORMAT_VERSION }.into());
         }
         let open = || -> io::Result<BufReader<File>> {
             let mut input = BufReader::with_capacity(256 * 1024, File::open(path)?);
@@ -319,8 +326,8 @@ impl RedoReader {
     }
 }
 
-/// Reads a whole file: the length of its records, or what is wrong with it.
-fn check(path: &Path, sequence: u64) -> io::Result<Result<u64, String>> {
+/// Reads a whole file: the length of its records and its format, or what is wrong with it.
+fn check(path: &Path, sequence: u64) -> io::Result<Result<(u64, u32), String>> {
     let file = File::open(path)?;
     let total = file.metadata()?.len();
     let Some(body) = total.checked_sub(HEAD_BYTES + FOOT_BYTES) else {
@@ -333,8 +340,8 @@ fn check(path: &Path, sequence: u64) -> io::Result<Result<u64, String>> {
         return Ok(Err("it does not begin as a redo file".into()));
     }
     let version = u32::from_be_bytes([head[8], head[9], head[10], head[11]]);
-    if !(1..=FORMAT_VERSION).contains(&version) {
-        return Ok(Err(format!("format {version}; this program reads {FORMAT_VERSION}")));
+    if version == 0 {
+        return Ok(Err("format 0".into()));
     }
     if head[12..] != sequence.to_be_bytes() {
         return Ok(Err("its number is not the one in its name".into()));
@@ -351,7 +358,7 @@ fn check(path: &Path, sequence: u64) -> io::Result<Result<u64, String>> {
     if foot[..4] != sum.to_be_bytes() {
         return Ok(Err("its checksum does not match".into()));
     }
-    Ok(Ok(body))
+    Ok(Ok((body, version)))
 }
 
 fn damaged(path: &Path, detail: String) -> StorageError {
@@ -478,7 +485,7 @@ mod tests {
         bytes[body..body + 4].copy_from_slice(&sum);
         fs::write(&path, &bytes).unwrap();
         let error = read(&path, 1).unwrap_err().to_string();
-        assert!(error.contains("format 3; this program reads 2"), "{error}");
+        assert!(error.contains("has format 3, this program knows up to 2"), "{error}");
     }
 
     #[test]

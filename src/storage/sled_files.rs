@@ -22,8 +22,11 @@ use std::path::{Path, PathBuf};
 
 use super::StorageError;
 use super::atomic_file::{self, io_error, sync_error};
+use super::identity::IdentityError;
+use crate::ids::StoreId;
 
 const MARKER: &str = "UNSYNCED";
+const OWNER: &str = "OWNER";
 
 /// sled's files beside sled.
 pub(super) struct SledFiles {
@@ -45,6 +48,9 @@ impl SledFiles {
         let blobs = dir.join("blobs");
         fs::create_dir_all(&blobs).map_err(io_error("creating", &blobs))?;
         remove_unfinished_snapshots(dir)?;
+        for item in fs::read_dir(dir).map_err(io_error("listing", dir))? {
+            remove_if_damaged(&item.map_err(io_error("listing", dir))?.path())?;
+        }
         let path = dir.join("db");
         let db = OpenOptions::new()
             .read(true)
@@ -104,6 +110,18 @@ impl SledFiles {
         atomic_file::sync_parent(&self.dir)
     }
 
+    /// Notes whose store this is, for [`check_owner`].
+    pub fn note_owner(&self, store_id: StoreId) -> Result<(), StorageError> {
+        let path = self.dir.join(OWNER);
+        let bytes = owner_bytes(store_id);
+        // Missing or damaged, it is made anew: the store itself has the id too.
+        if fs::read(&path).is_ok_and(|found| found == bytes) {
+            Ok(())
+        } else {
+            atomic_file::replace(&path, &bytes)
+        }
+    }
+
     fn check_marker(&mut self) -> Result<(), StorageError> {
         let path = self.dir.join(MARKER);
         match fs::read_to_string(&path) {
@@ -149,6 +167,29 @@ impl SledFiles {
     }
 }
 
+/// Refuses a store of another data directory before anything in it is changed, or taken for damage.
+pub(super) fn check_owner(dir: &Path, expected: StoreId) -> Result<(), StorageError> {
+    let path = dir.join(OWNER);
+    let bytes = match fs::read(&path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(io_error("reading", &path)(error)),
+    };
+    let found = bytes.split_last_chunk::<4>().and_then(|(id, _)| StoreId::from_slice(id));
+    match found.filter(|id| owner_bytes(*id) == bytes && *id != expected) {
+        None => Ok(()),
+        Some(found) => {
+            let path = dir.display().to_string();
+            Err(IdentityError::ForeignStore { path, found: found.to_string(), expected }.into())
+        }
+    }
+}
+
+/// The id and its crc32c.
+fn owner_bytes(store_id: StoreId) -> Vec<u8> {
+    [&store_id.0[..], &crc32c::crc32c(&store_id.0).to_be_bytes()].concat()
+}
+
 /// Asks the file system to make each write to a file durable before it returns. Not all can.
 #[cfg(target_os = "linux")]
 fn set_synchronous(file: &File) -> bool {
@@ -176,6 +217,28 @@ fn remove_unfinished_snapshots(dir: &Path) -> Result<(), StorageError> {
         if name.starts_with("snap.") && name.ends_with(".generating") {
             fs::remove_file(item.path()).map_err(io_error("removing", &item.path()))?;
         }
+    }
+    Ok(())
+}
+
+/// Removes a file that sled makes anew if it is missing, from what is in `db` or in this program: a
+/// snapshot of where its pages are, or its settings. Damaged, it would keep sled from opening.
+fn remove_if_damaged(path: &Path) -> Result<(), StorageError> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    // Bytes between what is summed and the sum.
+    let between = match &*name {
+        "conf" => 0,
+        name if name.starts_with("snap.") => 8,
+        _ => return Ok(()),
+    };
+    let bytes = fs::read(path).map_err(io_error("reading", path))?;
+    let whole = bytes.split_last_chunk::<4>().is_some_and(|(rest, sum)| {
+        let summed = rest.len().checked_sub(between).filter(|len| *len > 0).map(|len| &rest[..len]);
+        summed.is_some_and(|summed| crc32fast::hash(summed) == u32::from_le_bytes(*sum))
+    });
+    if !whole {
+        tracing::warn!(file = %path.display(), "damaged; removed, to be made anew from the store");
+        atomic_file::remove(path)?;
     }
     Ok(())
 }

@@ -26,10 +26,15 @@ fn great_write() -> LogWrite {
 }
 
 fn one_entry(dir: &Path, fs: &LossyFs) -> DiskLog<LossyFs> {
-    let log = DiskLog::open_with_file_system(dir, options(), STORE, Arc::new(fs.clone())).unwrap();
+    let log =
+        DiskLog::open_with_file_system(&dir.join("log"), options(), STORE, Arc::new(fs.clone())).unwrap();
     log.create(&[record(1)]).unwrap();
     log.write(&[write(1, 6..=6, 6)]).unwrap();
     log
+}
+
+fn reopen(dir: &Path) -> DiskLog<LossyFs> {
+    DiskLog::open_with_file_system(&dir.join("log"), options(), STORE, Arc::new(LossyFs::default())).unwrap()
 }
 
 #[test]
@@ -55,8 +60,7 @@ fn a_full_disk_leaves_the_log_as_it_was_and_usable() {
         assert_eq!(terms_of(&log, 1), after);
         drop(log);
         fs.power_loss(room as u64);
-        let log = DiskLog::open_with_file_system(dir.path(), options(), STORE, Arc::new(LossyFs::default()))
-            .unwrap();
+        let log = reopen(dir.path());
         assert_eq!((terms_of(&log, 1), terms_of(&log, 2)), (after.to_vec(), vec![(6, 7)]), "{room}");
         assert_eq!(log.load(ReplicaId(1)).unwrap().hard_state.vote, 1);
     }
@@ -72,8 +76,7 @@ fn a_power_loss_on_a_full_disk_brings_nothing_up() {
         assert!(log.write(&[great_write()]).unwrap_err().is_full());
         fs.power_loss(room as u64);
         drop(log);
-        let log = DiskLog::open_with_file_system(dir.path(), options(), STORE, Arc::new(LossyFs::default()))
-            .unwrap();
+        let log = reopen(dir.path());
         assert_eq!(terms_of(&log, 1), [(6, 6)], "{room}");
         log.write(&[write(1, 7..=7, 7)]).unwrap();
     }

@@ -120,6 +120,11 @@ impl Cluster {
 
     /// Starts a node, without waiting.
     pub fn spawn(&mut self, node: usize) {
+        self.spawn_with(node, &[]);
+    }
+
+    /// The same with more arguments.
+    pub fn spawn_with(&mut self, node: usize, args: &[&str]) {
         let node = &mut self.nodes[node];
         assert!(node.child.is_none(), "it runs");
         let log = std::fs::File::options()
@@ -130,6 +135,7 @@ impl Cluster {
         let child = pontoon()
             .args(["serve", "--config"])
             .arg(&node.config)
+            .args(args)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(log)
@@ -147,6 +153,25 @@ impl Cluster {
         BufReader::new(stdout).read_line(&mut line).expect("reading its output");
         assert!(line.starts_with("ready "), "node {node} said {line:?}; its log:\n{}", tail(&log));
         line
+    }
+
+    /// Waits until a node that was just started prints its ready line (`None`), or exits: with which code.
+    /// Panics after `within`.
+    pub fn ready_or_exit(&mut self, node: usize, within: Duration) -> Option<Option<i32>> {
+        let child = self.nodes[node].child.as_mut().expect("running");
+        let stdout = child.stdout.take().expect("its ready line is read once");
+        let (told, line) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let mut line = String::new();
+            // Killed meanwhile: nobody waits for it any more.
+            let read = BufReader::new(stdout).read_line(&mut line);
+            told.send(read.map(|_| line)).ok();
+        });
+        match line.recv_timeout(within) {
+            Ok(line) if line.as_ref().is_ok_and(|line| line.starts_with("ready ")) => None,
+            Ok(_) => Some(self.wait_exit(node, within).code()),
+            Err(_) => panic!("node {node} is neither ready nor gone; its log:\n{}", self.log(node)),
+        }
     }
 
     /// Waits for all of them.

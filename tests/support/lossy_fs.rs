@@ -5,7 +5,8 @@
 //! change since the last sync whether it reached the disk whole, not at all, or torn: some of
 //! its 512-byte sectors, in no order. From then on the file system is dead: it says yes to
 //! everything and does nothing, so that what held it can be dropped. Names are durable at once,
-//! since the log engine syncs directories behind the file system's back.
+//! since the log engine syncs directories behind the file system's back. After [`LossyFs::kill_after`],
+//! which ends the process alone, all of these changes are there.
 //!
 //! It can be full: writes then take the bytes that are left, and fail. And a sync can be made to fail. As on Linux, what it should have synced is then forgotten: a later
 //! sync succeeds without writing it.
@@ -47,8 +48,8 @@ struct Disk {
     dead: bool,
     /// Changes, syncs, renames and deletions so far.
     operations: u64,
-    /// Lose power at this operation, with this seed.
-    cut: Option<(u64, u64)>,
+    /// Lose power at this operation, with this seed; without one, only the process ends.
+    cut: Option<(u64, Option<u64>)>,
     syncs: u64,
     fail_sync: Option<u64>,
     /// Bytes that may still be written; `None`: any number.
@@ -102,13 +103,19 @@ fn write_at(content: &mut Vec<u8>, offset: usize, data: &[u8]) {
 impl LossyFs {
     /// Loses power now.
     pub fn power_loss(&self, seed: u64) {
-        self.lock().power_loss(seed);
+        self.lock().power_loss(Some(seed));
     }
 
     /// Loses power at the operation after the next `operations` ones.
     pub fn power_loss_after(&self, operations: u64, seed: u64) {
         let mut disk = self.lock();
-        disk.cut = Some((disk.operations + operations, seed));
+        disk.cut = Some((disk.operations + operations, Some(seed)));
+    }
+
+    /// Kills the process at the operation after the next `operations` ones: whatever it has written stays.
+    pub fn kill_after(&self, operations: u64) {
+        let mut disk = self.lock();
+        disk.cut = Some((disk.operations + operations, None));
     }
 
     /// Whether the power is gone.
@@ -138,12 +145,12 @@ impl LossyFs {
 }
 
 impl Disk {
-    fn power_loss(&mut self, seed: u64) {
+    fn power_loss(&mut self, seed: Option<u64>) {
         if self.dead {
             return;
         }
         self.dead = true;
-        let mut rng = Rng(seed);
+        let mut rng = Rng(seed.unwrap_or(0));
         for file in &self.files {
             let changes = || file.forgotten.iter().chain(&file.pending);
             let Some(path) = &file.path else { continue };
@@ -153,6 +160,7 @@ impl Disk {
             let mut content = fs::read(path).expect("reading a file of the log");
             for change in changes() {
                 match rng.below(3) {
+                    _ if seed.is_none() => change.apply(&mut content),
                     0 => change.apply(&mut content),
                     1 => change.apply_torn(&mut content, &mut rng),
                     _ => {}

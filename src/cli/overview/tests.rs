@@ -159,6 +159,28 @@ fn a_shard_without_a_leader_is_unavailable() {
 }
 
 #[test]
+fn a_node_that_runs_in_place_of_another_is_not_taken_for_it() {
+    let mut map = map();
+    let newcomer = NodeRecord { id: NodeId(4), ..map.nodes[&NodeId(3)].clone() };
+    map.nodes.insert(NodeId(4), newcomer);
+    let mut fresh = report(4, StateRole::Follower, 7, 20, 20);
+    fresh.replicas.clear();
+    let mut reports = reports([
+        Ok(report(1, StateRole::Leader, 7, 20, 20)),
+        Ok(report(2, StateRole::Follower, 7, 20, 20)),
+        Ok(fresh.clone()),
+    ]);
+    reports.insert(NodeId(4), Ok(fresh));
+    let seen = Overview::new(&map, &reports, None);
+    let states: Vec<_> = seen.nodes.iter().map(|node| (node.state, node.disk_bytes)).collect();
+    let ready = ("ready", Some(4096));
+    assert_eq!(states, [ready, ready, ("replaced", None), ready]);
+    let lost = &seen.databases[0].shards[0].replicas[2];
+    assert_eq!((lost.node, lost.state), (NodeId(3), "unreachable"));
+    assert_eq!(lost.message.as_deref(), Some("node 4 runs in place of its node"));
+}
+
+#[test]
 fn a_shard_whose_state_is_lost_everywhere_is_told_as_such() {
     let lost = |node| {
         let mut report = report(node, StateRole::Follower, 7, 20, 20);

@@ -1,5 +1,6 @@
 //! The writer over the log in memory, slowed down and broken where a case needs it.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc;
 
 use raft::eraftpb::{Entry, HardState};
@@ -19,6 +20,7 @@ struct GatedLog {
     begun: mpsc::Sender<Vec<LogWrite>>,
     permits: Mutex<Option<mpsc::Receiver<()>>>,
     held_back: Mutex<Vec<ReplicaId>>,
+    rotten: AtomicBool,
 }
 
 impl LogStore for GatedLog {
@@ -61,6 +63,9 @@ impl LogStore for GatedLog {
         self.inner.compact(replica, to)
     }
     fn purge(&self) -> Result<Vec<ReplicaId>, StorageError> {
+        if self.rotten.load(Ordering::Relaxed) {
+            return Err(StorageError::Damaged { what: "the raft log".into(), detail: "rotten".into() });
+        }
         Ok(self.held_back.lock().unwrap().clone())
     }
     fn disk_bytes(&self) -> u64 {
@@ -99,6 +104,7 @@ fn setup(gated: bool) -> Setup {
         begun: begun_sender,
         permits: Mutex::new(gated.then_some(permits)),
         held_back: Mutex::default(),
+        rotten: AtomicBool::new(false),
     });
     let records: Vec<ReplicaRecord> = (1..=4)
         .map(|replica| ReplicaRecord {
@@ -360,4 +366,12 @@ fn purging_names_who_holds_back_space() {
     assert!(named.recv_timeout(Duration::from_millis(30)).is_err());
     *setup.log.held_back.lock().unwrap() = vec![ReplicaId(2)];
     assert_eq!(named.recv_timeout(LONG).unwrap(), [ReplicaId(2)]);
+}
+
+#[test]
+fn a_purge_that_finds_damage_is_fatal() {
+    let setup = setup(false);
+    setup.log.rotten.store(true, Ordering::Relaxed);
+    let reason = setup.fatal.recv_timeout(LONG).unwrap();
+    assert!(reason.contains("rotten"), "{reason}");
 }

@@ -74,6 +74,18 @@ fn zones_of(map: &ClusterMap, shard: &PlannedShard) -> usize {
 }
 
 #[test]
+fn a_node_whose_address_another_has_taken_over_gets_nothing() {
+    let mut map = cluster([("", 100), ("", 100), ("", 100), ("", 100)]);
+    for (node, address) in [(1, "a"), (2, "b"), (3, "c"), (4, "b")] {
+        map.nodes.get_mut(&NodeId(node)).unwrap().peer_address = address.into();
+    }
+    let plan = plan_database(&map, "db", 3, 8).unwrap();
+    let used: BTreeSet<_> = plan.iter().flat_map(|shard| shard.nodes.iter().copied()).collect();
+    assert_eq!(used, [NodeId(1), NodeId(3), NodeId(4)].into());
+    assert!(matches!(plan_database(&map, "db", 4, 1), Err(PlanError::TooFewNodes { nodes: 3, .. })));
+}
+
+#[test]
 fn too_few_nodes_and_nothing_are_refused() {
     let map = cluster([("", 100), ("", 100), ("", 0)]);
     assert_eq!(

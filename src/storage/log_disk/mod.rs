@@ -14,22 +14,41 @@
 //! - *Tombstones first.* A removed replica's record is durable before its log is dropped, and a
 //!   removal that a crash cut short is finished at the next open.
 //!
-//! The engine tolerates a torn tail: it drops the last, unfinished batch, which nobody was told of.
-//! It can't tell that from a tail that was acknowledged and lost. So [`LogStore::load`] refuses a
+//! # Damage
+//!
+//! The engine drops a torn tail, the last, unfinished batch, which nobody was told of. It takes whatever it
+//! can't read in its last file for one, passes over files before a hole, and doesn't miss files at either
+//! end: acknowledged entries and votes would go with them. Here they don't:
+//!
+//! - The mark beside the log tells up to which byte of which file it was acknowledged, which files there must be
+//!   and how long they are together. It is never ahead of the log, and behind it only after a power cut.
+//! - Before the engine opens the files, all of them are read whole: what was acknowledged and
+//!   fails its checksum, is cut off, missing, or of an older copy, is found before anything is changed.
+//! - A log that isn't whole is [`StorageError::Damaged`]: the node doesn't start under this identity, since it can't
+//!   know which votes and entries it has promised to keep. A mark that is missing or damaged is made anew, with a warning:
+//!   each write also carries its number and what the files were before it.
+//! - What rots while the node runs is found when it is read. From then on every write and purge fails, which
+//!   ends the node; the next start reads all and refuses.
+//!
+//! What remains unseen: a tail lost in a power cut that the disk had confirmed (the mark may be as old), damage
+//! to log and mark at once, an old copy of the whole data directory. So [`LogStore::load`] also refuses a
 //! commit index beyond the last entry, the caller compares [`LogState::last`] with the applied index
 //! of the state, and [`DiskLog::open_existing`] is for a caller who knows that there was a log.
 //!
 //! Not compressed: entries are written once and, but for a lagging follower, never read; one thread
 //! writes for all groups, and a compressed block would have to be unpacked whole for one entry.
 
+mod check;
 mod guard;
+mod mark;
 pub mod record;
 mod recover;
+mod watch;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use raft::eraftpb::{Entry, HardState};
 pub use raft_engine::env;
@@ -42,7 +61,7 @@ use super::log::{Extent, Install, Installed, LogState, LogStore, LogWrite, Repli
 use crate::ids::{GROUP_START, Index, Position, ReplicaId, StoreId};
 use guard::EngineGuard;
 pub(crate) use guard::panic_text;
-use record::{CATALOGUE_GROUP, HARD_STATE_KEY, MARKER_KEY, TRUNCATED_KEY};
+use record::{CATALOGUE_GROUP, HARD_STATE_KEY, TRUNCATED_KEY};
 
 /// Sizes of the log's files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +85,8 @@ pub struct DiskLog<F: FileSystem + 'static = DefaultFileSystem> {
     /// Held by whatever writes, from the check against the extents to their change.
     order: Mutex<WriteOrder>,
     replicas: RwLock<Replicas>,
+    /// What was found damaged since the log was opened.
+    damage: OnceLock<String>,
 }
 
 /// What the order of writes depends on.
@@ -140,7 +161,7 @@ impl<F: FileSystem + 'static> DiskLog<F> {
             move |source| StorageError::Io { action, path, source }
         };
         std::fs::create_dir_all(dir).map_err(io("creating", dir))?;
-        let engine = EngineGuard::open(dir, options, file_system)?;
+        let (engine, recovered) = EngineGuard::open(dir, options, store_id, file_system)?;
         // The engine syncs the directory when it adds files, but not after making the first ones.
         for path in [Some(dir), dir.parent()].into_iter().flatten() {
             // A relative path of one component has the empty path for a parent.
@@ -154,8 +175,13 @@ impl<F: FileSystem + 'static> DiskLog<F> {
             is_new: false,
             order: Mutex::new(WriteOrder { unsynced: false, purging: false }),
             replicas: RwLock::default(),
+            damage: OnceLock::new(),
         };
-        log.check_identity(store_id, may_create)?;
+        let exists = log.check_identity(store_id, may_create)?;
+        log.engine.begin(recovered, store_id)?;
+        if !exists {
+            log.write_identity(store_id)?;
+        }
         log.read_catalogue()?;
         Ok(log)
     }
@@ -177,16 +203,41 @@ impl<F: FileSystem + 'static> DiskLog<F> {
         })
     }
 
+    /// Makes what was written so far durable. The engine's own sync of an empty batch does nothing; this
+    /// one carries what every synced batch does.
+    fn sync(&self) -> Result<(), StorageError> {
+        self.engine.write(LogBatch::with_capacity(1), true)
+    }
+
     fn put(&self, batch: &mut LogBatch, group: u64, key: &[u8], value: Vec<u8>) -> Result<(), StorageError> {
         batch.put(group, key.to_vec(), value).map_err(|e| self.engine.error(e))
     }
 
     fn damaged(&self, detail: String) -> StorageError {
-        StorageError::Damaged { what: format!("the raft log in {}", self.dir.display()), detail }
+        refused(&self.dir, detail)
+    }
+
+    /// Remembers damage, so that the node ends.
+    fn found<T>(&self, result: Result<T, StorageError>) -> Result<T, StorageError> {
+        if let Err(StorageError::Damaged { what, detail }) = &result {
+            let detail = format!("{what}: {detail}");
+            if self.damage.set(detail.clone()).is_ok() {
+                tracing::error!(detail, "the raft log is damaged; the node can't go on with it");
+            }
+        }
+        result
+    }
+
+    /// Before any write. Nothing is written to a log that was found damaged: what it promised may be gone.
+    fn order(&self) -> Result<MutexGuard<'_, WriteOrder>, StorageError> {
+        match self.damage.get() {
+            Some(detail) => Err(self.damaged(detail.clone())),
+            None => Ok(self.lock_order()),
+        }
     }
 
     // No panic can leave these half changed: what panics is caught inside `EngineGuard`.
-    fn order(&self) -> MutexGuard<'_, WriteOrder> {
+    fn lock_order(&self) -> MutexGuard<'_, WriteOrder> {
         self.order.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -201,7 +252,7 @@ impl<F: FileSystem + 'static> DiskLog<F> {
 
 impl<F: FileSystem + 'static> LogStore for DiskLog<F> {
     fn write(&self, writes: &[LogWrite]) -> Result<(), StorageError> {
-        let _order = self.order();
+        let _order = self.order()?;
         let mut after: HashMap<ReplicaId, Extent> = HashMap::with_capacity(writes.len());
         let mut batch = LogBatch::with_capacity(2 * writes.len());
         for write in writes {
@@ -228,7 +279,7 @@ impl<F: FileSystem + 'static> LogStore for DiskLog<F> {
     }
 
     fn create(&self, records: &[ReplicaRecord]) -> Result<(), StorageError> {
-        let _order = self.order();
+        let _order = self.order()?;
         let mut created = Replicas::default();
         let mut batch = LogBatch::with_capacity(3 * records.len());
         for record in records {
@@ -273,7 +324,7 @@ impl<F: FileSystem + 'static> LogStore for DiskLog<F> {
     }
 
     fn remove(&self, replicas: &[ReplicaId]) -> Result<(), StorageError> {
-        let _order = self.order();
+        let _order = self.order()?;
         let mut tombstones = BTreeMap::new();
         for replica in replicas {
             if let Some(record) = self.replicas().catalogue.get(replica)
@@ -309,7 +360,7 @@ impl<F: FileSystem + 'static> LogStore for DiskLog<F> {
     }
 
     fn install(&self, replica: ReplicaId, install: &Install) -> Result<(), StorageError> {
-        let _order = self.order();
+        let _order = self.order()?;
         let extent = self.extent(replica)?;
         let held = self.read_state(replica)?;
         let position = install.position;
@@ -346,7 +397,7 @@ impl<F: FileSystem + 'static> LogStore for DiskLog<F> {
     }
 
     fn destroyed(&self, replicas: &[ReplicaId]) -> Result<(), StorageError> {
-        let _order = self.order();
+        let _order = self.order()?;
         let is_tombstone = |replica: &&ReplicaId| {
             let phase = self.replicas().catalogue.get(replica).map(|r| r.phase);
             phase == Some(ReplicaPhase::Tombstone)
@@ -378,10 +429,10 @@ impl<F: FileSystem + 'static> LogStore for DiskLog<F> {
             self.extent(replica)?;
         }
         // A compaction or write between two of its look-ups can make a whole log seem damaged.
-        self.read_state(replica).or_else(|_| {
-            let _order = self.order();
+        self.found(self.read_state(replica).or_else(|_| {
+            let _order = self.lock_order();
             self.read_state(replica)
-        })
+        }))
     }
 
     fn entries(
@@ -413,11 +464,11 @@ impl<F: FileSystem + 'static> LogStore for DiskLog<F> {
         if low <= extent.truncated.index {
             return Err(StorageError::Compacted(extent.truncated.index));
         }
-        result.map_err(|e| damaged_log(replica, e))
+        self.found(result.map_err(|e| recover::unread(replica, e)))
     }
 
     fn compact(&self, replica: ReplicaId, to: Position) -> Result<(), StorageError> {
-        let mut order = self.order();
+        let mut order = self.order()?;
         let Some(after) = self.extent(replica)?.compacted(replica, to)? else {
             return Ok(());
         };
@@ -435,23 +486,28 @@ impl<F: FileSystem + 'static> LogStore for DiskLog<F> {
 
     fn purge(&self) -> Result<Vec<ReplicaId>, StorageError> {
         {
-            let mut order = self.order();
+            let mut order = self.order()?;
             if order.purging {
                 return Ok(Vec::new());
             }
             if order.unsynced {
-                // The engine's own sync of an empty batch does nothing.
-                let mut batch = LogBatch::default();
-                self.put(&mut batch, CATALOGUE_GROUP, MARKER_KEY, Vec::new())?;
-                self.engine.write(batch, true)?;
+                self.sync()?;
                 order.unsynced = false;
             }
             order.purging = true;
         }
-        let named = self.engine.purge();
-        self.order().purging = false;
+        let purged = self.found(self.engine.purge());
+        self.lock_order().purging = false;
+        // Fails if damage was found, with the way out.
+        let order = self.order()?;
+        let (named, freed) = purged?;
+        if freed {
+            // So that the log itself tells, too, that those files aren't needed any more.
+            self.sync()?;
+        }
+        drop(order);
         let replicas = self.replicas();
-        let mut named: Vec<ReplicaId> = named?
+        let mut named: Vec<ReplicaId> = named
             .into_iter()
             .map(ReplicaId)
             .filter(|replica| replicas.extents.contains_key(replica))
@@ -473,15 +529,20 @@ impl<F: FileSystem + 'static> LogStore for DiskLog<F> {
     }
 }
 
-/// Whether a directory holds any file of a log.
+/// Whether a directory holds any file of a log that has content.
 fn has_files(dir: &Path) -> Result<bool, StorageError> {
-    let failed = |source| StorageError::Io { action: "listing", path: dir.to_owned(), source };
-    for entry in std::fs::read_dir(dir).map_err(failed)? {
-        if Path::new(&entry.map_err(failed)?.file_name()).extension().is_some_and(|e| e == "raftlog") {
-            return Ok(true);
-        }
+    Ok(check::list(dir)?.iter().flat_map(|queue| queue.values()).any(|bytes| *bytes > 0))
+}
+
+/// The error of a node whose log is damaged, with the way out.
+fn refused(dir: &Path, detail: String) -> StorageError {
+    StorageError::Damaged {
+        what: format!("the raft log in {}", dir.display()),
+        detail: format!(
+            "{detail}; entries and votes that this node promised to keep may be gone, so it can't go on as the \
+             member it was: see `serve --rejoin`"
+        ),
     }
-    Ok(false)
 }
 
 /// The error of a node whose log is gone.

@@ -6,7 +6,7 @@
 //! | [`CATALOGUE_GROUP`] | `i` | format version (1 byte), store id (16 bytes) |
 //! | [`CATALOGUE_GROUP`] | `r` + replica id (8 bytes, big-endian) | version (1 byte), `ReplicaRecord` of store.capnp |
 //! | [`CATALOGUE_GROUP`] | `d` + replica id (8 bytes, big-endian) | version (1 byte): the state of this tombstone is gone |
-//! | [`CATALOGUE_GROUP`] | `p` | empty; written to sync what precedes it |
+//! | [`CATALOGUE_GROUP`] | `n` | version (1 byte), how far the log reached before this write, and its number (`Reach`); part of each synced write |
 //! | replica id | `h` | hard state as raft's protobuf message |
 //! | replica id | `t` | version (1 byte), index and term of the last entry compacted away (8 bytes each, little-endian) |
 
@@ -15,6 +15,7 @@ use capnp::serialize;
 
 use super::super::StorageError;
 use super::super::log::{ReplicaPhase, ReplicaRecord};
+use super::mark::Reach;
 use crate::ids::{DatabaseId, Epoch, NodeId, Position, ReplicaId, ShardId, StoreId};
 use crate::machine::MachineKind;
 use crate::placement::map::{Member, MemberRole};
@@ -33,8 +34,8 @@ pub const REPLICA_END: &[u8] = b"s";
 pub const DESTROYED_PREFIX: &[u8] = b"d";
 /// The first key after all of those.
 pub const DESTROYED_END: &[u8] = b"e";
-/// Key of the marker that is written to sync what precedes it.
-pub const MARKER_KEY: &[u8] = b"p";
+/// Key of how far the log reached before the last synced write.
+pub const REACH_KEY: &[u8] = b"n";
 /// Key of a replica's hard state.
 pub const HARD_STATE_KEY: &[u8] = b"h";
 /// Key of a replica's truncated position.
@@ -70,6 +71,16 @@ pub fn encode_identity(store_id: StoreId) -> Vec<u8> {
 /// Reads the value under [`IDENTITY_KEY`].
 pub fn decode_identity(value: &[u8]) -> Result<StoreId, RecordError> {
     StoreId::from_slice(body(value)?).ok_or_else(|| format!("the store id has {} bytes, not 17", value.len()))
+}
+
+/// The value under [`REACH_KEY`].
+pub fn encode_reach(reach: &Reach) -> Vec<u8> {
+    [&[FORMAT][..], &reach.encode()].concat()
+}
+
+/// Reads the value under [`REACH_KEY`].
+pub fn decode_reach(value: &[u8]) -> Result<Reach, RecordError> {
+    Reach::decode(body(value)?).ok_or_else(|| format!("how far it reaches takes {} bytes", value.len()))
 }
 
 /// The value under [`TRUNCATED_KEY`].
@@ -214,6 +225,9 @@ mod tests {
         assert_eq!(destroyed_replica(&replica_key(ReplicaId(12))), None);
         let position = Position { index: 77, term: 8 };
         assert_eq!(decode_position(&encode_position(position)), Ok(position));
+        let reach = Reach { writes: 7, ..Reach::default() };
+        assert_eq!(decode_reach(&encode_reach(&reach)), Ok(reach));
+        assert!(decode_reach(&[FORMAT; 9]).is_err());
         let id = crate::ids::RandomId([9; 16]);
         assert_eq!(decode_identity(&encode_identity(id)), Ok(id));
     }

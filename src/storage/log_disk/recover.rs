@@ -4,39 +4,32 @@ use raft::eraftpb::HardState;
 use raft_engine::env::FileSystem;
 use raft_engine::{Command, LogBatch};
 
+use super::guard::{Unread, owner};
 use super::record::{self, CATALOGUE_GROUP, HARD_STATE_KEY, IDENTITY_KEY, TRUNCATED_KEY};
 use super::{DiskLog, RaftEntries, Replicas, damaged_log};
 use crate::ids::{Index, ReplicaId, StoreId, Term};
 use crate::storage::StorageError;
-use crate::storage::identity::IdentityError;
 use crate::storage::log::{Extent, LogState, ReplicaPhase, term_starts};
 
 impl<F: FileSystem + 'static> DiskLog<F> {
-    /// Compares the store id with the caller's, or writes it if the log is empty and may be.
-    pub(super) fn check_identity(&mut self, store_id: StoreId, may_create: bool) -> Result<(), StorageError> {
+    /// Whether there is a log. False: it is empty, and may be.
+    pub(super) fn check_identity(&self, store_id: StoreId, may_create: bool) -> Result<bool, StorageError> {
         let engine = self.engine.get();
-        match engine.get(CATALOGUE_GROUP, IDENTITY_KEY) {
-            Some(value) => {
-                let found = record::decode_identity(&value).map_err(|e| self.damaged(e))?;
-                if found != store_id {
-                    return Err(IdentityError::ForeignStore {
-                        path: self.dir.display().to_string(),
-                        found: found.to_string(),
-                        expected: store_id,
-                    }
-                    .into());
-                }
-            }
-            None if engine.is_empty() && !may_create => return Err(super::lost(&self.dir)),
-            None if engine.is_empty() => {
-                let mut batch = LogBatch::default();
-                let value = record::encode_identity(store_id);
-                self.put(&mut batch, CATALOGUE_GROUP, IDENTITY_KEY, value)?;
-                self.engine.write(batch, true)?;
-                self.is_new = true;
-            }
-            None => return Err(self.damaged("it has entries but no identity".into())),
+        match (owner(&self.dir, engine, store_id)?, engine.is_empty()) {
+            (true, _) => Ok(true),
+            (false, true) if may_create => Ok(false),
+            (false, true) => Err(super::lost(&self.dir)),
+            (false, false) => Err(self.damaged("it has entries but no identity".into())),
         }
+    }
+
+    /// Writes the store id, the first thing in a log.
+    pub(super) fn write_identity(&mut self, store_id: StoreId) -> Result<(), StorageError> {
+        let mut batch = LogBatch::default();
+        let value = record::encode_identity(store_id);
+        self.put(&mut batch, CATALOGUE_GROUP, IDENTITY_KEY, value)?;
+        self.engine.write(batch, true)?;
+        self.is_new = true;
         Ok(())
     }
 
@@ -173,8 +166,19 @@ impl<F: FileSystem + 'static> DiskLog<F> {
     pub(super) fn term(&self, replica: ReplicaId, index: Index) -> Result<Term, StorageError> {
         self.engine
             .read(|engine| engine.get_entry::<RaftEntries>(replica.0, index))
-            .map_err(|e| damaged_log(replica, e))?
+            .map_err(|e| unread(replica, e))?
             .map(|entry| entry.term)
             .ok_or_else(|| damaged_log(replica, format!("entry {index} is missing")))
+    }
+}
+
+/// Why an entry couldn't be read: because it is damaged, or because the disk refused.
+pub(super) fn unread(replica: ReplicaId, Unread { detail, damaged }: Unread) -> StorageError {
+    if damaged {
+        return damaged_log(replica, detail);
+    }
+    StorageError::Engine {
+        engine: "raft log",
+        reason: format!("reading the log of replica {replica}: {detail}"),
     }
 }

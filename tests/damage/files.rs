@@ -1,0 +1,254 @@
+//! The files of a node's directory, by what they are for, and what may happen to them.
+
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// A file of a node's directory, or all of a kind.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Class {
+    Identity,
+    Lock,
+    Map,
+    /// The append files of the log, by number.
+    LogFirst,
+    LogMiddle,
+    LogLast,
+    /// What the log has written anew of old files.
+    LogRewrite,
+    LogMark,
+    Log,
+    StateDb,
+    StateConf,
+    StateSnap,
+    StateSums,
+    State,
+    RedoFile,
+    Redo,
+    SnapshotFile,
+}
+
+impl Class {
+    pub const ALL: [Class; 17] = [
+        Class::Identity,
+        Class::Lock,
+        Class::Map,
+        Class::LogFirst,
+        Class::LogMiddle,
+        Class::LogLast,
+        Class::LogRewrite,
+        Class::LogMark,
+        Class::Log,
+        Class::StateDb,
+        Class::StateConf,
+        Class::StateSnap,
+        Class::StateSums,
+        Class::State,
+        Class::RedoFile,
+        Class::Redo,
+        Class::SnapshotFile,
+    ];
+
+    /// Where it is in this directory, if it is there.
+    pub fn find(self, dir: &Path) -> Option<PathBuf> {
+        let nth = |part: &str, is: fn(&str) -> bool, pick: fn(usize) -> Option<usize>| {
+            let mut names = names(&dir.join(part));
+            names.retain(|name| is(name));
+            pick(names.len()).map(|at| dir.join(part).join(&names[at]))
+        };
+        let append = |name: &str| name.ends_with(".raftlog");
+        let first = |count: usize| (count > 0).then_some(0);
+        let last = |count: usize| count.checked_sub(1);
+        let path = match self {
+            Class::Identity => dir.join("IDENTITY"),
+            Class::Lock => dir.join("LOCK"),
+            Class::Map => dir.join("map"),
+            Class::LogFirst => nth("log", append, first)?,
+            Class::LogMiddle => nth("log", append, |count| (count > 2).then_some(count / 2))?,
+            Class::LogLast => nth("log", append, last)?,
+            Class::LogRewrite => nth("log", |name| name.ends_with(".rewrite"), last)?,
+            Class::LogMark => dir.join("log.mark"),
+            Class::Log => dir.join("log"),
+            Class::StateDb => dir.join("state/db"),
+            Class::StateConf => dir.join("state/conf"),
+            Class::StateSnap => nth("state", |name| name.starts_with("snap."), last)?,
+            Class::StateSums => dir.join("state.sums"),
+            Class::State => dir.join("state"),
+            Class::RedoFile => nth("redo", |name| name.ends_with(".redo"), last)?,
+            Class::Redo => dir.join("redo"),
+            Class::SnapshotFile => files(&dir.join("snapshots")).pop()?,
+        };
+        path.exists().then_some(path)
+    }
+
+    pub fn is_directory(self) -> bool {
+        matches!(self, Class::Log | Class::State | Class::Redo)
+    }
+}
+
+impl fmt::Display for Class {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Class::Identity => "`IDENTITY`",
+            Class::Lock => "`LOCK`",
+            Class::Map => "`map`",
+            Class::LogFirst => "`log/*.raftlog`, the first",
+            Class::LogMiddle => "`log/*.raftlog`, one in the middle",
+            Class::LogLast => "`log/*.raftlog`, the last",
+            Class::LogRewrite => "`log/*.rewrite`",
+            Class::LogMark => "`log.mark`",
+            Class::Log => "`log/`, all of it",
+            Class::StateDb => "`state/db`",
+            Class::StateConf => "`state/conf`",
+            Class::StateSnap => "`state/snap.*`",
+            Class::StateSums => "`state.sums`",
+            Class::State => "`state/`, all of it",
+            Class::RedoFile => "`redo/*.redo`",
+            Class::Redo => "`redo/`, all of it",
+            Class::SnapshotFile => "a file in `snapshots/`",
+        })
+    }
+}
+
+/// What happens to a file.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Damage {
+    FlipStart,
+    FlipMiddle,
+    FlipEnd,
+    /// One bit in every so many bytes.
+    FlipMany,
+    Half,
+    Empty,
+    Delete,
+    Older,
+}
+
+impl Damage {
+    pub const ALL: [Damage; 8] = [
+        Damage::FlipStart,
+        Damage::FlipMiddle,
+        Damage::FlipEnd,
+        Damage::FlipMany,
+        Damage::Half,
+        Damage::Empty,
+        Damage::Delete,
+        Damage::Older,
+    ];
+
+    /// Does it to what `class` names in `dir`, of which `older` is an older copy. False: there is nothing
+    /// to do it to, or it would change nothing.
+    pub fn inflict(self, class: Class, dir: &Path, older: &Path) -> bool {
+        let Some(path) = class.find(dir) else { return false };
+        if self == Damage::Older {
+            let copy = older.join(path.strip_prefix(dir).expect("within it"));
+            if !copy.exists() || same(&copy, &path) {
+                return false;
+            }
+            remove(&path);
+            copy_all(&copy, &path);
+            return true;
+        }
+        if self == Damage::Delete {
+            remove(&path);
+            return true;
+        }
+        if class.is_directory() {
+            return false;
+        }
+        let mut bytes = fs::read(&path).expect("reading");
+        let len = bytes.len();
+        if len == 0 {
+            return false;
+        }
+        match self {
+            Damage::FlipStart => flip(&mut bytes, [0]),
+            Damage::FlipMiddle => flip(&mut bytes, [len / 2]),
+            Damage::FlipEnd => {
+                let last = bytes.iter().rposition(|byte| *byte != 0);
+                flip(&mut bytes, last);
+            }
+            Damage::FlipMany => flip(&mut bytes, (7..len).step_by(FLIP_EVERY)),
+            Damage::Half => bytes.truncate(len / 2),
+            Damage::Empty => bytes.clear(),
+            Damage::Delete | Damage::Older => unreachable!("done above"),
+        }
+        // The same file as before, whatever it is known as to the file system.
+        fs::write(&path, bytes).expect("writing");
+        true
+    }
+}
+
+impl fmt::Display for Damage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Damage::FlipStart => "a bit flipped at its start",
+            Damage::FlipMiddle => "a bit flipped in its middle",
+            Damage::FlipEnd => "a bit flipped at its end",
+            Damage::FlipMany => "many bits flipped",
+            Damage::Half => "cut to half",
+            Damage::Empty => "cut to nothing",
+            Damage::Delete => "deleted",
+            Damage::Older => "replaced by an older copy",
+        })
+    }
+}
+
+/// Distance of flipped bits.
+const FLIP_EVERY: usize = 4099;
+
+fn flip(bytes: &mut [u8], places: impl IntoIterator<Item = usize>) {
+    for place in places {
+        bytes[place] ^= 0x10;
+    }
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let mut names: Vec<String> = fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .map(|entry| entry.expect("an entry").file_name().into_string().expect("a name"))
+        .collect();
+    names.sort();
+    names
+}
+
+/// All files below a directory.
+pub fn files(dir: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for name in names(dir) {
+        let path = dir.join(name);
+        if path.is_dir() {
+            found.extend(files(&path));
+        } else {
+            found.push(path);
+        }
+    }
+    found
+}
+
+fn same(one: &Path, other: &Path) -> bool {
+    let content = |base: &Path| -> Vec<(PathBuf, Vec<u8>)> {
+        let all = if base.is_dir() { files(base) } else { vec![base.to_owned()] };
+        let relative = |path: &PathBuf| path.strip_prefix(base).expect("within it").to_owned();
+        all.iter().map(|path| (relative(path), fs::read(path).expect("reading"))).collect()
+    };
+    content(one) == content(other)
+}
+
+pub fn remove(path: &Path) {
+    let removed = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+    removed.expect("removing");
+}
+
+/// Copies a file or a directory with everything in it.
+pub fn copy_all(from: &Path, to: &Path) {
+    if !from.is_dir() {
+        fs::copy(from, to).expect("copying");
+        return;
+    }
+    fs::create_dir(to).expect("a directory");
+    for name in names(from) {
+        copy_all(&from.join(&name), &to.join(&name));
+    }
+}
