@@ -6,10 +6,11 @@
 //! retried until the deadline where that is safe.
 //!
 //! - [`routing`]: the cached map and who leads; [`retry`]: what a failure means; `lanes`: which
-//!   operations share a call; `session`: what makes a repeated command take effect once. These are
-//!   sans-I/O.
+//!   operations share a call; `session`: what makes a repeated command take effect once; `silence`: whether
+//!   a node is slow or gone; `trouble`: what to tell of a shard that doesn't answer; `dropping`: which database a drop
+//!   means. These are sans-I/O.
 //! - `driver`: the tokio shell around them; `calls`, `refresh`, `connection`: what it sends and where;
-//!   `ticket`: an operation and its caller; `wire`: the protocol.
+//!   `race`: several nodes of which any will do; `ticket`: an operation and its caller; `wire`: the protocol.
 //! - `local`: the same for use inside a node, on a thread that is there already.
 //!
 //! What it promises: every operation ends at its deadline at the latest, with a result or an error that
@@ -21,15 +22,19 @@ mod admin;
 mod calls;
 mod connection;
 mod driver;
+mod dropping;
 mod lanes;
 pub(crate) mod local;
 pub mod options;
+mod race;
 mod refresh;
 pub mod retry;
 pub mod routing;
 mod scan;
 mod session;
+mod silence;
 mod ticket;
+mod trouble;
 pub(crate) mod wire;
 
 use std::sync::Arc;
@@ -62,6 +67,18 @@ pub enum ClientError {
     /// The operation breaks a rule; it was not sent or not accepted, and no retry helps.
     #[error("{0}")]
     Invalid(String),
+}
+
+impl ClientError {
+    /// The same with `why` in place of what happened last, where that is what it tells.
+    fn because(mut self, why: String) -> ClientError {
+        if let ClientError::NotApplied(NotApplied::Unavailable { last, .. })
+        | ClientError::Unknown(Unknown::NoAnswer(last)) = &mut self
+        {
+            *last = why;
+        }
+        self
+    }
 }
 
 /// Why nobody can tell whether an operation was applied.
