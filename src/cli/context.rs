@@ -138,7 +138,7 @@ impl Session {
 
     /// A database, its next operation bounded by the time left for the command.
     pub fn database(&self, name: &str) -> Database {
-        self.client.database(name).with_timeout(self.remaining())
+        self.client.database(name).with_rest(self.remaining(), self.timeout)
     }
 
     /// A database for a command of many operations, each of which has the whole time.

@@ -223,7 +223,8 @@ impl Client {
 
     /// A database by name. Asks nobody: a name that doesn't exist shows at the first operation.
     pub fn database(&self, name: impl Into<String>) -> Database {
-        Database { client: self.clone(), name: Arc::from(name.into()), timeout: self.shared.options.timeout }
+        let timeout = self.shared.options.timeout;
+        Database { client: self.clone(), name: Arc::from(name.into()), timeout, given: timeout }
     }
 
     /// The cluster map, freshly asked of a node.
@@ -308,13 +309,15 @@ pub struct Database {
     client: Client,
     name: Arc<str>,
     timeout: Duration,
+    /// For messages: the time of which `timeout` is the rest.
+    given: Duration,
 }
 
 impl Database {
     /// The same database with another deadline per operation, at most
     /// [`TIMEOUT_MAX_MS`].
     pub fn with_timeout(&self, timeout: Duration) -> Database {
-        Database { timeout, ..self.clone() }
+        Database { timeout, given: timeout, ..self.clone() }
     }
 
     /// Reads a key, linearizably.
@@ -382,8 +385,16 @@ impl Database {
         Scan::new(self.clone(), options)
     }
 
+    /// The same database with the rest of the time that a person gave for more than one operation.
+    pub(crate) fn with_rest(&self, timeout: Duration, given: Duration) -> Database {
+        Database { timeout, given, ..self.clone() }
+    }
+
     fn deadline(&self) -> Deadline {
-        Deadline::after(self.timeout.min(Duration::from_millis(TIMEOUT_MAX_MS)))
+        let most = Duration::from_millis(TIMEOUT_MAX_MS);
+        let rest = Deadline::after(self.timeout.min(most));
+        // Sessions live by it, so it is never less than the rest, nor more than a node grants.
+        Deadline { within: self.given.min(most).max(rest.within), ..rest }
     }
 
     async fn one(&self, operation: Operation) -> End {

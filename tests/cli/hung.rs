@@ -91,6 +91,7 @@ fn without_a_leader_each_node_is_told_of() {
         let error =
             ask(&cluster, &home, &["get", "db", "k", "--timeout", "2s", "--json"]).exits(3).json_error();
         let message = error["message"].as_str().unwrap().to_owned();
+        assert!(message.starts_with("no answer within 2 s: "), "{message}");
         let all = cluster.addresses().iter().all(|address| message.contains(address));
         if all && message.contains("no leader") && message.contains("Connection refused") {
             break;
