@@ -11,8 +11,11 @@ interface Admin {
   # Creates a database and waits until every shard has a leader. Creating one that exists with the
   # same numbers succeeds; with others it is refused.
 
-  dropDatabase @2 (name :Text, timeoutMs :UInt32) -> (result :DatabaseResult);
-  # Removes a database and its data. A name that doesn't exist is refused.
+  dropDatabase @2 (name :Text, timeoutMs :UInt32, database :UInt64) -> (result :DatabaseResult);
+  # Removes a database and its data. A name that doesn't exist is refused. With `database`, a DatabaseId
+  # from the map, only that one: if it is gone, or has another name, `unknownDatabase`. Repeat a request
+  # whose outcome is unknown only so, or it may hit another database of the name; `unknownDatabase` then
+  # means that it is done. 0: whichever has the name.
 
   transferLeader @3 (shard :UInt64, node :UInt64, timeoutMs :UInt32) -> (result :VoidResult);
   # Moves the leadership of one shard to the replica on `node`. Ask the node that leads the shard.

@@ -67,6 +67,10 @@ struct MetaCommand {
       shards @6 :List(PlannedShard);   # in ascending order, covering the ring
     }
     dropDatabase @7 :Text;   # its name
+    dropDatabaseId :group {  # only the database of this id
+      name @8 :Text;         # which it must have
+      id @9 :UInt64;         # DatabaseId
+    }
   }
 }
 
@@ -102,7 +106,7 @@ struct MetaRefusal {
       replicas @4 :UInt32;   # that it has
       shards @5 :UInt32;     # that it has
     }
-    unknownDatabase @6 :Text;   # dropDatabase: the name
+    unknownDatabase @6 :Text;   # dropDatabase, dropDatabaseId: the name
     unknownNode @7 :UInt64;  # createDatabase: a planned NodeId that isn't a member
     invalidPlan @8 :Text;    # createDatabase: the rule that the plan breaks
     notFormed @9 :Void;      # no command works before `form`

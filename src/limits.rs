@@ -297,8 +297,19 @@ pub const CALLS_PER_SHARD_MAX: usize = 4;
 pub const ATTEMPT_MS_MAX: u64 = 2_000;
 /// Client library: bytes for which an attempt is given one further millisecond.
 pub const ATTEMPT_BYTES_PER_MS: u64 = 4 * KIB as u64;
+/// Client library: a node of which nothing was heard for so long, though a call waits for it, is asked
+/// for a sign of life, in milliseconds.
+pub const SILENCE_MS_MAX: u64 = 500;
+/// Client library: a node that gives none for so long is left for another, in milliseconds.
+pub const SIGN_MS_MAX: u64 = 500;
 /// Client library: longest time to connect to a node, its greeting included, in milliseconds.
 pub const DIAL_MS_MAX: u64 = 1_000;
+/// Client library: a node that takes longer than this to welcome is passed over for now where there is
+/// another to ask, in milliseconds; it is dialled on meanwhile.
+pub const DIAL_SLOW_MS: u64 = 200;
+/// Client library: of several nodes that will do, the next is asked when the one before has taken this
+/// long, in milliseconds, or has failed.
+pub const STAGGER_MS: u64 = 100;
 /// Client library: longest time before a node that couldn't be reached is dialled again, in milliseconds.
 pub const DIAL_BACKOFF_MS_MAX: u64 = 500;
 /// Client library: first and longest delay before an operation is tried again, in milliseconds.
@@ -307,8 +318,10 @@ pub const RETRY_MS_MIN: u64 = 2;
 pub const RETRY_MS_MAX: u64 = 200;
 /// Client library: least time between two requests for the cluster map, in milliseconds.
 pub const MAP_REFRESH_MS_MIN: u64 = 20;
-/// Client library: nodes asked at a time for the cluster map.
+/// Client library: nodes asked at once for the cluster map where one that hasn't heard isn't to be believed.
 pub const MAP_ASKED_MAX: usize = 8;
+/// Client library: nodes of which an error tells what they said; further ones are counted.
+pub const NODES_TOLD_MAX: usize = 8;
 /// Client library: time that `close` gives to what is in flight, in milliseconds.
 pub const CLOSE_MS_MAX: u64 = 500;
 
@@ -344,6 +357,9 @@ pub const CLIENT_PROBE_S: u64 = 60;
 pub const CLIENT_PROBE_AGAIN_S: u64 = 10;
 /// Probes without an answer after which the connection is closed.
 pub const CLIENT_PROBES_MAX: u32 = 3;
+/// A client connection on which bytes were sent, and whose other side hasn't acknowledged them for so long,
+/// is closed, in milliseconds. Such a connection isn't probed, and would stay for a quarter of an hour.
+pub const CLIENT_UNACKED_MS_MAX: u32 = 30_000;
 /// Time that a stopping node gives to client calls in flight, in milliseconds.
 pub const CLIENT_DRAIN_MS_MAX: u64 = 1_500;
 
@@ -388,4 +404,8 @@ const _: () = assert!(2 * VALUE_BYTES_MAX + KEY_BYTES_MAX <= TRAVERSAL_BYTES_MAX
 // Any message has room when it is alone.
 const _: () = assert!(TRAVERSAL_BYTES_MAX <= THREAD_ARRIVING_BYTES_MAX);
 const _: () = assert!(CLOSE_MS_MAX < 1_000);
+// A hung leader is left about when the others may have elected another, and before an attempt is over.
+const _: () = assert!(SILENCE_MS_MAX + SIGN_MS_MAX <= ELECTION_TICKS_MIN as u64 * TICK_MS);
+const _: () = assert!(SILENCE_MS_MAX + SIGN_MS_MAX < ATTEMPT_MS_MAX);
+const _: () = assert!(STAGGER_MS < DIAL_SLOW_MS && DIAL_SLOW_MS < DIAL_MS_MAX);
 const _: () = assert!(CLIENT_DRAIN_MS_MAX < STOP_MS_MAX);

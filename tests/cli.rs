@@ -12,6 +12,8 @@ mod data;
 mod degraded;
 #[path = "cli/exit_codes.rs"]
 mod exit_codes;
+#[path = "cli/hung.rs"]
+mod hung;
 #[path = "cli/local.rs"]
 mod local;
 #[path = "cli/quick_start.rs"]

@@ -314,7 +314,7 @@ fn setup_answers_from_what_is_known_of_a_stopped_cluster() {
     stopped_cluster(temp.path());
     let output = pontoon(temp.path(), &["setup", "db", "1", "5"]);
     assert_eq!(code(&output), 1, "{}", stderr(&output));
-    for part in ["1 replicas and 4 shards", "1 replicas and 5 shards"] {
+    for part in ["1 replica and 4 shards", "1 replica and 5 shards"] {
         assert!(stderr(&output).contains(part), "{}", stderr(&output));
     }
     let output = pontoon(temp.path(), &["setup", "db", "3", "4"]);

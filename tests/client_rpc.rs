@@ -7,12 +7,12 @@ mod fake;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use fake::{Act, Fakes, dead_address, peer_port};
+use fake::{Act, Fakes, dead_address, hung_address, peer_port};
 use pontoon::client::options::ClientOptions;
 use pontoon::client::{
     Cas, Client, ClientError, Database, NotApplied, Operation, OperationResult, ScanOptions, Unknown,
 };
-use pontoon::ids::METADATA_SHARD;
+use pontoon::ids::{DatabaseId, METADATA_SHARD, NodeId};
 use pontoon::machine::command::Expect;
 use pontoon::placement::map::ShardRecord;
 
@@ -421,7 +421,7 @@ async fn a_node_with_another_identity_is_not_written_to() {
     fakes.change_map(|map| {
         map.version += 1;
         let version = map.version;
-        let address = map.nodes[&pontoon::ids::NodeId(2)].client_address.clone();
+        let address = map.nodes[&NodeId(2)].client_address.clone();
         for node in map.nodes.values_mut() {
             node.client_address = address.clone();
             node.changed_at = version;
@@ -548,5 +548,98 @@ async fn a_change_of_the_cluster_leaves_a_node_that_hangs_for_another() {
     client.drop_database("db", Duration::from_secs(7)).await.expect("by the next one");
     let took = begun.elapsed();
     assert!((Duration::from_secs(2)..Duration::from_secs(6)).contains(&took), "{took:?}");
+    client.close().await;
+}
+
+/// Has the map say that node 1 is where somebody accepts and never answers, and that it alone holds the
+/// metadata shard, so that it is asked first.
+fn hang_first(fakes: &Fakes) -> std::net::TcpListener {
+    let (listener, address) = hung_address();
+    fakes.change_map(|map| {
+        let mut first = map.shards.values().next().expect("a shard").clone();
+        first.members.truncate(1);
+        map.shards.insert(METADATA_SHARD, ShardRecord { id: METADATA_SHARD, ..first });
+        map.nodes.get_mut(&NodeId(1)).expect("node 1").client_address = address;
+    });
+    listener
+}
+
+#[tokio::test]
+async fn a_node_that_welcomes_nobody_costs_a_moment() {
+    let fakes = Fakes::start(3, 1);
+    let _hung = hang_first(&fakes);
+    let (_listener, another) = hung_address();
+    // A black hole, or, where there is no way there at all, a network that says so.
+    let seeds = [another, "192.0.2.1:7101".into(), dead_address(), fakes.address(2)];
+    let brief = ClientOptions { timeout: Duration::from_millis(900), ..ClientOptions::new(seeds) };
+    let begun = Instant::now();
+    let client = Client::connect_with(brief).await.unwrap();
+    let db = client.database("db");
+    // The first member of the shard hangs.
+    db.put(key("a"), key("1")).await.unwrap();
+    db.scan(ScanOptions::default()).next_page().await.unwrap();
+    client.map().await.unwrap();
+    client.drop_database("db", Duration::from_millis(900)).await.unwrap();
+    assert_eq!(fakes.drops(), [1]);
+    // Each of them alone would take as long as a node may take to welcome.
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+    client.close().await;
+}
+
+#[tokio::test]
+async fn a_node_that_stands_still_is_left_before_an_attempt_is_over() {
+    let fakes = Fakes::start(2, 1);
+    let (_client, db) = connect(&fakes).await;
+    db.put(key("a"), key("1")).await.unwrap();
+    fakes.next(1, Act::Freeze(Duration::from_secs(4)));
+    let begun = Instant::now();
+    assert_eq!(db.put(key("b"), key("1")).await, Ok(2));
+    let took = begun.elapsed();
+    assert!(took > Duration::from_millis(900) && took < Duration::from_millis(1_800), "{took:?}");
+    // What it does when it goes on, it does for a command that is known.
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert_eq!(fakes.calls(1).len(), 2);
+    assert_eq!(db.put(key("c"), key("1")).await, Ok(3));
+}
+
+#[tokio::test]
+async fn a_shard_that_nobody_leads_is_told_with_what_each_node_said() {
+    let fakes = Fakes::start(3, 1);
+    let (_client, db) = connect(&fakes).await;
+    db.put(key("a"), key("1")).await.unwrap();
+    let dead = fakes.address(2);
+    fakes.kill(2);
+    fakes.always(1, Act::NotLeader(None));
+    fakes.always(3, Act::NotLeader(Some(2)));
+    let brief = db.with_timeout(Duration::from_millis(700));
+    let error = brief.put(key("a"), key("2")).await.unwrap_err();
+    let ClientError::NotApplied(NotApplied::Unavailable { last, .. }) = &error else { panic!("{error:?}") };
+    for part in [
+        "shard 1 had no leader that answered for 0.",
+        &format!("node 1 at {}: it knows no leader", fakes.address(1)),
+        &format!("node 2 at {dead}: Connection refused"),
+        &format!("node 3 at {}: it follows node 2", fakes.address(3)),
+    ] {
+        assert!(last.contains(part), "no {part:?} in {last}");
+    }
+    // All seeds are told too, where not even a map is to be had.
+    let (_listener, hung) = hung_address();
+    let seeds = [dead.clone(), hung.clone()];
+    let nobody = ClientOptions { timeout: Duration::from_millis(300), ..ClientOptions::new(seeds) };
+    let error = Client::connect_with(nobody).await.err().unwrap().to_string();
+    let parts = [format!("{dead}: Connection refused"), format!("{hung}: no answer")];
+    assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+}
+
+#[tokio::test]
+async fn a_drop_in_doubt_leaves_a_newer_database_of_the_name_alone() {
+    let fakes = Fakes::start(2, 1);
+    let (client, _) = connect(&fakes).await;
+    fakes.next(1, Act::ApplyAndDrop);
+    fakes.next(2, Act::ApplyAndDrop);
+    // The second answer that would be lost is that of the newer database.
+    client.drop_database("db", Duration::from_secs(5)).await.expect("dropped by the first attempt");
+    assert_eq!(fakes.drops(), [1, 1]);
+    fakes.change_map(|map| assert!(!map.databases[&DatabaseId(2)].dropped));
     client.close().await;
 }

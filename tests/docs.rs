@@ -314,6 +314,10 @@ fn bounds() -> Vec<(&'static str, u64)> {
         METADATA_VOTERS_MAX,
         CLIENT_CONNECTIONS_MAX,
         PEER_CONNECTIONS_MAX,
+        SILENCE_MS_MAX,
+        SIGN_MS_MAX,
+        DIAL_SLOW_MS,
+        CLIENT_UNACKED_MS_MAX,
     ]
 }
 

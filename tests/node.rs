@@ -497,7 +497,7 @@ async fn a_command_is_never_executed_by_another_cluster() {
     let shards = plan_database(&other.map(), "app", 1, 1).expect("a plan");
     other.meta(create(shards), PATIENCE).await.expect("created");
 
-    let drop = MetaCommand::DropDatabase { name: "app".into() };
+    let drop = MetaCommand::DropDatabase { name: "app".into(), id: None };
     let refused = cluster.handle(0).meta(drop.clone(), Duration::from_secs(5)).await;
     assert!(refused.is_err(), "without a majority nothing can be dropped: {refused:?}");
     // Nor by who doesn't say which cluster it means.

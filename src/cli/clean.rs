@@ -57,9 +57,9 @@ fn running(dir: &LocalDir, pid: Option<u32>) -> Failure {
 fn question(cluster: &ClusterFile, dir: &LocalDir) -> String {
     let names: Vec<&str> = cluster.databases.iter().map(|db| db.name.as_str()).collect();
     format!(
-        "Remove the local cluster in {} ({} nodes; databases: {}) with all its data? [y/N] ",
+        "Remove the local cluster in {} ({}; databases: {}) with all its data? [y/N] ",
         dir.path().display(),
-        cluster.nodes.len(),
+        output::count(cluster.nodes.len() as u64, "node"),
         if names.is_empty() { "none".to_owned() } else { names.join(", ") }
     )
 }

@@ -9,6 +9,7 @@ use super::args::Global;
 use super::failure::Failure;
 use super::local::{Holder, LocalDir};
 use super::locate::{self, Environment, Place};
+use super::output;
 use crate::client::options::ClientOptions;
 use crate::client::{Client, ClientError, Database, NotApplied};
 use crate::limits::TIMEOUT_DEFAULT_MS;
@@ -116,9 +117,9 @@ impl Session {
         let options = ClientOptions { timeout, ..ClientOptions::new(addresses.clone()) };
         let client = Client::connect_with(options).await.map_err(|error| match error {
             ClientError::NotApplied(NotApplied::Unavailable { within, last }) => Failure::unavailable(format!(
-                "no node answered within {within:?} ({}): {last}; nothing was changed. Check that the nodes run \
-                 and that these are their client ports",
-                addresses.join(", ")
+                "no node answered within {}: {last}; nothing was changed. Check that the nodes run and that \
+                 these are their client ports",
+                output::seconds(within)
             )),
             error => error.into(),
         })?;
@@ -137,7 +138,7 @@ impl Session {
 
     /// A database, its next operation bounded by the time left for the command.
     pub fn database(&self, name: &str) -> Database {
-        self.client.database(name).with_timeout(self.remaining())
+        self.client.database(name).with_rest(self.remaining(), self.timeout)
     }
 
     /// A database for a command of many operations, each of which has the whole time.

@@ -54,10 +54,10 @@ fn create(context: &Context, args: &DbCreateArgs) -> Result<Exit, Failure> {
     } else {
         let done = if created { "created" } else { "exists already:" };
         after_effect(output::line(format!(
-            "{done} database {} with {} replicas and {} shards",
+            "{done} database {} with {} and {}",
             record.name,
-            record.replicas,
-            record.shards.len()
+            output::count(record.replicas, "replica"),
+            output::count(record.shards.len() as u64, "shard")
         )))?;
     }
     Ok(Exit::Done)

@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::path::Path;
 
+use super::output;
 use crate::client::{ClientError, NotApplied, Unknown};
 use crate::refusal::Outcome;
 
@@ -126,8 +127,9 @@ impl From<ClientError> for Failure {
                     "not applied: {refusal}; try again, or allow more time with --timeout"
                 )),
                 NotApplied::Unavailable { within, last } => Failure::unavailable(format!(
-                    "no answer within {within:.1?}: {last}; nothing was changed. See `pontoon status`, or allow \
-                     more time with --timeout"
+                    "no answer within {}: {last}; nothing was changed. See `pontoon status`, or allow more time \
+                     with --timeout",
+                    output::seconds(within)
                 )),
                 NotApplied::Closed => Failure::unavailable(message),
             },

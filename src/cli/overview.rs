@@ -228,7 +228,8 @@ impl Overview {
             format!("cluster {}\n{}\n{}\n", self.cluster_id, self.node_table(), self.shard_table());
         let leaderless = self.shards().filter(|s| s.leader.is_none()).count();
         if leaderless > 0 {
-            text.push_str(&format!("{leaderless} shards have no leader\n"));
+            let have = if leaderless == 1 { "has" } else { "have" };
+            text.push_str(&format!("{} {have} no leader\n", output::count(leaderless as u64, "shard")));
         }
         let lost = self.shards().filter(|shard| shard.is_lost()).count();
         if lost > 0 {
@@ -339,7 +340,7 @@ impl ShardView {
     fn state_text(&self) -> String {
         let mut text = self.state().to_owned();
         for replica in self.replicas.iter().filter(|r| r.state != "serving") {
-            text.push_str(&format!("; {} {}", replica.node, replica.state));
+            text.push_str(&format!("; node {} {}", replica.node, replica.state));
             if let Some(message) = &replica.message {
                 text.push_str(&format!(": {}", output::printable(message.as_bytes())));
             }

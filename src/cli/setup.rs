@@ -5,7 +5,6 @@
 //! until that child is ready or has failed.
 
 use std::convert::Infallible;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::future::try_join_all;
@@ -80,8 +79,9 @@ fn too_few_nodes(nodes: u32, replicas: u32) -> Failure {
     Failure::usage(
         "too_few_nodes",
         format!(
-            "{nodes} nodes can't hold {replicas} replicas of a shard, each on a node of its own; \
-             use at least --nodes {replicas}"
+            "{} can't hold {} of a shard, each on a node of its own; use at least --nodes {replicas}",
+            output::count(nodes, "node"),
+            output::count(replicas, "replica")
         ),
     )
 }
@@ -96,9 +96,10 @@ fn check_against(cluster: &ClusterFile, args: &SetupArgs, dir: &LocalDir) -> Res
         return Err(Failure::usage(
             "other_nodes",
             format!(
-                "the local cluster in {} has {nodes} nodes, not {asked}; leave out --nodes, choose \
-                 another --data, or remove it with `pontoon clean`",
-                dir.path().display()
+                "the local cluster in {} has {}, not {asked}; leave out --nodes, choose another --data, or \
+                 remove it with `pontoon clean`",
+                dir.path().display(),
+                output::count(nodes, "node")
             ),
         ));
     }
@@ -106,11 +107,11 @@ fn check_against(cluster: &ClusterFile, args: &SetupArgs, dir: &LocalDir) -> Res
         return Err(Failure::usage(
             "too_few_nodes",
             format!(
-                "the local cluster in {} has {nodes} nodes and can't hold {} replicas of a shard, each \
-                 on a node of its own; ask for {nodes} at most, choose another --data, or remove it with \
-                 `pontoon clean`",
+                "the local cluster in {} has {} and can't hold {} of a shard, each on a node of its own; \
+                 ask for {nodes} at most, choose another --data, or remove it with `pontoon clean`",
                 dir.path().display(),
-                args.replicas
+                output::count(nodes, "node"),
+                output::count(args.replicas, "replica")
             ),
         ));
     }
@@ -125,11 +126,17 @@ fn check_numbers(name: &str, asked: (u32, u32), have: (u32, u32)) -> Result<(), 
     Err(Failure::negative(
         "database_exists",
         format!(
-            "database `{name}` exists with {} replicas and {} shards; {} replicas and {} shards \
-             were asked for. Use its numbers, another name, or drop it with `pontoon db drop`",
-            have.0, have.1, asked.0, asked.1
+            "database `{name}` exists with {}; {} were asked for. Use its numbers, another name, or drop it \
+             with `pontoon db drop`",
+            numbers(have.0, have.1),
+            numbers(asked.0, asked.1)
         ),
     ))
+}
+
+/// In words.
+fn numbers(replicas: u32, shards: u32) -> String {
+    format!("{} and {}", output::count(replicas, "replica"), output::count(shards, "shard"))
 }
 
 fn create_in_running(context: &Context, args: &SetupArgs, dir: &LocalDir) -> Result<Exit, Failure> {
@@ -190,7 +197,7 @@ pub async fn create_database(
     // Also where it exists: this waits until each of its shards has a leader.
     let made = client.create_database(name, replicas, shards, timeout);
     made.await.map_err(|error| {
-        let what = format!("creating database `{name}` with {replicas} replicas and {shards} shards");
+        let what = format!("creating database `{name}` with {}", numbers(replicas, shards));
         match error {
             ClientError::Unknown(why) => Failure::unknown(format!(
                 "{what}: {why}; it may be under way, and the same command again waits for its end"
@@ -214,7 +221,7 @@ async fn show(
     args: &SetupArgs,
     dir: Option<&LocalDir>,
 ) -> Result<(), Failure> {
-    let seen = status::look(client, Some(&args.name)).await?;
+    let seen = status::look(client, Some(&args.name), status::REPORT_TIMEOUT).await?;
     if context.json() {
         let mut object = seen.json();
         object["ready"] = true.into();
@@ -318,8 +325,8 @@ async fn start_nodes(
         .await
         .map_err(|_| {
             Failure::unavailable(format!(
-                "the nodes were not ready within {timeout:?}; see the log, or allow more time with \
-                 --timeout"
+                "the nodes were not ready within {}; see the log, or allow more time with --timeout",
+                output::seconds(timeout)
             ))
         })?
         .map_err(failed_node)?;
@@ -381,24 +388,27 @@ fn refresh(cluster: &mut ClusterFile, map: &ClusterMap) -> bool {
     changed
 }
 
-/// Keeps `cluster.json` in step with the databases.
+/// Keeps `cluster.json` in step with the databases, and with the nodes that run: whoever put an older or
+/// another one in its place, or removed it, hid them from every other terminal.
 async fn keep_current(dir: &LocalDir, cluster: &mut ClusterFile, handle: Option<NodeHandle>) -> Infallible {
     let Some(handle) = handle else {
         return std::future::pending().await;
     };
-    let mut seen: Arc<ClusterMap> = handle.map();
+    let (mut seen, mut told) = (handle.map().version, false);
     loop {
         tokio::time::sleep(REFRESH).await;
         let map = handle.map();
-        if map.version == seen.version {
-            continue;
-        }
-        seen = map;
-        if refresh(cluster, &seen)
-            && let Err(failure) = dir.write(cluster)
-        {
+        let changed = std::mem::replace(&mut seen, map.version) != map.version && refresh(cluster, &map);
+        // One that can't be read isn't what was written either.
+        let stale = changed || dir.read().ok().flatten().as_ref() != Some(&*cluster);
+        match stale.then(|| dir.write(cluster)) {
             // A stale hint is no reason to stop serving.
-            output::note(format!("{}; other terminals see old databases", failure.message));
+            Some(Err(failure)) if !told => {
+                output::note(format!("{}; other terminals see an old cluster.json", failure.message));
+                told = true;
+            }
+            Some(Err(_)) => (),
+            Some(Ok(())) | None => told = false,
         }
     }
 }

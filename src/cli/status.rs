@@ -22,7 +22,13 @@ use crate::placement::map::{ClusterMap, DatabaseRecord};
 use crate::placement::ring;
 
 /// A node that doesn't tell of itself within this time counts as unreachable.
-const REPORT_TIMEOUT: Duration = Duration::from_secs(2);
+pub const REPORT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The time that nodes have to tell of themselves, if so much is left of a command's: one that hangs must
+/// leave some in which the others are shown.
+fn patience(left: Duration) -> Duration {
+    REPORT_TIMEOUT.min(left / 2)
+}
 
 /// What each node told of itself, or why it didn't.
 pub type Reports = BTreeMap<NodeId, Result<NodeReport, ClientError>>;
@@ -35,8 +41,9 @@ pub fn databases(map: &ClusterMap) -> impl Iterator<Item = &DatabaseRecord> {
     all.into_iter()
 }
 
-/// Looks at the whole cluster, or at one database with the nodes.
-pub async fn look(client: &Client, db: Option<&str>) -> Result<Overview, Failure> {
+/// Looks at the whole cluster, or at one database with the nodes, which have `patience` to tell of
+/// themselves.
+pub async fn look(client: &Client, db: Option<&str>, patience: Duration) -> Result<Overview, Failure> {
     let map = client.map().await?;
     if let Some(db) = db
         && map.database(db).is_none()
@@ -44,15 +51,20 @@ pub async fn look(client: &Client, db: Option<&str>) -> Result<Overview, Failure
         return Err(unknown_database(&map, db));
     }
     let nodes: Vec<NodeId> = map.nodes.keys().copied().collect();
-    let reports = ask(client, &map, nodes).await;
+    let reports = ask(client, &map, nodes, patience).await;
     Ok(Overview::new(&map, &reports, db))
 }
 
 /// Asks nodes of the map for their reports, all at once.
-async fn ask(client: &Client, map: &ClusterMap, nodes: impl IntoIterator<Item = NodeId>) -> Reports {
+async fn ask(
+    client: &Client,
+    map: &ClusterMap,
+    nodes: impl IntoIterator<Item = NodeId>,
+    patience: Duration,
+) -> Reports {
     let asked = nodes.into_iter().filter_map(|id| map.nodes.get(&id));
     join_all(asked.map(async |node| {
-        let report = client.node_report(&node.client_address, REPORT_TIMEOUT).await;
+        let report = client.node_report(&node.client_address, patience).await;
         (node.id, report)
     }))
     .await
@@ -79,7 +91,8 @@ pub fn status(context: &Context, args: &StatusArgs) -> Result<Exit, Failure> {
         return watch(context, args.db.as_deref(), interval);
     }
     let seen = with_session(context, async |session| {
-        bounded(session, look(&session.client, args.db.as_deref())).await
+        let patience = patience(session.remaining());
+        bounded(session, look(&session.client, args.db.as_deref(), patience)).await
     })?;
     print(context, &seen)?;
     Ok(exit_of(&seen))
@@ -103,7 +116,7 @@ fn watch(context: &Context, db: Option<&str>, interval: Duration) -> Result<Exit
         let mut exit = Exit::Done;
         let watching = async {
             loop {
-                match bounded(&session, look(&session.client, db)).await {
+                match bounded(&session, look(&session.client, db, patience(session.timeout()))).await {
                     Ok(seen) => {
                         exit = exit_of(&seen);
                         if !context.json() && output::on_terminal() {
@@ -138,8 +151,8 @@ async fn until_signal<T>(signals: &Signals, future: impl Future<Output = T>) -> 
 async fn bounded<T>(session: &Session, look: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
     tokio::time::timeout(session.timeout(), look).await.unwrap_or_else(|_| {
         Err(Failure::unavailable(format!(
-            "no node answered within {:?} ({})",
-            session.timeout(),
+            "no node answered within {} ({})",
+            output::seconds(session.timeout()),
             session.addresses.join(", ")
         )))
     })
@@ -156,7 +169,7 @@ pub fn route(context: &Context, args: RouteArgs) -> Result<Exit, Failure> {
                 .and_then(|db| map.shard_at(db, ring::position(&key)))
                 .map(|shard| shard.members.iter().map(|m| m.node).collect())
                 .unwrap_or_default();
-            let reports = ask(&session.client, &map, members).await;
+            let reports = ask(&session.client, &map, members, patience(session.remaining())).await;
             Ok((map, reports))
         })
         .await
@@ -223,7 +236,9 @@ pub fn health(context: &Context) -> Result<Exit, Failure> {
             timeout: context.timeout().min(REPORT_TIMEOUT),
             ..ClientOptions::new(given.clone())
         })?;
-        let mut endpoints = ask_each(&client, given.into_iter().collect(), deadline).await;
+        // Those in the map are asked after those given, one of which may hang.
+        let first = Instant::now() + context.timeout() / 2;
+        let mut endpoints = ask_each(&client, given.into_iter().collect(), first).await;
         if endpoints.iter().any(|endpoint| endpoint.result.is_ok()) {
             match client.map().await {
                 Ok(map) => {

@@ -266,7 +266,7 @@ pub fn export(context: &Context, args: ExportArgs) -> Result<Exit, Failure> {
     })?;
     sink.finish()?;
     progress.finish_and_clear();
-    output::note(format!("exported {count} keys"));
+    output::note(format!("exported {}", output::count(count, "key")));
     Ok(Exit::Done)
 }
 

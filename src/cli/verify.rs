@@ -91,9 +91,9 @@ fn check_nodes(nodes: u32) -> Result<(), Failure> {
         return Err(Failure::usage(
             "too_few_nodes",
             format!(
-                "{nodes} nodes can't stand the loss of one: a majority of the replicas must live to \
-                 elect a leader, and {nodes} less one is no majority of {nodes}; use at least \
-                 {NODES_MIN}"
+                "{} can't stand the loss of one: a majority of the replicas must live to elect a \
+                 leader, and {nodes} less one is no majority of {nodes}; use at least {NODES_MIN}",
+                output::count(nodes, "node")
             ),
         ));
     }

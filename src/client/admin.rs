@@ -1,6 +1,6 @@
 //! Administration of a cluster: the map, reports of nodes, databases, leadership.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -8,13 +8,15 @@ use std::time::{Duration, Instant};
 use super::calls::{persist, told};
 use super::connection::{Connection, Obstacle, Obstacles};
 use super::driver::Driver;
+use super::dropping::Dropping;
+use super::race::Race;
 use super::refresh::Ask;
 use super::retry::{Failure, Kind};
 use super::ticket::Deadline;
 use super::{Client, ClientError, NotApplied, closed, wire};
 use crate::codec::records::{read_database, read_delta};
 use crate::codec::refusal::read_refusal;
-use crate::ids::{ClusterId, NodeId, ShardId};
+use crate::ids::{ClusterId, DatabaseId, NodeId, ShardId};
 use crate::limits::{ATTEMPT_MS_MAX, META_ATTEMPT_MS, TIMEOUT_MAX_MS};
 use crate::node::handle::NodeReport;
 use crate::placement::map::{ClusterMap, DatabaseRecord};
@@ -77,35 +79,35 @@ impl Client {
         .await
     }
 
-    /// Removes a database with all its data.
+    /// Removes a database with all its data: the one that has this name when the call begins. Another that
+    /// is made under the name meanwhile is left alone, however often the request has to be sent.
     pub async fn drop_database(&self, name: &str, timeout: Duration) -> Result<(), ClientError> {
         let (name, deadline) = (name.to_owned(), bounded(timeout));
         self.run(lost(), move |driver| async move {
-            // Set once an attempt may have removed it: then its absence is success.
-            let (tried, turn) = (Cell::new(false), Cell::new(0));
-            let (name, tried, turn) = (&name, &tried, &turn);
+            let (plan, turn) = (RefCell::new(Dropping::new(name)), Cell::new(0));
+            let (plan, turn) = (&plan, &turn);
             let dropped = persist(Kind::Repeatable, deadline, |left| {
                 let driver = driver.clone();
                 async move {
+                    let name = plan.borrow().name().to_owned();
+                    if !plan.borrow().is_resolved() {
+                        let database = driver.resolve(&name, left).await?;
+                        plan.borrow_mut().resolve(database);
+                    }
+                    let database = plan.borrow().next()?;
                     let patience = patience(left);
                     let (address, connection) = driver.any_node(turn).await?;
                     let mut call = connection.admin.drop_database_request();
                     let mut request = call.get();
                     request.set_name(name.as_str());
+                    request.set_database(database.map_or(0, |id| id.0));
                     request.set_timeout_ms(told(patience));
-                    let before = tried.replace(true);
+                    let before = plan.borrow_mut().begin();
                     let answer = driver.heard(&address, &connection, patience, call.send().promise).await?;
                     let result = answer.get().and_then(|a| a.get_result());
                     let result = result.map_err(|e| lost_answer(&address, &e))?;
-                    match read_database_result(&address, result) {
-                        Ok(_) => (),
-                        Err(Failure::Refused(Refusal::UnknownDatabase(_))) if before => (),
-                        Err(other) => {
-                            let applied = other.outcome() == Outcome::Unknown;
-                            tried.set(before || applied);
-                            return Err(other);
-                        }
-                    }
+                    let end = read_database_result(&address, result).map(drop);
+                    plan.borrow_mut().end(before, end)?;
                     if let Err(error) = driver.map_of(&connection).await {
                         tracing::debug!(address, error, "no fresh map after dropping a database");
                     }
@@ -130,7 +132,7 @@ impl Client {
                 let driver = driver.clone();
                 async move {
                     if driver.routing.borrow().range_version(shard).is_none() {
-                        driver.ask_map(Ask::All).await?;
+                        driver.ask_map(Ask::All, left).await?;
                         if driver.routing.borrow().range_version(shard).is_none() {
                             let text = format!("there is no shard {shard}");
                             return Err(Failure::Refused(Refusal::Refused(text)));
@@ -188,10 +190,11 @@ impl Client {
     pub(super) async fn fresh_map(&self, timeout: Duration) -> Result<Arc<ClusterMap>, ClientError> {
         let deadline = bounded(timeout);
         self.run(closed(), move |driver| async move {
-            persist(Kind::Read, deadline, |_| {
+            persist(Kind::Read, deadline, |left| {
                 let driver = driver.clone();
                 async move {
-                    driver.ask_map(Ask::One).await?;
+                    // A little less, so that what the nodes said is told rather than that time ran out.
+                    driver.ask_map(Ask::One, left - left / 20).await?;
                     Ok(driver.routing.borrow().map().clone())
                 }
             })
@@ -222,7 +225,6 @@ impl Driver {
                     }
                     answer => answer.map_err(|e| format!("{address}: {e}"))?,
                 };
-                connection.heard.set(Instant::now());
                 let status = answer.get().and_then(|a| a.get_status());
                 let status = status.map_err(|e| format!("{address}: {e}"))?;
                 return wire::read_report(status).map_err(|e| format!("{address}: {e}"));
@@ -230,27 +232,42 @@ impl Driver {
         };
         tokio::time::timeout_at(deadline.at.into(), asked)
             .await
-            .unwrap_or_else(|_| Err(format!("{address}: no answer within {:?}", deadline.within)))
+            .unwrap_or_else(|_| Err(format!("{address}: no answer within {:.0?}", deadline.within)))
+    }
+
+    /// The living database of that name, as a node says that is asked now.
+    async fn resolve(self: &Rc<Driver>, name: &str, left: Duration) -> Result<Option<DatabaseId>, Failure> {
+        let find = || self.routing.borrow().map().database(name).map(|record| record.id);
+        self.ask_map(Ask::One, left).await?;
+        if let Some(id) = find() {
+            return Ok(Some(id));
+        }
+        // One that hasn't heard of it isn't to be believed.
+        self.ask_map(Ask::All, left).await?;
+        Ok(find())
     }
 
     /// A connection to any node of the cluster, the metadata shard's first, and beginning with another
     /// one each `turn`.
     async fn any_node(self: &Rc<Driver>, turn: &Cell<usize>) -> Result<(String, Rc<Connection>), Failure> {
-        let limit = Duration::from_millis(ATTEMPT_MS_MAX);
         let mut obstacles = Obstacles::default();
         let mut addresses = self.addresses();
         let begin = turn.replace(turn.get() + 1) % addresses.len().max(1);
         addresses.rotate_left(begin);
-        for address in addresses {
-            match tokio::time::timeout(limit, self.pool.get(&address, true)).await {
-                Ok(Ok(connection)) if self.foreign(&connection) => {
+        let dialled = addresses.into_iter().map(|address| async move {
+            let connection = self.pool.get(&address, true).await;
+            (address, connection)
+        });
+        let mut race = Race::new(dialled, 1);
+        while let Some((address, dialled)) = race.next().await {
+            match dialled {
+                Ok(connection) if self.foreign(&connection) => {
                     self.pool.discard(&connection);
                     let why = format!("{address} belongs to another cluster, {}", connection.cluster_id);
                     obstacles.add(&Obstacle::from(why));
                 }
-                Ok(Ok(connection)) => return Ok((address, connection)),
-                Ok(Err(obstacle)) => obstacles.add(&obstacle),
-                Err(_) => obstacles.add(&Obstacle::from(format!("{address}: no welcome within {limit:?}"))),
+                Ok(connection) => return Ok((address, connection)),
+                Err(obstacle) => obstacles.add(&obstacle),
             }
         }
         Err(obstacles.failure())
@@ -263,8 +280,7 @@ impl Driver {
         ours != ClusterId::default() && connection.cluster_id != ours
     }
 
-    /// Waits for the answer of the node behind `connection`, for `patience`. If nothing at all was heard
-    /// of it meanwhile, the next call makes a new connection.
+    /// Waits for the answer of the node behind `connection`, for `patience`, unless it is gone.
     async fn heard<T>(
         &self,
         address: &str,
@@ -273,18 +289,14 @@ impl Driver {
         promise: impl Future<Output = Result<T, capnp::Error>>,
     ) -> Result<T, Failure> {
         let began = Instant::now();
-        let Ok(answer) = tokio::time::timeout(patience, promise).await else {
-            if connection.heard.get() <= began {
-                self.pool.discard(connection);
-            }
-            return Err(Failure::Lost(format!(
-                "{address} did not answer within {} ms",
-                patience.as_millis()
-            )));
+        let watch = connection.watch(0);
+        let answer = tokio::time::timeout(patience, watch.answer(promise)).await;
+        let Ok(Some(answer)) = answer else {
+            self.pool.unanswered(connection, began);
+            let ms = began.elapsed().as_millis();
+            return Err(Failure::Lost(format!("{address} did not answer within {ms} ms")));
         };
-        let answer = answer.map_err(|e| failure(address, &e))?;
-        connection.heard.set(Instant::now());
-        Ok(answer)
+        answer.map_err(|e| failure(address, &e))
     }
 
     /// Takes over the map of the node behind `connection`.

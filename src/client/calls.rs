@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use capnp::capability::{Promise, Response};
 
-use super::connection::Connection;
+use super::connection::{Connection, Watch};
 use super::driver::{Driver, moment};
 use super::retry::{self, Attempts, Decision, Failure, Kind};
 use super::routing::Target;
@@ -40,21 +40,29 @@ impl Driver {
             let why = format!("no node of shard {shard} is known");
             return self.fail_all(batch, &Failure::NotSent(why));
         };
-        let dialled = self.connect(&target, true);
-        let limit = Instant::now() + patience(0);
-        let connection = match within(&mut batch, limit, "connecting", dialled).await {
-            Some(Ok(connection)) => connection,
-            failed => {
-                let why = match failed {
-                    Some(Err(why)) => why,
-                    // Nobody waits any more; that says nothing about the node.
-                    _ if Instant::now() < limit => return,
-                    _ => format!("connecting to {} took too long", target.address),
-                };
-                self.unreachable(shard, &target);
-                return self.fail_all(batch, &Failure::NotSent(why));
-            }
+        // A node that hangs accepts connections, and welcomes nobody.
+        let limit = match self.routing.borrow().has_others(shard, target.node) {
+            true => self.pool.slow_at(&target.address),
+            false => Instant::now() + patience(0),
         };
+        let dialled = self.connect(&target, true);
+        let connection =
+            match within(&mut batch, limit, None, || format!("connecting to {}", target.address), dialled)
+                .await
+            {
+                Waited::Done(Ok(connection)) => connection,
+                Waited::Done(Err(why)) => {
+                    self.unreachable(shard, &target, &why);
+                    return self.fail_all(batch, &Failure::NotSent(why));
+                }
+                // Nobody waits any more; that says nothing about the node.
+                Waited::Nobody => return,
+                Waited::Over | Waited::Gone => {
+                    let why = format!("{}: no welcome yet", target.address);
+                    self.slow(shard, &target, &why);
+                    return self.fail_all(batch, &Failure::NotSent(why));
+                }
+            };
         batch.retain(Ticket::open);
         let sent = moment();
         self.drop_outlived(&mut batch, sent);
@@ -65,22 +73,25 @@ impl Driver {
         let longest = batch.iter().map(|t| t.deadline.left(now)).max();
         let patience = patience(bytes).min(longest.unwrap_or_default());
         let promise = self.send_batch(&connection, shard, patience, &mut batch);
-        let waiting = "the node did not answer in time";
-        let answer = within(&mut batch, now + patience, waiting, promise).await;
+        let waiting = || format!("node {} at {} did not answer in time", target.node, target.address);
+        // What may not be repeated is waited for while there is hope.
+        let repeatable = batch.iter().all(|ticket| ticket.kind != Kind::Once);
+        let watch = repeatable.then(|| connection.watch(bytes));
+        let answer = within(&mut batch, now + patience, watch.as_ref(), waiting, promise).await;
+        drop(watch);
         let outcome = match answer {
-            Some(Ok(response)) => {
-                connection.heard.set(Instant::now());
+            Waited::Done(Ok(response)) => {
                 let response = response.get().and_then(|r| r.get_response());
                 match response {
                     Ok(response) => return self.answered(shard, &target, batch, sent, response),
                     Err(error) => Failure::Lost(unreadable(&target, &error)),
                 }
             }
-            Some(Err(error)) => call_failure(&target, &error),
-            None if Instant::now() < now + patience => return,
-            None => self.silence(&connection, &target, now, patience),
+            Waited::Done(Err(error)) => call_failure(&target, &error),
+            Waited::Nobody => return,
+            Waited::Over | Waited::Gone => self.silence(&connection, &target, now),
         };
-        self.unreachable(shard, &target);
+        self.unreachable(shard, &target, &outcome.text());
         self.fail_all(batch, &outcome);
     }
 
@@ -237,10 +248,21 @@ impl Driver {
             let why = format!("no node of shard {shard} is known");
             return Err(Failure::NotSent(why));
         };
-        match self.connect(&target, true).await {
+        let dialled = self.connect(&target, true);
+        let others = self.routing.borrow().has_others(shard, target.node);
+        let dialled = match others {
+            true => tokio::time::timeout_at(self.pool.slow_at(&target.address).into(), dialled).await,
+            false => Ok(dialled.await),
+        };
+        let Ok(dialled) = dialled else {
+            let why = format!("{}: no welcome yet", target.address);
+            self.slow(shard, &target, &why);
+            return Err(Failure::NotSent(why));
+        };
+        match dialled {
             Ok(connection) => Ok((target, connection)),
             Err(why) => {
-                self.unreachable(shard, &target);
+                self.unreachable(shard, &target, &why);
                 Err(Failure::NotSent(why))
             }
         }
@@ -256,15 +278,13 @@ impl Driver {
         promise: impl Future<Output = Result<T, capnp::Error>>,
     ) -> Result<T, Failure> {
         let began = Instant::now();
-        let failure = match tokio::time::timeout(patience, promise).await {
-            Ok(Ok(answer)) => {
-                connection.heard.set(Instant::now());
-                return Ok(answer);
-            }
-            Ok(Err(error)) => call_failure(target, &error),
-            Err(_) => self.silence(connection, target, began, patience),
+        let watch = connection.watch(0);
+        let failure = match tokio::time::timeout(patience, watch.answer(promise)).await {
+            Ok(Some(Ok(answer))) => return Ok(answer),
+            Ok(Some(Err(error))) => call_failure(target, &error),
+            Ok(None) | Err(_) => self.silence(connection, target, began),
         };
-        self.unreachable(shard, target);
+        self.unreachable(shard, target, &failure.text());
         Err(failure)
     }
 
@@ -283,39 +303,48 @@ impl Driver {
         Ok(connection)
     }
 
-    /// No answer came in time. A connection on which nothing at all was heard meanwhile may be dead
-    /// without knowing; the next call makes a new one.
-    fn silence(
-        &self,
-        connection: &Rc<Connection>,
-        target: &Target,
-        began: Instant,
-        patience: Duration,
-    ) -> Failure {
-        if connection.heard.get() <= began {
-            self.pool.discard(connection);
-        }
+    /// No answer came in time.
+    fn silence(&self, connection: &Rc<Connection>, target: &Target, began: Instant) -> Failure {
+        self.pool.unanswered(connection, began);
         Failure::Lost(format!(
             "node {} at {} did not answer within {} ms",
             target.node,
             target.address,
-            patience.as_millis()
+            began.elapsed().as_millis()
         ))
     }
 
-    fn unreachable(self: &Rc<Driver>, shard: ShardId, target: &Target) {
+    /// The node doesn't welcome as fast as others may: they are asked meanwhile. It is dialled on, and may
+    /// be far away rather than hung, so nothing is held against it.
+    fn slow(self: &Rc<Driver>, shard: ShardId, target: &Target, why: &str) {
+        let mut routing = self.routing.borrow_mut();
+        routing.trouble(shard, target.node, why, Instant::now());
+        routing.unavailable(shard, target.node);
+        drop(routing);
+        self.refresh_soon();
+    }
+
+    fn unreachable(self: &Rc<Driver>, shard: ShardId, target: &Target, why: &str) {
         let now = Instant::now();
-        self.routing.borrow_mut().unreachable(shard, target.node, now);
+        let mut routing = self.routing.borrow_mut();
+        routing.trouble(shard, target.node, why, now);
+        routing.unreachable(shard, target.node, now);
+        drop(routing);
         // Its address may have changed.
         self.refresh_soon();
     }
 
     /// Corrects the routes by a refusal.
     pub fn refused(self: &Rc<Driver>, shard: ShardId, target: &Target, refusal: &Refusal) {
-        let mut routing = self.routing.borrow_mut();
+        let (mut routing, now) = (self.routing.borrow_mut(), Instant::now());
         match refusal {
             Refusal::NotLeader { leader, .. } => {
-                routing.not_leader(shard, target.node, *leader, Instant::now());
+                let says = match leader {
+                    Some(leader) => format!("it follows node {leader}"),
+                    None => "it knows no leader".to_owned(),
+                };
+                routing.trouble(shard, target.node, &says, now);
+                routing.not_leader(shard, target.node, *leader, now);
             }
             Refusal::StaleRoute { asked, range_version, .. } => {
                 // A node that knows the shard better than we do is the right one to ask again.
@@ -329,9 +358,11 @@ impl Driver {
                 }
             }
             Refusal::Unavailable(_) | Refusal::Quarantined(_) | Refusal::Unknown(_) => {
+                routing.trouble(shard, target.node, &refusal.to_string(), now);
                 routing.unavailable(shard, target.node);
             }
             Refusal::Other { retryable, .. } if *retryable => {
+                routing.trouble(shard, target.node, &refusal.to_string(), now);
                 routing.unavailable(shard, target.node);
             }
             _ => (),
@@ -359,7 +390,8 @@ pub(super) struct PageRequest {
     pub keys_only: bool,
 }
 
-/// Repeats `attempt`, which is given the time it may take, until it succeeds or `deadline` passes.
+/// Repeats `attempt`, which is given the time it may take, until it succeeds or `deadline` passes. The
+/// error tells how the last attempt ended that did.
 pub(super) async fn persist<T, F>(
     kind: Kind,
     deadline: Deadline,
@@ -369,14 +401,16 @@ where
     F: Future<Output = Result<T, Failure>>,
 {
     let mut attempts = Attempts::default();
+    let mut last = "no answer in the time given".to_owned();
     loop {
         let left = deadline.left(Instant::now());
         let tried = tokio::time::timeout(left, attempt(left)).await;
         let failure = match tried {
             Ok(Ok(done)) => return Ok(done),
             Ok(Err(failure)) => failure,
-            Err(_) => Failure::Lost("no answer in the time given".into()),
+            Err(_) => Failure::Lost(last.clone()),
         };
+        last = failure.text();
         let left = deadline.left(Instant::now());
         match retry::decide(kind, &mut attempts, failure, left, deadline.within, rand::random()) {
             Decision::Fail(error) => return Err(error),
@@ -385,27 +419,51 @@ where
     }
 }
 
-/// Waits for `future` until `limit`, and meanwhile answers operations whose own time is over. `None`:
-/// the limit has passed, or nobody waits any more.
+/// What came of waiting.
+enum Waited<T> {
+    /// What was waited for.
+    Done(T),
+    /// The time was over.
+    Over,
+    /// The node is gone, as far as one can tell.
+    Gone,
+    /// Nobody waits for the operations any more.
+    Nobody,
+}
+
+/// Waits for `future` until `limit`, or until the node that is watched is gone; and meanwhile answers
+/// operations whose own time is over.
 async fn within<T>(
     batch: &mut [Ticket],
     limit: Instant,
-    waiting: &str,
+    watch: Option<&Watch>,
+    waiting: impl Fn() -> String,
     future: impl Future<Output = T>,
-) -> Option<T> {
+) -> Waited<T> {
     let mut future = std::pin::pin!(future);
     loop {
         let open = batch.iter().filter(|t| t.open());
-        let next = open.map(|t| t.deadline.at).min()?.min(limit);
+        let Some(earliest) = open.map(|t| t.deadline.at).min() else {
+            return Waited::Nobody;
+        };
+        let Some(look) = watch.map_or(Some(limit), Watch::look) else {
+            return Waited::Gone;
+        };
+        let next = earliest.min(limit).min(look);
         if let Ok(done) = tokio::time::timeout_at(next.into(), &mut future).await {
-            return Some(done);
+            return Waited::Done(done);
         }
         let now = Instant::now();
-        for ticket in batch.iter_mut() {
-            ticket.expire(now, waiting);
+        if earliest <= now {
+            let why = waiting();
+            batch.iter_mut().for_each(|ticket| ticket.expire(now, &why));
         }
         if now >= limit {
-            return None;
+            return Waited::Over;
+        }
+        if look <= now {
+            // This process may have been stopped too: what came meanwhile is read first.
+            tokio::task::yield_now().await;
         }
     }
 }

@@ -246,6 +246,16 @@ impl Driver {
         }
     }
 
+    /// What to tell of the shard of an operation that failed, if that is more than its last failure.
+    fn told(&self, ticket: &Ticket, failure: &Failure) -> Option<String> {
+        if !failure.is_of_the_node() {
+            return None;
+        }
+        let routing = self.routing.borrow();
+        let route = routing.route_at(&ticket.database, ticket.position)?;
+        routing.told(route.shard, Instant::now())
+    }
+
     /// Decides about operations whose attempt failed: each is answered, or tried again later.
     pub fn failed(self: &Rc<Driver>, failures: Vec<(Ticket, Failure)>) {
         let now = Instant::now();
@@ -256,7 +266,7 @@ impl Driver {
             ticket.sent = false;
             let deadline = ticket.deadline;
             let left = deadline.left(now);
-            let text = failure.text();
+            let text = self.told(&ticket, &failure).unwrap_or_else(|| failure.text());
             if let (Some(tag), Failure::Refused(Refusal::SessionExpired)) = (&ticket.tag, &failure) {
                 tag.session().lost();
             }
@@ -268,7 +278,7 @@ impl Driver {
                 deadline.within,
                 rand::random(),
             ) {
-                Decision::Fail(error) => ticket.answer(Err(error)),
+                Decision::Fail(error) => ticket.answer(Err(error.because(text))),
                 decision @ (Decision::Retry(delay) | Decision::Renew(delay)) => {
                     if matches!(decision, Decision::Renew(_)) {
                         ticket.tag = None;

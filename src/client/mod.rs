@@ -6,10 +6,11 @@
 //! retried until the deadline where that is safe.
 //!
 //! - [`routing`]: the cached map and who leads; [`retry`]: what a failure means; `lanes`: which
-//!   operations share a call; `session`: what makes a repeated command take effect once. These are
-//!   sans-I/O.
+//!   operations share a call; `session`: what makes a repeated command take effect once; `silence`: whether
+//!   a node is slow or gone; `trouble`: what to tell of a shard that doesn't answer; `dropping`: which database a drop
+//!   means. These are sans-I/O.
 //! - `driver`: the tokio shell around them; `calls`, `refresh`, `connection`: what it sends and where;
-//!   `ticket`: an operation and its caller; `wire`: the protocol.
+//!   `race`: several nodes of which any will do; `ticket`: an operation and its caller; `wire`: the protocol.
 //! - `local`: the same for use inside a node, on a thread that is there already.
 //!
 //! What it promises: every operation ends at its deadline at the latest, with a result or an error that
@@ -21,15 +22,19 @@ mod admin;
 mod calls;
 mod connection;
 mod driver;
+mod dropping;
 mod lanes;
 pub(crate) mod local;
 pub mod options;
+mod race;
 mod refresh;
 pub mod retry;
 pub mod routing;
 mod scan;
 mod session;
+mod silence;
 mod ticket;
+mod trouble;
 pub(crate) mod wire;
 
 use std::sync::Arc;
@@ -62,6 +67,18 @@ pub enum ClientError {
     /// The operation breaks a rule; it was not sent or not accepted, and no retry helps.
     #[error("{0}")]
     Invalid(String),
+}
+
+impl ClientError {
+    /// The same with `why` in place of what happened last, where that is what it tells.
+    fn because(mut self, why: String) -> ClientError {
+        if let ClientError::NotApplied(NotApplied::Unavailable { last, .. })
+        | ClientError::Unknown(Unknown::NoAnswer(last)) = &mut self
+        {
+            *last = why;
+        }
+        self
+    }
 }
 
 /// Why nobody can tell whether an operation was applied.
@@ -206,7 +223,8 @@ impl Client {
 
     /// A database by name. Asks nobody: a name that doesn't exist shows at the first operation.
     pub fn database(&self, name: impl Into<String>) -> Database {
-        Database { client: self.clone(), name: Arc::from(name.into()), timeout: self.shared.options.timeout }
+        let timeout = self.shared.options.timeout;
+        Database { client: self.clone(), name: Arc::from(name.into()), timeout, given: timeout }
     }
 
     /// The cluster map, freshly asked of a node.
@@ -291,13 +309,15 @@ pub struct Database {
     client: Client,
     name: Arc<str>,
     timeout: Duration,
+    /// For messages: the time of which `timeout` is the rest.
+    given: Duration,
 }
 
 impl Database {
     /// The same database with another deadline per operation, at most
     /// [`TIMEOUT_MAX_MS`].
     pub fn with_timeout(&self, timeout: Duration) -> Database {
-        Database { timeout, ..self.clone() }
+        Database { timeout, given: timeout, ..self.clone() }
     }
 
     /// Reads a key, linearizably.
@@ -365,8 +385,16 @@ impl Database {
         Scan::new(self.clone(), options)
     }
 
+    /// The same database with the rest of the time that a person gave for more than one operation.
+    pub(crate) fn with_rest(&self, timeout: Duration, given: Duration) -> Database {
+        Database { timeout, given, ..self.clone() }
+    }
+
     fn deadline(&self) -> Deadline {
-        Deadline::after(self.timeout.min(Duration::from_millis(TIMEOUT_MAX_MS)))
+        let most = Duration::from_millis(TIMEOUT_MAX_MS);
+        let rest = Deadline::after(self.timeout.min(most));
+        // Sessions live by it, so it is never less than the rest, nor more than a node grants.
+        Deadline { within: self.given.min(most).max(rest.within), ..rest }
     }
 
     async fn one(&self, operation: Operation) -> End {

@@ -5,12 +5,11 @@ use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use futures_util::StreamExt;
-use futures_util::stream::FuturesUnordered;
 use tokio::task::spawn_local;
 
 use super::connection::{Obstacle, Obstacles};
 use super::driver::Driver;
+use super::race::Race;
 use super::retry::Failure;
 use super::ticket::Ticket;
 use crate::codec::records::read_delta;
@@ -21,6 +20,9 @@ use crate::refusal::Refusal;
 
 /// After one node has answered with the map, the others are waited for so long.
 const SECOND_OPINION: Duration = Duration::from_millis(300);
+
+/// A refresh in the background takes no longer than this: operations that come meanwhile ask anew.
+const REFRESH: Duration = Duration::from_secs(10);
 
 /// Whether and when the map is asked for.
 #[derive(Default)]
@@ -93,7 +95,7 @@ impl Driver {
         let round = self.refresh.begun.get() + 1;
         self.refresh.begun.set(round);
         self.refresh.last.set(Some(Instant::now()));
-        let asked = self.ask_map(need).await;
+        let asked = self.ask_map(need, REFRESH).await;
         self.prune();
         let mut failures = Vec::new();
         for (came, ticket) in self.refresh.parked.take() {
@@ -133,36 +135,44 @@ impl Driver {
         self.flush();
     }
 
-    /// Asks nodes for the map: the ones known, the metadata shard's first, then the seeds, a few at a
-    /// time. The error tells what they said.
-    pub async fn ask_map(self: &Rc<Driver>, need: Ask) -> Result<(), Failure> {
+    /// Asks nodes for the map: the ones known, the metadata shard's first, then the seeds; for at most
+    /// `limit`. The error tells what they said.
+    pub async fn ask_map(self: &Rc<Driver>, need: Ask, limit: Duration) -> Result<(), Failure> {
         self.adopt();
-        let mut obstacles = Obstacles::default();
-        for group in self.addresses().chunks(MAP_ASKED_MAX) {
-            let mut asked: FuturesUnordered<_> = group.iter().map(|address| self.ask_node(address)).collect();
-            let mut answered = false;
-            // Once one has answered, a hung one isn't waited for.
-            let mut until = tokio::time::Instant::now() + Duration::from_secs(3600);
-            while let Ok(Some(answer)) = tokio::time::timeout_at(until, asked.next()).await {
-                match answer {
-                    Ok(()) => {
-                        self.release();
-                        if need == Ask::One {
-                            return Ok(());
-                        }
-                        if !answered {
-                            until = tokio::time::Instant::now() + SECOND_OPINION;
-                        }
-                        answered = true;
+        let addresses = self.addresses();
+        let at_once = if need == Ask::One { 1 } else { MAP_ASKED_MAX };
+        let asked = addresses.iter().map(|address| async move { (address, self.ask_node(address).await) });
+        let mut race = Race::new(asked, at_once);
+        let (mut obstacles, mut answered) = (Obstacles::default(), false);
+        let mut silent: BTreeSet<&String> = addresses.iter().collect();
+        let mut until = tokio::time::Instant::now() + limit;
+        loop {
+            match tokio::time::timeout_at(until, race.next()).await {
+                Ok(Some((_, Ok(())))) => {
+                    self.release();
+                    if need == Ask::One {
+                        return Ok(());
                     }
-                    Err(obstacle) => obstacles.add(&obstacle),
+                    if !answered {
+                        // Once one has answered, a hung one isn't waited for.
+                        until = until.min(tokio::time::Instant::now() + SECOND_OPINION);
+                        race.close();
+                    }
+                    answered = true;
+                }
+                Ok(Some((address, Err(obstacle)))) => {
+                    silent.remove(address);
+                    obstacles.add(&obstacle);
+                }
+                Ok(None) | Err(_) if answered => return Ok(()),
+                Ok(None) => return Err(obstacles.failure()),
+                Err(_) => {
+                    let silence = |address| Obstacle::from(format!("{address}: no answer"));
+                    silent.into_iter().for_each(|address| obstacles.add(&silence(address)));
+                    return Err(obstacles.failure());
                 }
             }
-            if answered {
-                return Ok(());
-            }
         }
-        Err(obstacles.failure())
     }
 
     /// Addresses to ask: those of the metadata shard's nodes, then the rest, beginning anywhere.
@@ -196,13 +206,12 @@ impl Driver {
         request.get().set_since(since);
         let limit = Duration::from_millis(ATTEMPT_MS_MAX);
         let began = Instant::now();
-        let Ok(answer) = tokio::time::timeout(limit, request.send().promise).await else {
-            if connection.heard.get() <= began {
-                self.pool.discard(&connection);
-            }
-            return Err(format!("{address}: no cluster map within {limit:?}").into());
+        let watch = connection.watch(0);
+        let answer = watch.answer(request.send().promise);
+        let Ok(Some(answer)) = tokio::time::timeout(limit, answer).await else {
+            self.pool.unanswered(&connection, began);
+            return Err(format!("{address}: no cluster map within {:.1?}", began.elapsed()).into());
         };
-        connection.heard.set(Instant::now());
         let told = |error: &dyn std::fmt::Display| Obstacle::from(format!("{address}: {error}"));
         let answer = answer.map_err(|e| told(&e))?;
         let delta = answer.get().and_then(|a| a.get_delta());

@@ -81,6 +81,20 @@ impl Failure {
         )
     }
 
+    /// Whether it tells of the node that was asked, rather than of the operation.
+    pub fn is_of_the_node(&self) -> bool {
+        match self {
+            Failure::Refused(refusal) => matches!(
+                refusal,
+                Refusal::NotLeader { .. }
+                    | Refusal::Unavailable(_)
+                    | Refusal::Quarantined(_)
+                    | Refusal::Unknown(_)
+            ),
+            Failure::NotSent(_) | Failure::Lost(_) => true,
+        }
+    }
+
     /// For a person.
     pub fn text(&self) -> String {
         match self {

@@ -10,6 +10,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::trouble::Troubles;
 use crate::ids::{ClusterId, NodeId, ShardId};
 use crate::placement::map::{ClusterMap, MapDelta, ShardRecord};
 use crate::placement::ring;
@@ -38,7 +39,7 @@ pub struct Target {
 }
 
 /// The cache.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Routing {
     map: Arc<ClusterMap>,
     /// Living databases by name; derived from the map.
@@ -47,6 +48,7 @@ pub struct Routing {
     leaders: HashMap<ShardId, NodeId>,
     /// When a node last failed to answer.
     failed: HashMap<NodeId, Instant>,
+    troubles: Troubles,
 }
 
 impl Routing {
@@ -94,6 +96,7 @@ impl Routing {
             map.shards.get(shard).is_some_and(|s| !s.dropped && s.member_on(*node).is_some())
         });
         self.failed.retain(|node, _| map.nodes.contains_key(node));
+        self.troubles.retain(|shard| map.shards.get(&shard).is_some_and(|s| !s.dropped));
     }
 
     /// Whether the map has a database of this name.
@@ -128,6 +131,27 @@ impl Routing {
         guess.into_iter().chain(members).find_map(|node| self.target_at(node))
     }
 
+    /// Whether another node than `node` may be asked for `shard`.
+    pub fn has_others(&self, shard: ShardId, node: NodeId) -> bool {
+        let record = self.map.shards.get(&shard);
+        record.is_some_and(|record| {
+            record.members.iter().any(|m| m.node != node && self.target_at(m.node).is_some())
+        })
+    }
+
+    /// `node` didn't serve `shard`, and why, for [`Routing::told`].
+    pub fn trouble(&mut self, shard: ShardId, node: NodeId, why: &str, now: Instant) {
+        if self.map.shards.contains_key(&shard) {
+            self.troubles.add(shard, node, why, now);
+        }
+    }
+
+    /// What to tell a person of a shard that doesn't serve, if that is more than the failure of one node.
+    pub fn told(&self, shard: ShardId, now: Instant) -> Option<String> {
+        let address = |node| self.target_at(node).map_or("an unknown address".into(), |t| t.address);
+        self.troubles.tell(shard, now, address)
+    }
+
     fn target_at(&self, node: NodeId) -> Option<Target> {
         let address = &self.map.nodes.get(&node)?.client_address;
         (!address.is_empty()).then(|| Target { node, address: address.clone() })
@@ -147,6 +171,7 @@ impl Routing {
         if !self.failed.is_empty() {
             self.failed.remove(&node);
         }
+        self.troubles.over(shard);
     }
 
     /// `node` says that it doesn't lead `shard`, and perhaps who does.

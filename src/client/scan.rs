@@ -1,7 +1,7 @@
 //! Scans over all shards of a database.
 
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
@@ -98,13 +98,13 @@ async fn page(
     request: PageRequest,
     deadline: Deadline,
 ) -> Result<(wire::Page, u64), ClientError> {
-    persist(Kind::Read, deadline, |left| {
+    let asked = persist(Kind::Read, deadline, |left| {
         let request = &request;
         async move {
             driver.adopt();
             let route = driver.routing.borrow().route_at(database, position);
             let Some(route) = route else {
-                driver.ask_map(Ask::All).await?;
+                driver.ask_map(Ask::All, left).await?;
                 if driver.routing.borrow().knows(database) {
                     let why = "the map has just come".to_owned();
                     return Err(Failure::NotSent(why));
@@ -116,6 +116,13 @@ async fn page(
             let page = driver.scan_page(route.shard, route.range_version, request, patience).await?;
             Ok((page, route.end))
         }
+    });
+    asked.await.map_err(|error| {
+        let routing = driver.routing.borrow();
+        let route = routing.route_at(database, position);
+        match route.and_then(|route| routing.told(route.shard, Instant::now())) {
+            Some(told) => error.because(told),
+            None => error,
+        }
     })
-    .await
 }

@@ -15,7 +15,7 @@ use super::records::{
     length, malformed, read_database, read_id, read_node, read_node_ids, read_nodes, read_range, read_shard,
     read_text, write_database, write_node, write_shard,
 };
-use crate::ids::NodeId;
+use crate::ids::{DatabaseId, NodeId};
 use crate::limits;
 use crate::machine::command::{MetaCommand, MetaRefusal, MetaReply};
 use crate::placement::plan::PlannedShard;
@@ -52,9 +52,15 @@ pub fn encode_command(command: &MetaCommand) -> Vec<u8> {
                 write_planned(shard, list.reborrow().get(at));
             }
         }
-        MetaCommand::DropDatabase { name } => {
+        MetaCommand::DropDatabase { name, id: None } => {
             let mut root = root;
             root.set_drop_database(name.as_str());
+        }
+        // A kind of its own: a version that doesn't know it must not drop by name alone.
+        MetaCommand::DropDatabase { name, id: Some(id) } => {
+            let mut drop = root.init_drop_database_id();
+            drop.set_name(name.as_str());
+            drop.set_id(id.0);
         }
     }
     serialize::write_message_to_words(&message)
@@ -76,7 +82,13 @@ pub fn decode_command(bytes: &[u8]) -> Result<MetaCommand, CodecError> {
                 replicas: create.get_replicas(),
                 shards: create.get_shards()?.iter().map(read_planned).collect::<Result<_, _>>()?,
             }),
-            Ok(meta_command::DropDatabase(name)) => Ok(MetaCommand::DropDatabase { name: read_text(name?)? }),
+            Ok(meta_command::DropDatabase(name)) => {
+                Ok(MetaCommand::DropDatabase { name: read_text(name?)?, id: None })
+            }
+            Ok(meta_command::DropDatabaseId(drop)) => Ok(MetaCommand::DropDatabase {
+                name: read_text(drop.get_name()?)?,
+                id: Some(DatabaseId(drop.get_id())),
+            }),
             Err(unknown) => Err(malformed("MetaCommand", unknown.to_string())),
         }
     })
@@ -217,7 +229,8 @@ pub(crate) mod tests {
             any_node().prop_map(MetaCommand::AddNode),
             (".{0,20}", any::<u32>(), prop::collection::vec(planned, 0..9))
                 .prop_map(|(name, replicas, shards)| MetaCommand::CreateDatabase { name, replicas, shards }),
-            ".{0,20}".prop_map(|name| MetaCommand::DropDatabase { name }),
+            (".{0,20}", any::<Option<u64>>())
+                .prop_map(|(name, id)| MetaCommand::DropDatabase { name, id: id.map(DatabaseId) }),
         ]
     }
 

@@ -3,7 +3,7 @@
 
 use bytes::Bytes;
 
-use crate::ids::{ClusterId, NodeId};
+use crate::ids::{ClusterId, DatabaseId, NodeId};
 use crate::limits;
 use crate::placement::map::{DatabaseRecord, NodeRecord, ShardRecord};
 use crate::placement::plan::PlannedShard;
@@ -107,6 +107,9 @@ pub enum MetaCommand {
     DropDatabase {
         /// Its name.
         name: String,
+        /// Only the one of this id; else whichever has the name when the command is applied. Whoever repeats
+        /// the command names it: meanwhile another may have got the name.
+        id: Option<DatabaseId>,
     },
 }
 
@@ -149,7 +152,7 @@ pub enum MetaRefusal {
         /// Shards of the one that is there.
         shards: usize,
     },
-    /// DropDatabase: no database of this name.
+    /// DropDatabase: no database of this name, or none of it and the id.
     #[error("there is no database `{0}`")]
     UnknownDatabase(String),
     /// CreateDatabase: the plan names a node that isn't a member.

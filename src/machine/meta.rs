@@ -67,7 +67,7 @@ pub fn apply(command: &MetaCommand, state: &mut dyn StateBatch) -> Result<MetaRe
         MetaCommand::CreateDatabase { name, replicas, shards } => {
             create_database(name, *replicas, shards, state)
         }
-        MetaCommand::DropDatabase { name } => drop_database(name, state),
+        MetaCommand::DropDatabase { name, id } => drop_database(name, *id, state),
     };
     match reply {
         Ok(reply) => Ok(reply),
@@ -287,11 +287,13 @@ fn check_plan(replicas: u32, shards: &[PlannedShard], state: &dyn StateView) -> 
     Ok(())
 }
 
-fn drop_database(name: &str, state: &mut dyn StateBatch) -> Result<MetaReply, Stop> {
+fn drop_database(name: &str, id: Option<DatabaseId>, state: &mut dyn StateBatch) -> Result<MetaReply, Stop> {
     if records::load_counters(state)?.is_none() {
         return Err(Stop::Refused(MetaRefusal::NotFormed));
     }
-    let Some(mut record) = records::load_by_name(state, name)? else {
+    // A name belongs to one living database at a time, so an id that isn't its is gone or never was.
+    let living = records::load_by_name(state, name)?;
+    let Some(mut record) = living.filter(|record| id.is_none_or(|id| record.id == id)) else {
         return Err(Stop::Refused(MetaRefusal::UnknownDatabase(name.into())));
     };
     let mut shards = Vec::with_capacity(record.shards.len());

@@ -4,12 +4,12 @@ use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use futures_util::future::join_all;
+use futures_util::stream::{FuturesUnordered, Stream, StreamExt};
 
 use super::{Service, timeout, wire};
 use crate::codec::records::write_database;
 use crate::codec::refusal::write_refusal;
-use crate::ids::{NodeId, ShardId};
+use crate::ids::{DatabaseId, NodeId, ShardId};
 use crate::limits::{DROP_SETTLE_MS_MAX, NAME_BYTES_MAX, REPLICAS_MAX, SHARDS_MAX};
 use crate::machine::command::{MetaCommand, MetaRefusal, MetaReply};
 use crate::node::handle::NodeReport;
@@ -70,11 +70,13 @@ impl admin::Server for Admin {
         params: admin::DropDatabaseParams,
         mut results: admin::DropDatabaseResults,
     ) -> Result<(), capnp::Error> {
-        let name = params.get()?.get_name()?.to_string()?;
-        let within = timeout(params.get()?.get_timeout_ms());
+        let request = params.get()?;
+        let name = request.get_name()?.to_string()?;
+        let within = timeout(request.get_timeout_ms());
+        let id = Some(request.get_database()).filter(|id| *id != 0).map(DatabaseId);
         drop(params);
         let dropped = match self.service.load.enter(1, 0) {
-            Ok(_guard) => self.drop_everywhere(name, within).await,
+            Ok(_guard) => self.drop_everywhere(name, id, within).await,
             Err(refusal) => Err(refusal),
         };
         write_database_result(dropped, results.get().init_result());
@@ -140,10 +142,11 @@ impl Admin {
     async fn drop_everywhere(
         &self,
         name: String,
+        id: Option<DatabaseId>,
         within: Duration,
     ) -> Result<(DatabaseRecord, bool), Refusal> {
         let deadline = Instant::now() + within;
-        let dropped = self.meta(MetaCommand::DropDatabase { name }, within).await?;
+        let dropped = self.meta(MetaCommand::DropDatabase { name, id }, within).await?;
         let settled = Instant::now() + Duration::from_millis(DROP_SETTLE_MS_MAX);
         self.ended(&dropped.0, deadline.min(settled)).await;
         Ok(dropped)
@@ -157,8 +160,15 @@ impl Admin {
         let mut pause = LEADER_POLL.0;
         loop {
             let map = self.service.node.map();
-            let reports = self.reports(&missing, deadline).await;
-            missing.retain(|shard| map.shards.get(shard).is_none_or(|shard| can_commit(shard, &reports)));
+            let mut heard = Vec::new();
+            let mut reports = std::pin::pin!(self.reports(&missing, deadline));
+            // Looked at one by one: a node that hangs isn't needed for a majority.
+            while !missing.is_empty()
+                && let Some(report) = reports.next().await
+            {
+                heard.push(report);
+                missing.retain(|id| map.shards.get(id).is_none_or(|shard| can_commit(shard, &heard)));
+            }
             if missing.is_empty() {
                 return;
             }
@@ -174,7 +184,13 @@ impl Admin {
 
     /// Has the metadata shard execute a command about a database.
     async fn meta(&self, command: MetaCommand, within: Duration) -> Result<(DatabaseRecord, bool), Refusal> {
-        match self.service.node.meta(command, within).await? {
+        let done = self.service.node.meta(command, within).await;
+        // Which of its replicas was asked last is nothing to the caller.
+        let leaderless = |refusal| match refusal {
+            Refusal::NotLeader { .. } => Refusal::Unavailable("the metadata shard has no leader".into()),
+            refusal => refusal,
+        };
+        match done.map_err(leaderless)? {
             MetaReply::Database { record, created } => Ok((record, created)),
             MetaReply::Refused(MetaRefusal::UnknownDatabase(name)) => Err(Refusal::UnknownDatabase(name)),
             MetaReply::Refused(MetaRefusal::NotFormed) => Err(Refusal::Unavailable("starting".into())),
@@ -190,7 +206,10 @@ impl Admin {
         let mut missing: BTreeSet<ShardId> = database.shards.iter().copied().collect();
         let mut pause = LEADER_POLL.0;
         loop {
-            for report in self.reports(&missing, deadline).await {
+            let mut reports = std::pin::pin!(self.reports(&missing, deadline));
+            while !missing.is_empty()
+                && let Some(report) = reports.next().await
+            {
                 for replica in report.replicas {
                     let leads = replica.group.is_some_and(|g| g.role == raft::StateRole::Leader);
                     if leads {
@@ -216,9 +235,13 @@ impl Admin {
         }
     }
 
-    /// Reports of all nodes that hold a replica of one of `shards`; a node that doesn't answer is left
-    /// out. A shard that the map doesn't have yet has no nodes.
-    async fn reports(&self, shards: &BTreeSet<ShardId>, deadline: Instant) -> Vec<NodeReport> {
+    /// Reports of all nodes that hold a replica of one of `shards`, as they come; a node that doesn't
+    /// answer is left out. A shard that the map doesn't have yet has no nodes.
+    fn reports<'a>(
+        &'a self,
+        shards: &BTreeSet<ShardId>,
+        deadline: Instant,
+    ) -> impl Stream<Item = NodeReport> + use<'a> {
         let node = &self.service.node;
         let map = node.map();
         let members = shards.iter().filter_map(|shard| map.shards.get(shard));
@@ -235,7 +258,7 @@ impl Admin {
                 report.inspect_err(|error| tracing::debug!(error, "no report of a node")).ok()
             }
         });
-        join_all(asked).await.into_iter().flatten().collect()
+        asked.collect::<FuturesUnordered<_>>().filter_map(std::future::ready)
     }
 
     async fn transfer(&self, shard: ShardId, to: NodeId, within: Duration) -> Result<(), Refusal> {

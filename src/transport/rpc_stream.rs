@@ -18,8 +18,8 @@ use super::arrival::{Arrivals, Paced};
 use super::backlog::{Backlog, Metered, metered};
 use super::coalesce::{CoalescingWriter, coalesce};
 use crate::limits::{
-    CLIENT_PROBE_AGAIN_S, CLIENT_PROBE_S, CLIENT_PROBES_MAX, COALESCE_BYTES_MAX, NESTING_MAX,
-    READ_CHUNK_BYTES, TRAVERSAL_BYTES_MAX,
+    CLIENT_PROBE_AGAIN_S, CLIENT_PROBE_S, CLIENT_PROBES_MAX, CLIENT_UNACKED_MS_MAX, COALESCE_BYTES_MAX,
+    NESTING_MAX, READ_CHUNK_BYTES, TRAVERSAL_BYTES_MAX,
 };
 
 /// The reading side of an RPC connection. The library reads each message in two steps; the buffer
@@ -47,13 +47,17 @@ pub fn rpc_streams(
     Ok((reader, writer, flusher))
 }
 
-/// Has the kernel ask whether the other side is still there when it is silent for long. A client whose
-/// machine or network went away says nothing of it, and would hold its connection for ever.
+/// Has the kernel ask whether the other side is still there when it is silent for long, and give up
+/// what the other side doesn't acknowledge. A client whose machine or network went away says nothing of
+/// it, and would hold its connection for ever.
 fn probe_when_idle(stream: &TcpStream) -> io::Result<()> {
     sockopt::set_socket_keepalive(stream, true)?;
     sockopt::set_tcp_keepidle(stream, Duration::from_secs(CLIENT_PROBE_S))?;
     sockopt::set_tcp_keepintvl(stream, Duration::from_secs(CLIENT_PROBE_AGAIN_S))?;
     sockopt::set_tcp_keepcnt(stream, CLIENT_PROBES_MAX)?;
+    // Elsewhere the system's own patience has to do.
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    sockopt::set_tcp_user_timeout(stream, CLIENT_UNACKED_MS_MAX)?;
     Ok(())
 }
 
@@ -95,5 +99,7 @@ mod tests {
         assert!(sockopt::socket_keepalive(&same).unwrap());
         assert_eq!(sockopt::tcp_keepidle(&same).unwrap(), Duration::from_secs(CLIENT_PROBE_S));
         assert_eq!(sockopt::tcp_keepcnt(&same).unwrap(), CLIENT_PROBES_MAX);
+        #[cfg(any(target_os = "linux", target_os = "android"))]
+        assert_eq!(sockopt::tcp_user_timeout(&same).unwrap(), CLIENT_UNACKED_MS_MAX);
     }
 }

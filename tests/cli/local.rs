@@ -150,7 +150,7 @@ fn further_databases_go_to_the_running_cluster() {
         .says(&["3 replicas and 2 shards", "3 replicas and 5 shards"]);
     home.run(&["setup", "one", "1", "2"])
         .exits(1)
-        .says(&["3 replicas and 2 shards", "1 replicas and 2 shards"]);
+        .says(&["3 replicas and 2 shards", "1 replica and 2 shards"]);
     // A second one.
     home.run(&["setup", "two", "1", "3"]).ok();
     home.run(&["set", "two", "k", "v"]).ok();
@@ -191,8 +191,35 @@ fn further_databases_go_to_the_running_cluster() {
     home.run(&["stop"]).ok();
     home.run(&["setup", "two", "3", "3"])
         .exits(1)
-        .says(&["1 replicas and 3 shards", "3 replicas and 3 shards"]);
+        .says(&["1 replica and 3 shards", "3 replicas and 3 shards"]);
     assert_eq!(home.processes(), Vec::<u32>::new());
+}
+
+#[test]
+fn cluster_json_is_put_right_while_the_cluster_runs() {
+    let home = Home::with_cluster("db", 1, 1);
+    let path = home.data().join("cluster.json");
+    let right = cluster_json(&home);
+    // That of another time, with other ports; garbage; none at all.
+    let mut stale = right.clone();
+    stale["nodes"][0]["client"] = "127.0.0.1:9".into();
+    for wrong in [Some(stale.to_string()), Some("{".into()), None] {
+        match &wrong {
+            Some(text) => std::fs::write(&path, text).unwrap(),
+            None => std::fs::remove_file(&path).unwrap(),
+        }
+        let begun = Instant::now();
+        while std::fs::read(&path).ok().and_then(|text| serde_json::from_slice(&text).ok())
+            != Some(right.clone())
+        {
+            assert!(begun.elapsed() < Duration::from_secs(10), "{wrong:?} stays");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+    home.run(&["set", "db", "k", "v"]).ok();
+    let created = home.run(&["db", "create", "one", "1", "1"]).ok();
+    assert_eq!(created.text(), "created database one with 1 replica and 1 shard\n");
+    home.run(&["stop"]).ok();
 }
 
 #[test]

@@ -36,6 +36,8 @@ pub enum Act {
     Forget,
     /// Takes the call and never answers.
     Hang,
+    /// Stands still for so long, as a stopped process does, and goes on then.
+    Freeze(Duration),
     /// Refuses at the gate.
     WrongVersion,
 }
@@ -71,6 +73,8 @@ struct Shared {
     calls: HashMap<u64, Vec<usize>>,
     /// What each of those batches said of its session.
     tags: Vec<Tags>,
+    /// Ids that databases were to be dropped by.
+    drops: Vec<u64>,
     /// By shard and session: what its commands came to.
     sessions: HashMap<(u64, Vec<u8>), HashMap<u64, Done>>,
 }
@@ -85,6 +89,14 @@ pub struct Fakes {
 pub fn dead_address() -> String {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     listener.local_addr().unwrap().to_string()
+}
+
+/// An address at which connections are accepted, and nothing more comes, while the listener lives: the
+/// client port of a node that hangs.
+pub fn hung_address() -> (std::net::TcpListener, String) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    (listener, address)
 }
 
 /// The peer port of a node whose client port is 192.0.2.1:7101, as a client sees it.
@@ -194,6 +206,11 @@ impl Fakes {
         self.shared.lock().unwrap().tags.clone()
     }
 
+    /// The ids in all requests to drop a database.
+    pub fn drops(&self) -> Vec<u64> {
+        self.shared.lock().unwrap().drops.clone()
+    }
+
     pub fn change_map(&self, change: impl FnOnce(&mut ClusterMap)) {
         change(&mut self.shared.lock().unwrap().map);
     }
@@ -270,13 +287,36 @@ impl admin::Server for Fake {
         params: admin::DropDatabaseParams,
         mut results: admin::DropDatabaseResults,
     ) -> Result<(), capnp::Error> {
-        if let Act::Hang = self.act() {
+        let act = self.act();
+        if let Act::Hang = act {
             std::future::pending::<()>().await;
         }
-        let name = params.get()?.get_name()?.to_string()?;
-        let shared = self.shared.lock().unwrap();
-        let database = shared.map.database(&name).expect("a database");
-        write_database(database, results.get().init_result().init_database());
+        let (name, id) = (params.get()?.get_name()?.to_string()?, params.get()?.get_database());
+        {
+            let mut shared = self.shared.lock().unwrap();
+            shared.drops.push(id);
+            let living =
+                shared.map.database(&name).map(|d| d.id).filter(|living| [0, living.0].contains(&id));
+            let Some(living) = living else {
+                write_refusal(&Refusal::UnknownDatabase(name), results.get().init_result().init_error());
+                return Ok(());
+            };
+            shared.map.version += 1;
+            let changed_at = shared.map.version;
+            let database = shared.map.databases.get_mut(&living).unwrap();
+            (database.dropped, database.changed_at) = (true, changed_at);
+            write_database(database, results.get().init_result().init_database());
+            if let Act::ApplyAndDrop = act {
+                // Before anybody asks again, somebody else makes another of the name.
+                let id = DatabaseId(living.0 + 1);
+                let another = DatabaseRecord { id, dropped: false, ..database.clone() };
+                shared.map.databases.insert(id, another);
+            }
+        }
+        if let Act::ApplyAndDrop = act {
+            self.drop.notify_one();
+            std::future::pending::<()>().await;
+        }
         Ok(())
     }
 }
@@ -331,6 +371,10 @@ impl kv::Server for Fake {
             }
             Act::Hang => {
                 std::future::pending::<()>().await;
+                None
+            }
+            Act::Freeze(time) => {
+                std::thread::sleep(time);
                 None
             }
             Act::NotLeader(leader) => Some(Refusal::NotLeader { shard, leader: leader.map(NodeId) }),

@@ -24,6 +24,15 @@ pub struct Odds {
     pub late: u64,
 }
 
+/// A direction.
+#[derive(Clone, Copy)]
+pub enum Way {
+    /// From clients to nodes.
+    Requests,
+    /// From nodes to clients.
+    Replies,
+}
+
 /// For longer than an attempt of the library lasts.
 const LATE: Duration = Duration::from_millis(2_600);
 
@@ -31,9 +40,17 @@ struct Shared {
     dice: Mutex<StdRng>,
     odds: Mutex<Odds>,
     faults: AtomicU64,
+    /// Connections so far.
+    made: AtomicU64,
+    /// By direction: connections with a lower number have lost it.
+    mute: [AtomicU64; 2],
 }
 
 impl Shared {
+    fn is_mute(&self, connection: u64, way: Way) -> bool {
+        connection < self.mute[way as usize].load(Ordering::Relaxed)
+    }
+
     /// Whether a fault comes here, which `odds` says how often.
     fn strikes(&self, odds: impl Fn(&Odds) -> u64) -> bool {
         let permille = odds(&self.odds.lock().expect("no panic holds it"));
@@ -63,6 +80,8 @@ impl Replies {
             dice: Mutex::new(StdRng::seed_from_u64(seed)),
             odds: Mutex::default(),
             faults: AtomicU64::new(0),
+            made: AtomicU64::new(0),
+            mute: Default::default(),
         });
         let mut addresses = Vec::new();
         for target in targets {
@@ -90,6 +109,21 @@ impl Replies {
         *self.shared.odds.lock().expect("no panic holds it") = odds;
     }
 
+    /// Nothing passes in this direction any more on the connections there are, which stay open: not even
+    /// their end is told. With `new`, neither on those to come.
+    pub fn mute(&self, way: Way, new: bool) {
+        let below = if new { u64::MAX } else { self.shared.made.load(Ordering::Relaxed) };
+        self.shared.mute[way as usize].store(below, Ordering::Relaxed);
+    }
+
+    /// Connections to come are whole again; those there are stay as they are.
+    pub fn heal(&self) {
+        for way in [Way::Requests, Way::Replies] {
+            let there = self.shared.made.load(Ordering::Relaxed);
+            self.shared.mute[way as usize].fetch_min(there, Ordering::Relaxed);
+        }
+    }
+
     /// How often replies were lost so far.
     pub fn faults(&self) -> u64 {
         self.shared.faults.load(Ordering::Relaxed)
@@ -105,6 +139,7 @@ impl Drop for Replies {
 }
 
 async fn carry(client: TcpStream, target: String, shared: Arc<Shared>) {
+    let number = shared.made.fetch_add(1, Ordering::Relaxed);
     let Ok(node) = TcpStream::connect(target).await else {
         return;
     };
@@ -114,16 +149,25 @@ async fn carry(client: TcpStream, target: String, shared: Arc<Shared>) {
     let (client_in, client_out) = client.into_split();
     let (node_in, node_out) = node.into_split();
     let deaf = Arc::new(AtomicBool::new(false));
-    let back = tokio::spawn(replies(node_in, client_out, deaf.clone(), shared.clone()));
-    requests(client_in, node_out, &deaf, &shared).await;
+    let back = tokio::spawn(replies(node_in, client_out, number, deaf.clone(), shared.clone()));
+    requests(client_in, node_out, number, &deaf, &shared).await;
     // The client has left. What it sent is still to be read by the node.
     tokio::time::sleep(Duration::from_secs(1)).await;
     back.abort();
 }
 
-async fn requests(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, deaf: &AtomicBool, shared: &Shared) {
+async fn requests(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    number: u64,
+    deaf: &AtomicBool,
+    shared: &Shared,
+) {
     let mut bytes = vec![0; 64 * 1024];
     while let Ok(read @ 1..) = from.read(&mut bytes).await {
+        if shared.is_mute(number, Way::Requests) {
+            continue;
+        }
         if shared.strikes(|odds| odds.late) {
             deaf.store(true, Ordering::Relaxed);
             tokio::time::sleep(LATE).await;
@@ -132,6 +176,9 @@ async fn requests(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, deaf: &Atomic
             return;
         }
     }
+    if shared.is_mute(number, Way::Requests) {
+        std::future::pending::<()>().await;
+    }
     // Not closed at once: a node cancels what it hasn't begun.
     tokio::time::sleep(Duration::from_millis(500)).await;
 }
@@ -139,6 +186,7 @@ async fn requests(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, deaf: &Atomic
 async fn replies(
     mut from: OwnedReadHalf,
     mut to: OwnedWriteHalf,
+    number: u64,
     deaf: Arc<AtomicBool>,
     shared: Arc<Shared>,
 ) {
@@ -147,7 +195,7 @@ async fn replies(
         if shared.strikes(|odds| odds.silence) {
             deaf.store(true, Ordering::Relaxed);
         }
-        if deaf.load(Ordering::Relaxed) {
+        if deaf.load(Ordering::Relaxed) || shared.is_mute(number, Way::Replies) {
             continue;
         }
         if shared.strikes(|odds| odds.close) || to.write_all(&bytes[..read]).await.is_err() {

@@ -155,7 +155,7 @@ fn a_shard_without_a_leader_is_unavailable() {
     assert_eq!(shard.state(), "unavailable");
     assert_eq!(shard.replicas[0].message.as_deref(), Some("poison"));
     assert_eq!(shard.replicas[1].state, "missing");
-    assert!(seen.text().contains("1 shards have no leader"));
+    assert!(seen.text().contains("1 shard has no leader\n"));
 }
 
 #[test]

@@ -95,7 +95,7 @@ fn refused(command: &MetaCommand, state: &mut MemoryState) -> String {
 fn nothing_works_before_the_cluster_is_formed() {
     let mut state = MemoryState::default();
     assert_eq!(cluster_map(&state).unwrap(), ClusterMap::default());
-    let drop = MetaCommand::DropDatabase { name: "a".into() };
+    let drop = MetaCommand::DropDatabase { name: "a".into(), id: None };
     let create = MetaCommand::CreateDatabase { name: "a".into(), replicas: 1, shards: vec![] };
     for command in [MetaCommand::AddNode(node(1)), drop, create] {
         assert_eq!(refused(&command, &mut state), "the cluster is not formed yet");
@@ -208,7 +208,7 @@ fn a_name_is_free_again_after_the_drop() {
         refused(&create("db", 1, 2, &state), &mut state),
         "database `db` exists with 3 replicas and 2 shards"
     );
-    let drop = MetaCommand::DropDatabase { name: "db".into() };
+    let drop = MetaCommand::DropDatabase { name: "db".into(), id: None };
     let MetaReply::Database { record, .. } = run(&drop, &mut state) else {
         panic!("not dropped");
     };
@@ -254,7 +254,7 @@ proptest! {
             let map = cluster_map(&state).unwrap();
             let command = match kind {
                 0 => MetaCommand::AddNode(node(10 + number)),
-                1 => MetaCommand::DropDatabase { name },
+                1 => MetaCommand::DropDatabase { name, id: None },
                 _ => match plan_database(&map, &name, replicas, shards) {
                     Ok(shards) => MetaCommand::CreateDatabase { name, replicas, shards },
                     Err(_) => continue,

@@ -18,7 +18,7 @@
 //! | `map [since=N]` | the map, or what changed after version N |
 
 use bytes::Bytes;
-use pontoon::ids::{Epoch, METADATA_DATABASE, METADATA_SHARD, NodeId, RandomId, ReplicaId};
+use pontoon::ids::{DatabaseId, Epoch, METADATA_DATABASE, METADATA_SHARD, NodeId, RandomId, ReplicaId};
 use pontoon::machine::command::{
     Answer, Command, Expect, KvCommand, KvReply, MetaCommand, MetaReply, Query, Reply, Versioned,
     decode_entry, encode_entry,
@@ -105,7 +105,10 @@ impl Interpreter for Machines {
                 let shards = words.map(planned).collect::<Result<_, _>>()?;
                 self.create(line.text(0)?, line.number(1)?, shards)
             }
-            "drop" => self.apply(&Command::Meta(MetaCommand::DropDatabase { name: line.text(0)? })),
+            "drop" => {
+                let id = Some(line.named_number("id", 0)?).filter(|id| *id > 0).map(DatabaseId);
+                self.apply(&Command::Meta(MetaCommand::DropDatabase { name: line.text(0)?, id }))
+            }
             "map" => self.map(line.named_number("since", 0)?),
             other => Err(format!("unknown command `{other}`")),
         }
