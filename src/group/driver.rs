@@ -19,6 +19,7 @@ use super::types::{
     Effects, Fetch, GroupStatus, LeaderChange, NumberedWrite, Operation, Output, SnapshotWanted,
 };
 use crate::codec::GroupMessage;
+use crate::failpoints::failpoint;
 use crate::ids::{Epoch, Incarnation, Index, NodeId, Position, ReplicaId, ShardId, Term};
 use crate::limits;
 use crate::machine::command::{Query, TaggedCommand, encode_entry};
@@ -84,7 +85,7 @@ struct Unpersisted {
 pub struct Group<T> {
     pub(super) shard: ShardId,
     pub(super) machine: MachineKind,
-    replica: ReplicaId,
+    pub(super) replica: ReplicaId,
     incarnation: Incarnation,
     pub(super) raft: RawNode<GroupLog>,
     pub(super) state: ReplicaState,
@@ -101,6 +102,8 @@ pub struct Group<T> {
     recover_to: Index,
     /// The last committed entry that raft has handed out.
     pub(super) handed: Index,
+    /// The entry that is being applied; after a panic or an error, the one at fault.
+    pub(super) applying: Option<Index>,
     pub(super) apply_paused: bool,
     fetching: Option<GetEntriesContext>,
     ticks: u64,
@@ -189,6 +192,7 @@ impl<T> Group<T> {
             durable_term,
             recover_to,
             handed: applied.index,
+            applying: None,
             apply_paused: false,
             fetching: None,
             ticks: 0,
@@ -523,6 +527,7 @@ impl<T> Group<T> {
         // A ready that only moves the commit index needs no write: it is taken along by the next, and
         // after a crash the quorum tells.
         let must_sync = ready.must_sync();
+        failpoint!(HardState, self.replica, if must_sync && ends.is_none());
         self.raft.advance_append_async(ready);
         self.conclude_snapshots();
         if must_sync {

@@ -76,6 +76,8 @@ struct Stores {
 /// within an `actix::System`; several nodes may share one. Returns once the stores are open.
 pub async fn start(settings: Settings, listeners: Listeners) -> Result<RunningNode, NodeError> {
     panics::install();
+    #[cfg(feature = "test-hooks")]
+    crate::failpoints::arm_from_environment().map_err(NodeError::Fatal)?;
     let fatal = Fatal::new();
     let handle = NodeHandle::new(settings.node.id.clone());
     let (data_dir, stores) = open_stores(&settings, handle.clone()).await?;
@@ -179,6 +181,8 @@ async fn open_stores(settings: &Settings, handle: NodeHandle) -> Result<(DataDir
         let options = SledOptions { cache_bytes: storage.cache_bytes, ..SledOptions::default() };
         let engine: Arc<dyn Engine> = Arc::new(SledEngine::open(&data_dir.state_path(), options, store_id)?);
         let flusher = Flusher::open(data_dir.redo_path(), engine.clone())?;
+        #[cfg(feature = "test-hooks")]
+        let flusher = super::hooks::hooked(flusher);
         let snapshots = SnapshotDir::open(&data_dir.snapshots_path(), limits::SNAPSHOT_FILES_BYTES_MAX)?;
         Ok((data_dir, Stores { log: Arc::new(log), engine, flusher, snapshots }))
     };

@@ -10,6 +10,7 @@ use tokio::sync::oneshot;
 use super::inbox::{Finish, Part, PartSink};
 use super::worker::{Load, LoadError};
 use crate::codec::snapshot::{SnapshotAnswer, SnapshotOffer};
+use crate::failpoints::failpoint;
 use crate::ids::ReplicaId;
 use crate::limits::SNAPSHOT_BUSY_MS;
 use crate::node::handle::ReplicaHealth;
@@ -169,6 +170,7 @@ impl Handler<InstallSnapshot> for Supervisor {
     type Result = ResponseActFuture<Self, Result<(), SnapshotAnswer>>;
     fn handle(&mut self, order: InstallSnapshot, _: &mut Context<Self>) -> Self::Result {
         let InstallSnapshot { replica, install } = order;
+        failpoint!(InstallBefore, replica);
         let (shard, incarnation) = match self.replicas.begin_install(replica) {
             Ok(begun) => begun,
             Err(answer) => {
@@ -195,7 +197,10 @@ impl Handler<InstallSnapshot> for Supervisor {
             let (done, written) = oneshot::channel();
             let to_write = install.clone();
             shared.log_writer.run(Box::new(move |log| {
-                if done.send(log.install(replica, &to_write)).is_err() {
+                failpoint!(LogInstallBefore, replica);
+                let installed = log.install(replica, &to_write);
+                failpoint!(LogInstallAfter, replica);
+                if done.send(installed).is_err() {
                     tracing::debug!(%replica, "nobody waits for the switch to a snapshot");
                 }
             }));
@@ -231,6 +236,7 @@ impl Supervisor {
             self.fatal.raise(format!("switching replica {replica} to a snapshot: {error}"));
             return Err(busy());
         }
+        failpoint!(InstallReopen, replica);
         let installed = written.is_ok().then_some(install);
         let Some(record) = self.replicas.end_install(replica, installed) else {
             // Its shard was dropped meanwhile, and its state removed, maybe not all that was loaded.
