@@ -139,7 +139,7 @@ impl Driver {
             Ok(batch_response::Results(Ok(results))) if results.len() as usize == batch.len() => results,
             Ok(batch_response::Error(Ok(error))) => {
                 let refusal = crate::codec::refusal::read_refusal(error);
-                self.refused(shard, target, &refusal);
+                let refusal = self.refused(shard, target, refusal);
                 return self.fail_all(batch, &Failure::Refused(refusal));
             }
             Ok(batch_response::Results(Err(e)) | batch_response::Error(Err(e))) => {
@@ -178,7 +178,7 @@ impl Driver {
             }
         }
         if let Some(refusal) = refusal {
-            self.refused(shard, target, &refusal);
+            self.refused(shard, target, refusal);
         } else if succeeded {
             self.routing.borrow_mut().succeeded(shard, target.node);
         }
@@ -222,10 +222,7 @@ impl Driver {
                 self.routing.borrow_mut().succeeded(shard, target.node);
                 Ok(page)
             }
-            Err(refusal) => {
-                self.refused(shard, &target, &refusal);
-                Err(Failure::Refused(refusal))
-            }
+            Err(refusal) => Err(Failure::Refused(self.refused(shard, &target, refusal))),
         }
     }
 
@@ -310,10 +307,11 @@ impl Driver {
         self.refresh_soon();
     }
 
-    /// Corrects the routes by a refusal.
-    pub fn refused(self: &Rc<Driver>, shard: ShardId, target: &Target, refusal: &Refusal) {
+    /// Corrects the routes by a refusal of a whole call. The refusal, or what it means with those of other
+    /// nodes.
+    pub fn refused(self: &Rc<Driver>, shard: ShardId, target: &Target, refusal: Refusal) -> Refusal {
         let mut routing = self.routing.borrow_mut();
-        match refusal {
+        match &refusal {
             Refusal::NotLeader { leader, .. } => {
                 routing.not_leader(shard, target.node, *leader, Instant::now());
             }
@@ -328,14 +326,20 @@ impl Driver {
                     self.refresh_soon();
                 }
             }
-            Refusal::Unavailable(_) | Refusal::Quarantined(_) | Refusal::Unknown(_) => {
+            Refusal::Unavailable(_) | Refusal::Unknown(_) => {
                 routing.unavailable(shard, target.node);
+            }
+            Refusal::Quarantined(reason) => {
+                if routing.quarantined(shard, target.node, Instant::now()) {
+                    return Refusal::ShardQuarantined(reason.clone());
+                }
             }
             Refusal::Other { retryable, .. } if *retryable => {
                 routing.unavailable(shard, target.node);
             }
             _ => (),
         }
+        refusal
     }
 
     fn take_route(&self, route: capnp::Result<map_delta::Reader<'_>>, address: &str) {

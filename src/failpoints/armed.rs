@@ -14,7 +14,7 @@
 //! | `seed=N` | the sequence of chances; else 0 |
 //! | `skip=N` | not the first N times |
 //! | `times=N` | N times at most |
-//! | `each=N` | N times at most to each replica |
+//! | `each=N` | only to replicas that the rules together have ended fewer than N times |
 //! | `replica=N` | to this replica alone |
 //! | `data=TEXT` | only to entries in whose bytes this is |
 //! | `ms=N` | for so long (of `delay`; else 100) |
@@ -22,7 +22,7 @@
 //! The rules hold for the whole process. A seed gives the same chances, not the same events: threads pass
 //! the points in an order of their own.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::panic::Location;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
@@ -126,16 +126,22 @@ struct Rule {
     skip: u64,
     times: Option<u64>,
     each: Option<u32>,
-    struck: HashMap<ReplicaId, u32>,
     replica: Option<ReplicaId>,
     data: Option<String>,
 }
 
 /// Whether there are any rules: with none, a point costs one look at this.
 static ARMED: AtomicBool = AtomicBool::new(false);
-static RULES: Mutex<Vec<Rule>> = Mutex::new(Vec::new());
+static RULES: Mutex<Rules> = Mutex::new(Rules { rules: Vec::new(), ended: BTreeMap::new() });
 
-fn rules() -> MutexGuard<'static, Vec<Rule>> {
+/// All rules, and what they have done.
+struct Rules {
+    rules: Vec<Rule>,
+    /// How often each replica was ended.
+    ended: BTreeMap<ReplicaId, u32>,
+}
+
+fn rules() -> MutexGuard<'static, Rules> {
     // Nothing panics while it is held.
     RULES.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -149,7 +155,7 @@ pub fn arm(text: &str) -> Result<(), String> {
     let parsed: Vec<Rule> = parsed.collect::<Result<_, _>>()?;
     let mut rules = rules();
     ARMED.store(!parsed.is_empty(), Ordering::Relaxed);
-    *rules = parsed;
+    *rules = Rules { rules: parsed, ended: BTreeMap::new() };
     Ok(())
 }
 
@@ -184,7 +190,7 @@ pub fn fails(point: Point, replica: Option<ReplicaId>, data: &[u8]) -> Option<St
 #[track_caller]
 fn strike(point: Point, replica: Option<ReplicaId>, data: &[u8]) -> Option<String> {
     let name = point.name();
-    let action = rules().iter_mut().find_map(|rule| rule.strikes(name, replica, data))?;
+    let action = rules().strike(name, replica, data)?;
     match action {
         Action::Panic => panic!("injected panic at {name}"),
         Action::Error => Some(format!("injected error at {name}")),
@@ -194,6 +200,18 @@ fn strike(point: Point, replica: Option<ReplicaId>, data: &[u8]) -> Option<Strin
             std::thread::sleep(time);
             None
         }
+    }
+}
+
+impl Rules {
+    /// What the first rule that strikes has happen.
+    fn strike(&mut self, name: &str, replica: Option<ReplicaId>, data: &[u8]) -> Option<Action> {
+        let ended = replica.map_or(0, |replica| self.ended.get(&replica).copied().unwrap_or(0));
+        let action = self.rules.iter_mut().find_map(|rule| rule.strikes(name, replica, ended, data))?;
+        if let (Some(replica), Action::Panic | Action::Error) = (replica, action) {
+            *self.ended.entry(replica).or_default() += 1;
+        }
+        Some(action)
     }
 }
 
@@ -219,7 +237,6 @@ impl Rule {
             skip: 0,
             times: None,
             each: None,
-            struck: HashMap::new(),
             replica: None,
             data: None,
         };
@@ -264,11 +281,18 @@ impl Rule {
         if self.prefix { name.starts_with(&self.name) } else { name == self.name }
     }
 
-    /// Whether it strikes now; that it has is noted.
-    fn strikes(&mut self, name: &str, replica: Option<ReplicaId>, data: &[u8]) -> Option<Action> {
+    /// Whether it strikes now a replica that was `ended` so often; that it has is noted.
+    fn strikes(
+        &mut self,
+        name: &str,
+        replica: Option<ReplicaId>,
+        ended: u32,
+        data: &[u8],
+    ) -> Option<Action> {
         let contains = |text: &String| data.windows(text.len().max(1)).any(|part| part == text.as_bytes());
         let concerns = self.names(name)
             && (self.replica.is_none() || self.replica == replica)
+            && self.each.is_none_or(|each| ended < each)
             && self.data.as_ref().is_none_or(contains);
         if !concerns || self.times == Some(0) || self.chance.is_some_and(|chance| self.roll() >= chance) {
             return None;
@@ -276,13 +300,6 @@ impl Rule {
         if self.skip > 0 {
             self.skip -= 1;
             return None;
-        }
-        if let (Some(each), Some(replica)) = (self.each, replica) {
-            let struck = self.struck.entry(replica).or_default();
-            if *struck >= each {
-                return None;
-            }
-            *struck += 1;
         }
         self.times = self.times.map(|times| times - 1);
         Some(self.action)
@@ -302,31 +319,42 @@ impl Rule {
 mod tests {
     use super::*;
 
-    fn struck(rule: &mut Rule, name: &str, replica: u64, data: &str) -> bool {
-        rule.strikes(name, Some(ReplicaId(replica)), data.as_bytes()).is_some()
+    fn of(text: &str) -> Rules {
+        let rules = text.split(';').map(|rule| Rule::parse(rule).unwrap()).collect();
+        Rules { rules, ended: BTreeMap::new() }
+    }
+
+    fn strike(rules: &mut Rules, name: &str, replica: u64, data: &str) -> bool {
+        rules.strike(name, Some(ReplicaId(replica)), data.as_bytes()).is_some()
     }
 
     #[test]
     fn rules_strike_whom_they_name_as_often_as_they_say() {
-        let mut rule = Rule::parse("panic:replica/apply.*:skip=1:times=3:each=2").unwrap();
-        assert!(!struck(&mut rule, "log/sync.after", 1, ""));
-        let times: Vec<bool> = (0..4).map(|_| struck(&mut rule, "replica/apply.after", 1, "")).collect();
-        assert_eq!(times, [false, true, true, false]);
-        assert!(struck(&mut rule, "replica/apply.before", 2, ""));
-        assert!(!struck(&mut rule, "replica/apply.before", 2, ""), "three times in all");
+        let mut rules = of("panic:replica/apply.*:skip=1:times=3");
+        assert!(!strike(&mut rules, "log/sync.after", 1, ""));
+        let times: Vec<bool> = (0..5).map(|_| strike(&mut rules, "replica/apply.after", 1, "")).collect();
+        assert_eq!(times, [false, true, true, true, false]);
 
-        let mut rule = Rule::parse("delay:replica/apply.before:replica=7:data=poison:ms=5").unwrap();
-        assert_eq!(rule.action, Action::Delay(Duration::from_millis(5)));
-        assert!(!struck(&mut rule, "replica/apply.before", 8, "a poison pill"));
-        assert!(!struck(&mut rule, "replica/apply.before", 7, "a pill"));
-        assert!(struck(&mut rule, "replica/apply.before", 7, "a poison pill"));
+        let mut rules = of("delay:replica/apply.before:replica=7:data=poison:ms=5");
+        assert_eq!(rules.rules[0].action, Action::Delay(Duration::from_millis(5)));
+        assert!(!strike(&mut rules, "replica/apply.before", 8, "a poison pill"));
+        assert!(!strike(&mut rules, "replica/apply.before", 7, "a pill"));
+        assert!(strike(&mut rules, "replica/apply.before", 7, "a poison pill"));
+
+        // A delay ends nobody; the other two count together.
+        let mut rules = of("delay:replica/open;panic:replica/step:each=2;error:replica/answer:each=2");
+        assert!(strike(&mut rules, "replica/open", 1, ""));
+        assert!(strike(&mut rules, "replica/step", 1, ""));
+        assert!(strike(&mut rules, "replica/answer", 1, ""));
+        assert!(!strike(&mut rules, "replica/step", 1, ""));
+        assert!(strike(&mut rules, "replica/step", 2, ""));
     }
 
     #[test]
     fn a_seed_gives_the_same_chances() {
         let draw = |seed: u64| -> Vec<bool> {
-            let mut rule = Rule::parse(&format!("panic:replica/step:p=0.25:seed={seed}")).unwrap();
-            (0..4_000).map(|_| struck(&mut rule, "replica/step", 1, "")).collect()
+            let mut rules = of(&format!("panic:replica/step:p=0.25:seed={seed}"));
+            (0..4_000).map(|_| strike(&mut rules, "replica/step", 1, "")).collect()
         };
         assert_eq!(draw(7), draw(7));
         assert_ne!(draw(7), draw(8));
