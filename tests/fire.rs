@@ -10,16 +10,17 @@ mod registers;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use cluster::{Cluster, Options, free_ports};
 use counters::{Load, Tally, assert_exact};
-use pontoon::client::{Client, Database, ScanOptions, Versioned};
+use pontoon::client::{Client, ClientError, Database, NotApplied, ScanOptions, Versioned};
 use pontoon::failpoints::POINTS;
 use pontoon::ids::{METADATA_SHARD, NodeId, ShardId};
 use pontoon::limits;
 use pontoon::node::handle::{NodeReport, ReplicaHealth};
+use pontoon::refusal::Refusal;
 use registers::Registers;
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -81,14 +82,15 @@ fn struck(cluster: &Cluster, node: usize) -> BTreeMap<&'static str, usize> {
 /// Writes great values until it is stopped, so that memtables are flushed and logs compacted.
 struct Filler {
     stop: Arc<AtomicBool>,
+    writes: Arc<AtomicU64>,
     tasks: Vec<tokio::task::JoinHandle<()>>,
 }
 
 impl Filler {
     fn start(database: &Database, tasks: usize, pause: Duration) -> Filler {
-        let stop = Arc::<AtomicBool>::default();
+        let (stop, writes) = (Arc::<AtomicBool>::default(), Arc::<AtomicU64>::default());
         let tasks = (0..tasks).map(|task| {
-            let (database, stop) = (database.clone(), stop.clone());
+            let (database, stop, writes) = (database.clone(), stop.clone(), writes.clone());
             tokio::spawn(async move {
                 for number in 0_usize.. {
                     if stop.load(Ordering::Relaxed) {
@@ -96,11 +98,21 @@ impl Filler {
                     }
                     let key = format!("great-{task}-{}", number % 40);
                     database.put(key, vec![task as u8; 64 * 1024]).await.expect("written in the end");
+                    writes.fetch_add(1, Ordering::Relaxed);
                     tokio::time::sleep(pause).await;
                 }
             })
         });
-        Filler { tasks: tasks.collect(), stop }
+        Filler { tasks: tasks.collect(), writes, stop }
+    }
+
+    /// Waits until there were so many writes.
+    async fn progress(&self, writes: u64) {
+        let begun = Instant::now();
+        while self.writes.load(Ordering::Relaxed) < writes {
+            assert!(begun.elapsed() < PATIENCE, "the writers stand still");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 
     async fn stop(self) {
@@ -190,10 +202,11 @@ fn fire(node: usize, seed: u64) -> String {
     let mut rules = Vec::new();
     for (at, point) in points.enumerate() {
         // Passed some thousand times a second, or a few times in all.
-        let rare = ["freeze", "flush", "compact", "snapshot", "open", "hard-state"];
-        let (skip, chance) = match rare.iter().any(|name| point.contains(name)) {
-            true => (at % 3, 0.02),
-            false => (150 * (at + 1), 0.0002),
+        let is = |names: &[&str]| names.iter().any(|name| point.contains(name));
+        let (skip, chance) = match () {
+            () if is(&["snapshot", "open"]) => (0, 0.3),
+            () if is(&["freeze", "flush", "compact", "hard-state"]) => (at % 3, 0.03),
+            () => (150 * (at + 1), 0.0002),
         };
         if at % 3 == node {
             rules.push(format!("panic:{point}:skip={skip}:times=1:each={most}"));
@@ -205,6 +218,30 @@ fn fire(node: usize, seed: u64) -> String {
         rules.push(format!("delay:{point}:p=0.01:seed={seed}:ms=40"));
     }
     rules.join(";")
+}
+
+/// What a node says that a panic at `point` has ended.
+fn thread_of(point: &str) -> &'static str {
+    match point.split('/').next() {
+        Some("log") if point == "log/purge" => "the thread log-purge panicked",
+        Some("log") => "the thread log-writer panicked",
+        Some("flush") => "the flush thread panicked",
+        Some("snapshot") => "the snapshot thread panicked",
+        Some("send") => "the thread that sends snapshots panicked",
+        Some("read") => "the read thread panicked",
+        Some("supervisor") => "the supervisor panicked",
+        _ => panic!("a panic at {point} ends no node"),
+    }
+}
+
+/// Waits for the node's end, for that reason.
+fn ends_at(cluster: &mut Cluster, node: usize, point: &str) {
+    let status = cluster.wait_exit(node, PATIENCE);
+    let log = cluster.log(node);
+    assert_eq!(status.code(), Some(70), "{point}: {log}");
+    let last = log.lines().last().unwrap_or_default();
+    let says = last.contains(thread_of(point)) && last.contains(&format!("injected panic at {point}"));
+    assert!(says, "{point}: {log}");
 }
 
 /// `PONTOON_FIRE_ROUNDS=20 PONTOON_FIRE_SEED=1 cargo test --test fire panics_at -- --nocapture` goes on for
@@ -292,4 +329,275 @@ async fn panics_at_every_boundary_lose_nothing_double_nothing_and_stay_alone() {
     assert_eq!(missed, Vec::<&str>::new(), "points where nothing happened");
     other.close().await;
     client.close().await;
+}
+
+/// Each of them ends the node, which is alone: what it has acknowledged is on its own disk, or lost.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_thread_that_all_share_ends_the_node_and_the_next_start_has_everything() {
+    let mut cluster = started(1);
+    let client = cluster.client().await;
+    cluster.database(&client, "shared", 1, 2).await;
+    let database = client.database("shared").with_timeout(Duration::from_secs(120));
+    let filled = cluster.database(&client, "filled", 1, 2).await.with_timeout(Duration::from_secs(120));
+    filled.put("cold", "v").await.expect("a write");
+    let load = Load::start(std::slice::from_ref(&database), 6);
+    let filler = Filler::start(&filled, 6, Duration::from_millis(2));
+    let points: Vec<_> = (POINTS.iter().map(|(name, _)| *name))
+        .filter(|name| ["log/", "flush/", "read/"].iter().any(|class| name.starts_with(class)))
+        .filter(|name| !name.starts_with("log/install"))
+        .chain(["supervisor/rebuild"])
+        .collect();
+    assert_eq!(points.len(), 14);
+    for (at, point) in points.into_iter().enumerate() {
+        load.progress(30).await;
+        // Not always at once.
+        arm(&client, &cluster, 0, &format!("panic:{point}:skip={}", at % 2)).await;
+        let provoked = match point {
+            "log/create.before" | "log/create.after" => {
+                let client = client.clone();
+                let name = format!("new-{at}");
+                Some(tokio::spawn(async move {
+                    for part in 0..=at % 2 {
+                        let name = format!("{name}-{part}");
+                        client.create_database(&name, 1, 1, PATIENCE).await.expect("created in the end");
+                    }
+                }))
+            }
+            "read/engine" => {
+                let database = filled.clone();
+                Some(tokio::spawn(async move {
+                    content(&database).await;
+                }))
+            }
+            "supervisor/rebuild" => {
+                let address = cluster.nodes[0].client.clone();
+                let client = client.clone();
+                Some(tokio::spawn(async move {
+                    for shard in [1, 2] {
+                        // The node may be gone before it has answered.
+                        client.inject(&address, ShardId(shard), "panic").await.ok();
+                    }
+                }))
+            }
+            _ => None,
+        };
+        ends_at(&mut cluster, 0, point);
+        cluster.spawn(0);
+        cluster.wait_ready(0);
+        if let Some(provoked) = provoked {
+            provoked.await.expect("it ended well");
+        }
+    }
+    load.progress(30).await;
+    filler.stop().await;
+    let tally = load.stop().await;
+    assert_eq!(tally.errors, []);
+    assert_exact(&client, "shared", &database, &tally).await;
+    assert_eq!(filled.get("cold").await.expect("a read").expect("there").value, "v");
+    client.close().await;
+}
+
+/// The same for what makes, sends and installs snapshots: of the nodes of a shard one is brought up to date.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_thread_that_panics_over_a_snapshot_ends_its_node_and_the_snapshot_comes_after_all() {
+    let mut cluster = started(3);
+    let client = cluster.client().await;
+    cluster.database(&client, "behind", 3, 1).await;
+    let database = client.database("behind").with_timeout(Duration::from_secs(120));
+    let shard = ShardId(1);
+    let load = Load::start(std::slice::from_ref(&database), 4);
+    let makers = ["snapshot/make", "snapshot/step", "send/snapshot"];
+    let takers = [
+        "snapshot/load",
+        "snapshot/loaded",
+        "supervisor/install.before",
+        "log/install.before",
+        "log/install.after",
+        "supervisor/install.reopen",
+    ];
+    for point in makers.into_iter().chain(takers) {
+        // The leader is the one that makes it; another one was away.
+        let mut leader = None;
+        let begun = Instant::now();
+        while leader.is_none() {
+            for node in 0..3 {
+                if leads(&report(&client, &cluster, node).await, shard) {
+                    leader = Some(node);
+                }
+            }
+            assert!(begun.elapsed() < PATIENCE, "nobody leads");
+        }
+        let leader = leader.expect("found");
+        let away = (leader + 1) % 3;
+        cluster.kill(away);
+        // Until its place in the log is gone.
+        let filler = Filler::start(&database, 8, Duration::from_millis(2));
+        filler.progress(200).await;
+        filler.stop().await;
+        let rules = format!("panic:{point}");
+        if makers.contains(&point) {
+            for node in (0..3).filter(|node| *node != away) {
+                arm(&client, &cluster, node, &rules).await;
+            }
+            cluster.spawn(away);
+            cluster.wait_ready(away);
+            ends_at(&mut cluster, leader, point);
+            let third = (0..3).find(|node| ![away, leader].contains(node)).expect("a third");
+            arm(&client, &cluster, third, "").await;
+            cluster.spawn(leader);
+            cluster.wait_ready(leader);
+        } else {
+            cluster.spawn_armed(away, &rules);
+            ends_at(&mut cluster, away, point);
+            cluster.spawn(away);
+            cluster.wait_ready(away);
+        }
+        caught_up(&client, &cluster, away, shard).await;
+    }
+    let tally = load.stop().await;
+    assert_eq!(tally.errors, []);
+    assert_equal_replicas(&client, &cluster, "behind").await;
+    client.close().await;
+}
+
+/// Waits until a node's replica has applied nearly all that is committed.
+async fn caught_up(client: &Client, cluster: &Cluster, node: usize, shard: ShardId) {
+    let begun = Instant::now();
+    loop {
+        let (mut applied, mut committed) = (0, 0);
+        for other in 0..3 {
+            let Ok(report) =
+                client.node_report(&cluster.nodes[other].client, Duration::from_secs(2)).await
+            else {
+                continue;
+            };
+            let Some(group) = report.replicas.into_iter().find(|r| r.shard == shard).and_then(|r| r.group)
+            else {
+                continue;
+            };
+            committed = committed.max(group.committed);
+            if other == node {
+                applied = group.applied;
+            }
+        }
+        if applied > 0 && applied + 50 >= committed {
+            return;
+        }
+        assert!(begun.elapsed() < PATIENCE, "node {node}: {applied} of {committed}\n{}", cluster.log(node));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_entry_that_no_replica_survives_takes_its_shard_out_of_service_and_nothing_else() {
+    let mut cluster = prepared(3);
+    // Also in their next lives.
+    let poison = "panic:replica/apply.before:data=poison";
+    for node in 0..3 {
+        cluster.spawn_armed(node, poison);
+    }
+    cluster.wait_all_ready();
+    let client = cluster.client().await;
+    let database = cluster.database(&client, "victim", 3, 4).await;
+    for number in 0..40 {
+        database.put(format!("key-{number}"), "before").await.expect("a write");
+    }
+    let map = client.map().await.expect("the map");
+    let record = map.database("victim").expect("the database").clone();
+    let shard_of = |key: &str| map.shard_of_key(&record, key.as_bytes()).expect("a shard").id;
+    let shard = shard_of("key-0");
+
+    // Its caller can't be told that it had no effect.
+    let begun = Instant::now();
+    let error = database.with_timeout(PATIENCE).put("key-0", "poison").await.expect_err("nobody applies it");
+    assert!(matches!(error, ClientError::Unknown(_)), "{error}");
+    assert!(error.to_string().contains("quarantined"), "{error}");
+    // All others are told that the shard is out of service, and why, and don't wait for the deadline.
+    for _ in 0..2 {
+        let asked = Instant::now();
+        let read = database.with_timeout(PATIENCE).get("key-0").await.expect_err("nobody serves it");
+        let write = database.with_timeout(PATIENCE).put("key-0", "after").await.expect_err("nobody serves it");
+        for error in [read, write] {
+            let ClientError::NotApplied(NotApplied::Refused(Refusal::ShardQuarantined(why))) = &error else {
+                panic!("{error:?}");
+            };
+            assert!(why.contains("of its log crashed it 5 times in a row: injected panic"), "{why}");
+        }
+        assert!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
+    }
+    println!("quarantined after {:?}", begun.elapsed());
+    let serves_on = async |what: &str| {
+        for key in (0..40).map(|number| format!("key-{number}")).filter(|key| shard_of(key) != shard) {
+            database.put(key.clone(), what.to_owned()).await.unwrap_or_else(|e| panic!("{what}: {key}: {e}"));
+            let found = database.get(key.clone()).await.expect("a read").expect("there");
+            assert_eq!(found.value, *what, "{key}");
+        }
+    };
+    serves_on("meanwhile").await;
+
+    // A person sees it.
+    let set = cluster.run(&["set", "victim", "key-0", "x"]);
+    let says = String::from_utf8_lossy(&set.stderr);
+    assert_eq!(set.status.code(), Some(3), "{says}");
+    assert!(says.contains("the shard is quarantined") && says.contains("pontoon status"), "{says}");
+    let set = cluster.run(&["set", "victim", "key-0", "x", "--json"]);
+    let says = String::from_utf8_lossy(&set.stdout) + String::from_utf8_lossy(&set.stderr);
+    assert!(says.contains("\"quarantined\""), "{says}");
+    let status = cluster.run(&["status", "victim", "--json"]);
+    let text = String::from_utf8_lossy(&status.stdout);
+    assert_eq!(status.status.code(), Some(1), "{text}");
+    let status: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    let shards = status["databases"][0]["shards"].as_array().expect("shards");
+    for seen in shards {
+        let expected = if seen["id"] == shard.0 { "quarantined" } else { "ok" };
+        assert_eq!(seen["state"], expected, "{seen}");
+    }
+
+    // The next start of a node tries again, a few times, and serves the rest.
+    for node in 0..3 {
+        cluster.signal(node, rustix::process::Signal::TERM);
+        assert_eq!(cluster.wait_exit(node, Duration::from_secs(10)).code(), Some(0), "{}", cluster.log(node));
+        cluster.spawn_armed(node, poison);
+        cluster.wait_ready(node);
+    }
+    let quarantined = async |node| {
+        let report = report(&client, &cluster, node).await;
+        let here = report.replicas.into_iter().find(|r| r.shard == shard).expect("a replica");
+        (matches!(here.health, ReplicaHealth::Quarantined(_)), here.restarts)
+    };
+    let begun = Instant::now();
+    loop {
+        let mut count = 0;
+        for node in 0..3 {
+            count += usize::from(quarantined(node).await.0);
+        }
+        if count >= 2 {
+            break;
+        }
+        assert!(begun.elapsed() < PATIENCE, "{count} are quarantined");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    serves_on("after").await;
+    for node in 0..3 {
+        let (_, restarts) = quarantined(node).await;
+        assert!(restarts < limits::CRASHES_MAX as u32, "node {node}: {restarts}");
+    }
+
+    // Without the fault, as after an upgrade that mends it, the entry is applied, and nothing was lost.
+    for node in 0..3 {
+        cluster.kill(node);
+        cluster.spawn(node);
+    }
+    cluster.wait_all_ready();
+    let found = database.with_timeout(PATIENCE).get("key-0").await.expect("a read").expect("there");
+    assert_eq!(found.value, "poison");
+    client.close().await;
+}
+
+#[test]
+fn the_page_on_tests_lists_every_point() {
+    let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/testing.md")).unwrap();
+    for (name, what) in POINTS {
+        assert!(page.contains(&format!("| `{name}` | {what} |")), "{name}");
+    }
 }

@@ -212,10 +212,11 @@ impl Handler<InstallSnapshot> for Supervisor {
             (install, written)
         };
         Box::pin(fut::wrap_future(switch).map(move |(install, written), act: &mut Self, ctx| {
-            let written = written.unwrap_or_else(|_| {
-                Err(StorageError::Engine { engine: "raft log", reason: "its writer has ended".into() })
-            });
-            act.go_on(replica, install, written, ctx)
+            match written {
+                Ok(written) => act.go_on(replica, install, written, ctx),
+                // It says itself why it has ended; nothing is opened or removed after that.
+                Err(_) => Err(busy()),
+            }
         }))
     }
 }
