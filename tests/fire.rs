@@ -269,7 +269,7 @@ async fn panics_at_every_boundary_lose_nothing_double_nothing_and_stay_alone() {
         }
         let before: Vec<_> = (0..3).map(|node| struck(&cluster, node)).collect();
         let load = Load::start(&others, 8);
-        let registers = Registers::start(&filled, 3);
+        let registers = Registers::start(&filled, 3, round);
         let filler = Filler::start(&filled, 6, Duration::from_millis(5));
         load.progress(100).await;
         for node in 0..3 {

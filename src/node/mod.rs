@@ -16,6 +16,8 @@
 
 pub mod disk;
 pub mod fatal;
+#[cfg(test)]
+mod fence_tests;
 pub mod flusher;
 pub mod handle;
 #[cfg(feature = "test-hooks")]
@@ -38,6 +40,8 @@ pub mod shared;
 pub mod snapshots;
 pub mod start;
 pub mod supervisor;
+#[cfg(test)]
+mod test_node;
 pub mod ticker;
 pub mod ticket;
 

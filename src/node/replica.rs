@@ -542,7 +542,7 @@ impl Handler<StopReplica> for ReplicaActor {
     type Result = ();
     fn handle(&mut self, _: StopReplica, ctx: &mut Context<Self>) {
         self.guard.ordered = true;
-        for (ticket, result) in self.group.abandon("the node is stopping") {
+        for (ticket, result) in self.group.abandon("the replica is being stopped") {
             ticket.finish(result);
         }
         ctx.stop();

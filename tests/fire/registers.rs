@@ -31,6 +31,7 @@ struct Client {
     number: usize,
     /// The clients that share keys with this one.
     group: usize,
+    round: u64,
     /// Operations begun by all of these.
     begun: Arc<AtomicU64>,
     /// The last value given out: each write has its own.
@@ -40,8 +41,8 @@ struct Client {
 }
 
 impl Registers {
-    /// Starts groups of clients.
-    pub fn start(database: &Database, groups: usize) -> Registers {
+    /// Starts groups of clients. The keys are new ones: no other `round` has them.
+    pub fn start(database: &Database, groups: usize, round: u64) -> Registers {
         let (stop, history) = (Arc::<AtomicBool>::default(), Arc::<Mutex<History>>::default());
         let values = Arc::<AtomicU64>::default();
         let mut clients = Vec::new();
@@ -51,6 +52,7 @@ impl Registers {
                 let mut client = Client {
                     number: clients.len(),
                     group,
+                    round,
                     begun: begun.clone(),
                     values: values.clone(),
                     history: history.clone(),
@@ -86,7 +88,13 @@ impl Registers {
         for (key, calls) in &keys {
             match linearizable(calls, STEPS_MAX) {
                 Some(true) => {}
-                Some(false) => panic!("{key:?} is not linearizable: {calls:#?}"),
+                Some(false) => {
+                    for call in calls {
+                        let Call { client, action, invoked, returned, told, .. } = call;
+                        println!("{invoked} to {returned}: client {client} {action:?}: {told:?}");
+                    }
+                    panic!("key {} of group {} is not linearizable", key.1, key.0);
+                }
                 None => undecided += 1,
             }
         }
@@ -99,7 +107,7 @@ impl Client {
     async fn operate(&mut self, database: &Database) -> bool {
         let turn = self.begun.fetch_add(1, Ordering::Relaxed);
         let Ok(key) = Key::try_from(turn / CALLS_PER_KEY) else { return false };
-        let name = format!("register-{}-{key}", self.group);
+        let name = format!("register-{}-{}-{key}", self.round, self.group);
         let value = self.values.fetch_add(1, Ordering::Relaxed) + 1;
         let action = match (turn * 7 + self.number as u64) % 10 {
             0..4 => Action::Get,
