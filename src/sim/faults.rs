@@ -71,6 +71,8 @@ faults! {
     campaigns = "campaigns",
     /// Time passes at different speeds.
     drift = "drift",
+    /// Single replicas end in the middle of a pass: some of what it asks for has left, the rest never does.
+    boundaries = "boundaries",
 }
 
 impl Faults {
