@@ -5,23 +5,27 @@
 mod cluster;
 #[path = "support/counters.rs"]
 mod counters;
+#[path = "fire/filler.rs"]
+mod filler;
 #[path = "fire/registers.rs"]
 mod registers;
+#[path = "fire/replicas.rs"]
+mod replicas;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use cluster::{Cluster, Options, free_ports};
 use counters::{Load, Tally, assert_exact};
-use pontoon::client::{Client, ClientError, Database, NotApplied, ScanOptions, Versioned};
-use pontoon::failpoints::POINTS;
-use pontoon::ids::{METADATA_SHARD, NodeId, ShardId};
+use filler::Filler;
+use pontoon::client::{Client, ClientError, NotApplied};
+use pontoon::failpoints::{POINTS, can_fail};
+use pontoon::ids::{METADATA_SHARD, ShardId};
 use pontoon::limits;
-use pontoon::node::handle::{NodeReport, ReplicaHealth};
+use pontoon::node::handle::{ReplicaHealth, ReplicaReport};
 use pontoon::refusal::Refusal;
 use registers::Registers;
+use replicas::{assert_equal_replicas, caught_up, content, leads, report};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Of each of two databases.
@@ -57,123 +61,20 @@ async fn arm(client: &Client, cluster: &Cluster, node: usize, rules: &str) {
     armed.unwrap_or_else(|error| panic!("{rules}: {error}"));
 }
 
-async fn report(client: &Client, cluster: &Cluster, node: usize) -> NodeReport {
-    let begun = Instant::now();
-    loop {
-        match client.node_report(&cluster.nodes[node].client, Duration::from_secs(5)).await {
-            Ok(report) => return report,
-            Err(error) => assert!(begun.elapsed() < PATIENCE, "node {node}: {error}"),
-        }
-    }
-}
-
 /// How often, by point, a node's log tells of a failure on purpose.
 fn struck(cluster: &Cluster, node: usize) -> BTreeMap<&'static str, usize> {
     let log = cluster.whole_log(node);
     let crashes: Vec<&str> = log.lines().filter(|line| line.contains("replica crashed")).collect();
     let of = |point: &str| {
-        // The name of one may begin that of another.
-        let text = format!("injected panic at {point} ");
-        crashes.iter().filter(|line| line.contains(&text)).count()
+        let names = |line: &&&str| {
+            let texts = [format!("injected panic at {point}"), format!("injected error at {point}")];
+            let mut ends = texts.iter().filter_map(|text| Some(line.split_once(text.as_str())?.1));
+            // The name of one may begin that of another.
+            ends.any(|rest| !rest.starts_with(|c: char| c.is_alphanumeric() || ".-".contains(c)))
+        };
+        crashes.iter().filter(names).count()
     };
     POINTS.iter().map(|(point, _)| (*point, of(point))).filter(|(_, count)| *count > 0).collect()
-}
-
-/// Writes great values until it is stopped, so that memtables are flushed and logs compacted.
-struct Filler {
-    stop: Arc<AtomicBool>,
-    writes: Arc<AtomicU64>,
-    tasks: Vec<tokio::task::JoinHandle<()>>,
-}
-
-impl Filler {
-    fn start(database: &Database, tasks: usize, pause: Duration) -> Filler {
-        let (stop, writes) = (Arc::<AtomicBool>::default(), Arc::<AtomicU64>::default());
-        let tasks = (0..tasks).map(|task| {
-            let (database, stop, writes) = (database.clone(), stop.clone(), writes.clone());
-            tokio::spawn(async move {
-                for number in 0_usize.. {
-                    if stop.load(Ordering::Relaxed) {
-                        return;
-                    }
-                    let key = format!("great-{task}-{}", number % 40);
-                    database.put(key, vec![task as u8; 64 * 1024]).await.expect("written in the end");
-                    writes.fetch_add(1, Ordering::Relaxed);
-                    tokio::time::sleep(pause).await;
-                }
-            })
-        });
-        Filler { tasks: tasks.collect(), writes, stop }
-    }
-
-    /// Waits until there were so many writes.
-    async fn progress(&self, writes: u64) {
-        let begun = Instant::now();
-        while self.writes.load(Ordering::Relaxed) < writes {
-            assert!(begun.elapsed() < PATIENCE, "the writers stand still");
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    }
-
-    async fn stop(self) {
-        self.stop.store(true, Ordering::Relaxed);
-        for task in self.tasks {
-            task.await.expect("no write failed");
-        }
-    }
-}
-
-/// All pairs of a database, as its leaders have them.
-async fn content(database: &Database) -> BTreeMap<Vec<u8>, Versioned> {
-    let mut scan = database.scan(ScanOptions::default());
-    let mut pairs = BTreeMap::new();
-    loop {
-        let page = scan.next_page().await.expect("a page");
-        if page.is_empty() {
-            return pairs;
-        }
-        pairs.extend(page.into_iter().map(|(key, value)| (key.to_vec(), value)));
-    }
-}
-
-/// Has each node lead all shards in turn: what they hold is the same.
-async fn assert_equal_replicas(client: &Client, cluster: &Cluster, name: &str) {
-    let (database, map) = (client.database(name), client.map().await.expect("the map"));
-    let shards = &map.database(name).expect("the database").shards;
-    let mut first: Option<BTreeMap<Vec<u8>, Versioned>> = None;
-    for node in 0..cluster.nodes.len() {
-        let id = report(client, cluster, node).await.node;
-        for shard in shards {
-            lead(client, cluster, node, id, *shard).await;
-        }
-        let pairs = content(&database).await;
-        for shard in shards {
-            assert!(leads(&report(client, cluster, node).await, *shard), "another node was read from");
-        }
-        match &first {
-            None => first = Some(pairs),
-            Some(first) => {
-                let differ = |key: &&Vec<u8>| first.get(*key) != pairs.get(*key);
-                let differ = first.keys().chain(pairs.keys()).find(differ);
-                assert_eq!(differ.map(|key| String::from_utf8_lossy(key)), None, "node {node}");
-            }
-        }
-    }
-}
-
-fn leads(report: &NodeReport, shard: ShardId) -> bool {
-    let here = report.replicas.iter().find(|r| r.shard == shard).and_then(|r| r.group.as_ref());
-    here.is_some_and(|group| group.role == raft::StateRole::Leader)
-}
-
-async fn lead(client: &Client, cluster: &Cluster, node: usize, id: NodeId, shard: ShardId) {
-    let begun = Instant::now();
-    while !leads(&report(client, cluster, node).await, shard) {
-        if let Err(error) = client.transfer_leader(shard, id, Duration::from_secs(2)).await {
-            assert!(begun.elapsed() < PATIENCE, "node {node}, shard {shard}: {error}");
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
 }
 
 /// Waits until every replica of every node serves.
@@ -182,9 +83,7 @@ async fn all_serve(client: &Client, cluster: &Cluster) {
     for node in 0..cluster.nodes.len() {
         loop {
             let report = report(client, cluster, node).await;
-            let serves = |r: &pontoon::node::handle::ReplicaReport| {
-                r.health == ReplicaHealth::Serving && r.group.is_some()
-            };
+            let serves = |r: &ReplicaReport| r.health == ReplicaHealth::Serving && r.group.is_some();
             if report.replicas.iter().all(serves) && report.replicas.len() as u32 == 2 * SHARDS + 1 {
                 break;
             }
@@ -211,7 +110,8 @@ fn fire(node: usize, seed: u64) -> String {
         if at % 3 == node {
             rules.push(format!("panic:{point}:skip={skip}:times=1:each={most}"));
         }
-        rules.push(format!("panic:{point}:p={chance}:seed={}:each={most}", seed + at as u64));
+        let fault = if can_fail(point) && seed.is_multiple_of(2) { "error" } else { "panic" };
+        rules.push(format!("{fault}:{point}:p={chance}:seed={}:each={most}", seed + at as u64));
     }
     // Results that come late, to the next start of a replica.
     for point in ["log/sync.before", "log/sync.after", "flush/redo-durable", "flush/engine-synced"] {
@@ -259,13 +159,12 @@ async fn panics_at_every_boundary_lose_nothing_double_nothing_and_stay_alone() {
     let others = [database.clone(), other.database("fire").with_timeout(Duration::from_secs(120))];
     let filled = cluster.database(&client, "filled", 3, SHARDS).await.with_timeout(Duration::from_secs(120));
     let (mut all, mut tally) = (BTreeMap::new(), Tally::default());
-    let mut begun = Instant::now();
+    let mut quiet_since = Instant::now();
     for round in 0..rounds {
         if round > 0 {
             // What a replica was spared for lies behind it.
             let window = Duration::from_millis(limits::CRASH_WINDOW_MS + 1_000);
-            tokio::time::sleep(window.saturating_sub(begun.elapsed())).await;
-            begun = Instant::now();
+            tokio::time::sleep(window.saturating_sub(quiet_since.elapsed())).await;
         }
         let before: Vec<_> = (0..3).map(|node| struck(&cluster, node)).collect();
         let load = Load::start(&others, 8);
@@ -273,19 +172,20 @@ async fn panics_at_every_boundary_lose_nothing_double_nothing_and_stay_alone() {
         let filler = Filler::start(&filled, 6, Duration::from_millis(5));
         load.progress(100).await;
         for node in 0..3 {
-            arm(&client, &cluster, node, &fire(node, seed + 1_000 * round)).await;
+            arm(&client, &cluster, node, &fire(node, seed + 1_001 * round)).await;
         }
         tokio::time::sleep(Duration::from_secs(4)).await;
         // One was away for longer than the log is kept, and comes back into the fire.
         let away = (round % 3) as usize;
         cluster.kill(away);
         tokio::time::sleep(Duration::from_millis(2_500)).await;
-        cluster.spawn_armed(away, &fire(away, seed + 1_000 * round + 500));
+        cluster.spawn_armed(away, &fire(away, seed + 1_001 * round + 501));
         cluster.wait_ready(away);
         tokio::time::sleep(Duration::from_secs(6)).await;
         for node in 0..3 {
             arm(&client, &cluster, node, "").await;
         }
+        quiet_since = Instant::now();
         filler.stop().await;
         let (keys, undecided, unknown) = registers.check().await;
         tally.add(load.stop().await);
@@ -297,8 +197,13 @@ async fn panics_at_every_boundary_lose_nothing_double_nothing_and_stay_alone() {
         for node in 0..3 {
             let found = struck(&cluster, node);
             let crashes = cluster.whole_log(node).matches("replica crashed").count();
-            assert_eq!(found.values().sum::<usize>(), crashes, "node {node} had others than those on purpose");
-            let restarts: u32 = report(&client, &cluster, node).await.replicas.iter().map(|r| r.restarts).sum();
+            assert_eq!(
+                found.values().sum::<usize>(),
+                crashes,
+                "node {node} had others than those on purpose"
+            );
+            let restarts: u32 =
+                report(&client, &cluster, node).await.replicas.iter().map(|r| r.restarts).sum();
             if rounds == 1 && node != away {
                 assert_eq!(restarts as usize, crashes, "node {node}");
             }
@@ -323,7 +228,8 @@ async fn panics_at_every_boundary_lose_nothing_double_nothing_and_stay_alone() {
     }
     println!("{all:?}");
     // Whether a follower needs a snapshot, and a memtable is in the way of a compaction, is left to chance.
-    let by_chance = ["replica/open", "replica/snapshot.wanted", "replica/snapshot.made", "replica/snapshot.done"];
+    let by_chance =
+        ["replica/open", "replica/snapshot.wanted", "replica/snapshot.made", "replica/snapshot.done"];
     let points = POINTS.iter().map(|(name, _)| *name).filter(|name| name.starts_with("replica/"));
     let missed: Vec<_> = points.filter(|p| !all.contains_key(p) && !by_chance.contains(p)).collect();
     assert_eq!(missed, Vec::<&str>::new(), "points where nothing happened");
@@ -460,34 +366,6 @@ async fn a_thread_that_panics_over_a_snapshot_ends_its_node_and_the_snapshot_com
     client.close().await;
 }
 
-/// Waits until a node's replica has applied nearly all that is committed.
-async fn caught_up(client: &Client, cluster: &Cluster, node: usize, shard: ShardId) {
-    let begun = Instant::now();
-    loop {
-        let (mut applied, mut committed) = (0, 0);
-        for other in 0..3 {
-            let Ok(report) =
-                client.node_report(&cluster.nodes[other].client, Duration::from_secs(2)).await
-            else {
-                continue;
-            };
-            let Some(group) = report.replicas.into_iter().find(|r| r.shard == shard).and_then(|r| r.group)
-            else {
-                continue;
-            };
-            committed = committed.max(group.committed);
-            if other == node {
-                applied = group.applied;
-            }
-        }
-        if applied > 0 && applied + 50 >= committed {
-            return;
-        }
-        assert!(begun.elapsed() < PATIENCE, "node {node}: {applied} of {committed}\n{}", cluster.log(node));
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_entry_that_no_replica_survives_takes_its_shard_out_of_service_and_nothing_else() {
     let mut cluster = prepared(3);
@@ -516,7 +394,8 @@ async fn an_entry_that_no_replica_survives_takes_its_shard_out_of_service_and_no
     for _ in 0..2 {
         let asked = Instant::now();
         let read = database.with_timeout(PATIENCE).get("key-0").await.expect_err("nobody serves it");
-        let write = database.with_timeout(PATIENCE).put("key-0", "after").await.expect_err("nobody serves it");
+        let write =
+            database.with_timeout(PATIENCE).put("key-0", "after").await.expect_err("nobody serves it");
         for error in [read, write] {
             let ClientError::NotApplied(NotApplied::Refused(Refusal::ShardQuarantined(why))) = &error else {
                 panic!("{error:?}");

@@ -293,8 +293,7 @@ impl ShardView {
     fn is_quarantined(&self) -> bool {
         let voters = self.record.members.iter().filter(|m| m.role == MemberRole::Voter);
         let lost = |node: NodeId| self.replicas.iter().any(|r| r.node == node && r.state == "quarantined");
-        let (all, lost) =
-            voters.fold((0, 0), |(all, count), m| (all + 1, count + usize::from(lost(m.node))));
+        let (all, lost) = voters.fold((0, 0), |(all, count), m| (all + 1, count + usize::from(lost(m.node))));
         all - lost < all / 2 + 1
     }
 

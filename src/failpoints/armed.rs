@@ -55,8 +55,7 @@ macro_rules! points {
             }
         }
 
-        /// Names of points where `error` makes sense.
-        const WITH_ERRORS: &[(&str, bool)] = &[$(($name, $errors),)*];
+        const ERRORS: &[(&str, bool)] = &[$(($name, $errors),)*];
     };
 }
 
@@ -106,9 +105,14 @@ points! {
     Rebuild = "supervisor/rebuild", "a crashed replica is fenced, nothing of it was read", false;
 }
 
+/// Whether what is done at the point of this name can fail: there, and nowhere else, `error` makes sense.
+pub fn can_fail(name: &str) -> bool {
+    ERRORS.contains(&(name, true))
+}
+
 /// What happens.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Action {
+enum Injection {
     Panic,
     Error,
     Delay(Duration),
@@ -116,7 +120,7 @@ enum Action {
 
 #[derive(Debug)]
 struct Rule {
-    action: Action,
+    action: Injection,
     /// The name, or how it begins.
     name: String,
     prefix: bool,
@@ -192,9 +196,9 @@ fn strike(point: Point, replica: Option<ReplicaId>, data: &[u8]) -> Option<Strin
     let name = point.name();
     let action = rules().strike(name, replica, data)?;
     match action {
-        Action::Panic => panic!("injected panic at {name}"),
-        Action::Error => Some(format!("injected error at {name}")),
-        Action::Delay(time) => {
+        Injection::Panic => panic!("injected panic at {name}"),
+        Injection::Error => Some(format!("injected error at {name}")),
+        Injection::Delay(time) => {
             let place = Location::caller();
             tracing::warn!(point = name, ?replica, ?time, %place, "injected delay");
             std::thread::sleep(time);
@@ -205,10 +209,10 @@ fn strike(point: Point, replica: Option<ReplicaId>, data: &[u8]) -> Option<Strin
 
 impl Rules {
     /// What the first rule that strikes has happen.
-    fn strike(&mut self, name: &str, replica: Option<ReplicaId>, data: &[u8]) -> Option<Action> {
+    fn strike(&mut self, name: &str, replica: Option<ReplicaId>, data: &[u8]) -> Option<Injection> {
         let ended = replica.map_or(0, |replica| self.ended.get(&replica).copied().unwrap_or(0));
         let action = self.rules.iter_mut().find_map(|rule| rule.strikes(name, replica, ended, data))?;
-        if let (Some(replica), Action::Panic | Action::Error) = (replica, action) {
+        if let (Some(replica), Injection::Panic | Injection::Error) = (replica, action) {
             *self.ended.entry(replica).or_default() += 1;
         }
         Some(action)
@@ -225,9 +229,9 @@ impl Rule {
         };
         let mut rule = Rule {
             action: match action {
-                "panic" => Action::Panic,
-                "error" => Action::Error,
-                "delay" => Action::Delay(Duration::from_millis(100)),
+                "panic" => Injection::Panic,
+                "error" => Injection::Error,
+                "delay" => Injection::Delay(Duration::from_millis(100)),
                 other => return Err(format!("`{other}` is neither panic, error nor delay")),
             },
             name: name.to_owned(),
@@ -240,11 +244,11 @@ impl Rule {
             replica: None,
             data: None,
         };
-        let mut named = WITH_ERRORS.iter().filter(|(name, _)| rule.names(name)).peekable();
+        let mut named = ERRORS.iter().filter(|(name, _)| rule.names(name)).peekable();
         if named.peek().is_none() {
             return Err(format!("`{name}` names no point"));
         }
-        if rule.action == Action::Error
+        if rule.action == Injection::Error
             && let Some((name, _)) = named.find(|(_, errors)| !errors)
         {
             return Err(format!("nothing at {name} can report an error"));
@@ -269,8 +273,8 @@ impl Rule {
             "each" => self.each = Some(value.parse().ok()?),
             "replica" => self.replica = Some(ReplicaId(value.parse().ok()?)),
             "data" => self.data = Some(value.to_owned()),
-            "ms" if matches!(self.action, Action::Delay(_)) => {
-                self.action = Action::Delay(Duration::from_millis(value.parse().ok()?));
+            "ms" if matches!(self.action, Injection::Delay(_)) => {
+                self.action = Injection::Delay(Duration::from_millis(value.parse().ok()?));
             }
             _ => return None,
         }
@@ -288,7 +292,7 @@ impl Rule {
         replica: Option<ReplicaId>,
         ended: u32,
         data: &[u8],
-    ) -> Option<Action> {
+    ) -> Option<Injection> {
         let contains = |text: &String| data.windows(text.len().max(1)).any(|part| part == text.as_bytes());
         let concerns = self.names(name)
             && (self.replica.is_none() || self.replica == replica)
@@ -336,7 +340,7 @@ mod tests {
         assert_eq!(times, [false, true, true, true, false]);
 
         let mut rules = of("delay:replica/apply.before:replica=7:data=poison:ms=5");
-        assert_eq!(rules.rules[0].action, Action::Delay(Duration::from_millis(5)));
+        assert_eq!(rules.rules[0].action, Injection::Delay(Duration::from_millis(5)));
         assert!(!strike(&mut rules, "replica/apply.before", 8, "a poison pill"));
         assert!(!strike(&mut rules, "replica/apply.before", 7, "a pill"));
         assert!(strike(&mut rules, "replica/apply.before", 7, "a poison pill"));

@@ -53,7 +53,12 @@ impl TestNode {
         node.serves(1, 1).await;
         node.lead().await;
         for key in ["a", "b", "c"] {
-            node.submit(put(key, "before")).await.expect("an answer").expect("started").remove(0).expect("ok");
+            node.submit(put(key, "before"))
+                .await
+                .expect("an answer")
+                .expect("started")
+                .remove(0)
+                .expect("ok");
         }
         node
     }

@@ -113,8 +113,14 @@ impl ReplicaActor {
         sink: Arc<HubSink>,
         supervisor: Addr<Supervisor>,
     ) -> ReplicaActor {
-        let guard =
-            Guard { replica, incarnation, supervisor: supervisor.clone(), reason: None, applying: None, ordered: false };
+        let guard = Guard {
+            replica,
+            incarnation,
+            supervisor: supervisor.clone(),
+            reason: None,
+            applying: None,
+            ordered: false,
+        };
         let flushed = group.state().header().applied;
         ReplicaActor {
             shard,

@@ -106,8 +106,7 @@ pub(super) enum Boundary {
 }
 
 impl Boundary {
-    pub const ALL: [Boundary; 4] =
-        [Boundary::Applied, Boundary::Sent, Boundary::Written, Boundary::Answered];
+    pub const ALL: [Boundary; 4] = [Boundary::Applied, Boundary::Sent, Boundary::Written, Boundary::Answered];
 
     /// Whether a pass with these effects comes by.
     pub fn is_in<T>(self, effects: &Effects<T>) -> bool {
