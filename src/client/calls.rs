@@ -330,7 +330,8 @@ impl Driver {
                 routing.unavailable(shard, target.node);
             }
             Refusal::Quarantined(reason) => {
-                if routing.quarantined(shard, target.node, Instant::now()) {
+                let all = routing.quarantined(shard, target.node, Instant::now());
+                if all {
                     return Refusal::ShardQuarantined(reason.clone());
                 }
             }
