@@ -7,7 +7,7 @@
 //!
 //! | module | what it is |
 //! |---|---|
-//! | [`ids`], [`limits`], [`schema`], [`codec`], [`refusal`], [`settings`], [`telemetry`], [`version`] | the ground floor |
+//! | [`ids`], [`limits`], [`schema`], [`codec`], [`refusal`], [`settings`], [`telemetry`], [`version`], [`failpoints`] | the ground floor |
 //! | [`transport`] | framed Cap'n Proto between nodes |
 //! | [`placement`] | key → shard → nodes; the cluster map; plans: pure |
 //! | [`storage`] | raft log and state behind traits |
@@ -25,6 +25,7 @@
 pub mod cli;
 pub mod client;
 pub mod codec;
+pub mod failpoints;
 pub mod group;
 pub mod ids;
 pub mod limits;

@@ -59,6 +59,10 @@ pub enum Refusal {
     /// The replica crashed too often and is out of service on this node.
     #[error("{QUARANTINED}{0}")]
     Quarantined(String),
+    /// So many replicas of the shard are out of service for that reason that the others are no majority.
+    /// It stays so until their nodes are restarted, and then too if an entry of the log is to blame.
+    #[error("{SHARD_QUARANTINED}{0}")]
+    ShardQuarantined(String),
     /// The time given ran out before the operation was proposed.
     #[error("the deadline passed before the operation was started")]
     Deadline,
@@ -98,6 +102,10 @@ pub enum Refusal {
 /// How the text of [`Refusal::Quarantined`] begins.
 pub(crate) const QUARANTINED: &str = "the replica is quarantined after repeated crashes: ";
 
+/// How the text of [`Refusal::ShardQuarantined`] begins.
+pub(crate) const SHARD_QUARANTINED: &str =
+    "the shard is quarantined, a majority of its replicas crashed repeatedly: ";
+
 /// How the text of [`Refusal::Busy`] begins.
 pub(crate) const BUSY: &str = "too much is in flight: ";
 
@@ -124,6 +132,7 @@ impl Refusal {
             | Refusal::Deadline
             | Refusal::UnknownDatabase(_)
             | Refusal::Refused(_)
+            | Refusal::ShardQuarantined(_)
             | Refusal::SessionExpired
             | Refusal::StaleCommand => false,
             Refusal::Other { retryable, .. } => *retryable,
@@ -142,6 +151,7 @@ impl Refusal {
             Refusal::Unknown(_) => "unknown_outcome",
             Refusal::Unavailable(_) => "unavailable",
             Refusal::Quarantined(_) => "quarantined",
+            Refusal::ShardQuarantined(_) => "shard_quarantined",
             Refusal::Deadline => "deadline",
             Refusal::UnknownDatabase(_) => "unknown_database",
             Refusal::Refused(_) => "refused",

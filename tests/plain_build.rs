@@ -40,12 +40,17 @@ fn a_plain_build_does_not_turn_the_feature_on() {
 fn every_hook_in_the_source_is_behind_the_feature() {
     let source = Source::read();
     // The search finds what there is.
-    for name in ["Inject", "Hooks", "FailOpens"] {
+    for name in ["Inject", "Hooks", "FailOpens", "Point", "Rules"] {
         assert!(source.hooks.contains(name), "{name} is not among the hooks found: {:?}", source.hooks);
     }
     assert!(source.plain.len() > 80, "only {} files were found", source.plain.len());
     assert!(source.plain.contains_key(Path::new("src/node/replica.rs")));
     assert!(!source.plain.contains_key(Path::new("src/node/hooks.rs")));
+
+    // The source is full of points; what is left of them is their names.
+    let points = &source.plain[Path::new("src/failpoints.rs")];
+    assert!(points.contains("macro_rules! failpoint"), "{points}");
+    assert!(!points.contains("at(") && !points.contains("fails("), "points do something: {points}");
 
     let mut wrong = Vec::new();
     for (path, text) in &source.plain {

@@ -557,7 +557,8 @@ again. The same seed with the same options gives the same run, to the last event
 the seed decides.
 
 Faults: messages corruption partitions half-open flapping crashes power torn eio rot pauses transfers
-slow-disks memory replicas campaigns drift state-loss, separated by commas; all; none.")]
+slow-disks memory replicas campaigns drift state-loss boundaries,
+separated by commas; all; none.")]
 pub struct SimArgs {
     /// One seed [default: 0]
     #[arg(long, value_name = "S", conflicts_with = "seeds")]

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::output;
 use crate::client::{ClientError, NotApplied, Unknown};
-use crate::refusal::Outcome;
+use crate::refusal::{Outcome, Refusal};
 
 /// How the process ends.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -119,7 +119,15 @@ impl From<ClientError> for Failure {
             ClientError::NotApplied(why) => match why {
                 NotApplied::UnknownDatabase(_) => Failure::negative("unknown_database", why.to_string()),
                 NotApplied::Refused(refusal) if !refusal.retryable() => match refusal {
-                    crate::refusal::Refusal::Deadline => Failure::unavailable(refusal.to_string()),
+                    Refusal::Deadline => Failure::unavailable(refusal.to_string()),
+                    Refusal::ShardQuarantined(_) => Failure {
+                        code: "quarantined",
+                        retryable: false,
+                        ..Failure::unavailable(format!(
+                            "{refusal}. Nothing was changed. `pontoon status` says which nodes hold them; restart \
+                             those to try again"
+                        ))
+                    },
                     _ => Failure::negative("refused", refusal.to_string()),
                 },
                 // Still refused for a passing reason when the time was over.
@@ -142,7 +150,6 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::refusal::Refusal;
 
     #[test]
     fn each_client_error_has_its_exit_code() {
@@ -155,6 +162,7 @@ mod tests {
             (ClientError::NotApplied(NotApplied::UnknownDatabase("x".into())), 1, "unknown_database"),
             (refused(Refusal::Invalid("no".into())), 1, "refused"),
             (refused(Refusal::Deadline), 3, "unavailable"),
+            (refused(Refusal::ShardQuarantined("poison".into())), 3, "quarantined"),
             (refused(busy), 3, "unavailable"),
             (
                 ClientError::NotApplied(NotApplied::Unavailable {

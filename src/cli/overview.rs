@@ -297,9 +297,11 @@ impl ShardView {
         ShardView { record: record.clone(), leader, leader_address: leader.and_then(address), replicas }
     }
 
-    /// `ok`: led, all replicas serve; `degraded`: led, some don't; `unavailable`: no leader.
+    /// `ok`: led, all replicas serve; `degraded`: led, some don't; `quarantined`: no leader, since a majority
+    /// of its replicas is quarantined; `unavailable`: no leader, for another reason.
     pub fn state(&self) -> &'static str {
         match self.leader {
+            None if self.is_quarantined() => "quarantined",
             None => "unavailable",
             Some(_) if self.replicas.iter().all(|r| r.state == "serving") => "ok",
             Some(_) => "degraded",
@@ -309,6 +311,14 @@ impl ShardView {
     /// Whether no replica has a state to give to the others.
     fn is_lost(&self) -> bool {
         self.replicas.iter().all(|replica| replica.state == "refetching")
+    }
+
+    /// Whether so many of its voters are quarantined that the others are no majority.
+    fn is_quarantined(&self) -> bool {
+        let voters = self.record.members.iter().filter(|m| m.role == MemberRole::Voter);
+        let lost = |node: NodeId| self.replicas.iter().any(|r| r.node == node && r.state == "quarantined");
+        let (all, lost) = voters.fold((0, 0), |(all, count), m| (all + 1, count + usize::from(lost(m.node))));
+        all - lost < all / 2 + 1
     }
 
     /// First ring position, in hexadecimal: JSON numbers don't hold 64 bits everywhere.

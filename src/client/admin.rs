@@ -149,11 +149,12 @@ impl Client {
                         driver.attempt(shard, &connection, &target, patience, call.send().promise).await?;
                     let result = answer.get().and_then(|a| a.get_result());
                     let result = result.map_err(|e| lost_answer(&target.address, &e))?;
-                    let read = read_void_result(&target.address, result);
-                    if let Err(Failure::Refused(refusal)) = &read {
-                        driver.refused(shard, &target, refusal);
+                    match read_void_result(&target.address, result) {
+                        Err(Failure::Refused(refusal)) => {
+                            Err(Failure::Refused(driver.refused(shard, &target, refusal)))
+                        }
+                        read => read,
                     }
-                    read
                 }
             });
             moved.await

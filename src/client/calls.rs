@@ -150,7 +150,7 @@ impl Driver {
             Ok(batch_response::Results(Ok(results))) if results.len() as usize == batch.len() => results,
             Ok(batch_response::Error(Ok(error))) => {
                 let refusal = crate::codec::refusal::read_refusal(error);
-                self.refused(shard, target, &refusal);
+                let refusal = self.refused(shard, target, refusal);
                 return self.fail_all(batch, &Failure::Refused(refusal));
             }
             Ok(batch_response::Results(Err(e)) | batch_response::Error(Err(e))) => {
@@ -189,7 +189,7 @@ impl Driver {
             }
         }
         if let Some(refusal) = refusal {
-            self.refused(shard, target, &refusal);
+            self.refused(shard, target, refusal);
         } else if succeeded {
             self.routing.borrow_mut().succeeded(shard, target.node);
         }
@@ -233,10 +233,7 @@ impl Driver {
                 self.routing.borrow_mut().succeeded(shard, target.node);
                 Ok(page)
             }
-            Err(refusal) => {
-                self.refused(shard, &target, &refusal);
-                Err(Failure::Refused(refusal))
-            }
+            Err(refusal) => Err(Failure::Refused(self.refused(shard, &target, refusal))),
         }
     }
 
@@ -334,10 +331,11 @@ impl Driver {
         self.refresh_soon();
     }
 
-    /// Corrects the routes by a refusal.
-    pub fn refused(self: &Rc<Driver>, shard: ShardId, target: &Target, refusal: &Refusal) {
+    /// Corrects the routes by a refusal of a whole call. The refusal, or what it means with those of other
+    /// nodes.
+    pub fn refused(self: &Rc<Driver>, shard: ShardId, target: &Target, refusal: Refusal) -> Refusal {
         let (mut routing, now) = (self.routing.borrow_mut(), Instant::now());
-        match refusal {
+        match &refusal {
             Refusal::NotLeader { leader, .. } => {
                 let says = match leader {
                     Some(leader) => format!("it follows node {leader}"),
@@ -357,9 +355,16 @@ impl Driver {
                     self.refresh_soon();
                 }
             }
-            Refusal::Unavailable(_) | Refusal::Quarantined(_) | Refusal::Unknown(_) => {
+            Refusal::Unavailable(_) | Refusal::Unknown(_) => {
                 routing.trouble(shard, target.node, &refusal.to_string(), now);
                 routing.unavailable(shard, target.node);
+            }
+            Refusal::Quarantined(reason) => {
+                routing.trouble(shard, target.node, &refusal.to_string(), now);
+                let all = routing.quarantined(shard, target.node, now);
+                if all {
+                    return Refusal::ShardQuarantined(reason.clone());
+                }
             }
             Refusal::Other { retryable, .. } if *retryable => {
                 routing.trouble(shard, target.node, &refusal.to_string(), now);
@@ -367,6 +372,7 @@ impl Driver {
             }
             _ => (),
         }
+        refusal
     }
 
     fn take_route(&self, route: capnp::Result<map_delta::Reader<'_>>, address: &str) {

@@ -238,6 +238,9 @@ mod tests {
                 assert!(retries(after(kind, failure.clone())), "{kind:?} {failure:?}");
             }
             assert_eq!(after(kind, never()), invalid);
+            let quarantined = Refusal::ShardQuarantined("poison".into());
+            let failed = ClientError::NotApplied(NotApplied::Refused(quarantined.clone()));
+            assert_eq!(after(kind, Failure::Refused(quarantined)), Decision::Fail(failed));
         }
         assert!(retries(after(Read, lost())));
         assert!(retries(after(ExactlyOnce, lost())));

@@ -12,11 +12,15 @@ use std::time::{Duration, Instant};
 
 use super::trouble::Troubles;
 use crate::ids::{ClusterId, NodeId, ShardId};
-use crate::placement::map::{ClusterMap, MapDelta, ShardRecord};
+use crate::placement::map::{ClusterMap, MapDelta, MemberRole, ShardRecord};
 use crate::placement::ring;
 
 /// For so long after a failure a node isn't followed as a leader on another's word.
 const SUSPECT: Duration = Duration::from_secs(1);
+
+/// For so long it counts that a node's replica of a shard was quarantined: longer than it takes to ask all
+/// the others, some of which may not answer.
+const QUARANTINED: Duration = Duration::from_secs(10);
 
 /// The shard that a key belongs to, under the map in the cache.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -49,6 +53,8 @@ pub struct Routing {
     /// When a node last failed to answer.
     failed: HashMap<NodeId, Instant>,
     troubles: Troubles,
+    /// When a node last said that its replica of a shard is quarantined, and nothing else since.
+    quarantined: HashMap<(ShardId, NodeId), Instant>,
 }
 
 impl Routing {
@@ -97,6 +103,7 @@ impl Routing {
         });
         self.failed.retain(|node, _| map.nodes.contains_key(node));
         self.troubles.retain(|shard| map.shards.get(&shard).is_some_and(|s| !s.dropped));
+        self.quarantined.retain(|(shard, _), _| map.shards.get(shard).is_some_and(|s| !s.dropped));
     }
 
     /// Whether the map has a database of this name.
@@ -172,11 +179,13 @@ impl Routing {
             self.failed.remove(&node);
         }
         self.troubles.over(shard);
+        self.isnt_quarantined(shard, node);
     }
 
     /// `node` says that it doesn't lead `shard`, and perhaps who does.
     pub fn not_leader(&mut self, shard: ShardId, node: NodeId, hint: Option<NodeId>, now: Instant) {
         self.failed.remove(&node);
+        self.isnt_quarantined(shard, node);
         let Some(record) = self.map.shards.get(&shard) else {
             return;
         };
@@ -192,13 +201,39 @@ impl Routing {
 
     /// `node` can't serve `shard` now, though it answers.
     pub fn unavailable(&mut self, shard: ShardId, node: NodeId) {
+        self.isnt_quarantined(shard, node);
         self.rotate(shard, node);
     }
 
     /// `node` could not be reached, or didn't answer in time.
     pub fn unreachable(&mut self, shard: ShardId, node: NodeId, now: Instant) {
         self.failed.insert(node, now);
+        // It may be on its way back with a replica in its next life.
+        self.isnt_quarantined(shard, node);
         self.rotate(shard, node);
+    }
+
+    /// `node` says that its replica of `shard` is quarantined. Whether so many have said so lately, and
+    /// nothing else since, that the others are no majority: then nobody can serve the shard.
+    pub fn quarantined(&mut self, shard: ShardId, node: NodeId, now: Instant) -> bool {
+        self.quarantined.insert((shard, node), now);
+        self.rotate(shard, node);
+        let Some(record) = self.map.shards.get(&shard) else {
+            return false;
+        };
+        let lately = |said: &Instant| now.saturating_duration_since(*said) < QUARANTINED;
+        let voters = record.members.iter().filter(|m| m.role == MemberRole::Voter);
+        let (all, lost) = voters.fold((0, 0), |(all, lost), voter| {
+            let is_lost = self.quarantined.get(&(shard, voter.node)).is_some_and(lately);
+            (all + 1, lost + usize::from(is_lost))
+        });
+        all - lost < all / 2 + 1
+    }
+
+    fn isnt_quarantined(&mut self, shard: ShardId, node: NodeId) {
+        if !self.quarantined.is_empty() {
+            self.quarantined.remove(&(shard, node));
+        }
     }
 
     fn suspect(&self, node: NodeId, now: Instant) -> bool {
@@ -231,7 +266,7 @@ fn next_member(record: &ShardRecord, node: NodeId, usable: impl Fn(NodeId) -> bo
 mod tests {
     use super::*;
     use crate::ids::{DatabaseId, Epoch, RandomId, ReplicaId};
-    use crate::placement::map::{DatabaseRecord, Member, MemberRole, NodeRecord};
+    use crate::placement::map::{DatabaseRecord, Member, NodeRecord};
     use crate::placement::ring::RingRange;
     use proptest::prelude::*;
 
@@ -294,6 +329,31 @@ mod tests {
 
     fn guess(routing: &Routing) -> u64 {
         routing.target(SHARD).unwrap().node.0
+    }
+
+    #[test]
+    fn a_shard_is_quarantined_when_a_majority_says_so_and_nothing_else_since() {
+        let (mut routing, now) = (routing(), Instant::now());
+        let node = NodeId;
+        assert!(!routing.quarantined(SHARD, node(1), now));
+        assert_eq!(guess(&routing), 2, "others may serve");
+        assert!(!routing.quarantined(SHARD, node(1), now), "the same one again");
+        assert!(!routing.quarantined(ShardId(2), node(2), now), "another shard");
+        assert!(routing.quarantined(SHARD, node(2), now));
+        // One of them is back: it leads, follows, starts, or doesn't answer.
+        let back: [fn(&mut Routing, Instant); 4] = [
+            |routing, _| routing.succeeded(SHARD, NodeId(1)),
+            |routing, now| routing.not_leader(SHARD, NodeId(1), None, now),
+            |routing, _| routing.unavailable(SHARD, NodeId(1)),
+            |routing, now| routing.unreachable(SHARD, NodeId(1), now),
+        ];
+        for news in back {
+            routing.quarantined(SHARD, node(1), now);
+            news(&mut routing, now);
+            assert!(!routing.quarantined(SHARD, node(2), now));
+        }
+        routing.quarantined(SHARD, node(1), now);
+        assert!(!routing.quarantined(SHARD, node(2), now + QUARANTINED), "what was said long ago");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::borrow::Cow;
 use super::CodecError;
 use super::records::read_text;
 use crate::ids::{NodeId, ShardId};
-use crate::refusal::{BUSY, DISK_FULL, Outcome, QUARANTINED, Refusal, UNKNOWN};
+use crate::refusal::{BUSY, DISK_FULL, Outcome, QUARANTINED, Refusal, SHARD_QUARANTINED, UNKNOWN};
 use crate::schema::types_capnp::{Applied, error};
 
 /// Writes a refusal.
@@ -39,7 +39,7 @@ pub fn write_refusal(refusal: &Refusal, mut to: error::Builder<'_>) {
         Refusal::Superseded => to.set_superseded(()),
         Refusal::Unknown(_) => to.set_unknown_outcome(()),
         Refusal::Unavailable(_) => to.set_unavailable(()),
-        Refusal::Quarantined(_) => to.set_quarantined(()),
+        Refusal::Quarantined(_) | Refusal::ShardQuarantined(_) => to.set_quarantined(()),
         Refusal::Deadline => to.set_deadline(()),
         Refusal::UnknownDatabase(name) => to.set_unknown_database(name.as_str()),
         Refusal::Refused(_) => to.set_refused(()),
@@ -97,7 +97,11 @@ fn read_member(from: error::Reader<'_>, message: &str) -> Option<Refusal> {
         error::UnknownOutcome(()) => Refusal::Unknown(inner(message, UNKNOWN)),
         error::Superseded(()) => Refusal::Superseded,
         error::Unavailable(()) => Refusal::Unavailable(inner(message, "")),
-        error::Quarantined(()) => Refusal::Quarantined(inner(message, QUARANTINED).into_owned()),
+        // One replica, or the whole shard: then nobody need be asked again.
+        error::Quarantined(()) if from.get_retryable() => {
+            Refusal::Quarantined(inner(message, QUARANTINED).into_owned())
+        }
+        error::Quarantined(()) => Refusal::ShardQuarantined(inner(message, SHARD_QUARANTINED).into_owned()),
         error::Refused(()) => Refusal::Refused(message.to_owned()),
         error::Deadline(()) => Refusal::Deadline,
         error::SessionExpired(()) => Refusal::SessionExpired,
@@ -138,6 +142,7 @@ mod tests {
             reason.clone().prop_map(Refusal::Unavailable),
             reason.prop_map(Refusal::DiskFull),
             ".{0,40}".prop_map(Refusal::Quarantined),
+            ".{0,40}".prop_map(Refusal::ShardQuarantined),
             Just(Refusal::Deadline),
             Just(Refusal::SessionExpired),
             Just(Refusal::StaleCommand),

@@ -7,6 +7,7 @@ use raft::eraftpb::{Entry, EntryType};
 
 use super::driver::{Group, GroupError};
 use super::types::{Effects, Output};
+use crate::failpoints::failpoint;
 use crate::ids::{Index, Position};
 use crate::limits;
 use crate::machine::ApplyError;
@@ -54,8 +55,17 @@ impl<T> Group<T> {
         Ok(())
     }
 
+    /// The entry that was being applied when the group panicked or failed, if that is when it did.
+    pub fn applying(&self) -> Option<Index> {
+        self.applying
+    }
+
     fn apply_entry(&mut self, entry: Entry) -> Result<(), GroupError> {
         let position = Position { index: entry.index, term: entry.term };
+        self.applying = Some(position.index);
+        failpoint!(ApplyBefore, self.replica, &entry.data, why => {
+            return Err(crate::storage::StorageError::Engine { engine: "state", reason: why }.into());
+        });
         if entry.get_entry_type() != EntryType::EntryNormal {
             // Never skipped: the group would go on under a configuration that others have left.
             return Err(ApplyError::Format(FormatError::Unknown {
@@ -70,7 +80,10 @@ impl<T> Group<T> {
             let entry = decode_entry(&entry.data).map_err(ApplyError::Format)?;
             replies = self.machine.apply_entry(&entry, &mut self.state)?;
         }
+        failpoint!(ApplyMiddle, self.replica);
         self.state.set_applied(position);
+        self.applying = None;
+        failpoint!(ApplyAfter, self.replica);
         let decided = self.proposals.decide(position);
         if !decided.applied.is_empty() && decided.applied.len() != replies.len() {
             // Not the entry that was proposed here, though it is of the term in which this replica led: so a

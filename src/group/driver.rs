@@ -16,6 +16,7 @@ use super::queue::Queue;
 use super::reads::Reads;
 use super::types::{Effects, Fetch, GroupStatus, LeaderChange, NumberedWrite, Operation, Output};
 use crate::codec::GroupMessage;
+use crate::failpoints::failpoint;
 use crate::ids::{Epoch, Incarnation, Index, NodeId, Position, ReplicaId, ShardId, Term};
 use crate::limits;
 use crate::machine::command::{Query, TaggedCommand, encode_entry};
@@ -80,6 +81,8 @@ pub struct Group<T> {
     pub(super) recover_to: Index,
     /// The last committed entry that raft has handed out.
     pub(super) handed: Index,
+    /// The entry that is being applied; after a panic or an error, the one at fault.
+    pub(super) applying: Option<Index>,
     pub(super) apply_paused: bool,
     /// See [`super::lost`].
     pub(super) state_lost: bool,
@@ -430,6 +433,7 @@ impl<T> Group<T> {
         // A ready that only moves the commit index needs no write: it is taken along by the next, and
         // after a crash the quorum tells.
         let must_sync = ready.must_sync();
+        failpoint!(HardState, self.replica, if must_sync && ends.is_none());
         self.raft.advance_append_async(ready);
         self.conclude_snapshots();
         if must_sync {

@@ -123,6 +123,7 @@ impl<T> Group<T> {
             durable_term,
             recover_to,
             handed: applied.index,
+            applying: None,
             apply_paused: false,
             state_lost: options.state_lost,
             fetching: None,

@@ -354,6 +354,10 @@ impl NodeHandle {
     pub async fn inject(&self, shard: ShardId, fault: &str) -> Result<(), Refusal> {
         #[cfg(feature = "test-hooks")]
         {
+            // These are the whole process's.
+            if let Some(rules) = fault.strip_prefix("arm=") {
+                return crate::failpoints::arm(rules).map_err(Refusal::Invalid);
+            }
             let addr = self.member()?.router.replica(shard)?;
             // The answer never comes if the fault is a panic.
             addr.do_send(Inject(fault.to_owned()));

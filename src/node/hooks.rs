@@ -1,11 +1,13 @@
-//! Test hooks of the supervisor. A plain build has none of this.
+//! Test hooks of a node's actors and threads. A plain build has none of this.
 
 use std::collections::HashMap;
 
 use actix::prelude::*;
 
 use super::supervisor::Supervisor;
+use crate::failpoints::{Point, at};
 use crate::ids::ReplicaId;
+use crate::storage::flush::{FlushPoint, Flusher};
 
 /// What is to go wrong.
 #[derive(Default)]
@@ -42,4 +44,20 @@ impl Handler<FailOpens> for Supervisor {
     fn handle(&mut self, fail: FailOpens, _: &mut Context<Self>) {
         self.hooks.failing.insert(fail.replica, fail.times);
     }
+}
+
+/// Makes the steps of flushes points at which they can fail.
+pub(super) fn hooked(mut flusher: Flusher) -> Flusher {
+    flusher.set_hook(Box::new(|point| {
+        let point = match point {
+            FlushPoint::RedoWritten => Point::FlushRedoWritten,
+            FlushPoint::RedoDurable => Point::FlushRedoDurable,
+            FlushPoint::BatchWritten => Point::FlushBatchWritten,
+            FlushPoint::EngineSynced => Point::FlushEngineSynced,
+            FlushPoint::RedoRemoved => Point::FlushRedoRemoved,
+        };
+        at(point, None, &[]);
+        Ok(())
+    }));
+    flusher
 }

@@ -18,6 +18,7 @@ use super::shared::{Pressure, Shared};
 use super::supervisor::Supervisor;
 use super::ticker;
 use super::ticket::Ticket;
+use crate::failpoints::failpoint;
 use crate::group::driver::Group;
 use crate::group::open::GroupOptions;
 use crate::ids::{Incarnation, NodeId, Position, ReplicaId, ShardId};
@@ -162,7 +163,10 @@ impl Handler<StartReplica> for Hub {
         let GroupOptions { shard, replica, incarnation, .. } = start.options;
         // raft-rs panics on a log it can't make sense of; that is this replica's end, not the hub's.
         let log = self.shared.log.clone();
-        let opened = contained(|| Group::open(start.options, log, start.log, start.state));
+        let opened = contained(|| {
+            failpoint!(Open, replica);
+            Group::open(start.options, log, start.log, start.state)
+        });
         let group: Group<Ticket> = opened?.map_err(|error| error.to_string())?;
         let sink = self.sink.get_or_insert_with(|| Arc::new(HubSink(ctx.address()))).clone();
         let actor = ReplicaActor::new(

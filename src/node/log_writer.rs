@@ -38,6 +38,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
+use crate::failpoints::failpoint;
 use crate::ids::{Incarnation, ReplicaId};
 use crate::limits;
 use crate::storage::StorageError;
@@ -125,14 +126,23 @@ enum Phase {
 
 enum Item {
     Write(WriteTask),
-    Job(LogJob),
+    /// A job, and on behalf of whom, if it is.
+    Job(Option<(ReplicaId, Incarnation)>, LogJob),
 }
 
 impl Item {
     fn size(&self) -> usize {
         match self {
             Item::Write(task) => task.write.size(),
-            Item::Job(_) => limits::LOG_JOB_BYTES,
+            Item::Job(..) => limits::LOG_JOB_BYTES,
+        }
+    }
+
+    /// The start of a replica that it is of.
+    fn owner(&self) -> Option<(ReplicaId, Incarnation)> {
+        match self {
+            Item::Write(task) => Some((task.write.replica, task.incarnation)),
+            Item::Job(owner, _) => *owner,
         }
     }
 }
@@ -163,7 +173,7 @@ impl LogWriter {
             on_held_back: Mutex::default(),
         });
         let mut threads = Vec::new();
-        let spawn = |name: &str, body: fn(&Shared, Duration) -> Result<(), StorageError>| {
+        let spawn = |name: &'static str, body: fn(&Shared, Duration) -> Result<(), StorageError>| {
             let shared = shared.clone();
             std::thread::Builder::new().name(name.into()).spawn(move || {
                 let ended = catch_unwind(AssertUnwindSafe(|| body(&shared, purge_every)));
@@ -171,7 +181,7 @@ impl LogWriter {
                     Ok(Ok(())) => {}
                     Ok(Err(e)) => shared.fail(e.to_string()),
                     Err(panic) => {
-                        shared.fail(format!("the log's thread panicked: {}", panic_text(panic.as_ref())))
+                        shared.fail(format!("the thread {name} panicked: {}", panic_text(panic.as_ref())))
                     }
                 }
             })
@@ -226,9 +236,7 @@ impl LogWriter {
             return;
         }
         for task in tasks {
-            if !queue.is_fenced(&task) {
-                queue.push(Item::Write(task));
-            }
+            queue.push(Item::Write(task));
         }
         self.shared.wake(queue);
     }
@@ -236,15 +244,25 @@ impl LogWriter {
     /// Queues a job. It runs on the writer's thread after everything queued before it; all writes
     /// wait for it, so it must be short. Dropped unrun after the writer has stopped or failed.
     pub fn run(&self, job: LogJob) {
+        self.queue_job(None, job);
+    }
+
+    /// The same on behalf of one start of a replica: dropped like its writes once that is fenced. What it
+    /// holds must not come back here when it is dropped.
+    pub fn run_for(&self, replica: ReplicaId, incarnation: Incarnation, job: LogJob) {
+        self.queue_job(Some((replica, incarnation)), job);
+    }
+
+    fn queue_job(&self, owner: Option<(ReplicaId, Incarnation)>, job: LogJob) {
         let mut queue = self.shared.queue();
         if queue.phase != Phase::Running {
             return;
         }
-        queue.push(Item::Job(job));
+        queue.push(Item::Job(owner, job));
         self.shared.wake(queue);
     }
 
-    /// Drops the queued tasks of all incarnations of `replica` up to `incarnation`, also those that
+    /// Drops the queued tasks and jobs of all incarnations of `replica` up to `incarnation`, also those that
     /// are submitted later. The receiver completes when none of them is on its way to the log any
     /// more: what the log holds of the replica then is final, until a later incarnation writes. It
     /// fails if the writer has failed. Not to be waited for within a job.
@@ -373,26 +391,31 @@ impl Shared {
 }
 
 impl Queue {
-    fn is_fenced(&self, task: &WriteTask) -> bool {
-        self.fenced.get(&task.write.replica).is_some_and(|last| task.incarnation <= *last)
+    fn is_fenced(&self, item: &Item) -> bool {
+        let last = |(replica, incarnation)| Some(incarnation <= *self.fenced.get(&replica)?);
+        item.owner().and_then(last).unwrap_or(false)
     }
 
-    /// Drops the tasks of all incarnations of `replica` up to `incarnation`, now and in future.
+    /// Drops the tasks and jobs of all incarnations of `replica` up to `incarnation`, now and in future.
     fn fence(&mut self, replica: ReplicaId, incarnation: Incarnation) {
         let last = self.fenced.entry(replica).or_default();
         *last = incarnation.max(*last);
         let last = *last;
         let bytes = &self.bytes;
-        self.items.retain(|item| match item {
-            Item::Write(task) if task.write.replica == replica && task.incarnation <= last => {
+        self.items.retain(|item| {
+            let drop = item.owner().is_some_and(|(of, start)| of == replica && start <= last);
+            if drop {
                 bytes.fetch_sub(item.size(), Ordering::Relaxed);
-                false
             }
-            _ => true,
+            !drop
         });
     }
 
+    /// Adds an item, unless its owner is fenced.
     fn push(&mut self, item: Item) {
+        if self.is_fenced(&item) {
+            return;
+        }
         let size = item.size();
         let bytes = self.bytes.fetch_add(size, Ordering::Relaxed) + size;
         self.items.push_back(item);
@@ -410,7 +433,7 @@ impl Queue {
         let first = self.items.pop_front()?;
         let mut size = first.size();
         let work = match first {
-            Item::Job(job) => Work::Job(job),
+            Item::Job(_, job) => Work::Job(job),
             Item::Write(task) => {
                 let mut batch = vec![task];
                 while let Some(Item::Write(next)) = self.items.front() {
@@ -491,6 +514,7 @@ fn write_batch(shared: &Shared, batch: Vec<WriteTask>) -> Result<bool, StorageEr
     }
     let begun = Instant::now();
     let mut full = false;
+    failpoint!(LogSyncBefore);
     loop {
         match shared.log.write(&writes) {
             Ok(()) => break,
@@ -511,6 +535,7 @@ fn write_batch(shared: &Shared, batch: Vec<WriteTask>) -> Result<bool, StorageEr
             Err(e) => return Err(e),
         }
     }
+    failpoint!(LogSyncAfter);
     if full {
         tracing::info!("there is space again: the raft log is written");
     }
@@ -550,6 +575,7 @@ fn purge_all(shared: &Shared, every: Duration) -> Result<(), StorageError> {
             (queue, _) = shared.end.wait_timeout(queue, left).unwrap_or_else(PoisonError::into_inner);
         }
         drop(queue);
+        failpoint!(LogPurge);
         match shared.log.purge() {
             Ok(named) if named.is_empty() => {}
             Ok(named) => {

@@ -12,7 +12,7 @@ use super::intake::Arrived;
 use super::load::Admitted;
 use super::ticket::Results;
 use crate::group::types::{GroupStatus, LeaderChange, Operation};
-use crate::ids::{Incarnation, NodeId, Position, ReplicaId, ShardId};
+use crate::ids::{Incarnation, Index, NodeId, Position, ReplicaId, ShardId};
 use crate::placement::map::{ClusterMap, MapDelta};
 use crate::refusal::Refusal;
 use crate::storage::flush::FlushStep;
@@ -165,6 +165,8 @@ pub struct ReplicaDown {
     pub incarnation: Incarnation,
     /// Why.
     pub reason: String,
+    /// The entry that it was applying when it failed, if that is when.
+    pub applying: Option<Index>,
 }
 
 /// The metadata replica → supervisor: the map as applied here.

@@ -16,6 +16,8 @@
 
 pub mod disk;
 pub mod fatal;
+#[cfg(test)]
+mod fence_tests;
 pub mod flusher;
 pub mod handle;
 #[cfg(feature = "test-hooks")]
@@ -41,6 +43,8 @@ pub mod start;
 mod state_store;
 mod stores;
 pub mod supervisor;
+#[cfg(test)]
+mod test_node;
 pub mod ticker;
 pub mod ticket;
 

@@ -14,6 +14,7 @@ use tokio::sync::oneshot;
 
 use super::fatal::Fatal;
 use super::ticket::Ticket;
+use crate::failpoints::failpoint;
 use crate::group::types::Output;
 use crate::limits;
 use crate::machine::MachineKind;
@@ -73,6 +74,7 @@ impl ReadThread {
                         continue;
                     }
                 };
+                failpoint!(ReadEngine, job.reader.replica);
                 let weight = job.weight();
                 for (ticket, query) in job.reads {
                     if ticket.abandoned() {

@@ -20,15 +20,17 @@ use super::snapshots::outgoing::Order;
 use super::supervisor::Supervisor;
 use super::ticket::{Ticket, tickets};
 use crate::codec::GroupMessage;
+use crate::failpoints::failpoint;
 use crate::group::driver::Group;
 use crate::group::types::{Effects, Fetch, SnapshotWanted};
-use crate::ids::{Incarnation, METADATA_SHARD, NodeId, Position, ReplicaId, ShardId};
+use crate::ids::{Incarnation, Index, METADATA_SHARD, NodeId, Position, ReplicaId, ShardId};
 use crate::limits;
 use crate::machine::command::Query;
 use crate::machine::{kv, meta};
 use crate::refusal::Refusal;
 use crate::storage::StorageError;
 use crate::storage::flush::FlushStep;
+use crate::storage::log::LogStore;
 use crate::telemetry::metrics as names;
 
 /// Replica → itself: the mailbox is drained, do the work.
@@ -67,6 +69,8 @@ struct Guard {
     incarnation: Incarnation,
     supervisor: Addr<Supervisor>,
     reason: Option<String>,
+    /// The entry that was being applied.
+    applying: Option<Index>,
     ordered: bool,
 }
 
@@ -82,7 +86,19 @@ impl Drop for Guard {
         };
         // Never full by bound: a replica ends once per incarnation. If the supervisor is gone, so is
         // the node.
-        self.supervisor.do_send(ReplicaDown { replica: self.replica, incarnation: self.incarnation, reason });
+        self.supervisor.do_send(ReplicaDown {
+            replica: self.replica,
+            incarnation: self.incarnation,
+            reason,
+            applying: self.applying,
+        });
+    }
+}
+
+impl Drop for ReplicaActor {
+    fn drop(&mut self) {
+        // Its guard follows, and tells.
+        self.guard.applying = self.group.applying();
     }
 }
 
@@ -97,8 +113,14 @@ impl ReplicaActor {
         sink: Arc<HubSink>,
         supervisor: Addr<Supervisor>,
     ) -> ReplicaActor {
-        let guard =
-            Guard { replica, incarnation, supervisor: supervisor.clone(), reason: None, ordered: false };
+        let guard = Guard {
+            replica,
+            incarnation,
+            supervisor: supervisor.clone(),
+            reason: None,
+            applying: None,
+            ordered: false,
+        };
         let flushed = group.state().header().applied;
         ReplicaActor {
             shard,
@@ -150,13 +172,16 @@ impl ReplicaActor {
             self.shared.network.send(by_node(messages));
         }
         if let Some(numbered) = write {
+            failpoint!(WriteBefore, self.replica, why => return self.fail(why, ctx));
             self.shared.log_writer.submit(vec![WriteTask {
                 incarnation: self.incarnation,
                 number: numbered.number,
                 write: numbered.write,
                 done: self.sink.clone(),
             }]);
+            failpoint!(WriteAfter, self.replica, why => return self.fail(why, ctx));
         }
+        failpoint!(Answer, self.replica, why => return self.fail(why, ctx));
         for (ticket, result) in done {
             if let Err(refusal) = &result {
                 metrics::counter!(names::REFUSALS, "reason" => refusal.kind()).increment(1);
@@ -222,6 +247,7 @@ impl ReplicaActor {
 
     /// Has a follower brought up to date whose next log entries are gone, or whose state is.
     fn bring_snapshot(&mut self, wanted: SnapshotWanted, ctx: &mut Context<Self>) {
+        failpoint!(SnapshotWanted, self.replica, why => return self.fail(why, ctx));
         let SnapshotWanted { to, node, term, least } = wanted;
         tracing::info!(shard = %self.shard, replica = %self.replica, %to, %node, "a follower needs a snapshot");
         self.shared.snapshots.outgoing.bring(Order {
@@ -256,7 +282,9 @@ impl ReplicaActor {
         if self.flushing {
             return;
         }
+        failpoint!(FreezeBefore, self.replica);
         if let Some(frozen) = self.group.freeze() {
+            failpoint!(FreezeMiddle, self.replica);
             self.flushing = true;
             self.account_memory();
             self.shared.flusher.submit(FlushJob {
@@ -264,18 +292,23 @@ impl ReplicaActor {
                 frozen,
                 done: self.sink.clone(),
             });
+            failpoint!(FreezeAfter, self.replica);
         }
     }
 
     /// Drops log entries that are in the durable state here and on disk at every replica.
     fn compact(&mut self) {
         if let Some(to) = self.group.compact(self.flushed) {
+            failpoint!(Compact, self.replica);
             let replica = self.replica;
-            self.shared.log_writer.run(Box::new(move |log| {
+            let compact = move |log: &dyn LogStore| {
+                failpoint!(LogCompactBefore, replica);
                 if let Err(error) = log.compact(replica, to) {
                     tracing::error!(%replica, %error, "compacting the raft log");
                 }
-            }));
+                failpoint!(LogCompactAfter, replica);
+            };
+            self.shared.log_writer.run_for(replica, self.incarnation, Box::new(compact));
         }
     }
 
@@ -377,6 +410,7 @@ impl Handler<Submit> for ReplicaActor {
 impl Handler<Step> for ReplicaActor {
     type Result = ();
     fn handle(&mut self, mut step: Step, ctx: &mut Context<Self>) {
+        failpoint!(Step, self.replica, why => return self.fail(why, ctx));
         for message in step.0.take() {
             if let Err(error) = self.group.step(message) {
                 return self.fail(error.to_string(), ctx);
@@ -407,6 +441,7 @@ impl Handler<Tick> for ReplicaActor {
 impl Handler<Persisted> for ReplicaActor {
     type Result = ();
     fn handle(&mut self, persisted: Persisted, ctx: &mut Context<Self>) {
+        failpoint!(Persisted, self.replica, why => return self.fail(why, ctx));
         self.group.on_persisted(persisted.0);
         self.queue_pump(ctx);
     }
@@ -417,10 +452,12 @@ impl Handler<Flushed> for ReplicaActor {
     fn handle(&mut self, flushed: Flushed, _: &mut Context<Self>) {
         match flushed.step {
             FlushStep::Logged => {
+                failpoint!(FlushLogged, self.replica);
                 self.flushed = flushed.position;
                 self.compact();
             }
             FlushStep::Absorbed => {
+                failpoint!(FlushAbsorbed, self.replica);
                 self.group.release(flushed.position.index);
                 self.flushing = false;
                 self.account_memory();
@@ -442,6 +479,7 @@ impl Handler<Freeze> for ReplicaActor {
 impl Handler<SnapshotMade> for ReplicaActor {
     type Result = bool;
     fn handle(&mut self, made: SnapshotMade, _: &mut Context<Self>) -> bool {
+        failpoint!(SnapshotMade, self.replica);
         self.group.snapshot_made(made.to, made.position)
     }
 }
@@ -449,6 +487,7 @@ impl Handler<SnapshotMade> for ReplicaActor {
 impl Handler<SnapshotDone> for ReplicaActor {
     type Result = ();
     fn handle(&mut self, done: SnapshotDone, ctx: &mut Context<Self>) {
+        failpoint!(SnapshotDone, self.replica);
         self.group.snapshot_done(done.to, done.installed);
         self.queue_pump(ctx);
     }
@@ -515,7 +554,7 @@ impl Handler<StopReplica> for ReplicaActor {
     type Result = ();
     fn handle(&mut self, _: StopReplica, ctx: &mut Context<Self>) {
         self.guard.ordered = true;
-        for (ticket, result) in self.group.abandon("the node is stopping") {
+        for (ticket, result) in self.group.abandon("the replica is being stopped") {
             ticket.finish(result);
         }
         ctx.stop();

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::handle::ReplicaHealth;
 use crate::codec::snapshot::{SnapshotAnswer, SnapshotOffer};
-use crate::ids::{Incarnation, METADATA_SHARD, NodeId, ReplicaId, ShardId};
+use crate::ids::{Incarnation, Index, METADATA_SHARD, NodeId, ReplicaId, ShardId};
 use crate::limits;
 use crate::machine::MachineKind;
 use crate::placement::map::{ClusterMap, ShardRecord};
@@ -26,6 +26,8 @@ pub struct Slot {
     /// Restarts since the node started.
     pub restarts: u32,
     crashes: VecDeque<Instant>,
+    /// The entry at which it crashed last, and how often in a row at that one.
+    stuck: Option<(Index, usize)>,
     /// Attempts to open it that have failed since it last served.
     failures: u32,
     /// It is being read from disk and started, or soon will be.
@@ -43,6 +45,17 @@ pub enum Verdict {
     Restart(Duration),
     /// It crashed too often: leave it down until the node restarts.
     Quarantine,
+}
+
+/// The end of a replica that nobody ordered.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Crash {
+    /// Why.
+    pub reason: String,
+    /// The entry that it was applying.
+    pub applying: Option<Index>,
+    /// When.
+    pub at: Instant,
 }
 
 /// What the end of an attempt to start a replica means.
@@ -128,6 +141,7 @@ impl Replicas {
             lost: None,
             restarts: 0,
             crashes: VecDeque::new(),
+            stuck: None,
             failures: 0,
             opening: true,
             installing: false,
@@ -245,14 +259,16 @@ impl Replicas {
         first.map(|first| format!("{count} of {} replicas can't serve; {first}", self.slots.len()))
     }
 
-    /// Incarnation `incarnation` of `replica` ended at `now` for `reason`. `None` if it isn't the
-    /// current one: old news.
+    /// Incarnation `incarnation` of `replica` has ended. `None` if it isn't the current one: old news.
+    ///
+    /// Two things put a replica in quarantine: so many crashes within a window, whatever they were of;
+    /// and so many in a row at one entry, however long each start took to come to it again. The second is
+    /// what an entry does that no replica can apply.
     pub fn crashed(
         &mut self,
         replica: ReplicaId,
         incarnation: Incarnation,
-        reason: &str,
-        now: Instant,
+        crash: &Crash,
     ) -> Option<(ShardId, Verdict)> {
         let slot = self.slots.get_mut(&replica)?;
         if slot.incarnation != incarnation || slot.installing {
@@ -260,16 +276,28 @@ impl Replicas {
         }
         slot.ended = incarnation;
         let window = Duration::from_millis(limits::CRASH_WINDOW_MS);
-        slot.crashes.push_back(now);
-        while slot.crashes.front().is_some_and(|&at| now.duration_since(at) > window) {
+        slot.crashes.push_back(crash.at);
+        while slot.crashes.front().is_some_and(|&at| crash.at.duration_since(at) > window) {
             slot.crashes.pop_front();
         }
-        slot.opening = slot.crashes.len() < limits::CRASHES_MAX;
-        let verdict = if slot.crashes.len() >= limits::CRASHES_MAX {
-            slot.health = ReplicaHealth::Quarantined(reason.to_owned());
+        slot.stuck = crash.applying.map(|entry| match slot.stuck {
+            Some((last, times)) if last == entry => (entry, times + 1),
+            _ => (entry, 1),
+        });
+        let reason = match slot.stuck {
+            Some((entry, times)) if times > 1 => {
+                format!("entry {entry} of its log crashed it {times} times in a row: {}", crash.reason)
+            }
+            _ => crash.reason.clone(),
+        };
+        let stuck = slot.stuck.is_some_and(|(_, times)| times >= limits::CRASHES_MAX);
+        let quarantine = stuck || slot.crashes.len() >= limits::CRASHES_MAX;
+        slot.opening = !quarantine;
+        let verdict = if quarantine {
+            slot.health = ReplicaHealth::Quarantined(reason);
             Verdict::Quarantine
         } else {
-            slot.health = ReplicaHealth::Restarting(reason.to_owned());
+            slot.health = ReplicaHealth::Restarting(reason);
             let doublings = slot.crashes.len().saturating_sub(1) as u32;
             Verdict::Restart(Duration::from_millis(limits::RESTART_BACKOFF_MS << doublings))
         };
@@ -376,6 +404,10 @@ mod tests {
         ClusterMap { shards: [(shard.id, shard)].into(), ..ClusterMap::default() }
     }
 
+    fn boom(at: Instant) -> Crash {
+        Crash { reason: "boom".into(), applying: None, at }
+    }
+
     #[test]
     fn a_started_id_is_never_created_again() {
         let mut replicas = Replicas::default();
@@ -410,7 +442,7 @@ mod tests {
         let now = Instant::now();
         for incarnation in 1..=limits::CRASHES_MAX as Incarnation {
             replicas.get_mut(ReplicaId(9)).unwrap().incarnation = incarnation;
-            assert!(replicas.crashed(ReplicaId(9), incarnation, "boom", now).is_some());
+            assert!(replicas.crashed(ReplicaId(9), incarnation, &boom(now)).is_some());
             assert_eq!(replicas.started(ReplicaId(9), incarnation, Ok(None)), Started::Old);
         }
         let health = replicas.get_mut(ReplicaId(9)).unwrap().health.clone();
@@ -486,11 +518,11 @@ mod tests {
         assert!(refused(replicas.judge(&SnapshotOffer { epoch: Epoch { range: 0, conf: 1 }, ..offer() })));
         assert!(refused(replicas.judge(&SnapshotOffer { epoch: Epoch { range: 1, conf: 0 }, ..offer() })));
         let now = Instant::now();
-        assert!(replicas.crashed(ReplicaId(9), 1, "boom", now).is_some());
+        assert!(replicas.crashed(ReplicaId(9), 1, &boom(now)).is_some());
         assert_eq!(replicas.judge(&offer()), Err(busy()), "about to be opened");
         assert_eq!(replicas.begin_install(ReplicaId(9)), Err(busy()));
         for _ in 1..limits::CRASHES_MAX {
-            replicas.crashed(ReplicaId(9), 1, "boom", now);
+            replicas.crashed(ReplicaId(9), 1, &boom(now));
         }
         assert!(refused(replicas.judge(&offer())), "quarantined");
         replicas.removed(ReplicaId(9));
@@ -506,7 +538,7 @@ mod tests {
         assert_eq!(replicas.begin_install(ReplicaId(9)), Ok((ShardId(4), 1)));
         assert_eq!(replicas.begin_install(ReplicaId(9)), Err(busy()), "one at a time");
         assert_eq!(replicas.judge(&offer()), Err(busy()));
-        assert_eq!(replicas.crashed(ReplicaId(9), 1, "stopped", Instant::now()), None, "its end is no crash");
+        assert_eq!(replicas.crashed(ReplicaId(9), 1, &boom(Instant::now())), None, "its end is no crash");
         let install = Install {
             generation: 2,
             position: offer().position,
@@ -552,17 +584,41 @@ mod tests {
     }
 
     #[test]
+    fn an_entry_that_crashes_each_start_is_found_however_long_they_take_to_reach_it() {
+        let mut replicas = Replicas::default();
+        replicas.created(&replicas.orders(&map(false), NodeId(2)).create);
+        let mut now = Instant::now();
+        let mut crash = |replicas: &mut Replicas, applying| {
+            now += Duration::from_millis(limits::CRASH_WINDOW_MS + 1);
+            let crash = Crash { applying, ..boom(now) };
+            replicas.crashed(ReplicaId(9), 0, &crash).map(|(_, verdict)| verdict)
+        };
+        let restart = Some(Verdict::Restart(Duration::from_millis(limits::RESTART_BACKOFF_MS)));
+        // Others than always the same one mean nothing, nor does what is no entry's fault.
+        for entry in 1..20 {
+            assert_eq!(crash(&mut replicas, Some(entry)), restart);
+            assert_eq!(crash(&mut replicas, None), restart);
+        }
+        for _ in 1..limits::CRASHES_MAX {
+            assert_eq!(crash(&mut replicas, Some(77)), restart);
+        }
+        assert_eq!(crash(&mut replicas, Some(77)), Some(Verdict::Quarantine));
+        let why = replicas.closed().expect("it is closed");
+        assert!(why.contains("entry 77 of its log crashed it 5 times in a row: boom"), "{why}");
+    }
+
+    #[test]
     fn crashes_back_off_then_quarantine_and_old_news_is_ignored() {
         let mut replicas = Replicas::default();
         replicas.created(&replicas.orders(&map(false), NodeId(2)).create);
         let now = Instant::now();
         let crash =
-            |replicas: &mut Replicas, at| replicas.crashed(ReplicaId(9), 0, "boom", at).map(|(_, v)| v);
+            |replicas: &mut Replicas, at| replicas.crashed(ReplicaId(9), 0, &boom(at)).map(|(_, v)| v);
         let first = crash(&mut replicas, now);
         let second = crash(&mut replicas, now);
         assert_eq!(first, Some(Verdict::Restart(Duration::from_millis(limits::RESTART_BACKOFF_MS))));
         assert_eq!(second, Some(Verdict::Restart(Duration::from_millis(2 * limits::RESTART_BACKOFF_MS))));
-        assert_eq!(replicas.crashed(ReplicaId(9), 7, "boom", now), None);
+        assert_eq!(replicas.crashed(ReplicaId(9), 7, &boom(now)), None);
         for _ in 2..limits::CRASHES_MAX - 1 {
             crash(&mut replicas, now);
         }

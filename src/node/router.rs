@@ -61,7 +61,8 @@ impl Router {
                 Err(Refusal::Quarantined(reason.clone()))
             }
             Some(Route { target: Err(ReplicaHealth::Failed(reason)), .. }) => {
-                Err(Refusal::Quarantined(format!("its disk state can't be used: {reason}")))
+                // It is tried again by itself.
+                Err(Refusal::Unavailable(format!("the replica can't be opened: {reason}").into()))
             }
             Some(Route { target: Err(ReplicaHealth::Installing), .. }) => {
                 Err(Refusal::Unavailable("the replica is being brought up to date".into()))

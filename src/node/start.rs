@@ -75,6 +75,8 @@ pub async fn start_rejoining(settings: Settings, listeners: Listeners) -> Result
 
 async fn start_as(settings: Settings, listeners: Listeners, rejoins: bool) -> Result<RunningNode, NodeError> {
     panics::install();
+    #[cfg(feature = "test-hooks")]
+    crate::failpoints::arm_from_environment().map_err(NodeError::Fatal)?;
     let fatal = Fatal::new();
     let handle = NodeHandle::new(settings.node.id.clone());
     let (data_dir, stores) = stores::open(&settings, handle.clone(), rejoins).await?;

@@ -18,11 +18,12 @@ use super::hub::{FailReplica, Forget, Hub, hub_of};
 use super::map_cache;
 use super::messages::*;
 use super::replica::ReplicaActor;
-use super::replicas::{Orders, Readiness, Replicas, Slot, Verdict};
+use super::replicas::{Crash, Orders, Readiness, Replicas, Slot, Verdict};
 use super::router::Route;
 use super::shared::Shared;
 use super::ticker;
 use crate::codec::peer::NodeHeartbeat;
+use crate::failpoints::failpoint;
 use crate::group::catch_up::Retention;
 use crate::ids::{Incarnation, METADATA_SHARD, NodeId, ReplicaId, ShardId};
 use crate::limits;
@@ -182,7 +183,10 @@ impl Supervisor {
         let (done, written) = tokio::sync::oneshot::channel();
         let to_write = records.clone();
         self.shared.log_writer.run(Box::new(move |log| {
-            if done.send(log.create(&to_write)).is_err() {
+            failpoint!(LogCreateBefore);
+            let created = log.create(&to_write);
+            failpoint!(LogCreateAfter);
+            if done.send(created).is_err() {
                 tracing::debug!("nobody waits for the creation of replicas");
             }
         }));
@@ -357,12 +361,13 @@ impl Handler<OpenAll> for Supervisor {
 impl Handler<ReplicaDown> for Supervisor {
     type Result = ();
     fn handle(&mut self, down: ReplicaDown, ctx: &mut Context<Self>) {
-        let ReplicaDown { replica, incarnation, reason } = down;
-        let Some((shard, verdict)) = self.replicas.crashed(replica, incarnation, &reason, Instant::now())
-        else {
+        let ReplicaDown { replica, incarnation, reason, applying } = down;
+        let crash = Crash { reason, applying, at: Instant::now() };
+        let Some((shard, verdict)) = self.replicas.crashed(replica, incarnation, &crash) else {
             return;
         };
-        tracing::error!(%shard, %replica, incarnation, reason, ?verdict, "replica crashed");
+        let reason = crash.reason;
+        tracing::error!(%shard, %replica, incarnation, reason, applying, ?verdict, "replica crashed");
         metrics::counter!(names::REPLICA_RESTARTS).increment(1);
         self.shared.snapshots.outgoing.cancel(replica);
         self.addrs.remove(&replica);
@@ -387,6 +392,7 @@ impl Handler<ReplicaDown> for Supervisor {
             shared.fence(replica, incarnation).await;
         };
         ctx.spawn(fut::wrap_future(fence).map(move |(), act: &mut Self, ctx| {
+            failpoint!(Rebuild, replica);
             act.open(vec![record], HashSet::new(), ctx);
         }));
     }

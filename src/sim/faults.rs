@@ -74,6 +74,8 @@ faults! {
     /// A node that starts finds its state store gone, or an older copy of it. Never of so many replicas of a
     /// shard that those with a state are no majority.
     state_loss = "state-loss",
+    /// Single replicas end in the middle of a pass: some of what it asks for has left, the rest never does.
+    boundaries = "boundaries",
 }
 
 impl Faults {

@@ -82,6 +82,7 @@ impl World {
                 observed: flushed.index,
                 terms,
                 open: BTreeSet::new(),
+                dies: None,
             };
             process.replicas.insert(replica_id, replica);
         }

@@ -10,7 +10,7 @@ use super::checks::state::Truth;
 use super::disk::WriteName;
 use super::network::Fate;
 use super::report::{Shown, note};
-use super::shell::{NodeEvent, ReplicaEvent};
+use super::shell::{Boundary, NodeEvent, ReplicaEvent};
 use super::world::{Event, World};
 use crate::codec::{GroupMessage, messages};
 use crate::group::types::{Effects, LeaderChange};
@@ -39,6 +39,10 @@ impl World {
             }
             Err(panic) => resume_unwind(panic),
         };
+        let dies = replica.dies.filter(|boundary| boundary.is_in(&effects));
+        if dies == Some(Boundary::Applied) {
+            return self.dies(id, replica_id);
+        }
         let Effects { messages, write, done, reads, fetch, snapshot, leader, more } = effects;
         if let Some(first) = write.as_ref().and_then(|numbered| numbered.write.entries.first()) {
             let before = replica.terms.range(..first.index).next_back().map_or(0, |(_, term)| *term);
@@ -88,6 +92,9 @@ impl World {
         for (to, message) in messages {
             self.send(id, to, message)?;
         }
+        if dies == Some(Boundary::Sent) {
+            return self.dies(id, replica_id);
+        }
         if let Some(numbered) = write {
             let name = WriteName { replica: replica_id, incarnation, number: numbered.number };
             note!(
@@ -109,8 +116,14 @@ impl World {
             }
         }
         self.drive_disk(id);
+        if dies == Some(Boundary::Written) {
+            return self.dies(id, replica_id);
+        }
         for (token, result) in done {
             self.answer(id, replica_id, token, result)?;
+        }
+        if dies == Some(Boundary::Answered) {
+            return self.dies(id, replica_id);
         }
         let mut later = |delay, event| {
             self.clock.after(delay, Event::Node(id, NodeEvent::Replica(replica_id, incarnation, event)));
@@ -127,6 +140,13 @@ impl World {
         if more {
             self.queue_pump(id, replica_id);
         }
+        Ok(())
+    }
+
+    /// The replica ends in the middle of a pass.
+    fn dies(&mut self, id: NodeId, replica_id: ReplicaId) -> Result<(), Violation> {
+        self.count("replica crashes within a pass");
+        self.crash_replica(id, replica_id);
         Ok(())
     }
 

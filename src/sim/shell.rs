@@ -11,7 +11,7 @@ use super::snapshots::{InstallEvent, SnapshotEvent};
 use super::world::{Event, World};
 use crate::codec::GroupMessage;
 use crate::group::driver::Group;
-use crate::group::types::{Fetch, Operation, Output};
+use crate::group::types::{Effects, Fetch, Operation, Output};
 use crate::ids::{Incarnation, Index, NodeId, Position, ReplicaId, ShardId, Term};
 use crate::limits;
 use crate::machine::MachineKind;
@@ -92,6 +92,33 @@ pub(super) struct Process {
     pub replicas: BTreeMap<ReplicaId, Replica>,
 }
 
+/// A moment within a pass over a replica.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Boundary {
+    /// Entries are applied; nothing of the pass has left.
+    Applied,
+    /// Messages have left, the write that they go before has not.
+    Sent,
+    /// The write is with the log writer; nobody was answered.
+    Written,
+    /// Operations were answered; what else the pass asks for is not begun.
+    Answered,
+}
+
+impl Boundary {
+    pub const ALL: [Boundary; 4] = [Boundary::Applied, Boundary::Sent, Boundary::Written, Boundary::Answered];
+
+    /// Whether a pass with these effects comes by.
+    pub fn is_in<T>(self, effects: &Effects<T>) -> bool {
+        match self {
+            Boundary::Applied => true,
+            Boundary::Sent => effects.write.is_some() && !effects.messages.is_empty(),
+            Boundary::Written => effects.write.is_some(),
+            Boundary::Answered => !effects.done.is_empty(),
+        }
+    }
+}
+
 /// A replica and what its actor would keep beside the group.
 pub(super) struct Replica {
     pub shard: ShardId,
@@ -107,6 +134,8 @@ pub(super) struct Replica {
     pub terms: BTreeMap<Index, Term>,
     /// Operations submitted and not ended.
     pub open: BTreeSet<u64>,
+    /// It ends in the next pass that comes by this.
+    pub dies: Option<Boundary>,
 }
 
 impl Node {

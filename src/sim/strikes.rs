@@ -8,7 +8,7 @@ use super::dice::Dice;
 use super::faults::Faults;
 use super::network::{Block, Quality};
 use super::report::{Shown, note};
-use super::shell::{NodeEvent, ReplicaEvent};
+use super::shell::{Boundary, NodeEvent, ReplicaEvent};
 use super::world::{Event, World};
 use crate::ids::{NodeId, ReplicaId, ShardId};
 use crate::placement::map::Member;
@@ -33,6 +33,7 @@ enum Kind {
     Replica,
     Campaign,
     StateLoss,
+    Boundary,
 }
 
 /// Something goes wrong, or is mended.
@@ -89,6 +90,7 @@ impl Striker {
             (faults.replicas, Kind::Replica),
             (faults.campaigns, Kind::Campaign),
             (faults.state_loss, Kind::StateLoss),
+            (faults.boundaries, Kind::Boundary),
         ];
         let kinds = kinds.into_iter().filter(|(on, _)| *on).map(|(_, kind)| kind).collect();
         let every = [500_000, 2_000_000, 6_000_000][dice.below(3)];
@@ -216,6 +218,12 @@ impl World {
             Kind::Replica => {
                 self.count("replica crashes");
                 self.crash_replica(node, replica);
+            }
+            Kind::Boundary => {
+                let boundary = self.dice.pick(&Boundary::ALL).copied();
+                if let Some(replica) = self.replica(node, replica) {
+                    replica.dies = boundary;
+                }
             }
             Kind::Campaign => {
                 if let Some(replica) = self.replica(node, replica) {

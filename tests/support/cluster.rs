@@ -120,11 +120,20 @@ impl Cluster {
 
     /// Starts a node, without waiting.
     pub fn spawn(&mut self, node: usize) {
-        self.spawn_with(node, &[]);
+        self.start(node, &[], "");
     }
 
     /// The same with more arguments.
     pub fn spawn_with(&mut self, node: usize, args: &[&str]) {
+        self.start(node, args, "");
+    }
+
+    /// The same with rules about what goes wrong in it, from the start.
+    pub fn spawn_armed(&mut self, node: usize, rules: &str) {
+        self.start(node, &[], rules);
+    }
+
+    fn start(&mut self, node: usize, args: &[&str], rules: &str) {
         let node = &mut self.nodes[node];
         assert!(node.child.is_none(), "it runs");
         let log = std::fs::File::options()
@@ -136,6 +145,7 @@ impl Cluster {
             .args(["serve", "--config"])
             .arg(&node.config)
             .args(args)
+            .env("PONTOON_TEST_HOOKS", rules)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(log)
@@ -226,6 +236,11 @@ impl Cluster {
     /// What a node has logged last.
     pub fn log(&self, node: usize) -> String {
         tail(&self.nodes[node].config.with_extension("log"))
+    }
+
+    /// All that a node has logged.
+    pub fn whole_log(&self, node: usize) -> String {
+        std::fs::read_to_string(self.nodes[node].config.with_extension("log")).unwrap_or_default()
     }
 
     /// Client addresses of all nodes.

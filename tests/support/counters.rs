@@ -19,6 +19,17 @@ pub struct Tally {
     pub errors: Vec<ClientError>,
 }
 
+impl Tally {
+    /// What another knows, too.
+    pub fn add(&mut self, other: Tally) {
+        for (key, count) in other.writes {
+            *self.writes.entry(key).or_default() += count;
+        }
+        self.added += other.added;
+        self.errors.extend(other.errors);
+    }
+}
+
 /// Adds one to a counter, by reading it and comparing.
 async fn add(database: &Database, key: &str, tally: &mut Tally) -> Result<(), ClientError> {
     let found = database.get(key.to_owned()).await?;
@@ -107,12 +118,7 @@ impl Load {
         self.stop.store(true, Ordering::Relaxed);
         let mut all = Tally::default();
         for worker in self.workers {
-            let tally = worker.await.expect("a worker");
-            for (key, count) in tally.writes {
-                *all.writes.entry(key).or_default() += count;
-            }
-            all.added += tally.added;
-            all.errors.extend(tally.errors);
+            all.add(worker.await.expect("a worker"));
         }
         all
     }

@@ -156,6 +156,15 @@ fn a_shard_without_a_leader_is_unavailable() {
     assert_eq!(shard.replicas[0].message.as_deref(), Some("poison"));
     assert_eq!(shard.replicas[1].state, "missing");
     assert!(seen.text().contains("1 shard has no leader\n"));
+    let poisoned = |n| {
+        let mut report = report(n, StateRole::Follower, 7, 20, 20);
+        report.replicas[0].health = ReplicaHealth::Quarantined("poison".into());
+        report.replicas[0].group = None;
+        Ok(report)
+    };
+    let alone = report(3, StateRole::Candidate, 9, 20, 20);
+    let seen = Overview::new(&map(), &reports([poisoned(1), poisoned(2), Ok(alone)]), None);
+    assert_eq!(seen.databases[0].shards[0].state(), "quarantined");
 }
 
 #[test]

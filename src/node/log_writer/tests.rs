@@ -236,6 +236,21 @@ fn a_fence_waits_for_what_is_under_way_and_drops_the_rest() {
     assert_eq!(heard.recv_timeout(LONG).unwrap(), [name(1, 1, 1)]);
     permit.send(()).unwrap();
     assert_eq!(heard.recv_timeout(LONG).unwrap(), [name(2, 1, 1), name(1, 2, 2)]);
+    // Jobs on behalf of a start are dropped with it.
+    let (run, ran) = mpsc::channel();
+    for incarnation in [1, 2] {
+        let run = run.clone();
+        let job = Box::new(move |_: &dyn LogStore| run.send(incarnation).unwrap());
+        setup.writer.run_for(ReplicaId(1), incarnation, job);
+    }
+    assert_eq!(ran.recv_timeout(LONG), Ok(2));
+    setup.writer.submit(vec![task(4, 1, 1, &sink)]);
+    setup.begun.recv_timeout(LONG).unwrap();
+    setup.writer.run_for(ReplicaId(1), 2, Box::new(move |_| run.send(3).unwrap()));
+    let fence = setup.writer.fence(ReplicaId(1), 2);
+    permit.send(()).unwrap();
+    fence.blocking_recv().unwrap();
+    assert!(ran.recv_timeout(Duration::from_millis(50)).is_err(), "it was dropped");
     // With nothing under way it is there at once. An older fence doesn't lift a newer one.
     setup.writer.run(Box::new(|_| {}));
     setup.writer.fence(ReplicaId(3), 5).blocking_recv().unwrap();

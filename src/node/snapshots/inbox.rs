@@ -10,6 +10,7 @@ use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
 
 use crate::codec::snapshot::{SnapshotAnswer, SnapshotOffer};
+use crate::failpoints::failpoint;
 use crate::ids::{ReplicaId, ShardId};
 use crate::limits::{
     SNAPSHOT_BUSY_MS, SNAPSHOT_FILES_BYTES_MAX, SNAPSHOT_PART_MS_MAX, SNAPSHOTS_RECEIVED_MAX,
@@ -191,6 +192,10 @@ impl Part {
     /// Appends the next bytes. Inside an error: what to answer. Nothing may be appended after one; what
     /// is there is looked through when it is gone on with.
     pub fn append(&mut self, data: &[u8]) -> Result<(), SnapshotAnswer> {
+        failpoint!(SnapshotReceive, self.offer.to, why => {
+            tracing::warn!(replica = %self.offer.to, why, "receiving a snapshot");
+            return Err(busy());
+        });
         self.partial.append(self.partial.offset(), data).map_err(|error| {
             tracing::warn!(replica = %self.offer.to, %error, "receiving a snapshot");
             busy()

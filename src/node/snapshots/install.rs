@@ -10,6 +10,7 @@ use tokio::sync::oneshot;
 use super::inbox::{Finish, Part, PartSink};
 use super::worker::{Load, LoadError};
 use crate::codec::snapshot::{SnapshotAnswer, SnapshotOffer};
+use crate::failpoints::failpoint;
 use crate::ids::ReplicaId;
 use crate::limits::SNAPSHOT_BUSY_MS;
 use crate::node::handle::ReplicaHealth;
@@ -188,6 +189,7 @@ impl Handler<InstallSnapshot> for Supervisor {
     type Result = ResponseActFuture<Self, Result<(), SnapshotAnswer>>;
     fn handle(&mut self, order: InstallSnapshot, _: &mut Context<Self>) -> Self::Result {
         let InstallSnapshot { replica, install } = order;
+        failpoint!(InstallBefore, replica);
         let (shard, incarnation) = match self.replicas.begin_install(replica) {
             Ok(begun) => begun,
             Err(answer) => {
@@ -214,7 +216,10 @@ impl Handler<InstallSnapshot> for Supervisor {
             let (done, written) = oneshot::channel();
             let to_write = install.clone();
             shared.log_writer.run(Box::new(move |log| {
-                if done.send(log.install(replica, &to_write)).is_err() {
+                failpoint!(LogInstallBefore, replica);
+                let installed = log.install(replica, &to_write);
+                failpoint!(LogInstallAfter, replica);
+                if done.send(installed).is_err() {
                     tracing::debug!(%replica, "nobody waits for the switch to a snapshot");
                 }
             }));
@@ -226,10 +231,11 @@ impl Handler<InstallSnapshot> for Supervisor {
             (install, written)
         };
         Box::pin(fut::wrap_future(switch).map(move |(install, written), act: &mut Self, ctx| {
-            let written = written.unwrap_or_else(|_| {
-                Err(StorageError::Engine { engine: "raft log", reason: "its writer has ended".into() })
-            });
-            act.go_on(replica, install, written, ctx)
+            match written {
+                Ok(written) => act.go_on(replica, install, written, ctx),
+                // It says itself why it has ended; nothing is opened or removed after that.
+                Err(_) => Err(busy()),
+            }
         }))
     }
 }
@@ -250,6 +256,7 @@ impl Supervisor {
             self.fatal.raise(format!("switching replica {replica} to a snapshot: {error}"));
             return Err(busy());
         }
+        failpoint!(InstallReopen, replica);
         if written.is_ok() && install.state_lost {
             metrics::counter!(names::STATES_REFETCHED).increment(1);
             tracing::info!(%replica, index = install.position.index, "the replica has a state again, in place of the lost one");

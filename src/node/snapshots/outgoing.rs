@@ -21,6 +21,7 @@ use super::attempts::{Attempts, Next};
 use super::inbox::Inbox;
 use super::worker::{Build, BuildError, Worker};
 use crate::codec::snapshot::SnapshotOffer;
+use crate::failpoints::failpoint;
 use crate::ids::{ClusterId, Index, NodeId, ReplicaId, ShardId, Term};
 use crate::limits::{
     SNAPSHOT_FLUSH_WAIT_MS, SNAPSHOT_FLUSH_WAITS_MAX, SNAPSHOT_KEEP_MS, SNAPSHOT_TIDY_MS, SNAPSHOTS_SENT_MAX,
@@ -268,6 +269,7 @@ impl Sending {
             bytes: file.bytes,
         };
         tracing::info!(%shard, %from, %to, node = %order.node, index = position.index, bytes = file.bytes, "sending a snapshot");
+        failpoint!(SnapshotSend, from);
         let begun = Instant::now();
         match self.deliver(order, &offer, &handle).await {
             Next::Done => {

@@ -21,6 +21,7 @@ use std::thread::JoinHandle;
 use tokio::sync::oneshot;
 
 use crate::codec::snapshot::SnapshotOffer;
+use crate::failpoints::failpoint;
 use crate::ids::{Index, RandomId, ReplicaId, ShardId};
 use crate::limits::{SNAPSHOT_STEP_BYTES, SWEEP_STEP_KEYS};
 use crate::node::fatal::Fatal;
@@ -304,6 +305,7 @@ impl Work {
 }
 
 fn begin_build(tools: &Tools, build: &Build) -> Result<SnapshotBuilder, BuildError> {
+    failpoint!(SnapshotMake, build.replica);
     let (replica, generation) = (build.replica, build.generation);
     let dir = tools.dir.link_dir().to_owned();
     let collection =
@@ -317,6 +319,7 @@ fn begin_build(tools: &Tools, build: &Build) -> Result<SnapshotBuilder, BuildErr
 }
 
 fn go_on_building(tools: &Tools, mut builder: SnapshotBuilder) -> Result<Progress, BuildError> {
+    failpoint!(SnapshotStep);
     match builder.step(SNAPSHOT_STEP_BYTES)? {
         BuildStep::More => Ok(Progress::Begun(builder)),
         BuildStep::Scanned => {
@@ -366,8 +369,10 @@ fn step_load(tools: &Tools, load: &Load, stage: &mut Stage) -> Result<Option<Sum
             }
         }
         Stage::Loading(loading) => {
+            failpoint!(SnapshotLoad, load.offer.to);
             let (loader, summary) = &mut **loading;
             if loader.step(SNAPSHOT_STEP_BYTES as u64).map_err(load_error)? {
+                failpoint!(SnapshotLoaded, load.offer.to);
                 return Ok(Some(summary.clone()));
             }
         }

@@ -1,0 +1,300 @@
+//! What a start of a replica has left behind when it ended changes nothing for the next one: each way from
+//! a replica to a shared thread and back, with the thread held up until the replica has ended.
+
+use std::sync::mpsc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use raft::eraftpb::{ConfState, Entry, HardState};
+use tokio::sync::oneshot;
+
+use super::handle::ReplicaHealth;
+use super::hub::{FlushedBatch, HubSink, PersistedBatch};
+use super::log_writer::WriteTask;
+use super::messages::{AskStatus, Campaign, Submit};
+use super::snapshots::install::InstallSnapshot;
+use super::supervisor::{EndReplica, OpenAll};
+use super::test_node::{PATIENCE, TestNode, record};
+use super::ticket::Results;
+use crate::codec::snapshot::SnapshotAnswer;
+use crate::group::types::{Operation, Output};
+use crate::ids::{GROUP_START, Position, ReplicaId, ShardId};
+use crate::machine::command::{Answer, Command, KvCommand, Query};
+use crate::refusal::Refusal;
+use crate::storage::flush::FlushStep;
+use crate::storage::keys;
+use crate::storage::log::{Install, LogWrite};
+use crate::storage::state::StateHeader;
+
+const REPLICA: ReplicaId = ReplicaId(1);
+
+/// Long enough for whatever wouldn't wait.
+const MOMENT: Duration = Duration::from_millis(400);
+
+/// A shared thread that does nothing until this is dropped.
+struct Held {
+    _release: mpsc::Sender<()>,
+}
+
+fn hold() -> (Held, impl FnOnce() + Send) {
+    let (release, held) = mpsc::channel::<()>();
+    let wait = move || {
+        // Fails when the other end is dropped, which is the release.
+        held.recv().ok();
+    };
+    (Held { _release: release }, wait)
+}
+
+impl TestNode {
+    /// A node whose first replica leads and holds `before`.
+    async fn leading(dir: &std::path::Path) -> TestNode {
+        let node = TestNode::new(dir);
+        node.supervisor.do_send(OpenAll);
+        node.serves(1, 1).await;
+        node.lead().await;
+        for key in ["a", "b", "c"] {
+            node.submit(put(key, "before"))
+                .await
+                .expect("an answer")
+                .expect("started")
+                .remove(0)
+                .expect("ok");
+        }
+        node
+    }
+
+    async fn lead(&self) {
+        let addr = self.shared.router.replica(ShardId(1)).expect("it runs");
+        addr.do_send(Campaign);
+        let leads = |r: &super::handle::ReplicaReport| {
+            r.group.as_ref().is_some_and(|group| group.role == raft::StateRole::Leader)
+        };
+        self.until(1, "leading", leads).await;
+    }
+
+    fn submit(&self, operation: Operation) -> oneshot::Receiver<Results> {
+        let (reply, results) = oneshot::channel();
+        let addr = self.shared.router.replica(ShardId(1)).expect("it runs");
+        addr.do_send(Submit { range_version: 1, operations: vec![operation], reply, admitted: None });
+        results
+    }
+
+    /// Waits until the replica has done what it was told before.
+    async fn settle(&self) {
+        let addr = self.shared.router.replica(ShardId(1)).expect("it runs");
+        for _ in 0..3 {
+            addr.send(AskStatus).await.expect("it runs");
+        }
+    }
+
+    /// Waits until the replica has this entry in memory.
+    async fn proposed(&self, index: u64) {
+        self.until(1, "proposed", |r| r.group.as_ref().is_some_and(|group| group.last >= index)).await;
+    }
+
+    async fn value(&self, key: &str) -> Option<Bytes> {
+        let get = Operation::Query(Query::Get { key: key.to_owned().into() });
+        let results = tokio::time::timeout(PATIENCE, self.submit(get)).await.expect("in time");
+        match results.expect("an answer").expect("started").remove(0) {
+            Ok(Output::Answer(Answer::Value(found))) => found.map(|found| found.value),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Ends the present start of the first replica as a crash does.
+    fn crash(&self, incarnation: u64) {
+        let reason = "for the test".to_owned();
+        self.supervisor.do_send(EndReplica { replica: REPLICA, incarnation, reason });
+    }
+
+    fn hold_log(&self) -> Held {
+        let (held, wait) = hold();
+        self.shared.log_writer.run(Box::new(move |_| wait()));
+        held
+    }
+}
+
+fn put(key: &str, value: &str) -> Operation {
+    let (key, value) = (key.to_owned().into(), value.to_owned().into());
+    Operation::Command { command: Command::Kv(KvCommand::Put { key, value }), session: None }
+}
+
+/// A snapshot as it was loaded into the second generation.
+fn install_at(position: Position) -> Install {
+    let record = record(1);
+    Install {
+        generation: 2,
+        position,
+        leader_term: position.term,
+        epoch: record.epoch,
+        members: record.members,
+    }
+}
+
+/// Without the fence it is read and rebuilt beside its own write, which reaches the log after that.
+#[actix::test]
+async fn a_replica_is_rebuilt_when_the_log_writer_is_done_with_its_last_start() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let node = TestNode::leading(dir.path()).await;
+    let before = node.logs()[&1];
+    let held = node.hold_log();
+    let late = node.submit(put("a", "late"));
+    node.proposed(before.1 + 1).await;
+    node.crash(1);
+    let ended = tokio::time::timeout(PATIENCE, late).await.expect("in time").expect("an answer");
+    assert!(matches!(ended.expect("started").remove(0), Err(Refusal::Unknown(_))));
+    actix::clock::sleep(MOMENT).await;
+    let report = node.report(1).await;
+    assert!(matches!(report.health, ReplicaHealth::Restarting(_)) && report.group.is_none(), "{report:?}");
+    drop(held);
+    node.serves(1, 2).await;
+    assert_eq!(node.logs()[&1], before, "the write of the last start is dropped");
+    node.lead().await;
+    assert_eq!(node.value("a").await.as_deref(), Some(&b"before"[..]));
+    node.stop().await;
+}
+
+/// Without the barrier its state is read while its own flush changes it.
+#[actix::test]
+async fn a_replica_is_rebuilt_when_the_flush_thread_is_done_with_its_last_start() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let node = TestNode::leading(dir.path()).await;
+    let (held, wait) = hold();
+    node.shared.flusher.run(Box::new(move |_| wait()));
+    node.crash(1);
+    actix::clock::sleep(MOMENT).await;
+    let report = node.report(1).await;
+    assert!(matches!(report.health, ReplicaHealth::Restarting(_)) && report.group.is_none(), "{report:?}");
+    drop(held);
+    node.serves(1, 2).await;
+    node.lead().await;
+    assert_eq!(node.value("b").await.as_deref(), Some(&b"before"[..]));
+    node.stop().await;
+}
+
+/// Both starts number their writes from one: taken for the present one's, the news would acknowledge a
+/// write that is on no disk.
+#[actix::test]
+async fn news_of_the_last_start_s_log_writes_acknowledge_nothing() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let node = TestNode::leading(dir.path()).await;
+    node.crash(1);
+    node.serves(1, 2).await;
+    node.lead().await;
+    assert_eq!(node.value("a").await.as_deref(), Some(&b"before"[..]));
+    let held = node.hold_log();
+    let mut waits = node.submit(put("a", "after"));
+    node.proposed(node.logs()[&1].1 + 1).await;
+    node.hub(1).send(PersistedBatch(vec![(REPLICA, 1, u64::MAX)])).await.expect("told");
+    node.settle().await;
+    actix::clock::sleep(MOMENT).await;
+    assert!(waits.try_recv().is_err(), "acknowledged, and not on disk");
+    drop(held);
+    let result = tokio::time::timeout(PATIENCE, waits).await.expect("in time").expect("an answer");
+    assert!(result.expect("started").remove(0).is_ok());
+    assert_eq!(node.value("a").await.as_deref(), Some(&b"after"[..]));
+    node.stop().await;
+}
+
+/// Taken for the present one's, the news would have the log compacted beyond what any store holds.
+#[actix::test]
+async fn news_of_the_last_start_s_flushes_compact_nothing() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let node = TestNode::leading(dir.path()).await;
+    node.crash(1);
+    node.serves(1, 2).await;
+    node.lead().await;
+    node.value("a").await;
+    let applied = node.report(1).await.group.expect("it runs");
+    let position = Position { index: applied.applied, term: applied.term };
+    let compacted = async |incarnation| {
+        let news = vec![(REPLICA, incarnation, position)];
+        node.hub(1).send(FlushedBatch(FlushStep::Logged, news)).await.expect("told");
+        node.settle().await;
+        let (done, log) = oneshot::channel();
+        node.shared.log_writer.run(Box::new(move |log| {
+            done.send(log.load(REPLICA).expect("a log").truncated.index).ok();
+        }));
+        log.await.expect("the log writer")
+    };
+    assert_eq!(compacted(1).await, GROUP_START.index);
+    assert_eq!(compacted(2).await, position.index, "it would have been seen");
+    node.stop().await;
+}
+
+/// What the last start still had to write would end up behind the snapshot, as if it followed on it.
+#[actix::test]
+async fn nothing_of_the_start_that_a_snapshot_ends_is_written_after_it() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let node = TestNode::leading(dir.path()).await;
+    let install = install_at(Position { index: 90, term: 50 });
+    let header = StateHeader {
+        applied: install.position,
+        revision: 7,
+        log_time: 0,
+        epoch: install.epoch,
+        members: install.members.clone(),
+        conf_state: ConfState { voters: vec![REPLICA.0], ..ConfState::default() },
+    };
+    let loaded = [
+        (keys::user_key(REPLICA, 2, b"a"), None),
+        (keys::header_key(REPLICA, 2), Some(Bytes::from(header.encode()))),
+    ];
+    node.engine.write(&loaded).expect("loaded");
+    let held = node.hold_log();
+    let queued = node.submit(put("a", "late"));
+    node.proposed(node.logs()[&1].1 + 1).await;
+    let switched = node.supervisor.send(InstallSnapshot { replica: REPLICA, install });
+    let late = node.hub(1).clone();
+    let shared = node.shared.clone();
+    let switched = actix::spawn(switched);
+    actix::clock::sleep(MOMENT).await;
+    drop(held);
+    assert_eq!(switched.await.expect("the task").expect("an answer"), Ok(()));
+    node.serves(1, 2).await;
+    assert_eq!(node.logs()[&1], (90, 90));
+    let queued = queued.await.expect("an answer").expect("started").remove(0);
+    assert!(matches!(queued, Err(Refusal::Unknown(_))), "{queued:?}");
+
+    // One that comes later still.
+    let entry = Entry { index: 91, term: 50, ..Entry::default() };
+    let hard_state = HardState { term: 50, commit: 91, ..HardState::default() };
+    shared.log_writer.submit(vec![WriteTask {
+        incarnation: 1,
+        number: 99,
+        write: LogWrite { replica: REPLICA, entries: vec![entry], hard_state: Some(hard_state) },
+        done: std::sync::Arc::new(HubSink(late)),
+    }]);
+    let (done, written) = oneshot::channel();
+    shared.log_writer.run(Box::new(move |_| {
+        done.send(()).ok();
+    }));
+    written.await.expect("the log writer");
+    assert_eq!(node.logs()[&1], (90, 90));
+    node.lead().await;
+    assert_eq!(node.value("a").await, None, "it stands at the snapshot");
+    node.stop().await;
+}
+
+/// A snapshot that was loaded for the last start, and that the next one has no use for.
+#[actix::test]
+async fn a_snapshot_that_comes_after_the_next_start_has_gone_on_takes_nothing_back() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let node = TestNode::leading(dir.path()).await;
+    let then = node.report(1).await.group.expect("it runs");
+    let then = Position { index: then.applied, term: then.term };
+    node.crash(1);
+    node.serves(1, 2).await;
+    node.lead().await;
+    let after = node.submit(put("a", "after")).await.expect("an answer").expect("started").remove(0);
+    assert!(after.is_ok(), "{after:?}");
+    let before = node.logs()[&1];
+    let order = InstallSnapshot { replica: REPLICA, install: install_at(then) };
+    let answer = node.supervisor.send(order).await.expect("an answer");
+    assert_eq!(answer, Err(SnapshotAnswer::NotNeeded));
+    node.serves(1, 3).await;
+    assert_eq!(node.logs()[&1], before);
+    node.lead().await;
+    assert_eq!(node.value("a").await.as_deref(), Some(&b"after"[..]));
+    node.stop().await;
+}
