@@ -128,6 +128,7 @@ fn install_at(position: Position) -> Install {
         leader_term: position.term,
         epoch: record.epoch,
         members: record.members,
+        state_lost: false,
     }
 }
 
