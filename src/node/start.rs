@@ -181,8 +181,6 @@ async fn open_stores(settings: &Settings, handle: NodeHandle) -> Result<(DataDir
         let options = SledOptions { cache_bytes: storage.cache_bytes, ..SledOptions::default() };
         let engine: Arc<dyn Engine> = Arc::new(SledEngine::open(&data_dir.state_path(), options, store_id)?);
         let flusher = Flusher::open(data_dir.redo_path(), engine.clone())?;
-        #[cfg(feature = "test-hooks")]
-        let flusher = super::hooks::hooked(flusher);
         let snapshots = SnapshotDir::open(&data_dir.snapshots_path(), limits::SNAPSHOT_FILES_BYTES_MAX)?;
         Ok((data_dir, Stores { log: Arc::new(log), engine, flusher, snapshots }))
     };
@@ -284,7 +282,10 @@ impl Assembly {
         let (log_writer, mut threads) =
             (LogWriter::start(log.clone(), Box::new(move |reason| fatal.raise(reason))), Vec::new());
         let no_thread = |error: std::io::Error| NodeError::Fatal(format!("starting a thread: {error}"));
-        let (flusher, thread) = FlushThread::start(stores.flusher, self.fatal.clone()).map_err(no_thread)?;
+        let flusher = stores.flusher;
+        #[cfg(feature = "test-hooks")]
+        let flusher = super::hooks::hooked(flusher);
+        let (flusher, thread) = FlushThread::start(flusher, self.fatal.clone()).map_err(no_thread)?;
         threads.push(thread);
         let (reader, thread) = ReadThread::start(&self.fatal).map_err(no_thread)?;
         threads.push(thread);
