@@ -251,7 +251,10 @@ impl Assembly {
         let (log_writer, mut threads) =
             (LogWriter::start(log.clone(), Box::new(move |reason| fatal.raise(reason))), Vec::new());
         let no_thread = |error: std::io::Error| NodeError::Fatal(format!("starting a thread: {error}"));
-        let (flusher, thread) = FlushThread::start(stores.flusher, self.fatal.clone()).map_err(no_thread)?;
+        let flusher = stores.flusher;
+        #[cfg(feature = "test-hooks")]
+        let flusher = super::hooks::hooked(flusher);
+        let (flusher, thread) = FlushThread::start(flusher, self.fatal.clone()).map_err(no_thread)?;
         threads.push(thread);
         let (reader, thread) = ReadThread::start(&self.fatal).map_err(no_thread)?;
         threads.push(thread);

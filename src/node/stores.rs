@@ -66,8 +66,6 @@ fn open_stores(data_dir: DataDir, storage: &StorageSettings) -> Result<(DataDir,
     };
     let options = SledOptions { cache_bytes: storage.cache_bytes, ..SledOptions::default() };
     let (engine, flusher) = state_store::open(&data_dir, options, &log)?;
-    #[cfg(feature = "test-hooks")]
-    let flusher = super::hooks::hooked(flusher);
     let snapshots = SnapshotDir::open(&data_dir.snapshots_path(), limits::SNAPSHOT_FILES_BYTES_MAX)?;
     Ok((data_dir, Stores { log: Arc::new(log), engine, flusher, snapshots }))
 }
