@@ -4,6 +4,9 @@
 //! The entries here look at the state before they change it (compare and set, delete if equal, copy),
 //! so that replaying them over anything but a whole state goes wrong for certain.
 
+#[path = "flush_crash/damage.rs"]
+mod damage;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::ops::Bound;
