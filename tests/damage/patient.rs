@@ -71,6 +71,8 @@ pub struct Patient {
     writes: u64,
     /// How, unless it runs.
     stopped: Option<Stop>,
+    /// Kills at a chosen moment so far: each comes a little later in what goes on then.
+    kills: u64,
     /// The directory as it was when the node stopped last, and the time before that.
     copy: PathBuf,
     older: PathBuf,
@@ -117,6 +119,7 @@ impl Patient {
             count: 0,
             writes: 0,
             stopped: None,
+            kills: 0,
             copy,
             older,
         };
@@ -233,7 +236,8 @@ impl Patient {
                 // What is looked for may be gone again before the node is.
                 let mut attempts = 0;
                 loop {
-                    self.kill_at(stop, found).await;
+                    self.kill_at(stop, found, Duration::from_millis(40 * self.kills % 160)).await;
+                    self.kills += 1;
                     if is_there(found, &self.dir()) {
                         break;
                     }
@@ -262,8 +266,8 @@ impl Patient {
         self.stopped = Some(stop);
     }
 
-    /// Kills the node once it has such a file.
-    async fn kill_at(&mut self, stop: Stop, found: Class) {
+    /// Kills the node so long after it has such a file.
+    async fn kill_at(&mut self, stop: Stop, found: Class, after: Duration) {
         if stop == Stop::InInstall {
             self.fill(10 << 20).await;
             self.cluster.kill(NODE);
@@ -279,6 +283,7 @@ impl Patient {
                 assert!(begun.elapsed() < Duration::from_secs(30), "there is never {found}");
                 std::thread::sleep(Duration::from_micros(100));
             }
+            std::thread::sleep(after);
             let pid = Pid::from_raw(pid as i32).expect("a pid");
             kill_process(pid, Signal::KILL).expect("killing it");
         });
@@ -342,7 +347,10 @@ impl Patient {
         for line in said.lines().filter(|line| line.contains("WARN") || line.contains("ERROR")) {
             println!("{class}, {damage}: {line}");
         }
-        let outcome = if said.contains("state is lost") {
+        let outcome = if stop == Stop::InInstall {
+            // Its state was lost before; what it had of another is made anew, damaged or not.
+            Outcome::Remade
+        } else if said.contains("state is lost") {
             Outcome::Refetched
         } else if said.contains("WARN") {
             Outcome::Remade
