@@ -91,11 +91,16 @@ fn set_aside(path: &Path) -> Result<Option<PathBuf>, IdentityError> {
         fs::rename(&from, aside.join(name)).map_err(io_error("moving", &from))?;
         if moved == 0 {
             // What follows may reach the disk in any order, but not before the log is gone.
-            atomic_file::sync_dir(path).map_err(from_storage)?;
+            sync(&aside, path)?;
         }
     }
-    atomic_file::sync_dir(&aside).and_then(|()| atomic_file::sync_dir(path)).map_err(from_storage)?;
+    sync(&aside, path)?;
     Ok(Some(aside))
+}
+
+/// Where things are now is durable before it is that they aren't where they were.
+fn sync(aside: &Path, path: &Path) -> Result<(), IdentityError> {
+    atomic_file::sync_dir(aside).and_then(|()| atomic_file::sync_dir(path)).map_err(from_storage)
 }
 
 /// A directory of a name that isn't taken: that of this second, or of one that comes.
