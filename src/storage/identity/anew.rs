@@ -137,7 +137,7 @@ pub(super) fn holds_stores(path: &Path) -> Result<bool, IdentityError> {
         let is_part = |part: &&str| {
             text.strip_prefix(*part).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
         };
-        if !STAYS.contains(&text) && !PARTS.iter().any(|part| is_part(&part)) {
+        if !STAYS.contains(&text) && !PARTS.iter().any(is_part) {
             return Ok(false);
         }
     }
@@ -146,9 +146,8 @@ pub(super) fn holds_stores(path: &Path) -> Result<bool, IdentityError> {
 
 fn has_store(dir: &Path) -> bool {
     let has_file = |part: &str, is_ours: fn(&str) -> bool| {
-        fs::read_dir(dir.join(part)).is_ok_and(|items| {
-            items.flatten().any(|item| item.file_name().to_str().is_some_and(|name| is_ours(name)))
-        })
+        fs::read_dir(dir.join(part))
+            .is_ok_and(|items| items.flatten().any(|item| item.file_name().to_str().is_some_and(is_ours)))
     };
     fs::read(dir.join(MAP)).is_ok_and(|bytes| bytes.starts_with(MAP_MAGIC))
         || has_file(LOG, |name| name.ends_with(".raftlog") || name.ends_with(".rewrite"))
