@@ -63,7 +63,8 @@ async fn a_damaged_file_is_repaired_or_refused_as_the_table_says() {
 #[ignore = "every damage to every file takes ten minutes"]
 async fn every_damage_to_every_file_comes_to_what_the_table_says() {
     let stops = |class| match class {
-        Class::RedoFile | Class::Redo => &[Stop::InFlush][..],
+        // Each time a little later in the flush.
+        Class::RedoFile | Class::Redo => &[Stop::InFlush; 3][..],
         Class::SnapshotFile => &[Stop::InInstall],
         Class::StateDb => &[Stop::Flushed, Stop::InFlush],
         Class::StateConf | Class::StateSnap | Class::StateSums | Class::State => &[Stop::Flushed],

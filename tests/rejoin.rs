@@ -163,9 +163,15 @@ async fn a_lone_node_has_nobody_to_rejoin_and_keeps_what_it_has() {
     assert!(cluster.log(0).contains("name no other node"), "{}", cluster.log(0));
     assert_eq!(asides(&data), [] as [PathBuf; 0]);
     fs::write(data.join("IDENTITY"), identity).expect("written");
-    cluster.spawn(0);
+    cluster.spawn_with(0, &["--rejoin"]);
     cluster.wait_ready(0);
     reads_back(&cluster).await;
+    // Nor does it form an empty cluster where there should be one to rejoin.
+    cluster.kill(0);
+    fs::rename(&data, data.with_extension("lost")).expect("moved");
+    cluster.spawn_with(0, &["--rejoin"]);
+    assert_eq!(cluster.ready_or_exit(0, Duration::from_secs(10)), Some(Some(1)));
+    assert!(cluster.log(0).contains("leave out `--rejoin`"), "{}", cluster.log(0));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -75,13 +75,15 @@ fn open_stores(data_dir: DataDir, storage: &StorageSettings) -> Result<(DataDir,
 /// that of a new node, which joins the cluster and never forms one. So the option may be given again, or be
 /// left in a service's command line, without harm to a directory that is whole.
 ///
-/// `alone`: no other node is named that could be joined; then a damaged directory stays as it is.
+/// `alone`: no other node is named that could be joined. Then a damaged directory stays as it is, and only
+/// a member's is opened.
 fn open_or_begin_anew<T>(
     path: &Path,
     alone: bool,
     open: impl Fn(DataDir) -> Result<(DataDir, T), StorageError>,
 ) -> Result<(DataDir, T), NodeError> {
-    let opened = DataDir::open_to_rejoin(path).map_err(StorageError::from).and_then(&open);
+    let data_dir = if alone { DataDir::open(path) } else { DataDir::open_to_rejoin(path) };
+    let opened = data_dir.map_err(StorageError::from).and_then(&open);
     let shown = path.display();
     let why = match opened {
         Err(error) if error.ends_identity() => error,
@@ -92,6 +94,12 @@ fn open_or_begin_anew<T>(
                     "--rejoin: nothing in {shown} keeps node {node} from starting, so it starts as it is; take the \
                      option out of its command line"
                 ),
+                None if alone => {
+                    return Err(NodeError::Membership(format!(
+                        "{shown} is that of no member, and the settings name no other node to rejoin through: name \
+                         some members in `cluster.join`, or leave out `--rejoin` to form a new cluster, empty"
+                    )));
+                }
                 None => tracing::info!("--rejoin: {shown} is that of no member yet; it joins as a new node"),
             }
             return Ok((data_dir, stores));

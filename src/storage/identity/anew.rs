@@ -91,11 +91,16 @@ fn set_aside(path: &Path) -> Result<Option<PathBuf>, IdentityError> {
         fs::rename(&from, aside.join(name)).map_err(io_error("moving", &from))?;
         if moved == 0 {
             // What follows may reach the disk in any order, but not before the log is gone.
-            atomic_file::sync_dir(path).map_err(from_storage)?;
+            sync(&aside, path)?;
         }
     }
-    atomic_file::sync_dir(&aside).and_then(|()| atomic_file::sync_dir(path)).map_err(from_storage)?;
+    sync(&aside, path)?;
     Ok(Some(aside))
+}
+
+/// Where things are now is durable before it is that they aren't where they were.
+fn sync(aside: &Path, path: &Path) -> Result<(), IdentityError> {
+    atomic_file::sync_dir(aside).and_then(|()| atomic_file::sync_dir(path)).map_err(from_storage)
 }
 
 /// A directory of a name that isn't taken: that of this second, or of one that comes.
@@ -132,7 +137,7 @@ pub(super) fn holds_stores(path: &Path) -> Result<bool, IdentityError> {
         let is_part = |part: &&str| {
             text.strip_prefix(*part).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
         };
-        if !STAYS.contains(&text) && !PARTS.iter().any(|part| is_part(&part)) {
+        if !STAYS.contains(&text) && !PARTS.iter().any(is_part) {
             return Ok(false);
         }
     }
@@ -141,9 +146,8 @@ pub(super) fn holds_stores(path: &Path) -> Result<bool, IdentityError> {
 
 fn has_store(dir: &Path) -> bool {
     let has_file = |part: &str, is_ours: fn(&str) -> bool| {
-        fs::read_dir(dir.join(part)).is_ok_and(|items| {
-            items.flatten().any(|item| item.file_name().to_str().is_some_and(|name| is_ours(name)))
-        })
+        fs::read_dir(dir.join(part))
+            .is_ok_and(|items| items.flatten().any(|item| item.file_name().to_str().is_some_and(is_ours)))
     };
     fs::read(dir.join(MAP)).is_ok_and(|bytes| bytes.starts_with(MAP_MAGIC))
         || has_file(LOG, |name| name.ends_with(".raftlog") || name.ends_with(".rewrite"))
