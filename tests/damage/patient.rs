@@ -347,12 +347,14 @@ impl Patient {
         for line in said.lines().filter(|line| line.contains("WARN") || line.contains("ERROR")) {
             println!("{class}, {damage}: {line}");
         }
+        // Others may warn of a slow machine.
+        let told_by = ["WARN pontoon::storage", "WARN pontoon::node::start", "WARN pontoon::node::map_cache"];
         let outcome = if stop == Stop::InInstall {
             // Its state was lost before; what it had of another is made anew, damaged or not.
             Outcome::Remade
         } else if said.contains("state is lost") {
             Outcome::Refetched
-        } else if said.contains("WARN") {
+        } else if said.lines().any(|line| told_by.iter().any(|by| line.contains(by))) {
             Outcome::Remade
         } else {
             Outcome::Whole
