@@ -227,6 +227,15 @@ fn each_mistake_has_its_message() {
             "f.toml:3: http: is a section; write [http]",
         ],
     );
+    // Not a place in a list of so many: that would take more memory than there is.
+    wrong(
+        &format!("'node.data_dir[355555555555550]' = 1\n{LEAST}join = 5\n"),
+        &[],
+        &[
+            "f.toml:1: \"node.data_dir[355555555555550]\": unknown key",
+            "f.toml:7: cluster.join: must be an array of strings, not the number 5",
+        ],
+    );
 }
 
 #[test]

@@ -4,13 +4,25 @@
 //! lines, so the file is walked a second time with `toml_edit` for the place of each key, and that
 //! walk is also what finds unknown keys.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use config::{Config, Environment, File, FileFormat, Value, ValueKind};
-use toml_edit::{Document, Item, TableLike};
+use toml_edit::{Document, DocumentMut, Item, TableLike};
 
 use super::error::{Place, SettingsError};
 use super::keys::{self, ENVIRONMENT_PREFIX};
+
+/// The text without what is in no section, which is reported elsewhere: the `config` crate reads such names as
+/// expressions, and `'a[9999999999]' = 1` has it make a list of that length.
+fn sections(text: &str) -> Cow<'_, str> {
+    let Ok(mut document) = text.parse::<DocumentMut>() else { return text.into() };
+    if document.iter().all(|(name, _)| keys::is_section(name)) {
+        return text.into();
+    }
+    document.as_table_mut().retain(|name, _| keys::is_section(name));
+    document.to_string().into()
+}
 
 /// Where a value stands.
 #[derive(Clone, Debug)]
@@ -55,7 +67,7 @@ impl Layers {
         }
         let merged = Config::builder()
             .add_source(File::from_str(super::DEFAULT_TOML, FileFormat::Toml))
-            .add_source(File::from_str(text, FileFormat::Toml))
+            .add_source(File::from_str(&sections(text), FileFormat::Toml))
             .add_source(
                 Environment::default()
                     .prefix(ENVIRONMENT_PREFIX.trim_end_matches('_'))
