@@ -358,8 +358,9 @@ pub const CLIENT_PROBE_AGAIN_S: u64 = 10;
 /// Probes without an answer after which the connection is closed.
 pub const CLIENT_PROBES_MAX: u32 = 3;
 /// A client connection on which bytes were sent, and whose other side hasn't acknowledged them for so long,
-/// is closed, in milliseconds. Such a connection isn't probed, and would stay for a quarter of an hour.
-pub const CLIENT_UNACKED_MS_MAX: u32 = 30_000;
+/// is closed, in milliseconds. Such a connection isn't probed, and would stay for a quarter of an hour. The
+/// kernel counts it for probes too.
+pub const CLIENT_UNACKED_MS_MAX: u32 = 90_000;
 /// Time that a stopping node gives to client calls in flight, in milliseconds.
 pub const CLIENT_DRAIN_MS_MAX: u64 = 1_500;
 
@@ -409,3 +410,7 @@ const _: () = assert!(SILENCE_MS_MAX + SIGN_MS_MAX <= ELECTION_TICKS_MIN as u64 
 const _: () = assert!(SILENCE_MS_MAX + SIGN_MS_MAX < ATTEMPT_MS_MAX);
 const _: () = assert!(STAGGER_MS < DIAL_SLOW_MS && DIAL_SLOW_MS < DIAL_MS_MAX);
 const _: () = assert!(CLIENT_DRAIN_MS_MAX < STOP_MS_MAX);
+// All probes are sent before the connection is closed.
+const _: () = assert!(
+    CLIENT_UNACKED_MS_MAX as u64 >= 1_000 * (CLIENT_PROBE_S + CLIENT_PROBES_MAX as u64 * CLIENT_PROBE_AGAIN_S)
+);
