@@ -178,11 +178,12 @@ impl<R: AsyncRead + Unpin> Paced<R> {
         }
         self.body = body_bytes(&self.head);
         // A message beyond the greatest is refused by the library once it has the head.
-        self.stage = match self.body {
-            ARRIVING_FREE_BYTES..=ARRIVING_BATCH_BYTES_MAX => self.waits(&self.arrivals.batches),
-            ARRIVING_FREE_BYTES..=TRAVERSAL_BYTES_MAX => self.waits(&self.arrivals.great),
-            _ => Stage::Given(None),
+        let line = match self.body {
+            bytes if !(ARRIVING_FREE_BYTES..=TRAVERSAL_BYTES_MAX).contains(&bytes) => None,
+            bytes if bytes <= ARRIVING_BATCH_BYTES_MAX => Some(&self.arrivals.batches),
+            _ => Some(&self.arrivals.great),
         };
+        self.stage = line.map_or(Stage::Given(None), |line| self.waits(line));
         Poll::Ready(Ok(true))
     }
 
@@ -335,7 +336,8 @@ mod tests {
         timeout(SOON, second.read_exact(&mut buffer[..left])).await.expect("now there is room").unwrap();
         assert_eq!(arrivals.great.waiting.get(), 0);
         assert_eq!(arrivals.great.room.available_permits() * UNIT, TRAVERSAL_BYTES_MAX);
-        (rest.await.unwrap(), written.await.unwrap());
+        rest.await.unwrap();
+        written.await.unwrap();
     }
 
     #[tokio::test]
