@@ -330,16 +330,21 @@ pub const THREAD_OPERATIONS_MAX: usize = 64 * 1024;
 /// Bytes of keys and values of client calls that one thread of a node works on; above, calls are
 /// `Busy`, unless there is nothing else.
 pub const THREAD_BYTES_MAX: usize = 64 * MIB;
-/// Bytes of great client messages that are arriving on all connections of one thread of a node; above, a
-/// connection isn't read until there is room for its message.
+/// Bytes of client messages that are arriving on all connections of one thread of a node, of those beyond
+/// [`ARRIVING_BATCH_BYTES_MAX`]; above, a connection isn't read until there is room for its message.
 pub const THREAD_ARRIVING_BYTES_MAX: usize = 64 * MIB;
+/// The same of those up to [`ARRIVING_BATCH_BYTES_MAX`].
+pub const THREAD_ARRIVING_BATCHES_BYTES_MAX: usize = 32 * MIB;
+/// A client message no greater than this, in bytes, doesn't wait behind greater ones: a batch of the client
+/// library, with what the message takes beside keys and values.
+pub const ARRIVING_BATCH_BYTES_MAX: usize = BATCH_BYTES_MAX + 256 * BATCH_OPERATIONS_MAX;
 /// A client message smaller than this needs no room, in bytes.
 pub const ARRIVING_FREE_BYTES: usize = 16 * KIB;
-/// While others wait for room, a message that has it must move by so many bytes in each
-/// [`ARRIVING_WINDOW_MS`]; else its connection is closed.
-pub const ARRIVING_WINDOW_BYTES: usize = 64 * KIB;
-/// See [`ARRIVING_WINDOW_BYTES`], in milliseconds.
-pub const ARRIVING_WINDOW_MS: u64 = 2_000;
+/// While others wait for room, a message that has it must move at a pace at which the whole takes so long,
+/// in milliseconds; else its connection is closed.
+pub const ARRIVING_WHOLE_MS: u64 = 10_000;
+/// The pace is judged by what has moved in this time, in milliseconds.
+pub const ARRIVING_WINDOW_MS: u64 = 400;
 /// Values in the answer to one batch, in bytes; gets beyond are `Busy`. An answer has at least one.
 pub const ANSWER_BYTES_MAX: usize = 16 * MIB;
 /// Bytes of answers on one client connection that it hasn't read; above, no further call is read from
@@ -358,8 +363,9 @@ pub const CLIENT_PROBE_AGAIN_S: u64 = 10;
 /// Probes without an answer after which the connection is closed.
 pub const CLIENT_PROBES_MAX: u32 = 3;
 /// A client connection on which bytes were sent, and whose other side hasn't acknowledged them for so long,
-/// is closed, in milliseconds. Such a connection isn't probed, and would stay for a quarter of an hour.
-pub const CLIENT_UNACKED_MS_MAX: u32 = 30_000;
+/// is closed, in milliseconds. Such a connection isn't probed, and would stay for a quarter of an hour. The
+/// kernel counts it for probes too.
+pub const CLIENT_UNACKED_MS_MAX: u32 = 90_000;
 /// Time that a stopping node gives to client calls in flight, in milliseconds.
 pub const CLIENT_DRAIN_MS_MAX: u64 = 1_500;
 
@@ -403,9 +409,19 @@ const _: () = assert!(ANSWER_BYTES_MAX + VALUE_BYTES_MAX <= CONNECTION_UNSENT_BY
 const _: () = assert!(2 * VALUE_BYTES_MAX + KEY_BYTES_MAX <= TRAVERSAL_BYTES_MAX / 2);
 // Any message has room when it is alone.
 const _: () = assert!(TRAVERSAL_BYTES_MAX <= THREAD_ARRIVING_BYTES_MAX);
+const _: () = assert!(ARRIVING_BATCH_BYTES_MAX <= THREAD_ARRIVING_BATCHES_BYTES_MAX);
+const _: () = assert!(ARRIVING_FREE_BYTES < ARRIVING_BATCH_BYTES_MAX);
+// What stands still is found out at the end of the next whole window, and then the next in line is read, and
+// with it the question of a client that wonders whether the node is gone.
+const _: () = assert!(2 * ARRIVING_WINDOW_MS < SILENCE_MS_MAX + SIGN_MS_MAX);
 const _: () = assert!(CLOSE_MS_MAX < 1_000);
 // A hung leader is left about when the others may have elected another, and before an attempt is over.
 const _: () = assert!(SILENCE_MS_MAX + SIGN_MS_MAX <= ELECTION_TICKS_MIN as u64 * TICK_MS);
 const _: () = assert!(SILENCE_MS_MAX + SIGN_MS_MAX < ATTEMPT_MS_MAX);
 const _: () = assert!(STAGGER_MS < DIAL_SLOW_MS && DIAL_SLOW_MS < DIAL_MS_MAX);
 const _: () = assert!(CLIENT_DRAIN_MS_MAX < STOP_MS_MAX);
+// All probes are sent before the connection is closed.
+const _: () = assert!(
+    CLIENT_UNACKED_MS_MAX as u64
+        >= 1_000 * (CLIENT_PROBE_S + CLIENT_PROBES_MAX as u64 * CLIENT_PROBE_AGAIN_S)
+);

@@ -14,8 +14,10 @@ pub const PROTOCOL_MAX: u32 = 2;
 /// The protocol version from which on a node knows sessions.
 pub const PROTOCOL_SESSIONS: u32 = 2;
 /// Version of the data directory's format. A node refuses a directory of a newer one.
-pub const DISK_FORMAT: u32 = 1;
+pub const DISK_FORMAT: u32 = 2;
 
+// That of its parts that has changed most often.
+const _: () = assert!(DISK_FORMAT == crate::storage::keys::FORMAT_VERSION);
 const _: () = assert!(PROTOCOL_MIN <= PROTOCOL_SESSIONS && PROTOCOL_SESSIONS <= PROTOCOL_MAX);
 
 /// What `pontoon --version` prints after the name.

@@ -320,6 +320,10 @@ fn bounds() -> Vec<(&'static str, u64)> {
         SIGN_MS_MAX,
         DIAL_SLOW_MS,
         CLIENT_UNACKED_MS_MAX,
+        THREAD_ARRIVING_BATCHES_BYTES_MAX,
+        THREAD_ARRIVING_BYTES_MAX,
+        ARRIVING_WHOLE_MS,
+        ARRIVING_WINDOW_MS,
     ]
 }
 

@@ -79,8 +79,9 @@ impl Client {
         .await
     }
 
-    /// Removes a database with all its data: the one that has this name when the call begins. Another that
-    /// is made under the name meanwhile is left alone, however often the request has to be sent.
+    /// Removes a database with all its data: the one that has this name when the first request arrives.
+    /// Another that is made under the name while an answer of ours is in doubt is left alone, however often
+    /// the request has to be sent.
     pub async fn drop_database(&self, name: &str, timeout: Duration) -> Result<(), ClientError> {
         let (name, deadline) = (name.to_owned(), bounded(timeout));
         self.run(lost(), move |driver| async move {
@@ -217,7 +218,15 @@ impl Driver {
             loop {
                 let connection = self.pool.get(address, false).await;
                 let connection = connection.map_err(|e| e.to_string())?;
-                let answer = connection.admin.node_status_request().send().promise.await;
+                let (began, watch) = (Instant::now(), connection.watch(0));
+                let answer = watch.answer(connection.admin.node_status_request().send().promise);
+                let answer = match tokio::time::timeout_at(deadline.at.into(), answer).await {
+                    Ok(Some(answer)) => answer,
+                    none => {
+                        self.pool.unanswered(&connection, began, none.is_ok());
+                        return Err(format!("{address}: no answer within {:.1?}", began.elapsed()));
+                    }
+                };
                 let answer = match answer {
                     // The connection was made for the last report, and the node has restarted since.
                     Err(_) if connection.broken() && !fresh => {
@@ -239,12 +248,15 @@ impl Driver {
     /// The living database of that name, as a node says that is asked now.
     async fn resolve(self: &Rc<Driver>, name: &str, left: Duration) -> Result<Option<DatabaseId>, Failure> {
         let find = || self.routing.borrow().map().database(name).map(|record| record.id);
-        self.ask_map(Ask::One, left).await?;
+        // A little less, so that what the nodes said is told rather than that time ran out.
+        let until = Instant::now() + (left - left / 20);
+        let left = || until.saturating_duration_since(Instant::now());
+        self.ask_map(Ask::One, left()).await?;
         if let Some(id) = find() {
             return Ok(Some(id));
         }
         // One that hasn't heard of it isn't to be believed.
-        self.ask_map(Ask::All, left).await?;
+        self.ask_map(Ask::All, left()).await?;
         Ok(find())
     }
 
@@ -292,10 +304,13 @@ impl Driver {
         let began = Instant::now();
         let watch = connection.watch(0);
         let answer = tokio::time::timeout(patience, watch.answer(promise)).await;
-        let Ok(Some(answer)) = answer else {
-            self.pool.unanswered(connection, began);
-            let ms = began.elapsed().as_millis();
-            return Err(Failure::Lost(format!("{address} did not answer within {ms} ms")));
+        let answer = match answer {
+            Ok(Some(answer)) => answer,
+            none => {
+                self.pool.unanswered(connection, began, none.is_ok());
+                let ms = began.elapsed().as_millis();
+                return Err(Failure::Lost(format!("{address} did not answer within {ms} ms")));
+            }
         };
         answer.map_err(|e| failure(address, &e))
     }

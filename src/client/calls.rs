@@ -76,8 +76,10 @@ impl Driver {
         let waiting = || format!("node {} at {} did not answer in time", target.node, target.address);
         // What may not be repeated is waited for while there is hope.
         let repeatable = batch.iter().all(|ticket| ticket.kind != Kind::Once);
-        let watch = repeatable.then(|| connection.watch(bytes));
-        let answer = within(&mut batch, now + patience, watch.as_ref(), waiting, promise).await;
+        let watch = connection.watch(bytes);
+        let watching = repeatable.then_some(&watch);
+        let answer = within(&mut batch, now + patience, watching, waiting, promise).await;
+        let silent = watch.silent();
         drop(watch);
         let outcome = match answer {
             Waited::Done(Ok(response)) => {
@@ -88,8 +90,10 @@ impl Driver {
                 }
             }
             Waited::Done(Err(error)) => call_failure(&target, &error),
-            Waited::Nobody => return,
-            Waited::Over | Waited::Gone => self.silence(&connection, &target, now),
+            // That nobody waits any more says nothing about the node; a long silence does.
+            Waited::Nobody if !silent => return,
+            Waited::Nobody | Waited::Over => self.silence(&connection, &target, now, false),
+            Waited::Gone => self.silence(&connection, &target, now, true),
         };
         self.unreachable(shard, &target, &outcome.text());
         self.fail_all(batch, &outcome);
@@ -279,7 +283,8 @@ impl Driver {
         let failure = match tokio::time::timeout(patience, watch.answer(promise)).await {
             Ok(Some(Ok(answer))) => return Ok(answer),
             Ok(Some(Err(error))) => call_failure(target, &error),
-            Ok(None) | Err(_) => self.silence(connection, target, began),
+            Ok(None) => self.silence(connection, target, began, true),
+            Err(_) => self.silence(connection, target, began, false),
         };
         self.unreachable(shard, target, &failure.text());
         Err(failure)
@@ -300,9 +305,9 @@ impl Driver {
         Ok(connection)
     }
 
-    /// No answer came in time.
-    fn silence(&self, connection: &Rc<Connection>, target: &Target, began: Instant) -> Failure {
-        self.pool.unanswered(connection, began);
+    /// No answer came in time, or the node is `gone`.
+    fn silence(&self, connection: &Rc<Connection>, target: &Target, began: Instant, gone: bool) -> Failure {
+        self.pool.unanswered(connection, began, gone);
         Failure::Lost(format!(
             "node {} at {} did not answer within {} ms",
             target.node,

@@ -160,6 +160,12 @@ impl Watch {
         }
     }
 
+    /// Whether nothing at all was heard since the call began, for so long that it should have been.
+    pub fn silent(&self) -> bool {
+        let patience = silence::patience(self.connection.owed.get());
+        self.began.elapsed() >= patience && !self.connection.heard_since(self.began)
+    }
+
     /// When to look again; `None`: the node is gone.
     pub fn look(&self) -> Option<Instant> {
         let connection = &self.connection;
@@ -313,12 +319,12 @@ impl Pool {
         }
     }
 
-    /// A call that began at `began` on `connection` got no answer in time. If nothing at all was heard there
-    /// meanwhile, it may be dead without knowing: later calls dial anew, which costs little. After a long
-    /// silence that holds for all others too on which nothing was heard: what forgot the one may have
-    /// forgotten all.
-    pub fn unanswered(&self, connection: &Rc<Connection>, began: Instant) {
-        if connection.heard_since(began) {
+    /// A call that began at `began` on `connection` got no answer in time, or its watch says that the node is
+    /// `gone`. Then, or if nothing at all was heard there meanwhile, it may be dead without knowing: later
+    /// calls dial anew, which costs little. After a long silence that holds for all others too on which
+    /// nothing was heard: what forgot the one may have forgotten all.
+    pub fn unanswered(&self, connection: &Rc<Connection>, began: Instant, gone: bool) {
+        if connection.heard_since(began) && !gone {
             return;
         }
         self.discard(connection);

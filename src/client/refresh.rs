@@ -208,9 +208,12 @@ impl Driver {
         let began = Instant::now();
         let watch = connection.watch(0);
         let answer = watch.answer(request.send().promise);
-        let Ok(Some(answer)) = tokio::time::timeout(limit, answer).await else {
-            self.pool.unanswered(&connection, began);
-            return Err(format!("{address}: no cluster map within {:.1?}", began.elapsed()).into());
+        let answer = match tokio::time::timeout(limit, answer).await {
+            Ok(Some(answer)) => answer,
+            none => {
+                self.pool.unanswered(&connection, began, none.is_ok());
+                return Err(format!("{address}: no cluster map within {:.1?}", began.elapsed()).into());
+            }
         };
         let told = |error: &dyn std::fmt::Display| Obstacle::from(format!("{address}: {error}"));
         let answer = answer.map_err(|e| told(&e))?;

@@ -179,7 +179,10 @@ impl Routing {
             self.failed.remove(&node);
         }
         self.troubles.over(shard);
-        self.isnt_quarantined(shard, node);
+        // It serves, so whatever was said of its replicas is old.
+        if !self.quarantined.is_empty() {
+            self.quarantined.retain(|(of, _), _| *of != shard);
+        }
     }
 
     /// `node` says that it doesn't lead `shard`, and perhaps who does.
@@ -341,8 +344,9 @@ mod tests {
         assert!(!routing.quarantined(ShardId(2), node(2), now), "another shard");
         assert!(routing.quarantined(SHARD, node(2), now));
         // One of them is back: it leads, follows, starts, or doesn't answer.
-        let back: [fn(&mut Routing, Instant); 4] = [
+        let back: [fn(&mut Routing, Instant); 5] = [
             |routing, _| routing.succeeded(SHARD, NodeId(1)),
+            |routing, _| routing.succeeded(SHARD, NodeId(3)),
             |routing, now| routing.not_leader(SHARD, NodeId(1), None, now),
             |routing, _| routing.unavailable(SHARD, NodeId(1)),
             |routing, now| routing.unreachable(SHARD, NodeId(1), now),

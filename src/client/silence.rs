@@ -37,16 +37,26 @@ pub enum Verdict {
     Gone,
 }
 
+/// How long a node may be silent that has so many bytes still to hear.
+pub fn patience(owed: usize) -> Duration {
+    Duration::from_millis(SILENCE_MS_MAX) + sending(owed)
+}
+
+/// The time that bytes are allowed to be on their way.
+fn sending(bytes: usize) -> Duration {
+    Duration::from_millis(bytes as u64 / ATTEMPT_BYTES_PER_MS)
+}
+
 /// The verdict at `now`, for a call that began at `began`.
 pub fn verdict(signs: &Signs, began: Instant, now: Instant) -> Verdict {
-    let sending = Duration::from_millis(signs.owed as u64 / ATTEMPT_BYTES_PER_MS);
-    match signs.asked.filter(|asked| *asked >= signs.heard) {
+    // What was asked before the call began tells of the time before it.
+    match signs.asked.filter(|asked| *asked >= signs.heard.max(began)) {
         Some(asked) => {
-            let gone = asked + Duration::from_millis(SIGN_MS_MAX) + sending;
+            let gone = asked + Duration::from_millis(SIGN_MS_MAX) + sending(signs.owed);
             if gone <= now { Verdict::Gone } else { Verdict::Wait(gone) }
         }
         None => {
-            let silent = signs.heard.max(began) + Duration::from_millis(SILENCE_MS_MAX) + sending;
+            let silent = signs.heard.max(began) + patience(signs.owed);
             if silent <= now { Verdict::Ask } else { Verdict::Wait(silent) }
         }
     }
@@ -78,6 +88,14 @@ mod tests {
         signs.heard = began + gone - ms(1);
         assert_eq!(at(&signs, gone), Verdict::Wait(signs.heard + silent));
         assert_eq!(at(&signs, gone + silent), Verdict::Ask);
+    }
+
+    #[test]
+    fn a_sign_asked_for_before_the_call_is_nothing_to_it() {
+        let began = Instant::now();
+        let signs = Signs { heard: began - ms(60_000), asked: Some(began - ms(50_000)), owed: 0 };
+        assert_eq!(verdict(&signs, began, began), Verdict::Wait(began + ms(SILENCE_MS_MAX)));
+        assert_eq!(verdict(&signs, began, began + ms(SILENCE_MS_MAX)), Verdict::Ask);
     }
 
     #[test]

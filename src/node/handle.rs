@@ -253,11 +253,12 @@ impl NodeHandle {
     }
 
     /// Has the metadata shard's leader, wherever it is, execute a command. Retried until `timeout`:
-    /// the metadata commands are made for that. A refusal in the metadata shard's words means that the
-    /// command had no effect; where an earlier attempt may have had one, the outcome is unknown.
+    /// the metadata commands are made for that, but for a drop by name, which ends at the first attempt
+    /// that is in doubt. A refusal in the metadata shard's words means that the command had no effect;
+    /// where an earlier attempt may have had one, the outcome is unknown.
     pub async fn meta(&self, command: MetaCommand, timeout: Duration) -> Result<MetaReply, Refusal> {
         let deadline = Instant::now() + timeout;
-        let mut attempts = MetaAttempts::default();
+        let mut attempts = MetaAttempts::at(&command);
         let mut hint = Some(self.node());
         for attempt in 0.. {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -373,6 +374,8 @@ impl NodeHandle {
 /// What the attempts at one metadata command have come to.
 #[derive(Default)]
 struct MetaAttempts {
+    /// No attempt may follow one that is in doubt.
+    once: bool,
     /// The last one whose outcome is unknown: the command's then is too, whatever is refused after it.
     unknown: Option<Refusal>,
     /// Why the last one failed.
@@ -380,6 +383,13 @@ struct MetaAttempts {
 }
 
 impl MetaAttempts {
+    /// No attempt at `command` yet.
+    fn at(command: &MetaCommand) -> MetaAttempts {
+        // Repeated, it would hit whichever database has got the name meanwhile.
+        let once = matches!(command, MetaCommand::DropDatabase { id: None, .. });
+        MetaAttempts { once, ..MetaAttempts::default() }
+    }
+
     /// What `answer` makes of the command; `None` if it is to be tried again.
     ///
     /// After an attempt that may have been carried out, or may yet be, a refusal tells nothing: "there
@@ -390,6 +400,9 @@ impl MetaAttempts {
             Ok(reply) => return Some(Ok(reply)),
             Err(refusal) if refusal.retryable() || refusal == Refusal::Deadline => {
                 if refusal.outcome() == Outcome::Unknown {
+                    if self.once {
+                        return Some(Err(refusal));
+                    }
                     self.unknown = Some(refusal.clone());
                 }
                 self.last = Some(refusal);
@@ -456,7 +469,21 @@ async fn meta_there(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ids::DatabaseId;
     use crate::machine::command::MetaRefusal;
+
+    #[test]
+    fn a_drop_by_name_is_not_repeated_while_an_attempt_is_in_doubt() {
+        let drop = |id| MetaCommand::DropDatabase { name: "app".into(), id };
+        let elsewhere = || Err(Refusal::NotLeader { shard: METADATA_SHARD, leader: None });
+        let lost = || Err(Refusal::Unknown("the connection was lost".into()));
+        let mut by_name = MetaAttempts::at(&drop(None));
+        assert_eq!(by_name.end(elsewhere()), None, "it certainly had no effect");
+        assert_eq!(by_name.end(Err(Refusal::Unavailable("not in reach".into()))), None);
+        assert_eq!(by_name.end(lost()), Some(lost()));
+        let mut by_id = MetaAttempts::at(&drop(Some(DatabaseId(5))));
+        assert_eq!(by_id.end(lost()), None, "the same one is meant");
+    }
 
     #[test]
     fn a_refusal_after_an_attempt_in_doubt_is_no_answer() {

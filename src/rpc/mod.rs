@@ -38,8 +38,8 @@ use tokio::task::{JoinSet, spawn_local};
 use crate::client::local::LocalClient;
 use crate::limits::{
     ARRIVING_WINDOW_MS, CLIENT_CONNECTIONS_MAX, CLIENT_DRAIN_MS_MAX, CLIENT_LISTEN_QUEUE,
-    CONNECTION_STUCK_MS_MAX, CONNECTION_UNSENT_BYTES_MAX, GREETING_MS_MAX, THREAD_ARRIVING_BYTES_MAX,
-    TIMEOUT_DEFAULT_MS, TIMEOUT_MAX_MS,
+    CONNECTION_STUCK_MS_MAX, CONNECTION_UNSENT_BYTES_MAX, GREETING_MS_MAX, THREAD_ARRIVING_BATCHES_BYTES_MAX,
+    THREAD_ARRIVING_BYTES_MAX, TIMEOUT_DEFAULT_MS, TIMEOUT_MAX_MS,
 };
 use crate::node::handle::NodeHandle;
 use crate::node::load::{self, Admitted};
@@ -82,7 +82,11 @@ pub async fn serve(listener: TcpListener, node: NodeHandle, shutdown: impl Futur
         client: LocalClient::start(Box::new(move || source.map())),
         node,
         load: Rc::default(),
-        arrivals: Arrivals::new(THREAD_ARRIVING_BYTES_MAX, Duration::from_millis(ARRIVING_WINDOW_MS)),
+        arrivals: Arrivals::new(
+            THREAD_ARRIVING_BATCHES_BYTES_MAX,
+            THREAD_ARRIVING_BYTES_MAX,
+            Duration::from_millis(ARRIVING_WINDOW_MS),
+        ),
     });
     let permits = Arc::new(Semaphore::new(CLIENT_CONNECTIONS_MAX));
     let (stop, stopped) = watch::channel(false);

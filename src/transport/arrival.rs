@@ -14,6 +14,10 @@
 //!
 //! Reserved is the whole length, before the first byte of the body: if bytes were counted as they come,
 //! many half messages could fill the budget, and none of them ever be whole.
+//!
+//! There are two lines, each with its budget: messages no greater than a usual batch don't wait behind
+//! great ones. In either, what stands still is found out before the clients that wait behind it take the
+//! node for a hung one.
 
 use std::cell::Cell;
 use std::io;
@@ -28,50 +32,62 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, Sleep, sleep};
 use tokio_util::sync::PollSemaphore;
 
-use crate::limits::{ARRIVING_FREE_BYTES, ARRIVING_WINDOW_BYTES, TRAVERSAL_BYTES_MAX};
+use crate::limits::{ARRIVING_BATCH_BYTES_MAX, ARRIVING_FREE_BYTES, ARRIVING_WHOLE_MS, TRAVERSAL_BYTES_MAX};
 
 /// What a permit of the budget stands for, in bytes.
 const UNIT: usize = 1024;
 /// The segments that a message may have, as the library has it.
 const SEGMENTS_MAX: usize = 512;
 
-/// The budget of one thread.
+/// The budgets of one thread.
 pub struct Arrivals {
-    room: Arc<Semaphore>,
-    /// Connections that wait for room.
-    waiting: Cell<usize>,
+    /// For messages no greater than a usual batch.
+    batches: Rc<Line>,
+    /// For those beyond.
+    great: Rc<Line>,
     window: Duration,
 }
 
+/// One budget, and who waits for it.
+struct Line {
+    room: Arc<Semaphore>,
+    /// Connections that wait for room.
+    waiting: Cell<usize>,
+}
+
+impl Line {
+    /// Room for so many bytes; never less than the greatest message of the line takes.
+    fn new(bytes: usize, greatest: usize) -> Rc<Line> {
+        let units = bytes.max(greatest).div_ceil(UNIT);
+        Rc::new(Line { room: Arc::new(Semaphore::new(units)), waiting: Cell::new(0) })
+    }
+}
+
 impl Arrivals {
-    /// Room for so many bytes; never less than the greatest message takes. While others wait, one that
-    /// arrives must move by [`ARRIVING_WINDOW_BYTES`] in each `window`.
-    pub fn new(bytes: usize, window: Duration) -> Rc<Arrivals> {
-        let units = bytes.max(TRAVERSAL_BYTES_MAX).div_ceil(UNIT);
-        Rc::new(Arrivals { room: Arc::new(Semaphore::new(units)), waiting: Cell::new(0), window })
+    /// Room for so many bytes of batches and so many of great messages, and for one of either at the least.
+    /// While others wait, each that arrives must move at such a pace, in each `window`, that the whole takes
+    /// [`ARRIVING_WHOLE_MS`].
+    pub fn new(batches: usize, great: usize, window: Duration) -> Rc<Arrivals> {
+        Rc::new(Arrivals {
+            batches: Line::new(batches, ARRIVING_BATCH_BYTES_MAX),
+            great: Line::new(great, TRAVERSAL_BYTES_MAX),
+            window,
+        })
     }
 
-    /// Counts great messages of one connection against the budget.
+    /// Counts great messages of one connection against the budgets.
     pub fn pace<R>(self: &Rc<Arrivals>, inner: R) -> Paced<R> {
-        Paced {
-            inner,
-            arrivals: self.clone(),
-            room: PollSemaphore::new(self.room.clone()),
-            head: Vec::new(),
-            given: 0,
-            body: 0,
-            stage: Stage::Head,
-        }
+        Paced { inner, arrivals: self.clone(), head: Vec::new(), given: 0, body: 0, stage: Stage::Head }
     }
 }
 
 /// Somebody waits for room; until this is dropped.
-struct Waiting(Rc<Arrivals>);
+struct Waiting(Rc<Line>);
 
 impl Waiting {
-    fn new(arrivals: &Rc<Arrivals>) -> Waiting {
-        arrivals.waiting.set(arrivals.waiting.get() + 1);
-        Waiting(arrivals.clone())
+    fn new(line: &Rc<Line>) -> Waiting {
+        line.waiting.set(line.waiting.get() + 1);
+        Waiting(line.clone())
     }
 }
 
@@ -85,15 +101,27 @@ impl Drop for Waiting {
 enum Stage {
     /// Its head is read, and kept here.
     Head,
-    /// The head is whole; it needs so many units of room.
-    Waits(u32, Option<Waiting>),
+    /// The head is whole; the message needs room.
+    Waits(Wait),
     /// The head and then the body are given to the library; a great message has its room.
     Given(Option<Arrival>),
+}
+
+/// A great message that isn't begun.
+struct Wait {
+    line: Rc<Line>,
+    room: PollSemaphore,
+    /// What it needs.
+    units: u32,
+    waiting: Option<Waiting>,
 }
 
 /// A great message that arrives.
 struct Arrival {
     _room: OwnedSemaphorePermit,
+    line: Rc<Line>,
+    /// Bytes by which it must move in a window while others wait.
+    due: usize,
     /// The end of the present window of time.
     window: Pin<Box<Sleep>>,
     /// Bytes in this window.
@@ -104,7 +132,6 @@ struct Arrival {
 pub struct Paced<R> {
     inner: R,
     arrivals: Rc<Arrivals>,
-    room: PollSemaphore,
     /// What has been read of the message's head.
     head: Vec<u8>,
     /// Of these, given on.
@@ -151,23 +178,39 @@ impl<R: AsyncRead + Unpin> Paced<R> {
         }
         self.body = body_bytes(&self.head);
         // A message beyond the greatest is refused by the library once it has the head.
-        self.stage = match (ARRIVING_FREE_BYTES..=TRAVERSAL_BYTES_MAX).contains(&self.body) {
-            true => Stage::Waits(u32::try_from(self.body.div_ceil(UNIT)).unwrap_or(u32::MAX), None),
-            false => Stage::Given(None),
+        let line = match self.body {
+            bytes if !(ARRIVING_FREE_BYTES..=TRAVERSAL_BYTES_MAX).contains(&bytes) => None,
+            bytes if bytes <= ARRIVING_BATCH_BYTES_MAX => Some(&self.arrivals.batches),
+            _ => Some(&self.arrivals.great),
         };
+        self.stage = line.map_or(Stage::Given(None), |line| self.waits(line));
         Poll::Ready(Ok(true))
+    }
+
+    /// The message whose head is whole waits in `line`.
+    fn waits(&self, line: &Rc<Line>) -> Stage {
+        let units = u32::try_from(self.body.div_ceil(UNIT)).unwrap_or(u32::MAX);
+        let room = PollSemaphore::new(line.room.clone());
+        Stage::Waits(Wait { line: line.clone(), room, units, waiting: None })
     }
 
     /// Waits until the head may be given on, for which the library makes room.
     fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let Stage::Waits(units, waiting) = &mut self.stage else { return Poll::Ready(Ok(())) };
-        let Poll::Ready(room) = self.room.poll_acquire_many(cx, *units) else {
-            waiting.get_or_insert_with(|| Waiting::new(&self.arrivals));
+        let Stage::Waits(wait) = &mut self.stage else { return Poll::Ready(Ok(())) };
+        let Poll::Ready(room) = wait.room.poll_acquire_many(cx, wait.units) else {
+            wait.waiting.get_or_insert_with(|| Waiting::new(&wait.line));
             return Poll::Pending;
         };
         let room = room.ok_or_else(|| io::Error::other("the thread takes no messages any more"))?;
-        let window = Box::pin(sleep(self.arrivals.window));
-        self.stage = Stage::Given(Some(Arrival { _room: room, window, moved: 0 }));
+        let (line, window) = (wait.line.clone(), self.arrivals.window);
+        let due = self.body as u128 * window.as_millis() / u128::from(ARRIVING_WHOLE_MS);
+        self.stage = Stage::Given(Some(Arrival {
+            _room: room,
+            line,
+            due: usize::try_from(due).unwrap_or(usize::MAX),
+            window: Box::pin(sleep(window)),
+            moved: 0,
+        }));
         Poll::Ready(Ok(()))
     }
 
@@ -199,12 +242,13 @@ impl<R: AsyncRead + Unpin> Paced<R> {
         Poll::Ready(Ok(length))
     }
 
-    /// An error if the message that arrives hardly moves, and others wait for its room.
+    /// An error if the message that arrives is too slow, and others wait for its room.
     fn check_pace(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         let Stage::Given(Some(arrival)) = &mut self.stage else { return Ok(()) };
         while arrival.window.as_mut().poll(cx).is_ready() {
-            if arrival.moved < ARRIVING_WINDOW_BYTES && self.arrivals.waiting.get() > 0 {
-                let left = self.body;
+            if arrival.moved < arrival.due && arrival.line.waiting.get() > 0 {
+                let (left, moved, due) = (self.body, arrival.moved, arrival.due);
+                tracing::info!(left, moved, due, "closed a client connection whose message came too slowly");
                 return Err(io::Error::new(
                     io::ErrorKind::TimedOut,
                     format!("{left} bytes of a message arrive too slowly while others wait for the room"),
@@ -263,7 +307,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_great_message_waits_for_room_and_gives_it_back() {
-        let arrivals = Arrivals::new(0, WINDOW);
+        let arrivals = Arrivals::new(0, 0, SOON);
         let (mut far, near) = duplex(1 << 20);
         let mut first = arrivals.pace(near.compat());
         far.write_all(&message(GREAT)[..1000]).await.unwrap();
@@ -281,7 +325,7 @@ mod tests {
         let mut small = vec![0; 8 + 24];
         timeout(SOON, second.read_exact(&mut small)).await.expect("a small one passes").unwrap();
         assert!(timeout(SHORT, second.read(&mut buffer)).await.is_err(), "no room");
-        assert_eq!(arrivals.waiting.get(), 1);
+        assert_eq!(arrivals.great.waiting.get(), 1);
         let rest = tokio::spawn(async move {
             far.write_all(&message(GREAT)[1000..]).await.unwrap();
             far
@@ -290,14 +334,76 @@ mod tests {
         timeout(SOON, first.read_exact(&mut buffer[..left])).await.expect("it arrives").unwrap();
         let left = 8 + GREAT as usize / 2 * 8 + 16;
         timeout(SOON, second.read_exact(&mut buffer[..left])).await.expect("now there is room").unwrap();
-        assert_eq!(arrivals.waiting.get(), 0);
-        assert_eq!(arrivals.room.available_permits() * UNIT, TRAVERSAL_BYTES_MAX);
-        (rest.await.unwrap(), written.await.unwrap());
+        assert_eq!(arrivals.great.waiting.get(), 0);
+        assert_eq!(arrivals.great.room.available_permits() * UNIT, TRAVERSAL_BYTES_MAX);
+        rest.await.unwrap();
+        written.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_batch_doesnt_wait_behind_great_messages() {
+        let arrivals = Arrivals::new(0, 0, WINDOW);
+        let mut buffer = vec![0; 2 << 20];
+        // One has all the room of its line, and another waits for it.
+        let mut great =
+            [0, 1].map(|_| duplex(1 << 20)).map(|(far, near)| (far, arrivals.pace(near.compat())));
+        for (far, paced) in &mut great {
+            far.write_all(&message(GREAT)[..8]).await.unwrap();
+            assert_eq!(
+                timeout(SHORT, paced.read(&mut buffer)).await.is_ok(),
+                arrivals.great.waiting.get() == 0
+            );
+        }
+        let words = (ARRIVING_BATCH_BYTES_MAX / 8) as u32;
+        let (mut far, near) = duplex(2 << 20);
+        let mut batch = arrivals.pace(near.compat());
+        far.write_all(&message(words)).await.unwrap();
+        let whole = &mut buffer[..8 + ARRIVING_BATCH_BYTES_MAX];
+        timeout(SOON, batch.read_exact(whole)).await.expect("no wait").unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_pace_is_that_of_the_whole() {
+        let arrivals = Arrivals::new(0, 0, WINDOW);
+        let (mut far, near) = duplex(1 << 20);
+        let mut first = arrivals.pace(near.compat());
+        far.write_all(&message(GREAT)[..8]).await.unwrap();
+        let mut buffer = vec![0; 1 << 20];
+        first.read_exact(&mut buffer[..8]).await.unwrap();
+        let (mut other, near) = duplex(1 << 20);
+        let mut second = arrivals.pace(near.compat());
+        other.write_all(&message(GREAT)[..8]).await.unwrap();
+        // More than enough for a small one: 64 KiB twice in a window, where this one needs twenty times that.
+        let slowly = async {
+            loop {
+                sleep(WINDOW / 2).await;
+                if far.write_all(&[7; 64 << 10]).await.is_err() {
+                    return std::future::pending::<()>().await;
+                }
+            }
+        };
+        let mut more = [0; 8];
+        let begun = timeout(SOON, async {
+            let ended = async {
+                let error = loop {
+                    if let Err(error) = first.read(&mut buffer).await {
+                        break error;
+                    }
+                };
+                drop(first);
+                assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+            };
+            tokio::select! {
+                ((), read) = async { tokio::join!(ended, second.read(&mut more)) } => read.unwrap(),
+                () = slowly => 0,
+            }
+        });
+        assert_eq!(begun.await.expect("soon"), 8);
     }
 
     #[tokio::test]
     async fn one_that_hardly_moves_ends_when_others_wait_and_not_before() {
-        let arrivals = Arrivals::new(0, WINDOW);
+        let arrivals = Arrivals::new(0, 0, WINDOW);
         let (mut far, near) = duplex(1 << 20);
         let mut first = arrivals.pace(near.compat());
         far.write_all(&message(GREAT)[..1000]).await.unwrap();
@@ -350,7 +456,7 @@ mod tests {
                     sent.extend(capnp::serialize::write_message_to_words(&message));
                 }
                 let (mut far, near) = duplex(piece);
-                let mut paced = Arrivals::new(0, WINDOW).pace(near.compat());
+                let mut paced = Arrivals::new(0, 0, WINDOW).pace(near.compat());
                 let feed = sent.clone();
                 let fed = tokio::spawn(async move { far.write_all(&feed).await.map(|()| far) });
                 for (_, bytes) in &sizes {

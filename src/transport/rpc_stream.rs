@@ -92,7 +92,7 @@ mod tests {
         let same = stream.into_std().unwrap();
         let (_network, _backlog, _flusher) = rpc_server(
             TcpStream::from_std(same.try_clone().unwrap()).unwrap(),
-            &Arrivals::new(0, Duration::from_secs(1)),
+            &Arrivals::new(0, 0, Duration::from_secs(1)),
             1,
         )
         .unwrap();

@@ -69,7 +69,9 @@ pub struct Cluster {
 pub struct Options {
     /// Peer addresses to advertise instead of the real ones: those of proxies.
     pub advertise: Option<Vec<String>>,
-    /// Lines of TOML added to each file.
+    /// Lines of TOML added to the section `node` of each file.
+    pub node: String,
+    /// Lines of TOML added to the section `storage` of each file, and others behind it.
     pub extra: String,
 }
 
@@ -102,11 +104,12 @@ impl Cluster {
                 let config = dir.path().join(format!("n{}.toml", i + 1));
                 let (client, peer) = (format!("127.0.0.1:{}", clients[i]), format!("127.0.0.1:{}", peers[i]));
                 let text = format!(
-                    "[node]\nid = \"n{}\"\ndata_dir = {:?}\n[client]\nlisten = \"{client}\"\n[peer]\nlisten = \"{peer}\"\n\
+                    "[node]\nid = \"n{}\"\ndata_dir = {:?}\n{}\n[client]\nlisten = \"{client}\"\n[peer]\nlisten = \"{peer}\"\n\
                      advertise = \"{}\"\n[cluster]\ninitial = [{}]\n[storage]\ncache_bytes = \"16MiB\"\nmemtable_bytes = \"32MiB\"\n\
                      log_file_bytes = \"8MiB\"\nlog_bytes = \"64MiB\"\nlog_spare_files = 0\n{}\n",
                     i + 1,
                     data,
+                    options.node,
                     advertise[i],
                     initial.join(", "),
                     options.extra,
