@@ -293,8 +293,6 @@ fn bounds() -> Vec<(&'static str, u64)> {
         CONNECTION_STUCK_MS_MAX,
         DROP_SETTLE_MS_MAX,
         TRAVERSAL_BYTES_MAX,
-        THREAD_ARRIVING_BYTES_MAX,
-        ARRIVING_WINDOW_BYTES,
         NESTING_MAX,
         GREETING_MS_MAX,
         TIMEOUT_MAX_MS,
