@@ -96,15 +96,16 @@ impl<T> Group<T> {
             let progress = self.raft.raft.prs().get(to.0);
             progress.is_some_and(|progress| progress.matched < self.raft.store().truncated().index)
         });
-        asked.extend(self.catch_up.take_requests());
+        let asked = asked.into_iter().map(|to| (to, false));
+        let requests = self.catch_up.take_requests().into_iter().map(|to| (to, true));
         // One at a time; the others are asked for again.
-        asked.into_iter().find_map(|to| {
+        asked.chain(requests).find_map(|(to, itself)| {
             let node = self.node_of(to)?;
             let least = self.catch_up.least(to, self.raft.store());
             if least > self.applied() {
                 return None;
             }
-            let wanted = self.catch_up.wanted(to, self.raft.store(), self.ticks);
+            let wanted = self.catch_up.wanted(to, itself, self.raft.store(), self.ticks);
             wanted.then_some(SnapshotWanted { to, node, term: self.raft.raft.term, least })
         })
     }

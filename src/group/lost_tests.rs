@@ -304,6 +304,16 @@ fn a_leader_has_one_snapshot_brought_to_a_follower_that_lacks_nothing_but_its_st
 }
 
 #[test]
+fn a_snapshot_for_who_lacks_no_entry_holds_no_log() {
+    let mut leader = asked_leader();
+    let Position { index, term } = first();
+    leader.step(Message { index, ..message(MessageType::MsgAppendResponse, 2, term) });
+    leader.step(answer(1, index));
+    assert_eq!(leader.wanted.len(), 1);
+    assert_eq!(leader.group.safe_index(), index);
+}
+
+#[test]
 fn a_snapshot_that_failed_is_asked_for_again_after_a_rest() {
     let mut leader = asked_leader();
     let at = first();
