@@ -489,7 +489,7 @@ async fn a_state_that_nobody_has_any_more_is_told_as_such_and_the_nodes_live_on(
     assert!(whys[0].contains("only copy is lost") && whys[0].contains("backup"), "{}", whys[0]);
     let status = setting.cluster.run(&["status"]);
     let text = String::from_utf8(status.stdout).expect("text");
-    assert!(text.contains("1 shards have lost their state at every replica"), "{text}");
+    assert!(text.contains("1 shard has lost its state at every replica"), "{text}");
     // Nobody leads, so nobody makes up a state.
     let read = setting.database.clone().with_timeout(Duration::from_secs(2)).get("key-1").await;
     assert!(read.is_err(), "{read:?}");

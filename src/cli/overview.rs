@@ -233,8 +233,10 @@ impl Overview {
         }
         let lost = self.shards().filter(|shard| shard.is_lost()).count();
         if lost > 0 {
+            let (have, of) = if lost == 1 { ("has", "its") } else { ("have", "their") };
             text.push_str(&format!(
-                "{lost} shards have lost their state at every replica: restore their databases from a backup\n"
+                "{} {have} lost {of} state at every replica: restore the database from a backup\n",
+                output::count(lost as u64, "shard")
             ));
         }
         text
@@ -252,7 +254,12 @@ impl ShardView {
         let leader = record
             .members
             .iter()
-            .filter_map(|m| Some((m, report_of(m.node, m.replica)?.group.as_ref()?)))
+            // Without a state it serves nobody, and leads only until it finds one to whom it can hand that.
+            .filter_map(|m| {
+                let report = report_of(m.node, m.replica)?;
+                let whole = !matches!(report.health, ReplicaHealth::Refetching(_));
+                Some((m, report.group.as_ref().filter(|_| whole)?))
+            })
             .filter(|(_, group)| group.role == StateRole::Leader)
             .max_by_key(|(_, group)| group.term);
         let committed = leader.map(|(_, group)| group.committed);

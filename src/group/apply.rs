@@ -28,6 +28,10 @@ impl<T> Group<T> {
             // Entries go on arriving for as long as the others are a quorum without this replica. Those
             // that raft has handed out are read from the log again when applying resumes.
             self.raft.mut_store().trim_cache(self.handed);
+            if self.state_lost {
+                // For good: raft needn't look at them again, as it does before an election.
+                self.raft.advance_apply_to(self.handed);
+            }
             return Ok(());
         }
         let entries = if caught_up {

@@ -29,7 +29,8 @@
 //!
 //! Invariant: while a snapshot at B is under way, and until the follower has acknowledged an entry behind it,
 //! the entries after B stay in this log, unless that would take more than [`Retention::snapshot`];
-//! then the snapshot is worth nothing and is made anew.
+//! then the snapshot is worth nothing and is made anew. A follower that has asked, and acknowledged the entries up to B
+//! or further, has what follows on B in its own log: for that one this log needn't keep any.
 
 use std::collections::BTreeMap;
 
@@ -69,7 +70,8 @@ impl Retention {
 /// Where a snapshot for one follower stands.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Transfer {
-    /// The shell makes it; it will be at this index or a later one.
+    /// The shell makes it, or finds one that it has made before. The log is held from this index on, where it
+    /// began when that was asked for.
     Making(Index),
     /// It is made, exact at this position, and on its way.
     Bringing(Position),
@@ -77,7 +79,7 @@ enum Transfer {
     Offered(Position),
     /// raft goes on from there, or is about to.
     Noted(Position),
-    /// It failed; not asked for again before this tick.
+    /// It failed, or the follower goes on by itself; not asked for again before this tick.
     Resting(u64),
 }
 
@@ -166,7 +168,14 @@ impl CatchUp {
         // Usually nobody lags, and the look-ups are for nothing.
         let (mut live, mut dead) = (None, None);
         let mut safe = Index::MAX;
+        let mut snapshots = Index::MAX;
         for (replica, matched) in matched {
+            // A follower that asked, and has all that follows on its snapshot, needs nothing of this log.
+            if let Some(held) = self.transfers.get(&replica).and_then(Transfer::held)
+                && !(self.lacks_state(replica) && matched >= held)
+            {
+                snapshots = snapshots.min(held);
+            }
             if matched >= safe {
                 continue;
             }
@@ -177,10 +186,8 @@ impl CatchUp {
             };
             safe = safe.min(matched.max(kept));
         }
-        for held in self.transfers.values().filter_map(Transfer::held) {
-            if held < safe {
-                safe = safe.min(held.max(log.index_before(retention.snapshot)));
-            }
+        if snapshots < safe {
+            safe = safe.min(snapshots.max(log.index_before(retention.snapshot)));
         }
         safe
     }
@@ -214,11 +221,13 @@ impl CatchUp {
         self.requests.get(&replica).map_or(0, |request| request.least).max(log.truncated().index)
     }
 
-    /// `replica` needs a snapshot: raft wants to send one, or it has asked itself. Whether the shell is to be
+    /// `replica` needs a snapshot: raft wants to send one, or it has `asked` itself. Whether the shell is to be
     /// asked to make one.
-    pub fn wanted(&mut self, replica: ReplicaId, log: &GroupLog, now: u64) -> bool {
+    pub fn wanted(&mut self, replica: ReplicaId, asked: bool, log: &GroupLog, now: u64) -> bool {
         match self.transfers.get(&replica) {
             Some(Transfer::Resting(until)) if now < *until => false,
+            // raft knows better than an answer from before the snapshot was installed.
+            Some(Transfer::Noted(_)) if asked => false,
             None | Some(Transfer::Resting(_) | Transfer::Noted(_)) => {
                 self.transfers.insert(replica, Transfer::Making(log.truncated().index));
                 true
@@ -255,7 +264,8 @@ impl CatchUp {
         self.transfers.insert(replica, next);
     }
 
-    /// Whether a follower that asked for the snapshot at `position` has all that follows on it.
+    /// Whether the log of a follower that asks for a snapshot reaches to `position` at least, so that it goes on
+    /// behind that with its own entries, and gets what follows like any other.
     fn goes_on(&self, replica: ReplicaId, position: Position, matched: Index) -> bool {
         self.lacks_state(replica) && matched >= position.index
     }

@@ -131,6 +131,7 @@ impl<T> Group<T> {
             self.clock.tick(self.raft.raft.term, self.state.header().log_time);
         }
         self.observe_followers();
+        self.give_way();
         self.end_undecided();
     }
 
@@ -157,7 +158,7 @@ impl<T> Group<T> {
         if message.to != self.replica.0 || self.recovering() {
             return Ok(());
         }
-        if message.get_msg_type() == MessageType::MsgTimeoutNow && self.stays_behind() {
+        if message.get_msg_type() == MessageType::MsgTimeoutNow && (self.stays_behind() || self.state_lost) {
             return Ok(());
         }
         if let Err(reason) = self.check(&message) {
@@ -203,8 +204,10 @@ impl<T> Group<T> {
     fn refusal(&self) -> Option<Refusal> {
         if self.recovering() {
             Some(Refusal::Unavailable("the replica is re-applying its log after a start".into()))
+        } else if let Some(refusal) = self.lost_refusal() {
+            Some(refusal)
         } else if !self.leads() {
-            Some(self.lost_refusal().unwrap_or_else(|| self.not_leader()))
+            Some(self.not_leader())
         } else if self.queued.len() + self.proposals.len() + self.reads.len() >= limits::REPLICA_PENDING_MAX {
             Some(busy("operations of the shard"))
         } else if self.queued.bytes() >= limits::UNCOMMITTED_BYTES_MAX {
@@ -265,7 +268,7 @@ impl<T> Group<T> {
 
     /// Begins an election now, rather than after a timeout; for a new group's first leader.
     pub fn campaign(&mut self) -> Result<(), GroupError> {
-        if !self.recovering() && !self.stays_behind() {
+        if !self.recovering() && !self.stays_behind() && !self.state_lost {
             self.raft.campaign()?;
         }
         Ok(())
@@ -516,12 +519,12 @@ impl<T> Group<T> {
     /// could serve nobody for long, and raft-rs would read all of that at once, looking for
     /// changes of membership in it.
     fn backlogged(&self) -> bool {
-        self.raft.store().bytes_behind(self.applied()) > limits::CAMPAIGN_BACKLOG_BYTES_MAX
+        self.raft.store().bytes_behind(self.done_to()) > limits::CAMPAIGN_BACKLOG_BYTES_MAX
     }
 
     /// Whether it must not come to lead.
     fn stays_behind(&self) -> bool {
-        self.state_lost || self.ambition == Ambition::None || self.backlogged()
+        self.ambition == Ambition::None || self.backlogged()
     }
 
     /// The shard's epoch, as applied here.
@@ -585,10 +588,13 @@ impl<T> Group<T> {
             self.timeout = (term, election::timeout_ticks(self.shard, term, rank));
         }
         // Who stays behind gets one that its ticks don't reach.
-        let late = self.ambition == Ambition::Last || self.stays_behind();
-        let last = if late { election::LAST_TICKS } else { 0 };
-        if self.raft.raft.randomized_election_timeout() != self.timeout.1 + last {
-            self.raft.raft.set_randomized_election_timeout(self.timeout.1 + last);
+        let late = match self.ambition {
+            _ if self.state_lost => election::LOST_TICKS,
+            Ambition::Usual if !self.stays_behind() => 0,
+            _ => election::LAST_TICKS,
+        };
+        if self.raft.raft.randomized_election_timeout() != self.timeout.1 + late {
+            self.raft.raft.set_randomized_election_timeout(self.timeout.1 + late);
         }
     }
 }

@@ -25,6 +25,10 @@ pub enum Ambition {
 /// What is added to the timeout of a replica of [`Ambition::Last`]: its window comes after the others'.
 pub const LAST_TICKS: usize = ELECTION_TICKS_MAX - ELECTION_TICKS_MIN;
 
+/// What is added to the timeout of a replica whose state is lost: its window comes when all the others have
+/// tried, those of [`Ambition::Last`] included, and had the time to win.
+pub const LOST_TICKS: usize = 4 * LAST_TICKS;
+
 /// The election timeout in ticks of the replica that is `rank`-th among its group's members, in `term`.
 pub fn timeout_ticks(shard: ShardId, term: Term, rank: usize) -> usize {
     let slots = ELECTION_TICKS_MAX - ELECTION_TICKS_MIN;

@@ -41,7 +41,8 @@ impl<T> Group<T> {
 
     /// Up to which index no replica of the group will be sent entries any more, as far as known.
     pub(super) fn safe_index(&self) -> Index {
-        if self.leads() {
+        // Without its state it leads for a moment only, and leaves the logs of the others as they are.
+        if self.leads() && !self.state_lost {
             let progress = self.raft.raft.prs().iter();
             let matched = progress.map(|(id, progress)| (ReplicaId(*id), progress.matched));
             self.catch_up
@@ -86,7 +87,8 @@ impl<T> Group<T> {
 
     pub(super) fn want_snapshot(&mut self) -> Option<SnapshotWanted> {
         let mut asked = self.raft.mut_store().take_snapshots_wanted();
-        if !self.leads() {
+        // There is nothing to make one of while the state is lost.
+        if !self.leads() || self.state_lost {
             return None;
         }
         // Asked for in passing, before `mend_progress`.
@@ -94,15 +96,16 @@ impl<T> Group<T> {
             let progress = self.raft.raft.prs().get(to.0);
             progress.is_some_and(|progress| progress.matched < self.raft.store().truncated().index)
         });
-        asked.extend(self.catch_up.take_requests());
+        let asked = asked.into_iter().map(|to| (to, false));
+        let requests = self.catch_up.take_requests().into_iter().map(|to| (to, true));
         // One at a time; the others are asked for again.
-        asked.into_iter().find_map(|to| {
+        asked.chain(requests).find_map(|(to, itself)| {
             let node = self.node_of(to)?;
             let least = self.catch_up.least(to, self.raft.store());
             if least > self.applied() {
                 return None;
             }
-            let wanted = self.catch_up.wanted(to, self.raft.store(), self.ticks);
+            let wanted = self.catch_up.wanted(to, itself, self.raft.store(), self.ticks);
             wanted.then_some(SnapshotWanted { to, node, term: self.raft.raft.term, least })
         })
     }
@@ -139,7 +142,7 @@ impl<T> Group<T> {
         self.raft.mut_store().set_snapshots(self.catch_up.offered());
     }
 
-    fn matched(&self, follower: ReplicaId) -> Index {
+    pub(super) fn matched(&self, follower: ReplicaId) -> Index {
         self.raft.raft.prs().get(follower.0).map_or(0, |progress| progress.matched)
     }
 

@@ -1,8 +1,8 @@
 //! A replica whose state is lost: the state store was damaged and set aside, or it lacks what the log was
 //! compacted for. Its vote and its log are whole (a log that isn't keeps the node from starting), so what it
 //! has promised to others it keeps: it takes and acknowledges entries, and it votes. It applies nothing,
-//! serves nobody, flushes and compacts nothing, and doesn't come to lead, until it is opened anew from a
-//! snapshot of its leader.
+//! serves nobody, flushes and compacts nothing, and seeks to lead after all the others only, until it is
+//! opened anew from a snapshot of its leader.
 //!
 //! *Why it may vote.* A vote promises that it is the only one in its term, and that the candidate has every
 //! entry that this replica has acknowledged. Hard state and log tell both; the state tells neither. Other
@@ -14,17 +14,26 @@
 //!
 //! *Why it should.* Mute, it would count as down: a group of three could lose nobody else meanwhile.
 //!
+//! *Why it may have to lead.* Its log may hold what the others that are left don't have, acknowledged by it and by
+//! one that is gone: then they don't get its vote, and nobody else could be elected. So after a long silence
+//! ([`super::election::LOST_TICKS`]) it begins an election too. That is as safe as its vote: what a leader must have
+//! is in its log. It proposes nothing but raft's own first entry, refuses every operation, makes no
+//! snapshots, and tells nobody what to compact; it brings the others' logs up to its own, and gives way to the first
+//! that has all of it and a state.
+//!
 //! *How it asks.* With every answer to a heartbeat, in `request_snapshot`, which raft-rs doesn't look at
 //! there: so whatever is lost on the way is said again. It names the entry behind which this log begins; an
 //! older snapshot would leave a gap between the two. What a leader does about it: [`super::catch_up`]. A
 //! leader that doesn't know of this takes no notice, and goes on with a follower that acknowledges.
 //!
-//! Who can't be helped: a group of which every replica has lost its state. Nobody leads it.
+//! Who can't be helped: a group of which every replica has lost its state, or all those whose state reaches to where
+//! the logs of the lost ones begin. Nobody serves it.
 
 use raft::eraftpb::{Message, MessageType};
 
 use super::driver::Group;
 use crate::ids::Index;
+use crate::limits;
 use crate::refusal::Refusal;
 
 impl<T> Group<T> {
@@ -50,12 +59,29 @@ impl<T> Group<T> {
 
     /// Why a replica without its state does nothing for a caller, where nobody is known who would.
     pub(super) fn lost_refusal(&self) -> Option<Refusal> {
-        let alone = self.state_lost && self.raft.raft.leader_id == raft::INVALID_ID;
+        let leader = self.raft.raft.leader_id;
+        let alone = self.state_lost && (leader == raft::INVALID_ID || leader == self.replica.0);
         alone.then(|| {
             Refusal::Unavailable(
                 "the replica's state was lost, and no leader is known to fetch it from".into(),
             )
         })
+    }
+
+    /// As a leader without a state: hands leadership to a voter that has one, and the whole log. If it
+    /// doesn't take it, another has its turn when raft has given that up.
+    pub(super) fn give_way(&mut self) {
+        let raft = &self.raft.raft;
+        if !self.state_lost || !self.leads() || raft.lead_transferee.is_some() {
+            return;
+        }
+        let (voters, last) = (raft.prs().conf().voters(), raft.raft_log.last_index());
+        let mut fit = self.successors();
+        fit.retain(|heir| voters.contains(heir.0) && self.matched(*heir) == last);
+        let turn = self.ticks / limits::ELECTION_TICKS_MIN as u64;
+        if let Some(heir) = turn.checked_rem(fit.len() as u64).and_then(|turn| fit.get(turn as usize)) {
+            self.transfer(*heir);
+        }
     }
 }
 

@@ -95,11 +95,13 @@ fn it_votes_once_the_leader_that_it_has_heard_is_silent() {
 }
 
 #[test]
-fn it_begins_no_election_and_takes_no_leadership() {
+fn it_begins_no_election_before_all_others_and_takes_no_leadership() {
     let mut follower = lost();
     follower.step(heartbeat(6, LAST.index));
     follower.step(message(MessageType::MsgTimeoutNow, 1, 6));
-    for _ in 0..5 * limits::ELECTION_TICKS_MAX {
+    // All the others have had the time to try, those that come last among them.
+    let others = limits::ELECTION_TICKS_MAX + election::LAST_TICKS;
+    for _ in 0..others {
         follower.group.tick();
         follower.pump();
     }
@@ -107,12 +109,85 @@ fn it_begins_no_election_and_takes_no_leadership() {
     follower.pump();
     // Whatever is said of its disk meanwhile.
     follower.group.set_ambition(Ambition::Usual);
-    for _ in 0..5 * limits::ELECTION_TICKS_MAX {
+    follower.step(heartbeat(6, LAST.index));
+    for _ in 0..others {
+        follower.group.tick();
+        follower.pump();
+    }
+    assert_eq!((follower.group.status().role, follower.group.status().term), (StateRole::Follower, 6));
+    // Nor ever, if it is to stay behind for another reason.
+    follower.group.set_ambition(Ambition::None);
+    for _ in 0..3 * election::LOST_TICKS {
         follower.group.tick();
         follower.pump();
     }
     assert_eq!((follower.group.status().role, follower.group.status().term), (StateRole::Follower, 6));
     assert!(follower.writes.is_empty());
+}
+
+/// Replica 3, elected after all the others were silent, with its first entry on disk.
+fn lost_leader() -> Follower {
+    let mut follower = lost();
+    follower.step(heartbeat(6, LAST.index));
+    for _ in 0..limits::ELECTION_TICKS_MAX + election::LOST_TICKS {
+        follower.group.tick();
+        follower.pump();
+    }
+    assert_eq!(follower.group.status().role, StateRole::PreCandidate);
+    follower.step(message(MessageType::MsgRequestPreVoteResponse, 1, 7));
+    assert_eq!(follower.group.status().role, StateRole::Candidate);
+    while !follower.writes.is_empty() {
+        follower.persist();
+    }
+    follower.step(message(MessageType::MsgRequestVoteResponse, 1, 7));
+    while !follower.writes.is_empty() {
+        follower.persist();
+    }
+    assert_eq!(follower.group.status().role, StateRole::Leader);
+    follower
+}
+
+#[test]
+fn it_leads_where_nobody_else_does_and_gives_way_to_the_first_that_has_a_state_and_the_log() {
+    let mut leader = lost_leader();
+    leader.group.submit(Operation::Query(Query::Get { key: "k".into() }), 1);
+    let delete = Command::Kv(KvCommand::Delete { key: "k".into() });
+    leader.group.submit(Operation::Command { command: delete, session: None }, 2);
+    let done = leader.group.pump().unwrap().done;
+    assert_eq!(done.len(), 2);
+    assert!(done.iter().all(|(_, end)| matches!(end, Err(Refusal::Unavailable(_)))), "{done:?}");
+    let last = LAST.index + 1;
+    assert_eq!(leader.group.status().last, last, "its first entry, and nothing else");
+    // Two answer: one lacks its state, one an entry.
+    let acknowledge = |from, index| Message { index, ..message(MessageType::MsgAppendResponse, from, 7) };
+    let answer = |from, least| Message {
+        request_snapshot: least,
+        ..message(MessageType::MsgHeartbeatResponse, from, 7)
+    };
+    leader.step(answer(1, 5));
+    leader.step(acknowledge(1, last));
+    leader.step(acknowledge(2, last - 1));
+    leader.group.tick();
+    leader.pump();
+    let status = leader.group.status();
+    assert_eq!((status.committed, status.applied), (last, TRUNCATED.index));
+    assert!(leader.wanted.is_empty(), "it has no state to give");
+    assert!(leader.take(MessageType::MsgTimeoutNow).is_empty());
+    assert_eq!(leader.group.safe_index(), leader.group.safe_index, "it has nobody compact");
+    leader.step(acknowledge(2, last));
+    leader.group.tick();
+    leader.pump();
+    let handed = leader.take(MessageType::MsgTimeoutNow);
+    assert_eq!(handed.iter().map(|message| message.to).collect::<Vec<_>>(), [2]);
+}
+
+#[test]
+fn raft_need_not_read_what_it_does_not_apply() {
+    let mut follower = lost();
+    assert_eq!(follower.group.raft.raft.raft_log.applied, LAST.index);
+    follower.step(append(1, 6, LAST, &[6], LAST.index + 1, 1));
+    follower.persist();
+    assert_eq!(follower.group.raft.raft.raft_log.applied, LAST.index + 1);
 }
 
 #[test]
@@ -226,6 +301,16 @@ fn a_leader_has_one_snapshot_brought_to_a_follower_that_lacks_nothing_but_its_st
         leader.step(answer(1, 0));
     }
     assert_eq!(leader.wanted.len(), 1, "it has its state");
+}
+
+#[test]
+fn a_snapshot_for_who_lacks_no_entry_holds_no_log() {
+    let mut leader = asked_leader();
+    let Position { index, term } = first();
+    leader.step(Message { index, ..message(MessageType::MsgAppendResponse, 2, term) });
+    leader.step(answer(1, index));
+    assert_eq!(leader.wanted.len(), 1);
+    assert_eq!(leader.group.safe_index(), index);
 }
 
 #[test]

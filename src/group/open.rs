@@ -87,13 +87,15 @@ impl<T> Group<T> {
         // Without its state it applies nothing, and has its members from the catalogue.
         let recover_to = if options.state_lost { 0 } else { log.hard_state.commit };
         let durable_term = log.hard_state.term;
+        // Without its state it has nothing to be handed for applying, nor to be read before an election.
+        let handed = if options.state_lost { log.hard_state.commit } else { applied.index };
         let config = Config {
             id: options.replica.0,
             election_tick: limits::ELECTION_TICKS_MIN,
             heartbeat_tick: limits::HEARTBEAT_TICKS,
             min_election_tick: limits::ELECTION_TICKS_MIN,
-            max_election_tick: limits::ELECTION_TICKS_MAX + election::LAST_TICKS,
-            applied: applied.index,
+            max_election_tick: limits::ELECTION_TICKS_MAX + election::LOST_TICKS,
+            applied: handed,
             max_size_per_msg: limits::APPEND_TARGET_BYTES as u64,
             max_inflight_msgs: limits::APPENDS_IN_FLIGHT_MAX,
             check_quorum: true,
@@ -122,7 +124,7 @@ impl<T> Group<T> {
             writes: 0,
             durable_term,
             recover_to,
-            handed: applied.index,
+            handed,
             applying: None,
             apply_paused: false,
             state_lost: options.state_lost,

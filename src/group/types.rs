@@ -43,8 +43,9 @@ pub struct Effects<T> {
     pub reads: Vec<(T, Query)>,
     /// Log entries to read from the store; then [`super::driver::Group::on_fetched`].
     pub fetch: Option<Fetch>,
-    /// A follower needs a snapshot of this replica's state. The shell makes one, tells [`super::driver::Group::snapshot_made`], brings it there, and
-    /// ends, whatever the outcome, with [`super::driver::Group::snapshot_done`].
+    /// A follower needs a snapshot of this replica's state. The shell makes one, tells
+    /// [`super::driver::Group::snapshot_made`], brings it there, and ends, whatever the outcome, with
+    /// [`super::driver::Group::snapshot_done`].
     pub snapshot: Option<SnapshotWanted>,
     /// Leadership as it is now, if it changed.
     pub leader: Option<LeaderChange>,

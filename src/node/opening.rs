@@ -166,7 +166,10 @@ impl Supervisor {
                 Started::Serving { failures } => {
                     tracing::info!(%shard, %replica, failures, "replica is open after all");
                 }
-                Started::WithoutState => {
+                Started::WithoutState { news: false } => {
+                    tracing::debug!(%shard, %replica, "the replica is open again, still without its state");
+                }
+                Started::WithoutState { news: true } => {
                     metrics::counter!(names::STATES_LOST).increment(1);
                     tracing::warn!(
                         %shard, %replica, why = lost,

@@ -67,7 +67,10 @@ pub enum Started {
         failures: u32,
     },
     /// It runs, but its state is lost.
-    WithoutState,
+    WithoutState {
+        /// It hadn't been found so before.
+        news: bool,
+    },
     /// It can't be opened. The reason may pass, as a want of memory or file descriptors does.
     Failed {
         /// Time until the next attempt.
@@ -213,6 +216,7 @@ impl Replicas {
         slot.opening = false;
         match result {
             Ok(lost) => {
+                let news = slot.lost.is_none();
                 slot.lost = lost;
                 let failures = std::mem::take(&mut slot.failures);
                 match &slot.lost {
@@ -222,7 +226,7 @@ impl Replicas {
                     }
                     Some(why) => {
                         slot.health = ReplicaHealth::Refetching(why.clone());
-                        Started::WithoutState
+                        Started::WithoutState { news }
                     }
                 }
             }
@@ -336,6 +340,11 @@ impl Replicas {
             }
             _ => Ok(record.generation),
         }
+    }
+
+    /// Whether a replica is known to have no state, from its last start that could tell.
+    pub fn lacks_state(&self, replica: ReplicaId) -> bool {
+        self.slots.get(&replica).is_some_and(|slot| slot.lost.is_some())
     }
 
     /// A replica is to be stopped and switched to a snapshot: its shard and the start of it that ends.
@@ -570,7 +579,7 @@ mod tests {
             replicas.started(ReplicaId(9), incarnation, Ok(lost.map(str::to_owned)))
         };
         let told = "1 of 1 replicas can't serve; that of shard 4 is refetching: gone";
-        assert_eq!(start(&mut replicas, 1, Some("gone")), Started::WithoutState);
+        assert_eq!(start(&mut replicas, 1, Some("gone")), Started::WithoutState { news: true });
         let health = replicas.get_mut(ReplicaId(9)).unwrap().health.clone();
         assert_eq!(health, ReplicaHealth::Refetching("gone".into()));
         assert_eq!(replicas.closed().as_deref(), Some(told));
@@ -579,7 +588,8 @@ mod tests {
         assert_eq!(replicas.closed().as_deref(), Some(told), "not yet");
         assert!(replicas.end_install(ReplicaId(9), None).is_some());
         assert_eq!(replicas.closed().as_deref(), Some(told), "nor when it is opened");
-        assert_eq!(start(&mut replicas, 2, None), Started::Serving { failures: 0 });
+        assert_eq!(start(&mut replicas, 2, Some("gone")), Started::WithoutState { news: false });
+        assert_eq!(start(&mut replicas, 3, None), Started::Serving { failures: 0 });
         assert_eq!(replicas.closed(), None);
     }
 

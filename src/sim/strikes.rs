@@ -10,10 +10,11 @@ use super::network::{Block, Quality};
 use super::report::{Shown, note};
 use super::shell::{Boundary, NodeEvent, ReplicaEvent};
 use super::world::{Event, World};
-use crate::ids::{NodeId, ReplicaId, ShardId};
+use crate::ids::{NodeId, Position, ReplicaId, ShardId};
 use crate::placement::map::Member;
 use crate::storage::StorageError;
 use crate::storage::engine_memory::CrashLoss;
+use crate::storage::log::{LogState, LogStore};
 
 /// A kind of fault that strikes at a moment.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -346,7 +347,7 @@ impl World {
     }
 
     /// A node crashes, and finds no state store when it is back, or an older copy; unless one of its
-    /// replicas is needed by the others.
+    /// replicas has what nobody else could give to the others.
     fn lose_state(&mut self, id: NodeId) -> Result<(), Violation> {
         let disk = |error: StorageError| Violation::new("disk", error.to_string());
         for node in self.nodes.values_mut() {
@@ -355,7 +356,7 @@ impl World {
             }
         }
         let held = self.members.values().filter(|group| group.iter().any(|member| member.node == id));
-        if held.into_iter().any(|group| !self.others_suffice(group, id)) {
+        if held.into_iter().any(|group| !self.state_is_had(group, id)) {
             return Ok(());
         }
         let older = self.dice.chance(400);
@@ -372,6 +373,27 @@ impl World {
     fn others_suffice(&self, group: &[Member], id: NodeId) -> bool {
         let sound = group.iter().filter(|member| member.node != id && !self.is_damaged(member)).count();
         sound > group.len() / 2
+    }
+
+    /// Whether a group comes back without the state of its replica on a node: a majority can be opened, with
+    /// a state or without, and some other replica has its own and a log that reaches to where those of the
+    /// replicas without one begin.
+    fn state_is_had(&self, group: &[Member], id: NodeId) -> bool {
+        let log_of = |member: &Member| self.nodes.get(&member.node)?.disk.log.load(member.replica).ok();
+        let opened = group.iter().filter(|m| !self.is_rotten(m.node, m.replica)).count();
+        let (lost, whole): (Vec<_>, Vec<_>) =
+            group.iter().partition(|member| member.node == id || self.is_damaged(member));
+        let begin: Option<Vec<Position>> =
+            lost.into_iter().map(|member| Some(log_of(member)?.truncated)).collect();
+        let Some(begin) = begin.and_then(|all| all.into_iter().max_by_key(|at| at.index)) else {
+            return false;
+        };
+        let reaches = |log: LogState| {
+            let run = log.terms.partition_point(|&(first, _)| first <= begin.index);
+            let term = run.checked_sub(1).and_then(|run| log.terms.get(run)).map(|&(_, term)| term);
+            log.truncated.index >= begin.index || log.last >= begin.index && term == Some(begin.term)
+        };
+        opened > group.len() / 2 && whole.into_iter().filter_map(log_of).any(reaches)
     }
 
     /// Whether something of a replica is rotten, or its state is lost.

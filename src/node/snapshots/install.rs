@@ -163,22 +163,26 @@ impl Handler<JudgeSnapshot> for Supervisor {
     fn handle(&mut self, JudgeSnapshot(offer): JudgeSnapshot, _: &mut Context<Self>) -> Self::Result {
         let verdict = self.replicas.judge(&offer);
         let addr = self.addrs.get(&offer.to).cloned();
+        let lacks_state = self.replicas.lacks_state(offer.to);
         Box::pin(async move {
             let mut present = Present { generation: verdict?, state_lost: false };
-            if let Some(addr) = addr {
-                let status = addr.send(AskStatus).await.map_err(|_| busy())?;
-                let index = offer.position.index;
-                match status.state_lost {
-                    // Its leader knows that, unless it has asked another one.
-                    Some(least) if index < least => {
-                        return Err(SnapshotAnswer::Refused(format!(
-                            "the replica's log begins after entry {least}, the snapshot is of entry {index}"
-                        )));
-                    }
-                    Some(_) => present.state_lost = true,
-                    None if status.committed >= index => return Err(SnapshotAnswer::NotNeeded),
-                    None => {}
+            let Some(addr) = addr else {
+                // It doesn't run, and can't say how far its log is: the install itself tells, if it is known
+                // what to ask of it.
+                return if lacks_state { Ok(Present { state_lost: true, ..present }) } else { Err(busy()) };
+            };
+            let status = addr.send(AskStatus).await.map_err(|_| busy())?;
+            let index = offer.position.index;
+            match status.state_lost {
+                // Its leader knows that, unless it has asked another one.
+                Some(least) if index < least => {
+                    return Err(SnapshotAnswer::Refused(format!(
+                        "the replica's log begins after entry {least}, the snapshot is of entry {index}"
+                    )));
                 }
+                Some(_) => present.state_lost = true,
+                None if status.committed >= index => return Err(SnapshotAnswer::NotNeeded),
+                None => {}
             }
             Ok(present)
         })

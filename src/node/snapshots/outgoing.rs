@@ -14,7 +14,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use actix::Addr;
-use tokio::sync::{Mutex, Semaphore, mpsc, oneshot};
+use tokio::sync::{Mutex, Semaphore, SemaphorePermit, mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinSet, LocalSet};
 
 use super::attempts::{Attempts, Next};
@@ -34,7 +34,7 @@ use crate::storage::snapshot_dir::SnapshotDir;
 use crate::telemetry::metrics as names;
 use crate::transport::Timings;
 use crate::transport::network::PeerNetwork;
-use crate::transport::snapshot::sender::{Parties, send};
+use crate::transport::snapshot::sender::{Delivery, Parties, send};
 use crate::transport::snapshot::throttle::Throttle;
 
 /// A follower that needs a snapshot, and who says so.
@@ -250,7 +250,7 @@ impl Sending {
 
     /// Whether the follower then has what it needs.
     async fn bring(&self, order: &Order) -> bool {
-        let Ok(_place) = self.places.acquire().await else {
+        let Ok(place) = self.places.acquire().await else {
             return false;
         };
         let (shard, from, to) = (order.shard, order.from, order.to);
@@ -271,7 +271,7 @@ impl Sending {
         tracing::info!(%shard, %from, %to, node = %order.node, index = position.index, bytes = file.bytes, "sending a snapshot");
         failpoint!(SnapshotSend, from);
         let begun = Instant::now();
-        match self.deliver(order, &offer, &handle).await {
+        match self.deliver(order, &offer, &handle, place).await {
             Next::Done => {
                 metrics::counter!(names::SNAPSHOTS_SENT).increment(1);
                 tracing::info!(%shard, %from, %to, took = ?begun.elapsed(), "a follower stands at the snapshot");
@@ -359,8 +359,15 @@ impl Sending {
         }
     }
 
-    /// Tries until there is an outcome.
-    async fn deliver(&self, order: &Order, offer: &SnapshotOffer, file: &Arc<File>) -> Next {
+    /// Tries until there is an outcome. While it waits for a node that is busy, others may have its `place`.
+    async fn deliver<'a>(
+        &'a self,
+        order: &Order,
+        offer: &SnapshotOffer,
+        file: &Arc<File>,
+        place: SemaphorePermit<'a>,
+    ) -> Next {
+        let mut place = Some(place);
         let origin = &self.tools.origin;
         let parties = Parties {
             cluster_id: origin.cluster_id,
@@ -383,9 +390,19 @@ impl Sending {
             if let Err(error) = &sent {
                 tracing::info!(to = %offer.to, node = %order.node, %error, "the transfer of a snapshot was cut");
             }
+            let busy = matches!(sent, Ok(Delivery::Busy(_)));
             match attempts.after(sent, Instant::now()) {
-                Next::Again(after) => tokio::time::sleep(after).await,
+                Next::Again(after) => {
+                    place = place.filter(|_| !busy);
+                    tokio::time::sleep(after).await;
+                }
                 end => return end,
+            }
+            if place.is_none() {
+                place = match self.places.acquire().await {
+                    Ok(place) => Some(place),
+                    Err(_) => return Next::GiveUp("the node is being stopped".into()),
+                };
             }
         }
     }
