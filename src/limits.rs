@@ -86,8 +86,6 @@ pub const LOG_PURGE_MS: u64 = 10_000;
 
 /// A flush hands the state engine batches of at most so many keys, so that readers get their turn.
 pub const FLUSH_BATCH_KEYS: usize = 256;
-/// So long after a flush without another one the engine sees to what it has left behind.
-pub const SETTLE_MS: u64 = 50;
 /// A flush batch is closed at this many bytes of keys and values.
 pub const FLUSH_BATCH_BYTES: usize = 64 * KIB;
 

@@ -108,25 +108,8 @@ impl FlushThread {
 fn run(mut flusher: Flusher, queue: mpsc::Receiver<Work>, fatal: Fatal) {
     // Those that found the disk full.
     let mut flushes: Vec<FlushJob> = Vec::new();
-    // Something was synced, and the engine may have more to do behind it.
-    let mut unsettled = false;
     loop {
         let first = match flushes.is_empty() {
-            true if unsettled => match queue.recv_timeout(Duration::from_millis(limits::SETTLE_MS)) {
-                Err(RecvTimeoutError::Timeout) => {
-                    match flusher.engine.settle() {
-                        Ok(()) => unsettled = false,
-                        // It waits for space, as a flush does.
-                        Err(error) if error.is_full() => {}
-                        Err(error) => {
-                            fatal.raise(format!("after flushing state to disk: {error}"));
-                            return;
-                        }
-                    }
-                    continue;
-                }
-                other => other.ok(),
-            },
             true => queue.recv().ok(),
             false => match queue.recv_timeout(Duration::from_millis(limits::DISK_FULL_WAIT_MS)) {
                 Err(RecvTimeoutError::Timeout) => None,
@@ -138,7 +121,6 @@ fn run(mut flusher: Flusher, queue: mpsc::Receiver<Work>, fatal: Fatal) {
         if first.is_none() && flushes.is_empty() {
             return;
         }
-        unsettled = true;
         let waited = !flushes.is_empty();
         let mut destroy = Vec::new();
         let mut jobs = Vec::new();

@@ -28,7 +28,7 @@ const MARKER: &str = "damaged";
 /// What a marker says.
 #[derive(Clone, PartialEq, Eq, Debug)]
 struct Marker {
-    /// Ending of the names that the parts get.
+    /// Ending of the names that the parts get. 0: it can't be read.
     seconds: u64,
     why: String,
 }
@@ -51,8 +51,11 @@ pub fn set_aside(dir: &DataDir, why: &str) -> Result<PathBuf, StorageError> {
     let marker = mark(&state, why)?;
     for part in [dir.redo_path(), beside(&state, super::sled_sums::ENDING), state.clone()] {
         let to = aside(&part, marker.seconds);
-        // What has moved has left an empty directory, if any: nothing was opened since.
         if to.exists() {
+            // What has moved has left an empty directory, if any: nothing was opened since.
+            if holds_anything(&part)? {
+                return Err(io_error("renaming", &part)(ErrorKind::AlreadyExists.into()));
+            }
             continue;
         }
         match fs::rename(&part, &to) {
@@ -70,9 +73,11 @@ pub fn set_aside(dir: &DataDir, why: &str) -> Result<PathBuf, StorageError> {
 
 /// The marker, which is made if there is none.
 fn mark(state: &Path, why: &str) -> Result<Marker, StorageError> {
-    if let Some(marker) = read(state)? {
+    let found = read(state)?;
+    if let Some(marker) = found.clone().filter(|marker| marker.seconds != 0) {
         return Ok(marker);
     }
+    let why = found.map_or(why.to_owned(), |unreadable| unreadable.why);
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
     // Names that were given before, in this second or by another clock, are not given again.
     let taken = |seconds: &u64| {
@@ -81,11 +86,21 @@ fn mark(state: &Path, why: &str) -> Result<Marker, StorageError> {
             .iter()
             .any(|part| aside(part, *seconds).exists())
     };
-    let seconds = (now..).find(|seconds| !taken(seconds)).unwrap_or(now);
-    let marker = Marker { seconds, why: why.to_owned() };
+    let seconds = (now.max(1)..).find(|seconds| !taken(seconds)).unwrap_or(now);
+    let marker = Marker { seconds, why };
     let text = format!("{}\n{}\n", marker.seconds, marker.why);
     atomic_file::replace(&beside(state, MARKER), text.as_bytes())?;
     Ok(marker)
+}
+
+/// Whether a part is there, and more than an empty directory.
+fn holds_anything(part: &Path) -> Result<bool, StorageError> {
+    match fs::read_dir(part) {
+        Ok(mut items) => Ok(items.next().is_some()),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+        Err(error) if error.kind() == ErrorKind::NotADirectory => Ok(true),
+        Err(error) => Err(io_error("listing", part)(error)),
+    }
 }
 
 fn read(state: &Path) -> Result<Option<Marker>, StorageError> {
@@ -179,12 +194,14 @@ mod tests {
     fn a_damaged_marker_is_still_one() {
         let home = tempfile::tempdir().unwrap();
         let dir = data_dir(home.path());
-        fill(&dir, "kept");
-        for text in ["", "x", "\n", "1x\nwhy"] {
+        for text in ["", "x", "\n", "1x\nwhy", "0\nwhy"] {
+            fill(&dir, text);
             fs::write(beside(&dir.state_path(), MARKER), text).unwrap();
             assert!(noted_damage(&dir.state_path()).unwrap().is_some(), "{text:?}");
+            // Each has a name of its own.
+            let seconds = seconds_of(&set_aside(&dir, "why").unwrap());
+            assert_eq!(texts(&dir, seconds), [text; 3]);
+            assert!(!holds_anything(&dir.state_path()).unwrap());
         }
-        set_aside(&dir, "why").unwrap();
-        assert_eq!(texts(&dir, 0), ["kept"; 3]);
     }
 }

@@ -40,12 +40,6 @@ pub trait Engine: Send + Sync + 'static {
     /// Makes everything written so far durable.
     fn sync(&self) -> Result<(), StorageError>;
 
-    /// To be called some time after a sync, when nothing else was asked for: what the engine has left
-    /// to do in the background by then may be seen to.
-    fn settle(&self) -> Result<(), StorageError> {
-        Ok(())
-    }
-
     /// Bytes on disk.
     fn disk_bytes(&self) -> u64;
 

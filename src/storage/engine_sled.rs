@@ -76,7 +76,8 @@ pub struct SledEngine {
     db: sled::Db,
     chunks: sled::Tree,
     intents: sled::Tree,
-    /// One writer at a time, so that chunk ids and intents need no more care.
+    /// One writer at a time, so that chunk ids and intents need no more care. Dropped after all that sled
+    /// has, for the sums.
     writer: Mutex<Writer>,
     /// sled has panicked, a sync has failed, or the store is damaged.
     broken: AtomicBool,
@@ -146,9 +147,10 @@ impl SledEngine {
                 return Err(damaged(path, "its sums are missing: whether it is what it was can't be told"));
             }
         }
+        // Names first: sums without the store that they are of would make it a damaged one.
+        engine.writer().files.sync_names()?;
         engine.sync()?;
         engine.writer().files.note_owner(store_id)?;
-        engine.writer().files.sync_names()?;
         Ok(engine)
     }
 
@@ -409,6 +411,15 @@ impl SledEngine {
     }
 }
 
+impl Drop for SledEngine {
+    /// The sums, the last of what is dropped, seal the store when sled has closed it.
+    fn drop(&mut self) {
+        if self.broken.load(Ordering::Relaxed) {
+            self.writer().sums.distrust();
+        }
+    }
+}
+
 impl Engine for SledEngine {
     fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StorageError> {
         self.noting(self.get_record(key))
@@ -438,9 +449,10 @@ impl Engine for SledEngine {
 
     fn sync(&self) -> Result<(), StorageError> {
         let mut writer = self.writer();
+        let Writer { files, sums, .. } = &mut *writer;
         let result = match self.run(|| self.db.flush()) {
-            // In this order: the sums are of what is durable.
-            Ok(_) => writer.files.sync().and_then(|()| writer.sums.seal()),
+            // In this order: the sums are of what is durable, its length too.
+            Ok(_) => sums.store_bytes().and_then(|bytes| files.sync().and_then(|()| sums.seal(bytes))),
             Err(error @ StorageError::Damaged { .. }) => Err(error),
             Err(error) => {
                 Err(StorageError::SyncFailed { path: self.path.join("db"), reason: error.to_string() })
@@ -451,10 +463,6 @@ impl Engine for SledEngine {
         }
         drop(writer);
         self.noting(result)
-    }
-
-    fn settle(&self) -> Result<(), StorageError> {
-        self.writer().sums.settle()
     }
 
     fn disk_bytes(&self) -> u64 {

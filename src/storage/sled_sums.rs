@@ -15,18 +15,24 @@
 //!
 //! What sled may do between two syncs, so that it is no damage: it writes new segments, in new places or
 //! over those that it has no use for, and cuts such off the end of the file. While it opens it fills
-//! them with zeros: that is noted before (`OPENING`), as nothing else would tell. In a file that was
-//! written since the last sync a cut can't be told from one of sled's own; the number of the last flush,
-//! which is in the store, limits what that can hide ([`super::flush`]).
+//! them with zeros: that is noted before (`OPENING`), as nothing else would tell. It cuts on threads of its
+//! own, at any time after whatever made a segment free, so that a cut may follow on the last sync without a
+//! newer segment. Sums of a store that is open say that it is (`SEALED_OPEN`): its end may be missing then,
+//! as sled cuts it, at a segment's beginning and never the newest. The number of the last flush, which is
+//! in the store, limits what that can hide ([`super::flush`]). Only when sled has closed the store, and its
+//! lock tells that no thread of it is left that might cut, are there sums of it that hold to the byte
+//! (`SEALED`).
 //!
 //! The file: magic `PONTSUMS`, format version (4 bytes), then records: length (4) and crc32c (4) of what
-//! follows, kind (1). Kind [`SEALED`]: number of segments (4), then index (4), LSN (8), bytes (4) and their
-//! crc32c (4) of each that has changed. All big endian. A last record that is cut short was never relied on.
+//! follows, kind (1). Kinds [`SEALED`] and [`SEALED_OPEN`]: number of segments (4), then index (4), LSN (8),
+//! bytes (4) and their crc32c (4) of each that has changed. All big endian. A last record that is cut short
+//! was never relied on. Version 1 had no [`SEALED_OPEN`]: its sums are all taken for such.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::atomic_file::{self, io_error, sync_error};
 use super::identity::IdentityError;
@@ -36,11 +42,13 @@ use super::{StorageError, beside};
 pub(super) const ENDING: &str = "sums";
 
 const MAGIC: &[u8; 8] = b"PONTSUMS";
-const FORMAT_VERSION: u32 = 1;
-/// These are the sums of the store as it was synced.
+const FORMAT_VERSION: u32 = 2;
+/// These are the sums of the store as it was closed.
 const SEALED: u8 = 1;
 /// sled is opening the store.
 const OPENING: u8 = 2;
+/// These are the sums of the store as it was synced, and sled has it open.
+const SEALED_OPEN: u8 = 3;
 
 /// Bytes of a segment, as sled has them by default.
 const SEGMENT_BYTES: usize = 512 << 10;
@@ -57,6 +65,11 @@ const WHOLE_CHECK_BYTES_MAX: u64 = 1 << 30;
 const SEGMENTS_MAX: u32 = 1 << 27;
 /// The file is written anew when it is this much greater than twice its content.
 const SLACK_BYTES: u64 = 64 << 10;
+
+/// How long sled may take to end its cuts when it has closed the store; after that the sums stay those of
+/// an open one.
+const CLOSE_ATTEMPTS: u32 = 100;
+const CLOSE_RETRY: Duration = Duration::from_millis(10);
 
 /// What is known of a segment since the last sync.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -94,8 +107,8 @@ pub(super) struct SledSums {
     /// Open for appending; `None`: to be written as a whole.
     file: Option<File>,
     bytes: u64,
-    /// The last record is [`SEALED`].
-    sealed: bool,
+    /// Kind of the last record; `None`: there is none, or it is unknown.
+    last: Option<u8>,
     known: bool,
 }
 
@@ -108,10 +121,10 @@ impl SledSums {
         let empty = db.metadata().map_err(io_error("reading", &db_path))?.len() == 0;
         let read = read(&path)?;
         let known = read.is_some() || empty;
-        let (segments, opening) = read.unwrap_or_default();
-        let mut sums = SledSums { path, db, db_path, segments, file: None, bytes: 0, sealed: false, known };
+        let (segments, kind) = read.unwrap_or((Segments::new(), SEALED_OPEN));
+        let mut sums = SledSums { path, db, db_path, segments, file: None, bytes: 0, last: None, known };
         if known {
-            sums.check(dir, opening)?;
+            sums.check(dir, kind)?;
             sums.rewrite(OPENING)?;
         }
         Ok(sums)
@@ -122,39 +135,64 @@ impl SledSums {
         self.known
     }
 
-    /// Notes the sums of the store as it is. Everything that was written to it is durable, and nobody
-    /// writes to it meanwhile.
-    pub fn seal(&mut self) -> Result<(), StorageError> {
-        let changes = self.look_at_changes().map_err(io_error("reading", &self.db_path))?;
-        if self.sealed && changes.is_none() {
+    /// Bytes of the store: to be asked for before that is synced, since the length of a cut that came
+    /// later may not survive a power loss.
+    pub fn store_bytes(&self) -> Result<u64, StorageError> {
+        Ok(self.db.metadata().map_err(io_error("reading", &self.db_path))?.len())
+    }
+
+    /// Notes the sums of the store as it is while sled has it open. Everything that was written to it is
+    /// durable, nobody writes to it meanwhile, and it had `store_bytes` before it was synced.
+    pub fn seal(&mut self, store_bytes: u64) -> Result<(), StorageError> {
+        self.seal_as(SEALED_OPEN, store_bytes)
+    }
+
+    /// No sums of it are made any more: what it holds can't be relied on.
+    pub fn distrust(&mut self) {
+        self.last = None;
+    }
+
+    /// Notes the sums of the store that sled has closed, unless one of its threads still has the file.
+    fn close(&mut self) -> Result<(), StorageError> {
+        let mut attempts = 0;
+        loop {
+            match self.db.try_lock() {
+                Ok(()) => break,
+                Err(TryLockError::WouldBlock) if attempts < CLOSE_ATTEMPTS => {
+                    attempts += 1;
+                    std::thread::sleep(CLOSE_RETRY);
+                }
+                Err(TryLockError::WouldBlock) => return Ok(()),
+                Err(TryLockError::Error(error)) => return Err(io_error("locking", &self.db_path)(error)),
+            }
+        }
+        let bytes = self.store_bytes()?;
+        self.db.sync_data().map_err(sync_error(&self.db_path))?;
+        self.seal_as(SEALED, bytes)
+    }
+
+    fn seal_as(&mut self, kind: u8, store_bytes: u64) -> Result<(), StorageError> {
+        let changes = self.look_at_changes(store_bytes).map_err(io_error("reading", &self.db_path))?;
+        if self.last == Some(kind) && changes.is_none() {
             return Ok(());
         }
         let changes = changes.unwrap_or_default();
         let full = 2 * sum_bytes(self.segments.len()) + SLACK_BYTES;
-        let record = record(SEALED, self.segments.len(), changes.into_iter());
+        let record = record(kind, self.segments.len(), changes.into_iter());
         match &mut self.file {
             Some(file) if self.bytes + record.len() as u64 <= full => {
                 let written = file.write_all(&record).map_err(io_error("writing", &self.path));
                 let written = written.and_then(|()| file.sync_data().map_err(sync_error(&self.path)));
                 self.bytes += record.len() as u64;
-                self.sealed = written.is_ok();
+                self.last = written.is_ok().then_some(kind);
                 if written.is_err() {
                     // Nothing may follow on a part of a record.
                     self.file = None;
                 }
                 written
             }
-            _ => self.rewrite(SEALED),
+            _ => self.rewrite(kind),
         }
-    }
-
-    /// sled cuts its file on a thread of its own, which may be after it was sealed.
-    pub fn settle(&mut self) -> Result<(), StorageError> {
-        let len = self.db.metadata().map_err(io_error("reading", &self.db_path))?.len();
-        if self.sealed && len.div_ceil(SEGMENT_BYTES as u64) < self.segments.len() as u64 {
-            self.seal()?;
-        }
-        Ok(())
     }
 
     /// Writes all that is known as one record, and that sled is opening the store if it is.
@@ -162,7 +200,8 @@ impl SledSums {
         let known = self.segments.iter().enumerate();
         let known = known.filter_map(|(index, sum)| sum.map(|sum| (index, sum)));
         let mut bytes = [&MAGIC[..], &FORMAT_VERSION.to_be_bytes()].concat();
-        bytes.extend(record(SEALED, self.segments.len(), known));
+        let sealed = if kind == OPENING { SEALED_OPEN } else { kind };
+        bytes.extend(record(sealed, self.segments.len(), known));
         if kind == OPENING {
             bytes.extend(record(OPENING, 0, std::iter::empty()));
         }
@@ -172,13 +211,13 @@ impl SledSums {
         let open = OpenOptions::new().append(true).open(&self.path);
         self.file = Some(open.map_err(io_error("opening", &self.path))?);
         self.bytes = bytes.len() as u64;
-        self.sealed = kind == SEALED;
+        self.last = Some(kind);
         Ok(())
     }
 
     /// Brings the sums up to date: those that have changed, `None` if nothing has.
-    fn look_at_changes(&mut self) -> io::Result<Option<Vec<(usize, Sum)>>> {
-        let count = segments_in(self.db.metadata()?.len());
+    fn look_at_changes(&mut self, store_bytes: u64) -> io::Result<Option<Vec<(usize, Sum)>>> {
+        let count = segments_in(store_bytes);
         let seen: Vec<Seen> = (0..count).map(|index| look(&self.db, index)).collect::<io::Result<_>>()?;
         let last = seen.iter().filter_map(Seen::lsn).max();
         let mut changed = count != self.segments.len();
@@ -187,7 +226,9 @@ impl SledSums {
         self.segments.resize(count, None);
         for (index, (seen, known)) in seen.iter().zip(&mut self.segments).enumerate() {
             let now = match seen {
-                Seen::Missing | Seen::Blank => None,
+                // Cut off since the sync: a power loss may bring it back.
+                Seen::Missing => *known,
+                Seen::Blank => None,
                 Seen::Unreadable => Some(Sum { lsn: NO_LSN, bytes: 0, sum: 0 }),
                 Seen::Head { lsn, .. } => {
                     let mut sum =
@@ -216,7 +257,7 @@ impl SledSums {
     }
 
     /// Whether the file can be what it was at the last sync, with what sled may have done to it since.
-    fn check(&self, dir: &Path, opening: bool) -> Result<(), StorageError> {
+    fn check(&self, dir: &Path, kind: u8) -> Result<(), StorageError> {
         let unread = |source| io_error("reading", &self.db_path)(source);
         let len = self.db.metadata().map_err(unread)?.len();
         let count = segments_in(len).max(self.segments.len());
@@ -230,6 +271,9 @@ impl SledSums {
         let written_since = seen.iter().filter_map(Seen::lsn).any(is_newer);
         let stable = seen.iter().filter_map(Seen::stable).max().unwrap_or(0);
         let unverified = if len <= WHOLE_CHECK_BYTES_MAX { 0 } else { newest_snapshot(dir)? };
+        let opening = kind == OPENING;
+        let cut = kind == SEALED_OPEN && len % SEGMENT_BYTES as u64 == 0;
+        let newest = seen.iter().rposition(|seen| seen.lsn().is_some_and(is_newer));
         let mut buffer = Vec::new();
         for (index, seen) in seen.iter().enumerate() {
             let known = self.segments.get(index).copied().flatten();
@@ -261,7 +305,15 @@ impl SledSums {
                 (None, Seen::Missing | Seen::Blank) => {}
                 (Some(Sum { lsn: NO_LSN, .. }), Seen::Missing | Seen::Blank | Seen::Unreadable) => {}
                 (Some(_), Seen::Missing) if opening || written_since => {}
+                (Some(sum), Seen::Missing) if cut && sealed_to != Some(sum.lsn) => {}
                 (Some(_), Seen::Blank) if opening => {}
+                // Cut off, and the file was then written beyond it, which sled does in no order.
+                (Some(_), Seen::Blank) if kind == SEALED_OPEN && newest.is_some_and(|at| at > index) => {
+                    read_segment(&self.db, index, &mut buffer).map_err(unread)?;
+                    if buffer.iter().any(|byte| *byte != 0) {
+                        return Err(damaged("is blank"));
+                    }
+                }
                 (_, Seen::Missing) => return Err(damaged("is missing")),
                 (_, Seen::Blank) => return Err(damaged("is blank")),
                 (_, Seen::Unreadable) => return Err(damaged("has a head that can't be read")),
@@ -269,6 +321,17 @@ impl SledSums {
             }
         }
         Ok(())
+    }
+}
+
+impl Drop for SledSums {
+    /// sled has closed the store, or else still has its lock.
+    fn drop(&mut self) {
+        if self.last == Some(SEALED_OPEN)
+            && let Err(error) = self.close()
+        {
+            tracing::warn!(%error, "the next start will take the state store for one that wasn't closed");
+        }
     }
 }
 
@@ -303,7 +366,7 @@ fn sum_bytes(segments: usize) -> u64 {
 
 fn record(kind: u8, segments: usize, sums: impl Iterator<Item = (usize, Sum)>) -> Vec<u8> {
     let mut body = vec![kind];
-    if kind == SEALED {
+    if kind != OPENING {
         body.extend((segments as u32).to_be_bytes());
         for (index, Sum { lsn, bytes, sum }) in sums {
             body.extend((index as u32).to_be_bytes());
@@ -318,9 +381,8 @@ fn record(kind: u8, segments: usize, sums: impl Iterator<Item = (usize, Sum)>) -
     record
 }
 
-/// What a file of sums says: the segments, and whether sled was opening the store; `None` if there is no
-/// file.
-fn read(path: &Path) -> Result<Option<(Segments, bool)>, StorageError> {
+/// What a file of sums says: the segments, and the kind of the last record; `None` if there is no file.
+fn read(path: &Path) -> Result<Option<(Segments, u8)>, StorageError> {
     let bytes = match fs::read(path) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -332,28 +394,28 @@ fn read(path: &Path) -> Result<Option<(Segments, bool)>, StorageError> {
     };
     let mut rest = bytes.strip_prefix(MAGIC).ok_or_else(|| damaged("it doesn't begin as such a file"))?;
     let version = take_u32(&mut rest).ok_or_else(|| damaged("it is cut short"))?;
-    if version != FORMAT_VERSION {
+    if !(1..=FORMAT_VERSION).contains(&version) {
         let path = path.display().to_string();
         return Err(IdentityError::Newer { path, found: version, known: FORMAT_VERSION }.into());
     }
-    let (mut segments, mut opening, mut any) = (Vec::new(), false, false);
+    let (mut segments, mut last, mut any) = (Vec::new(), OPENING, false);
     // What follows on a record that can't be read isn't believed. The store is then held against sums of
     // an earlier sync, which it has to fit as well.
     while let Some(mut body) = take_record(&mut rest) {
         match body.split_off_first() {
-            Some(&SEALED) => {
+            Some(&kind @ (SEALED | SEALED_OPEN)) => {
                 let applied = apply(&mut segments, body);
                 applied.ok_or_else(|| damaged("a record is of an impossible length"))?;
-                (opening, any) = (false, true);
+                (last, any) = (if version == 1 { SEALED_OPEN } else { kind }, true);
             }
-            Some(&OPENING) => opening = true,
+            Some(&OPENING) => last = OPENING,
             _ => return Err(damaged("it has a record of an unknown kind")),
         }
     }
     if !any {
         return Err(damaged("it has no sums"));
     }
-    Ok(Some((segments, opening)))
+    Ok(Some((segments, last)))
 }
 
 fn take_u32(bytes: &mut &[u8]) -> Option<u32> {

@@ -342,18 +342,136 @@ fn a_kill_while_sled_opens_is_no_damage() {
     assert!(outcome(copied.path()) == Some(expected_now));
 }
 
-#[test]
-fn a_late_cut_is_seen_to() {
+/// The head of a segment.
+fn head(lsn: u64) -> Vec<u8> {
+    let numbers = [lsn, 0].map(|number| (number ^ (u64::MAX >> 1)).to_le_bytes()).concat();
+    [&(crc32fast::hash(&numbers) ^ u32::MAX).to_le_bytes()[..], &numbers].concat()
+}
+
+/// A store with two segments at its end that sled has no use for, as it is before it has cut them off, and
+/// sums of that as of an open store.
+fn with_free_segments() -> (tempfile::TempDir, SledSums) {
     let (home, _) = store();
+    let dir = home.path().join("state");
+    let mut bytes = fs::read(dir.join("db")).unwrap();
+    for _ in 0..2 {
+        bytes.resize(bytes.len().next_multiple_of(SEGMENT_BYTES), 0);
+        bytes.extend(head(0));
+    }
+    bytes.resize(bytes.len().next_multiple_of(SEGMENT_BYTES), 0);
+    fs::write(dir.join("db"), bytes).unwrap();
+    fs::remove_file(home.path().join("state.sums")).unwrap();
+    let mut sums = SledSums::open(&dir).unwrap();
+    sums.seal(sums.store_bytes().unwrap()).unwrap();
+    (home, sums)
+}
+
+/// The same, killed.
+fn killed() -> tempfile::TempDir {
+    let (home, mut sums) = with_free_segments();
+    sums.distrust();
+    home
+}
+
+fn cut_off(home: &Path, bytes: u64) {
+    let db = OpenOptions::new().write(true).open(home.join("state").join("db")).unwrap();
+    db.set_len(db.metadata().unwrap().len() - bytes).unwrap();
+}
+
+fn sealed(home: &Path) -> (usize, u8) {
+    let (segments, kind) = read(&home.join("state.sums")).unwrap().unwrap();
+    (segments.len(), kind)
+}
+
+/// Whether the next start takes the store for whole.
+fn fits(home: &Path) -> bool {
+    match SledSums::open(&home.join("state")) {
+        Ok(_) => true,
+        Err(StorageError::Damaged { .. }) => false,
+        Err(error) => panic!("{error}"),
+    }
+}
+
+#[test]
+fn a_cut_after_a_sync_and_a_kill_are_no_damage() {
+    let home = killed();
+    let segment = SEGMENT_BYTES as u64;
+    let seen = segment_lsns(home.path());
+    let newest = (0..seen.len()).max_by_key(|index| seen[*index].lsn()).unwrap();
+    // What sled doesn't cut: a part of a segment, and the newest one.
+    let with_newest = (seen.len() - newest) as u64 * segment;
+    for (bytes, whole) in [(0, true), (segment, true), (2 * segment, true), (1, false), (with_newest, false)]
+    {
+        let copied = fresh_copy(home.path());
+        cut_off(copied.path(), bytes);
+        assert_eq!(fits(copied.path()), whole, "cut by {bytes} bytes");
+    }
+}
+
+#[test]
+fn a_power_loss_may_take_a_cut_back() {
+    let home = killed();
     let mut sums = SledSums::open(&home.path().join("state")).unwrap();
-    sums.seal().unwrap();
-    let (path, count) = (home.path().join("state").join("db"), sums.segments.len());
-    let db = OpenOptions::new().write(true).open(path).unwrap();
-    db.set_len((count as u64 - 2) * SEGMENT_BYTES as u64).unwrap();
-    sums.settle().unwrap();
-    assert_eq!(sums.segments.len(), count - 2);
-    let (segments, opening) = read(&home.path().join("state.sums")).unwrap().unwrap();
-    assert_eq!((segments, opening), (sums.segments, false));
+    let uncut = fresh_copy(home.path());
+    let before = sums.store_bytes().unwrap();
+    cut_off(home.path(), SEGMENT_BYTES as u64);
+    sums.seal(before).unwrap();
+    assert_eq!(sealed(home.path()).0, segments_in(before));
+    fs::copy(home.path().join("state.sums"), uncut.path().join("state.sums")).unwrap();
+    assert!(fits(uncut.path()));
+    // The next sync has it on disk.
+    sums.seal(sums.store_bytes().unwrap()).unwrap();
+    assert_eq!(sealed(home.path()).0, segments_in(before) - 1);
+}
+
+#[test]
+fn a_store_is_closed_when_nobody_is_left_who_might_cut_it() {
+    let (home, expected) = store();
+    assert_eq!(sealed(home.path()).1, SEALED);
+    let engine = open(home.path()).unwrap();
+    assert_eq!(sealed(home.path()).1, SEALED_OPEN, "opening has synced it");
+    drop(engine);
+    assert_eq!(sealed(home.path()).1, SEALED);
+    assert!(outcome(home.path()) == Some(expected));
+    for late in [false, true] {
+        let (home, sums) = with_free_segments();
+        let count = sums.segments.len();
+        // As a thread of sled's that still has the file.
+        let db = File::open(home.path().join("state").join("db")).unwrap();
+        db.lock().unwrap();
+        let closing = std::thread::spawn(move || drop(sums));
+        if late {
+            closing.join().unwrap();
+            assert_eq!(sealed(home.path()), (count, SEALED_OPEN));
+            cut_off(home.path(), 2 * SEGMENT_BYTES as u64);
+        } else {
+            cut_off(home.path(), 2 * SEGMENT_BYTES as u64);
+            drop(db);
+            closing.join().unwrap();
+            assert_eq!(sealed(home.path()), (count - 2, SEALED));
+        }
+        assert!(fits(home.path()), "late: {late}");
+    }
+    // From then on nothing is cut.
+    let (home, sums) = with_free_segments();
+    drop(sums);
+    cut_off(home.path(), SEGMENT_BYTES as u64);
+    assert!(!fits(home.path()));
+}
+
+#[test]
+fn a_hole_before_a_newer_segment_is_no_damage() {
+    let home = killed();
+    let newer = segment_lsns(home.path()).iter().filter_map(Seen::lsn).max().unwrap() + SEGMENT_BYTES as u64;
+    let count = sealed(home.path()).0;
+    // Cut by two, and then the second of two new ones is written first.
+    cut_off(home.path(), 2 * SEGMENT_BYTES as u64);
+    let db = OpenOptions::new().write(true).open(home.path().join("state").join("db")).unwrap();
+    db.write_all_at(&head(newer), (count as u64 - 1) * SEGMENT_BYTES as u64).unwrap();
+    assert_eq!(segment_lsns(home.path())[count - 2], Seen::Blank);
+    assert!(fits(fresh_copy(home.path()).path()));
+    db.write_all_at(&[1], (count as u64 - 2) * SEGMENT_BYTES as u64 + 999).unwrap();
+    assert!(!fits(home.path()), "only its head is gone");
 }
 
 #[test]

@@ -10,6 +10,7 @@ use pontoon::limits;
 use pontoon::node::log_writer::{LogWriter, PersistSink, WriteTask};
 
 use super::lossy_fs::LossyFs;
+use super::power::SMALL;
 use super::*;
 
 const LONG: Duration = Duration::from_secs(10);
@@ -39,7 +40,7 @@ fn reopen(dir: &Path) -> DiskLog<LossyFs> {
 
 #[test]
 fn a_full_disk_leaves_the_log_as_it_was_and_usable() {
-    for room in ROOMS {
+    for (room, killed) in ROOMS.into_iter().flat_map(|room| [(room, false), (room, true)]) {
         let dir = tempfile::tempdir().unwrap();
         let fs = LossyFs::default();
         let log = one_entry(dir.path(), &fs);
@@ -58,8 +59,13 @@ fn a_full_disk_leaves_the_log_as_it_was_and_usable() {
         log.write(&[write(1, 8..=9, 6), write(2, 6..=6, 7)]).unwrap();
         let after = [(6, 6), (7, 6), (8, 6), (9, 6)];
         assert_eq!(terms_of(&log, 1), after);
+        // Before it is closed: the file has room behind its end, and so may one that was begun in vain.
+        if killed {
+            fs.kill();
+        } else {
+            fs.power_loss(room as u64);
+        }
         drop(log);
-        fs.power_loss(room as u64);
         let log = reopen(dir.path());
         assert_eq!((terms_of(&log, 1), terms_of(&log, 2)), (after.to_vec(), vec![(6, 7)]), "{room}");
         assert_eq!(log.load(ReplicaId(1)).unwrap().hard_state.vote, 1);
@@ -80,6 +86,48 @@ fn a_power_loss_on_a_full_disk_brings_nothing_up() {
         assert_eq!(terms_of(&log, 1), [(6, 6)], "{room}");
         log.write(&[write(1, 7..=7, 7)]).unwrap();
     }
+}
+
+#[test]
+fn a_kill_after_a_purge_that_met_a_full_disk_loses_nothing() {
+    let mut failed = 0;
+    for room in ROOMS {
+        let dir = tempfile::tempdir().unwrap();
+        let fs = LossyFs::default();
+        let open =
+            || DiskLog::open_with_file_system(&dir.path().join("log"), SMALL, STORE, Arc::new(fs.clone()));
+        let log = open().unwrap();
+        log.create(&[record(1), record(2)]).unwrap();
+        log.write(&[write(2, 6..=8, 6)]).unwrap();
+        for round in 0..20 {
+            log.write(&[LogWrite { entries: vec![entry(6 + round, 6, 900)], ..write(1, 6..=6, 6) }]).unwrap();
+            if round > 4 {
+                log.compact(ReplicaId(1), Position { index: 2 + round, term: 6 }).unwrap();
+            }
+            fs.set_room(Some(room));
+            failed += usize::from(log.purge().is_err());
+            fs.set_room(None);
+            if round % 3 == 0 {
+                log.purge().unwrap();
+            }
+        }
+        let before = [1, 2].map(|replica| terms_of(&log, replica));
+        fs.kill();
+        drop(log);
+        let log = DiskLog::open_with_file_system(
+            &dir.path().join("log"),
+            SMALL,
+            STORE,
+            Arc::new(LossyFs::default()),
+        )
+        .unwrap_or_else(|error| panic!("{room}: {error}"));
+        // The last compaction, which no purge has synced, may be gone.
+        for (replica, before) in [1, 2].into_iter().zip(before) {
+            let after = terms_of(&log, replica);
+            assert!(after.ends_with(&before), "{room}, replica {replica}: {after:?}, before: {before:?}");
+        }
+    }
+    assert!(failed > 0, "no purge has met a full disk");
 }
 
 struct Told(Mutex<mpsc::Sender<u64>>);

@@ -118,6 +118,11 @@ impl LossyFs {
         disk.cut = Some((disk.operations + operations, None));
     }
 
+    /// Kills the process now: whatever it has written stays.
+    pub fn kill(&self) {
+        self.lock().power_loss(None);
+    }
+
     /// Whether the power is gone.
     pub fn is_dead(&self) -> bool {
         self.lock().dead

@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, BufReader, ErrorKind, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use raft_engine::env::{FileSystem, Handle, Permission};
 use raft_engine::internals::{FileId, LogQueue};
@@ -125,10 +125,34 @@ pub struct Checked {
     /// Files that the mark asks for are missing, all of them the oldest: unless the log itself says that
     /// they aren't needed, it is damaged.
     pub missing: Option<String>,
+    /// Files with what nobody was told of, and where it begins; `None`: nothing else is in them.
+    torn_tails: Vec<(PathBuf, Option<u64>)>,
 }
 
-/// Holds the files against the mark and reads them all. A torn tail that nobody was told of is cut off.
-pub fn check<F: FileSystem>(dir: &Path, floor: &Reach, file_system: &F) -> Result<Checked, StorageError> {
+impl Checked {
+    /// Removes what nobody was told of.
+    pub fn cut<F: FileSystem>(&self, dir: &Path, file_system: &F) -> Result<(), StorageError> {
+        for (path, end) in &self.torn_tails {
+            let Some(end) = end else {
+                file_system.delete(path).map_err(atomic_file::io_error("removing", path))?;
+                continue;
+            };
+            let cut = || {
+                let file = file_system.open(path, Permission::ReadWrite)?;
+                file.truncate(usize::try_from(*end).unwrap_or(usize::MAX))?;
+                file.sync()
+            };
+            cut().map_err(atomic_file::io_error("cutting a torn tail off", path))?;
+        }
+        if self.torn_tails.iter().any(|(_, end)| end.is_none()) {
+            atomic_file::sync_dir(dir)?;
+        }
+        Ok(())
+    }
+}
+
+/// Holds the files against the mark and reads them all. Nothing is changed, see [`Checked::cut`].
+pub fn check(dir: &Path, floor: &Reach) -> Result<Checked, StorageError> {
     let mut files = list(dir)?;
     let damaged = |detail| Err(super::refused(dir, detail));
     let first = [0, 1].map(|q| run_start(&files[q]));
@@ -142,36 +166,44 @@ pub fn check<F: FileSystem>(dir: &Path, floor: &Reach, file_system: &F) -> Resul
         return damaged(detail);
     }
     let missing = hole(&files, floor.spans.map(|span| span.first)).err();
+    let mut torn_tails = Vec::new();
     for queue in QUEUES {
         let span = floor.spans[queue as usize];
-        let run: Vec<(u64, u64)> =
-            files[queue as usize].range(first[queue as usize]..).map(|(s, b)| (*s, *b)).collect();
-        for (i, &(seq, bytes)) in run.iter().enumerate() {
+        let mut ends = Vec::new();
+        for (&seq, &bytes) in files[queue as usize].range(first[queue as usize]..) {
             let path = dir.join(file_name(queue, seq));
             let (end, torn) =
                 read(&path, FileId { queue, seq }, bytes).map_err(atomic_file::io_error("reading", &path))?;
+            ends.push((seq, path, end, torn));
+        }
+        // Begun on a full disk, which had no room for their heads: the engine went on in the one before. A
+        // mark that is durable names a file before the first acknowledgement in it.
+        while let [.., (seq, _, end, _)] = &ends[..]
+            && ends.len() > 1
+            && span.last != 0
+            && *seq > span.last
+            && *end <= FILE_HEAD_BYTES
+        {
+            files[queue as usize].remove(seq);
+            torn_tails.extend(ends.pop().map(|(_, path, ..)| (path, None)));
+        }
+        let last = ends.last().map(|(seq, ..)| *seq);
+        for (seq, path, end, torn) in ends {
             let Some(torn) = torn else {
                 continue;
             };
-            let is_last = i + 1 == run.len();
-            if !is_last || (seq == span.last && end < span.end) {
+            if Some(seq) != last || (seq == span.last && end < span.end) {
                 let name = file_name(queue, seq);
                 return damaged(format!("its file {name} can't be read from byte {end} on: {torn}"));
             }
             // A head that is torn the engine writes anew.
             if end > 0 {
-                let whole = usize::try_from(end).unwrap_or(usize::MAX);
-                let cut = || {
-                    let file = file_system.open(&path, Permission::ReadWrite)?;
-                    file.truncate(whole)?;
-                    file.sync()
-                };
-                cut().map_err(atomic_file::io_error("cutting a torn tail off", &path))?;
+                torn_tails.push((path, Some(end)));
                 files[queue as usize].insert(seq, end);
             }
         }
     }
-    Ok(Checked { files, missing })
+    Ok(Checked { files, missing, torn_tails })
 }
 
 /// Reads a file. The end of its whole batches, and why it isn't the end of the file.

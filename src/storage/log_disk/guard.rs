@@ -109,7 +109,11 @@ impl<F: FileSystem + 'static> EngineGuard<F> {
         };
         let checked = {
             let _lock = lock(dir)?;
-            check::check(dir, &floor, &*file_system)
+            let checked = check::check(dir, &floor);
+            if let Ok(checked) = &checked {
+                checked.cut(dir, &*file_system)?;
+            }
+            checked
         };
         let checked = match checked {
             Ok(checked) => checked,
