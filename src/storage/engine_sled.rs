@@ -67,6 +67,9 @@ impl Default for SledOptions {
     }
 }
 
+/// How the detail of an error begins that was a panic of sled's.
+const PANICKED: &str = "sled panicked";
+
 /// Told once of damage that was found in an open store.
 pub type OnDamage = Box<dyn Fn(String) + Send + Sync>;
 
@@ -334,7 +337,9 @@ impl SledEngine {
             self.broken.store(true, Ordering::Relaxed);
             // While it is being opened, its opener sees to that.
             if let Some(hook) = self.on_damage.get() {
-                if let Err(second) = aside::note_damage(&self.path, detail) {
+                // A panic may be a mistake of sled's about memory: at the next start the sums tell what is on disk.
+                let on_disk = !detail.starts_with(PANICKED);
+                if on_disk && let Err(second) = aside::note_damage(&self.path, detail) {
                     tracing::error!(%second, "damage of the state store could not be noted for the next start");
                 }
                 hook(error.to_string());
@@ -525,7 +530,7 @@ fn contain<T>(path: &Path, call: impl FnOnce() -> sled::Result<T>) -> Result<T, 
             if text.contains("Os {") || text.contains("Io(") {
                 return Err(StorageError::SyncFailed { path: path.to_owned(), reason: text });
             }
-            Err(damaged(path, &format!("sled panicked: {text}")))
+            Err(damaged(path, &format!("{PANICKED}: {text}")))
         }
     }
 }
