@@ -1,6 +1,6 @@
 //! Points at which a test has a node fail: panic, meet an error, or be late.
 //!
-//! The source names them by [`failpoint!`], which is nothing at all in a plain build; only one for tests
+//! The source names them by `failpoint!`, which is nothing at all in a plain build; only one for tests
 //! knows what the names stand for, and how to arm them.
 
 #[cfg(feature = "test-hooks")]

@@ -14,7 +14,7 @@
 //!   the redo file makes a flush whole. Each key is written by itself, in key order.
 //! - It panics where it meets what it doesn't expect, damaged files above all. Every call is caught;
 //!   after a panic the engine answers nothing but errors, since sled's inside is unknown then.
-//! - It opens damaged files as if data had never been written. [`super::sled_sums`] looks at them before.
+//! - It opens damaged files as if data had never been written. `sled_sums` looks at them before.
 //!
 //! Damage that is found while the store is open is noted beside it ([`super::aside`]), since the next
 //! opening might not meet it, and told to whoever asked for it ([`SledEngine::on_damage`]).
