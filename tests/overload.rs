@@ -20,14 +20,11 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use capnp_rpc::rpc_twoparty_capnp::Side;
-use capnp_rpc::{RpcSystem, twoparty};
 use cluster::{Cluster, Options, free_ports};
 use crowd::{Crowd, Manners};
 use futures_util::io::AsyncRead;
 use pontoon::client::{Client, Database};
-use pontoon::schema::kv_capnp::{gate, kv};
-use pontoon::transport::rpc_stream::{reader_options, rpc_streams};
+use pontoon::schema::kv_capnp::kv;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::task::{LocalSet, spawn_local};
 
@@ -125,19 +122,8 @@ impl<R: AsyncRead + Unpin> AsyncRead for Deaf<R> {
 /// A client of the node at `address` that stops reading when it is told to.
 async fn deaf(address: &str, told: Rc<Cell<bool>>) -> kv::Client {
     let stream = tokio::net::TcpStream::connect(address).await.expect("connected");
-    let (reader, writer, flusher) = rpc_streams(stream).expect("a stream");
-    let reader = Deaf { inner: reader, deaf: told };
-    let network = twoparty::VatNetwork::new(reader, writer, Side::Client, reader_options());
-    let mut system = RpcSystem::new(Box::new(network), None);
-    let gate: gate::Client = system.bootstrap(Side::Server);
-    spawn_local(system);
-    spawn_local(flusher);
-    let mut request = gate.open_request();
-    let mut range = request.get().init_hello().init_protocol();
-    range.set_min(2);
-    range.set_max(2);
-    let response = request.send().promise.await.expect("an answer");
-    response.get().expect("an answer").get_kv().expect("its data service")
+    let deaf = |reader| Deaf { inner: reader, deaf: told };
+    wire::greet(stream, deaf).await.expect("its data service")
 }
 
 async fn one_node(name: &str) -> (Cluster, Client, Database) {

@@ -12,7 +12,7 @@ use crate::cluster::Cluster;
 use crate::harness::{HANG, Home, PORTS, Running};
 
 /// Runs a subcommand against daemons.
-fn ask(cluster: &Cluster, home: &Home, args: &[&str]) -> crate::harness::Ended {
+pub fn ask(cluster: &Cluster, home: &Home, args: &[&str]) -> crate::harness::Ended {
     let mut command = home.command(args);
     command.env("PONTOON_CLUSTER", cluster.addresses().join(","));
     Running::spawn(command).end(HANG)

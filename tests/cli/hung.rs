@@ -6,16 +6,11 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::cluster::{Cluster, Options, free_ports};
-use crate::harness::{Ended, HANG, Home, PORTS, Running};
+use crate::degraded::ask;
+use crate::harness::{Home, PORTS};
 
 /// Less than a node has to welcome a client.
 const BRIEF: &str = "900ms";
-
-fn ask(cluster: &Cluster, home: &Home, args: &[&str]) -> Ended {
-    let mut command = home.command(args);
-    command.env("PONTOON_CLUSTER", cluster.addresses().join(","));
-    Running::spawn(command).end(HANG)
-}
 
 /// Waits until every shard has a leader on another node than `hung`.
 fn wait_led_without(cluster: &Cluster, home: &Home, hung: u64) {

@@ -5,11 +5,12 @@ use std::time::{Duration, Instant};
 
 use capnp_rpc::rpc_twoparty_capnp::Side;
 use capnp_rpc::{RpcSystem, twoparty};
+use futures_util::io::AsyncRead;
 use pontoon::client::Client;
 use pontoon::codec::refusal::read_refusal;
 use pontoon::refusal::Refusal;
 use pontoon::schema::kv_capnp::{batch_request, batch_response, gate, kv, op_result};
-use pontoon::transport::rpc_stream::{reader_options, rpc_streams};
+use pontoon::transport::rpc_stream::{RpcReader, reader_options, rpc_streams};
 use tokio::net::TcpStream;
 use tokio::task::spawn_local;
 
@@ -45,8 +46,16 @@ pub struct Wire {
 /// A connection to the node at `address`; needs a `LocalSet`.
 pub async fn dial(address: &str) -> Option<kv::Client> {
     let stream = TcpStream::connect(address).await.ok()?;
+    greet(stream, |reader| reader).await
+}
+
+/// Opens the data service on a connection whose reading side is wrapped.
+pub async fn greet<R: AsyncRead + Unpin + 'static>(
+    stream: TcpStream,
+    wrap: impl FnOnce(RpcReader) -> R,
+) -> Option<kv::Client> {
     let (reader, writer, flusher) = rpc_streams(stream).ok()?;
-    let network = twoparty::VatNetwork::new(reader, writer, Side::Client, reader_options());
+    let network = twoparty::VatNetwork::new(wrap(reader), writer, Side::Client, reader_options());
     let mut system = RpcSystem::new(Box::new(network), None);
     let gate: gate::Client = system.bootstrap(Side::Server);
     spawn_local(system);
