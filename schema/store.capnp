@@ -71,7 +71,70 @@ struct MetaCommand {
       name @8 :Text;         # which it must have
       id @9 :UInt64;         # DatabaseId
     }
+    observeShard :group {    # what a shard says of its own members; counts if its conf version is greater
+      shard @10 :UInt64;     # ShardId
+      conf @11 :UInt64;      # the shard's epoch.conf
+      members @12 :List(Types.MemberRecord);   # as of that
+    }
+    beginMove :group {       # change the members of a shard
+      shard @13 :UInt64;     # ShardId
+      conf @14 :UInt64;      # the epoch.conf that the proposer knew: another one refuses the move
+      adds @15 :List(UInt64);     # NodeIds that get a replica
+      removes @16 :List(UInt64);  # ReplicaIds that go
+      cause @17 :Types.MoveCause; # why
+    }
+    cancelMove :group {      # roll a move back, if it hasn't come to the joint change
+      shard @18 :UInt64;     # ShardId
+      move @19 :UInt64;      # its id
+    }
+    endMove :group {         # the shard's members show that a move is done, or rolled back
+      shard @20 :UInt64;     # ShardId
+      move @21 :UInt64;      # its id
+    }
+    setStanding :group {     # of a node
+      node @22 :UInt64;      # NodeId
+      standing @23 :Types.Standing;   # from now on
+    }
+    setPolicy @24 :PolicyChange;      # one setting
+    beginRebalance :group {  # give shards targets
+      plan @25 :UInt64;      # its name, above 0
+      targets @26 :List(PlannedTarget);   # of the shards that are to move
+      moves @27 :UInt32;     # replicas to move in all
+      bytes @28 :UInt64;     # of those
+    }
+    controlRebalance :group {
+      plan @29 :UInt64;      # which must be the last
+      state @30 :Types.RebalanceState;    # what becomes of it
+      reason @31 :Text;      # why, if it failed or is cancelled
+    }
+    setReplicas :group {     # how many voters each shard of a database should have
+      name @32 :Text;        # of the database
+      replicas @33 :UInt32;  # from now on
+    }
+    recoverShard :group {    # its majority is lost for good: one replica goes on alone
+      shard @34 :UInt64;     # ShardId
+      keep @35 :UInt64;      # ReplicaId
+      conf @36 :UInt64;      # the shard's epoch.conf from then on, greater than any that it had
+    }
   }
+}
+
+struct PolicyChange {
+  # See PolicyRecord.
+  union {
+    replaceAfterMs @0 :UInt64;
+    movesAtATime @1 :UInt32;
+    bytesPerSecond @2 :UInt64;
+    automatic @3 :Bool;
+    approveJoins @4 :Bool;
+  }
+}
+
+struct PlannedTarget {
+  # Where a rebalancing wants a shard.
+  shard @0 :UInt64;          # ShardId
+  conf @1 :UInt64;           # the epoch.conf that the planner knew
+  nodes @2 :List(UInt64);    # NodeIds of its voters
 }
 
 struct PlannedShard {
@@ -88,6 +151,7 @@ struct MetaReply {
     node @1 :UInt64;         # NodeId
     database @2 :Types.DatabaseRecord;   # as it is now
     refused @3 :Text;        # why not
+    done @6 :UInt64;         # map version: it is so now, whether or not it was before
   }
   created @4 :Bool;          # database: false if it was there already
   refusal @5 :MetaRefusal;   # refused: which rule, for programs; `refused` is the same for persons
@@ -110,5 +174,13 @@ struct MetaRefusal {
     unknownNode @7 :UInt64;  # createDatabase: a planned NodeId that isn't a member
     invalidPlan @8 :Text;    # createDatabase: the rule that the plan breaks
     notFormed @9 :Void;      # no command works before `form`
+    stale :group {           # the proposer knew an older state of the shard, move, or plan
+      what @10 :Text;        # which
+    }
+    nodeInUse :group {       # setStanding: it can't be removed while it holds replicas
+      node @11 :UInt64;      # NodeId
+      shards @12 :List(UInt64);   # ShardIds, the first few
+      total @13 :UInt32;     # how many there are
+    }
   }
 }

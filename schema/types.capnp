@@ -22,6 +22,16 @@ struct NodeRecord {
   weight @5 :UInt32;         # share of replicas relative to the other nodes; 100 is ordinary
   storeId @6 :Data;          # 16 random bytes drawn when the node's directory was made
   changedAt @7 :UInt64;      # version of the cluster map at which this record last changed
+  standing @8 :Standing;     # what the cluster has decided about it
+}
+
+enum Standing {
+  # What the cluster has decided about a node; whether it is up is nothing to this.
+  member @0;                 # an ordinary node
+  pending @1;                # asked to join, and waits for an operator's word; holds nothing
+  draining @2;               # gives away what it leads and holds, gets nothing new
+  leaving @3;                # given up: what it holds is replaced elsewhere without its help
+  removed @4;                # no member any more; its id stays, so that it is known again
 }
 
 struct DatabaseRecord {
@@ -34,8 +44,12 @@ struct DatabaseRecord {
 }
 
 enum MemberRole {
-  voter @0;                  # counts in the quorum
+  # The incoming and the outgoing configuration differ only during a joint change; then both need a
+  # quorum.
+  voter @0;                  # counts in the quorum, in both of them during a joint change
   learner @1;                # receives the log without a vote
+  incoming @2;               # counts in the incoming configuration alone: becomes a voter
+  outgoing @3;               # counts in the outgoing configuration alone: leaves the group
 }
 
 struct MemberRecord {
@@ -59,6 +73,58 @@ struct ShardRecord {
   members @5 :List(MemberRecord);   # its replicas; which of them leads is not part of the map
   dropped @6 :Bool;          # true: its database was dropped
   changedAt @7 :UInt64;      # as in NodeRecord
+  moving @8 :ShardMove;      # the change of its members under way; null: none
+  target @9 :ShardTarget;    # where a rebalancing wants it, as long as it isn't there; null: where it is
+  previous @10 :ShardTarget; # where it was before the last rebalancing moved it; null: it didn't
+}
+
+enum MoveCause {
+  rebalance @0;              # a plan for even load
+  repair @1;                 # a node is gone
+  drain @2;                  # a node is to be emptied
+  replicas @3;               # the shard has too few or too many of them
+}
+
+struct ShardMove {
+  # Replicas that come, and replicas that go for them. The shard's members tell how far it is.
+  id @0 :UInt64;             # map version at which it was begun
+  adds @1 :List(MemberRecord);   # learners at first, voters in the end; created by their nodes
+  removes @2 :List(UInt64);  # ReplicaIds of voters or learners that are none in the end
+  cancelling @3 :Bool;       # it is to be rolled back, if it hasn't come to the joint change
+  cause @4 :MoveCause;       # why
+}
+
+struct ShardTarget {
+  plan @0 :UInt64;           # the plan that it is of
+  nodes @1 :List(UInt64);    # NodeIds of the voters
+}
+
+struct PolicyRecord {
+  # What operators have set for the cluster as a whole.
+  replaceAfterMs @0 :UInt64; # a node that is gone so long is replaced; 0: never
+  movesAtATime @1 :UInt32;   # shards whose members change at the same time
+  bytesPerSecond @2 :UInt64; # most that a node sends in snapshots; 0: no limit
+  automatic @3 :Bool;        # replicas and leaders are spread anew when nodes come and go
+  approveJoins @4 :Bool;     # new nodes wait for an operator's word
+  changedAt @5 :UInt64;      # as in NodeRecord
+}
+
+enum RebalanceState {
+  idle @0;                   # nothing to do: the last one, if any, has ended
+  running @1;                # moves are begun until every shard is where it should be
+  paused @2;                 # none is begun
+  cancelling @3;             # none is begun, those under way end or are rolled back
+  failed @4;                 # it can't go on: see `reason`
+}
+
+struct RebalanceRecord {
+  # The last rebalancing. How far it is, the targets of the shards tell.
+  plan @0 :UInt64;           # names the plan; 0: there never was one
+  state @1 :RebalanceState;
+  moves @2 :UInt32;          # replicas to move in all
+  bytes @3 :UInt64;          # bytes of those, as estimated when it was planned
+  reason @4 :Text;           # why it failed or was cancelled
+  changedAt @5 :UInt64;      # as in NodeRecord
 }
 
 struct MapDelta {
@@ -71,6 +137,8 @@ struct MapDelta {
   nodes @3 :List(NodeRecord);           # each takes the place of an older one of the same id
   databases @4 :List(DatabaseRecord);   # likewise; dropped ones stay in the map, marked
   shards @5 :List(ShardRecord);         # likewise
+  policy @6 :PolicyRecord;              # likewise; null: unchanged
+  rebalance @7 :RebalanceRecord;        # likewise; null: unchanged
 }
 
 enum Applied {

@@ -13,6 +13,7 @@
 //! | [`storage`] | raft log and state behind traits |
 //! | [`machine`] | state machines: key-value, metadata |
 //! | [`group`] | sans-I/O driver of one raft group: inputs in, effects out |
+//! | [`balance`] | the reconciler: which replica moves next: pure |
 //! | [`sim`] | the same core under simulated time, network and disk |
 //! | [`node`] | the actors: supervisor, replicas, peer links; threads, flush, fsync |
 //! | [`client`] | the client library |
@@ -22,6 +23,7 @@
 //! To read the source, start with `group`, then `node::replica`, then follow a write down to
 //! `storage` and up to `rpc`; docs/architecture.md walks that path.
 
+pub mod balance;
 pub mod cli;
 pub mod client;
 pub mod codec;

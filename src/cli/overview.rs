@@ -292,6 +292,8 @@ impl ShardView {
                         (Some(group), _) => role_name(group.role),
                         (None, MemberRole::Learner) => "learner",
                         (None, MemberRole::Voter) => "voter",
+                        (None, MemberRole::Incoming) => "incoming",
+                        (None, MemberRole::Outgoing) => "outgoing",
                     },
                     state,
                     message,
@@ -322,7 +324,7 @@ impl ShardView {
 
     /// Whether so many of its voters are quarantined that the others are no majority.
     fn is_quarantined(&self) -> bool {
-        let voters = self.record.members.iter().filter(|m| m.role == MemberRole::Voter);
+        let voters = self.record.members.iter().filter(|m| m.role.votes());
         let lost = |node: NodeId| self.replicas.iter().any(|r| r.node == node && r.state == "quarantined");
         let (all, lost) = voters.fold((0, 0), |(all, count), m| (all + 1, count + usize::from(lost(m.node))));
         all - lost < all / 2 + 1

@@ -8,7 +8,7 @@ use super::{Operation, OperationResult};
 use crate::codec::CodecError;
 use crate::codec::refusal::read_refusal;
 use crate::group::types::GroupStatus;
-use crate::ids::{NodeId, ReplicaId, ShardId};
+use crate::ids::{Epoch, NodeId, ReplicaId, ShardId};
 use crate::machine::command::{Expect, Versioned};
 use crate::node::handle::{NodePhase, NodeReport, ReplicaHealth, ReplicaReport};
 use crate::refusal::Refusal;
@@ -151,6 +151,10 @@ pub fn read_report(from: node_status::Reader<'_>) -> Result<NodeReport, CodecErr
             // That it is, its health says; from where on, only its own node needs to know.
             state_lost: None,
             incarnation: u64::from(replica.get_restarts()) + 1,
+            // The map tells these; a report doesn't.
+            epoch: Epoch::default(),
+            members: Vec::new(),
+            followers: Vec::new(),
         });
         replicas.push(ReplicaReport {
             shard: ShardId(replica.get_shard()),

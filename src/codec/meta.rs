@@ -12,14 +12,17 @@ use capnp::serialize;
 
 use super::CodecError;
 use super::records::{
-    length, malformed, read_database, read_id, read_node, read_node_ids, read_nodes, read_range, read_shard,
-    read_text, write_database, write_node, write_shard,
+    length, malformed, read_cause, read_database, read_id, read_members, read_node, read_node_ids,
+    read_nodes, read_range, read_rebalance_state, read_shard, read_standing, read_text, write_cause,
+    write_database, write_ids, write_members, write_node, write_rebalance_state, write_shard, write_standing,
 };
-use crate::ids::{DatabaseId, NodeId};
+use crate::ids::{DatabaseId, NodeId, ReplicaId, ShardId};
 use crate::limits;
-use crate::machine::command::{MetaCommand, MetaRefusal, MetaReply};
+use crate::machine::command::{MetaCommand, MetaRefusal, MetaReply, PlannedTarget, PolicyChange};
 use crate::placement::plan::PlannedShard;
-use crate::schema::store_capnp::{meta_command, meta_refusal, meta_reply, planned_shard};
+use crate::schema::store_capnp::{
+    meta_command, meta_refusal, meta_reply, planned_shard, planned_target, policy_change,
+};
 
 /// Reading follows no pointer of a message more often than this, so what is read is at most this many
 /// times the message; one that promises more (lists that overlap) is refused.
@@ -62,6 +65,76 @@ pub fn encode_command(command: &MetaCommand) -> Vec<u8> {
             drop.set_name(name.as_str());
             drop.set_id(id.0);
         }
+        MetaCommand::ObserveShard { shard, conf, members } => {
+            let mut observe = root.init_observe_shard();
+            observe.set_shard(shard.0);
+            observe.set_conf(*conf);
+            write_members(members, observe.init_members(length(members.len())));
+        }
+        MetaCommand::BeginMove { shard, conf, adds, removes, cause } => {
+            let mut begin = root.init_begin_move();
+            begin.set_shard(shard.0);
+            begin.set_conf(*conf);
+            write_ids(adds.iter().map(|node| node.0), begin.reborrow().init_adds(length(adds.len())));
+            let ids = removes.iter().map(|replica| replica.0);
+            write_ids(ids, begin.reborrow().init_removes(length(removes.len())));
+            begin.set_cause(write_cause(*cause));
+        }
+        MetaCommand::CancelMove { shard, id } => {
+            let mut cancel = root.init_cancel_move();
+            cancel.set_shard(shard.0);
+            cancel.set_move(*id);
+        }
+        MetaCommand::EndMove { shard, id } => {
+            let mut end = root.init_end_move();
+            end.set_shard(shard.0);
+            end.set_move(*id);
+        }
+        MetaCommand::SetStanding { node, standing } => {
+            let mut set = root.init_set_standing();
+            set.set_node(node.0);
+            set.set_standing(write_standing(*standing));
+        }
+        MetaCommand::SetPolicy(change) => {
+            let mut set = root.init_set_policy();
+            match *change {
+                PolicyChange::ReplaceAfterMs(ms) => set.set_replace_after_ms(ms),
+                PolicyChange::MovesAtATime(moves) => set.set_moves_at_a_time(moves),
+                PolicyChange::BytesPerSecond(bytes) => set.set_bytes_per_second(bytes),
+                PolicyChange::Automatic(on) => set.set_automatic(on),
+                PolicyChange::ApproveJoins(on) => set.set_approve_joins(on),
+            }
+        }
+        MetaCommand::BeginRebalance { plan, targets, moves, bytes } => {
+            let mut begin = root.init_begin_rebalance();
+            begin.set_plan(*plan);
+            begin.set_moves(*moves);
+            begin.set_bytes(*bytes);
+            let mut list = begin.init_targets(length(targets.len()));
+            for (at, target) in (0..).zip(targets) {
+                let mut to = list.reborrow().get(at);
+                to.set_shard(target.shard.0);
+                to.set_conf(target.conf);
+                write_ids(target.nodes.iter().map(|node| node.0), to.init_nodes(length(target.nodes.len())));
+            }
+        }
+        MetaCommand::ControlRebalance { plan, state, reason } => {
+            let mut control = root.init_control_rebalance();
+            control.set_plan(*plan);
+            control.set_state(write_rebalance_state(*state));
+            control.set_reason(reason.as_str());
+        }
+        MetaCommand::SetReplicas { name, replicas } => {
+            let mut set = root.init_set_replicas();
+            set.set_name(name.as_str());
+            set.set_replicas(*replicas);
+        }
+        MetaCommand::RecoverShard { shard, keep, conf } => {
+            let mut recover = root.init_recover_shard();
+            recover.set_shard(shard.0);
+            recover.set_keep(keep.0);
+            recover.set_conf(*conf);
+        }
     }
     serialize::write_message_to_words(&message)
 }
@@ -89,6 +162,49 @@ pub fn decode_command(bytes: &[u8]) -> Result<MetaCommand, CodecError> {
                 name: read_text(drop.get_name()?)?,
                 id: Some(DatabaseId(drop.get_id())),
             }),
+            Ok(meta_command::ObserveShard(observe)) => Ok(MetaCommand::ObserveShard {
+                shard: ShardId(observe.get_shard()),
+                conf: observe.get_conf(),
+                members: read_members(observe.get_members()?)?,
+            }),
+            Ok(meta_command::BeginMove(begin)) => Ok(MetaCommand::BeginMove {
+                shard: ShardId(begin.get_shard()),
+                conf: begin.get_conf(),
+                adds: read_node_ids(begin.get_adds()?),
+                removes: begin.get_removes()?.iter().map(ReplicaId).collect(),
+                cause: read_cause(begin.get_cause())?,
+            }),
+            Ok(meta_command::CancelMove(cancel)) => {
+                Ok(MetaCommand::CancelMove { shard: ShardId(cancel.get_shard()), id: cancel.get_move() })
+            }
+            Ok(meta_command::EndMove(end)) => {
+                Ok(MetaCommand::EndMove { shard: ShardId(end.get_shard()), id: end.get_move() })
+            }
+            Ok(meta_command::SetStanding(set)) => Ok(MetaCommand::SetStanding {
+                node: NodeId(set.get_node()),
+                standing: read_standing(set.get_standing())?,
+            }),
+            Ok(meta_command::SetPolicy(change)) => Ok(MetaCommand::SetPolicy(read_policy_change(change?)?)),
+            Ok(meta_command::BeginRebalance(begin)) => Ok(MetaCommand::BeginRebalance {
+                plan: begin.get_plan(),
+                targets: begin.get_targets()?.iter().map(read_planned_target).collect::<Result<_, _>>()?,
+                moves: begin.get_moves(),
+                bytes: begin.get_bytes(),
+            }),
+            Ok(meta_command::ControlRebalance(control)) => Ok(MetaCommand::ControlRebalance {
+                plan: control.get_plan(),
+                state: read_rebalance_state(control.get_state())?,
+                reason: read_text(control.get_reason()?)?,
+            }),
+            Ok(meta_command::SetReplicas(set)) => Ok(MetaCommand::SetReplicas {
+                name: read_text(set.get_name()?)?,
+                replicas: set.get_replicas(),
+            }),
+            Ok(meta_command::RecoverShard(recover)) => Ok(MetaCommand::RecoverShard {
+                shard: ShardId(recover.get_shard()),
+                keep: ReplicaId(recover.get_keep()),
+                conf: recover.get_conf(),
+            }),
             Err(unknown) => Err(malformed("MetaCommand", unknown.to_string())),
         }
     })
@@ -105,6 +221,7 @@ pub fn encode_reply(reply: &MetaReply) -> Vec<u8> {
             root.set_created(*created);
             write_database(record, root.init_database());
         }
+        MetaReply::Done(version) => root.set_done(*version),
         MetaReply::Refused(refusal) => {
             root.set_refused(refusal.to_string().as_str());
             write_meta_refusal(refusal, root.init_refusal());
@@ -124,6 +241,7 @@ pub fn decode_reply(bytes: &[u8]) -> Result<MetaReply, CodecError> {
             Ok(meta_reply::Database(record)) => {
                 Ok(MetaReply::Database { record: read_database(record?)?, created: root.get_created() })
             }
+            Ok(meta_reply::Done(version)) => Ok(MetaReply::Done(version)),
             Ok(meta_reply::Refused(text)) => {
                 Ok(MetaReply::Refused(read_meta_refusal(root.get_refusal()?, read_text(text?)?)?))
             }
@@ -132,13 +250,29 @@ pub fn decode_reply(bytes: &[u8]) -> Result<MetaReply, CodecError> {
     })
 }
 
+fn read_policy_change(from: policy_change::Reader<'_>) -> Result<PolicyChange, CodecError> {
+    match from.which() {
+        Ok(policy_change::ReplaceAfterMs(ms)) => Ok(PolicyChange::ReplaceAfterMs(ms)),
+        Ok(policy_change::MovesAtATime(moves)) => Ok(PolicyChange::MovesAtATime(moves)),
+        Ok(policy_change::BytesPerSecond(bytes)) => Ok(PolicyChange::BytesPerSecond(bytes)),
+        Ok(policy_change::Automatic(on)) => Ok(PolicyChange::Automatic(on)),
+        Ok(policy_change::ApproveJoins(on)) => Ok(PolicyChange::ApproveJoins(on)),
+        Err(unknown) => Err(malformed("PolicyChange", unknown.to_string())),
+    }
+}
+
+fn read_planned_target(from: planned_target::Reader<'_>) -> Result<PlannedTarget, CodecError> {
+    Ok(PlannedTarget {
+        shard: ShardId(from.get_shard()),
+        conf: from.get_conf(),
+        nodes: read_node_ids(from.get_nodes()?),
+    })
+}
+
 fn write_planned(shard: &PlannedShard, mut to: planned_shard::Builder<'_>) {
     to.set_start(shard.range.start);
     to.set_end(shard.range.end);
-    let mut nodes = to.init_nodes(length(shard.nodes.len()));
-    for (at, node) in (0..).zip(&shard.nodes) {
-        nodes.set(at, node.0);
-    }
+    write_ids(shard.nodes.iter().map(|node| node.0), to.init_nodes(length(shard.nodes.len())));
 }
 
 fn read_planned(from: planned_shard::Reader<'_>) -> Result<PlannedShard, CodecError> {
@@ -165,6 +299,13 @@ fn write_meta_refusal(refusal: &MetaRefusal, mut to: meta_refusal::Builder<'_>) 
         MetaRefusal::UnknownNode(node) => to.set_unknown_node(node.0),
         MetaRefusal::InvalidPlan(reason) => to.set_invalid_plan(reason.as_str()),
         MetaRefusal::NotFormed => to.set_not_formed(()),
+        MetaRefusal::Stale(what) => to.init_stale().set_what(what.as_str()),
+        MetaRefusal::NodeInUse { node, shards, total } => {
+            let mut used = to.init_node_in_use();
+            used.set_node(node.0);
+            used.set_total(*total);
+            write_ids(shards.iter().map(|shard| shard.0), used.init_shards(length(shards.len())));
+        }
         MetaRefusal::Other(_) => to.set_other(()),
     }
 }
@@ -184,6 +325,12 @@ fn read_meta_refusal(from: meta_refusal::Reader<'_>, text: String) -> Result<Met
         Ok(meta_refusal::UnknownNode(node)) => MetaRefusal::UnknownNode(NodeId(node)),
         Ok(meta_refusal::InvalidPlan(reason)) => MetaRefusal::InvalidPlan(read_text(reason?)?),
         Ok(meta_refusal::NotFormed(())) => MetaRefusal::NotFormed,
+        Ok(meta_refusal::Stale(stale)) => MetaRefusal::Stale(read_text(stale.get_what()?)?),
+        Ok(meta_refusal::NodeInUse(used)) => MetaRefusal::NodeInUse {
+            node: NodeId(used.get_node()),
+            shards: used.get_shards()?.iter().map(ShardId).collect(),
+            total: used.get_total(),
+        },
         Ok(meta_refusal::Other(())) | Err(_) => MetaRefusal::Other(text),
     })
 }

@@ -20,7 +20,7 @@ use crate::codec::{CodecError, GroupMessage};
 use crate::ids::{ClusterId, NodeId};
 use crate::limits::{FRAME_ENTRIES_MAX, FRAME_MESSAGES_MAX, NESTING_MAX};
 use crate::machine::command::{MetaCommand, MetaReply};
-use crate::placement::map::{MapDelta, NodeRecord, ShardRecord};
+use crate::placement::map::{MapDelta, NodeRecord, ShardRecord, Standing};
 use crate::refusal::Refusal;
 use crate::schema::peer_capnp::{
     formation, node_heartbeat, peer_frame, peer_request, peer_response, probe_answer,
@@ -415,6 +415,7 @@ fn read_probe(from: probe_answer::Reader<'_>) -> Result<ProbeAnswer, CodecError>
             zone: read_text(from.get_zone()?)?,
             weight: from.get_weight(),
             store_id: read_id("storeId", from.get_store_id()?)?,
+            standing: Standing::Member,
             // The answer is a description for formation, not a record of the map.
             changed_at: 0,
         },

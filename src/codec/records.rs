@@ -8,10 +8,14 @@ use capnp::{primitive_list, struct_list, text};
 
 use super::CodecError;
 use crate::ids::{DatabaseId, Epoch, NodeId, RandomId, ReplicaId, ShardId};
-use crate::placement::map::{DatabaseRecord, MapDelta, Member, MemberRole, NodeRecord, ShardRecord};
+use crate::placement::map::{
+    DatabaseRecord, MapDelta, Member, MemberRole, MoveCause, NodeRecord, PolicyRecord, RebalanceRecord,
+    RebalanceState, ShardMove, ShardRecord, ShardTarget, Standing,
+};
 use crate::placement::ring::RingRange;
 use crate::schema::types_capnp::{
-    self, database_record, map_delta, member_record, node_record, shard_record,
+    self, database_record, map_delta, member_record, node_record, policy_record, rebalance_record,
+    shard_move, shard_record, shard_target,
 };
 
 /// Writes a node.
@@ -23,6 +27,7 @@ pub fn write_node(record: &NodeRecord, mut to: node_record::Builder<'_>) {
     to.set_zone(record.zone.as_str());
     to.set_weight(record.weight);
     to.set_store_id(&record.store_id.0);
+    to.set_standing(write_standing(record.standing));
     to.set_changed_at(record.changed_at);
 }
 
@@ -36,6 +41,7 @@ pub fn read_node(from: node_record::Reader<'_>) -> Result<NodeRecord, CodecError
         zone: read_text(from.get_zone()?)?,
         weight: from.get_weight(),
         store_id: read_id("storeId", from.get_store_id()?)?,
+        standing: read_standing(from.get_standing())?,
         changed_at: from.get_changed_at(),
     })
 }
@@ -45,10 +51,10 @@ pub fn write_database(record: &DatabaseRecord, mut to: database_record::Builder<
     to.set_id(record.id.0);
     to.set_name(record.name.as_str());
     to.set_replicas(record.replicas);
-    let mut shards = to.reborrow().init_shards(length(record.shards.len()));
-    for (at, shard) in (0..).zip(&record.shards) {
-        shards.set(at, shard.0);
-    }
+    write_ids(
+        record.shards.iter().map(|shard| shard.0),
+        to.reborrow().init_shards(length(record.shards.len())),
+    );
     to.set_dropped(record.dropped);
     to.set_changed_at(record.changed_at);
 }
@@ -74,29 +80,186 @@ pub fn write_shard(record: &ShardRecord, mut to: shard_record::Builder<'_>) {
     let mut epoch = to.reborrow().init_epoch();
     epoch.set_range(record.epoch.range);
     epoch.set_conf(record.epoch.conf);
-    let mut members = to.reborrow().init_members(length(record.members.len()));
-    for (at, member) in (0..).zip(&record.members) {
-        write_member(member, members.reborrow().get(at));
-    }
+    write_members(&record.members, to.reborrow().init_members(length(record.members.len())));
     to.set_dropped(record.dropped);
     to.set_changed_at(record.changed_at);
+    if let Some(moving) = &record.moving {
+        write_move(moving, to.reborrow().init_moving());
+    }
+    if let Some(target) = &record.target {
+        write_target(target, to.reborrow().init_target());
+    }
+    if let Some(previous) = &record.previous {
+        write_target(previous, to.init_previous());
+    }
+}
+
+/// Writes a list of members.
+pub fn write_members(from: &[Member], mut to: struct_list::Builder<'_, member_record::Owned>) {
+    for (at, member) in (0..).zip(from) {
+        write_member(member, to.reborrow().get(at));
+    }
+}
+
+/// Reads a list of members. Refuses a replica that is listed twice.
+pub fn read_members(from: struct_list::Reader<'_, member_record::Owned>) -> Result<Vec<Member>, CodecError> {
+    let mut members: Vec<Member> = Vec::new();
+    for member in from.iter() {
+        let member = read_member(member)?;
+        if members.iter().any(|m| m.replica == member.replica) {
+            return Err(malformed("MemberRecord", format!("replica {} is listed twice", member.replica)));
+        }
+        members.push(member);
+    }
+    Ok(members)
+}
+
+fn write_move(moving: &ShardMove, mut to: shard_move::Builder<'_>) {
+    to.set_id(moving.id);
+    write_members(&moving.adds, to.reborrow().init_adds(length(moving.adds.len())));
+    let removes = moving.removes.iter().map(|replica| replica.0);
+    write_ids(removes, to.reborrow().init_removes(length(moving.removes.len())));
+    to.set_cancelling(moving.cancelling);
+    to.set_cause(write_cause(moving.cause));
+}
+
+fn read_move(from: shard_move::Reader<'_>) -> Result<ShardMove, CodecError> {
+    Ok(ShardMove {
+        id: from.get_id(),
+        adds: read_members(from.get_adds()?)?,
+        removes: from.get_removes()?.iter().map(ReplicaId).collect(),
+        cancelling: from.get_cancelling(),
+        cause: read_cause(from.get_cause())?,
+    })
+}
+
+pub(super) fn write_cause(cause: MoveCause) -> types_capnp::MoveCause {
+    match cause {
+        MoveCause::Rebalance => types_capnp::MoveCause::Rebalance,
+        MoveCause::Repair => types_capnp::MoveCause::Repair,
+        MoveCause::Drain => types_capnp::MoveCause::Drain,
+        MoveCause::Replicas => types_capnp::MoveCause::Replicas,
+    }
+}
+
+pub(super) fn read_cause(
+    from: Result<types_capnp::MoveCause, capnp::NotInSchema>,
+) -> Result<MoveCause, CodecError> {
+    match from {
+        Ok(types_capnp::MoveCause::Rebalance) => Ok(MoveCause::Rebalance),
+        Ok(types_capnp::MoveCause::Repair) => Ok(MoveCause::Repair),
+        Ok(types_capnp::MoveCause::Drain) => Ok(MoveCause::Drain),
+        Ok(types_capnp::MoveCause::Replicas) => Ok(MoveCause::Replicas),
+        Err(unknown) => Err(malformed("ShardMove", format!("unknown cause {}", unknown.0))),
+    }
+}
+
+fn write_target(target: &ShardTarget, mut to: shard_target::Builder<'_>) {
+    to.set_plan(target.plan);
+    write_ids(target.nodes.iter().map(|node| node.0), to.init_nodes(length(target.nodes.len())));
+}
+
+fn read_target(from: shard_target::Reader<'_>) -> Result<ShardTarget, CodecError> {
+    Ok(ShardTarget { plan: from.get_plan(), nodes: read_node_ids(from.get_nodes()?) })
+}
+
+pub(super) fn write_standing(standing: Standing) -> types_capnp::Standing {
+    match standing {
+        Standing::Member => types_capnp::Standing::Member,
+        Standing::Pending => types_capnp::Standing::Pending,
+        Standing::Draining => types_capnp::Standing::Draining,
+        Standing::Leaving => types_capnp::Standing::Leaving,
+        Standing::Removed => types_capnp::Standing::Removed,
+    }
+}
+
+pub(super) fn read_standing(
+    from: Result<types_capnp::Standing, capnp::NotInSchema>,
+) -> Result<Standing, CodecError> {
+    match from {
+        Ok(types_capnp::Standing::Member) => Ok(Standing::Member),
+        Ok(types_capnp::Standing::Pending) => Ok(Standing::Pending),
+        Ok(types_capnp::Standing::Draining) => Ok(Standing::Draining),
+        Ok(types_capnp::Standing::Leaving) => Ok(Standing::Leaving),
+        Ok(types_capnp::Standing::Removed) => Ok(Standing::Removed),
+        Err(unknown) => Err(malformed("NodeRecord", format!("unknown standing {}", unknown.0))),
+    }
+}
+
+/// Writes what operators have set.
+pub fn write_policy(policy: &PolicyRecord, mut to: policy_record::Builder<'_>) {
+    to.set_replace_after_ms(policy.replace_after_ms);
+    to.set_moves_at_a_time(policy.moves_at_a_time);
+    to.set_bytes_per_second(policy.bytes_per_second);
+    to.set_automatic(policy.automatic);
+    to.set_approve_joins(policy.approve_joins);
+    to.set_changed_at(policy.changed_at);
+}
+
+/// Reads what operators have set.
+pub fn read_policy(from: policy_record::Reader<'_>) -> Result<PolicyRecord, CodecError> {
+    Ok(PolicyRecord {
+        replace_after_ms: from.get_replace_after_ms(),
+        moves_at_a_time: from.get_moves_at_a_time(),
+        bytes_per_second: from.get_bytes_per_second(),
+        automatic: from.get_automatic(),
+        approve_joins: from.get_approve_joins(),
+        changed_at: from.get_changed_at(),
+    })
+}
+
+pub(super) fn write_rebalance_state(state: RebalanceState) -> types_capnp::RebalanceState {
+    match state {
+        RebalanceState::Idle => types_capnp::RebalanceState::Idle,
+        RebalanceState::Running => types_capnp::RebalanceState::Running,
+        RebalanceState::Paused => types_capnp::RebalanceState::Paused,
+        RebalanceState::Cancelling => types_capnp::RebalanceState::Cancelling,
+        RebalanceState::Failed => types_capnp::RebalanceState::Failed,
+    }
+}
+
+pub(super) fn read_rebalance_state(
+    from: Result<types_capnp::RebalanceState, capnp::NotInSchema>,
+) -> Result<RebalanceState, CodecError> {
+    match from {
+        Ok(types_capnp::RebalanceState::Idle) => Ok(RebalanceState::Idle),
+        Ok(types_capnp::RebalanceState::Running) => Ok(RebalanceState::Running),
+        Ok(types_capnp::RebalanceState::Paused) => Ok(RebalanceState::Paused),
+        Ok(types_capnp::RebalanceState::Cancelling) => Ok(RebalanceState::Cancelling),
+        Ok(types_capnp::RebalanceState::Failed) => Ok(RebalanceState::Failed),
+        Err(unknown) => Err(malformed("RebalanceRecord", format!("unknown state {}", unknown.0))),
+    }
+}
+
+/// Writes the last rebalancing.
+pub fn write_rebalance(record: &RebalanceRecord, mut to: rebalance_record::Builder<'_>) {
+    to.set_plan(record.plan);
+    to.set_state(write_rebalance_state(record.state));
+    to.set_moves(record.moves);
+    to.set_bytes(record.bytes);
+    to.set_reason(record.reason.as_str());
+    to.set_changed_at(record.changed_at);
+}
+
+/// Reads the last rebalancing.
+pub fn read_rebalance(from: rebalance_record::Reader<'_>) -> Result<RebalanceRecord, CodecError> {
+    Ok(RebalanceRecord {
+        plan: from.get_plan(),
+        state: read_rebalance_state(from.get_state())?,
+        moves: from.get_moves(),
+        bytes: from.get_bytes(),
+        reason: read_text(from.get_reason()?)?,
+        changed_at: from.get_changed_at(),
+    })
 }
 
 /// Reads a shard. Refuses a reversed range and a replica that is listed twice.
 pub fn read_shard(from: shard_record::Reader<'_>) -> Result<ShardRecord, CodecError> {
     let id = ShardId(from.get_id());
     let epoch = from.get_epoch()?;
-    let mut members: Vec<Member> = Vec::new();
-    for member in from.get_members()?.iter() {
-        let member = read_member(member)?;
-        if members.iter().any(|m| m.replica == member.replica) {
-            return Err(malformed(
-                "ShardRecord",
-                format!("shard {id} lists replica {} twice", member.replica),
-            ));
-        }
-        members.push(member);
-    }
+    let members = read_members(from.get_members()?)?;
+    let target = |from: capnp::Result<shard_target::Reader<'_>>| read_target(from?);
+    let moving = from.has_moving().then(|| read_move(from.get_moving()?)).transpose()?;
     Ok(ShardRecord {
         id,
         database: DatabaseId(from.get_database()),
@@ -104,7 +267,32 @@ pub fn read_shard(from: shard_record::Reader<'_>) -> Result<ShardRecord, CodecEr
         epoch: Epoch { range: epoch.get_range(), conf: epoch.get_conf() },
         members,
         dropped: from.get_dropped(),
+        moving,
+        target: from.has_target().then(|| target(from.get_target())).transpose()?,
+        previous: from.has_previous().then(|| target(from.get_previous())).transpose()?,
         changed_at: from.get_changed_at(),
+    })
+}
+
+/// Writes a role.
+pub fn write_role(role: MemberRole) -> types_capnp::MemberRole {
+    match role {
+        MemberRole::Voter => types_capnp::MemberRole::Voter,
+        MemberRole::Learner => types_capnp::MemberRole::Learner,
+        MemberRole::Incoming => types_capnp::MemberRole::Incoming,
+        MemberRole::Outgoing => types_capnp::MemberRole::Outgoing,
+    }
+}
+
+/// Reads a role. An unknown one is an error: taking a role for another would change a quorum.
+pub fn read_role(
+    from: Result<types_capnp::MemberRole, capnp::NotInSchema>,
+) -> Result<MemberRole, capnp::NotInSchema> {
+    from.map(|role| match role {
+        types_capnp::MemberRole::Voter => MemberRole::Voter,
+        types_capnp::MemberRole::Learner => MemberRole::Learner,
+        types_capnp::MemberRole::Incoming => MemberRole::Incoming,
+        types_capnp::MemberRole::Outgoing => MemberRole::Outgoing,
     })
 }
 
@@ -112,22 +300,13 @@ pub fn read_shard(from: shard_record::Reader<'_>) -> Result<ShardRecord, CodecEr
 pub fn write_member(member: &Member, mut to: member_record::Builder<'_>) {
     to.set_replica(member.replica.0);
     to.set_node(member.node.0);
-    to.set_role(match member.role {
-        MemberRole::Voter => types_capnp::MemberRole::Voter,
-        MemberRole::Learner => types_capnp::MemberRole::Learner,
-    });
+    to.set_role(write_role(member.role));
 }
 
-/// Reads a member of a group. Refuses replica 0 and node 0, which stand for "none", and an unknown role:
-/// taking a role for another would change a quorum.
+/// Reads a member of a group. Refuses replica 0 and node 0, which stand for "none", and an unknown role.
 pub fn read_member(from: member_record::Reader<'_>) -> Result<Member, CodecError> {
-    let role = match from.get_role() {
-        Ok(types_capnp::MemberRole::Voter) => MemberRole::Voter,
-        Ok(types_capnp::MemberRole::Learner) => MemberRole::Learner,
-        Err(unknown) => {
-            return Err(malformed("MemberRecord", format!("unknown role {}", unknown.0)));
-        }
-    };
+    let role = read_role(from.get_role())
+        .map_err(|unknown| malformed("MemberRecord", format!("unknown role {}", unknown.0)))?;
     let (replica, node) = (from.get_replica(), from.get_node());
     if replica == 0 || node == 0 {
         return Err(malformed(
@@ -155,6 +334,12 @@ pub fn write_delta(delta: &MapDelta, mut to: map_delta::Builder<'_>) {
     for (at, shard) in (0..).zip(&delta.shards) {
         write_shard(shard, shards.reborrow().get(at));
     }
+    if let Some(policy) = &delta.policy {
+        write_policy(policy, to.reborrow().init_policy());
+    }
+    if let Some(rebalance) = &delta.rebalance {
+        write_rebalance(rebalance, to.init_rebalance());
+    }
 }
 
 /// Reads a map delta. An absent one (a null pointer, as in an answer without a route) is refused for its
@@ -167,6 +352,8 @@ pub fn read_delta(from: map_delta::Reader<'_>) -> Result<MapDelta, CodecError> {
         nodes: read_nodes(from.get_nodes()?)?,
         databases: from.get_databases()?.iter().map(read_database).collect::<Result<_, _>>()?,
         shards: from.get_shards()?.iter().map(read_shard).collect::<Result<_, _>>()?,
+        policy: from.has_policy().then(|| read_policy(from.get_policy()?)).transpose()?,
+        rebalance: from.has_rebalance().then(|| read_rebalance(from.get_rebalance()?)).transpose()?,
     })
 }
 
@@ -175,6 +362,13 @@ pub(super) fn read_nodes(
     from: struct_list::Reader<'_, node_record::Owned>,
 ) -> Result<Vec<NodeRecord>, CodecError> {
     from.iter().map(read_node).collect()
+}
+
+/// Writes a list of ids, which has room for them.
+pub(super) fn write_ids(ids: impl Iterator<Item = u64>, mut to: primitive_list::Builder<'_, u64>) {
+    for (at, id) in (0..).zip(ids) {
+        to.set(at, id);
+    }
 }
 
 /// Reads a list of node ids.
@@ -221,8 +415,9 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn any_node() -> impl Strategy<Value = NodeRecord> {
-        (any::<u64>(), ".{0,12}", ".{0,20}", ".{0,20}", "[a-z]{0,4}", any::<u32>(), any_id(), any::<u64>())
-            .prop_map(|(id, label, client, peer, zone, weight, store_id, at)| NodeRecord {
+        let numbers = (any::<u64>(), any::<u32>(), any::<u64>());
+        (numbers, ".{0,12}", ".{0,20}", ".{0,20}", "[a-z]{0,4}", any_standing(), any_id()).prop_map(
+            |((id, weight, at), label, client, peer, zone, standing, store_id)| NodeRecord {
                 id: NodeId(id),
                 label,
                 client_address: client,
@@ -230,8 +425,83 @@ pub(crate) mod tests {
                 zone,
                 weight,
                 store_id,
+                standing,
                 changed_at: at,
+            },
+        )
+    }
+
+    pub(crate) fn any_standing() -> impl Strategy<Value = Standing> {
+        use Standing::{Draining, Leaving, Member, Pending, Removed};
+        prop::sample::select(vec![Member, Pending, Draining, Leaving, Removed])
+    }
+
+    pub(crate) fn any_cause() -> impl Strategy<Value = MoveCause> {
+        use MoveCause::{Drain, Rebalance, Repair, Replicas};
+        prop::sample::select(vec![Rebalance, Repair, Drain, Replicas])
+    }
+
+    pub(crate) fn any_members(most: usize) -> impl Strategy<Value = Vec<Member>> {
+        use MemberRole::{Incoming, Learner, Outgoing, Voter};
+        let role = prop::sample::select(vec![Voter, Learner, Incoming, Outgoing]);
+        prop::collection::vec((1..u64::MAX, role), 0..most).prop_map(|members| {
+            let member =
+                |(replica, (node, role))| Member { replica: ReplicaId(replica), node: NodeId(node), role };
+            (1..).zip(members).map(member).collect()
+        })
+    }
+
+    fn any_move() -> impl Strategy<Value = ShardMove> {
+        (any::<u64>(), any_members(3), prop::collection::vec(any::<u64>(), 0..3), any::<bool>(), any_cause())
+            .prop_map(|(id, adds, removes, cancelling, cause)| ShardMove {
+                id,
+                adds,
+                removes: removes.into_iter().map(ReplicaId).collect(),
+                cancelling,
+                cause,
             })
+    }
+
+    fn any_target() -> impl Strategy<Value = ShardTarget> {
+        (any::<u64>(), prop::collection::vec(any::<u64>().prop_map(NodeId), 0..4))
+            .prop_map(|(plan, nodes)| ShardTarget { plan, nodes })
+    }
+
+    fn any_policy() -> impl Strategy<Value = PolicyRecord> {
+        (any::<[u64; 3]>(), any::<u32>(), any::<[bool; 2]>()).prop_map(
+            |(
+                [replace_after_ms, bytes_per_second, changed_at],
+                moves_at_a_time,
+                [automatic, approve_joins],
+            )| {
+                PolicyRecord {
+                    replace_after_ms,
+                    moves_at_a_time,
+                    bytes_per_second,
+                    automatic,
+                    approve_joins,
+                    changed_at,
+                }
+            },
+        )
+    }
+
+    pub(crate) fn any_rebalance_state() -> impl Strategy<Value = RebalanceState> {
+        use RebalanceState::{Cancelling, Failed, Idle, Paused, Running};
+        prop::sample::select(vec![Idle, Running, Paused, Cancelling, Failed])
+    }
+
+    fn any_rebalance() -> impl Strategy<Value = RebalanceRecord> {
+        (any::<[u64; 3]>(), any::<u32>(), any_rebalance_state(), ".{0,20}").prop_map(
+            |([plan, bytes, changed_at], moves, state, reason)| RebalanceRecord {
+                plan,
+                state,
+                moves,
+                bytes,
+                reason,
+                changed_at,
+            },
+        )
     }
 
     pub(crate) fn any_database() -> impl Strategy<Value = DatabaseRecord> {
@@ -258,22 +528,22 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn any_shard() -> impl Strategy<Value = ShardRecord> {
-        let member = (1..u64::MAX, any::<bool>()).prop_map(|(node, voter)| {
-            let role = if voter { MemberRole::Voter } else { MemberRole::Learner };
-            (NodeId(node), role)
-        });
-        (any::<[u64; 5]>(), any_range(), prop::collection::vec(member, 0..5), any::<bool>()).prop_map(
-            |([id, database, range, conf, at], ring, members, dropped)| ShardRecord {
-                id: ShardId(id),
-                database: DatabaseId(database),
-                range: ring,
-                epoch: Epoch { range, conf },
-                members: (1..)
-                    .zip(members)
-                    .map(|(replica, (node, role))| Member { replica: ReplicaId(replica), node, role })
-                    .collect(),
-                dropped,
-                changed_at: at,
+        let change =
+            (prop::option::of(any_move()), prop::option::of(any_target()), prop::option::of(any_target()));
+        (any::<[u64; 5]>(), any_range(), any_members(5), any::<bool>(), change).prop_map(
+            |([id, database, range, conf, at], ring, members, dropped, (moving, target, previous))| {
+                ShardRecord {
+                    id: ShardId(id),
+                    database: DatabaseId(database),
+                    range: ring,
+                    epoch: Epoch { range, conf },
+                    members,
+                    dropped,
+                    moving,
+                    target,
+                    previous,
+                    changed_at: at,
+                }
             },
         )
     }
@@ -285,15 +555,20 @@ pub(crate) mod tests {
             prop::collection::vec(any_node(), 0..4),
             prop::collection::vec(any_database(), 0..4),
             prop::collection::vec(any_shard(), 0..4),
+            (prop::option::of(any_policy()), prop::option::of(any_rebalance())),
         )
-            .prop_map(|(cluster_id, (since, version), nodes, databases, shards)| MapDelta {
-                cluster_id,
-                since,
-                version,
-                nodes,
-                databases,
-                shards,
-            })
+            .prop_map(
+                |(cluster_id, (since, version), nodes, databases, shards, (policy, rebalance))| MapDelta {
+                    cluster_id,
+                    since,
+                    version,
+                    nodes,
+                    databases,
+                    shards,
+                    policy,
+                    rebalance,
+                },
+            )
     }
 
     fn shard_message(change: impl FnOnce(shard_record::Builder<'_>)) -> Result<ShardRecord, String> {
@@ -304,6 +579,9 @@ pub(crate) mod tests {
             epoch: Epoch { range: 1, conf: 1 },
             members: vec![Member { replica: ReplicaId(1), node: NodeId(1), role: MemberRole::Voter }],
             dropped: false,
+            moving: None,
+            target: None,
+            previous: None,
             changed_at: 3,
         };
         let mut message = capnp::message::Builder::new_default();
@@ -330,7 +608,7 @@ pub(crate) mod tests {
                 members.reborrow().get(at).set_node(2);
             }
         });
-        assert_eq!(twice.unwrap_err(), "malformed ShardRecord: shard 7 lists replica 4 twice");
+        assert_eq!(twice.unwrap_err(), "malformed MemberRecord: replica 4 is listed twice");
     }
 
     #[test]

@@ -197,6 +197,9 @@ impl<T> Group<T> {
                 self.queued.push(token, command, bytes);
             }
             Operation::Query(query) => self.reads.push((token, query)),
+            Operation::Change { .. } => {
+                self.done.push((token, Err(Refusal::Refused("not yet".into()))));
+            }
         }
     }
 
@@ -566,6 +569,9 @@ impl<T> Group<T> {
             recovering: self.recovering(),
             state_lost: self.wanted_index(),
             incarnation: self.incarnation,
+            epoch: self.epoch(),
+            members: self.state.header().members.clone(),
+            followers: Vec::new(),
         }
     }
 

@@ -1,9 +1,10 @@
 //! What goes into a group and what comes out.
 
 use crate::codec::GroupMessage;
-use crate::ids::{Incarnation, Index, NodeId, ReplicaId, Term};
+use crate::ids::{Epoch, Incarnation, Index, NodeId, ReplicaId, Term};
 use crate::machine::command::{Answer, Command, Query, Reply};
 use crate::machine::session::SessionTag;
+use crate::placement::map::Member;
 use crate::refusal::Refusal;
 use crate::storage::log::LogWrite;
 
@@ -19,6 +20,30 @@ pub enum Operation {
     },
     /// A linearizable read: waits for a read index, then reads the state.
     Query(Query),
+    /// A change of the group's members: goes through the log, in an entry of its own.
+    Change {
+        /// The conf version that the caller knew. Refused as stale with another one.
+        conf: u64,
+        /// What to change.
+        change: MembershipChange,
+    },
+}
+
+/// A change of a group's members. A joint change, once begun, is ended by the group itself.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum MembershipChange {
+    /// Adds replicas that receive the log without a vote. One that is a member already is left as it is.
+    AddLearners(Vec<Member>),
+    /// Begins a joint change: learners become voters, and voters go, all at once.
+    Exchange {
+        /// Learners that become voters. Refused unless they are caught up.
+        promote: Vec<ReplicaId>,
+        /// Voters that leave the group. Never the leader: it has to hand leadership over first.
+        remove: Vec<ReplicaId>,
+    },
+    /// Removes learners. One that is no member is passed over, and the conf version grows all the same: so no
+    /// earlier proposal can still add it.
+    RemoveLearners(Vec<ReplicaId>),
 }
 
 /// What an operation comes to.
@@ -28,6 +53,9 @@ pub enum Output {
     Reply(Reply),
     /// Of a query.
     Answer(Answer),
+    /// Of a change of members: committed and in force, under this conf version. After
+    /// [`MembershipChange::Exchange`] the joint change has begun; it ends by itself.
+    Changed(u64),
 }
 
 /// Everything that came out of one pass over a group.
@@ -119,4 +147,24 @@ pub struct GroupStatus {
     pub state_lost: Option<Index>,
     /// Which start of the replica this is.
     pub incarnation: Incarnation,
+    /// Versions of the shard's description, as applied here.
+    pub epoch: Epoch,
+    /// The members, as applied here.
+    pub members: Vec<Member>,
+    /// How far the others are; of a leader.
+    pub followers: Vec<FollowerStatus>,
+}
+
+/// A follower as its leader sees it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct FollowerStatus {
+    /// Which.
+    pub replica: ReplicaId,
+    /// The last entry that it has acknowledged.
+    pub matched: Index,
+    /// Whether it answered within the last election timeout.
+    pub active: bool,
+    /// Whether it has so much of the log, and a state, that it could vote at once without holding the
+    /// group up.
+    pub caught_up: bool,
 }

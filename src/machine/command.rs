@@ -3,9 +3,11 @@
 
 use bytes::Bytes;
 
-use crate::ids::{ClusterId, DatabaseId, NodeId};
+use crate::ids::{ClusterId, DatabaseId, NodeId, ReplicaId, ShardId};
 use crate::limits;
-use crate::placement::map::{DatabaseRecord, NodeRecord, ShardRecord};
+use crate::placement::map::{
+    DatabaseRecord, Member, MoveCause, NodeRecord, RebalanceState, ShardRecord, Standing,
+};
 use crate::placement::plan::PlannedShard;
 use crate::refusal::Refusal;
 
@@ -111,6 +113,115 @@ pub enum MetaCommand {
         /// the command names it: meanwhile another may have got the name.
         id: Option<DatabaseId>,
     },
+    /// What a shard says of its own members. Counts if the conf version is greater than the record's: the
+    /// shard is the truth, and the map follows.
+    ObserveShard {
+        /// The shard.
+        shard: ShardId,
+        /// Its conf version.
+        conf: u64,
+        /// Its members as of that.
+        members: Vec<Member>,
+    },
+    /// Begin to change the members of a shard.
+    BeginMove {
+        /// The shard.
+        shard: ShardId,
+        /// The conf version that the proposer knew; with another the move is stale.
+        conf: u64,
+        /// Nodes that get a replica.
+        adds: Vec<NodeId>,
+        /// Replicas that go.
+        removes: Vec<ReplicaId>,
+        /// Why.
+        cause: MoveCause,
+    },
+    /// Roll a move back, if it hasn't come to the joint change; else let it end.
+    CancelMove {
+        /// The shard.
+        shard: ShardId,
+        /// The move's id.
+        id: u64,
+    },
+    /// The members of a shard, as observed, show that its move is done or rolled back.
+    EndMove {
+        /// The shard.
+        shard: ShardId,
+        /// The move's id.
+        id: u64,
+    },
+    /// Decide about a node.
+    SetStanding {
+        /// The node.
+        node: NodeId,
+        /// Its standing from now on.
+        standing: Standing,
+    },
+    /// Change one setting of the cluster.
+    SetPolicy(PolicyChange),
+    /// Give shards targets: a rebalancing begins.
+    BeginRebalance {
+        /// Names the plan; above 0.
+        plan: u64,
+        /// Shards that are to move.
+        targets: Vec<PlannedTarget>,
+        /// Replicas to move in all.
+        moves: u32,
+        /// Bytes of those.
+        bytes: u64,
+    },
+    /// Change the state of the last rebalancing.
+    ControlRebalance {
+        /// Its plan.
+        plan: u64,
+        /// What becomes of it.
+        state: RebalanceState,
+        /// Why, if it failed or is cancelled.
+        reason: String,
+    },
+    /// How many voters each shard of a database should have from now on.
+    SetReplicas {
+        /// Name of the database.
+        name: String,
+        /// Voters per shard.
+        replicas: u32,
+    },
+    /// A shard's majority is lost for good: one replica goes on alone, under a conf version above all that
+    /// the shard ever had.
+    RecoverShard {
+        /// The shard.
+        shard: ShardId,
+        /// The replica.
+        keep: ReplicaId,
+        /// The conf version.
+        conf: u64,
+    },
+}
+
+/// One setting of the cluster; see [`crate::placement::map::PolicyRecord`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PolicyChange {
+    /// Milliseconds.
+    ReplaceAfterMs(u64),
+    /// Shards.
+    MovesAtATime(u32),
+    /// Bytes.
+    BytesPerSecond(u64),
+    /// On or off.
+    Automatic(bool),
+    /// On or off.
+    ApproveJoins(bool),
+}
+
+/// Where a rebalancing wants a shard.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct PlannedTarget {
+    /// The shard.
+    pub shard: ShardId,
+    /// The conf version that the planner knew.
+    pub conf: u64,
+    /// Nodes of its voters, the one that should lead first.
+    pub nodes: Vec<NodeId>,
 }
 
 /// What the metadata machine answers.
@@ -127,6 +238,8 @@ pub enum MetaReply {
         /// False if it was there already with the same numbers.
         created: bool,
     },
+    /// All other commands: it is so now, whether or not it was before. The map version.
+    Done(u64),
     /// The command breaks a rule; nothing changed.
     Refused(MetaRefusal),
 }
@@ -164,9 +277,26 @@ pub enum MetaRefusal {
     /// The cluster isn't formed yet.
     #[error("the cluster is not formed yet")]
     NotFormed,
+    /// The proposer knew an older state of this.
+    #[error("{0} has changed meanwhile")]
+    Stale(String),
+    /// SetStanding: a node that holds replicas can't be removed.
+    #[error("node {node} holds replicas of {total} shards still, {} among them", list(.shards))]
+    NodeInUse {
+        /// The node.
+        node: NodeId,
+        /// The first few of them.
+        shards: Vec<ShardId>,
+        /// How many there are.
+        total: u32,
+    },
     /// A rule of a newer version of the program, in its words. Never made here, only read.
     #[error("{0}")]
     Other(String),
+}
+
+fn list(shards: &[ShardId]) -> String {
+    shards.iter().map(ShardId::to_string).collect::<Vec<_>>().join(", ")
 }
 
 impl From<MetaRefusal> for Refusal {

@@ -68,6 +68,16 @@ pub fn apply(command: &MetaCommand, state: &mut dyn StateBatch) -> Result<MetaRe
             create_database(name, *replicas, shards, state)
         }
         MetaCommand::DropDatabase { name, id } => drop_database(name, *id, state),
+        MetaCommand::ObserveShard { .. }
+        | MetaCommand::BeginMove { .. }
+        | MetaCommand::CancelMove { .. }
+        | MetaCommand::EndMove { .. }
+        | MetaCommand::SetStanding { .. }
+        | MetaCommand::SetPolicy(_)
+        | MetaCommand::BeginRebalance { .. }
+        | MetaCommand::ControlRebalance { .. }
+        | MetaCommand::SetReplicas { .. }
+        | MetaCommand::RecoverShard { .. } => Err(Stop::Refused(MetaRefusal::Other("not yet".into()))),
     };
     match reply {
         Ok(reply) => Ok(reply),
@@ -91,6 +101,7 @@ pub fn cluster_map(state: &dyn StateView) -> Result<ClusterMap, StorageError> {
         nodes: nodes.into_iter().map(|n| (n.id, n)).collect(),
         databases: databases.into_iter().map(|d| (d.id, d)).collect(),
         shards: shards.into_iter().map(|s| (s.id, s)).collect(),
+        ..ClusterMap::default()
     })
 }
 
@@ -242,6 +253,9 @@ fn create_database(
             epoch: Epoch { range: 1, conf: 1 },
             members,
             dropped: false,
+            moving: None,
+            target: None,
+            previous: None,
             changed_at,
         };
         records::save(&record, state);

@@ -59,6 +59,9 @@ pub fn of_own_replica(
         epoch: record.epoch,
         members: record.members,
         dropped: false,
+        moving: None,
+        target: None,
+        previous: None,
         changed_at: 0,
     };
     Ok(Some(ClusterMap {

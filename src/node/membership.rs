@@ -409,6 +409,9 @@ fn first_formation(cluster_id: ClusterId, records: Vec<NodeRecord>) -> Formation
         epoch: Epoch { range: 1, conf: 1 },
         members: nodes.iter().map(member).collect(),
         dropped: false,
+        moving: None,
+        target: None,
+        previous: None,
         changed_at: 1,
     };
     Formation { cluster_id, node: NodeId(1), nodes, metadata }
@@ -422,6 +425,7 @@ fn first_map(formation: &Formation) -> ClusterMap {
         nodes: formation.nodes.iter().map(|n| (n.id, n.clone())).collect(),
         databases: BTreeMap::new(),
         shards: [(formation.metadata.id, formation.metadata.clone())].into(),
+        ..ClusterMap::default()
     }
 }
 
@@ -487,6 +491,7 @@ pub async fn keep_record(applicant: Arc<Applicant>, handle: NodeHandle, supervis
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::placement::map::Standing;
 
     fn record(port: u16) -> NodeRecord {
         NodeRecord {
@@ -497,6 +502,7 @@ mod tests {
             zone: String::new(),
             weight: 100,
             store_id: RandomId::default(),
+            standing: Standing::Member,
             changed_at: 0,
         }
     }

@@ -17,7 +17,6 @@ use super::router::Route;
 use super::supervisor::Supervisor;
 use crate::group::open::GroupOptions;
 use crate::ids::{Incarnation, ReplicaId, ShardId};
-use crate::placement::map::MemberRole;
 use crate::storage::engine::Engine;
 use crate::storage::log::{LogState, LogStore, ReplicaRecord};
 use crate::storage::state::ReplicaState;
@@ -58,7 +57,7 @@ fn find(log: &dyn LogStore, engine: &Arc<dyn Engine>, record: &ReplicaRecord) ->
 }
 
 fn is_only_voter(record: &ReplicaRecord) -> bool {
-    let mut voters = record.members.iter().filter(|member| member.role == MemberRole::Voter);
+    let mut voters = record.members.iter().filter(|member| member.role.votes());
     voters.all(|member| member.replica == record.replica)
 }
 
@@ -218,6 +217,7 @@ mod tests {
     use crate::ids::{DatabaseId, Epoch, NodeId, Position};
     use crate::machine::MachineKind;
     use crate::placement::map::Member;
+    use crate::placement::map::MemberRole;
     use crate::placement::ring::RingRange;
     use crate::storage::engine_memory::MemoryEngine;
     use crate::storage::log::{LogWrite, ReplicaPhase};

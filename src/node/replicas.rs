@@ -408,6 +408,9 @@ mod tests {
             epoch: Epoch { range: 1, conf: 1 },
             members: vec![Member { replica: ReplicaId(9), node: NodeId(2), role: MemberRole::Voter }],
             dropped,
+            moving: None,
+            target: None,
+            previous: None,
             changed_at: 3,
         };
         ClusterMap { shards: [(shard.id, shard)].into(), ..ClusterMap::default() }

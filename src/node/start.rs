@@ -30,7 +30,7 @@ use super::{Listeners, NodeError, map_cache, panics, stores};
 use crate::group::catch_up::Retention;
 use crate::ids::{ClusterId, NodeId, ReplicaId};
 use crate::limits;
-use crate::placement::map::{ClusterMap, NodeRecord};
+use crate::placement::map::{ClusterMap, NodeRecord, Standing};
 use crate::settings::Settings;
 use crate::storage::engine::Engine;
 use crate::storage::identity::DataDir;
@@ -90,6 +90,7 @@ async fn start_as(settings: Settings, listeners: Listeners, rejoins: bool) -> Re
         zone: settings.node.zone.clone(),
         weight: settings.node.weight,
         store_id,
+        standing: Standing::Member,
         changed_at: 0,
     };
     let applicant = Arc::new(Applicant::new(data_dir.clone(), record, settings.cluster.clone()));

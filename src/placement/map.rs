@@ -23,8 +23,33 @@ pub struct NodeRecord {
     pub weight: u32,
     /// Identity of its data directory.
     pub store_id: StoreId,
+    /// What the cluster has decided about it.
+    pub standing: Standing,
     /// Map version at which this record last changed.
     pub changed_at: u64,
+}
+
+/// What the cluster has decided about a node. Whether the node is up is nothing to this.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Hash)]
+pub enum Standing {
+    /// An ordinary node.
+    #[default]
+    Member,
+    /// It asked to join, and waits for an operator's word; it holds nothing.
+    Pending,
+    /// It gives away what it leads and holds, and gets nothing new.
+    Draining,
+    /// Given up: what it holds is replaced elsewhere, without its help.
+    Leaving,
+    /// No member any more. The id stays, so that the node is known again.
+    Removed,
+}
+
+impl Standing {
+    /// Whether such a node may get new replicas.
+    pub fn takes_replicas(self) -> bool {
+        self == Standing::Member
+    }
 }
 
 /// A database and its shards.
@@ -44,13 +69,30 @@ pub struct DatabaseRecord {
     pub changed_at: u64,
 }
 
-/// What a member of a group may do.
+/// What a member of a group may do. The incoming and the outgoing configuration differ only during a
+/// joint change; then a decision takes a quorum of each (Raft dissertation, §4.3).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 pub enum MemberRole {
-    /// Counts in the quorum.
+    /// Counts in the quorum; in both of them during a joint change.
     Voter,
     /// Receives the log without a vote.
     Learner,
+    /// Counts in the incoming configuration alone: it becomes a voter.
+    Incoming,
+    /// Counts in the outgoing configuration alone: it leaves the group.
+    Outgoing,
+}
+
+impl MemberRole {
+    /// Whether it counts in any quorum.
+    pub fn votes(self) -> bool {
+        self != MemberRole::Learner
+    }
+
+    /// Whether it is a voter when the joint change under way, if any, has ended.
+    pub fn stays_voter(self) -> bool {
+        matches!(self, MemberRole::Voter | MemberRole::Incoming)
+    }
 }
 
 /// One replica of a shard and the node that holds it.
@@ -79,6 +121,117 @@ pub struct ShardRecord {
     pub members: Vec<Member>,
     /// Whether its database was dropped.
     pub dropped: bool,
+    /// The change of its members that is under way.
+    pub moving: Option<ShardMove>,
+    /// Where a rebalancing wants it, as long as it isn't there.
+    pub target: Option<ShardTarget>,
+    /// Where it was before the last rebalancing moved it.
+    pub previous: Option<ShardTarget>,
+    /// Map version at which this record last changed.
+    pub changed_at: u64,
+}
+
+/// Why the members of a shard change.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub enum MoveCause {
+    /// A plan for even load.
+    Rebalance,
+    /// A node is gone.
+    Repair,
+    /// A node is to be emptied.
+    Drain,
+    /// The shard has too few replicas, or too many.
+    Replicas,
+}
+
+/// A change of a shard's members that is under way: replicas that come, and replicas that go for them. How far
+/// it is, the members tell: the record says only what is wanted.
+///
+/// A node creates the replicas that `adds` places on it, as it does those of [`ShardRecord::members`], and
+/// no others. It removes a replica of its own that neither names any more: ids are never used again, so none
+/// comes back.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ShardMove {
+    /// The map version at which it was begun.
+    pub id: u64,
+    /// Come as learners, and are voters in the end.
+    pub adds: Vec<Member>,
+    /// Voters or learners that are no members in the end.
+    pub removes: Vec<ReplicaId>,
+    /// It is to be rolled back, if it hasn't come to the joint change; else it ends as it was meant to.
+    pub cancelling: bool,
+    /// Why.
+    pub cause: MoveCause,
+}
+
+/// Where a plan wants a shard, or found it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ShardTarget {
+    /// The plan.
+    pub plan: u64,
+    /// Nodes of the voters, the one that should lead first.
+    pub nodes: Vec<NodeId>,
+}
+
+/// What operators have set for the cluster as a whole.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PolicyRecord {
+    /// A node that is gone for so many milliseconds is replaced; 0: never.
+    pub replace_after_ms: u64,
+    /// Shards whose members change at the same time.
+    pub moves_at_a_time: u32,
+    /// Most that a node sends in snapshots in a second; 0: no limit.
+    pub bytes_per_second: u64,
+    /// Replicas and leaders are spread anew when nodes come and go.
+    pub automatic: bool,
+    /// New nodes wait for an operator's word.
+    pub approve_joins: bool,
+    /// Map version at which this record last changed.
+    pub changed_at: u64,
+}
+
+impl Default for PolicyRecord {
+    fn default() -> PolicyRecord {
+        PolicyRecord {
+            replace_after_ms: 600_000,
+            moves_at_a_time: 8,
+            bytes_per_second: 32 << 20,
+            automatic: true,
+            approve_joins: false,
+            changed_at: 0,
+        }
+    }
+}
+
+/// How a rebalancing is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum RebalanceState {
+    /// There is nothing to do: the last one, if any, has ended.
+    #[default]
+    Idle,
+    /// Moves are begun until every shard is where it should be.
+    Running,
+    /// None is begun.
+    Paused,
+    /// None is begun; those under way end or are rolled back.
+    Cancelling,
+    /// It can't go on.
+    Failed,
+}
+
+/// The last rebalancing. How far it is, the targets of the shards tell.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct RebalanceRecord {
+    /// Names the plan; 0: there never was one.
+    pub plan: u64,
+    /// How it is.
+    pub state: RebalanceState,
+    /// Replicas to move in all.
+    pub moves: u32,
+    /// Bytes of those, as estimated when it was planned.
+    pub bytes: u64,
+    /// Why it failed or was cancelled; empty otherwise.
+    pub reason: String,
     /// Map version at which this record last changed.
     pub changed_at: u64,
 }
@@ -96,6 +249,10 @@ pub struct ClusterMap {
     pub databases: BTreeMap<DatabaseId, DatabaseRecord>,
     /// Shards by id.
     pub shards: BTreeMap<ShardId, ShardRecord>,
+    /// What operators have set.
+    pub policy: PolicyRecord,
+    /// The last rebalancing.
+    pub rebalance: RebalanceRecord,
 }
 
 /// What changed in a [`ClusterMap`] after a version.
@@ -113,6 +270,10 @@ pub struct MapDelta {
     pub databases: Vec<DatabaseRecord>,
     /// Changed shards.
     pub shards: Vec<ShardRecord>,
+    /// What operators have set, if that changed.
+    pub policy: Option<PolicyRecord>,
+    /// The last rebalancing, if it changed.
+    pub rebalance: Option<RebalanceRecord>,
 }
 
 impl ClusterMap {
@@ -125,6 +286,8 @@ impl ClusterMap {
             nodes: self.nodes.values().filter(|n| n.changed_at > since).cloned().collect(),
             databases: self.databases.values().filter(|d| d.changed_at > since).cloned().collect(),
             shards: self.shards.values().filter(|s| s.changed_at > since).cloned().collect(),
+            policy: Some(self.policy).filter(|policy| policy.changed_at > since),
+            rebalance: Some(&self.rebalance).filter(|last| last.changed_at > since).cloned(),
         }
     }
 
@@ -153,6 +316,18 @@ impl ClusterMap {
         take!(nodes);
         take!(databases);
         take!(shards);
+        if let Some(policy) = delta.policy
+            && self.policy.changed_at < policy.changed_at
+        {
+            self.policy = policy;
+            changed = true;
+        }
+        if let Some(rebalance) = delta.rebalance
+            && self.rebalance.changed_at < rebalance.changed_at
+        {
+            self.rebalance = rebalance;
+            changed = true;
+        }
         if delta.since <= self.version && delta.version > self.version {
             self.version = delta.version;
             changed = true;
@@ -206,6 +381,13 @@ impl ShardRecord {
     pub fn member_on(&self, node: NodeId) -> Option<&Member> {
         self.members.iter().find(|m| m.node == node)
     }
+
+    /// All replicas that should exist: the members, and those that a move brings.
+    pub fn ordered(&self) -> impl Iterator<Item = &Member> {
+        let adds = self.moving.iter().flat_map(|moving| &moving.adds);
+        let new = adds.filter(|add| self.members.iter().all(|member| member.replica != add.replica));
+        self.members.iter().chain(new)
+    }
 }
 
 #[cfg(test)]
@@ -222,6 +404,7 @@ mod tests {
             zone: String::new(),
             weight: 100,
             store_id: StoreId::default(),
+            standing: Standing::Member,
             changed_at,
         }
     }
@@ -245,6 +428,9 @@ mod tests {
             epoch: Epoch { range: 1, conf: 1 },
             members: Vec::new(),
             dropped: false,
+            moving: None,
+            target: None,
+            previous: None,
             changed_at,
         }
     }

@@ -195,7 +195,7 @@ impl Admin {
             MetaReply::Refused(MetaRefusal::UnknownDatabase(name)) => Err(Refusal::UnknownDatabase(name)),
             MetaReply::Refused(MetaRefusal::NotFormed) => Err(Refusal::Unavailable("starting".into())),
             MetaReply::Refused(refused) => Err(Refusal::Refused(refused.to_string())),
-            MetaReply::Formed(_) | MetaReply::Node(_) => {
+            MetaReply::Formed(_) | MetaReply::Node(_) | MetaReply::Done(_) => {
                 Err(Refusal::Unknown("the metadata shard answered another question".into()))
             }
         }
@@ -350,6 +350,9 @@ mod tests {
             epoch: Epoch { range: 1, conf: 1 },
             members: (1..=3).map(member).collect(),
             dropped: true,
+            moving: None,
+            target: None,
+            previous: None,
             changed_at: 9,
         };
         let report = |node, held: &[u64]| {

@@ -115,9 +115,9 @@ pub fn from_group(output: Output) -> Result<OperationResult, Refusal> {
             KvReply::Absent => OperationResult::Deleted(None),
             KvReply::Mismatch(there) => OperationResult::Mismatch(there),
         }),
-        Output::Answer(Answer::Page { .. }) | Output::Reply(Reply::Meta(_) | Reply::Session(_)) => {
-            Err(Refusal::Unknown("the replica answered another question".into()))
-        }
+        Output::Answer(Answer::Page { .. })
+        | Output::Reply(Reply::Meta(_) | Reply::Session(_))
+        | Output::Changed(_) => Err(Refusal::Unknown("the replica answered another question".into())),
     }
 }
 
@@ -253,6 +253,8 @@ pub fn write_route(map: &ClusterMap, shard: ShardId, to: map_delta::Builder<'_>)
         nodes: members.filter_map(|m| map.nodes.get(&m.node)).cloned().collect(),
         databases: database.into_iter().cloned().collect(),
         shards: shard.into_iter().cloned().collect(),
+        policy: None,
+        rebalance: None,
     };
     write_delta(&delta, to);
 }

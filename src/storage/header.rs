@@ -5,10 +5,10 @@ use raft::eraftpb::ConfState;
 
 use super::StorageError;
 use super::identity::IdentityError;
+use crate::codec::records::{read_role, write_role};
 use crate::ids::{Epoch, NodeId, Position, ReplicaId};
-use crate::placement::map::{Member, MemberRole};
+use crate::placement::map::Member;
 use crate::schema::store_capnp::state_header;
-use crate::schema::types_capnp;
 
 /// Version of the record. 1 had no log time, and no sessions beside it.
 const FORMAT_VERSION: u32 = 2;
@@ -46,10 +46,7 @@ impl StateHeader {
             let mut record = members.reborrow().get(i);
             record.set_replica(member.replica.0);
             record.set_node(member.node.0);
-            record.set_role(match member.role {
-                MemberRole::Voter => types_capnp::MemberRole::Voter,
-                MemberRole::Learner => types_capnp::MemberRole::Learner,
-            });
+            record.set_role(write_role(member.role));
         }
         let conf = &self.conf_state;
         // A list of u64 in memory always fits: `set_*` fails only on a foreign reader.
@@ -110,10 +107,7 @@ fn read(mut body: &[u8]) -> capnp::Result<StateHeader> {
         members.push(Member {
             replica: ReplicaId(record.get_replica()),
             node: NodeId(record.get_node()),
-            role: match record.get_role()? {
-                types_capnp::MemberRole::Voter => MemberRole::Voter,
-                types_capnp::MemberRole::Learner => MemberRole::Learner,
-            },
+            role: read_role(record.get_role())?,
         });
     }
     Ok(StateHeader {
@@ -136,6 +130,7 @@ fn read(mut body: &[u8]) -> capnp::Result<StateHeader> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::placement::map::MemberRole;
 
     fn sample() -> StateHeader {
         StateHeader {

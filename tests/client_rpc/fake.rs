@@ -12,7 +12,9 @@ use capnp_rpc::{RpcSystem, new_client, twoparty};
 use pontoon::codec::records::{write_database, write_delta};
 use pontoon::codec::refusal::write_refusal;
 use pontoon::ids::{DatabaseId, Epoch, NodeId, RandomId, ReplicaId, ShardId};
-use pontoon::placement::map::{ClusterMap, DatabaseRecord, Member, MemberRole, NodeRecord, ShardRecord};
+use pontoon::placement::map::{
+    ClusterMap, DatabaseRecord, Member, MemberRole, NodeRecord, ShardRecord, Standing,
+};
 use pontoon::placement::ring::{self, equal_ranges};
 use pontoon::refusal::Refusal;
 use pontoon::schema::admin_capnp::admin;
@@ -131,6 +133,7 @@ impl Fakes {
                 zone: String::new(),
                 weight: 100,
                 store_id: RandomId::default(),
+                standing: Standing::Member,
                 changed_at: 1,
             };
             map.nodes.insert(record.id, record);
@@ -162,6 +165,9 @@ impl Fakes {
                 epoch: Epoch { range: 1, conf: 1 },
                 members: members.collect(),
                 dropped: false,
+                moving: None,
+                target: None,
+                previous: None,
                 changed_at: 1,
             };
             map.shards.insert(record.id, record);

@@ -5,7 +5,7 @@ use crate::client::{ClientError, NotApplied};
 use crate::group::types::GroupStatus;
 use crate::ids::{DatabaseId, Epoch, StoreId};
 use crate::node::handle::NodeReport;
-use crate::placement::map::{DatabaseRecord, Member, NodeRecord};
+use crate::placement::map::{DatabaseRecord, Member, NodeRecord, Standing};
 use crate::placement::ring::RingRange;
 
 fn member(n: u64) -> Member {
@@ -26,6 +26,7 @@ fn map() -> ClusterMap {
                 zone: String::new(),
                 weight: 100,
                 store_id: StoreId::default(),
+                standing: Standing::Member,
                 changed_at: 1,
             },
         );
@@ -52,6 +53,9 @@ fn map() -> ClusterMap {
             epoch: Epoch { range: 1, conf: 2 },
             members: (1..=3).map(member).collect(),
             dropped: false,
+            moving: None,
+            target: None,
+            previous: None,
             changed_at: 1,
         },
     );

@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use super::super::memory::MemoryState;
 use super::*;
 use crate::ids::{METADATA_DATABASE, RandomId};
+use crate::placement::map::Standing;
 use crate::placement::plan::plan_database;
 use crate::placement::ring::RingRange;
 
@@ -21,6 +22,7 @@ fn node(number: u8) -> NodeRecord {
         zone: String::new(),
         weight: 100,
         store_id: id(number),
+        standing: Standing::Member,
         changed_at: 0,
     }
 }
@@ -41,6 +43,9 @@ fn formation(nodes: u8) -> MetaCommand {
             epoch: Epoch { range: 1, conf: 1 },
             members: (1..=nodes).map(voter).collect(),
             dropped: false,
+            moving: None,
+            target: None,
+            previous: None,
             changed_at: 0,
         },
     }

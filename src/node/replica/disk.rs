@@ -10,7 +10,6 @@ use crate::ids::ReplicaId;
 use crate::limits;
 use crate::machine::command::{Command, KvCommand};
 use crate::node::messages::DiskNews;
-use crate::placement::map::MemberRole;
 use crate::refusal::Refusal;
 
 impl ReplicaActor {
@@ -30,7 +29,7 @@ impl ReplicaActor {
         if !disk.any_other_full() {
             return None;
         }
-        let voters = self.group.state().header().members.iter().filter(|m| m.role == MemberRole::Voter);
+        let voters = self.group.state().header().members.iter().filter(|m| m.role.votes());
         let (all, full) =
             voters.fold((0, 0), |(all, full), m| (all + 1, full + usize::from(disk.is_full_on(m.node))));
         (all - full < all / 2 + 1).then(|| {

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::ids::{DatabaseId, Epoch, ReplicaId, ShardId};
-use crate::placement::map::{Member, MemberRole, NodeRecord, ShardRecord};
+use crate::placement::map::{Member, MemberRole, NodeRecord, ShardRecord, Standing};
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 
@@ -18,6 +18,7 @@ fn cluster(nodes: impl IntoIterator<Item = (&'static str, u32)>) -> ClusterMap {
             zone: zone.into(),
             weight,
             store_id: Default::default(),
+            standing: Standing::Member,
             changed_at: 1,
         };
         map.nodes.insert(id, record);
@@ -40,6 +41,9 @@ fn add_to(map: &mut ClusterMap, plan: &[PlannedShard]) {
             epoch: Epoch::default(),
             members: members.collect(),
             dropped: false,
+            moving: None,
+            target: None,
+            previous: None,
             changed_at: 1,
         };
         map.shards.insert(id, record);

@@ -16,11 +16,12 @@ use capnp::serialize;
 use super::super::StorageError;
 use super::super::log::{ReplicaPhase, ReplicaRecord};
 use super::mark::Reach;
+use crate::codec::records::{read_role, write_role};
 use crate::ids::{DatabaseId, Epoch, NodeId, Position, ReplicaId, ShardId, StoreId};
 use crate::machine::MachineKind;
-use crate::placement::map::{Member, MemberRole};
+use crate::placement::map::Member;
 use crate::placement::ring::RingRange;
-use crate::schema::{store_capnp, types_capnp};
+use crate::schema::store_capnp;
 
 /// The log engine's group that holds the catalogue. No replica has this id.
 pub const CATALOGUE_GROUP: u64 = u64::MAX;
@@ -124,10 +125,7 @@ pub fn encode_replica(record: &ReplicaRecord) -> Result<Vec<u8>, StorageError> {
         let mut to = members.reborrow().get(i as u32);
         to.set_replica(member.replica.0);
         to.set_node(member.node.0);
-        to.set_role(match member.role {
-            MemberRole::Voter => types_capnp::MemberRole::Voter,
-            MemberRole::Learner => types_capnp::MemberRole::Learner,
-        });
+        to.set_role(write_role(member.role));
     }
     to.set_generation(record.generation);
     let mut value = vec![FORMAT];
@@ -153,10 +151,7 @@ fn read_replica(mut bytes: &[u8]) -> capnp::Result<ReplicaRecord> {
         members.push(Member {
             replica: ReplicaId(member.get_replica()),
             node: NodeId(member.get_node()),
-            role: match member.get_role()? {
-                types_capnp::MemberRole::Voter => MemberRole::Voter,
-                types_capnp::MemberRole::Learner => MemberRole::Learner,
-            },
+            role: read_role(member.get_role())?,
         });
     }
     Ok(ReplicaRecord {
@@ -192,6 +187,7 @@ fn body(value: &[u8]) -> Result<&[u8], RecordError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::placement::map::MemberRole;
     use proptest::prelude::*;
 
     fn record(members: u64) -> ReplicaRecord {
