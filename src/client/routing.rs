@@ -284,6 +284,7 @@ mod tests {
             zone: String::new(),
             weight: 100,
             store_id: RandomId::default(),
+            standing: Default::default(),
             changed_at: 1,
         }
     }
@@ -301,6 +302,9 @@ mod tests {
             epoch: Epoch { range: 1, conf: 1 },
             members: members.collect(),
             dropped: false,
+            moving: None,
+            target: None,
+            previous: None,
             changed_at: 1,
         }
     }
@@ -321,6 +325,8 @@ mod tests {
                 changed_at: 1,
             }],
             shards: vec![shard(1, 0, half, &[1, 2, 3]), shard(2, half + 1, u64::MAX, &[2, 3, 1])],
+            policy: None,
+            rebalance: None,
         }
     }
 

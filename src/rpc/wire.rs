@@ -525,6 +525,9 @@ mod tests {
             recovering: false,
             state_lost: None,
             incarnation: 3,
+            epoch: Default::default(),
+            members: Vec::new(),
+            followers: Vec::new(),
         };
         let replica = |shard, health, group: Option<GroupStatus>| ReplicaReport {
             shard: ShardId(shard),

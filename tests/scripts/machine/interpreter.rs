@@ -26,7 +26,7 @@ use pontoon::machine::command::{
 use pontoon::machine::memory::MemoryState;
 use pontoon::machine::session::SessionTag;
 use pontoon::machine::{MachineKind, meta, value};
-use pontoon::placement::map::{Member, MemberRole, NodeRecord, ShardRecord};
+use pontoon::placement::map::{Member, MemberRole, NodeRecord, ShardRecord, Standing};
 use pontoon::placement::plan::{PlannedShard, plan_database};
 use pontoon::placement::ring::RingRange;
 
@@ -202,6 +202,7 @@ fn node(number: u8) -> NodeRecord {
         zone: String::new(),
         weight: 100,
         store_id: RandomId([number; 16]),
+        standing: Standing::Member,
         changed_at: 0,
     }
 }
@@ -222,6 +223,9 @@ fn form(nodes: u8, cluster: u8) -> MetaCommand {
             epoch: Epoch { range: 1, conf: 1 },
             members: (1..=nodes).map(voter).collect(),
             dropped: false,
+            moving: None,
+            target: None,
+            previous: None,
             changed_at: 0,
         },
     }
@@ -290,6 +294,7 @@ fn said(reply: Reply) -> String {
         Reply::Kv(KvReply::Mismatch(found)) => format!("mismatch: {}", versioned(&found)),
         Reply::Meta(MetaReply::Formed(version)) => format!("formed, map version {version}"),
         Reply::Meta(MetaReply::Node(id)) => format!("node {id}"),
+        Reply::Meta(MetaReply::Done(version)) => format!("done, map version {version}"),
         Reply::Meta(MetaReply::Database { record, created }) => format!(
             "database {} `{}`, {} replicas, shards {}{}{}",
             record.id,

@@ -13,7 +13,9 @@
 use std::collections::BTreeMap;
 
 use pontoon::ids::{DatabaseId, Epoch, NodeId, RandomId, ReplicaId, ShardId};
-use pontoon::placement::map::{ClusterMap, DatabaseRecord, Member, MemberRole, NodeRecord, ShardRecord};
+use pontoon::placement::map::{
+    ClusterMap, DatabaseRecord, Member, MemberRole, NodeRecord, ShardRecord, Standing,
+};
 use pontoon::placement::plan::plan_database;
 use pontoon::placement::{rendezvous, ring};
 
@@ -48,6 +50,7 @@ impl Interpreter for Placement {
                     zone: line.named_text("zone")?.unwrap_or_default(),
                     weight: line.named_number("weight", 100)?,
                     store_id: RandomId::default(),
+                    standing: Standing::Member,
                     changed_at: 1,
                 };
                 self.map.nodes.insert(id, record);
@@ -97,6 +100,9 @@ impl Placement {
                 epoch: Epoch::default(),
                 members: members.collect(),
                 dropped: false,
+                moving: None,
+                target: None,
+                previous: None,
                 changed_at: 1,
             };
             self.map.shards.insert(id, record);
