@@ -42,9 +42,9 @@ use crate::codec::membership::{self, MembershipEntry};
 use crate::failpoints::failpoint;
 use crate::ids::{Index, NodeId, Position, ReplicaId, Term};
 use crate::limits;
+use crate::machine::ApplyError;
 use crate::placement::map::{Member, MemberRole};
 use crate::refusal::Refusal;
-use crate::storage::StorageError;
 use crate::storage::log::{LogWrite, RecordedMembership};
 use crate::storage::state::conf_state_of;
 
@@ -102,7 +102,9 @@ impl<T> Group<T> {
 
     /// Whether every change of members in the log is in force, and the leader knows that.
     fn is_settled(&self) -> bool {
-        self.raft.raft.commit_to_current_term() && !self.raft.raft.has_pending_conf() && self.barrier.is_none()
+        self.raft.raft.commit_to_current_term()
+            && !self.raft.raft.has_pending_conf()
+            && self.barrier.is_none()
     }
 
     /// Whether the group goes on serving while the change is under way, and afterwards.
@@ -242,22 +244,22 @@ impl<T> Group<T> {
     pub(super) fn apply_change(&mut self, entry: &Entry) -> Result<bool, GroupError> {
         let position = Position { index: entry.index, term: entry.term };
         self.applying = Some(position.index);
-        let change = membership::decode(&entry.context).map_err(|e| self.bad_change(position, e.to_string()))?;
+        let change = membership::decode(&entry.context).map_err(|e| bad_change(position, e.to_string()))?;
         let known = self.epoch().conf;
         // The members may be those of the replica's record, and later than what is applied.
         let is_included = change.conf < known && position.index <= self.recover_to;
         if change.conf != known && !is_included {
             let reason = format!("it follows on conf version {}, not on {known}", change.conf);
-            return Err(self.bad_change(position, reason));
+            return Err(bad_change(position, reason));
         }
         if !is_included {
             let steps =
-                steps(self.members(), &change.members).map_err(|reason| self.bad_change(position, reason))?;
+                steps(self.members(), &change.members).map_err(|reason| bad_change(position, reason))?;
             if !self.is_recorded(position.index, &change) {
                 self.applying = None;
                 return Ok(false);
             }
-            self.put_in_force(change, steps).map_err(|reason| self.bad_change(position, reason))?;
+            self.put_in_force(change, steps).map_err(|reason| bad_change(position, reason))?;
         }
         if !self.state_lost {
             self.state.set_applied(position);
@@ -305,16 +307,6 @@ impl<T> Group<T> {
         }
         let term = self.raft.raft.term;
         self.raft.raft.become_follower(term, raft::INVALID_ID);
-    }
-
-    fn bad_change(&self, position: Position, reason: String) -> GroupError {
-        // Never skipped: the group would go on under a configuration that others have left.
-        let Position { index, term } = position;
-        StorageError::Damaged {
-            what: format!("the raft log of replica {}", self.replica),
-            detail: format!("the change of members in entry {index} of term {term}: {reason}"),
-        }
-        .into()
     }
 
     // ------------------------------------------------------------------------------------ queries
@@ -376,6 +368,10 @@ impl<T> Group<T> {
     }
 }
 
+fn bad_change(at: Position, reason: String) -> GroupError {
+    ApplyError::Membership { index: at.index, reason }.into()
+}
+
 fn unavailable(reason: impl Into<std::borrow::Cow<'static, str>>) -> Refusal {
     Refusal::Unavailable(reason.into())
 }
@@ -425,7 +421,8 @@ fn next_members(members: &[Member], change: &MembershipChange) -> Result<Vec<Mem
                 for replica in replicas {
                     let place = after.iter_mut().find(|m| m.replica == *replica && m.role == from);
                     let Some(member) = place else {
-                        let is = role_of(*replica).map_or("is no member".into(), |role| format!("is {role:?}"));
+                        let is =
+                            role_of(*replica).map_or("is no member".into(), |role| format!("is {role:?}"));
                         return Err(format!("replica {replica} {is}, not {from:?}"));
                     };
                     member.role = to;
@@ -460,7 +457,11 @@ fn steps(before: &[Member], after: &[Member]) -> Result<Vec<ConfChangeV2>, Strin
     };
     if is_joint(before) {
         let ends = !is_joint(after) && after == without_joint(before);
-        return if ends { Ok(vec![ConfChangeV2::default()]) } else { Err("it doesn't end the joint change".into()) };
+        return if ends {
+            Ok(vec![ConfChangeV2::default()])
+        } else {
+            Err("it doesn't end the joint change".into())
+        };
     }
     let joint = is_joint(after);
     let mut singles = Vec::new();

@@ -320,7 +320,12 @@ mod tests {
 
     fn append(log: &MemoryLog, index: Index) -> Result<(), StorageError> {
         let entry = Entry { index, term: 6, ..Default::default() };
-        log.write(&[LogWrite { replica: ReplicaId(7), entries: vec![entry], hard_state: None, membership: None }])
+        log.write(&[LogWrite {
+            replica: ReplicaId(7),
+            entries: vec![entry],
+            hard_state: None,
+            membership: None,
+        }])
     }
 
     #[test]

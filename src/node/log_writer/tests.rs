@@ -146,7 +146,12 @@ fn sized(
     WriteTask {
         incarnation,
         number,
-        write: LogWrite { replica: ReplicaId(replica), entries: vec![entry], hard_state: Some(hard_state), membership: None },
+        write: LogWrite {
+            replica: ReplicaId(replica),
+            entries: vec![entry],
+            hard_state: Some(hard_state),
+            membership: None,
+        },
         done: done.clone(),
     }
 }
