@@ -7,11 +7,11 @@ mod script;
 // Each area has the interpreter of its commands beside its scripts. To add one: a
 // directory, its interpreter as a module here, and a test below.
 mod balance {
-    #[path = "../scripts/balance/chaos.rs"]
+    #[path = "chaos.rs"]
     mod chaos;
-    #[path = "../scripts/balance/interpreter.rs"]
+    #[path = "interpreter.rs"]
     pub mod interpreter;
-    #[path = "../scripts/balance/model.rs"]
+    #[path = "model.rs"]
     mod model;
 }
 #[path = "scripts/group/interpreter.rs"]
