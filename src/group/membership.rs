@@ -42,9 +42,9 @@ use crate::codec::membership::{self, MembershipEntry};
 use crate::failpoints::failpoint;
 use crate::ids::{Index, NodeId, Position, ReplicaId, Term};
 use crate::limits;
+use crate::machine::ApplyError;
 use crate::placement::map::{Member, MemberRole};
 use crate::refusal::Refusal;
-use crate::storage::StorageError;
 use crate::storage::log::{LogWrite, RecordedMembership};
 use crate::storage::state::conf_state_of;
 
@@ -244,23 +244,22 @@ impl<T> Group<T> {
     pub(super) fn apply_change(&mut self, entry: &Entry) -> Result<bool, GroupError> {
         let position = Position { index: entry.index, term: entry.term };
         self.applying = Some(position.index);
-        let change =
-            membership::decode(&entry.context).map_err(|e| self.bad_change(position, e.to_string()))?;
+        let change = membership::decode(&entry.context).map_err(|e| bad_change(position, e.to_string()))?;
         let known = self.epoch().conf;
         // The members may be those of the replica's record, and later than what is applied.
         let is_included = change.conf < known && position.index <= self.recover_to;
         if change.conf != known && !is_included {
             let reason = format!("it follows on conf version {}, not on {known}", change.conf);
-            return Err(self.bad_change(position, reason));
+            return Err(bad_change(position, reason));
         }
         if !is_included {
             let steps =
-                steps(self.members(), &change.members).map_err(|reason| self.bad_change(position, reason))?;
+                steps(self.members(), &change.members).map_err(|reason| bad_change(position, reason))?;
             if !self.is_recorded(position.index, &change) {
                 self.applying = None;
                 return Ok(false);
             }
-            self.put_in_force(change, steps).map_err(|reason| self.bad_change(position, reason))?;
+            self.put_in_force(change, steps).map_err(|reason| bad_change(position, reason))?;
         }
         if !self.state_lost {
             self.state.set_applied(position);
@@ -308,16 +307,6 @@ impl<T> Group<T> {
         }
         let term = self.raft.raft.term;
         self.raft.raft.become_follower(term, raft::INVALID_ID);
-    }
-
-    fn bad_change(&self, position: Position, reason: String) -> GroupError {
-        // Never skipped: the group would go on under a configuration that others have left.
-        let Position { index, term } = position;
-        StorageError::Damaged {
-            what: format!("the raft log of replica {}", self.replica),
-            detail: format!("the change of members in entry {index} of term {term}: {reason}"),
-        }
-        .into()
     }
 
     // ------------------------------------------------------------------------------------ queries
@@ -377,6 +366,10 @@ impl<T> Group<T> {
     pub(super) fn node_of_any(&self, replica: ReplicaId) -> Option<NodeId> {
         self.node_of(replica).or_else(|| self.strangers.get(&replica).copied())
     }
+}
+
+fn bad_change(at: Position, reason: String) -> GroupError {
+    ApplyError::Membership { index: at.index, reason }.into()
 }
 
 fn unavailable(reason: impl Into<std::borrow::Cow<'static, str>>) -> Refusal {
