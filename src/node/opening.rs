@@ -56,10 +56,9 @@ fn find(log: &dyn LogStore, engine: &Arc<dyn Engine>, record: &ReplicaRecord) ->
     }
 }
 
-/// A newcomer, which knows of no members, has others that it is from.
 fn is_only_voter(record: &ReplicaRecord) -> bool {
     let mut voters = record.members.iter().filter(|member| member.role.votes());
-    !record.members.is_empty() && voters.all(|member| member.replica == record.replica)
+    voters.all(|member| member.replica == record.replica)
 }
 
 impl Supervisor {
