@@ -13,6 +13,7 @@ use super::load::Admitted;
 #[cfg(feature = "test-hooks")]
 use super::messages::Inject;
 use super::messages::{AskStatus, Report, Submit, Transfer};
+use super::reconciler::{Balance, BalanceStatus};
 use super::router::Router;
 use super::supervisor::Supervisor;
 use crate::codec::peer::{PeerRequest, PeerResponse};
@@ -38,6 +39,7 @@ struct Inner {
     disk: Arc<DiskHealth>,
     in_flight: AtomicUsize,
     empty_map: Arc<ClusterMap>,
+    balance: Balance,
     member: OnceLock<Member>,
 }
 
@@ -129,6 +131,7 @@ impl NodeHandle {
                 disk: Arc::default(),
                 in_flight: AtomicUsize::new(0),
                 empty_map: Arc::default(),
+                balance: Balance::default(),
                 member: OnceLock::new(),
             }),
         }
@@ -166,6 +169,10 @@ impl NodeHandle {
             .member
             .get()
             .ok_or(Refusal::Unavailable("the node is not yet a member of a cluster".into()))
+    }
+
+    pub(super) fn supervisor(&self) -> Result<&Addr<Supervisor>, Refusal> {
+        self.member().map(|member| &member.supervisor)
     }
 
     /// This node's id; 0 while it isn't a member.
@@ -224,7 +231,7 @@ impl NodeHandle {
             return Err(Refusal::Unavailable("the node is stopping".into()));
         }
         let (reply, results) = oneshot::channel();
-        let writes: Vec<bool> = operations.iter().map(|o| matches!(o, Operation::Command { .. })).collect();
+        let writes: Vec<bool> = operations.iter().map(|o| !matches!(o, Operation::Query(_))).collect();
         addr.try_send(Submit { range_version, operations, reply, admitted }).map_err(
             |error| match error {
                 SendError::Full(_) => Refusal::Busy {
@@ -328,6 +335,25 @@ impl NodeHandle {
             replicas,
             uptime: self.inner.started.elapsed(),
         }
+    }
+
+    /// What the reconciler knows and is at; `None` unless this node leads the metadata shard.
+    pub fn balance(&self) -> Option<Arc<BalanceStatus>> {
+        self.inner.balance.status()
+    }
+
+    pub(super) fn balance_cell(&self) -> &Balance {
+        &self.inner.balance
+    }
+
+    /// Whether this node's replica of `shard` leads, as far as it knows.
+    pub(super) async fn leads(&self, shard: ShardId) -> bool {
+        let Some(addr) = self.inner.member.get().and_then(|member| member.router.replica(shard).ok()) else {
+            return false;
+        };
+        let patience = Duration::from_millis(limits::STATUS_MS_MAX);
+        let status = tokio::time::timeout(patience, addr.send(AskStatus)).await;
+        matches!(status, Ok(Ok(status)) if status.role == raft::StateRole::Leader)
     }
 
     /// Starts moving the leadership of `shard` from this node's replica to the one on `to`, and
