@@ -362,6 +362,8 @@ mod tests {
                 health: ReplicaHealth::Serving,
                 group: None,
                 restarts: 0,
+                keys: 0,
+                bytes: 0,
             };
             NodeReport {
                 node: NodeId(node),
@@ -370,6 +372,7 @@ mod tests {
                 disk_bytes: 0,
                 replicas: held.iter().map(replica).collect(),
                 uptime: Duration::ZERO,
+                snapshot_bytes: 0,
             }
         };
         assert!(can_commit(&shard, &[]), "nobody has answered");
