@@ -74,17 +74,20 @@ enum MoveKind {
 struct PlannedMove {
   shard @0 :UInt64;          # ShardId
   kind @1 :MoveKind;
-  from @2 :UInt64;           # NodeId; 0: none, a replica is added
-  to @3 :UInt64;             # NodeId; 0: none, a replica goes
-  keys @4 :UInt64;           # of the shard, as last counted; 0 for leadership
+  from @2 :UInt64;           # NodeId
+  to @3 :UInt64;             # NodeId
+  keys @4 :UInt64;           # that are copied, as last counted; 0 for leadership
   bytes @5 :UInt64;          # likewise: keys and values
 }
 
 struct Plan {
   id @0 :UInt64;             # names the plan: the same for the same moves from the same state
   mapVersion @1 :UInt64;     # of the map that it was made from
-  moves @2 :List(PlannedMove);
-  minimum @3 :UInt32;        # the fewest moves of replicas with which the nodes could get their shares
+  moves @2 :List(PlannedMove);   # those of replicas first
+  minimum @3 :UInt32;        # the fewest moves of replicas that any plan could do with
+  totalMoves @4 :UInt32;     # of replicas
+  totalKeys @5 :UInt64;      # that are copied
+  totalBytes @6 :UInt64;     # likewise
 }
 
 struct PlanResult {

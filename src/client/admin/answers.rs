@@ -5,6 +5,7 @@ use crate::codec::records::{read_rebalance_state, read_role};
 use crate::codec::refusal::read_refusal;
 use crate::ids::{NodeId, ReplicaId, ShardId};
 use crate::placement::map::{MemberRole, RebalanceState};
+use crate::placement::rebalance::{MoveKind, PlannedMove, Totals};
 use crate::refusal::Refusal;
 use crate::schema::admin_capnp::{
     self, change_result, plan, plan_result, planned_move, rebalance_result, rebalance_status, recovery,
@@ -18,65 +19,12 @@ pub struct RebalancePlan {
     pub id: u64,
     /// Version of the cluster map that it was made from.
     pub map_version: u64,
-    /// What moves, in the order of the shards.
+    /// What moves, replicas first.
     pub moves: Vec<PlannedMove>,
-    /// The fewest moves of replicas with which the nodes could get their shares.
+    /// Sums over the moves of replicas.
+    pub total: Totals,
+    /// The fewest moves of replicas that any plan could do with.
     pub minimum: u32,
-}
-
-/// One move of a plan.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct PlannedMove {
-    /// The shard.
-    pub shard: ShardId,
-    /// What moves.
-    pub kind: MoveKind,
-    /// From where; `None`: a replica is added.
-    pub from: Option<NodeId>,
-    /// To where; `None`: a replica goes.
-    pub to: Option<NodeId>,
-    /// Keys of the shard, as last counted; 0 for leadership.
-    pub keys: u64,
-    /// Bytes of the shard, likewise: keys and values.
-    pub bytes: u64,
-}
-
-/// What moves.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum MoveKind {
-    /// A replica.
-    Replica,
-    /// Leadership, between nodes that both have a replica in the end.
-    Leader,
-}
-
-/// All moves of a plan together.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Total {
-    /// Replicas that move.
-    pub moves: u32,
-    /// Shards whose leadership moves.
-    pub leaders: u32,
-    /// Keys of those replicas, as last counted.
-    pub keys: u64,
-    /// Bytes of those replicas, likewise.
-    pub bytes: u64,
-}
-
-impl RebalancePlan {
-    /// All moves together.
-    pub fn total(&self) -> Total {
-        let mut total = Total::default();
-        for one in &self.moves {
-            match one.kind {
-                MoveKind::Replica => total.moves += 1,
-                MoveKind::Leader => total.leaders += 1,
-            }
-            total.keys = total.keys.saturating_add(one.keys);
-            total.bytes = total.bytes.saturating_add(one.bytes);
-        }
-        total
-    }
 }
 
 /// What an operator orders of a rebalancing.
@@ -169,10 +117,10 @@ pub struct ShardCopy {
 }
 
 /// An answer, or why there is none.
-pub(super) type Answer<T> = Result<Result<T, Refusal>, CodecError>;
+pub(crate) type Answer<T> = Result<Result<T, Refusal>, CodecError>;
 
 /// Reads the version from which on a change holds.
-pub(super) fn read_change(from: change_result::Reader<'_>) -> Answer<u64> {
+pub(crate) fn read_change(from: change_result::Reader<'_>) -> Answer<u64> {
     Ok(match from.which().map_err(capnp::Error::from)? {
         change_result::Version(version) => Ok(version),
         change_result::Error(error) => Err(read_refusal(error?)),
@@ -180,7 +128,7 @@ pub(super) fn read_change(from: change_result::Reader<'_>) -> Answer<u64> {
 }
 
 /// Reads the plan that leads back, and the version from which on it is under way.
-pub(super) fn read_undo(from: undo_result::Reader<'_>) -> Answer<(u64, u64)> {
+pub(crate) fn read_undo(from: undo_result::Reader<'_>) -> Answer<(u64, u64)> {
     Ok(match from.which().map_err(capnp::Error::from)? {
         undo_result::Begun(begun) => begun.map(|begun| Ok((begun.get_plan(), begun.get_version())))?,
         undo_result::Error(error) => Err(read_refusal(error?)),
@@ -188,7 +136,7 @@ pub(super) fn read_undo(from: undo_result::Reader<'_>) -> Answer<(u64, u64)> {
 }
 
 /// Reads a plan.
-pub(super) fn read_plan_result(from: plan_result::Reader<'_>) -> Answer<RebalancePlan> {
+pub(crate) fn read_plan_result(from: plan_result::Reader<'_>) -> Answer<RebalancePlan> {
     Ok(match from.which().map_err(capnp::Error::from)? {
         plan_result::Plan(plan) => Ok(read_plan(plan?)?),
         plan_result::Error(error) => Err(read_refusal(error?)),
@@ -200,27 +148,31 @@ fn read_plan(from: plan::Reader<'_>) -> Result<RebalancePlan, CodecError> {
         id: from.get_id(),
         map_version: from.get_map_version(),
         moves: from.get_moves()?.iter().map(read_move).collect::<Result<_, _>>()?,
+        total: Totals {
+            moves: from.get_total_moves(),
+            keys: from.get_total_keys(),
+            bytes: from.get_total_bytes(),
+        },
         minimum: from.get_minimum(),
     })
 }
 
 fn read_move(from: planned_move::Reader<'_>) -> Result<PlannedMove, CodecError> {
-    let node = |id| (id != 0).then_some(NodeId(id));
     Ok(PlannedMove {
         shard: ShardId(from.get_shard()),
         kind: match from.get_kind().map_err(|_| newer("PlannedMove.kind"))? {
             admin_capnp::MoveKind::Replica => MoveKind::Replica,
             admin_capnp::MoveKind::Leader => MoveKind::Leader,
         },
-        from: node(from.get_from()),
-        to: node(from.get_to()),
+        from: NodeId(from.get_from()),
+        to: NodeId(from.get_to()),
         keys: from.get_keys(),
         bytes: from.get_bytes(),
     })
 }
 
 /// Reads how a rebalancing is.
-pub(super) fn read_status_result(from: rebalance_result::Reader<'_>) -> Answer<RebalanceStatus> {
+pub(crate) fn read_status_result(from: rebalance_result::Reader<'_>) -> Answer<RebalanceStatus> {
     Ok(match from.which().map_err(capnp::Error::from)? {
         rebalance_result::Status(status) => Ok(read_status(status?)?),
         rebalance_result::Error(error) => Err(read_refusal(error?)),
@@ -244,7 +196,7 @@ fn read_status(from: rebalance_status::Reader<'_>) -> Result<RebalanceStatus, Co
 }
 
 /// Reads what is left of a shard.
-pub(super) fn read_recovery_result(from: recovery_result::Reader<'_>) -> Answer<Recovery> {
+pub(crate) fn read_recovery_result(from: recovery_result::Reader<'_>) -> Answer<Recovery> {
     Ok(match from.which().map_err(capnp::Error::from)? {
         recovery_result::Recovery(recovery) => Ok(read_recovery(recovery?)?),
         recovery_result::Error(error) => Err(read_refusal(error?)),
