@@ -92,14 +92,15 @@ Examples:
   pontoon admin node drain 3 --cancel
 
 Leadership goes first, then the replicas, one after the other, each once its successor has all
-data. Clients see no error. Then the node can be stopped, or removed for good.
+data. Clients see no error. Then the node can be stopped, or removed for good. --wait takes as long as
+that takes, or until --timeout.
 
 Exit code 1: with --wait, if no other node can take what is left.")]
 pub struct NodeDrainArgs {
     /// The node's number, as `pontoon admin node list` shows it
     #[arg(value_name = "ID", value_parser = node_id)]
     pub node: NodeId,
-    /// Wait until the node is empty; without --timeout as long as that takes
+    /// Wait until the node is empty
     #[arg(long, conflicts_with = "cancel")]
     pub wait: bool,
     /// Let the node take replicas again
@@ -176,6 +177,8 @@ Examples:
   pontoon admin rebalance start
   pontoon admin rebalance start 5f1c0a92e4b7d380 --wait
 
+--wait takes as long as that takes, or until --timeout.
+
 Exit codes: 0 begun, or nothing to do; 1 the plan is stale, or with --wait it didn't get to its end.")]
 pub struct StartArgs {
     /// The plan, as `plan` named it [default: the one that is made now]
@@ -192,7 +195,7 @@ pub struct StartArgs {
 /// Whether to wait.
 #[derive(Args, Debug, Clone, Copy)]
 pub struct WaitArgs {
-    /// Wait until it has ended; without --timeout as long as that takes
+    /// Wait until it has ended
     #[arg(long)]
     pub wait: bool,
 }
