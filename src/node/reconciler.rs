@@ -224,7 +224,7 @@ impl Shell {
         let status = BalanceStatus {
             stuck: reconciler.stuck(),
             moves: progress(&map),
-            known: reconciler.known(),
+            known: reconciler.known().clone(),
             silent_ms: silent.collect(),
             snapshot_bytes: self.snapshot_bytes.clone(),
         };

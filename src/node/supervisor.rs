@@ -188,6 +188,7 @@ impl Supervisor {
             return self.leave(ctx);
         }
         self.obey(orders, ctx);
+        self.recover(ctx);
     }
 
     fn obey(&mut self, orders: Orders, ctx: &mut Context<Self>) {
