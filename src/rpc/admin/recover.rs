@@ -263,6 +263,7 @@ mod tests {
                 replicas: vec![replica],
                 uptime: Duration::ZERO,
                 snapshot_bytes: 0,
+                stuck: Vec::new(),
             };
             (NodeId(node), report)
         };
