@@ -15,6 +15,12 @@ pub const NAME_BYTES_MAX: usize = 64;
 pub const REPLICAS_MAX: u32 = 7;
 /// Most shards a database may have.
 pub const SHARDS_MAX: u32 = 4096;
+/// Shortest time after which a node that is gone may be replaced, in milliseconds: longer than a restart.
+pub const REPLACE_AFTER_MS_MIN: u64 = 1_000;
+/// Most shards whose members may change at the same time.
+pub const MOVES_AT_A_TIME_MAX: u32 = 1024;
+/// Least that a node may be allowed to send in snapshots, in bytes per second: at less a move never ends.
+pub const BYTES_PER_SECOND_MIN: u64 = 64 << 10;
 /// Voters of the metadata shard when a cluster is formed (fewer if there are fewer nodes; odd).
 pub const METADATA_VOTERS_MAX: usize = 5;
 

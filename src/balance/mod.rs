@@ -8,3 +8,4 @@
 //! conf version that it names.
 
 pub mod facts;
+pub mod reconciler;

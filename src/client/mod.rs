@@ -20,7 +20,7 @@
 //! to be sent: each carries a tag, by which the shard knows it again. One that succeeds took effect
 //! exactly once.
 
-mod admin;
+pub mod admin;
 mod calls;
 mod connection;
 mod driver;

@@ -151,8 +151,8 @@ pub fn read_report(from: node_status::Reader<'_>) -> Result<NodeReport, CodecErr
             // That it is, its health says; from where on, only its own node needs to know.
             state_lost: None,
             incarnation: u64::from(replica.get_restarts()) + 1,
-            // The map tells these; a report doesn't.
-            epoch: Epoch::default(),
+            // The map tells the rest of these; a report doesn't.
+            epoch: Epoch { conf: replica.get_conf(), ..Epoch::default() },
             members: Vec::new(),
             followers: Vec::new(),
         });
@@ -162,6 +162,8 @@ pub fn read_report(from: node_status::Reader<'_>) -> Result<NodeReport, CodecErr
             health,
             group,
             restarts: replica.get_restarts(),
+            keys: replica.get_keys(),
+            bytes: replica.get_bytes(),
         });
     }
     Ok(NodeReport {
@@ -176,6 +178,7 @@ pub fn read_report(from: node_status::Reader<'_>) -> Result<NodeReport, CodecErr
         disk_bytes: from.get_disk_bytes(),
         replicas,
         uptime: std::time::Duration::from_millis(from.get_uptime_ms()),
+        snapshot_bytes: from.get_snapshot_bytes(),
     })
 }
 

@@ -9,6 +9,7 @@ use crate::placement::map::{
     DatabaseRecord, Member, MoveCause, NodeRecord, RebalanceState, ShardRecord, Standing,
 };
 use crate::placement::plan::PlannedShard;
+pub use crate::placement::rebalance::PlannedTarget;
 use crate::refusal::Refusal;
 
 pub use super::entry::{Entry, TaggedCommand, decode_entry, encode_entry};
@@ -211,17 +212,6 @@ pub enum PolicyChange {
     Automatic(bool),
     /// On or off.
     ApproveJoins(bool),
-}
-
-/// Where a rebalancing wants a shard.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct PlannedTarget {
-    /// The shard.
-    pub shard: ShardId,
-    /// The conf version that the planner knew.
-    pub conf: u64,
-    /// Nodes of its voters, the one that should lead first.
-    pub nodes: Vec<NodeId>,
 }
 
 /// What the metadata machine answers.

@@ -98,6 +98,10 @@ pub struct ReplicaReport {
     pub group: Option<GroupStatus>,
     /// Restarts since the node started.
     pub restarts: u32,
+    /// Keys in its state, as last counted; an estimate.
+    pub keys: u64,
+    /// Bytes of them and their values, likewise.
+    pub bytes: u64,
 }
 
 /// What a node tells of itself.
@@ -115,6 +119,8 @@ pub struct NodeReport {
     pub replicas: Vec<ReplicaReport>,
     /// Time since it started.
     pub uptime: Duration,
+    /// Bytes that it has sent in snapshots since then.
+    pub snapshot_bytes: u64,
 }
 
 impl NodeHandle {
@@ -341,6 +347,7 @@ impl NodeHandle {
             disk_bytes: self.inner.disk_bytes.load(Ordering::Relaxed),
             replicas,
             uptime: self.inner.started.elapsed(),
+            snapshot_bytes: 0,
         }
     }
 

@@ -456,6 +456,8 @@ impl Handler<Report> for Supervisor {
                 health: slot.health.clone(),
                 group: None,
                 restarts: slot.restarts,
+                keys: 0,
+                bytes: 0,
             };
             async move {
                 if let Some(addr) = addr

@@ -283,6 +283,7 @@ pub fn write_report(
     protocol.set_max(crate::version::PROTOCOL_MAX);
     to.set_pid(std::process::id());
     to.set_uptime_ms(u64::try_from(report.uptime.as_millis()).unwrap_or(u64::MAX));
+    to.set_snapshot_bytes(report.snapshot_bytes);
     let count = u32::try_from(report.replicas.len()).unwrap_or(u32::MAX);
     let mut replicas = to.init_replicas(count);
     for (at, replica) in (0..count).zip(&report.replicas) {
@@ -294,6 +295,8 @@ fn write_replica(replica: &crate::node::handle::ReplicaReport, mut to: replica_s
     to.set_shard(replica.shard.0);
     to.set_replica(replica.replica.0);
     to.set_restarts(replica.restarts);
+    to.set_keys(replica.keys);
+    to.set_bytes(replica.bytes);
     let (state, message) = match &replica.health {
         // Between its start and its first word a replica has nothing to show yet.
         ReplicaHealth::Serving if replica.group.is_none() => (ReplicaState::Recovering, ""),
@@ -319,6 +322,7 @@ fn write_replica(replica: &crate::node::handle::ReplicaReport, mut to: replica_s
     });
     to.set_term(group.term);
     to.set_leader(group.leader.map_or(0, |leader| leader.0));
+    to.set_conf(group.epoch.conf);
     to.set_applied(group.applied);
     to.set_committed(group.committed);
     to.set_last(group.last);
@@ -334,7 +338,7 @@ mod tests {
     use super::*;
     use crate::client::wire::{read_page, read_report, read_result, write_operation};
     use crate::group::types::GroupStatus;
-    use crate::ids::{NodeId, ReplicaId};
+    use crate::ids::{Epoch, NodeId, ReplicaId};
     use crate::node::handle::ReplicaReport;
     use proptest::prelude::*;
     use std::time::Duration;
@@ -525,7 +529,7 @@ mod tests {
             recovering: false,
             state_lost: None,
             incarnation: 3,
-            epoch: Default::default(),
+            epoch: Epoch { range: 0, conf: 9 },
             members: Vec::new(),
             followers: Vec::new(),
         };
@@ -535,6 +539,8 @@ mod tests {
             health,
             group,
             restarts: 2,
+            keys: 5,
+            bytes: 60,
         };
         let recovering = GroupStatus { recovering: true, ..group.clone() };
         let why = || "poison".to_owned();
@@ -553,6 +559,7 @@ mod tests {
                 replica(7, ReplicaHealth::Refetching(why()), Some(group)),
             ],
             uptime: Duration::from_millis(1234),
+            snapshot_bytes: 77,
         };
         let mut message = capnp::message::Builder::new_default();
         write_report(&report, ClusterId::default(), 5, message.init_root());
