@@ -186,6 +186,33 @@ pub const LOG_STALL_MS: u64 = 1_000;
 pub const DISK_FULL_WAIT_MS: u64 = 250;
 /// Time for a pull of the cluster map from a peer, in milliseconds.
 pub const MAP_PULL_MS_MAX: u64 = 3_000;
+/// Time between surveys of all nodes by the one that leads the metadata shard, in milliseconds.
+pub const SURVEY_MS: u64 = 1_000;
+/// Time for a node's answer to a survey, in milliseconds.
+pub const SURVEY_MS_MAX: u64 = 2_000;
+/// Time for an order to a shard's leader to be carried out, in milliseconds.
+pub const ORDER_MS_MAX: u64 = 5_000;
+/// Orders and commands of the reconciler that are under way at a time.
+pub const ORDERS_MAX: usize = 64;
+/// Least time between two counts of what a shard holds, in milliseconds.
+pub const COUNT_MS: u64 = 30_000;
+/// Pairs that are counted before other reads get their turn.
+pub const COUNT_STEP_PAIRS: usize = 256;
+/// Bytes of keys and values that are counted before other reads get their turn, at least one pair.
+pub const COUNT_STEP_BYTES: usize = 256 * KIB;
+/// Counting takes one part in so many of the read thread's time.
+pub const COUNT_SHARE: u32 = 8;
+/// Time between a heartbeat of a node and the moment from which it isn't taken for alive any more, where
+/// another process claims to be it, in milliseconds.
+pub const ALIVE_MS: u64 = 3 * NODE_HEARTBEAT_MS;
+/// Time for which a node that starts goes on asking whether another process is it, once a node has said
+/// so, in milliseconds: long enough for a connection of its own last process to be given up.
+pub const DUPLICATE_MS_MAX: u64 = 2 * ALIVE_MS;
+/// Time between looks of a node that waits to be approved, in milliseconds.
+pub const APPROVAL_MS: u64 = 2_000;
+/// Time for a node's record to come to the node that it joins through, in milliseconds.
+pub const JOIN_SEEN_MS_MAX: u64 = 2_000;
+
 /// Time for a replica's answer to a status question, in milliseconds.
 pub const STATUS_MS_MAX: u64 = 1_000;
 /// Time for a probe of another node, in milliseconds.

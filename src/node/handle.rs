@@ -174,6 +174,10 @@ impl NodeHandle {
             .ok_or(Refusal::Unavailable("the node is not yet a member of a cluster".into()))
     }
 
+    pub(super) fn supervisor(&self) -> Result<&Addr<Supervisor>, Refusal> {
+        self.member().map(|member| &member.supervisor)
+    }
+
     /// This node's id; 0 while it isn't a member.
     pub fn node(&self) -> NodeId {
         self.inner.member.get().map_or(NodeId(0), |m| m.node)
@@ -244,7 +248,7 @@ impl NodeHandle {
             return Err(Refusal::Unavailable("the node is stopping".into()));
         }
         let (reply, results) = oneshot::channel();
-        let writes: Vec<bool> = operations.iter().map(|o| matches!(o, Operation::Command { .. })).collect();
+        let writes: Vec<bool> = operations.iter().map(|o| !matches!(o, Operation::Query(_))).collect();
         addr.try_send(Submit { range_version, operations, reply, admitted }).map_err(
             |error| match error {
                 SendError::Full(_) => Refusal::Busy {

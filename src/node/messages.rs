@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use actix::prelude::*;
+use bytes::Bytes;
 use raft::eraftpb::Entry;
 use tokio::sync::oneshot;
 
@@ -16,6 +17,7 @@ use crate::ids::{Incarnation, Index, NodeId, Position, ReplicaId, ShardId};
 use crate::placement::map::{ClusterMap, MapDelta};
 use crate::refusal::Refusal;
 use crate::storage::flush::FlushStep;
+use crate::storage::state::StateReader;
 
 /// Service → replica: operations of one client batch. Mailbox full: the service answers `Busy`.
 #[derive(Message)]
@@ -126,6 +128,11 @@ pub struct Transfer(pub Option<NodeId>);
 #[derive(Message)]
 #[rtype(result = "GroupStatus")]
 pub struct AskStatus;
+
+/// Supervisor → replica: a page of the state after this key, to be counted.
+#[derive(Message)]
+#[rtype(result = "StateReader")]
+pub struct CountPage(pub Bytes);
 
 /// Supervisor → replica: answer everybody and end.
 #[derive(Message)]

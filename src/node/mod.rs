@@ -14,6 +14,7 @@
 //! anything shared (a hub, the supervisor, a thread of the table's lower half) is fatal for the node:
 //! [`RunningNode::failed`] tells, and the process ends with exit code 70.
 
+pub mod counting;
 pub mod disk;
 pub mod fatal;
 #[cfg(test)]
@@ -43,6 +44,7 @@ pub mod start;
 mod state_store;
 mod stores;
 pub mod supervisor;
+pub mod survey;
 #[cfg(test)]
 mod test_node;
 pub mod ticker;

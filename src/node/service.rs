@@ -18,7 +18,7 @@ use super::shared::Shared;
 use super::snapshots::install;
 use super::supervisor::Supervisor;
 use crate::codec::GroupMessage;
-use crate::codec::hello::{Lane, PeerHello};
+use crate::codec::hello::{HelloRefusal, Lane, PeerHello, RefusalKind};
 use crate::codec::peer::{Membership, NodeHeartbeat, PeerRequest, PeerResponse};
 use crate::codec::snapshot::{SnapshotAnswer, SnapshotOffer};
 use crate::ids::{ClusterId, METADATA_SHARD, NodeId};
@@ -128,6 +128,15 @@ impl Asked {
                 self.of_this_cluster(named)?;
                 self.handle.meta_here(command, timeout).await.map(PeerResponse::Meta)
             }
+            PeerRequest::Survey => {
+                self.of_this_cluster(named)?;
+                self.handle.survey().await.map(PeerResponse::Survey)
+            }
+            PeerRequest::Order(order) => {
+                self.of_this_cluster(named)?;
+                let timeout = Duration::from_millis(limits::ORDER_MS_MAX);
+                self.handle.order(order, timeout).await.map(|()| PeerResponse::Done)
+            }
         }
     }
 
@@ -149,26 +158,28 @@ impl Asked {
 }
 
 impl PeerHandler for Arc<PeerService> {
-    fn hello(&self, hello: &PeerHello) -> Result<Identity, String> {
+    fn hello(&self, hello: &PeerHello) -> Result<Identity, HelloRefusal> {
         let identity = |node| Ok(Identity { node, incarnation: self.incarnation });
         let (cluster, node) = match self.asked.applicant.stage() {
             Membership::Member(cluster, node) => (cluster, node),
             _ if hello.lane == Lane::Request => return identity(NodeId(0)),
-            _ => return Err("this node is not yet a member of a cluster".into()),
+            _ => return Err("this node is not yet a member of a cluster".to_owned().into()),
         };
         let anyone = hello.lane == Lane::Request && hello.to_node == NodeId(0);
         // Who asks to join, or to form, need not know the cluster yet. Who names one must mean this one.
         if hello.cluster_id != Some(cluster) && !(anyone && hello.cluster_id.is_none()) {
-            return Err(format!("this node belongs to cluster {cluster}"));
+            return Err(format!("this node belongs to cluster {cluster}").into());
         }
         if anyone {
             return identity(node);
         }
         if hello.to_node != node {
-            return Err(format!("this is node {node}, not {}: its address has changed hands", hello.to_node));
+            let text = format!("this is node {node}, not {}: its address has changed hands", hello.to_node);
+            return Err(text.into());
         }
         if hello.from_node == node {
-            return Err(format!("two processes claim to be node {node}"));
+            let text = format!("two processes claim to be node {node}");
+            return Err(HelloRefusal { kind: RefusalKind::Duplicate, text });
         }
         identity(node)
     }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use actix::prelude::*;
 use tokio::sync::watch;
 
+use super::counting::Counts;
 use super::fatal::{Fatal, FatalGuard};
 use super::handle::{ReplicaHealth, ReplicaReport};
 use super::hub::{FailReplica, Forget, Hub, hub_of};
@@ -59,6 +60,8 @@ pub struct Supervisor {
     pub(super) led: HashSet<ShardId>,
     /// Replicas of the catalogue that were not tried yet.
     pub(super) untried: HashSet<ReplicaId>,
+    /// How much the shards hold that are led here.
+    pub(super) counts: Counts,
     readiness: watch::Sender<Readiness>,
     /// All replicas are to end: none is opened any more.
     pub(super) stopping: bool,
@@ -117,6 +120,7 @@ impl Supervisor {
             addrs: BTreeMap::new(),
             led: HashSet::new(),
             untried: HashSet::new(),
+            counts: Counts::default(),
             readiness,
             stopping: false,
             #[cfg(feature = "test-hooks")]
@@ -335,7 +339,10 @@ impl Actor for Supervisor {
     fn started(&mut self, ctx: &mut Context<Self>) {
         ctx.set_mailbox_capacity(limits::HUB_MAILBOX_MAX);
         let period = Duration::from_millis(limits::NODE_HEARTBEAT_MS);
-        ticker::every(ctx, period, |supervisor, _| supervisor.heartbeat());
+        ticker::every(ctx, period, |supervisor, ctx| {
+            supervisor.heartbeat();
+            supervisor.count_next(ctx);
+        });
     }
 }
 
