@@ -231,6 +231,35 @@ pub const RESTART_BACKOFF_MS: u64 = 50;
 /// [`RESTART_BACKOFF_MS`], and it doubles with each attempt.
 pub const REOPEN_MS_MAX: u64 = 30_000;
 
+/// A node whose last answer to the reconciler is older than this doesn't count as alive, in milliseconds.
+pub const SURVEY_FRESH_MS: u64 = 5_000;
+/// By how much one step of the reconciler lengthens the time for which a node is known not to answer, at
+/// most, in milliseconds: a reconciler that stood still has heard nobody, which says nothing of the others.
+pub const SILENCE_STEP_MS_MAX: u64 = 3_000;
+/// A move to a node that hasn't answered for this time is rolled back, in milliseconds.
+pub const NEWCOMER_SILENT_MS: u64 = 30_000;
+/// A replica that is sick, or isn't there, for this time is replaced, in milliseconds. So is one on a node at
+/// whose address another runs by now.
+pub const SICK_MS: u64 = 60_000;
+/// The nodes must have been the same ones, all of them alive, for this time before load is spread anew, in
+/// milliseconds.
+pub const SETTLE_MS: u64 = 10_000;
+/// Time for which no new replica of a shard is put on a node on which one came to nothing, as long as there
+/// are other nodes, in milliseconds.
+pub const SHUN_MS: u64 = 300_000;
+/// First delay before the reconciler names a step again that nothing shows to be done, in milliseconds;
+/// doubles.
+pub const STEP_RETRY_MS_MIN: u64 = 1_000;
+/// Longest delay before that, in milliseconds.
+pub const STEP_RETRY_MS_MAX: u64 = 30_000;
+/// Leaderships that the reconciler moves in one step; further ones wait for the next.
+pub const LEADER_TRANSFERS_MAX: usize = 8;
+/// Shards whose members the reconciler has the map take over in one step; further ones wait for the next.
+pub const OBSERVATIONS_MAX: usize = 256;
+/// By how much more than other moves repairs may fill the bound on moves at a time: others under way don't
+/// hold them up.
+pub const REPAIR_MOVES_FACTOR: u32 = 2;
+
 /// Deadline of a request that names none, in milliseconds.
 pub const TIMEOUT_DEFAULT_MS: u64 = 10_000;
 /// Longest deadline a request may name, in milliseconds; a longer one is cut to this.

@@ -302,7 +302,7 @@ impl Leaders {
 
 /// How much a node of that weight has, per weight, if it has `count` and gets one more: counted halfway
 /// between the two (Webster's method), which brings each node as near to its share as whole units can.
-fn level(count: u32, weight: u32) -> u64 {
+pub(super) fn level(count: u32, weight: u32) -> u64 {
     ((2 * u64::from(count) + 1) << 30) / u64::from(weight.max(1))
 }
 

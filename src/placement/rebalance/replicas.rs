@@ -1,0 +1,195 @@
+//! Step 3: replicas go from nodes with too many to nodes with too few.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
+
+use super::board::{Board, Place};
+use super::shares::{Bounds, Share, quotas, shares};
+use crate::placement::plan::level;
+use crate::placement::rendezvous;
+
+fn bounds(board: &Board) -> Bounds {
+    let each = board.shards.len() as u32;
+    let most: u64 = board.shards.iter().map(|place| u64::from(place.most)).sum();
+    Bounds { nodes: vec![each; board.nodes.len()], domains: vec![most; board.domains] }
+}
+
+fn shares_of(board: &Board, bounds: &Bounds) -> Vec<Share> {
+    let total = board.held.iter().map(|held| u64::from(*held)).sum();
+    shares(&board.nodes, total, bounds)
+}
+
+/// See [`super::is_uneven`].
+pub(super) fn is_uneven(board: &Board) -> bool {
+    let shares = shares_of(board, &bounds(board));
+    let far = |at: &usize| !board.nodes[*at].frozen && shares[*at].is_far(board.held[*at]);
+    (0..board.nodes.len()).any(|at| far(&at))
+        || board.shards.iter().any(|place| place.movable && board.crowded(place).is_some())
+}
+
+/// Spreads the replicas over the nodes. Returns the least number of moves that this could have taken.
+pub(super) fn spread(board: &mut Board) -> u32 {
+    let bounds = bounds(board);
+    let shares = shares_of(board, &bounds);
+    let quotas = quotas(&board.nodes, &board.held, &shares, &bounds);
+    // Each node below its quota receives at least what it lacks; each crowded place gives at least one.
+    let lacking: u32 = quotas.iter().zip(&board.held).map(|(quota, held)| quota.saturating_sub(*held)).sum();
+    let mut spread = Spread { board, quotas };
+    let crowding = spread.uncrowd();
+    spread.give();
+    spread.give_along_chains();
+    lacking.max(crowding)
+}
+
+struct Spread<'a> {
+    board: &'a mut Board,
+    quotas: Vec<u32>,
+}
+
+impl Spread<'_> {
+    fn is_over(&self, node: usize) -> bool {
+        !self.board.nodes[node].frozen && self.board.held[node] > self.quotas[node]
+    }
+
+    fn is_under(&self, node: usize) -> bool {
+        self.board.held[node] < self.quotas[node]
+    }
+
+    /// No shard crowds a failure domain any more, as far as there is room elsewhere. Returns how many replicas
+    /// were too many.
+    fn uncrowd(&mut self) -> u32 {
+        let mut moves = 0;
+        for shard in 0..self.board.shards.len() {
+            while self.board.shards[shard].movable
+                && let Some(domain) = self.board.crowded(&self.board.shards[shard])
+            {
+                let board = &*self.board;
+                let place = &board.shards[shard];
+                let inside = place.nodes.iter().copied().filter(|node| board.nodes[*node].domain == domain);
+                let surplus = |node: &usize| i64::from(board.held[*node]) - i64::from(self.quotas[*node]);
+                let Some(from) = inside.max_by_key(surplus) else { break };
+                let rank = |to: &usize| {
+                    let node = &board.nodes[*to];
+                    let hash = rendezvous::hash(place.key, node.id);
+                    (!self.is_under(*to), level(board.held[*to], node.weight), Reverse(hash))
+                };
+                let fits = |to: &usize| board.nodes[*to].domain != domain && board.fits(shard, from, *to);
+                let Some(to) = (0..board.nodes.len()).filter(fits).min_by_key(rank) else { break };
+                self.board.shift(shard, from, to);
+                moves += 1;
+            }
+        }
+        moves
+    }
+
+    /// Single moves, those first whose receiver drew lowest for the shard.
+    fn give(&mut self) {
+        let mut under: Vec<usize> = (0..self.board.nodes.len()).filter(|node| self.is_under(*node)).collect();
+        // Nodes of one weight together: of them the greatest hash is enough.
+        under.sort_by_key(|node| (self.board.nodes[*node].weight, *node));
+        let offers = (0..self.board.shards.len()).filter_map(|shard| self.offer(shard, &under));
+        let mut offers: BinaryHeap<_> = offers.map(Reverse).collect();
+        while let Some(Reverse((_, shard, to))) = offers.pop() {
+            if under.is_empty() {
+                break;
+            }
+            if self.is_under(to)
+                && let Some(from) = self.giver(shard, to)
+            {
+                self.board.shift(shard, from, to);
+                if !self.is_under(to) {
+                    under.retain(|node| *node != to);
+                }
+            }
+            // Also for another replica of the same shard, or if another took the place meanwhile.
+            offers.extend(self.offer(shard, &under).map(Reverse));
+        }
+    }
+
+    /// The move of a replica of `shard` that helps and whose receiver, one of `under`, drew lowest.
+    fn offer(&self, shard: usize, under: &[usize]) -> Option<(u64, usize, usize)> {
+        let place = &self.board.shards[shard];
+        if !place.movable || !place.nodes.iter().any(|node| self.is_over(*node)) {
+            return None;
+        }
+        let mut best: Option<(u64, usize, usize)> = None;
+        let of_weight = |a: &usize, b: &usize| self.board.nodes[*a].weight == self.board.nodes[*b].weight;
+        for group in under.chunk_by(of_weight) {
+            let hash = |to: &usize| (rendezvous::hash(place.key, self.board.nodes[*to].id), Reverse(*to));
+            let takers = group.iter().filter(|to| self.giver(shard, **to).is_some());
+            let Some((hash, Reverse(to))) = takers.map(hash).max() else { continue };
+            let draw = rendezvous::draw_of(hash, self.board.nodes[to].weight).unwrap_or(u64::MAX);
+            best = best.into_iter().chain([(draw, shard, to)]).min();
+        }
+        best
+    }
+
+    /// Who, of those with too many, could give its replica of `shard` to `to`: the one with the most too many.
+    fn giver(&self, shard: usize, to: usize) -> Option<usize> {
+        let nodes = self.board.shards[shard].nodes.iter().copied();
+        let able = nodes.filter(|from| self.is_over(*from) && self.board.fits(shard, *from, to));
+        able.max_by_key(|from| (self.board.held[*from] - self.quotas[*from], Reverse(*from)))
+    }
+
+    /// Chains of moves, where no single one helps.
+    fn give_along_chains(&mut self) {
+        let over: Vec<usize> = (0..self.board.nodes.len()).filter(|node| self.is_over(*node)).collect();
+        if over.is_empty() {
+            return;
+        }
+        let mut shards: Vec<Vec<usize>> = vec![Vec::new(); self.board.nodes.len()];
+        for (at, Place { nodes, .. }) in self.board.shards.iter().enumerate().filter(|(_, p)| p.movable) {
+            nodes.iter().for_each(|node| shards[*node].push(at));
+        }
+        for from in over {
+            while self.is_over(from)
+                && let Some(chain) = self.chain(from, &shards)
+            {
+                for (shard, from, to) in chain {
+                    self.board.shift(shard, from, to);
+                    shards[from].retain(|at| *at != shard);
+                    shards[to].push(shard);
+                }
+            }
+        }
+    }
+
+    /// The shortest chain of moves from `from` to a node with too few, each shard moving once at most: what it
+    /// may do on its own it may then do in the chain.
+    fn chain(&self, from: usize, shards: &[Vec<usize>]) -> Option<Vec<(usize, usize, usize)>> {
+        let mut reached: Vec<Option<(usize, usize)>> = vec![None; shards.len()];
+        let mut unreached: Vec<usize> = (0..shards.len()).filter(|node| *node != from).collect();
+        let mut queue = VecDeque::from([from]);
+        while let Some(giver) = queue.pop_front() {
+            for &shard in &shards[giver] {
+                let mut found = None;
+                unreached.retain(|&taker| {
+                    if !self.board.fits(shard, giver, taker) {
+                        return true;
+                    }
+                    reached[taker] = Some((shard, giver));
+                    if self.is_under(taker) {
+                        found = found.or(Some(taker));
+                    }
+                    queue.push_back(taker);
+                    false
+                });
+                if let Some(end) = found {
+                    let mut chain = Vec::new();
+                    let mut at = end;
+                    while let Some((shard, giver)) = reached[at] {
+                        chain.push((shard, giver, at));
+                        at = giver;
+                    }
+                    let once = chain
+                        .iter()
+                        .all(|(shard, ..)| chain.iter().filter(|(other, ..)| other == shard).count() == 1);
+                    if once {
+                        return Some(chain);
+                    }
+                }
+            }
+        }
+        None
+    }
+}
