@@ -36,6 +36,7 @@ fn open(dir: &tempfile::TempDir) -> DiskLog {
             range: RingRange::ALL,
             epoch: Epoch::default(),
             members: Vec::new(),
+            members_at: 0,
             generation: 1,
         })
         .collect();

@@ -43,6 +43,7 @@ fn record(replica: u64) -> ReplicaRecord {
         range: RingRange { start: 0, end: 9 },
         epoch: Epoch { range: 1, conf: 2 },
         members: vec![Member { replica: ReplicaId(replica), node: NodeId(1), role: MemberRole::Voter }],
+        members_at: 0,
         generation: 1,
     }
 }
@@ -377,7 +378,7 @@ fn entries_are_bounded_in_bytes(subject: impl Subject) {
     subject.log().create(&[record(1)]).unwrap();
     let entries: Vec<Entry> = (6..16).map(|index| entry(index, 6, 1000)).collect();
     let size = protobuf::Message::compute_size(&entries[0]) as usize;
-    let written = LogWrite { replica: ReplicaId(1), entries, hard_state: None };
+    let written = LogWrite { replica: ReplicaId(1), entries, hard_state: None, membership: None };
     let log = subject.log();
     log.write(&[written]).unwrap();
     for (max, count) in [(0, 1), (size, 1), (2 * size - 1, 1), (2 * size, 2), (usize::MAX, 10)] {

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use super::admin::args::AdminCommand;
 use crate::limits;
 use crate::sim::Faults;
 
@@ -108,6 +109,13 @@ pub enum Command {
         after_help = "Examples:\n  pontoon db list\n  pontoon db create testDB 3 5\n  pontoon db drop testDB --yes"
     )]
     Db(DbCommand),
+    /// Nodes, rebalancing, settings of the cluster: what operators decide
+    #[command(
+        subcommand,
+        arg_required_else_help = true,
+        after_help = "Examples:\n  pontoon admin node list\n  pontoon admin rebalance plan\n  pontoon admin settings get"
+    )]
+    Admin(AdminCommand),
     /// Kill a leader and see what becomes of the cluster and its data
     #[command(
         subcommand,
@@ -636,7 +644,7 @@ fn fault_list(text: &str) -> Result<Faults, String> {
 }
 
 /// A positive time as `500ms`, `10s`, `1m30s`; a bare number is seconds.
-fn duration(text: &str) -> Result<Duration, String> {
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
     let time = match text.parse::<u64>() {
         Ok(seconds) => Duration::from_secs(seconds),
         Err(_) => humantime::parse_duration(text)

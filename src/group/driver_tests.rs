@@ -58,6 +58,7 @@ impl Follower {
             range: RingRange::ALL,
             epoch: EPOCH,
             members: members(voters),
+            members_at: 0,
             generation: 1,
         };
         log.create(&[record]).unwrap();

@@ -247,6 +247,7 @@ impl Groups {
                 range: RingRange::ALL,
                 epoch: Epoch { range: 1, conf: 1 },
                 members: Groups::members(voters),
+                members_at: 0,
                 generation: GENERATION,
             };
             log.create(&[record]).map_err(|e| e.to_string())?;
