@@ -124,6 +124,7 @@ struct PeerResponse {
     map @6 :Types.MapDelta;  # what changed
     meta @7 :Data;           # store.capnp MetaReply
     survey @8 :Survey;       # how it is
+    pending @10 :UInt64;     # join: it is known under this NodeId, and waits for an operator's word
     done @9 :Void;           # order: a change of members is committed and in force, another replica leads
   }
 }

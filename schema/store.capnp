@@ -35,6 +35,7 @@ struct ReplicaRecord {
   members @8 :List(Types.MemberRecord);   # likewise; empty: a newcomer, which needs a snapshot first
   generation @9 :UInt32;     # install generation of its state keys
   membersAt @10 :UInt64;     # the log entry that brought them about, or the last one in the snapshot they are from
+  orderedAt @11 :UInt64;     # `changedAt` of the shard's record that ordered it: only a later one can end it
 }
 
 struct MembershipEntry {

@@ -194,6 +194,8 @@ pub const DISK_FULL_WAIT_MS: u64 = 250;
 pub const MAP_PULL_MS_MAX: u64 = 3_000;
 /// Time between surveys of all nodes by the one that leads the metadata shard, in milliseconds.
 pub const SURVEY_MS: u64 = 1_000;
+/// Time between a step that was done and the next survey, in milliseconds.
+pub const SURVEY_SOON_MS: u64 = 200;
 /// Time for a node's answer to a survey, in milliseconds.
 pub const SURVEY_MS_MAX: u64 = 2_000;
 /// Time for an order to a shard's leader to be carried out, in milliseconds.
@@ -214,6 +216,8 @@ pub const ALIVE_MS: u64 = 3 * NODE_HEARTBEAT_MS;
 /// Time for which a node that starts goes on asking whether another process is it, once a node has said
 /// so, in milliseconds: long enough for a connection of its own last process to be given up.
 pub const DUPLICATE_MS_MAX: u64 = 2 * ALIVE_MS;
+/// Time that a removed node gives its data to go before it ends, in milliseconds.
+pub const LEAVE_MS_MAX: u64 = 10_000;
 /// Time between looks of a node that waits to be approved, in milliseconds.
 pub const APPROVAL_MS: u64 = 2_000;
 /// Time for a node's record to come to the node that it joins through, in milliseconds.

@@ -96,7 +96,9 @@ impl PeerHandler for Taker {
 
     fn raft(&self, _: NodeId, _: Vec<GroupMessage>) {}
 
-    fn heartbeat(&self, _: NodeHeartbeat) {}
+    fn heartbeat(&self, _: NodeHeartbeat) -> Result<(), HelloRefusal> {
+        Ok(())
+    }
 
     fn request(&self, _: &PeerHello, _: PeerRequest) -> LocalBoxFuture<'static, PeerResponse> {
         Box::pin(std::future::ready(PeerResponse::Claimed))

@@ -77,8 +77,9 @@ impl PeerHandler for Recorder {
         all.extend(messages.into_iter().map(|message| (from, message)));
     }
 
-    fn heartbeat(&self, heartbeat: NodeHeartbeat) {
+    fn heartbeat(&self, heartbeat: NodeHeartbeat) -> Result<(), HelloRefusal> {
         self.heartbeats.borrow_mut().push(heartbeat);
+        Ok(())
     }
 
     fn request(&self, _: &PeerHello, request: PeerRequest) -> LocalBoxFuture<'static, PeerResponse> {

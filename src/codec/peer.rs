@@ -8,6 +8,7 @@ use capnp::Word;
 use capnp::message::{HeapAllocator, Reader, ReaderOptions};
 use capnp::serialize::{self, BufferSegments};
 
+use crate::balance::facts::Survey;
 use crate::codec::messages::{self, check, read_message, write_message};
 use crate::codec::meta::{decode_command, decode_reply, encode_command, encode_reply};
 use crate::codec::records::{
@@ -15,7 +16,6 @@ use crate::codec::records::{
     write_node, write_shard,
 };
 use crate::codec::refusal::{read_refusal, write_refusal};
-use crate::balance::facts::Survey;
 use crate::codec::snapshot::{SnapshotFrame, read_snapshot, write_snapshot};
 use crate::codec::survey::{
     Order, read_node as read_member, read_order, read_survey, write_order, write_survey,
@@ -111,6 +111,8 @@ pub enum PeerResponse {
     Meta(MetaReply),
     /// To `Survey`.
     Survey(Survey),
+    /// To `Join`: the node is known under this id, and waits for an operator's word. To be asked again.
+    Pending(NodeId),
     /// To `Order`: the change is committed and in force, or leadership has moved.
     Done,
 }
@@ -364,6 +366,7 @@ fn write_response(response: &PeerResponse, mut to: peer_response::Builder<'_>) {
         PeerResponse::Map(map) => write_delta(map, to.init_map()),
         PeerResponse::Meta(reply) => to.set_meta(&encode_reply(reply)),
         PeerResponse::Survey(survey) => write_survey(survey, to.init_survey()),
+        PeerResponse::Pending(node) => to.set_pending(node.0),
         PeerResponse::Done => to.set_done(()),
     }
 }
@@ -384,6 +387,7 @@ fn read_response(from: peer_response::Reader<'_>) -> Result<PeerResponse, CodecE
         peer_response::Map(map) => PeerResponse::Map(read_delta(map?)?),
         peer_response::Meta(reply) => PeerResponse::Meta(decode_reply(reply?)?),
         peer_response::Survey(survey) => PeerResponse::Survey(read_survey(survey?)?),
+        peer_response::Pending(node) => PeerResponse::Pending(read_member(node)?),
         peer_response::Done(()) => PeerResponse::Done,
     })
 }

@@ -105,9 +105,8 @@ pub(super) fn write_survey(from: &Survey, mut to: survey::Builder<'_>) {
 
 /// Reads a survey.
 pub(super) fn read_survey(from: survey::Reader<'_>) -> Result<Survey, CodecError> {
-    let held = |from: held_replica::Reader<'_>| {
-        Ok((ShardId(from.get_shard()), read_replica(from.get_replica())?))
-    };
+    let held =
+        |from: held_replica::Reader<'_>| Ok((ShardId(from.get_shard()), read_replica(from.get_replica())?));
     let sick = |from: sick_replica::Reader<'_>| {
         Ok(SickReplica {
             shard: ShardId(from.get_shard()),
@@ -235,8 +234,11 @@ pub(super) mod tests {
 
     pub(in crate::codec) fn any_survey() -> impl Strategy<Value = Survey> {
         let held = (any::<u64>().prop_map(ShardId), any_replica());
-        let sick = (any::<u64>(), any_replica(), ".{0,20}")
-            .prop_map(|(shard, replica, why)| SickReplica { shard: ShardId(shard), replica, why });
+        let sick = (any::<u64>(), any_replica(), ".{0,20}").prop_map(|(shard, replica, why)| SickReplica {
+            shard: ShardId(shard),
+            replica,
+            why,
+        });
         let lists = (vec(any_report(), 0..4), vec(held, 0..4), vec(sick, 0..3));
         (1..u64::MAX, any::<bool>(), any::<u64>(), lists).prop_map(
             |(node, disk_full, snapshot_bytes, (led, held, sick))| Survey {

@@ -225,7 +225,8 @@ impl<T> Group<T> {
         } else if !self.leads() {
             Some(self.not_leader())
         } else if self.queued.len() + self.changes.len() + self.proposals.len() + self.reads.len()
-            >= limits::REPLICA_PENDING_MAX {
+            >= limits::REPLICA_PENDING_MAX
+        {
             Some(busy("operations of the shard"))
         } else if self.queued.bytes() >= limits::UNCOMMITTED_BYTES_MAX {
             Some(busy("bytes of the shard's commands"))
@@ -476,7 +477,8 @@ impl<T> Group<T> {
                 term: hard_state.term,
                 messages,
             });
-            let write = LogWrite { replica: self.replica, entries, hard_state: Some(hard_state), membership: None };
+            let write =
+                LogWrite { replica: self.replica, entries, hard_state: Some(hard_state), membership: None };
             return (Some(NumberedWrite { number: self.writes, write }), committed);
         }
         match self.unpersisted.back_mut() {

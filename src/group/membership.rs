@@ -102,7 +102,9 @@ impl<T> Group<T> {
 
     /// Whether every change of members in the log is in force, and the leader knows that.
     fn is_settled(&self) -> bool {
-        self.raft.raft.commit_to_current_term() && !self.raft.raft.has_pending_conf() && self.barrier.is_none()
+        self.raft.raft.commit_to_current_term()
+            && !self.raft.raft.has_pending_conf()
+            && self.barrier.is_none()
     }
 
     /// Whether the group goes on serving while the change is under way, and afterwards.
@@ -242,7 +244,8 @@ impl<T> Group<T> {
     pub(super) fn apply_change(&mut self, entry: &Entry) -> Result<bool, GroupError> {
         let position = Position { index: entry.index, term: entry.term };
         self.applying = Some(position.index);
-        let change = membership::decode(&entry.context).map_err(|e| self.bad_change(position, e.to_string()))?;
+        let change =
+            membership::decode(&entry.context).map_err(|e| self.bad_change(position, e.to_string()))?;
         let known = self.epoch().conf;
         // The members may be those of the replica's record, and later than what is applied.
         let is_included = change.conf < known && position.index <= self.recover_to;
@@ -425,7 +428,8 @@ fn next_members(members: &[Member], change: &MembershipChange) -> Result<Vec<Mem
                 for replica in replicas {
                     let place = after.iter_mut().find(|m| m.replica == *replica && m.role == from);
                     let Some(member) = place else {
-                        let is = role_of(*replica).map_or("is no member".into(), |role| format!("is {role:?}"));
+                        let is =
+                            role_of(*replica).map_or("is no member".into(), |role| format!("is {role:?}"));
                         return Err(format!("replica {replica} {is}, not {from:?}"));
                     };
                     member.role = to;
@@ -460,7 +464,11 @@ fn steps(before: &[Member], after: &[Member]) -> Result<Vec<ConfChangeV2>, Strin
     };
     if is_joint(before) {
         let ends = !is_joint(after) && after == without_joint(before);
-        return if ends { Ok(vec![ConfChangeV2::default()]) } else { Err("it doesn't end the joint change".into()) };
+        return if ends {
+            Ok(vec![ConfChangeV2::default()])
+        } else {
+            Err("it doesn't end the joint change".into())
+        };
     }
     let joint = is_joint(after);
     let mut singles = Vec::new();

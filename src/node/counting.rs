@@ -18,8 +18,8 @@ use super::replica::ReplicaActor;
 use super::supervisor::Supervisor;
 use crate::ids::ReplicaId;
 use crate::limits;
-use crate::storage::{StateView, StorageError};
 use crate::storage::state::StateReader;
+use crate::storage::{StateView, StorageError};
 
 /// What a replica's state holds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

@@ -13,6 +13,7 @@ use super::load::Admitted;
 #[cfg(feature = "test-hooks")]
 use super::messages::Inject;
 use super::messages::{AskStatus, Report, Submit, Transfer};
+use super::reconciler::{Balance, BalanceStatus};
 use super::router::Router;
 use super::supervisor::Supervisor;
 use crate::codec::peer::{PeerRequest, PeerResponse};
@@ -38,6 +39,7 @@ struct Inner {
     disk: Arc<DiskHealth>,
     in_flight: AtomicUsize,
     empty_map: Arc<ClusterMap>,
+    balance: Balance,
     member: OnceLock<Member>,
 }
 
@@ -135,6 +137,7 @@ impl NodeHandle {
                 disk: Arc::default(),
                 in_flight: AtomicUsize::new(0),
                 empty_map: Arc::default(),
+                balance: Balance::default(),
                 member: OnceLock::new(),
             }),
         }
@@ -353,6 +356,25 @@ impl NodeHandle {
             uptime: self.inner.started.elapsed(),
             snapshot_bytes: 0,
         }
+    }
+
+    /// What the reconciler knows and is at; `None` unless this node leads the metadata shard.
+    pub fn balance(&self) -> Option<Arc<BalanceStatus>> {
+        self.inner.balance.status()
+    }
+
+    pub(super) fn balance_cell(&self) -> &Balance {
+        &self.inner.balance
+    }
+
+    /// Whether this node's replica of `shard` leads, as far as it knows.
+    pub(super) async fn leads(&self, shard: ShardId) -> bool {
+        let Some(addr) = self.inner.member.get().and_then(|member| member.router.replica(shard).ok()) else {
+            return false;
+        };
+        let patience = Duration::from_millis(limits::STATUS_MS_MAX);
+        let status = tokio::time::timeout(patience, addr.send(AskStatus)).await;
+        matches!(status, Ok(Ok(status)) if status.role == raft::StateRole::Leader)
     }
 
     /// Starts moving the leadership of `shard` from this node's replica to the one on `to`, and

@@ -99,7 +99,7 @@ pub struct SnapshotDone {
 #[rtype(result = "()")]
 pub struct PauseApply(pub bool);
 
-/// Hub → replica, on every change: how the node's disk is.
+/// Hub → replica, on every change: how the node's disk is, and whether it is to lead at all.
 #[derive(Message, Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[rtype(result = "()")]
 pub struct DiskNews {
@@ -107,6 +107,8 @@ pub struct DiskNews {
     pub full: bool,
     /// A write of the raft log doesn't come to an end.
     pub stalled: bool,
+    /// The node is to be emptied: others should lead.
+    pub draining: bool,
 }
 
 /// Hub → replica: messages to the replica on this node were lost. Mailbox full: dropped, a hint only.

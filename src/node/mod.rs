@@ -14,6 +14,7 @@
 //! anything shared (a hub, the supervisor, a thread of the table's lower half) is fatal for the node:
 //! [`RunningNode::failed`] tells, and the process ends with exit code 70.
 
+pub mod claims;
 pub mod counting;
 pub mod disk;
 pub mod fatal;
@@ -34,6 +35,8 @@ pub mod open;
 mod opening;
 pub mod panics;
 pub mod reader;
+pub mod reconciler;
+pub mod removal;
 pub mod replica;
 pub mod replicas;
 pub mod router;
@@ -76,6 +79,9 @@ pub enum NodeError {
     /// It can't become a member of the cluster.
     #[error("{0}")]
     Membership(String),
+    /// It was removed from its cluster, and what it held is gone.
+    #[error("{0}")]
+    Removed(String),
     /// A thread of the node failed; its process must end (exit 70).
     #[error("{0}")]
     Fatal(String),

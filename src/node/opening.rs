@@ -56,9 +56,10 @@ fn find(log: &dyn LogStore, engine: &Arc<dyn Engine>, record: &ReplicaRecord) ->
     }
 }
 
+/// A newcomer, which knows of no members, has others that it is from.
 fn is_only_voter(record: &ReplicaRecord) -> bool {
     let mut voters = record.members.iter().filter(|member| member.role.votes());
-    voters.all(|member| member.replica == record.replica)
+    !record.members.is_empty() && voters.all(|member| member.replica == record.replica)
 }
 
 impl Supervisor {
@@ -237,6 +238,7 @@ mod tests {
             epoch: Epoch { range: 1, conf: 1 },
             members: members.iter().map(member).collect(),
             members_at: 0,
+            ordered_at: 0,
             generation: 1,
         };
         let log = MemoryLog::new();

@@ -125,6 +125,7 @@ mod tests {
             epoch: Epoch { range: 1, conf: 1 },
             members: Vec::new(),
             members_at: 0,
+            ordered_at: 0,
             generation: 1,
         }
     }
@@ -140,7 +141,9 @@ mod tests {
             let node = Node { home: tempfile::tempdir().unwrap(), log: MemoryLog::new() };
             node.log.create(&[record()]).unwrap();
             let entries = (6..=20).map(|index| Entry { index, term: 5, ..Default::default() }).collect();
-            node.log.write(&[LogWrite { replica: REPLICA, entries, hard_state: None, membership: None }]).unwrap();
+            node.log
+                .write(&[LogWrite { replica: REPLICA, entries, hard_state: None, membership: None }])
+                .unwrap();
             let dir = node.dir();
             let (engine, mut flusher) = open(&dir, options(), &node.log).unwrap();
             let mut state = ReplicaState::open(engine, REPLICA, 1, header()).unwrap();
@@ -240,7 +243,9 @@ mod tests {
         let (engine, mut flusher) = open(&dir, options(), &node.log).unwrap();
         let mut state = ReplicaState::open(engine.clone(), REPLICA, 1, header()).unwrap();
         let entry = Entry { index: 21, term: 5, ..Default::default() };
-        node.log.write(&[LogWrite { replica: REPLICA, entries: vec![entry], hard_state: None, membership: None }]).unwrap();
+        node.log
+            .write(&[LogWrite { replica: REPLICA, entries: vec![entry], hard_state: None, membership: None }])
+            .unwrap();
         state.put(b"k", bytes::Bytes::from_static(b"v"));
         state.set_applied(Position { index: 21, term: 5 });
         flusher.set_hook(Box::new(|point| match point {

@@ -312,6 +312,7 @@ mod tests {
             epoch: Epoch::default(),
             members: vec![Member { replica: ReplicaId(7), node: NodeId(1), role: MemberRole::Voter }],
             members_at: 0,
+            ordered_at: 0,
             generation: 1,
         }])
         .unwrap();
@@ -320,7 +321,12 @@ mod tests {
 
     fn append(log: &MemoryLog, index: Index) -> Result<(), StorageError> {
         let entry = Entry { index, term: 6, ..Default::default() };
-        log.write(&[LogWrite { replica: ReplicaId(7), entries: vec![entry], hard_state: None, membership: None }])
+        log.write(&[LogWrite {
+            replica: ReplicaId(7),
+            entries: vec![entry],
+            hard_state: None,
+            membership: None,
+        }])
     }
 
     #[test]

@@ -125,6 +125,7 @@ mod tests {
             epoch: Epoch { range: 1, conf: 3 },
             members: members(),
             members_at: 0,
+            ordered_at: 0,
             generation,
         }
     }

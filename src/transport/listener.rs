@@ -47,8 +47,8 @@ pub trait PeerHandler {
     /// Raft messages from a member, checked in form, in the order they were sent.
     fn raft(&self, from: NodeId, messages: Vec<GroupMessage>);
 
-    /// A member is alive.
-    fn heartbeat(&self, heartbeat: NodeHeartbeat);
+    /// A member is alive. If it isn't to be one any more, its connection ends with the refusal.
+    fn heartbeat(&self, heartbeat: NodeHeartbeat) -> Result<(), HelloRefusal>;
 
     /// A question of whoever said `hello`; its answer goes back on the connection it came on. The
     /// future runs to its end even if the caller hangs up, unless the listener is stopped.
@@ -290,7 +290,7 @@ fn take_frames(
                         hello.from_node
                     )));
                 }
-                handler.heartbeat(heartbeat);
+                handler.heartbeat(heartbeat).map_err(TransportError::Refused)?;
             }
             PeerFrame::Request(..) | PeerFrame::Response(..) | PeerFrame::Snapshot(..) => {
                 return Err(TransportError::Protocol(format!(

@@ -390,7 +390,8 @@ fn two_logs_read_on_one_thread_do_not_mix() {
             let log = DiskLog::open(&dir.path().join(i.to_string()), options(), STORE).unwrap();
             log.create(&[record(1)]).unwrap();
             let entry = Entry { data: vec![i; 9].into(), ..entry(6, 6, 0) };
-            let write = LogWrite { replica: ReplicaId(1), entries: vec![entry], hard_state: None, membership: None };
+            let write =
+                LogWrite { replica: ReplicaId(1), entries: vec![entry], hard_state: None, membership: None };
             log.write(&[write]).unwrap();
             log
         })

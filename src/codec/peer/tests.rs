@@ -38,6 +38,7 @@ fn any_probe() -> impl Strategy<Value = ProbeAnswer> {
     ];
     (membership, any_node()).prop_map(|(membership, mut record)| {
         record.changed_at = 0;
+        record.standing = Standing::Member;
         record.id = match membership {
             Membership::Member(_, node) => node,
             _ => NodeId(0),
@@ -56,6 +57,7 @@ fn any_response() -> impl Strategy<Value = PeerResponse> {
         any_delta().prop_map(PeerResponse::Map),
         any_member().prop_map(|node| PeerResponse::Meta(MetaReply::Node(node))),
         any_survey().prop_map(PeerResponse::Survey),
+        any_member().prop_map(PeerResponse::Pending),
         Just(PeerResponse::Done),
     ]
 }

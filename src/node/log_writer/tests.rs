@@ -117,6 +117,7 @@ fn setup(gated: bool) -> Setup {
             epoch: Epoch::default(),
             members: Vec::new(),
             members_at: 0,
+            ordered_at: 0,
             generation: 1,
         })
         .collect();
@@ -146,7 +147,12 @@ fn sized(
     WriteTask {
         incarnation,
         number,
-        write: LogWrite { replica: ReplicaId(replica), entries: vec![entry], hard_state: Some(hard_state), membership: None },
+        write: LogWrite {
+            replica: ReplicaId(replica),
+            entries: vec![entry],
+            hard_state: Some(hard_state),
+            membership: None,
+        },
         done: done.clone(),
     }
 }

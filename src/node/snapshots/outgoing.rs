@@ -219,12 +219,7 @@ fn stop(running: &mut HashMap<ReplicaId, (ReplicaId, AbortHandle)>, gone: Replic
 
 impl Sending {
     fn new(tools: Tools, throttle: Arc<Throttle>) -> Sending {
-        Sending {
-            throttle,
-            places: Semaphore::new(SNAPSHOTS_SENT_MAX),
-            files: RefCell::default(),
-            tools,
-        }
+        Sending { throttle, places: Semaphore::new(SNAPSHOTS_SENT_MAX), files: RefCell::default(), tools }
     }
 
     /// What was made before the start of the process may be what a follower has a part of.

@@ -248,6 +248,7 @@ impl Groups {
                 epoch: Epoch { range: 1, conf: 1 },
                 members: Groups::members(voters),
                 members_at: 0,
+                ordered_at: 0,
                 generation: GENERATION,
             };
             log.create(&[record]).map_err(|e| e.to_string())?;
