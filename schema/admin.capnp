@@ -127,6 +127,7 @@ struct RebalanceStatus {
   reason @8 :Text;           # why it failed or was cancelled
   mapVersion @9 :UInt64;     # of the map that it was told from
   moving @10 :UInt32;        # shards whose members change at this moment, for whatever reason
+  stuck @11 :List(StuckShard);   # where members should change and can't, for whatever reason
 }
 
 struct RebalanceResult {
@@ -213,6 +214,12 @@ struct NodeStatus {
   pid @9 :UInt32;            # its process
   uptimeMs @10 :UInt64;      # milliseconds since it started
   snapshotBytes @11 :UInt64; # bytes that it has sent in snapshots since it started
+  stuck @12 :List(StuckShard);   # of the node that leads the metadata shard: where members should change and can't
+}
+
+struct StuckShard {
+  shard @0 :UInt64;          # ShardId
+  why @1 :Text;              # for a person
 }
 
 enum ReplicaRole {

@@ -264,6 +264,10 @@ pub const STEP_RETRY_MS_MIN: u64 = 1_000;
 pub const STEP_RETRY_MS_MAX: u64 = 30_000;
 /// Leaderships that the reconciler moves in one step; further ones wait for the next.
 pub const LEADER_TRANSFERS_MAX: usize = 8;
+/// Shards that one rebalancing gives targets; a plan for more is cut, and the rest is planned anew afterwards.
+pub const REBALANCE_TARGETS_MAX: usize = 16 * 1024;
+/// Time for which a rebalancing whose replicas are all in place waits for its leaders, in milliseconds.
+pub const REBALANCE_LEADERS_MS_MAX: u64 = 60_000;
 /// Shards whose members the reconciler has the map take over in one step; further ones wait for the next.
 pub const OBSERVATIONS_MAX: usize = 256;
 /// By how much more than other moves repairs may fill the bound on moves at a time: others under way don't

@@ -8,7 +8,7 @@ use super::wants;
 use crate::ids::{NodeId, ShardId};
 use crate::limits;
 use crate::machine::command::MetaCommand;
-use crate::placement::map::{MoveCause, RebalanceState, Standing};
+use crate::placement::map::{MemberRole, MoveCause, RebalanceState, ShardRecord, Standing};
 use crate::placement::rebalance::{Known, MoveKind, is_uneven, plan_rebalance};
 
 /// What a round leaves for the next.
@@ -21,60 +21,72 @@ pub(super) struct Memory {
     /// Leaders were too uneven, and are spread until they are even: from one bound to the other, so that small
     /// changes don't set it off again.
     spreading: bool,
+    /// The rebalancing whose replicas are in place, and since when.
+    in_place: Option<(u64, u64)>,
 }
 
 impl Round<'_> {
     /// Ends the rebalancing once nothing is left of it, and gives it up if it can't end.
     pub(super) fn control_rebalance(&mut self) {
         let map = self.view.map;
-        let plan = map.rebalance.plan;
-        let shards = map.shards.values().filter(|shard| !shard.dropped);
+        let last = &map.rebalance;
         let mut left = false;
         let mut impossible = None;
-        let mut handovers: Vec<(ShardId, NodeId, NodeId)> = Vec::new();
-        for shard in shards {
+        let mut handovers = Vec::new();
+        for shard in map.shards.values().filter(|shard| !shard.dropped) {
             left |= shard.moving.as_ref().is_some_and(|moving| moving.cause == MoveCause::Rebalance);
-            let Some(target) = shard.target.as_ref().filter(|target| target.plan == plan) else { continue };
-            let there = target.nodes.iter().all(|node| shard.member_on(*node).is_some());
-            if !there || target.nodes.len() != shard.members.len() {
+            if shard.target.is_some() {
                 left = true;
-                impossible = impossible.or_else(|| self.impossible(shard.id));
-                continue;
-            }
-            // The replicas are there. Leadership follows if it can.
-            let to = target.nodes.first().copied();
-            if let (Some(led), Some(to)) = (self.view.leaders.get(&shard.id), to)
-                && shard.moving.is_none()
-                && led.node != to
-                && self.view.nodes.get(&to).is_some_and(|node| node.may_lead)
-                && shard.member_on(to).is_some_and(|member| led.caught_up(member.replica))
-            {
-                handovers.push((shard.id, led.node, to));
+                impossible = impossible.or_else(|| self.impossible(shard));
+            } else if shard.previous.as_ref().is_some_and(|previous| previous.plan == last.plan) {
+                handovers.extend(self.handover(shard));
             }
         }
+        let plan = last.plan;
         let control = |state, reason| Action::Meta(MetaCommand::ControlRebalance { plan, state, reason });
-        match map.rebalance.state {
-            RebalanceState::Running => {
-                left |= !handovers.is_empty();
+        match last.state {
+            RebalanceState::Running if impossible.is_some() => {
+                self.act(control(RebalanceState::Failed, impossible.unwrap_or_default()));
+            }
+            RebalanceState::Running if !left && self.waits_for_leaders(plan, &handovers) => {
                 for (shard, from, to) in handovers {
                     self.transfer(shard, from, to);
                 }
-                if let Some(reason) = impossible {
-                    self.act(control(RebalanceState::Failed, reason));
-                } else if !left {
-                    self.act(control(RebalanceState::Idle, String::new()));
-                }
             }
-            RebalanceState::Cancelling if !left => {
-                self.act(control(RebalanceState::Idle, map.rebalance.reason.clone()));
+            RebalanceState::Running | RebalanceState::Paused | RebalanceState::Cancelling if !left => {
+                self.act(control(RebalanceState::Idle, last.reason.clone()));
+            }
+            RebalanceState::Running => {
+                for (shard, from, to) in handovers {
+                    self.transfer(shard, from, to);
+                }
             }
             _ => {}
         }
     }
 
+    /// Whether there are leaderships to hand over still, and it hasn't been tried for long.
+    fn waits_for_leaders(&mut self, plan: u64, handovers: &[(ShardId, NodeId, NodeId)]) -> bool {
+        let now_ms = self.now_ms();
+        let since = self.memory.even.in_place.filter(|(of, _)| *of == plan).map_or(now_ms, |(_, at)| at);
+        self.memory.even.in_place = Some((plan, since));
+        !handovers.is_empty() && now_ms.saturating_sub(since) < limits::REBALANCE_LEADERS_MS_MAX
+    }
+
+    /// Leadership of a shard whose replicas are where the plan wants them goes to the first of them, if that
+    /// can lead: from whom, and to whom.
+    fn handover(&self, shard: &ShardRecord) -> Option<(ShardId, NodeId, NodeId)> {
+        let led = self.view.leaders.get(&shard.id)?;
+        let first = shard.members.first()?;
+        let able = first.role == MemberRole::Voter
+            && led.caught_up(first.replica)
+            && self.view.nodes.get(&first.node).is_some_and(|node| node.may_lead);
+        (able && shard.moving.is_none() && led.node != first.node).then_some((shard.id, led.node, first.node))
+    }
+
     /// Why a shard can't come to its target any more.
-    fn impossible(&self, id: ShardId) -> Option<String> {
-        let shard = self.view.map.shards.get(&id)?;
+    fn impossible(&self, shard: &ShardRecord) -> Option<String> {
+        let id = shard.id;
         let target = shard.target.as_ref()?;
         let wanted = wants::wanted(&self.view, shard);
         if target.nodes.len() != wanted {

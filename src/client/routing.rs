@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use super::trouble::Troubles;
 use crate::ids::{ClusterId, NodeId, ShardId};
-use crate::placement::map::{ClusterMap, MapDelta, MemberRole, ShardRecord, Standing};
+use crate::placement::map::{ClusterMap, MapDelta, Member, ShardRecord, Standing, is_quorum};
 use crate::placement::ring;
 
 /// For so long after a failure a node isn't followed as a leader on another's word.
@@ -253,17 +253,8 @@ impl Routing {
             return false;
         };
         let lately = |said: &Instant| now.saturating_duration_since(*said) < QUARANTINED;
-        let no_majority = |counts: fn(MemberRole) -> bool| {
-            let voters = record.members.iter().filter(|m| counts(m.role));
-            let (all, lost) = voters.fold((0, 0), |(all, lost), voter| {
-                let is_lost = self.quarantined.get(&(shard, voter.node)).is_some_and(lately);
-                (all + 1, lost + usize::from(is_lost))
-            });
-            all - lost < all / 2 + 1
-        };
-        // During a joint change both configurations need one.
-        no_majority(MemberRole::stays_voter)
-            || no_majority(|role| matches!(role, MemberRole::Voter | MemberRole::Outgoing))
+        let is_lost = |m: &Member| self.quarantined.get(&(shard, m.node)).is_some_and(lately);
+        !is_quorum(&record.members, |member| !is_lost(member))
     }
 
     /// Whether `node` may lead `shard`, on the word of somebody who knows: the map may not yet have heard of

@@ -12,7 +12,7 @@ use crate::ids::{Epoch, NodeId, ReplicaId, ShardId};
 use crate::machine::command::{Expect, Versioned};
 use crate::node::handle::{NodePhase, NodeReport, ReplicaHealth, ReplicaReport};
 use crate::refusal::Refusal;
-use crate::schema::admin_capnp::{NodeState, ReplicaRole, ReplicaState, node_status};
+use crate::schema::admin_capnp::{NodeState, ReplicaRole, ReplicaState, node_status, stuck_shard};
 use crate::schema::kv_capnp::{batch_request, expect, op_result, operation, scan_response};
 
 /// Writes the session of a batch's commands.
@@ -179,7 +179,15 @@ pub fn read_report(from: node_status::Reader<'_>) -> Result<NodeReport, CodecErr
         replicas,
         uptime: std::time::Duration::from_millis(from.get_uptime_ms()),
         snapshot_bytes: from.get_snapshot_bytes(),
+        stuck: read_stuck(from.get_stuck()?)?,
     })
+}
+
+/// Reads where members should change and can't.
+pub fn read_stuck(
+    from: capnp::struct_list::Reader<'_, stuck_shard::Owned>,
+) -> Result<Vec<(ShardId, String)>, CodecError> {
+    from.iter().map(|one| Ok((ShardId(one.get_shard()), text(one.get_why()?)?))).collect()
 }
 
 fn text(from: capnp::text::Reader<'_>) -> Result<String, CodecError> {

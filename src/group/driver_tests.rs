@@ -100,7 +100,8 @@ impl Follower {
     }
 
     fn step(&mut self, message: Message) {
-        let message = GroupMessage { shard: ShardId(1), epoch: EPOCH, safe_index: 0, message };
+        let message =
+            GroupMessage { shard: ShardId(1), epoch: EPOCH, safe_index: 0, message, node: NodeId::default() };
         self.group.step(message).unwrap();
         self.pump();
     }

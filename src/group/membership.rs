@@ -42,9 +42,9 @@ use crate::codec::membership::{self, MembershipEntry};
 use crate::failpoints::failpoint;
 use crate::ids::{Index, NodeId, Position, ReplicaId, Term};
 use crate::limits;
-use crate::placement::map::{Member, MemberRole};
+use crate::machine::ApplyError;
+use crate::placement::map::{Member, MemberRole, is_quorum};
 use crate::refusal::Refusal;
-use crate::storage::StorageError;
 use crate::storage::log::{LogWrite, RecordedMembership};
 use crate::storage::state::conf_state_of;
 
@@ -53,6 +53,13 @@ pub(super) struct Barrier {
     record: RecordedMembership,
     /// The write that has it, once that is handed out.
     write: Option<u64>,
+}
+
+impl Barrier {
+    /// Of the change.
+    pub(super) fn index(&self) -> Index {
+        self.record.index
+    }
 }
 
 impl<T> Group<T> {
@@ -127,21 +134,15 @@ impl<T> Group<T> {
         let is_active = |member: &Member| {
             member.replica == self.replica || followers.get(&member.replica).is_some_and(|f| f.active)
         };
-        for (counts, which) in [
-            (MemberRole::was_voter as fn(MemberRole) -> bool, "present"),
-            (MemberRole::stays_voter, "resulting"),
-        ] {
-            let (active, silent): (Vec<&Member>, Vec<&Member>) =
-                members.iter().filter(|m| counts(m.role)).partition(|m| is_active(m));
-            if active.len() <= silent.len() {
-                let silent: Vec<_> = silent.iter().map(|m| m.replica.to_string()).collect();
-                return Err(unavailable(format!(
-                    "too many of the {which} voters do not answer: replica {}",
-                    silent.join(", ")
-                )));
-            }
+        if is_quorum(members, is_active) {
+            return Ok(());
         }
-        Ok(())
+        let silent = members.iter().filter(|m| m.role.votes() && !is_active(m));
+        let silent: Vec<_> = silent.map(|m| m.replica.to_string()).collect();
+        Err(unavailable(format!(
+            "the voters before the change or those after it could not decide: no answer of replica {}",
+            silent.join(", ")
+        )))
     }
 
     /// Puts the change to `members` into the log.
@@ -196,7 +197,7 @@ impl<T> Group<T> {
         if self.barrier.as_ref().is_none_or(|barrier| barrier.record.index != index) {
             failpoint!(ChangeCommitted, self.replica);
             let mut epoch = self.epoch();
-            epoch.conf = entry.conf + 1;
+            epoch.conf = entry.conf.saturating_add(1);
             let record = RecordedMembership { index, epoch, members: entry.members.clone() };
             self.barrier = Some(Barrier { record, write: None });
         }
@@ -244,23 +245,22 @@ impl<T> Group<T> {
     pub(super) fn apply_change(&mut self, entry: &Entry) -> Result<bool, GroupError> {
         let position = Position { index: entry.index, term: entry.term };
         self.applying = Some(position.index);
-        let change =
-            membership::decode(&entry.context).map_err(|e| self.bad_change(position, e.to_string()))?;
+        let change = membership::decode(&entry.context).map_err(|e| bad_change(position, e.to_string()))?;
         let known = self.epoch().conf;
         // The members may be those of the replica's record, and later than what is applied.
         let is_included = change.conf < known && position.index <= self.recover_to;
         if change.conf != known && !is_included {
             let reason = format!("it follows on conf version {}, not on {known}", change.conf);
-            return Err(self.bad_change(position, reason));
+            return Err(bad_change(position, reason));
         }
         if !is_included {
             let steps =
-                steps(self.members(), &change.members).map_err(|reason| self.bad_change(position, reason))?;
+                steps(self.members(), &change.members).map_err(|reason| bad_change(position, reason))?;
             if !self.is_recorded(position.index, &change) {
                 self.applying = None;
                 return Ok(false);
             }
-            self.put_in_force(change, steps).map_err(|reason| self.bad_change(position, reason))?;
+            self.put_in_force(change, steps).map_err(|reason| bad_change(position, reason))?;
         }
         if !self.state_lost {
             self.state.set_applied(position);
@@ -283,7 +283,7 @@ impl<T> Group<T> {
             return Err(format!("raft has come to {found:?}, not to {expected:?}"));
         }
         let mut epoch = self.epoch();
-        epoch.conf = change.conf + 1;
+        epoch.conf = change.conf.saturating_add(1);
         tracing::info!(shard = %self.shard, replica = %self.replica, conf = epoch.conf, members = ?change.members, "the members have changed");
         self.state.set_membership(epoch, change.members);
         let is_member = |replica: ReplicaId| self.state.header().members.iter().any(|m| m.replica == replica);
@@ -294,30 +294,6 @@ impl<T> Group<T> {
         self.timeout.0 = Term::MAX;
         self.draw_timeout();
         Ok(())
-    }
-
-    /// A leader that isn't counted any more stops at once: raft-rs would go on, and panic when it counts what
-    /// is on its own disk. It hastens the election of the next.
-    fn step_down_if_removed(&mut self) {
-        if !self.leads() || self.role().is_some_and(MemberRole::votes) {
-            return;
-        }
-        let last = self.raft.raft.raft_log.last_index();
-        if let Some(heir) = self.successors().into_iter().find(|heir| self.matched(*heir) == last) {
-            self.raft.raft.send_timeout_now(heir.0);
-        }
-        let term = self.raft.raft.term;
-        self.raft.raft.become_follower(term, raft::INVALID_ID);
-    }
-
-    fn bad_change(&self, position: Position, reason: String) -> GroupError {
-        // Never skipped: the group would go on under a configuration that others have left.
-        let Position { index, term } = position;
-        StorageError::Damaged {
-            what: format!("the raft log of replica {}", self.replica),
-            detail: format!("the change of members in entry {index} of term {term}: {reason}"),
-        }
-        .into()
     }
 
     // ------------------------------------------------------------------------------------ queries
@@ -377,6 +353,10 @@ impl<T> Group<T> {
     pub(super) fn node_of_any(&self, replica: ReplicaId) -> Option<NodeId> {
         self.node_of(replica).or_else(|| self.strangers.get(&replica).copied())
     }
+}
+
+fn bad_change(at: Position, reason: String) -> GroupError {
+    ApplyError::Membership { index: at.index, reason }.into()
 }
 
 fn unavailable(reason: impl Into<std::borrow::Cow<'static, str>>) -> Refusal {

@@ -12,7 +12,7 @@ use super::disk::DiskHealth;
 use super::load::Admitted;
 #[cfg(feature = "test-hooks")]
 use super::messages::Inject;
-use super::messages::{AskStatus, Report, Submit, Transfer};
+use super::messages::{AskStatus, Report, Reported, Submit, Transfer};
 use super::reconciler::{Balance, BalanceStatus};
 use super::router::Router;
 use super::supervisor::Supervisor;
@@ -123,6 +123,8 @@ pub struct NodeReport {
     pub uptime: Duration,
     /// Bytes that it has sent in snapshots since then.
     pub snapshot_bytes: u64,
+    /// Of the node that leads the metadata shard: where members should change and can't, and why.
+    pub stuck: Vec<(ShardId, String)>,
 }
 
 impl NodeHandle {
@@ -340,9 +342,9 @@ impl NodeHandle {
 
     /// This node's own view of itself and its replicas.
     pub async fn report(&self) -> NodeReport {
-        let replicas = match self.inner.member.get() {
+        let Reported { replicas, snapshot_bytes } = match self.inner.member.get() {
             Some(member) => member.supervisor.send(Report).await.unwrap_or_default(),
-            None => Vec::new(),
+            None => Reported::default(),
         };
         NodeReport {
             node: self.node(),
@@ -354,7 +356,8 @@ impl NodeHandle {
             disk_bytes: self.inner.disk_bytes.load(Ordering::Relaxed),
             replicas,
             uptime: self.inner.started.elapsed(),
-            snapshot_bytes: 0,
+            snapshot_bytes,
+            stuck: self.balance().map_or_else(Vec::new, |balance| balance.stuck.clone()),
         }
     }
 

@@ -28,7 +28,6 @@ use crate::ids::{METADATA_SHARD, NodeId, ShardId};
 use crate::limits;
 use crate::machine::command::{MetaCommand, MetaReply};
 use crate::placement::map::{ClusterMap, MemberRole, NodeRecord, Standing};
-use crate::placement::rebalance::Known;
 use crate::refusal::Refusal;
 use crate::telemetry::metrics as names;
 use crate::transport::call::PeerClient;
@@ -40,8 +39,6 @@ pub struct BalanceStatus {
     pub stuck: Vec<(ShardId, String)>,
     /// Moves under way.
     pub moves: Vec<MoveProgress>,
-    /// What planners should know.
-    pub known: Known,
     /// Nodes that don't answer, and for how many milliseconds they haven't.
     pub silent_ms: BTreeMap<NodeId, u64>,
     /// Bytes of snapshots that each node has sent since it started, of those that answered last time.
@@ -224,7 +221,6 @@ impl Shell {
         let status = BalanceStatus {
             stuck: reconciler.stuck(),
             moves: progress(&map),
-            known: reconciler.known().clone(),
             silent_ms: silent.collect(),
             snapshot_bytes: self.snapshot_bytes.clone(),
         };

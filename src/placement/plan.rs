@@ -17,13 +17,14 @@
 //!    are spread by weight: the lowest of its nodes, counting what each should lead already; then leaderships
 //!    are handed on along chains of shards (augmenting paths) until no chain evens them out further.
 //!
-//! A node without a zone is a zone of its own. A node of weight 0 takes no replicas, nor does one at whose
-//! address another runs by now. Nothing here depends
-//! on a clock, on chance or on the machine: equal maps give equal plans.
+//! A node without a zone is a zone of its own. A node of weight 0 takes no replicas, nor does one that is no
+//! ordinary member, or at whose address another runs by now. Nothing here depends on a clock, on chance or on
+//! the machine: equal maps give equal plans.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 
+use super::loads::settled;
 use super::map::ClusterMap;
 use super::rendezvous;
 use super::ring::{self, RingRange};
@@ -114,7 +115,10 @@ impl Planner {
         let mut nodes: Vec<Candidate> = Vec::new();
         let mut places = BTreeMap::new();
         let replaced = map.replaced();
-        for record in map.nodes.values().filter(|n| n.weight > 0 && !replaced.contains(&n.id)) {
+        for record in map.nodes.values() {
+            if !record.standing.takes_replicas() || record.weight == 0 || replaced.contains(&record.id) {
+                continue;
+            }
             let own = (record.zone.is_empty()).then_some(record.id);
             let next = zone_names.len();
             places.insert(record.id, nodes.len());
@@ -131,7 +135,7 @@ impl Planner {
             return Err(PlanError::TooFewNodes { replicas, nodes: nodes.len() });
         }
         for shard in map.shards.values().filter(|s| !s.dropped) {
-            for (at, member) in shard.members.iter().enumerate() {
+            for (at, member) in settled(shard).enumerate() {
                 if let Some(place) = places.get(&member.node) {
                     nodes[*place].held += 1;
                     nodes[*place].led += u32::from(at == 0);

@@ -9,8 +9,8 @@
 //! 2. *Quotas.* Between those two numbers each node keeps what it has. Only what lies outside must move, so the
 //!    sum of that is the least number of moves there can be.
 //! 3. *Replicas.* First those leave that crowd a failure domain. Then nodes with too many give to nodes with too
-//!    few: of all moves that help, that one is next whose receiver drew lowest for the shard, as hashing has
-//!    it. Where no single move helps any more, a chain of them does.
+//!    few: of all moves that help, that one is next by which the shard comes nearest to where hashing alone
+//!    would have it. Where no single move helps any more, a chain of them does.
 //! 4. *Leaders.* A leader whose replica stays goes on leading; then leaderships go, directly or along chains of
 //!    shards, from nodes that lead more than their quota to such as lead less.
 //!
@@ -26,6 +26,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::loads::settled;
 use super::map::{ClusterMap, RebalanceState, Standing};
 use crate::ids::{NodeId, ShardId};
+use crate::limits;
 use board::Board;
 
 mod board;
@@ -116,7 +117,7 @@ pub struct Plan {
     pub targets: Vec<PlannedTarget>,
     /// Sums.
     pub total: Totals,
-    /// The fewest moves of replicas that any plan could do with.
+    /// The fewest moves of replicas that any plan which achieves the same could do with.
     pub minimum: u32,
 }
 
@@ -154,8 +155,39 @@ pub enum UndoError {
     Moving(ShardId),
 }
 
-/// Plans for even load: of leaders alone, or of replicas too.
+impl Plan {
+    /// The plan for the first `most` shards alone; those whose replicas move come first.
+    fn cut(mut self, most: usize) -> Plan {
+        if self.targets.len() <= most {
+            return self;
+        }
+        let moved: BTreeSet<ShardId> =
+            self.moves.iter().filter(|m| m.kind == MoveKind::Replica).map(|m| m.shard).collect();
+        self.targets.sort_by_key(|target| (!moved.contains(&target.shard), target.shard));
+        self.targets.truncate(most);
+        self.targets.sort_by_key(|target| target.shard);
+        let kept: BTreeSet<ShardId> = self.targets.iter().map(|target| target.shard).collect();
+        self.moves.retain(|planned| kept.contains(&planned.shard));
+        self.total = Totals::default();
+        for planned in self.moves.iter().filter(|m| m.kind == MoveKind::Replica) {
+            self.total.moves += 1;
+            self.total.keys = self.total.keys.saturating_add(planned.keys);
+            self.total.bytes = self.total.bytes.saturating_add(planned.bytes);
+        }
+        self.minimum = self.minimum.min(self.total.moves);
+        self.id = name(&self.targets, self.id % 2 == 1);
+        self
+    }
+}
+
+/// Plans for even load: of leaders alone, or of replicas too; for as many shards as one command can name
+/// ([`limits::REBALANCE_TARGETS_MAX`]). What is left then is planned when that is done.
 pub fn plan_rebalance(map: &ClusterMap, known: &Known, leaders_only: bool) -> Plan {
+    plan_whole(map, known, leaders_only).cut(limits::REBALANCE_TARGETS_MAX)
+}
+
+/// Plans for even load, for however many shards.
+pub fn plan_whole(map: &ClusterMap, known: &Known, leaders_only: bool) -> Plan {
     let mut board = Board::new(map, known);
     let mut minimum = 0;
     if !leaders_only {
@@ -225,7 +257,7 @@ fn no_taker(map: &ClusterMap, known: &Known, node: NodeId) -> Option<&'static st
 
 /// What the board has come to, as a plan.
 fn to_plan(map: &ClusterMap, known: &Known, board: &Board, minimum: u32, takes_back: bool) -> Plan {
-    let mut plan = Plan { map_version: map.version, minimum, ..Plan::default() };
+    let mut plan = Plan { map_version: map.version, ..Plan::default() };
     let mut handovers = Vec::new();
     for shard in &board.shards {
         let leads = (shard.leader != shard.led_by).then_some((shard.led_by, shard.leader));
@@ -258,6 +290,8 @@ fn to_plan(map: &ClusterMap, known: &Known, board: &Board, minimum: u32, takes_b
         plan.targets.push(PlannedTarget { shard: shard.id, conf: shard.conf, nodes });
     }
     plan.moves.append(&mut handovers);
+    // Where not all can come to their quotas, less is achieved, by fewer moves.
+    plan.minimum = minimum.min(plan.total.moves);
     if !plan.targets.is_empty() {
         plan.id = name(&plan.targets, takes_back);
     }

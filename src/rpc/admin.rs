@@ -553,6 +553,7 @@ mod tests {
                 replicas: held.iter().map(replica).collect(),
                 uptime: Duration::ZERO,
                 snapshot_bytes: 0,
+                stuck: Vec::new(),
             }
         };
         assert!(can_commit(&shard, &[]), "nobody has answered");

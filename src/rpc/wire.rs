@@ -1,6 +1,7 @@
 //! The node's side of the protocol: requests are read and checked, results are written.
 
 use bytes::Bytes;
+use capnp::struct_list;
 
 use crate::client::{self, ClientError, NotApplied, OperationResult};
 use crate::codec::CodecError;
@@ -14,7 +15,9 @@ use crate::machine::session::SessionTag;
 use crate::node::handle::{NodePhase, NodeReport, ReplicaHealth};
 use crate::placement::map::{ClusterMap, MapDelta};
 use crate::refusal::{Outcome, Refusal};
-use crate::schema::admin_capnp::{NodeState, ReplicaRole, ReplicaState, node_status, replica_status};
+use crate::schema::admin_capnp::{
+    NodeState, ReplicaRole, ReplicaState, node_status, replica_status, stuck_shard,
+};
 use crate::schema::kv_capnp::{batch_request, expect, op_result, operation, scan_response};
 use crate::schema::types_capnp::{Applied, error, map_delta};
 use crate::transport::backlog::Backlog;
@@ -284,10 +287,23 @@ pub fn write_report(
     to.set_pid(std::process::id());
     to.set_uptime_ms(u64::try_from(report.uptime.as_millis()).unwrap_or(u64::MAX));
     to.set_snapshot_bytes(report.snapshot_bytes);
+    write_stuck(
+        &report.stuck,
+        to.reborrow().init_stuck(u32::try_from(report.stuck.len()).unwrap_or(u32::MAX)),
+    );
     let count = u32::try_from(report.replicas.len()).unwrap_or(u32::MAX);
     let mut replicas = to.init_replicas(count);
     for (at, replica) in (0..count).zip(&report.replicas) {
         write_replica(replica, replicas.reborrow().get(at));
+    }
+}
+
+/// Writes where members should change and can't.
+pub(super) fn write_stuck(from: &[(ShardId, String)], mut to: struct_list::Builder<'_, stuck_shard::Owned>) {
+    for (at, (shard, why)) in (0..to.len()).zip(from) {
+        let mut one = to.reborrow().get(at);
+        one.set_shard(shard.0);
+        one.set_why(why.as_str());
     }
 }
 
@@ -560,6 +576,7 @@ mod tests {
             ],
             uptime: Duration::from_millis(1234),
             snapshot_bytes: 77,
+            stuck: vec![(ShardId(6), "no node takes it".into())],
         };
         let mut message = capnp::message::Builder::new_default();
         write_report(&report, ClusterId::default(), 5, message.init_root());

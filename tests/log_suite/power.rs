@@ -133,6 +133,7 @@ pub(super) fn step<F: FileSystem>(
                     replica: ReplicaId(*replica),
                     entries,
                     hard_state: Some(e.hard_state.clone()),
+                    membership: None,
                 });
             }
             log.write(&writes)
@@ -478,6 +479,7 @@ fn reading_beside_writes_and_purges_is_never_damage() {
                     replica: ReplicaId(replica),
                     entries: vec![entry(6 + round, 6, 300)],
                     hard_state: None,
+                    membership: None,
                 })
                 .collect();
             log.write(&writes).unwrap();

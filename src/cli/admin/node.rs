@@ -385,17 +385,24 @@ struct Left {
     bytes: u64,
     /// Why no other node can take what is left, if so.
     stuck: Option<String>,
+    /// What stands in the way at this moment, of one shard.
+    obstacle: Option<String>,
 }
 
 async fn what_is_left(session: &Session, node: NodeId) -> Result<Left, Failure> {
     let map = session.client.map().await?;
-    let reports = ask(&session.client, &map, [node], REPORT_TIMEOUT / 2).await;
+    // All of them: whoever leads the metadata shard tells why something stands still.
+    let reports = reports(session, &map, REPORT_TIMEOUT / 2).await;
     let report = match reports.get(&node) {
         Some(Ok(report)) if report.node == node => Some(report),
         _ => None,
     };
+    let shards = shards_on(&map, node);
+    let told = reports.values().flatten().flat_map(|report| &report.stuck);
+    let held = told.filter(|(shard, _)| shards.iter().any(|(held, _)| held == shard));
     Ok(Left {
-        shards: shards_on(&map, node),
+        obstacle: held.map(|(shard, why)| format!("shard {shard}: {why}")).next(),
+        shards,
         leaders: report.map_or(0, leads),
         bytes: report.map_or(0, |report| report.replicas.iter().map(|replica| replica.bytes).sum()),
         stuck: stuck(&map, node),
@@ -415,6 +422,9 @@ async fn empty(context: &Context, session: &Session, node: &NodeRecord, doing: &
         }
         if left.bytes > 0 {
             told.push_str(&format!(", {}", output::size(left.bytes)));
+        }
+        if let Some(obstacle) = &left.obstacle {
+            told.push_str(&format!(", {}", output::printable(obstacle.as_bytes())));
         }
         let end = if left.shards.is_empty() {
             Some(Ok(()))
@@ -534,6 +544,7 @@ mod tests {
             replicas: Vec::new(),
             uptime: Duration::ZERO,
             snapshot_bytes: 0,
+            stuck: Vec::new(),
         };
         let reports = Reports::from([(NodeId(1), Ok(report))]);
         let shown = rows(&map, &reports, false);

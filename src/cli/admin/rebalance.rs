@@ -15,6 +15,7 @@ use crate::cli::serve::until_stopped;
 use crate::cli::signals::Signals;
 use crate::client::admin::answers::{RebalanceOrder, RebalancePlan, RebalanceStatus};
 use crate::client::{ClientError, NotApplied};
+use crate::ids::ShardId;
 use crate::placement::map::RebalanceState;
 use crate::placement::rebalance::MoveKind;
 
@@ -23,6 +24,9 @@ const STARTS: u32 = 5;
 
 /// So many moves are listed; `--json` lists all.
 const LISTED: usize = 100;
+
+/// So many shards that stand still are told of; `--json` has all.
+const STUCK: usize = 5;
 
 /// How to find out what became of an order.
 const STATUS: &str = "`pontoon admin rebalance status` tells";
@@ -244,6 +248,7 @@ fn told(status: &RebalanceStatus) -> String {
 }
 
 fn status_json(status: &RebalanceStatus) -> Value {
+    let stuck = status.stuck.iter().map(|(shard, why)| json!({"shard": shard.0, "why": why}));
     json!({
         "state": state_name(status.state),
         "done": status.done,
@@ -255,12 +260,15 @@ fn status_json(status: &RebalanceStatus) -> Value {
         "plan_id": if status.plan == 0 { Value::Null } else { name(status.plan).into() },
         "moving": status.moving,
         "reason": if status.reason.is_empty() { Value::Null } else { status.reason.as_str().into() },
+        "stuck": stuck.collect::<Value>(),
     })
 }
 
 fn status_text(status: &RebalanceStatus) -> String {
     if status.plan == 0 {
-        return "idle; there was no rebalancing yet".into();
+        let mut text = "idle; there was no rebalancing yet".to_owned();
+        stuck_text(&mut text, &status.stuck);
+        return text;
     }
     let mut text = format!(
         "{}, plan {}: {} of {} moved, {}",
@@ -276,7 +284,18 @@ fn status_text(status: &RebalanceStatus) -> String {
     if !status.reason.is_empty() {
         text.push_str(&format!("; {}", output::printable(status.reason.as_bytes())));
     }
+    stuck_text(&mut text, &status.stuck);
     text
+}
+
+/// Adds a line for each of the first few shards for which something stands still.
+fn stuck_text(text: &mut String, stuck: &[(ShardId, String)]) {
+    for (shard, why) in stuck.iter().take(STUCK) {
+        text.push_str(&format!("\nshard {shard} stands still: {}", output::printable(why.as_bytes())));
+    }
+    if stuck.len() > STUCK {
+        text.push_str(&format!("\nand {} more", stuck.len() - STUCK));
+    }
 }
 
 fn exit_of(status: &RebalanceStatus) -> Exit {
@@ -403,7 +422,7 @@ fn undo(context: &Context, args: &WaitArgs) -> Result<Exit, Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ids::{NodeId, ShardId};
+    use crate::ids::NodeId;
     use crate::placement::rebalance::{PlannedMove, Totals};
 
     fn plan_of(moves: Vec<PlannedMove>) -> RebalancePlan {
@@ -465,12 +484,13 @@ mod tests {
             reason: String::new(),
             map_version: 9,
             moving: 2,
+            stuck: Vec::new(),
         };
         assert_eq!(
             status_json(&status).to_string(),
             concat!(
                 r#"{"state":"running","done":1,"total":3,"bytes_done":1024,"bytes_total":4096,"rate":512,"eta_s":6,"#,
-                r#""plan_id":"00000000000000ab","moving":2,"reason":null}"#
+                r#""plan_id":"00000000000000ab","moving":2,"reason":null,"stuck":[]}"#
             )
         );
         assert_eq!(
@@ -483,6 +503,10 @@ mod tests {
         assert_eq!(exit_of(&status), Exit::Negative);
         assert!(status_text(&status).ends_with("; no node\\ncan"), "one line");
         assert!(status_json(&status).to_string().contains(r#""eta_s":null"#));
+        status.stuck = (1..=7).map(|shard| (ShardId(shard), format!("reason {shard}"))).collect();
+        let text = status_text(&status);
+        assert!(text.contains("\nshard 5 stands still: reason 5\nand 2 more"), "{text}");
+        assert_eq!(status_json(&status)["stuck"][6]["why"], "reason 7");
         for (state, word) in [
             (RebalanceState::Idle, "idle"),
             (RebalanceState::Running, "running"),

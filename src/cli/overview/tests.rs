@@ -93,6 +93,7 @@ fn report(n: u64, role: StateRole, term: u64, applied: u64, committed: u64) -> N
         }],
         uptime: Duration::ZERO,
         snapshot_bytes: 0,
+        stuck: Vec::new(),
     }
 }
 

@@ -1,5 +1,6 @@
 //! What nodes answer to operators: plans, how a rebalancing is, what is left of a shard.
 
+use crate::client::wire::read_stuck;
 use crate::codec::CodecError;
 use crate::codec::records::{read_rebalance_state, read_role};
 use crate::codec::refusal::read_refusal;
@@ -63,6 +64,8 @@ pub struct RebalanceStatus {
     pub map_version: u64,
     /// Shards whose members change at this moment, for whatever reason.
     pub moving: u32,
+    /// Where members should change and can't, for whatever reason, and why.
+    pub stuck: Vec<(ShardId, String)>,
 }
 
 impl RebalanceStatus {
@@ -192,6 +195,7 @@ fn read_status(from: rebalance_status::Reader<'_>) -> Result<RebalanceStatus, Co
         reason: from.get_reason()?.to_string().map_err(capnp::Error::from)?,
         map_version: from.get_map_version(),
         moving: from.get_moving(),
+        stuck: read_stuck(from.get_stuck()?)?,
     })
 }
 

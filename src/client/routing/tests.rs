@@ -2,7 +2,7 @@ use std::collections::BTreeSet;
 
 use super::*;
 use crate::ids::{DatabaseId, Epoch, RandomId, ReplicaId};
-use crate::placement::map::{DatabaseRecord, Member, MoveCause, NodeRecord, ShardMove};
+use crate::placement::map::{DatabaseRecord, MemberRole, MoveCause, NodeRecord, ShardMove};
 use crate::placement::ring::RingRange;
 use proptest::prelude::*;
 

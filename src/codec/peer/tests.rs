@@ -145,6 +145,7 @@ fn append(entries: Vec<Bytes>) -> GroupMessage {
             entries: entries.into(),
             ..Message::default()
         },
+        node: NodeId::default(),
     }
 }
 

@@ -22,7 +22,8 @@ fn bounds(board: &Board) -> Bounds {
     for place in counted(board) {
         place.nodes.iter().for_each(|node| nodes[*node] += 1);
     }
-    Bounds { nodes, domains: vec![u64::MAX; board.domains] }
+    // Failure domains don't matter.
+    Bounds { nodes, domains: vec![u32::MAX.into(); board.domains] }
 }
 
 fn shares_of(board: &Board, counts: &[u32], bounds: &Bounds) -> Vec<Share> {

@@ -1,7 +1,7 @@
 //! Step 3: replicas go from nodes with too many to nodes with too few.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 
 use super::board::{Board, Place};
 use super::shares::{Bounds, Share, quotas, shares};
@@ -10,8 +10,12 @@ use crate::placement::rendezvous;
 
 fn bounds(board: &Board) -> Bounds {
     let each = board.shards.len() as u32;
-    let most: u64 = board.shards.iter().map(|place| u64::from(place.most)).sum();
-    Bounds { nodes: vec![each; board.nodes.len()], domains: vec![most; board.domains] }
+    let mut sizes = vec![0_u32; board.domains];
+    board.nodes.iter().filter(|node| node.weight > 0).for_each(|node| sizes[node.domain] += 1);
+    let mut of_most: BTreeMap<u32, u64> = BTreeMap::new();
+    board.shards.iter().for_each(|place| *of_most.entry(place.most).or_default() += 1);
+    let most = |size: &u32| of_most.iter().map(|(most, shards)| shards * u64::from(*size.min(most))).sum();
+    Bounds { nodes: vec![each; board.nodes.len()], domains: sizes.iter().map(most).collect() }
 }
 
 fn shares_of(board: &Board, bounds: &Bounds) -> Vec<Share> {
@@ -39,6 +43,16 @@ pub(super) fn spread(board: &mut Board) -> u32 {
     spread.give();
     spread.give_along_chains();
     lacking.max(crowding)
+}
+
+/// A move that helps. The least of them gains most.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Offer {
+    /// By how much the receiver's draw is lower than the giver's.
+    gain: Reverse<i128>,
+    shard: usize,
+    from: usize,
+    to: usize,
 }
 
 struct Spread<'a> {
@@ -82,53 +96,56 @@ impl Spread<'_> {
         moves
     }
 
-    /// Single moves, those first whose receiver drew lowest for the shard.
+    /// Single moves, those first that gain most by the draws.
     fn give(&mut self) {
         let mut under: Vec<usize> = (0..self.board.nodes.len()).filter(|node| self.is_under(*node)).collect();
         // Nodes of one weight together: of them the greatest hash is enough.
         under.sort_by_key(|node| (self.board.nodes[*node].weight, *node));
         let offers = (0..self.board.shards.len()).filter_map(|shard| self.offer(shard, &under));
         let mut offers: BinaryHeap<_> = offers.map(Reverse).collect();
-        while let Some(Reverse((_, shard, to))) = offers.pop() {
+        while let Some(Reverse(offer)) = offers.pop() {
             if under.is_empty() {
                 break;
             }
-            if self.is_under(to)
-                && let Some(from) = self.giver(shard, to)
-            {
+            let Offer { shard, from, to, .. } = offer;
+            if self.offer(shard, &under) == Some(offer) {
                 self.board.shift(shard, from, to);
                 if !self.is_under(to) {
                     under.retain(|node| *node != to);
                 }
             }
-            // Also for another replica of the same shard, or if another took the place meanwhile.
+            // For another replica of the same shard too, and if one of the two has what it should meanwhile.
             offers.extend(self.offer(shard, &under).map(Reverse));
         }
     }
 
-    /// The move of a replica of `shard` that helps and whose receiver, one of `under`, drew lowest.
-    fn offer(&self, shard: usize, under: &[usize]) -> Option<(u64, usize, usize)> {
+    /// The move of a replica of `shard` that helps, to one of `under`, and gains most by the draws.
+    fn offer(&self, shard: usize, under: &[usize]) -> Option<Offer> {
         let place = &self.board.shards[shard];
         if !place.movable || !place.nodes.iter().any(|node| self.is_over(*node)) {
             return None;
         }
-        let mut best: Option<(u64, usize, usize)> = None;
+        let hash = |node: usize| rendezvous::hash(place.key, self.board.nodes[node].id);
+        let draw = |node: usize, hash: u64| {
+            // A node that should hold nothing has the worst.
+            i128::from(rendezvous::draw_of(hash, self.board.nodes[node].weight).unwrap_or(u64::MAX))
+        };
         let of_weight = |a: &usize, b: &usize| self.board.nodes[*a].weight == self.board.nodes[*b].weight;
+        let mut best: Option<Offer> = None;
         for group in under.chunk_by(of_weight) {
-            let hash = |to: &usize| (rendezvous::hash(place.key, self.board.nodes[*to].id), Reverse(*to));
-            let takers = group.iter().filter(|to| self.giver(shard, **to).is_some());
-            let Some((hash, Reverse(to))) = takers.map(hash).max() else { continue };
-            let draw = rendezvous::draw_of(hash, self.board.nodes[to].weight).unwrap_or(u64::MAX);
-            best = best.into_iter().chain([(draw, shard, to)]).min();
+            let able = |from: usize, to: usize| self.is_over(from) && self.board.fits(shard, from, to);
+            let takers = group.iter().copied().filter(|to| place.nodes.iter().any(|from| able(*from, *to)));
+            let Some((hash_to, Reverse(to))) = takers.map(|to| (hash(to), Reverse(to))).max() else {
+                continue;
+            };
+            let givers = place.nodes.iter().copied().filter(|from| able(*from, to));
+            let Some((given, from)) = givers.map(|from| (draw(from, hash(from)), from)).max() else {
+                continue;
+            };
+            let offer = Offer { gain: Reverse(given - draw(to, hash_to)), shard, from, to };
+            best = best.into_iter().chain([offer]).min();
         }
         best
-    }
-
-    /// Who, of those with too many, could give its replica of `shard` to `to`: the one with the most too many.
-    fn giver(&self, shard: usize, to: usize) -> Option<usize> {
-        let nodes = self.board.shards[shard].nodes.iter().copied();
-        let able = nodes.filter(|from| self.is_over(*from) && self.board.fits(shard, *from, to));
-        able.max_by_key(|from| (self.board.held[*from] - self.quotas[*from], Reverse(*from)))
     }
 
     /// Chains of moves, where no single one helps.

@@ -106,46 +106,108 @@ fn fill(nodes: &[Spot], open: &mut Vec<usize>, total: u64, most: &[u32], shares:
 }
 
 /// What each node should have after as few moves as possible: what it has, brought between its share rounded
-/// down and rounded up; and then as many more, or fewer, as are still to be had, by those lowest, or highest,
-/// per weight, within the bounds.
+/// down and rounded up; and then as many more, or fewer, as failure domains and the sum demand, by those lowest,
+/// or highest, per weight.
 pub(super) fn quotas(nodes: &[Spot], held: &[u32], shares: &[Share], bounds: &Bounds) -> Vec<u32> {
-    let total: u64 = held.iter().map(|held| u64::from(*held)).sum();
-    let mut quotas: Vec<u32> = (0..nodes.len())
-        .map(|at| match nodes[at].frozen {
-            true => held[at],
-            false => held[at].clamp(shares[at].low(), shares[at].high()),
-        })
-        .collect();
-    let mut domains = vec![0_u64; bounds.domains.len()];
-    let mut sum = 0;
-    for (node, quota) in nodes.iter().zip(&quotas) {
-        domains[node.domain] += u64::from(*quota);
-        sum += u64::from(*quota);
-    }
-    let able = || (0..nodes.len()).filter(|at| nodes[*at].weight > 0 && !nodes[*at].frozen);
-    let up = |at: usize, quota: u32| (quota >= shares[at].high(), level(quota, nodes[at].weight), at);
-    let mut lowest: BinaryHeap<_> = able().map(|at| Reverse(up(at, quotas[at]))).collect();
-    while sum < total {
-        let Some(Reverse((.., at))) = lowest.pop() else { break };
-        let domain = &mut domains[nodes[at].domain];
-        if quotas[at] < bounds.nodes[at] && *domain < bounds.domains[nodes[at].domain] {
-            quotas[at] += 1;
-            *domain += 1;
-            sum += 1;
-            lowest.push(Reverse(up(at, quotas[at])));
-        }
-    }
-    let down = |at: usize, quota: u32| {
-        (quota > shares[at].low(), level(quota.saturating_sub(1), nodes[at].weight), at)
+    let quota = |at: usize| match nodes[at].frozen {
+        true => held[at],
+        false => held[at].clamp(shares[at].low(), shares[at].high()),
     };
-    let mut highest: BinaryHeap<_> = able().map(|at| down(at, quotas[at])).collect();
-    while sum > total {
-        let Some((.., at)) = highest.pop() else { break };
-        if quotas[at] > 0 {
-            quotas[at] -= 1;
-            sum -= 1;
-            highest.push(down(at, quotas[at]));
+    let total: u64 = held.iter().map(|held| u64::from(*held)).sum();
+    let mut dealing = Dealing {
+        nodes,
+        shares,
+        bounds,
+        quotas: (0..nodes.len()).map(quota).collect(),
+        domains: vec![0; bounds.domains.len()],
+        least: vec![0; bounds.domains.len()],
+        sum: 0,
+    };
+    for (node, quota) in nodes.iter().zip(&dealing.quotas) {
+        dealing.domains[node.domain] += u64::from(*quota);
+        dealing.sum += u64::from(*quota);
+    }
+    let room: u64 = bounds.domains.iter().sum();
+    for domain in 0..bounds.domains.len() {
+        // What the others can't hold.
+        dealing.least[domain] = (total + bounds.domains[domain]).saturating_sub(room);
+        let inside: Vec<usize> = (0..nodes.len()).filter(|at| nodes[*at].domain == domain).collect();
+        let (least, most) = (dealing.least[domain], bounds.domains[domain]);
+        dealing.lower(&inside, |dealing| dealing.domains[domain] > most, |_, _| true);
+        dealing.raise(&inside, |dealing| dealing.domains[domain] < least);
+    }
+    let all: Vec<usize> = (0..nodes.len()).collect();
+    dealing.raise(&all, |dealing| dealing.sum < total);
+    dealing.lower(
+        &all,
+        |dealing| dealing.sum > total,
+        |dealing, domain| dealing.domains[domain] > dealing.least[domain],
+    );
+    dealing.quotas
+}
+
+struct Dealing<'a> {
+    nodes: &'a [Spot],
+    shares: &'a [Share],
+    bounds: &'a Bounds,
+    quotas: Vec<u32>,
+    /// Sums of failure domains.
+    domains: Vec<u64>,
+    /// What each of them must have.
+    least: Vec<u64>,
+    sum: u64,
+}
+
+impl Dealing<'_> {
+    fn able(&self, among: &[usize]) -> impl Iterator<Item = usize> {
+        among.iter().copied().filter(|at| self.nodes[*at].weight > 0 && !self.nodes[*at].frozen)
+    }
+
+    /// Gives one after another of `among` one more, as long as `goes_on`: who is below its share first, then the
+    /// lowest.
+    fn raise(&mut self, among: &[usize], goes_on: impl Fn(&Self) -> bool) {
+        let rank = |dealing: &Self, at: usize| {
+            let quota = dealing.quotas[at];
+            let full = quota >= dealing.shares[at].high();
+            Reverse((full, level(quota, dealing.nodes[at].weight), at))
+        };
+        let mut lowest: BinaryHeap<_> = self.able(among).map(|at| rank(self, at)).collect();
+        while goes_on(self) {
+            let Some(Reverse((.., at))) = lowest.pop() else { break };
+            let domain = self.nodes[at].domain;
+            let room = self.domains[domain] < self.bounds.domains[domain];
+            if room && self.quotas[at] < self.bounds.nodes[at] {
+                self.quotas[at] += 1;
+                self.domains[domain] += 1;
+                self.sum += 1;
+                lowest.push(rank(self, at));
+            }
         }
     }
-    quotas
+
+    /// Takes one from one after another of `among`, as long as `goes_on` and its failure domain `can_spare` it: from
+    /// who is above its share first, then from the highest.
+    fn lower(
+        &mut self,
+        among: &[usize],
+        goes_on: impl Fn(&Self) -> bool,
+        can_spare: impl Fn(&Self, usize) -> bool,
+    ) {
+        let rank = |dealing: &Self, at: usize| {
+            let quota = dealing.quotas[at];
+            let above = quota > dealing.shares[at].low();
+            (above, level(quota.saturating_sub(1), dealing.nodes[at].weight), Reverse(at))
+        };
+        let mut highest: BinaryHeap<_> = self.able(among).map(|at| rank(self, at)).collect();
+        while goes_on(self) {
+            let Some((.., Reverse(at))) = highest.pop() else { break };
+            let domain = self.nodes[at].domain;
+            if self.quotas[at] > 0 && can_spare(self, domain) {
+                self.quotas[at] -= 1;
+                self.domains[domain] -= 1;
+                self.sum -= 1;
+                highest.push(rank(self, at));
+            }
+        }
+    }
 }

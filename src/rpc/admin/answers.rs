@@ -5,6 +5,7 @@ use crate::codec::records::{write_rebalance_state, write_role};
 use crate::codec::refusal::write_refusal;
 use crate::placement::rebalance::{MoveKind, Plan, PlannedMove};
 use crate::refusal::Refusal;
+use crate::rpc::wire::write_stuck;
 use crate::schema::admin_capnp::{
     self, change_result, plan_result, planned_move, rebalance_result, recovery_result, shard_copy,
     undo_result,
@@ -80,6 +81,7 @@ pub(super) fn write_status(result: Result<RebalanceStatus, Refusal>, to: rebalan
     to.set_reason(status.reason.as_str());
     to.set_map_version(status.map_version);
     to.set_moving(status.moving);
+    write_stuck(&status.stuck, to.init_stuck(u32::try_from(status.stuck.len()).unwrap_or(u32::MAX)));
 }
 
 /// Writes what is left of a shard.
@@ -168,6 +170,7 @@ mod tests {
                 reason: "asked to".into(),
                 map_version: 8,
                 moving: 1,
+                stuck: vec![(ShardId(3), "why".into())],
             };
             let mut message = capnp::message::Builder::new_default();
             write_status(Ok(status.clone()), message.init_root());

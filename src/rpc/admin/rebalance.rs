@@ -92,6 +92,7 @@ impl Admin {
         let reports = self.survey(&self.service.node.map(), deadline).await;
         let map = self.service.node.map();
         let mut status = progress(&map, &reports.sizes());
+        status.stuck = reports.0.values().flat_map(|report| report.stuck.iter().cloned()).collect();
         if status.state == RebalanceState::Idle || left(deadline) <= 2 * RATE_WINDOW {
             return Ok(status);
         }
