@@ -153,7 +153,8 @@ impl Chaos {
                 self.ask(MetaCommand::ControlRebalance { plan, state, reason: "by hand".into() });
             }
             Event::CancelMove(at) => {
-                let moving = self.model.map.shards.values().filter_map(|s| Some((s.id, s.moving.as_ref()?.id)));
+                let moving =
+                    self.model.map.shards.values().filter_map(|s| Some((s.id, s.moving.as_ref()?.id)));
                 if let Some((shard, id)) = moving.collect::<Vec<_>>().get(at) {
                     self.ask(MetaCommand::CancelMove { shard: *shard, id: *id });
                 }
@@ -202,9 +203,8 @@ impl Chaos {
             self.check_shard(shard, &takers)?;
         }
         let known = self.model.reconciler.known();
-        let enough = map.shards.values().all(|shard| {
-            shard.members.iter().all(|member| takers.contains(&member.node))
-        });
+        let enough =
+            map.shards.values().all(|shard| shard.members.iter().all(|member| takers.contains(&member.node)));
         // Taken back or cancelled by hand, it stays as it is until nodes come or go.
         let kept = map.rebalance.plan % 2 == 1 || !map.rebalance.reason.is_empty();
         if enough && !kept && is_uneven(map, known, false) {

@@ -238,9 +238,10 @@ impl Model {
             group.leader = None;
         }
         if able && group.leader.is_none() {
-            let candidates = group.members.iter().filter(|m| {
-                m.role.stays_voter() && answers(&group, m) && caught_up(&group, m.replica)
-            });
+            let candidates = group
+                .members
+                .iter()
+                .filter(|m| m.role.stays_voter() && answers(&group, m) && caught_up(&group, m.replica));
             let candidates: Vec<ReplicaId> = candidates.map(|m| m.replica).collect();
             if !candidates.is_empty() {
                 group.term += 1;
