@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use super::checks::Violation;
 use super::checks::leaders::Leaders;
-use super::checks::state::Truth;
+use super::checks::state::{Truth, changed};
 use super::disk::WriteName;
 use super::network::Fate;
 use super::report::{Shown, note};
@@ -25,6 +25,8 @@ impl World {
             return Ok(());
         };
         replica.pump_queued = false;
+        let members = &replica.group.state().header().members;
+        let is_lone = members.iter().filter(|member| member.role.votes()).count() < 2;
         let (shard, incarnation) = (replica.shard, replica.incarnation);
         let fails = node.unreadable && self.dice.chance(300);
         node.disk.faulty.begin(fails);
@@ -50,8 +52,14 @@ impl World {
             for entry in write.iter().flat_map(|numbered| &numbered.write.entries) {
                 replica.terms.insert(entry.index, entry.term);
             }
+            for entry in write.iter().flat_map(|numbered| &numbered.write.entries) {
+                let change = changed(entry).map_err(|error| Violation::new("state", error))?;
+                if let Some((_, members)) = change {
+                    self.proposed.entry(shard).or_default().push((entry.index, members));
+                }
+            }
             // A lone replica leads a term before it is on disk, and leads it again after a crash.
-            if before > 0 && self.options.replicas > 1 {
+            if before > 0 && !is_lone {
                 let entries = write.iter().flat_map(|numbered| &numbered.write.entries);
                 let entries: Vec<_> = entries.cloned().collect();
                 self.logs.observe(shard, replica_id, before, &entries)?;
@@ -68,6 +76,7 @@ impl World {
                 &replica.terms,
             )?;
         }
+        let mut commits = Vec::new();
         if let Some(truth) = self.truths.get_mut(&shard) {
             let header = replica.group.state().header();
             let (from, to) = (replica.observed + 1, header.applied.index);
@@ -80,15 +89,23 @@ impl World {
                     return Err(Violation::new("state", detail));
                 }
                 for entry in &entries {
+                    if entry.index > truth.last() {
+                        commits.push((entry.index, entry.term));
+                    }
                     truth.apply(shard, replica_id, term, entry)?;
                 }
                 replica.observed = to;
                 let state = replica.group.state();
                 truth.compare(shard, replica_id, to, state, state.session_table())?;
+                let (epoch, members) = (state.header().epoch, &state.header().members);
+                truth.members.compare(shard, replica_id, to, epoch.conf, members)?;
                 note!(self.trace, "{} replica {} applied {}", now, replica_id, to);
             }
         }
         let reader = (!reads.is_empty()).then(|| Box::new(replica.group.state().reader()));
+        for (index, term) in commits {
+            self.check_commit(shard, index, term)?;
+        }
         for (to, message) in messages {
             self.send(id, to, message)?;
         }
