@@ -4,17 +4,21 @@
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
+use raft::eraftpb::MessageType;
+
 use super::checks::Violation;
 use super::checks::leaders::Leaders;
 use super::checks::state::{Truth, changed};
 use super::disk::WriteName;
 use super::network::Fate;
+use super::planted::Planted;
 use super::report::{Shown, note};
 use super::shell::{Boundary, NodeEvent, ReplicaEvent};
 use super::world::{Event, World};
 use crate::codec::{GroupMessage, messages};
 use crate::group::types::{Effects, LeaderChange};
 use crate::ids::{Index, NodeId, ReplicaId, ShardId, Term};
+use crate::placement::map::MemberRole;
 use crate::storage::log::LogStore;
 
 impl World {
@@ -167,7 +171,21 @@ impl World {
         Ok(())
     }
 
-    fn send(&mut self, from: NodeId, to: NodeId, message: GroupMessage) -> Result<(), Violation> {
+    /// An acknowledgement of a learner is taken for that of a voter.
+    fn count_learner(&self, message: &mut GroupMessage) {
+        let members = self.members(message.shard);
+        let learns = |id| members.iter().any(|m| m.replica.0 == id && m.role == MemberRole::Learner);
+        let acknowledges = message.message.get_msg_type() == MessageType::MsgAppendResponse;
+        let voter = members.iter().find(|m| m.role.votes() && m.replica.0 != message.message.to);
+        if let Some(voter) = voter.filter(|_| acknowledges && learns(message.message.from)) {
+            message.message.from = voter.replica.0;
+        }
+    }
+
+    fn send(&mut self, from: NodeId, to: NodeId, mut message: GroupMessage) -> Result<(), Violation> {
+        if self.options.planted.is(Planted::LearnerCounted) {
+            self.count_learner(&mut message);
+        }
         messages::check(&message)
             .map_err(|error| Violation::new("messages", format!("{error}: {:?}", message.message)))?;
         let now = self.clock.now;
