@@ -13,6 +13,12 @@ pub const VALUE_BYTES_MAX: usize = 8 * MIB;
 pub const NAME_BYTES_MAX: usize = 64;
 /// Most replicas a shard may have.
 pub const REPLICAS_MAX: u32 = 7;
+/// Members of a group at any time: as many voters as there can be, and one that comes for each.
+pub const MEMBERS_MAX: usize = 2 * REPLICAS_MAX as usize;
+/// Entries that a learner may lack and be made a voter: it has them a moment later.
+pub const CAUGHT_UP_ENTRIES_MAX: u64 = 1024;
+/// Bytes of entries that a learner may lack and be made a voter.
+pub const CAUGHT_UP_BYTES_MAX: u64 = 4 * MIB as u64;
 /// Most shards a database may have.
 pub const SHARDS_MAX: u32 = 4096;
 /// Voters of the metadata shard when a cluster is formed (fewer if there are fewer nodes; odd).
@@ -390,6 +396,7 @@ const _: () = assert!(FRAME_BYTES_MAX <= TRAVERSAL_BYTES_MAX);
 const _: () = assert!(FRAME_BYTES_MAX <= OUTBOX_BYTES_MAX);
 const _: () = assert!(ENTRY_BYTES_MAX <= UNCOMMITTED_BYTES_MAX);
 const _: () = assert!(BATCH_OPERATIONS_MAX <= REPLICA_PENDING_MAX);
+const _: () = assert!(MEMBERS_MAX <= SNAPSHOT_MEMBERS_MAX);
 const _: () = assert!(IMPORT_BATCH_PAIRS <= BATCH_OPERATIONS_MAX);
 const _: () = assert!(LOG_PRESSED_TICKS * TICK_MS > LOG_PURGE_MS);
 // Check-quorum clears raft's own mark of who answered once per election timeout.

@@ -199,6 +199,7 @@ fn beat(shard: u64, commit: u64) -> GroupMessage {
             commit,
             ..Message::default()
         },
+        node: NodeId::default(),
     }
 }
 

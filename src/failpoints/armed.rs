@@ -69,6 +69,11 @@ points! {
     ApplyBefore = "replica/apply.before", "before a committed entry is applied", true;
     ApplyMiddle = "replica/apply.middle", "the entry's commands are carried out, its position isn't set", false;
     ApplyAfter = "replica/apply.after", "after that, nobody has been answered", false;
+    ChangeProposed = "replica/change.proposed", "a change of members is in the leader's log, nothing of it has left", false;
+    ChangeCommitted = "replica/change.committed", "a change of members is committed, its record isn't written", false;
+    ChangeRecorded = "replica/change.recorded", "the record is durable, the change isn't in force", false;
+    ChangeApplied = "replica/change.applied", "the change is in force, nobody was told", false;
+    ChangeLeaves = "replica/change.leaves", "the end of a joint change is in the leader's log, nothing of it has left", false;
     Answer = "replica/answer", "before the answers of a pass are given", true;
     FreezeBefore = "replica/freeze.before", "before a memtable is frozen", false;
     FreezeMiddle = "replica/freeze.middle", "the memtable is frozen, the flush thread doesn't have it", false;

@@ -7,6 +7,7 @@ use raft::{ProgressState, SnapshotStatus};
 use super::driver::Group;
 use super::types::SnapshotWanted;
 use crate::ids::{Index, Position, ReplicaId};
+use crate::placement::map::MemberRole;
 
 impl<T> Group<T> {
     /// Forgets log entries that are in the durable state up to `flushed` and that no follower will be
@@ -67,8 +68,14 @@ impl<T> Group<T> {
         self.raft.mut_store().set_snapshots(self.catch_up.offered());
     }
 
-    /// A follower answers a heartbeat of this leader, and says with it whether its state is lost.
-    pub(super) fn hear_request(&mut self, message: &Message) {
+    /// A follower answers this leader: it is there, and an answer to a heartbeat says whether its state is lost.
+    pub(super) fn hear_answer(&mut self, message: &Message) {
+        if self.leads()
+            && message.term == self.raft.raft.term
+            && self.raft.raft.prs().get(message.from).is_some()
+        {
+            self.catch_up.answers(ReplicaId(message.from), self.ticks);
+        }
         if message.get_msg_type() != MessageType::MsgHeartbeatResponse
             || !self.leads()
             || message.term != self.raft.raft.term
@@ -146,12 +153,17 @@ impl<T> Group<T> {
         self.raft.raft.prs().get(follower.0).map_or(0, |progress| progress.matched)
     }
 
-    /// Replicas other than this one that hold everything committed, state included, best first: whom to
+    /// Whether leadership can be handed to `replica`, were it there.
+    pub(super) fn may_succeed(&self, replica: ReplicaId) -> bool {
+        self.role_of(replica).is_some_and(MemberRole::stays_voter) && !self.lacks_state(replica)
+    }
+
+    /// Voters other than this one that hold everything committed, state included, and stay, best first: whom to
     /// hand leadership to.
     pub fn successors(&self) -> Vec<ReplicaId> {
         let mut others: Vec<_> = (self.raft.raft.prs().iter())
-            .filter(|&(&id, progress)| id != self.replica.0 && progress.recent_active)
-            .filter(|&(&id, _)| !self.lacks_state(ReplicaId(id)))
+            .filter(|&(&id, _)| id != self.replica.0 && self.may_succeed(ReplicaId(id)))
+            .filter(|&(&id, _)| self.catch_up.is_active(ReplicaId(id), self.ticks))
             .map(|(&id, progress)| (std::cmp::Reverse(progress.matched), id))
             .collect();
         others.sort_unstable();

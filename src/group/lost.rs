@@ -34,6 +34,7 @@ use raft::eraftpb::{Message, MessageType};
 use super::driver::Group;
 use crate::ids::Index;
 use crate::limits;
+use crate::placement::map::MemberRole;
 use crate::refusal::Refusal;
 
 impl<T> Group<T> {
@@ -47,14 +48,15 @@ impl<T> Group<T> {
         self.state_lost.then(|| self.raft.store().truncated().index)
     }
 
-    /// Whether entries that are committed stay in the log for now.
+    /// Whether entries that are committed stay in the log for now, and aren't looked at.
     pub(super) fn holds_apply(&self) -> bool {
-        self.apply_paused || self.state_lost
+        self.barrier.is_some() || (self.apply_paused && !self.state_lost)
     }
 
-    /// Up to where entries needn't be in memory any more: applied, or not to be applied here.
+    /// Up to where entries needn't be in memory any more: applied, or, without a state, looked through for changes
+    /// of the members.
     pub(super) fn done_to(&self) -> Index {
-        if self.state_lost { self.handed } else { self.applied() }
+        if self.state_lost { self.looked_to } else { self.applied() }
     }
 
     /// Why a replica without its state does nothing for a caller, where nobody is known who would.
@@ -68,16 +70,23 @@ impl<T> Group<T> {
         })
     }
 
-    /// As a leader without a state: hands leadership to a voter that has one, and the whole log. If it
-    /// doesn't take it, another has its turn when raft has given that up.
+    /// As a leader without a state: hands leadership to a voter that has one, and the whole log. As one that leaves
+    /// the group: to one that stays. If it doesn't take it, another has its turn when raft has given that up.
     pub(super) fn give_way(&mut self) {
         let raft = &self.raft.raft;
-        if !self.state_lost || !self.leads() || raft.lead_transferee.is_some() {
+        let leaves = self.role() == Some(MemberRole::Outgoing);
+        if !(self.state_lost || leaves) || !self.leads() || raft.lead_transferee.is_some() {
             return;
         }
-        let (voters, last) = (raft.prs().conf().voters(), raft.raft_log.last_index());
+        let last = raft.raft_log.last_index();
         let mut fit = self.successors();
-        fit.retain(|heir| voters.contains(heir.0) && self.matched(*heir) == last);
+        if self.state_lost {
+            fit.retain(|heir| self.matched(*heir) == last);
+        } else {
+            // What it lacks it gets on the way.
+            let near = self.followers();
+            fit.retain(|heir| near.iter().any(|follower| follower.replica == *heir && follower.caught_up));
+        }
         let turn = self.ticks / limits::ELECTION_TICKS_MIN as u64;
         if let Some(heir) = turn.checked_rem(fit.len() as u64).and_then(|turn| fit.get(turn as usize)) {
             self.transfer(*heir);

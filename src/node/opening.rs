@@ -236,12 +236,13 @@ mod tests {
             range: RingRange::ALL,
             epoch: Epoch { range: 1, conf: 1 },
             members: members.iter().map(member).collect(),
+            members_at: 0,
             generation: 1,
         };
         let log = MemoryLog::new();
         log.create(std::slice::from_ref(&record)).unwrap();
         let entries = (6..=8).map(|index| Entry { index, term: 6, ..Entry::default() }).collect();
-        log.write(&[LogWrite { replica, entries, hard_state: None }]).unwrap();
+        log.write(&[LogWrite { replica, entries, hard_state: None, membership: None }]).unwrap();
         log.compact(replica, Position { index: 7, term: 6 }).unwrap();
         let engine: Arc<dyn Engine> = Arc::new(MemoryEngine::new());
         find(&log, &engine, &record)

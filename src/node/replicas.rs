@@ -366,8 +366,9 @@ impl Replicas {
         slot.installing = false;
         slot.opening = true;
         slot.health = ReplicaHealth::Recovering;
-        if let Some(Install { generation, epoch, members, .. }) = installed {
-            slot.record = ReplicaRecord { generation, epoch, members, ..slot.record.clone() };
+        if let Some(Install { generation, position, epoch, members, .. }) = installed {
+            let members_at = position.index;
+            slot.record = ReplicaRecord { generation, epoch, members, members_at, ..slot.record.clone() };
         }
         Some(slot.record.clone())
     }
@@ -389,6 +390,7 @@ pub fn record_of(shard: &ShardRecord, replica: ReplicaId) -> ReplicaRecord {
         range: shard.range,
         epoch: shard.epoch,
         members: shard.members.clone(),
+        members_at: 0,
         generation: 1,
     }
 }

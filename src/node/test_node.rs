@@ -51,6 +51,7 @@ pub fn record(number: u64) -> ReplicaRecord {
         range: RingRange::ALL,
         epoch: Epoch { range: 1, conf: 1 },
         members: vec![Member { replica: ReplicaId(number), node: NODE, role: MemberRole::Voter }],
+        members_at: 0,
         generation: 1,
     }
 }

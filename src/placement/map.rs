@@ -89,6 +89,11 @@ impl MemberRole {
         self != MemberRole::Learner
     }
 
+    /// Whether it was a voter before the joint change under way, if any.
+    pub fn was_voter(self) -> bool {
+        matches!(self, MemberRole::Voter | MemberRole::Outgoing)
+    }
+
     /// Whether it is a voter when the joint change under way, if any, has ended.
     pub fn stays_voter(self) -> bool {
         matches!(self, MemberRole::Voter | MemberRole::Incoming)

@@ -315,7 +315,12 @@ impl Disk {
         let entries = self.log.entries(replica, index, index + 1, usize::MAX)?;
         if entries.iter().any(|entry| entry.term == term) {
             hard_state.commit = hard_state.commit.min(index);
-            self.log.write(&[LogWrite { replica, entries, hard_state: Some(hard_state) }])?;
+            self.log.write(&[LogWrite {
+                replica,
+                entries,
+                hard_state: Some(hard_state),
+                membership: None,
+            }])?;
         }
         Ok(())
     }
@@ -465,6 +470,7 @@ impl Disk {
         } else {
             write.hard_state = None;
         }
+        write.membership = None;
         write
     }
 

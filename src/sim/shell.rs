@@ -249,7 +249,8 @@ impl World {
                 }
                 Ok(())
             }
-            NodeEvent::Message(from, message) => {
+            NodeEvent::Message(from, mut message) => {
+                message.node = from;
                 let target = ReplicaId(message.message.to);
                 let Some(replica) = self.replica(id, target) else { return Ok(()) };
                 replica.group.step(*message).map_err(|error| {

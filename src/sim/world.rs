@@ -175,6 +175,7 @@ impl World {
                         range,
                         epoch: Epoch { range: 1, conf: 1 },
                         members: members.clone(),
+                        members_at: 0,
                         generation: 1,
                     });
                 }

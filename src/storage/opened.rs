@@ -7,15 +7,12 @@
 
 use std::sync::Arc;
 
-use raft::eraftpb::ConfState;
-
 use super::StorageError;
 use super::engine::Engine;
 use super::generations;
 use super::log::{LogState, ReplicaRecord};
-use super::state::{ReplicaState, StateHeader};
-use crate::ids::{GROUP_START, Position};
-use crate::placement::map::MemberRole;
+use super::state::{ReplicaState, StateHeader, conf_state_of};
+use crate::ids::Position;
 
 /// A replica's state at a start.
 pub enum OpenedState {
@@ -42,18 +39,20 @@ impl OpenedState {
     ) -> Result<OpenedState, StorageError> {
         let (replica, generation) = (record.replica, record.generation);
         let lost = |why| {
-            let state = ReplicaState::at(engine.clone(), replica, generation, header(record, log.truncated));
+            let state = ReplicaState::at(engine.clone(), replica, generation, header(log, log.truncated));
             Ok(OpenedState::Lost { state, why })
         };
         // Stands at no entry, unless the engine has a header.
-        let initial = header(record, Position::default());
+        let initial = header(log, Position::default());
         let mut state = match ReplicaState::open(engine.clone(), replica, generation, initial) {
             Ok(state) => state,
             Err(error @ StorageError::Damaged { .. }) => return lost(error.to_string()),
             Err(error) => return Err(error),
         };
         if state.header().applied == Position::default() {
-            if log.truncated != GROUP_START {
+            // A newcomer has nothing yet, and its log nothing either.
+            let beginning = log.membership.beginning();
+            if log.truncated != beginning {
                 return lost(format!(
                     "the state store has none, and its log begins after entry {}",
                     log.truncated.index
@@ -63,7 +62,7 @@ impl OpenedState {
             if !generations::is_empty(&**engine, replica, generation)? {
                 return lost("the state store has data of it, but not where it stands".into());
             }
-            state = ReplicaState::at(engine.clone(), replica, generation, header(record, GROUP_START));
+            state = ReplicaState::at(engine.clone(), replica, generation, header(log, beginning));
         }
         let applied = state.header().applied;
         if applied.index > log.last {
@@ -82,20 +81,15 @@ impl OpenedState {
     }
 }
 
-/// The header of a state that stands at `applied` with the members of `record`.
-fn header(record: &ReplicaRecord, applied: Position) -> StateHeader {
-    let of_role = |role| record.members.iter().filter(move |m| m.role == role).map(|m| m.replica.0);
+/// The header of a state that stands at `applied` with the members that the replica's record names.
+fn header(log: &LogState, applied: Position) -> StateHeader {
     StateHeader {
         applied,
         revision: 0,
         log_time: 0,
-        epoch: record.epoch,
-        members: record.members.clone(),
-        conf_state: ConfState {
-            voters: of_role(MemberRole::Voter).collect(),
-            learners: of_role(MemberRole::Learner).collect(),
-            ..ConfState::default()
-        },
+        epoch: log.membership.epoch,
+        members: log.membership.members.clone(),
+        conf_state: conf_state_of(&log.membership.members),
     }
 }
 
@@ -105,14 +99,20 @@ mod tests {
     use raft::eraftpb::HardState;
 
     use super::*;
-    use crate::ids::{DatabaseId, Epoch, Index, NodeId, ReplicaId, ShardId};
+    use crate::ids::{DatabaseId, Epoch, GROUP_START, Index, NodeId, ReplicaId, ShardId};
     use crate::machine::MachineKind;
-    use crate::placement::map::Member;
+    use crate::placement::map::{Member, MemberRole};
     use crate::placement::ring::RingRange;
     use crate::storage::engine_memory::MemoryEngine;
     use crate::storage::identity::IdentityError;
     use crate::storage::keys;
     use crate::storage::log::ReplicaPhase;
+
+    fn members() -> Vec<Member> {
+        [(7, MemberRole::Voter), (8, MemberRole::Learner)]
+            .map(|(id, role)| Member { replica: ReplicaId(id), node: NodeId(id), role })
+            .into()
+    }
 
     fn record(generation: u32) -> ReplicaRecord {
         ReplicaRecord {
@@ -123,9 +123,8 @@ mod tests {
             phase: ReplicaPhase::Active,
             range: RingRange::ALL,
             epoch: Epoch { range: 1, conf: 3 },
-            members: [(7, MemberRole::Voter), (8, MemberRole::Learner)]
-                .map(|(id, role)| Member { replica: ReplicaId(id), node: NodeId(id), role })
-                .into(),
+            members: members(),
+            members_at: 0,
             generation,
         }
     }
@@ -136,12 +135,13 @@ mod tests {
             truncated: Position { index: truncated, term: GROUP_START.term },
             last,
             terms: Vec::new(),
+            membership: record(0).membership(),
         }
     }
 
     /// Puts a state of generation 1 there, applied up to an entry.
     fn put(engine: &Arc<dyn Engine>, applied: Index) {
-        let header = header(&record(1), Position { index: applied, term: GROUP_START.term });
+        let header = header(&log(5, applied), Position { index: applied, term: GROUP_START.term });
         engine.write(&[(keys::header_key(ReplicaId(7), 1), Some(header.encode().into()))]).unwrap();
     }
 

@@ -269,8 +269,14 @@ fn take_frames(
     while let Some(payload) = reader.take()? {
         received(hello.lane, HEADER_BYTES + payload.len());
         match decode(payload)? {
-            PeerFrame::Raft(more) if messages.is_empty() => *messages = more,
-            PeerFrame::Raft(more) => messages.extend(more),
+            PeerFrame::Raft(mut more) => {
+                more.iter_mut().for_each(|message| message.node = hello.from_node);
+                if messages.is_empty() {
+                    *messages = more;
+                } else {
+                    messages.extend(more);
+                }
+            }
             PeerFrame::Heartbeat(heartbeat) => {
                 let (node, incarnation) = (heartbeat.node, heartbeat.incarnation);
                 if (node, incarnation) != (hello.from_node, hello.incarnation) {

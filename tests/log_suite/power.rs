@@ -133,6 +133,7 @@ pub(super) fn step<F: FileSystem>(
                     replica: ReplicaId(*replica),
                     entries,
                     hard_state: Some(e.hard_state.clone()),
+                    membership: None,
                 });
             }
             log.write(&writes)
@@ -390,7 +391,8 @@ fn two_logs_read_on_one_thread_do_not_mix() {
             let log = DiskLog::open(&dir.path().join(i.to_string()), options(), STORE).unwrap();
             log.create(&[record(1)]).unwrap();
             let entry = Entry { data: vec![i; 9].into(), ..entry(6, 6, 0) };
-            let write = LogWrite { replica: ReplicaId(1), entries: vec![entry], hard_state: None };
+            let write =
+                LogWrite { replica: ReplicaId(1), entries: vec![entry], hard_state: None, membership: None };
             log.write(&[write]).unwrap();
             log
         })
@@ -477,6 +479,7 @@ fn reading_beside_writes_and_purges_is_never_damage() {
                     replica: ReplicaId(replica),
                     entries: vec![entry(6 + round, 6, 300)],
                     hard_state: None,
+                    membership: None,
                 })
                 .collect();
             log.write(&writes).unwrap();

@@ -138,6 +138,7 @@ fn append(entries: Vec<Bytes>) -> GroupMessage {
             entries: entries.into(),
             ..Message::default()
         },
+        node: NodeId::default(),
     }
 }
 

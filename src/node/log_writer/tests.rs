@@ -116,6 +116,7 @@ fn setup(gated: bool) -> Setup {
             range: RingRange::ALL,
             epoch: Epoch::default(),
             members: Vec::new(),
+            members_at: 0,
             generation: 1,
         })
         .collect();
@@ -145,7 +146,12 @@ fn sized(
     WriteTask {
         incarnation,
         number,
-        write: LogWrite { replica: ReplicaId(replica), entries: vec![entry], hard_state: Some(hard_state) },
+        write: LogWrite {
+            replica: ReplicaId(replica),
+            entries: vec![entry],
+            hard_state: Some(hard_state),
+            membership: None,
+        },
         done: done.clone(),
     }
 }
