@@ -240,7 +240,9 @@ fn hunt(bug: Planted) -> (Faults, u64, &'static [&'static str]) {
         Planted::LearnerCounted => (MOVES, 100, &["quorum", "leaders", "logs", "state", "durable"]),
         Planted::TombstoneLate => (MOVES, 100, &["open", "members"]),
         Planted::ReplicaIdReused => (MOVES, 20, &["members"]),
-        Planted::ChangeUnrecorded => (MOVES, 500, &["quorum", "leaders", "logs", "state", "durable", "members"]),
+        Planted::ChangeUnrecorded => {
+            (MOVES, 500, &["quorum", "leaders", "logs", "state", "durable", "members"])
+        }
     }
 }
 

@@ -205,6 +205,7 @@ impl Disk {
                     && let Some(hard_state) = &mut write.hard_state
                 {
                     hard_state.commit = self.log.load(write.replica)?.hard_state.commit;
+                    write.membership = None;
                 }
                 store(&self.log, LogWork::Write(name, write))
             }

@@ -77,7 +77,9 @@ impl World {
         if let Some(truth) = self.truths.get(&shard).filter(|_| !state_lost) {
             truth.compare(shard, replica_id, flushed.index, group.state(), group.state().session_table())?;
             let StateHeader { epoch, members, .. } = group.state().header();
-            truth.members.compare(shard, replica_id, flushed.index, epoch.conf, members)?;
+            // A state that was never flushed begins with the members of the record.
+            let known = if group.status().recovering { group.status().committed } else { 0 };
+            truth.members.compare(shard, replica_id, (flushed.index, known), epoch.conf, members)?;
         }
         if let Some(process) = &mut node.process {
             let replica = Replica {

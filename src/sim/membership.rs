@@ -98,7 +98,9 @@ impl World {
                 self.remove_later(id, RemoveEvent::Tombstone(number, replica, false));
                 Ok(())
             }
-            RemoveEvent::Tombstone(process, ..) | RemoveEvent::State(process, _) if process != number => Ok(()),
+            RemoveEvent::Tombstone(process, ..) | RemoveEvent::State(process, _) if process != number => {
+                Ok(())
+            }
             RemoveEvent::Tombstone(_, replica, bare) => {
                 if node.disk.is_busy_with(replica) {
                     self.remove_later(id, event);
@@ -157,7 +159,10 @@ impl World {
     /// A node is gone for good, unless a shard needs what it has.
     pub(super) fn lose_node(&mut self, id: NodeId) -> Result<(), Violation> {
         let lost = self.nodes.values().filter(|node| node.lost).count();
-        if lost >= LOSSES_MAX || self.is_lost(id) || !self.truths.keys().all(|shard| self.can_spare(*shard, id)) {
+        if lost >= LOSSES_MAX
+            || self.is_lost(id)
+            || !self.truths.keys().all(|shard| self.can_spare(*shard, id))
+        {
             return Ok(());
         }
         self.crash(id, CrashLoss::Nothing, false, 0)?;

@@ -35,6 +35,9 @@ const CLIENT: u64 = u32::MAX as u64;
 /// node may stand still, and wait for its disk.
 const PROPOSED: Time = 15_000_000;
 
+/// How often a step is tried that would stop the shard now.
+const PATIENCE: u32 = 20;
+
 /// Whether a token is of a request of the operator's.
 pub(super) fn is_its(token: u64) -> bool {
     Client::of_token(token) as u64 == CLIENT
@@ -53,6 +56,8 @@ struct Plan {
     removes: Vec<ReplicaId>,
     /// It gives the move up.
     cancelling: bool,
+    /// How often the shard couldn't have gone on with its next step.
+    waited: u32,
     /// The conf version under which no earlier request can add what it has given up.
     fenced: Option<u64>,
     /// Requests that may still begin a joint change, and until when.
@@ -81,7 +86,9 @@ impl Plan {
         let mut members = self.members.clone();
         for member in &mut members {
             match member.role {
-                MemberRole::Learner if promote.contains(&member.replica) => member.role = MemberRole::Incoming,
+                MemberRole::Learner if promote.contains(&member.replica) => {
+                    member.role = MemberRole::Incoming
+                }
                 MemberRole::Voter if remove.contains(&member.replica) => member.role = MemberRole::Outgoing,
                 _ => {}
             }
@@ -93,6 +100,7 @@ impl Plan {
         self.adds.clear();
         self.removes.clear();
         self.cancelling = false;
+        self.waited = 0;
         self.fenced = None;
         self.fencing.clear();
     }
@@ -116,6 +124,7 @@ impl Operator {
             adds: Vec::new(),
             removes: Vec::new(),
             cancelling: false,
+            waited: 0,
             fenced: None,
             exchanging: BTreeMap::new(),
             fencing: BTreeSet::new(),
@@ -196,6 +205,7 @@ impl World {
             range: plan.range,
             epoch: Epoch { range: 1, conf: 0 },
             members: Vec::new(),
+            members_at: 0,
             generation: 1,
         };
         let mut orders = Vec::new();
@@ -245,10 +255,16 @@ impl World {
     }
 
     /// What the operator asked for has come to an end.
-    pub(super) fn on_changed(&mut self, token: u64, result: Result<Output, Refusal>) -> Result<(), Violation> {
+    pub(super) fn on_changed(
+        &mut self,
+        token: u64,
+        result: Result<Output, Refusal>,
+    ) -> Result<(), Violation> {
         let proposed = match &result {
             Ok(Output::Changed(_)) => false,
-            Ok(other) => return Err(Violation::new("answers", format!("{other:?} is no answer to a change"))),
+            Ok(other) => {
+                return Err(Violation::new("answers", format!("{other:?} is no answer to a change")));
+            }
             Err(refusal) => refusal.outcome() == crate::refusal::Outcome::Unknown,
         };
         for (shard, plan) in &mut self.operator.plans {
@@ -263,7 +279,8 @@ impl World {
             // Told is what is in force, and stays so.
             let newest = self.truths.get(shard).and_then(|truth| truth.members.newest());
             if fences && newest.is_none_or(|newest| newest.conf < conf) {
-                let detail = format!("conf version {conf} of shard {shard} is told, {newest:?} is the newest");
+                let detail =
+                    format!("conf version {conf} of shard {shard} is told, {newest:?} is the newest");
                 return Err(Violation::new("answers", detail));
             }
         }
@@ -299,7 +316,12 @@ impl World {
                 }
                 MembershipChange::Exchange { promote, remove }
             }
-            _ => MembershipChange::RemoveLearners(some(&mut self.dice, &|_| true)),
+            _ => {
+                let mut all = some(&mut self.dice, &|_| true);
+                // What a move brings would be brought again.
+                all.retain(|replica| plan.adds.iter().all(|add| add.replica != *replica));
+                MembershipChange::RemoveLearners(all)
+            }
         };
         self.count("changes that make no sense");
         self.ask(shard, node, conf, change);
@@ -311,7 +333,8 @@ impl World {
         if is_joint(&plan.members) || (!calm && self.dice.chance(500)) {
             return;
         }
-        let sound = |member: &Member| !self.is_lost(member.node) && !self.has_rotten_log(member.node, member.replica);
+        let sound =
+            |member: &Member| !self.is_lost(member.node) && !self.has_rotten_log(member.node, member.replica);
         let members = plan.members.clone();
         let mut free: Vec<NodeId> = self.living();
         free.retain(|node| members.iter().all(|member| member.node != *node));
@@ -354,7 +377,13 @@ impl World {
         if adds.is_empty() && removes.is_empty() {
             return;
         }
-        note!(self.trace, "{} operator moves shard {}: {:?}", self.clock.now, shard, Shown((&adds, &removes)));
+        note!(
+            self.trace,
+            "{} operator moves shard {}: {:?}",
+            self.clock.now,
+            shard,
+            Shown((&adds, &removes))
+        );
         plan.adds = adds;
         plan.removes = removes;
         self.count("moves begun");
@@ -371,13 +400,24 @@ impl World {
         let learners = |plan: &Plan, of: &[ReplicaId]| -> Vec<ReplicaId> {
             of.iter().copied().filter(|r| plan.role(*r) == Some(MemberRole::Learner)).collect()
         };
+        // What has left again doesn't come back: another move may bring a new one.
+        let has_left = |plan: &Plan, add: &Member| {
+            let had = self.truths.get(&shard).is_some_and(|truth| truth.members.had(add.replica));
+            had && plan.role(add.replica).is_none()
+        };
+        if !plan.cancelling {
+            let left: Vec<Member> = plan.adds.iter().filter(|add| has_left(plan, add)).copied().collect();
+            plan.adds.retain(|add| !left.contains(add));
+        }
         let adds: Vec<ReplicaId> = plan.adds.iter().map(|add| add.replica).collect();
         let joined = adds.iter().any(|add| plan.role(*add) == Some(MemberRole::Voter));
         let dead = plan.adds.iter().any(|add| self.nodes.get(&add.node).is_none_or(|node| node.lost));
-        let dead = dead || plan.adds.iter().any(|add| {
-            self.nodes.get(&add.node).is_some_and(|node| node.disk.faulty.has_rotten_log(add.replica))
-        });
+        let dead = dead
+            || plan.adds.iter().any(|add| {
+                self.nodes.get(&add.node).is_some_and(|node| node.disk.faulty.has_rotten_log(add.replica))
+            });
         plan.cancelling = (plan.cancelling || gives_up || dead) && !joined && !adds.is_empty();
+        plan.cancelling |= plan.waited > PATIENCE && !joined && !adds.is_empty();
         let conf = plan.conf;
         if plan.cancelling {
             let fenced = plan.fenced.is_some_and(|fenced| fenced <= conf);
@@ -390,7 +430,8 @@ impl World {
             }
             return;
         }
-        let missing: Vec<Member> = plan.adds.iter().filter(|add| plan.role(add.replica).is_none()).copied().collect();
+        let missing: Vec<Member> =
+            plan.adds.iter().filter(|add| plan.role(add.replica).is_none()).copied().collect();
         if !missing.is_empty() {
             self.ask(shard, node, conf, MembershipChange::AddLearners(missing));
             return;
@@ -401,7 +442,8 @@ impl World {
             return;
         }
         let promote = learners(plan, &adds);
-        let remove: Vec<ReplicaId> = plan.removes.iter().copied().filter(|r| plan.role(*r).is_some()).collect();
+        let remove: Vec<ReplicaId> =
+            plan.removes.iter().copied().filter(|r| plan.role(*r).is_some()).collect();
         if promote.is_empty() && remove.is_empty() {
             plan.end();
             self.count("moves done");
@@ -409,11 +451,25 @@ impl World {
             return;
         }
         let after = plan.exchanged(&promote, &remove);
+        if !after.iter().any(|member| member.role.stays_voter()) {
+            // Overtaken by a change that made no sense.
+            plan.end();
+            return;
+        }
         let heirs: Vec<ReplicaId> = (plan.members.iter())
             .filter(|m| m.role == MemberRole::Voter && !remove.contains(&m.replica))
             .map(|m| m.replica)
             .collect();
         if !self.would_go_on(shard, &after, None) {
+            // Not yet, or never.
+            let Some(plan) = self.operator.plans.get_mut(&shard) else { return };
+            plan.waited += 1;
+            if plan.waited > PATIENCE {
+                match promote.is_empty() {
+                    true => plan.end(),
+                    false => plan.cancelling = true,
+                }
+            }
             return;
         }
         if remove.contains(&leader) && (calm || self.dice.chance(900)) {
@@ -426,7 +482,9 @@ impl World {
                     }
                     self.queue_pump(node, leader);
                 }
-                None => self.ask(shard, node, conf, MembershipChange::Exchange { promote, remove: Vec::new() }),
+                None => {
+                    self.ask(shard, node, conf, MembershipChange::Exchange { promote, remove: Vec::new() })
+                }
             }
             return;
         }

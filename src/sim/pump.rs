@@ -102,7 +102,9 @@ impl World {
                 let state = replica.group.state();
                 truth.compare(shard, replica_id, to, state, state.session_table())?;
                 let (epoch, members) = (state.header().epoch, &state.header().members);
-                truth.members.compare(shard, replica_id, to, epoch.conf, members)?;
+                let status = replica.group.status();
+                let known = if status.recovering { status.committed } else { 0 };
+                truth.members.compare(shard, replica_id, (to, known), epoch.conf, members)?;
                 note!(self.trace, "{} replica {} applied {}", now, replica_id, to);
             }
         }

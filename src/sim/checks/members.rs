@@ -66,6 +66,11 @@ impl Members {
         self.all.get(next.checked_sub(1)?)
     }
 
+    /// Whether a replica is or was a member.
+    pub fn had(&self, replica: ReplicaId) -> bool {
+        self.ever.contains_key(&replica)
+    }
+
     /// How often they have changed.
     pub fn changes(&self) -> u64 {
         self.all.len().saturating_sub(1) as u64
@@ -123,12 +128,13 @@ impl Members {
         Ok(())
     }
 
-    /// `replica` has applied up to `applied`, and takes these for the members.
+    /// `replica` has applied up to `applied`, and takes these for the members. They may be those of a later entry
+    /// that it knows to be committed: of one up to `known`.
     pub fn compare(
         &self,
         shard: ShardId,
         replica: ReplicaId,
-        applied: Index,
+        (applied, known): (Index, Index),
         conf: u64,
         members: &[Member],
     ) -> Result<(), Violation> {
@@ -141,16 +147,19 @@ impl Members {
             members.sort_by_key(|m| m.replica);
             members
         };
-        match self.at(applied) {
-            Some(at) if at.conf == conf && sorted(&at.members) == sorted(members) => Ok(()),
-            at => Err(Violation::new(
-                "members",
-                format!(
-                    "replica {replica} of shard {shard} has at entry {applied} conf version {conf}, {members:?}, \
-                     in place of {at:?}"
-                ),
-            )),
+        let later = self.all.iter().filter(|c| (applied + 1..=known).contains(&c.index));
+        let mut may_be = self.at(applied).into_iter().chain(later);
+        if may_be.any(|c| c.conf == conf && sorted(&c.members) == sorted(members)) {
+            return Ok(());
         }
+        Err(Violation::new(
+            "members",
+            format!(
+                "replica {replica} of shard {shard} has at entry {applied} conf version {conf}, {members:?}, in \
+                 place of {:?}",
+                self.at(applied)
+            ),
+        ))
     }
 
     /// Entry `index` is found to be committed: enough of the voters that count for it have it on disk, as
@@ -167,10 +176,8 @@ impl Members {
             return Ok(());
         }
         let newest = self.all[..next].last();
-        let have: Vec<ReplicaId> = (newest.iter().flat_map(|c| &c.members))
-            .filter(|m| durable(m))
-            .map(|m| m.replica)
-            .collect();
+        let have: Vec<ReplicaId> =
+            (newest.iter().flat_map(|c| &c.members)).filter(|m| durable(m)).map(|m| m.replica).collect();
         Err(Violation::new(
             "quorum",
             format!("entry {index} of shard {shard} is applied, and on disk at {have:?} of {newest:?}"),
@@ -245,20 +252,27 @@ mod tests {
         all.change(shard, 8, 4, &moved).unwrap();
         let back = members(&[(2, Voter), (1, Learner)]);
         assert!(all.change(shard, 9, 5, &back).is_err(), "a replica comes back");
-        let crowded = [&moved[..], &[Member { replica: ReplicaId(3), node: NodeId(2), role: Learner }]].concat();
+        let crowded =
+            [&moved[..], &[Member { replica: ReplicaId(3), node: NodeId(2), role: Learner }]].concat();
         assert!(all.change(shard, 9, 5, &crowded).is_err(), "two on one node");
 
-        assert!(all.compare(shard, ReplicaId(2), 7, 3, &joint).is_ok());
-        assert!(all.compare(shard, ReplicaId(2), 7, 2, &joint).is_err());
-        assert!(all.compare(shard, ReplicaId(2), 8, 4, &joint).is_err());
-        assert!(all.compare(shard, ReplicaId(3), 0, 0, &[]).is_ok(), "a newcomer");
+        let compare = |applied, known, conf, members: &[Member]| {
+            all.compare(shard, ReplicaId(2), (applied, known), conf, members)
+        };
+        assert!(compare(7, 0, 3, &joint).is_ok());
+        assert!(compare(7, 0, 2, &joint).is_err());
+        assert!(compare(8, 0, 4, &joint).is_err());
+        assert!(compare(6, 0, 3, &joint).is_err());
+        assert!(compare(6, 7, 3, &joint).is_ok(), "known to be committed");
+        assert!(compare(0, 0, 0, &[]).is_ok(), "a newcomer");
     }
 
     #[test]
     fn an_entry_without_a_majority_is_seen() {
         let shard = ShardId(1);
         let mut all = Members::first(1, members(&[(1, Voter), (2, Voter), (3, Voter)]));
-        all.change(shard, 8, 2, &members(&[(1, Voter), (2, Outgoing), (3, Outgoing), (4, Incoming)])).unwrap();
+        all.change(shard, 8, 2, &members(&[(1, Voter), (2, Outgoing), (3, Outgoing), (4, Incoming)]))
+            .unwrap();
         let check = |index, ids: &[u64]| all.check_commit(shard, index, |m| ids.contains(&m.replica.0));
         assert!(check(7, &[1, 2]).is_ok());
         assert!(check(7, &[1]).is_err());

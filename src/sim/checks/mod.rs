@@ -24,8 +24,14 @@ pub const CHECKS: [(&str, &str); 17] = [
     ("durable", "acknowledged writes are committed; nothing else is read; versions follow real time"),
     ("once", "a command takes effect once at most, and as its client was told"),
     ("linear", "the history of each key is linearizable, operations of unknown outcome included"),
-    ("quorum", "what is applied is on disk at a majority of the voters, of both configurations in a joint change"),
-    ("members", "members change as the log says, alike everywhere; no replica comes back; in the end all is in place"),
+    (
+        "quorum",
+        "what is applied is on disk at a majority of the voters, of both configurations in a joint change",
+    ),
+    (
+        "members",
+        "members change as the log says, alike everywhere; no replica comes back; in the end all is in place",
+    ),
     ("answers", "each operation ends once, with an answer to what was asked"),
     ("liveness", "once faults end, all is led, answered and equal again within a bound"),
     ("flapping", "a node whose links flap, and nothing else, costs each shard one election at most"),

@@ -13,6 +13,7 @@ use super::Violation;
 use super::logs::fingerprint;
 use super::members::Members;
 use super::once::Effects;
+use crate::codec::membership;
 use crate::ids::{GROUP_START, Index, ReplicaId, ShardId, Term};
 use crate::machine::MachineKind;
 use crate::machine::command::{Command, KvCommand, KvReply, Reply, decode_entry};
@@ -156,7 +157,8 @@ impl Truth {
                     "replica {replica} of shard {shard} has another state than it should at entry {applied}"
                 ),
             )),
-            None if applied != GROUP_START.index => Err(Violation::new(
+            // A group's beginning, and that of a newcomer which has no snapshot yet.
+            None if ![0, GROUP_START.index].contains(&applied) => Err(Violation::new(
                 "state",
                 format!(
                     "replica {replica} of shard {shard} starts at entry {applied}, which nobody committed"
@@ -197,7 +199,8 @@ pub fn changed(entry: &Entry) -> Result<Option<(u64, Vec<Member>)>, String> {
     if entry.get_entry_type() == EntryType::EntryNormal {
         return Ok(None);
     }
-    Err("unknown".into())
+    let change = membership::decode(&entry.context).map_err(|error| error.to_string())?;
+    Ok(Some((change.conf + 1, change.members)))
 }
 
 #[cfg(test)]
