@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::trouble::Troubles;
 use crate::ids::{ClusterId, NodeId, ShardId};
-use crate::placement::map::{ClusterMap, MapDelta, MemberRole, ShardRecord};
+use crate::placement::map::{ClusterMap, MapDelta, Member, ShardRecord, is_quorum};
 use crate::placement::ring;
 
 /// For so long after a failure a node isn't followed as a leader on another's word.
@@ -225,12 +225,8 @@ impl Routing {
             return false;
         };
         let lately = |said: &Instant| now.saturating_duration_since(*said) < QUARANTINED;
-        let voters = record.members.iter().filter(|m| m.role == MemberRole::Voter);
-        let (all, lost) = voters.fold((0, 0), |(all, lost), voter| {
-            let is_lost = self.quarantined.get(&(shard, voter.node)).is_some_and(lately);
-            (all + 1, lost + usize::from(is_lost))
-        });
-        all - lost < all / 2 + 1
+        let is_lost = |m: &Member| self.quarantined.get(&(shard, m.node)).is_some_and(lately);
+        !is_quorum(&record.members, |member| !is_lost(member))
     }
 
     fn isnt_quarantined(&mut self, shard: ShardId, node: NodeId) {

@@ -4,11 +4,11 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use raft::eraftpb::{Entry, Message, MessageType};
-use raft::{GetEntriesContext, RawNode, StateRole};
+use raft::{GetEntriesContext, RawNode};
 
 use super::catch_up::CatchUp;
 use super::clock::SessionClock;
-use super::election::{self, Ambition};
+use super::election::Ambition;
 use super::log::GroupLog;
 use super::membership::Barrier;
 use super::messages::promises_no_write;
@@ -25,7 +25,6 @@ use crate::limits;
 use crate::machine::command::{Query, TaggedCommand, encode_entry};
 use crate::machine::entry::tagged_size;
 use crate::machine::{ApplyError, MachineKind};
-use crate::placement::map::MemberRole;
 use crate::refusal::Refusal;
 use crate::storage::StorageError;
 use crate::storage::log::LogWrite;
@@ -286,30 +285,6 @@ impl<T> Group<T> {
         self.raft.report_unreachable(replica.0);
     }
 
-    /// Begins an election now, rather than after a timeout; for a new group's first leader.
-    pub fn campaign(&mut self) -> Result<(), GroupError> {
-        // raft-rs would let who has no vote stand all the same.
-        if !self.recovering() && !self.stays_behind() && !self.state_lost && self.raft.raft.promotable() {
-            self.raft.campaign()?;
-        }
-        Ok(())
-    }
-
-    /// Begins to move leadership to `to`. It succeeds, or lapses after an election timeout. Only a leader
-    /// can: a follower would send the request on, and none is taken from others. Nothing happens if `to` is no
-    /// voter, or leaves the group, or has lost its state: it wouldn't take it.
-    pub fn transfer(&mut self, to: ReplicaId) {
-        if self.leads() && self.may_succeed(to) {
-            self.raft.transfer_leader(to.0);
-        }
-    }
-
-    /// How far this replica is to seek leadership from now on.
-    pub fn set_ambition(&mut self, ambition: Ambition) {
-        self.ambition = ambition;
-        self.draw_timeout();
-    }
-
     /// Stops or resumes applying, because of memory. Committed entries stay in the log meanwhile.
     pub fn pause_apply(&mut self, paused: bool) {
         self.apply_paused = paused;
@@ -495,34 +470,6 @@ impl<T> Group<T> {
         (None, committed)
     }
 
-    /// Notices who leads, and sends away whom it can't serve any more.
-    fn follow_leadership(&mut self, effects: &mut Effects<T>) {
-        let raft = &self.raft.raft;
-        let now = LeaderChange {
-            term: raft.term,
-            leader: (raft.leader_id != 0).then_some(ReplicaId(raft.leader_id)),
-            local: raft.state == StateRole::Leader,
-        };
-        if now != self.leader {
-            if self.leader.local && !now.local {
-                // While older proposals wait, theirs is the time that counts.
-                if self.stepped_down.is_none() || !self.proposals.any_below(self.leader.term) {
-                    self.stepped_down = Some(self.ticks);
-                }
-            }
-            self.leader = now;
-            self.catch_up.reset();
-            effects.leader = Some(now);
-        }
-        let waiting = !self.queued.is_empty() || !self.reads.is_empty();
-        if !now.local && waiting {
-            let refusal = self.not_leader();
-            let queued = self.queued.drain();
-            let reads = self.reads.drain().into_iter().map(|(token, _)| token);
-            self.done.extend(queued.into_iter().chain(reads).map(|token| (token, Err(refusal.clone()))));
-        }
-    }
-
     fn start_fetch(&mut self) -> Option<Fetch> {
         if self.fetching.is_some() {
             return None;
@@ -534,26 +481,9 @@ impl<T> Group<T> {
 
     // ------------------------------------------------------------------------------------ queries
 
-    /// Whether this replica leads its group, as far as it knows.
-    pub fn leads(&self) -> bool {
-        self.raft.raft.state == StateRole::Leader
-    }
-
     /// Still re-applying what was committed before the start; without a state, looking through that.
     pub fn recovering(&self) -> bool {
         self.done_to() < self.recover_to
-    }
-
-    /// So much is committed and not applied that this replica begins no election: as a leader it
-    /// could serve nobody for long, and raft-rs would read all of that at once, looking for
-    /// changes of membership in it.
-    fn backlogged(&self) -> bool {
-        self.raft.store().bytes_behind(self.done_to()) > limits::CAMPAIGN_BACKLOG_BYTES_MAX
-    }
-
-    /// Whether it must not come to lead.
-    fn stays_behind(&self) -> bool {
-        self.ambition == Ambition::None || self.backlogged()
     }
 
     /// The shard's epoch, as applied here.
@@ -601,34 +531,8 @@ impl<T> Group<T> {
         }
     }
 
-    /// The refusal that sends a caller to the leader.
-    pub fn not_leader(&self) -> Refusal {
-        let leader = ReplicaId(self.raft.raft.leader_id);
-        let leader = (leader != self.replica).then(|| self.node_of_any(leader)).flatten();
-        Refusal::NotLeader { shard: self.shard, leader }
-    }
-
     pub(super) fn applied(&self) -> Index {
         self.state.header().applied.index
-    }
-
-    pub(super) fn draw_timeout(&mut self) {
-        // raft-rs draws at random whenever it resets, within a term too; ours is put back after every input.
-        let term = self.raft.raft.term;
-        if self.timeout.0 != term {
-            let voters = self.members().iter().filter(|m| m.role.votes()).map(|m| m.replica);
-            let rank = election::rank(self.replica, voters);
-            self.timeout = (term, election::timeout_ticks(self.shard, term, rank));
-        }
-        // Who stays behind gets one that its ticks don't reach.
-        let late = match self.ambition {
-            _ if self.state_lost => election::LOST_TICKS,
-            Ambition::Usual if !self.stays_behind() && self.role() != Some(MemberRole::Outgoing) => 0,
-            _ => election::LAST_TICKS,
-        };
-        if self.raft.raft.randomized_election_timeout() != self.timeout.1 + late {
-            self.raft.raft.set_randomized_election_timeout(self.timeout.1 + late);
-        }
     }
 }
 

@@ -7,7 +7,6 @@ use raft::{ProgressState, SnapshotStatus};
 use super::driver::Group;
 use super::types::SnapshotWanted;
 use crate::ids::{Index, Position, ReplicaId};
-use crate::placement::map::MemberRole;
 
 impl<T> Group<T> {
     /// Forgets log entries that are in the durable state up to `flushed` and that no follower will be
@@ -23,6 +22,9 @@ impl<T> Group<T> {
             return None;
         }
         let to = Position { index, term: log.term_at(index)? };
+        // What changed the members before that is in the record: see `super::lost`.
+        assert!(self.barrier.as_ref().is_none_or(|barrier| barrier.index() > index), "compacting an unrecorded change");
+        let log = self.raft.mut_store();
         log.compact(to);
         Some(to)
     }
@@ -151,22 +153,5 @@ impl<T> Group<T> {
 
     pub(super) fn matched(&self, follower: ReplicaId) -> Index {
         self.raft.raft.prs().get(follower.0).map_or(0, |progress| progress.matched)
-    }
-
-    /// Whether leadership can be handed to `replica`, were it there.
-    pub(super) fn may_succeed(&self, replica: ReplicaId) -> bool {
-        self.role_of(replica).is_some_and(MemberRole::stays_voter) && !self.lacks_state(replica)
-    }
-
-    /// Voters other than this one that hold everything committed, state included, and stay, best first: whom to
-    /// hand leadership to.
-    pub fn successors(&self) -> Vec<ReplicaId> {
-        let mut others: Vec<_> = (self.raft.raft.prs().iter())
-            .filter(|&(&id, _)| id != self.replica.0 && self.may_succeed(ReplicaId(id)))
-            .filter(|&(&id, _)| self.catch_up.is_active(ReplicaId(id), self.ticks))
-            .map(|(&id, progress)| (std::cmp::Reverse(progress.matched), id))
-            .collect();
-        others.sort_unstable();
-        others.into_iter().map(|(_, id)| ReplicaId(id)).collect()
     }
 }

@@ -7,10 +7,11 @@
 //! *Why it may vote.* A vote promises that it is the only one in its term, and that the candidate has every
 //! entry that this replica has acknowledged. Hard state and log tell both; the state tells neither. Other
 //! replicas wait with their vote until they have applied what was committed before their start, since what
-//! they haven't applied may say who votes. This one takes the members from its record in the catalogue,
-//! which is right as long as no entry changes them. With changes of membership two things have to come: the
-//! record names the members as of the last entry that was compacted away, durably before it goes; and the
-//! entries behind it up to the commit index are looked through for changes before the first vote.
+//! they haven't applied may say who votes. This one takes the members from its record in the catalogue: they are
+//! those of the last change that was compacted away, or of a later one ([`super::membership`]). The entries behind
+//! that up to the commit index it looks through, before it takes part in anything, and those that are committed
+//! later as they come: it carries out the changes of members among them, with the same barrier as any replica,
+//! and nothing else.
 //!
 //! *Why it should.* Mute, it would count as down: a group of three could lose nobody else meanwhile.
 //!
@@ -33,8 +34,6 @@ use raft::eraftpb::{Message, MessageType};
 
 use super::driver::Group;
 use crate::ids::Index;
-use crate::limits;
-use crate::placement::map::MemberRole;
 use crate::refusal::Refusal;
 
 impl<T> Group<T> {
@@ -68,29 +67,6 @@ impl<T> Group<T> {
                 "the replica's state was lost, and no leader is known to fetch it from".into(),
             )
         })
-    }
-
-    /// As a leader without a state: hands leadership to a voter that has one, and the whole log. As one that leaves
-    /// the group: to one that stays. If it doesn't take it, another has its turn when raft has given that up.
-    pub(super) fn give_way(&mut self) {
-        let raft = &self.raft.raft;
-        let leaves = self.role() == Some(MemberRole::Outgoing);
-        if !(self.state_lost || leaves) || !self.leads() || raft.lead_transferee.is_some() {
-            return;
-        }
-        let last = raft.raft_log.last_index();
-        let mut fit = self.successors();
-        if self.state_lost {
-            fit.retain(|heir| self.matched(*heir) == last);
-        } else {
-            // What it lacks it gets on the way.
-            let near = self.followers();
-            fit.retain(|heir| near.iter().any(|follower| follower.replica == *heir && follower.caught_up));
-        }
-        let turn = self.ticks / limits::ELECTION_TICKS_MIN as u64;
-        if let Some(heir) = turn.checked_rem(fit.len() as u64).and_then(|turn| fit.get(turn as usize)) {
-            self.transfer(*heir);
-        }
     }
 }
 

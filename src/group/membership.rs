@@ -43,7 +43,7 @@ use crate::failpoints::failpoint;
 use crate::ids::{Index, NodeId, Position, ReplicaId, Term};
 use crate::limits;
 use crate::machine::ApplyError;
-use crate::placement::map::{Member, MemberRole};
+use crate::placement::map::{Member, MemberRole, is_quorum};
 use crate::refusal::Refusal;
 use crate::storage::log::{LogWrite, RecordedMembership};
 use crate::storage::state::conf_state_of;
@@ -53,6 +53,13 @@ pub(super) struct Barrier {
     record: RecordedMembership,
     /// The write that has it, once that is handed out.
     write: Option<u64>,
+}
+
+impl Barrier {
+    /// Of the change.
+    pub(super) fn index(&self) -> Index {
+        self.record.index
+    }
 }
 
 impl<T> Group<T> {
@@ -127,21 +134,15 @@ impl<T> Group<T> {
         let is_active = |member: &Member| {
             member.replica == self.replica || followers.get(&member.replica).is_some_and(|f| f.active)
         };
-        for (counts, which) in [
-            (MemberRole::was_voter as fn(MemberRole) -> bool, "present"),
-            (MemberRole::stays_voter, "resulting"),
-        ] {
-            let (active, silent): (Vec<&Member>, Vec<&Member>) =
-                members.iter().filter(|m| counts(m.role)).partition(|m| is_active(m));
-            if active.len() <= silent.len() {
-                let silent: Vec<_> = silent.iter().map(|m| m.replica.to_string()).collect();
-                return Err(unavailable(format!(
-                    "too many of the {which} voters do not answer: replica {}",
-                    silent.join(", ")
-                )));
-            }
+        if is_quorum(members, is_active) {
+            return Ok(());
         }
-        Ok(())
+        let silent = members.iter().filter(|m| m.role.votes() && !is_active(m));
+        let silent: Vec<_> = silent.map(|m| m.replica.to_string()).collect();
+        Err(unavailable(format!(
+            "the voters before the change or those after it could not decide: no answer of replica {}",
+            silent.join(", ")
+        )))
     }
 
     /// Puts the change to `members` into the log.
@@ -196,7 +197,7 @@ impl<T> Group<T> {
         if self.barrier.as_ref().is_none_or(|barrier| barrier.record.index != index) {
             failpoint!(ChangeCommitted, self.replica);
             let mut epoch = self.epoch();
-            epoch.conf = entry.conf + 1;
+            epoch.conf = entry.conf.saturating_add(1);
             let record = RecordedMembership { index, epoch, members: entry.members.clone() };
             self.barrier = Some(Barrier { record, write: None });
         }
@@ -282,7 +283,7 @@ impl<T> Group<T> {
             return Err(format!("raft has come to {found:?}, not to {expected:?}"));
         }
         let mut epoch = self.epoch();
-        epoch.conf = change.conf + 1;
+        epoch.conf = change.conf.saturating_add(1);
         tracing::info!(shard = %self.shard, replica = %self.replica, conf = epoch.conf, members = ?change.members, "the members have changed");
         self.state.set_membership(epoch, change.members);
         let is_member = |replica: ReplicaId| self.state.header().members.iter().any(|m| m.replica == replica);
@@ -293,20 +294,6 @@ impl<T> Group<T> {
         self.timeout.0 = Term::MAX;
         self.draw_timeout();
         Ok(())
-    }
-
-    /// A leader that isn't counted any more stops at once: raft-rs would go on, and panic when it counts what
-    /// is on its own disk. It hastens the election of the next.
-    fn step_down_if_removed(&mut self) {
-        if !self.leads() || self.role().is_some_and(MemberRole::votes) {
-            return;
-        }
-        let last = self.raft.raft.raft_log.last_index();
-        if let Some(heir) = self.successors().into_iter().find(|heir| self.matched(*heir) == last) {
-            self.raft.raft.send_timeout_now(heir.0);
-        }
-        let term = self.raft.raft.term;
-        self.raft.raft.become_follower(term, raft::INVALID_ID);
     }
 
     // ------------------------------------------------------------------------------------ queries
@@ -414,16 +401,19 @@ fn next_members(members: &[Member], change: &MembershipChange) -> Result<Vec<Mem
             if promote.is_empty() && remove.is_empty() {
                 return Err("a joint change of nothing".into());
             }
-            for (replicas, from, to) in [
-                (promote, MemberRole::Learner, MemberRole::Incoming),
-                (remove, MemberRole::Voter, MemberRole::Outgoing),
+            for (replicas, from, to, rule) in [
+                (promote, MemberRole::Learner, MemberRole::Incoming, "only a learner becomes a voter"),
+                (remove, MemberRole::Voter, MemberRole::Outgoing, "only a voter goes with a joint change"),
             ] {
                 for replica in replicas {
                     let place = after.iter_mut().find(|m| m.replica == *replica && m.role == from);
                     let Some(member) = place else {
-                        let is =
-                            role_of(*replica).map_or("is no member".into(), |role| format!("is {role:?}"));
-                        return Err(format!("replica {replica} {is}, not {from:?}"));
+                        let is = match role_of(*replica) {
+                            None => "no member",
+                            Some(MemberRole::Learner) => "a learner",
+                            Some(_) => "a voter",
+                        };
+                        return Err(format!("replica {replica} is {is}; {rule}"));
                     };
                     member.role = to;
                 }

@@ -84,7 +84,7 @@ impl<T> Group<T> {
         }
     }
 
-    fn is_only_voter(&self) -> bool {
+    pub(super) fn is_only_voter(&self) -> bool {
         let raft = &self.raft.raft;
         let voters = raft.prs().conf().voters().ids();
         let mut voters = voters.iter();

@@ -38,6 +38,7 @@ pub mod clock;
 pub mod driver;
 pub mod election;
 mod followers;
+mod leadership;
 pub mod log;
 pub mod lost;
 pub mod membership;

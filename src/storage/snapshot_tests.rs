@@ -425,7 +425,7 @@ fn record() -> ReplicaRecord {
         phase: ReplicaPhase::Active,
         range: RingRange::ALL,
         epoch: Epoch::default(),
-        members: Vec::new(),
+        members: vec![Member { replica: RECEIVER, node: NodeId(1), role: MemberRole::Voter }],
         members_at: 0,
         generation: 0,
     }

@@ -10,6 +10,7 @@ use crate::ids::ReplicaId;
 use crate::limits;
 use crate::machine::command::{Command, KvCommand};
 use crate::node::messages::DiskNews;
+use crate::placement::map::is_quorum;
 use crate::refusal::Refusal;
 
 impl ReplicaActor {
@@ -29,10 +30,11 @@ impl ReplicaActor {
         if !disk.any_other_full() {
             return None;
         }
-        let voters = self.group.state().header().members.iter().filter(|m| m.role.votes());
+        let members = self.group.members();
+        let voters = members.iter().filter(|m| m.role.votes());
         let (all, full) =
             voters.fold((0, 0), |(all, full), m| (all + 1, full + usize::from(disk.is_full_on(m.node))));
-        (all - full < all / 2 + 1).then(|| {
+        (!is_quorum(members, |m| !disk.is_full_on(m.node))).then(|| {
             Refusal::DiskFull(
                 format!("{full} of the {all} nodes of the shard are below their reserve").into(),
             )
