@@ -47,6 +47,7 @@ fn record(replica: u64) -> ReplicaRecord {
         epoch: Epoch { range: 1, conf: 2 },
         members: vec![Member { replica: ReplicaId(replica), node: NodeId(1), role: MemberRole::Voter }],
         members_at: 0,
+        ordered_at: 0,
         generation: 1,
     }
 }

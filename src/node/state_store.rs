@@ -126,6 +126,7 @@ mod tests {
             epoch: Epoch { range: 1, conf: 1 },
             members: vec![Member { replica: REPLICA, node: NodeId(1), role: MemberRole::Voter }],
             members_at: 0,
+            ordered_at: 0,
             generation: 1,
         }
     }
