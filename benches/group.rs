@@ -60,6 +60,7 @@ impl Replica {
             range: RingRange::ALL,
             epoch,
             members: members.to_vec(),
+            members_at: 0,
             generation: GENERATION,
         };
         log.create(&[record]).unwrap();

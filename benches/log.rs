@@ -36,6 +36,8 @@ fn open(dir: &tempfile::TempDir) -> DiskLog {
             range: RingRange::ALL,
             epoch: Epoch::default(),
             members: Vec::new(),
+            members_at: 0,
+            ordered_at: 0,
             generation: 1,
         })
         .collect();
@@ -82,6 +84,7 @@ fn beside_the_engine(_: &mut Criterion) {
                 replica: ReplicaId(1),
                 entries: (first..first + entries).map(entry).collect(),
                 hard_state: Some(hard_state.clone()),
+                membership: None,
             };
             let mut batch = LogBatch::with_capacity(2);
             let begun = Instant::now();
@@ -133,6 +136,7 @@ fn append(log: &DiskLog, extents: &mut [[Index; GROUPS as usize]; 2], entries: u
             replica: ReplicaId(group + 1),
             entries: (first..first + count).map(entry).collect(),
             hard_state: Some(HardState { term: 6, commit: first - 1, ..Default::default() }),
+            membership: None,
         });
     }
     log.write(black_box(&writes)).unwrap();

@@ -31,9 +31,18 @@ struct ReplicaRecord {
   phase @4 :ReplicaPhase;    # whether it still exists
   start @5 :UInt64;          # first position of its ring range, inclusive
   end @6 :UInt64;            # last position, inclusive
-  epoch @7 :Types.Epoch;     # at creation
-  members @8 :List(Types.MemberRecord);   # at creation
+  epoch @7 :Types.Epoch;     # as of `membersAt`; 0: at creation
+  members @8 :List(Types.MemberRecord);   # likewise; empty: a newcomer, which needs a snapshot first
   generation @9 :UInt32;     # install generation of its state keys
+  membersAt @10 :UInt64;     # the log entry that brought them about, or the last one in the snapshot they are from
+  orderedAt @11 :UInt64;     # `changedAt` of the shard's record that ordered it: only a later one can end it
+}
+
+struct MembershipEntry {
+  # The context of a log entry that changes a group's members. What is in its data is for raft's own
+  # checks when it is proposed; nobody reads that again.
+  conf @0 :UInt64;           # the conf version that it follows on; it makes it greater by one
+  members @1 :List(Types.MemberRecord);   # all members after it
 }
 
 struct StateHeader {

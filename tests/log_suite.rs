@@ -9,12 +9,15 @@ mod full;
 mod lossy_fs;
 #[path = "log_suite/lost_state.rs"]
 mod lost_state;
+#[path = "log_suite/membership.rs"]
+mod membership;
 #[path = "log_suite/power.rs"]
 mod power;
 
 use std::sync::Arc;
 
 use lost_state::*;
+use membership::*;
 use pontoon::ids::{
     DatabaseId, Epoch, GROUP_START, Index, NodeId, Position, ReplicaId, ShardId, StoreId, Term,
 };
@@ -43,6 +46,8 @@ fn record(replica: u64) -> ReplicaRecord {
         range: RingRange { start: 0, end: 9 },
         epoch: Epoch { range: 1, conf: 2 },
         members: vec![Member { replica: ReplicaId(replica), node: NodeId(1), role: MemberRole::Voter }],
+        members_at: 0,
+        ordered_at: 0,
         generation: 1,
     }
 }
@@ -56,6 +61,7 @@ fn write(replica: u64, indexes: std::ops::RangeInclusive<Index>, term: Term) -> 
         replica: ReplicaId(replica),
         entries: indexes.map(|index| entry(index, term, 20)).collect(),
         hard_state: None,
+        membership: None,
     }
 }
 
@@ -154,6 +160,9 @@ suite!(
     a_replica_that_lost_its_state_takes_what_lies_beyond_its_log,
     a_snapshot_that_contradicts_the_log_is_refused,
     a_log_kept_beyond_a_snapshot_survives_purges,
+    the_last_recorded_members_count,
+    members_need_a_commit_index_that_covers_them,
+    a_newcomer_begins_at_nothing,
 );
 
 fn a_new_replica_begins_at_group_start(mut subject: impl Subject) {
@@ -165,6 +174,7 @@ fn a_new_replica_begins_at_group_start(mut subject: impl Subject) {
             truncated: GROUP_START,
             last: GROUP_START.index,
             terms: vec![],
+            membership: record(1).membership(),
         };
         assert_eq!(found, expected);
         subject.reopen();
@@ -377,7 +387,7 @@ fn entries_are_bounded_in_bytes(subject: impl Subject) {
     subject.log().create(&[record(1)]).unwrap();
     let entries: Vec<Entry> = (6..16).map(|index| entry(index, 6, 1000)).collect();
     let size = protobuf::Message::compute_size(&entries[0]) as usize;
-    let written = LogWrite { replica: ReplicaId(1), entries, hard_state: None };
+    let written = LogWrite { replica: ReplicaId(1), entries, hard_state: None, membership: None };
     let log = subject.log();
     log.write(&[written]).unwrap();
     for (max, count) in [(0, 1), (size, 1), (2 * size - 1, 1), (2 * size, 2), (usize::MAX, 10)] {
@@ -418,6 +428,7 @@ fn purging_loses_nothing(mut subject: impl Subject) {
             replica: ReplicaId(2),
             entries: (next..next + 20).map(|index| entry(index, 6, 1000)).collect(),
             hard_state: Some(hard_state(6, 2, next)),
+            membership: None,
         };
         next += 20;
         let log = subject.log();
@@ -457,16 +468,16 @@ fn an_installed_snapshot_begins_the_log_anew(mut subject: impl Subject) {
     subject.log().install(ReplicaId(1), &install(2, 20, 8, 9)).unwrap();
     for _ in 0..2 {
         let log = subject.log();
+        let Install { generation, epoch, members, .. } = install(2, 20, 8, 9);
+        let installed = ReplicaRecord { generation, epoch, members, members_at: 20, ..record(1) };
         let expected = LogState {
             hard_state: hard_state(9, 0, 20),
             truncated: Position { index: 20, term: 8 },
             last: 20,
             terms: vec![],
+            membership: installed.membership(),
         };
         assert_eq!(log.load(ReplicaId(1)).unwrap(), expected);
-        let install = install(2, 20, 8, 9);
-        let installed =
-            ReplicaRecord { generation: 2, epoch: install.epoch, members: install.members, ..record(1) };
         assert_eq!(log.catalogue().unwrap(), [installed, record(2)]);
         let found = log.entries(ReplicaId(1), 8, 10, usize::MAX);
         assert!(matches!(found, Err(StorageError::Compacted(20))), "{found:?}");
@@ -538,6 +549,7 @@ fn what_an_installation_drops_never_comes_back(mut subject: impl Subject) {
             replica: ReplicaId(2),
             entries: (next..next + 20).map(|index| entry(index, 6, 1000)).collect(),
             hard_state: Some(hard_state(6, 2, next)),
+            membership: None,
         };
         next += 20;
         let log = subject.log();

@@ -19,7 +19,7 @@ use raft::eraftpb::{Entry, EntryType, Message, MessageType, Snapshot};
 
 use super::records::malformed;
 use super::{CodecError, GroupMessage};
-use crate::ids::{Epoch, ShardId};
+use crate::ids::{Epoch, NodeId, ShardId};
 use crate::limits::{FRAME_ENTRIES_MAX, MESSAGE_ENTRIES_MAX, SNAPSHOT_MEMBERS_MAX};
 use crate::schema::peer_capnp::{raft_message, snapshot_header};
 
@@ -300,6 +300,7 @@ pub(super) fn read_message(
         epoch: Epoch { range: epoch.get_range(), conf: epoch.get_conf() },
         safe_index: from.get_safe_index(),
         message: m,
+        node: NodeId::default(),
     };
     check(&message)?;
     Ok(message)

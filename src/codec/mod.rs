@@ -1,24 +1,27 @@
 //! Between the program's types and their Cap'n Proto forms.
 //!
 //! - [`records`]: nodes, databases, shards, map deltas (wire and disk).
-//! - [`meta`]: commands and replies of the metadata shard.
+//! - [`meta`]: commands and replies of the metadata shard. - [`membership`]: entries that change a group's members.
 //! - [`peer`]: frames of the peer port. - [`messages`]: the raft messages in them, and their rules.
 //! - [`snapshot`]: what goes over the lane of snapshots.
+//! - [`survey`]: what nodes report to the reconciler, and what it orders.
 //! - [`hello`]: the first frame each way on a peer connection.
 //! - [`refusal`]: [`crate::refusal::Refusal`] and `Error`. - [`varint`]: numbers in few bytes.
 
 pub mod hello;
+pub mod membership;
 pub mod messages;
 pub mod meta;
 pub mod peer;
 pub mod records;
 pub mod refusal;
 pub mod snapshot;
+pub mod survey;
 pub mod varint;
 
 use raft::eraftpb::Message;
 
-use crate::ids::{Epoch, Index, ShardId};
+use crate::ids::{Epoch, Index, NodeId, ShardId};
 
 /// A raft message with its address.
 #[derive(Clone, PartialEq, Debug)]
@@ -31,6 +34,9 @@ pub struct GroupMessage {
     pub safe_index: Index,
     /// The message of raft-rs, with ReplicaIds in `to` and `from`.
     pub message: Message,
+    /// The node that it came from: where an answer goes to a replica that isn't a member yet, as far as its
+    /// receiver knows. Not part of what is sent: who receives it knows whom the connection is to. 0: unknown.
+    pub node: NodeId,
 }
 
 /// Bytes from disk or network that don't have the form they should.

@@ -69,6 +69,11 @@ points! {
     ApplyBefore = "replica/apply.before", "before a committed entry is applied", true;
     ApplyMiddle = "replica/apply.middle", "the entry's commands are carried out, its position isn't set", false;
     ApplyAfter = "replica/apply.after", "after that, nobody has been answered", false;
+    ChangeProposed = "replica/change.proposed", "a change of members is in the leader's log, nothing of it has left", false;
+    ChangeCommitted = "replica/change.committed", "a change of members is committed, its record isn't written", false;
+    ChangeRecorded = "replica/change.recorded", "the record is durable, the change isn't in force", false;
+    ChangeApplied = "replica/change.applied", "the change is in force, nobody was told", false;
+    ChangeLeaves = "replica/change.leaves", "the end of a joint change is in the leader's log, nothing of it has left", false;
     Answer = "replica/answer", "before the answers of a pass are given", true;
     FreezeBefore = "replica/freeze.before", "before a memtable is frozen", false;
     FreezeMiddle = "replica/freeze.middle", "the memtable is frozen, the flush thread doesn't have it", false;
@@ -83,6 +88,8 @@ points! {
     LogSyncAfter = "log/sync.after", "the batch is durable, nobody was told", false;
     LogCreateBefore = "log/create.before", "before new replicas are recorded", false;
     LogCreateAfter = "log/create.after", "they are recorded, nobody was told", false;
+    LogRemoveBefore = "log/remove.before", "a replica is to go, its tombstone isn't written", false;
+    LogRemoveAfter = "log/remove.after", "the tombstone is durable, its state is still there", false;
     LogCompactBefore = "log/compact.before", "before the log is compacted", false;
     LogCompactAfter = "log/compact.after", "after that", false;
     LogInstallBefore = "log/install.before", "a snapshot is loaded, the record that switches to it isn't written", false;
@@ -101,8 +108,17 @@ points! {
     SnapshotReceive = "receive/snapshot", "before a chunk is added to what was received", true;
     ReadEngine = "read/engine", "before queries are answered from the engine", false;
     InstallBefore = "supervisor/install.before", "a snapshot is loaded, the replica still runs", false;
+    RecoverBefore = "supervisor/recover.before", "a replica that is to go on alone runs still", false;
+    RecoverReopen = "supervisor/recover.reopen", "that it goes on alone is durable, it isn't opened", false;
     InstallReopen = "supervisor/install.reopen", "the record is durable, the replica isn't opened", false;
     Rebuild = "supervisor/rebuild", "a crashed replica is fenced, nothing of it was read", false;
+    NewcomerCreated = "supervisor/newcomer.created", "a replica that a move brings is recorded, and not opened", false;
+    OrderReceived = "order/received", "an order of the reconciler is here, nothing was done", false;
+    OrderCarriedOut = "order/carried-out", "what was ordered is done, nobody was told", false;
+    ReconcileMetaBefore = "reconciler/meta.before", "before a command of the reconciler goes to the metadata shard", false;
+    ReconcileMetaAfter = "reconciler/meta.after", "after that", false;
+    ReconcileOrderBefore = "reconciler/order.before", "before an order of the reconciler leaves", false;
+    ReconcileOrderAfter = "reconciler/order.after", "after its end is known", false;
 }
 
 /// Whether what is done at the point of this name can fail: there, and nowhere else, `error` makes sense.

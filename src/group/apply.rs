@@ -19,7 +19,7 @@ use crate::telemetry::metrics as names;
 impl<T> Group<T> {
     /// Applies committed entries: those just handed out if nothing waits, else from the log.
     pub(super) fn apply(&mut self, committed: Vec<Entry>) -> Result<(), GroupError> {
-        let caught_up = self.handed == self.applied();
+        let caught_up = self.handed == self.done_to();
         if let Some(last) = committed.last() {
             assert!(committed[0].index == self.handed + 1, "raft hands out committed entries in order");
             self.handed = last.index;
@@ -28,16 +28,12 @@ impl<T> Group<T> {
             // Entries go on arriving for as long as the others are a quorum without this replica. Those
             // that raft has handed out are read from the log again when applying resumes.
             self.raft.mut_store().trim_cache(self.handed);
-            if self.state_lost {
-                // For good: raft needn't look at them again, as it does before an election.
-                self.raft.advance_apply_to(self.handed);
-            }
             return Ok(());
         }
         let entries = if caught_up {
             committed
         } else {
-            let (low, high) = (self.applied() + 1, self.handed + 1);
+            let (low, high) = (self.done_to() + 1, self.handed + 1);
             self.raft.store().read(low, high, limits::APPLY_PASS_BYTES as usize)?
         };
         // A read that memory can't answer waits for the state engine, which this thread can't afford to
@@ -45,14 +41,29 @@ impl<T> Group<T> {
         let reads_before = self.state.engine_reads();
         let (mut count, mut last) = (0, None);
         for entry in entries {
+            let index = entry.index;
+            let is_change = entry.get_entry_type() == EntryType::EntryConfChangeV2;
+            if is_change && !self.apply_change(&entry)? {
+                break;
+            }
             count += 1;
-            last = Some(entry.index);
+            last = Some(index);
+            if is_change {
+                // raft has to know that it is applied before the next can be proposed.
+                break;
+            }
+            if self.state_lost {
+                continue;
+            }
             self.apply_entry(entry)?;
             if self.state.engine_reads() - reads_before >= limits::APPLY_PASS_READS {
                 break;
             }
         }
         let Some(last) = last else { return Ok(()) };
+        if self.state_lost {
+            self.looked_to = last;
+        }
         self.raft.advance_apply_to(last);
         self.raft.mut_store().trim_cache(last);
         metrics::counter!(names::APPLY_ENTRIES).increment(count);
@@ -71,7 +82,7 @@ impl<T> Group<T> {
             return Err(crate::storage::StorageError::Engine { engine: "state", reason: why }.into());
         });
         if entry.get_entry_type() != EntryType::EntryNormal {
-            // Never skipped: the group would go on under a configuration that others have left.
+            // Never skipped: nobody of this version has made it.
             return Err(ApplyError::Format(FormatError::Unknown {
                 what: "entry type",
                 value: entry.get_entry_type() as u64,

@@ -108,6 +108,9 @@ pub struct CatchUp {
     retention: Retention,
     /// The tick at which each was last known to answer.
     seen: BTreeMap<ReplicaId, u64>,
+    /// The tick at which each has last answered. raft's own note of that is good for less: it is made when a
+    /// member is added, and unmade whenever the quorum is checked.
+    answered: BTreeMap<ReplicaId, u64>,
     transfers: BTreeMap<ReplicaId, Transfer>,
     /// Who said last that its state is lost.
     requests: BTreeMap<ReplicaId, Request>,
@@ -121,6 +124,7 @@ impl CatchUp {
         CatchUp {
             retention,
             seen: BTreeMap::new(),
+            answered: BTreeMap::new(),
             transfers: BTreeMap::new(),
             requests: BTreeMap::new(),
             pressed_until: 0,
@@ -131,8 +135,28 @@ impl CatchUp {
     /// under way is not for this replica to follow up any more.
     pub fn reset(&mut self) {
         self.seen.clear();
+        self.answered.clear();
         self.transfers.clear();
         self.requests.clear();
+    }
+
+    /// The members have changed: those who are none any more are forgotten.
+    pub fn retain(&mut self, is_member: impl Fn(ReplicaId) -> bool) {
+        self.seen.retain(|replica, _| is_member(*replica));
+        self.answered.retain(|replica, _| is_member(*replica));
+        self.transfers.retain(|replica, _| is_member(*replica));
+        self.requests.retain(|replica, _| is_member(*replica));
+    }
+
+    /// A follower has answered in this term.
+    pub fn answers(&mut self, replica: ReplicaId, now: u64) {
+        self.answered.insert(replica, now);
+    }
+
+    /// Whether a follower has answered within an election timeout.
+    pub fn is_active(&self, replica: ReplicaId, now: u64) -> bool {
+        let answered = self.answered.get(&replica);
+        answered.is_some_and(|at| now.saturating_sub(*at) <= limits::ELECTION_TICKS_MIN as u64)
     }
 
     /// The node's log is too large.

@@ -1,20 +1,23 @@
 //! [`Group`]: inputs in, effects out. One function, [`Group::pump`], owns the order in which a
 //! raft-rs `Ready` is handled; the comments there say what would break otherwise.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use raft::eraftpb::{Entry, Message, MessageType};
-use raft::{GetEntriesContext, RawNode, StateRole};
+use raft::{GetEntriesContext, RawNode};
 
 use super::catch_up::CatchUp;
 use super::clock::SessionClock;
-use super::election::{self, Ambition};
+use super::election::Ambition;
 use super::log::GroupLog;
+use super::membership::Barrier;
 use super::messages::promises_no_write;
 use super::proposals::Proposals;
 use super::queue::Queue;
 use super::reads::Reads;
-use super::types::{Effects, Fetch, GroupStatus, LeaderChange, NumberedWrite, Operation, Output};
+use super::types::{
+    Effects, Fetch, GroupStatus, LeaderChange, MembershipChange, NumberedWrite, Operation, Output,
+};
 use crate::codec::GroupMessage;
 use crate::failpoints::failpoint;
 use crate::ids::{Epoch, Incarnation, Index, NodeId, Position, ReplicaId, ShardId, Term};
@@ -49,14 +52,14 @@ pub enum GroupError {
 /// A write that the log writer has not acknowledged, and what waits for it.
 pub(super) struct Unpersisted {
     /// The ready it is of, or the last one without a write that came after it.
-    ready: u64,
-    write: u64,
+    pub(super) ready: u64,
+    pub(super) write: u64,
     /// The first and the last entry of the write.
-    entries: Option<(Index, Position)>,
+    pub(super) entries: Option<(Index, Position)>,
     /// The term in the write.
-    term: Term,
+    pub(super) term: Term,
     /// What may leave after that: a vote or an acknowledgement promises what is on disk.
-    messages: Vec<Message>,
+    pub(super) messages: Vec<Message>,
 }
 
 /// One replica of a shard. `T` is the caller's token for an operation: handed in by
@@ -70,6 +73,8 @@ pub struct Group<T> {
     pub(super) state: ReplicaState,
     /// Commands not yet proposed.
     pub(super) queued: Queue<T, TaggedCommand>,
+    /// Changes of members not yet proposed, with the conf version that each was asked for.
+    pub(super) changes: Vec<(T, u64, MembershipChange)>,
     pub(super) proposals: Proposals<T>,
     pub(super) reads: Reads<(T, Query)>,
     pub(super) unpersisted: VecDeque<Unpersisted>,
@@ -81,6 +86,14 @@ pub struct Group<T> {
     pub(super) recover_to: Index,
     /// The last committed entry that raft has handed out.
     pub(super) handed: Index,
+    /// Without a state: the last committed entry that was looked at for a change of members.
+    pub(super) looked_to: Index,
+    /// The last change of members that the replica's record names, durably.
+    pub(super) recorded: Index,
+    /// The change behind it, while it waits for that.
+    pub(super) barrier: Option<Barrier>,
+    /// Where replicas are that have written and aren't members here.
+    pub(super) strangers: BTreeMap<ReplicaId, NodeId>,
     /// The entry that is being applied; after a panic or an error, the one at fault.
     pub(super) applying: Option<Index>,
     pub(super) apply_paused: bool,
@@ -153,7 +166,7 @@ impl<T> Group<T> {
     /// A message from another replica of the group. One that isn't for this replica, or that would
     /// contradict what is committed here, is dropped.
     pub fn step(&mut self, message: GroupMessage) -> Result<(), GroupError> {
-        let safe_index = message.safe_index;
+        let (safe_index, node) = (message.safe_index, message.node);
         let message = message.message;
         if message.to != self.replica.0 || self.recovering() {
             return Ok(());
@@ -170,8 +183,9 @@ impl<T> Group<T> {
         {
             self.safe_index = self.safe_index.max(safe_index);
         }
-        self.hear_request(&message);
+        self.hear_answer(&message);
         let from = message.from;
+        self.remember_stranger(ReplicaId(from), node);
         match self.raft.step(message) {
             // From a replica that isn't a member (any more), or with nothing to do about it.
             Ok(())
@@ -197,9 +211,7 @@ impl<T> Group<T> {
                 self.queued.push(token, command, bytes);
             }
             Operation::Query(query) => self.reads.push((token, query)),
-            Operation::Change { .. } => {
-                self.done.push((token, Err(Refusal::Refused("not yet".into()))));
-            }
+            Operation::Change { conf, change } => self.changes.push((token, conf, change)),
         }
     }
 
@@ -211,7 +223,9 @@ impl<T> Group<T> {
             Some(refusal)
         } else if !self.leads() {
             Some(self.not_leader())
-        } else if self.queued.len() + self.proposals.len() + self.reads.len() >= limits::REPLICA_PENDING_MAX {
+        } else if self.queued.len() + self.changes.len() + self.proposals.len() + self.reads.len()
+            >= limits::REPLICA_PENDING_MAX
+        {
             Some(busy("operations of the shard"))
         } else if self.queued.bytes() >= limits::UNCOMMITTED_BYTES_MAX {
             Some(busy("bytes of the shard's commands"))
@@ -226,6 +240,7 @@ impl<T> Group<T> {
     /// them, and they would only keep those waiting who are still there.
     pub fn discard(&mut self, gone: impl Fn(&T) -> bool) {
         let mut dead = self.queued.discard(&gone);
+        dead.extend(self.changes.extract_if(.., |(token, ..)| gone(token)).map(|(token, ..)| token));
         dead.extend(self.reads.discard(|(token, _)| gone(token)).into_iter().map(|(token, _)| token));
         self.done.extend(dead.into_iter().map(|token| (token, Err(Refusal::Deadline))));
     }
@@ -252,6 +267,7 @@ impl<T> Group<T> {
             self.durable_term = unpersisted.term;
             self.messages.extend(unpersisted.messages);
         }
+        self.pass_barrier(number);
     }
 
     /// The entries that a [`Fetch`] asked for.
@@ -269,29 +285,6 @@ impl<T> Group<T> {
         self.raft.report_unreachable(replica.0);
     }
 
-    /// Begins an election now, rather than after a timeout; for a new group's first leader.
-    pub fn campaign(&mut self) -> Result<(), GroupError> {
-        if !self.recovering() && !self.stays_behind() && !self.state_lost {
-            self.raft.campaign()?;
-        }
-        Ok(())
-    }
-
-    /// Begins to move leadership to `to`. It succeeds, or lapses after an election timeout. Only a leader
-    /// can: a follower would send the request on, and none is taken from others. Nothing happens if `to` has
-    /// lost its state: it wouldn't take it.
-    pub fn transfer(&mut self, to: ReplicaId) {
-        if self.leads() && !self.lacks_state(to) {
-            self.raft.transfer_leader(to.0);
-        }
-    }
-
-    /// How far this replica is to seek leadership from now on.
-    pub fn set_ambition(&mut self, ambition: Ambition) {
-        self.ambition = ambition;
-        self.draw_timeout();
-    }
-
     /// Stops or resumes applying, because of memory. Committed entries stay in the log meanwhile.
     pub fn pause_apply(&mut self, paused: bool) {
         self.apply_paused = paused;
@@ -303,6 +296,8 @@ impl<T> Group<T> {
         done.extend(
             self.queued.drain().into_iter().map(|token| (token, Err(Refusal::Unavailable(reason.into())))),
         );
+        let changes = self.changes.drain(..);
+        done.extend(changes.map(|(token, ..)| (token, Err(Refusal::Unavailable(reason.into())))));
         done.extend(
             self.reads
                 .drain()
@@ -318,16 +313,19 @@ impl<T> Group<T> {
     /// Whether a pump would find nothing to do; so it is after most ticks of a group at rest.
     pub fn at_rest(&self) -> bool {
         self.queued.is_empty()
+            && self.changes.is_empty()
             && self.done.is_empty()
             && self.messages.is_empty()
             && self.reads.is_empty()
-            && (self.holds_apply() || self.handed == self.applied())
+            && (self.holds_apply() || self.handed == self.done_to())
+            && !self.may_leave_joint()
             && !self.raft.has_ready()
     }
 
     /// Does what the inputs since the last call ask for, within bounds.
     pub fn pump(&mut self) -> Result<Effects<T>, GroupError> {
         self.propose_queued();
+        self.propose_changes();
         self.start_read_round();
         let mut effects = Effects {
             messages: Vec::new(),
@@ -344,6 +342,8 @@ impl<T> Group<T> {
             (effects.write, committed) = self.take_ready();
         }
         self.apply(committed)?;
+        self.write_barrier(&mut effects);
+        self.leave_joint();
         if let Some(error) = self.raft.mut_store().take_failure() {
             return Err(error.into());
         }
@@ -356,7 +356,7 @@ impl<T> Group<T> {
         effects.snapshot = self.want_snapshot();
         self.route_messages(&mut effects);
         effects.done = std::mem::take(&mut self.done);
-        effects.more = self.raft.has_ready() || (!self.holds_apply() && self.handed > self.applied());
+        effects.more = self.raft.has_ready() || (!self.holds_apply() && self.handed > self.done_to());
         Ok(effects)
     }
 
@@ -452,7 +452,8 @@ impl<T> Group<T> {
                 term: hard_state.term,
                 messages,
             });
-            let write = LogWrite { replica: self.replica, entries, hard_state: Some(hard_state) };
+            let write =
+                LogWrite { replica: self.replica, entries, hard_state: Some(hard_state), membership: None };
             return (Some(NumberedWrite { number: self.writes, write }), committed);
         }
         match self.unpersisted.back_mut() {
@@ -469,34 +470,6 @@ impl<T> Group<T> {
         (None, committed)
     }
 
-    /// Notices who leads, and sends away whom it can't serve any more.
-    fn follow_leadership(&mut self, effects: &mut Effects<T>) {
-        let raft = &self.raft.raft;
-        let now = LeaderChange {
-            term: raft.term,
-            leader: (raft.leader_id != 0).then_some(ReplicaId(raft.leader_id)),
-            local: raft.state == StateRole::Leader,
-        };
-        if now != self.leader {
-            if self.leader.local && !now.local {
-                // While older proposals wait, theirs is the time that counts.
-                if self.stepped_down.is_none() || !self.proposals.any_below(self.leader.term) {
-                    self.stepped_down = Some(self.ticks);
-                }
-            }
-            self.leader = now;
-            self.catch_up.reset();
-            effects.leader = Some(now);
-        }
-        let waiting = !self.queued.is_empty() || !self.reads.is_empty();
-        if !now.local && waiting {
-            let refusal = self.not_leader();
-            let queued = self.queued.drain();
-            let reads = self.reads.drain().into_iter().map(|(token, _)| token);
-            self.done.extend(queued.into_iter().chain(reads).map(|token| (token, Err(refusal.clone()))));
-        }
-    }
-
     fn start_fetch(&mut self) -> Option<Fetch> {
         if self.fetching.is_some() {
             return None;
@@ -508,26 +481,9 @@ impl<T> Group<T> {
 
     // ------------------------------------------------------------------------------------ queries
 
-    /// Whether this replica leads its group, as far as it knows.
-    pub fn leads(&self) -> bool {
-        self.raft.raft.state == StateRole::Leader
-    }
-
-    /// Still re-applying what was committed before the start.
+    /// Still re-applying what was committed before the start; without a state, looking through that.
     pub fn recovering(&self) -> bool {
-        self.applied() < self.recover_to
-    }
-
-    /// So much is committed and not applied that this replica begins no election: as a leader it
-    /// could serve nobody for long, and raft-rs would read all of that at once, looking for
-    /// changes of membership in it.
-    fn backlogged(&self) -> bool {
-        self.raft.store().bytes_behind(self.done_to()) > limits::CAMPAIGN_BACKLOG_BYTES_MAX
-    }
-
-    /// Whether it must not come to lead.
-    fn stays_behind(&self) -> bool {
-        self.ambition == Ambition::None || self.backlogged()
+        self.done_to() < self.recover_to
     }
 
     /// The shard's epoch, as applied here.
@@ -571,41 +527,16 @@ impl<T> Group<T> {
             incarnation: self.incarnation,
             epoch: self.epoch(),
             members: self.state.header().members.clone(),
-            followers: Vec::new(),
+            followers: self.followers(),
         }
-    }
-
-    /// The refusal that sends a caller to the leader.
-    pub fn not_leader(&self) -> Refusal {
-        let leader = ReplicaId(self.raft.raft.leader_id);
-        let leader = (leader != self.replica).then(|| self.node_of(leader)).flatten();
-        Refusal::NotLeader { shard: self.shard, leader }
     }
 
     pub(super) fn applied(&self) -> Index {
         self.state.header().applied.index
     }
-
-    pub(super) fn draw_timeout(&mut self) {
-        // raft-rs draws at random whenever it resets, within a term too; ours is put back after every input.
-        let term = self.raft.raft.term;
-        if self.timeout.0 != term {
-            let rank = election::rank(self.replica, self.state.header().members.iter().map(|m| m.replica));
-            self.timeout = (term, election::timeout_ticks(self.shard, term, rank));
-        }
-        // Who stays behind gets one that its ticks don't reach.
-        let late = match self.ambition {
-            _ if self.state_lost => election::LOST_TICKS,
-            Ambition::Usual if !self.stays_behind() => 0,
-            _ => election::LAST_TICKS,
-        };
-        if self.raft.raft.randomized_election_timeout() != self.timeout.1 + late {
-            self.raft.raft.set_randomized_election_timeout(self.timeout.1 + late);
-        }
-    }
 }
 
-fn busy(what: &'static str) -> Refusal {
+pub(super) fn busy(what: &'static str) -> Refusal {
     Refusal::Busy { what: what.into(), retry_after_ms: limits::BUSY_RETRY_MS }
 }
 

@@ -58,6 +58,8 @@ impl Follower {
             range: RingRange::ALL,
             epoch: EPOCH,
             members: members(voters),
+            members_at: 0,
+            ordered_at: 0,
             generation: 1,
         };
         log.create(&[record]).unwrap();
@@ -98,7 +100,8 @@ impl Follower {
     }
 
     fn step(&mut self, message: Message) {
-        let message = GroupMessage { shard: ShardId(1), epoch: EPOCH, safe_index: 0, message };
+        let message =
+            GroupMessage { shard: ShardId(1), epoch: EPOCH, safe_index: 0, message, node: NodeId::default() };
         self.group.step(message).unwrap();
         self.pump();
     }

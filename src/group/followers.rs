@@ -22,6 +22,12 @@ impl<T> Group<T> {
             return None;
         }
         let to = Position { index, term: log.term_at(index)? };
+        // What changed the members before that is in the record: see `super::lost`.
+        assert!(
+            self.barrier.as_ref().is_none_or(|barrier| barrier.index() > index),
+            "compacting an unrecorded change"
+        );
+        let log = self.raft.mut_store();
         log.compact(to);
         Some(to)
     }
@@ -67,8 +73,14 @@ impl<T> Group<T> {
         self.raft.mut_store().set_snapshots(self.catch_up.offered());
     }
 
-    /// A follower answers a heartbeat of this leader, and says with it whether its state is lost.
-    pub(super) fn hear_request(&mut self, message: &Message) {
+    /// A follower answers this leader: it is there, and an answer to a heartbeat says whether its state is lost.
+    pub(super) fn hear_answer(&mut self, message: &Message) {
+        if self.leads()
+            && message.term == self.raft.raft.term
+            && self.raft.raft.prs().get(message.from).is_some()
+        {
+            self.catch_up.answers(ReplicaId(message.from), self.ticks);
+        }
         if message.get_msg_type() != MessageType::MsgHeartbeatResponse
             || !self.leads()
             || message.term != self.raft.raft.term
@@ -144,17 +156,5 @@ impl<T> Group<T> {
 
     pub(super) fn matched(&self, follower: ReplicaId) -> Index {
         self.raft.raft.prs().get(follower.0).map_or(0, |progress| progress.matched)
-    }
-
-    /// Replicas other than this one that hold everything committed, state included, best first: whom to
-    /// hand leadership to.
-    pub fn successors(&self) -> Vec<ReplicaId> {
-        let mut others: Vec<_> = (self.raft.raft.prs().iter())
-            .filter(|&(&id, progress)| id != self.replica.0 && progress.recent_active)
-            .filter(|&(&id, _)| !self.lacks_state(ReplicaId(id)))
-            .map(|(&id, progress)| (std::cmp::Reverse(progress.matched), id))
-            .collect();
-        others.sort_unstable();
-        others.into_iter().map(|(_, id)| ReplicaId(id)).collect()
     }
 }

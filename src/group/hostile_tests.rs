@@ -237,7 +237,7 @@ impl Target {
             _ => {}
         }
         let safe_index = self.value(lie.safe_index);
-        GroupMessage { shard: ShardId(1), epoch: EPOCH, safe_index, message: m }
+        GroupMessage { shard: ShardId(1), epoch: EPOCH, safe_index, message: m, node: NodeId::default() }
     }
 
     fn pump(&mut self) -> Result<(), GroupError> {
@@ -271,7 +271,13 @@ impl Target {
                 let mut m = Message { from: *from, to: 3, term, ..Message::default() };
                 m.set_msg_type(MessageType::MsgHeartbeatResponse);
                 m.context = context.unwrap_or_default().into();
-                let message = GroupMessage { shard: ShardId(1), epoch: EPOCH, safe_index: 0, message: m };
+                let message = GroupMessage {
+                    shard: ShardId(1),
+                    epoch: EPOCH,
+                    safe_index: 0,
+                    message: m,
+                    node: NodeId::default(),
+                };
                 self.follower.group.step(message)?;
             }
             Step::Tick(count) => (0..*count).for_each(|_| group.tick()),

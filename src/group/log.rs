@@ -426,6 +426,7 @@ impl Storage for GroupLog {
 mod tests {
     use super::*;
     use crate::ids::GROUP_START;
+    use crate::storage::log::RecordedMembership;
     use crate::storage::log_memory::MemoryLog;
 
     fn log(node_bytes: &Arc<CachedBytes>) -> GroupLog {
@@ -434,6 +435,7 @@ mod tests {
             truncated: GROUP_START,
             last: GROUP_START.index,
             terms: Vec::new(),
+            membership: RecordedMembership::default(),
         };
         let store = Arc::new(MemoryLog::new());
         GroupLog::new(ReplicaId(1), store, state, ConfState::default(), 1, node_bytes.clone())

@@ -7,10 +7,11 @@
 //! *Why it may vote.* A vote promises that it is the only one in its term, and that the candidate has every
 //! entry that this replica has acknowledged. Hard state and log tell both; the state tells neither. Other
 //! replicas wait with their vote until they have applied what was committed before their start, since what
-//! they haven't applied may say who votes. This one takes the members from its record in the catalogue,
-//! which is right as long as no entry changes them. With changes of membership two things have to come: the
-//! record names the members as of the last entry that was compacted away, durably before it goes; and the
-//! entries behind it up to the commit index are looked through for changes before the first vote.
+//! they haven't applied may say who votes. This one takes the members from its record in the catalogue: they are
+//! those of the last change that was compacted away, or of a later one ([`super::membership`]). The entries behind
+//! that up to the commit index it looks through, before it takes part in anything, and those that are committed
+//! later as they come: it carries out the changes of members among them, with the same barrier as any replica,
+//! and nothing else.
 //!
 //! *Why it should.* Mute, it would count as down: a group of three could lose nobody else meanwhile.
 //!
@@ -33,7 +34,6 @@ use raft::eraftpb::{Message, MessageType};
 
 use super::driver::Group;
 use crate::ids::Index;
-use crate::limits;
 use crate::refusal::Refusal;
 
 impl<T> Group<T> {
@@ -47,14 +47,15 @@ impl<T> Group<T> {
         self.state_lost.then(|| self.raft.store().truncated().index)
     }
 
-    /// Whether entries that are committed stay in the log for now.
+    /// Whether entries that are committed stay in the log for now, and aren't looked at.
     pub(super) fn holds_apply(&self) -> bool {
-        self.apply_paused || self.state_lost
+        self.barrier.is_some() || (self.apply_paused && !self.state_lost)
     }
 
-    /// Up to where entries needn't be in memory any more: applied, or not to be applied here.
+    /// Up to where entries needn't be in memory any more: applied, or, without a state, looked through for changes
+    /// of the members.
     pub(super) fn done_to(&self) -> Index {
-        if self.state_lost { self.handed } else { self.applied() }
+        if self.state_lost { self.looked_to } else { self.applied() }
     }
 
     /// Why a replica without its state does nothing for a caller, where nobody is known who would.
@@ -66,22 +67,6 @@ impl<T> Group<T> {
                 "the replica's state was lost, and no leader is known to fetch it from".into(),
             )
         })
-    }
-
-    /// As a leader without a state: hands leadership to a voter that has one, and the whole log. If it
-    /// doesn't take it, another has its turn when raft has given that up.
-    pub(super) fn give_way(&mut self) {
-        let raft = &self.raft.raft;
-        if !self.state_lost || !self.leads() || raft.lead_transferee.is_some() {
-            return;
-        }
-        let (voters, last) = (raft.prs().conf().voters(), raft.raft_log.last_index());
-        let mut fit = self.successors();
-        fit.retain(|heir| voters.contains(heir.0) && self.matched(*heir) == last);
-        let turn = self.ticks / limits::ELECTION_TICKS_MIN as u64;
-        if let Some(heir) = turn.checked_rem(fit.len() as u64).and_then(|turn| fit.get(turn as usize)) {
-            self.transfer(*heir);
-        }
     }
 }
 

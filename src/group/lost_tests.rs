@@ -220,7 +220,14 @@ fn it_asks_with_each_answer_to_a_heartbeat_and_with_nothing_else() {
         );
     }
     for message in follower.sent {
-        check(&GroupMessage { shard: ShardId(1), epoch: EPOCH, safe_index: 0, message }).unwrap();
+        check(&GroupMessage {
+            shard: ShardId(1),
+            epoch: EPOCH,
+            safe_index: 0,
+            message,
+            node: NodeId::default(),
+        })
+        .unwrap();
     }
 }
 

@@ -8,7 +8,7 @@ use super::log::GroupLog;
 use super::lost::ask_along;
 use super::types::Effects;
 use crate::codec::GroupMessage;
-use crate::ids::{ReplicaId, Term};
+use crate::ids::{GROUP_START, NodeId, ReplicaId, Term};
 use crate::limits;
 
 impl<T> Group<T> {
@@ -20,7 +20,9 @@ impl<T> Group<T> {
         }
         let of_a_leader =
             matches!(message.get_msg_type(), MessageType::MsgHeartbeat | MessageType::MsgAppend);
-        if (of_a_leader || message.term > self.raft.raft.term) && self.is_only_voter() {
+        // One whose leader goes away with a joint change may be the only voter before that leader is gone.
+        let led_by = self.raft.raft.leader_id == message.from && message.term == self.raft.raft.term;
+        if (of_a_leader || message.term > self.raft.raft.term) && !led_by && self.is_only_voter() {
             return Err("nobody else can be elected in a group of one voter");
         }
         match message.get_msg_type() {
@@ -30,6 +32,10 @@ impl<T> Group<T> {
             }
             MessageType::MsgHeartbeat if message.commit > log.last_index() => {
                 Err("a leader counts on entries that this log has lost")
+            }
+            // Else a newcomer without a state would go on from there.
+            MessageType::MsgAppend if message.index < GROUP_START.index => {
+                Err("no log of a group reaches so far back")
             }
             MessageType::MsgAppend => {
                 let committed = message.entries.iter().take_while(|e| e.index <= log.committed);
@@ -78,7 +84,7 @@ impl<T> Group<T> {
         }
     }
 
-    fn is_only_voter(&self) -> bool {
+    pub(super) fn is_only_voter(&self) -> bool {
         let raft = &self.raft.raft;
         let voters = raft.prs().conf().voters().ids();
         let mut voters = voters.iter();
@@ -101,10 +107,9 @@ impl<T> Group<T> {
         }
         let safe_index = self.safe_index();
         let epoch = self.epoch();
-        let members = &self.state.header().members;
         let leads_term = self.leads().then_some(self.raft.raft.term);
         let wanted_index = self.wanted_index();
-        for mut message in self.messages.drain(..) {
+        for mut message in std::mem::take(&mut self.messages) {
             let to = ReplicaId(message.to);
             // What it would ask for is done already, or by a leader of the past.
             if message.get_msg_type() == MessageType::MsgSnapshot {
@@ -114,10 +119,11 @@ impl<T> Group<T> {
                 continue;
             }
             ask_along(&mut message, wanted_index);
-            match members.iter().find(|m| m.replica == to) {
-                Some(member) => {
-                    let message = GroupMessage { shard: self.shard, epoch, safe_index, message };
-                    effects.messages.push((member.node, message));
+            match self.node_of_any(to) {
+                Some(to) => {
+                    let node = NodeId::default();
+                    let message = GroupMessage { shard: self.shard, epoch, safe_index, message, node };
+                    effects.messages.push((to, message));
                 }
                 None => {
                     tracing::debug!(shard = %self.shard, to = %to, "no node for a raft message")

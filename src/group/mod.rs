@@ -19,7 +19,8 @@
 //! 4. A snapshot that a follower needs is made, brought and installed, or given up, and the group is
 //!    told of either ([`catch_up`]). A follower installs it by being rebuilt from disk, not here.
 //! 5. A replica whose state is lost is opened without it ([`lost`]), and anew once a snapshot is installed.
-//! 6. After an error or a panic the group is dropped and rebuilt from disk, never reused.
+//! 6. A message comes with the node that it is from.
+//! 7. After an error or a panic the group is dropped and rebuilt from disk, never reused.
 //!
 //! What the group promises:
 //! - `compacted ≤ flushed ≤ applied ≤ committed`, and `applied ≤ persisted ≤ last`.
@@ -27,10 +28,9 @@
 //! - A command of a session takes effect at most once, however often it is submitted, and where, until
 //!   its session ends (see [`crate::machine::session`]).
 //! - An answer to a query reflects everything that was acknowledged before the query arrived.
+//! - A change of members takes effect here only when it is durable here that it is committed ([`membership`]).
 //! - Every submitted operation ends exactly once: with an output or a refusal that tells whether it
 //!   may have had an effect.
-//!
-//! Omitted so far: configuration changes (an entry that asks for one stops the replica).
 
 mod apply;
 pub mod catch_up;
@@ -38,8 +38,10 @@ pub mod clock;
 pub mod driver;
 pub mod election;
 mod followers;
+mod leadership;
 pub mod log;
 pub mod lost;
+pub mod membership;
 mod messages;
 pub mod open;
 pub mod proposals;

@@ -1,6 +1,6 @@
 //! From what is on disk to a running [`Group`].
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use raft::{Config, RawNode};
@@ -10,6 +10,7 @@ use super::clock::SessionClock;
 use super::driver::{Group, GroupError};
 use super::election::{self, Ambition};
 use super::log::{CachedBytes, GroupLog};
+use super::membership;
 use super::proposals::Proposals;
 use super::queue::Queue;
 use super::reads::Reads;
@@ -19,7 +20,7 @@ use crate::limits;
 use crate::machine::MachineKind;
 use crate::storage::StorageError;
 use crate::storage::log::{LogState, LogStore};
-use crate::storage::state::ReplicaState;
+use crate::storage::state::{ReplicaState, conf_state_of};
 
 /// Who a group is.
 pub struct GroupOptions {
@@ -82,13 +83,29 @@ impl<T> Group<T> {
                 format!("entry {} is committed, the log ends at {}", log.hard_state.commit, log.last),
             ));
         }
+        if log.hard_state.commit < log.membership.index {
+            return Err(damaged(
+                options.replica,
+                format!(
+                    "its record names the members of entry {}, only entry {} is committed",
+                    log.membership.index, log.hard_state.commit
+                ),
+            ));
+        }
+        let (members, conf_state) = (&state.header().members, &state.header().conf_state);
+        if !membership::is_same(&conf_state_of(members), conf_state) {
+            return Err(damaged(
+                options.replica,
+                format!("its members are {members:?}, its configuration is {conf_state:?}"),
+            ));
+        }
         // The commit index is stored with the next write, not for its own sake: the state may be ahead.
         log.hard_state.commit = log.hard_state.commit.max(applied.index);
-        // Without its state it applies nothing, and has its members from the catalogue.
-        let recover_to = if options.state_lost { 0 } else { log.hard_state.commit };
+        let recover_to = log.hard_state.commit;
         let durable_term = log.hard_state.term;
-        // Without its state it has nothing to be handed for applying, nor to be read before an election.
-        let handed = if options.state_lost { log.hard_state.commit } else { applied.index };
+        let recorded = log.membership.index;
+        // Without its state it has its members from the catalogue, and looks for changes of them behind that.
+        let handed = if options.state_lost { applied.index.max(recorded) } else { applied.index };
         let config = Config {
             id: options.replica.0,
             election_tick: limits::ELECTION_TICKS_MIN,
@@ -118,6 +135,7 @@ impl<T> Group<T> {
             raft,
             state,
             queued: Queue::new(),
+            changes: Vec::new(),
             proposals: Proposals::new(),
             reads: Reads::new(options.incarnation),
             unpersisted: VecDeque::new(),
@@ -125,6 +143,10 @@ impl<T> Group<T> {
             durable_term,
             recover_to,
             handed,
+            looked_to: handed,
+            recorded,
+            barrier: None,
+            strangers: BTreeMap::new(),
             applying: None,
             apply_paused: false,
             state_lost: options.state_lost,

@@ -9,6 +9,7 @@ use crate::placement::map::{
     DatabaseRecord, Member, MoveCause, NodeRecord, RebalanceState, ShardRecord, Standing,
 };
 use crate::placement::plan::PlannedShard;
+pub use crate::placement::rebalance::PlannedTarget;
 use crate::refusal::Refusal;
 
 pub use super::entry::{Entry, TaggedCommand, decode_entry, encode_entry};
@@ -92,7 +93,7 @@ pub enum MetaCommand {
         /// Its first nodes, with their ids.
         nodes: Vec<NodeRecord>,
         /// The metadata shard itself.
-        metadata: ShardRecord,
+        metadata: Box<ShardRecord>,
     },
     /// Add a node (`id` 0) or, for a known store id, update its addresses, zone, weight and label.
     AddNode(NodeRecord),
@@ -211,17 +212,6 @@ pub enum PolicyChange {
     Automatic(bool),
     /// On or off.
     ApproveJoins(bool),
-}
-
-/// Where a rebalancing wants a shard.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct PlannedTarget {
-    /// The shard.
-    pub shard: ShardId,
-    /// The conf version that the planner knew.
-    pub conf: u64,
-    /// Nodes of its voters, the one that should lead first.
-    pub nodes: Vec<NodeId>,
 }
 
 /// What the metadata machine answers.

@@ -31,6 +31,15 @@ pub enum ApplyError {
         "committed entry can't be understood: {0}; this node is older than the cluster's feature level or its log is damaged"
     )]
     Format(#[from] command::FormatError),
+    /// A change of members that no leader of this group can have proposed. Skipped, it would leave the group under a
+    /// configuration that others have left.
+    #[error("the committed change of members in entry {index} can't be carried out: {reason}")]
+    Membership {
+        /// The entry.
+        index: crate::ids::Index,
+        /// What is wrong.
+        reason: String,
+    },
 }
 
 /// Which machine a shard runs.

@@ -263,7 +263,12 @@ async fn nothing_of_the_start_that_a_snapshot_ends_is_written_after_it() {
     shared.log_writer.submit(vec![WriteTask {
         incarnation: 1,
         number: 99,
-        write: LogWrite { replica: REPLICA, entries: vec![entry], hard_state: Some(hard_state) },
+        write: LogWrite {
+            replica: REPLICA,
+            entries: vec![entry],
+            hard_state: Some(hard_state),
+            membership: None,
+        },
         done: std::sync::Arc::new(HubSink(late)),
     }]);
     let (done, written) = oneshot::channel();

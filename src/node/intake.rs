@@ -117,7 +117,7 @@ impl Drop for Arrived {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ids::{Epoch, ShardId};
+    use crate::ids::{Epoch, NodeId, ShardId};
     use raft::eraftpb::Message;
 
     fn message(kind: MessageType, to: u64, bytes: usize) -> GroupMessage {
@@ -126,7 +126,13 @@ mod tests {
         if bytes > 0 {
             message.set_entries(vec![Entry { data: vec![0; bytes].into(), ..Entry::default() }].into());
         }
-        GroupMessage { shard: ShardId(to), epoch: Epoch::default(), safe_index: 0, message }
+        GroupMessage {
+            shard: ShardId(to),
+            epoch: Epoch::default(),
+            safe_index: 0,
+            message,
+            node: NodeId::default(),
+        }
     }
 
     fn kinds(arrived: &mut Arrived) -> Vec<MessageType> {

@@ -49,16 +49,16 @@ fn find(log: &dyn LogStore, engine: &Arc<dyn Engine>, record: &ReplicaRecord) ->
     match open_stores(log, engine, record).map_err(|error| error.to_string())? {
         (log, OpenedState::Whole(state)) => Ok(Found { log, state, lost: None }),
         // Only a leader can give it another state, and nobody else can lead.
-        (_, OpenedState::Lost { why, .. }) if is_only_voter(record) => Err(format!(
+        (log, OpenedState::Lost { why, .. }) if is_only_voter(record.replica, &log) => Err(format!(
             "the state of the shard's only copy is lost: {why}; restore its database from a backup"
         )),
         (log, OpenedState::Lost { state, why }) => Ok(Found { log, state, lost: Some(why) }),
     }
 }
 
-fn is_only_voter(record: &ReplicaRecord) -> bool {
-    let mut voters = record.members.iter().filter(|member| member.role.votes());
-    voters.all(|member| member.replica == record.replica)
+fn is_only_voter(replica: ReplicaId, log: &LogState) -> bool {
+    let mut voters = log.membership.members.iter().filter(|member| member.role.votes()).peekable();
+    voters.peek().is_some() && voters.all(|member| member.replica == replica)
 }
 
 impl Supervisor {
@@ -236,12 +236,14 @@ mod tests {
             range: RingRange::ALL,
             epoch: Epoch { range: 1, conf: 1 },
             members: members.iter().map(member).collect(),
+            members_at: 0,
+            ordered_at: 0,
             generation: 1,
         };
         let log = MemoryLog::new();
         log.create(std::slice::from_ref(&record)).unwrap();
         let entries = (6..=8).map(|index| Entry { index, term: 6, ..Entry::default() }).collect();
-        log.write(&[LogWrite { replica, entries, hard_state: None }]).unwrap();
+        log.write(&[LogWrite { replica, entries, hard_state: None, membership: None }]).unwrap();
         log.compact(replica, Position { index: 7, term: 6 }).unwrap();
         let engine: Arc<dyn Engine> = Arc::new(MemoryEngine::new());
         find(&log, &engine, &record)

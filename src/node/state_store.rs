@@ -102,9 +102,10 @@ mod tests {
     use raft::eraftpb::{ConfState, Entry};
 
     use super::*;
-    use crate::ids::{DatabaseId, Epoch, Index, Position, ReplicaId, ShardId};
+    use crate::ids::{DatabaseId, Epoch, Index, NodeId, Position, ReplicaId, ShardId};
     use crate::machine::MachineKind;
     use crate::node::open::{OpenedState, open_stores};
+    use crate::placement::map::{Member, MemberRole};
     use crate::placement::ring::RingRange;
     use crate::storage::StateBatch;
     use crate::storage::flush::FlushPoint;
@@ -123,7 +124,9 @@ mod tests {
             phase: ReplicaPhase::Active,
             range: RingRange::ALL,
             epoch: Epoch { range: 1, conf: 1 },
-            members: Vec::new(),
+            members: vec![Member { replica: REPLICA, node: NodeId(1), role: MemberRole::Voter }],
+            members_at: 0,
+            ordered_at: 0,
             generation: 1,
         }
     }
@@ -139,7 +142,9 @@ mod tests {
             let node = Node { home: tempfile::tempdir().unwrap(), log: MemoryLog::new() };
             node.log.create(&[record()]).unwrap();
             let entries = (6..=20).map(|index| Entry { index, term: 5, ..Default::default() }).collect();
-            node.log.write(&[LogWrite { replica: REPLICA, entries, hard_state: None }]).unwrap();
+            node.log
+                .write(&[LogWrite { replica: REPLICA, entries, hard_state: None, membership: None }])
+                .unwrap();
             let dir = node.dir();
             let (engine, mut flusher) = open(&dir, options(), &node.log).unwrap();
             let mut state = ReplicaState::open(engine, REPLICA, 1, header()).unwrap();
@@ -239,7 +244,9 @@ mod tests {
         let (engine, mut flusher) = open(&dir, options(), &node.log).unwrap();
         let mut state = ReplicaState::open(engine.clone(), REPLICA, 1, header()).unwrap();
         let entry = Entry { index: 21, term: 5, ..Default::default() };
-        node.log.write(&[LogWrite { replica: REPLICA, entries: vec![entry], hard_state: None }]).unwrap();
+        node.log
+            .write(&[LogWrite { replica: REPLICA, entries: vec![entry], hard_state: None, membership: None }])
+            .unwrap();
         state.put(b"k", bytes::Bytes::from_static(b"v"));
         state.set_applied(Position { index: 21, term: 5 });
         flusher.set_hook(Box::new(|point| match point {
@@ -287,7 +294,7 @@ mod tests {
         let short = MemoryLog::new();
         short.create(&[record()]).unwrap();
         let entries = (6..=19).map(|index| Entry { index, term: 5, ..Default::default() }).collect();
-        short.write(&[LogWrite { replica: REPLICA, entries, hard_state: None }]).unwrap();
+        short.write(&[LogWrite { replica: REPLICA, entries, hard_state: None, membership: None }]).unwrap();
         let node = Node { log: short, ..node };
         let error = node.start().unwrap_err();
         assert!(matches!(&error, StorageError::Identity(IdentityError::Damaged { .. })), "{error}");

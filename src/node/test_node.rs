@@ -51,6 +51,8 @@ pub fn record(number: u64) -> ReplicaRecord {
         range: RingRange::ALL,
         epoch: Epoch { range: 1, conf: 1 },
         members: vec![Member { replica: ReplicaId(number), node: NODE, role: MemberRole::Voter }],
+        members_at: 0,
+        ordered_at: 0,
         generation: 1,
     }
 }
@@ -100,6 +102,7 @@ impl TestNode {
         let shared = Arc::new(Shared {
             snapshots,
             disk: Arc::default(),
+            draining: Default::default(),
             cached_entries: Arc::default(),
             log,
             intake: Arc::new(Intake::new(log_writer.queued_bytes())),
@@ -121,6 +124,7 @@ impl TestNode {
         let site = Site {
             node: NODE,
             incarnation: 1,
+            store_id: RandomId([2; 16]),
             data_dir,
             engine: engine.clone(),
             retention: Retention::new(0),
@@ -146,7 +150,7 @@ impl TestNode {
     /// What the supervisor tells of a replica.
     pub async fn report(&self, replica: u64) -> ReplicaReport {
         let reports = self.supervisor.send(Report).await.expect("a report");
-        reports.into_iter().find(|r| r.replica == ReplicaId(replica)).expect("a replica")
+        reports.replicas.into_iter().find(|r| r.replica == ReplicaId(replica)).expect("a replica")
     }
 
     /// Waits until a replica is as wanted.

@@ -89,6 +89,11 @@ impl MemberRole {
         self != MemberRole::Learner
     }
 
+    /// Whether it was a voter before the joint change under way, if any.
+    pub fn was_voter(self) -> bool {
+        matches!(self, MemberRole::Voter | MemberRole::Outgoing)
+    }
+
     /// Whether it is a voter when the joint change under way, if any, has ended.
     pub fn stays_voter(self) -> bool {
         matches!(self, MemberRole::Voter | MemberRole::Incoming)
@@ -104,6 +109,17 @@ pub struct Member {
     pub node: NodeId,
     /// Its role.
     pub role: MemberRole,
+}
+
+/// Whether those of `members` that `counts` says are there can decide: they are a majority of the voters, and during
+/// a joint change of those before and of those after it.
+pub fn is_quorum(members: &[Member], counts: impl Fn(&Member) -> bool) -> bool {
+    let is_majority = |votes: fn(MemberRole) -> bool| {
+        let voters = members.iter().filter(|m| votes(m.role));
+        let (all, there) = voters.fold((0, 0), |(all, there), m| (all + 1, there + usize::from(counts(m))));
+        there > all / 2
+    };
+    is_majority(MemberRole::was_voter) && is_majority(MemberRole::stays_voter)
 }
 
 /// A shard: its range, epoch and members.

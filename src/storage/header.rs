@@ -7,11 +7,28 @@ use super::StorageError;
 use super::identity::IdentityError;
 use crate::codec::records::{read_role, write_role};
 use crate::ids::{Epoch, NodeId, Position, ReplicaId};
-use crate::placement::map::Member;
+use crate::placement::map::{Member, MemberRole};
 use crate::schema::store_capnp::state_header;
 
 /// Version of the record. 1 had no log time, and no sessions beside it.
 const FORMAT_VERSION: u32 = 2;
+
+/// The configuration that `members` make, as raft counts it. It is all in their roles: there are voters of two
+/// configurations during a joint change, which never ends by itself as far as raft knows, and in which no
+/// voter becomes a learner.
+pub fn conf_state_of(members: &[Member]) -> ConfState {
+    use MemberRole::{Incoming, Learner, Outgoing, Voter};
+    let of = |roles: &[MemberRole]| -> Vec<u64> {
+        members.iter().filter(|m| roles.contains(&m.role)).map(|m| m.replica.0).collect()
+    };
+    let is_joint = members.iter().any(|m| matches!(m.role, Incoming | Outgoing));
+    ConfState {
+        voters: of(&[Voter, Incoming]),
+        voters_outgoing: if is_joint { of(&[Voter, Outgoing]) } else { Vec::new() },
+        learners: of(&[Learner]),
+        ..ConfState::default()
+    }
+}
 
 /// Where a replica's state stands; stored in the same batch as the data it describes.
 #[derive(Clone, PartialEq, Debug)]

@@ -18,12 +18,27 @@ pub struct LogWrite {
     pub entries: Vec<Entry>,
     /// Term, vote and commit, written as one record.
     pub hard_state: Option<HardState>,
+    /// Members for the catalogue, brought about by an entry that `hard_state` tells to be committed. Passed over
+    /// if the catalogue has those of a later entry.
+    pub membership: Option<RecordedMembership>,
+}
+
+/// The members of a group as a log entry left them.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct RecordedMembership {
+    /// The entry, which is committed; 0: none has changed them since the replica was created.
+    pub index: Index,
+    /// The shard's epoch after it.
+    pub epoch: Epoch,
+    /// The members after it.
+    pub members: Vec<Member>,
 }
 
 impl LogWrite {
     /// Bytes of its entries, about.
     pub fn size(&self) -> usize {
-        64 + self.entries.iter().map(|e| 32 + e.data.len() + e.context.len()).sum::<usize>()
+        let members = self.membership.as_ref().map_or(0, |membership| 64 + 24 * membership.members.len());
+        64 + members + self.entries.iter().map(|e| 32 + e.data.len() + e.context.len()).sum::<usize>()
     }
 }
 
@@ -53,12 +68,55 @@ pub struct ReplicaRecord {
     pub phase: ReplicaPhase,
     /// The shard's range.
     pub range: RingRange,
-    /// The shard's epoch at creation, or in the last snapshot that was installed.
+    /// The shard's epoch as of [`ReplicaRecord::members_at`].
     pub epoch: Epoch,
-    /// The group's members at creation, or in the last snapshot that was installed.
+    /// The group's members: at creation, then as of [`ReplicaRecord::members_at`]. Empty: the replica is a
+    /// newcomer, created for a group that exists. It learns who is a member from the snapshot that it begins with.
     pub members: Vec<Member>,
+    /// The log entry that brought them about, or the last entry in the snapshot that they are from; 0: as at
+    /// creation. Which changes the log holds behind it, its entries tell: none that is compacted away came later.
+    pub members_at: Index,
     /// Install generation of its state keys.
     pub generation: u32,
+    /// Map version at which the shard's record last changed when the replica was ordered: only a record that
+    /// has changed since can say that it is to go.
+    pub ordered_at: u64,
+}
+
+impl RecordedMembership {
+    /// After which entry the log of a replica begins that is created with these members. A newcomer's begins at
+    /// nothing, before that of any group: so no leader can bring it on without a snapshot.
+    pub fn beginning(&self) -> Position {
+        if self.members.is_empty() { Position::default() } else { GROUP_START }
+    }
+}
+
+impl ReplicaRecord {
+    /// After which entry its log begins when it is created.
+    pub fn beginning(&self) -> Position {
+        self.membership().beginning()
+    }
+
+    /// The hard state it is created with.
+    pub(crate) fn first_hard_state(&self) -> HardState {
+        let Position { index, term } = self.beginning();
+        HardState { term, commit: index, ..HardState::default() }
+    }
+
+    /// The members it names.
+    pub fn membership(&self) -> RecordedMembership {
+        RecordedMembership { index: self.members_at, epoch: self.epoch, members: self.members.clone() }
+    }
+
+    /// The record with `membership`; `None` if it has that, or a later one.
+    pub(crate) fn with(&self, membership: &RecordedMembership) -> Option<ReplicaRecord> {
+        (membership.index > self.members_at).then(|| ReplicaRecord {
+            epoch: membership.epoch,
+            members: membership.members.clone(),
+            members_at: membership.index,
+            ..self.clone()
+        })
+    }
 }
 
 /// What a replica becomes whose state was loaded from a snapshot. See [`LogStore::install`].
@@ -148,6 +206,7 @@ impl Install {
             generation: self.generation,
             epoch: self.epoch,
             members: self.members.clone(),
+            members_at: index,
             ..record.clone()
         };
         let rises = self.leader_term > hard_state.term;
@@ -175,6 +234,8 @@ pub struct LogState {
     pub last: Index,
     /// The first index of each term in the log, ascending; without the truncated entry.
     pub terms: Vec<(Index, Term)>,
+    /// The members that its record names.
+    pub membership: RecordedMembership,
 }
 
 /// The raft log, hard states and replica catalogue of one node. Shared by all its groups, so that
@@ -182,12 +243,13 @@ pub struct LogState {
 pub trait LogStore: Send + Sync + 'static {
     /// Makes all of `writes` durable, in order. On return they survive a power loss. What doesn't fit
     /// the log ([`StorageError::Inconsistent`]: unknown or removed replica, a gap, a commit index
-    /// beyond the last entry) is found before anything is written. After any other error the node
+    /// beyond the last entry, members of an entry that isn't committed with it) is found before anything is
+    /// written. After any other error the node
     /// must stop: the state of the log is unknown, and every later write fails too.
     fn write(&self, writes: &[LogWrite]) -> Result<(), StorageError>;
 
     /// Adds replicas to the catalogue with an empty log that begins after
-    /// [`crate::ids::GROUP_START`], durably and all together. A replica that is already in the
+    /// [`ReplicaRecord::beginning`], durably and all together. A replica that is already in the
     /// catalogue, a tombstone too, is left as it is. A record that is a tombstone gets no log.
     fn create(&self, records: &[ReplicaRecord]) -> Result<(), StorageError>;
 
@@ -258,8 +320,11 @@ pub(crate) struct Extent {
 }
 
 impl Extent {
-    /// The empty log of a new group.
-    pub const NEW: Extent = Extent { truncated: GROUP_START, last: GROUP_START.index };
+    /// The empty log of a new replica.
+    pub fn new(record: &ReplicaRecord) -> Extent {
+        let truncated = record.beginning();
+        Extent { truncated, last: truncated.index }
+    }
 
     /// The extent after `write`, or why it doesn't fit: its entries must follow one another and the
     /// log without a gap, their terms must not fall, and nothing may be committed that isn't there.
@@ -289,6 +354,11 @@ impl Extent {
             && hard_state.commit > last
         {
             return refuse(format!("commit index {} lies beyond the last entry {last}", hard_state.commit));
+        }
+        if let Some(RecordedMembership { index, .. }) = &write.membership
+            && write.hard_state.as_ref().is_none_or(|hard_state| hard_state.commit < *index)
+        {
+            return refuse(format!("members as of entry {index} without a commit index that covers it"));
         }
         Ok(Extent { last, ..self })
     }
@@ -353,6 +423,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    const NEW: Extent = Extent { truncated: GROUP_START, last: GROUP_START.index };
+
     fn write(indexes: &[(Index, Term)], commit: Option<Index>) -> LogWrite {
         LogWrite {
             replica: ReplicaId(1),
@@ -361,12 +433,13 @@ mod tests {
                 .map(|&(index, term)| Entry { index, term, ..Default::default() })
                 .collect(),
             hard_state: commit.map(|commit| HardState { commit, ..Default::default() }),
+            membership: None,
         }
     }
 
     #[test]
     fn writes_that_fit_move_the_end() {
-        let extent = Extent::NEW;
+        let extent = NEW;
         let extent = extent.after(&write(&[(6, 5), (7, 6), (8, 6)], Some(8))).unwrap();
         assert_eq!(extent.last, 8);
         assert_eq!(extent.after(&write(&[(7, 7)], None)).unwrap().last, 7);
@@ -375,7 +448,7 @@ mod tests {
 
     #[test]
     fn writes_that_do_not_fit_are_refused() {
-        let extent = Extent { last: 8, ..Extent::NEW };
+        let extent = Extent { last: 8, ..NEW };
         for bad in [
             write(&[(0, 5)], None),
             write(&[(5, 5)], None),
@@ -396,7 +469,7 @@ mod tests {
 
     #[test]
     fn compaction_only_moves_forward_and_within_the_log() {
-        let extent = Extent { last: 8, ..Extent::NEW };
+        let extent = Extent { last: 8, ..NEW };
         let at = |index| Position { index, term: 6 };
         assert!(extent.compacted(ReplicaId(1), at(5)).unwrap().is_none());
         let compacted = extent.compacted(ReplicaId(1), at(8)).unwrap().unwrap();

@@ -17,7 +17,7 @@ use super::StorageError;
 use super::log::{
     Extent, Install, Installed, LogState, LogStore, LogWrite, ReplicaPhase, ReplicaRecord, term_starts,
 };
-use crate::ids::{GROUP_START, Index, Position, ReplicaId};
+use crate::ids::{Index, Position, ReplicaId};
 
 /// What a write that is made to fail leaves behind.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -156,6 +156,11 @@ impl LogStore for MemoryLog {
                 if let Some(hard_state) = &write.hard_state {
                     log.hard_state = hard_state.clone();
                 }
+                let record = content.catalogue.get(&write.replica);
+                let change = write.membership.as_ref().zip(record);
+                if let Some(record) = change.and_then(|(membership, record)| record.with(membership)) {
+                    content.catalogue.insert(write.replica, record);
+                }
             }
         })
     }
@@ -168,9 +173,8 @@ impl LogStore for MemoryLog {
                 }
                 content.catalogue.insert(record.replica, record.clone());
                 if record.phase == ReplicaPhase::Active {
-                    let hard_state =
-                        HardState { term: GROUP_START.term, commit: GROUP_START.index, ..Default::default() };
-                    let log = ReplicaLog { extent: Extent::NEW, hard_state, entries: VecDeque::new() };
+                    let (extent, hard_state) = (Extent::new(record), record.first_hard_state());
+                    let log = ReplicaLog { extent, hard_state, entries: VecDeque::new() };
                     content.logs.insert(record.replica, log);
                 }
             }
@@ -233,6 +237,7 @@ impl LogStore for MemoryLog {
             terms: term_starts(first, log.extent.last, |index| {
                 Ok(log.entries[(index - first) as usize].term)
             })?,
+            membership: content.catalogue.get(&replica).map(ReplicaRecord::membership).unwrap_or_default(),
         })
     }
 
@@ -290,8 +295,9 @@ impl LogStore for MemoryLog {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ids::{DatabaseId, Epoch, ShardId};
+    use crate::ids::{DatabaseId, Epoch, NodeId, ShardId};
     use crate::machine::MachineKind;
+    use crate::placement::map::{Member, MemberRole};
     use crate::placement::ring::RingRange;
 
     fn log() -> MemoryLog {
@@ -304,7 +310,9 @@ mod tests {
             phase: ReplicaPhase::Active,
             range: RingRange::ALL,
             epoch: Epoch::default(),
-            members: Vec::new(),
+            members: vec![Member { replica: ReplicaId(7), node: NodeId(1), role: MemberRole::Voter }],
+            members_at: 0,
+            ordered_at: 0,
             generation: 1,
         }])
         .unwrap();
@@ -313,7 +321,12 @@ mod tests {
 
     fn append(log: &MemoryLog, index: Index) -> Result<(), StorageError> {
         let entry = Entry { index, term: 6, ..Default::default() };
-        log.write(&[LogWrite { replica: ReplicaId(7), entries: vec![entry], hard_state: None }])
+        log.write(&[LogWrite {
+            replica: ReplicaId(7),
+            entries: vec![entry],
+            hard_state: None,
+            membership: None,
+        }])
     }
 
     #[test]

@@ -4,18 +4,18 @@
 //! missing is rebuilt from a log that begins at the beginning, and is lost otherwise; one that stands
 //! before the log's beginning is lost as well. A state that is ahead of the log tells that the *log* lost
 //! entries that this replica had acknowledged: that is an error, and no reason to give up the state.
+//!
+//! Who the members are, state and log tell; but for a replica that an operator has had go on alone. Its
+//! record names it alone, under a later generation of conf versions than its state, and that counts.
 
 use std::sync::Arc;
-
-use raft::eraftpb::ConfState;
 
 use super::StorageError;
 use super::engine::Engine;
 use super::generations;
 use super::log::{LogState, ReplicaRecord};
-use super::state::{ReplicaState, StateHeader};
-use crate::ids::{GROUP_START, Position};
-use crate::placement::map::MemberRole;
+use super::state::{ReplicaState, StateHeader, conf_state_of};
+use crate::ids::Position;
 
 /// A replica's state at a start.
 pub enum OpenedState {
@@ -42,18 +42,20 @@ impl OpenedState {
     ) -> Result<OpenedState, StorageError> {
         let (replica, generation) = (record.replica, record.generation);
         let lost = |why| {
-            let state = ReplicaState::at(engine.clone(), replica, generation, header(record, log.truncated));
+            let state = ReplicaState::at(engine.clone(), replica, generation, header(log, log.truncated));
             Ok(OpenedState::Lost { state, why })
         };
         // Stands at no entry, unless the engine has a header.
-        let initial = header(record, Position::default());
+        let initial = header(log, Position::default());
         let mut state = match ReplicaState::open(engine.clone(), replica, generation, initial) {
             Ok(state) => state,
             Err(error @ StorageError::Damaged { .. }) => return lost(error.to_string()),
             Err(error) => return Err(error),
         };
         if state.header().applied == Position::default() {
-            if log.truncated != GROUP_START {
+            // A newcomer has nothing yet, and its log nothing either.
+            let beginning = log.membership.beginning();
+            if log.truncated != beginning {
                 return lost(format!(
                     "the state store has none, and its log begins after entry {}",
                     log.truncated.index
@@ -63,7 +65,7 @@ impl OpenedState {
             if !generations::is_empty(&**engine, replica, generation)? {
                 return lost("the state store has data of it, but not where it stands".into());
             }
-            state = ReplicaState::at(engine.clone(), replica, generation, header(record, GROUP_START));
+            state = ReplicaState::at(engine.clone(), replica, generation, header(log, beginning));
         }
         let applied = state.header().applied;
         if applied.index > log.last {
@@ -78,24 +80,23 @@ impl OpenedState {
                 applied.index, log.truncated.index
             ));
         }
+        if log.membership.epoch.generation() > state.header().epoch.generation() {
+            // An operator has had this replica go on alone. Whatever the log says of members before that doesn't count.
+            state.set_membership(log.membership.epoch, log.membership.members.clone());
+        }
         Ok(OpenedState::Whole(state))
     }
 }
 
-/// The header of a state that stands at `applied` with the members of `record`.
-fn header(record: &ReplicaRecord, applied: Position) -> StateHeader {
-    let of_role = |role| record.members.iter().filter(move |m| m.role == role).map(|m| m.replica.0);
+/// The header of a state that stands at `applied` with the members that the replica's record names.
+fn header(log: &LogState, applied: Position) -> StateHeader {
     StateHeader {
         applied,
         revision: 0,
         log_time: 0,
-        epoch: record.epoch,
-        members: record.members.clone(),
-        conf_state: ConfState {
-            voters: of_role(MemberRole::Voter).collect(),
-            learners: of_role(MemberRole::Learner).collect(),
-            ..ConfState::default()
-        },
+        epoch: log.membership.epoch,
+        members: log.membership.members.clone(),
+        conf_state: conf_state_of(&log.membership.members),
     }
 }
 
@@ -105,14 +106,20 @@ mod tests {
     use raft::eraftpb::HardState;
 
     use super::*;
-    use crate::ids::{DatabaseId, Epoch, Index, NodeId, ReplicaId, ShardId};
+    use crate::ids::{DatabaseId, Epoch, GROUP_START, Index, NodeId, ReplicaId, ShardId};
     use crate::machine::MachineKind;
-    use crate::placement::map::Member;
+    use crate::placement::map::{Member, MemberRole};
     use crate::placement::ring::RingRange;
     use crate::storage::engine_memory::MemoryEngine;
     use crate::storage::identity::IdentityError;
     use crate::storage::keys;
-    use crate::storage::log::ReplicaPhase;
+    use crate::storage::log::{RecordedMembership, ReplicaPhase};
+
+    fn members() -> Vec<Member> {
+        [(7, MemberRole::Voter), (8, MemberRole::Learner)]
+            .map(|(id, role)| Member { replica: ReplicaId(id), node: NodeId(id), role })
+            .into()
+    }
 
     fn record(generation: u32) -> ReplicaRecord {
         ReplicaRecord {
@@ -123,9 +130,9 @@ mod tests {
             phase: ReplicaPhase::Active,
             range: RingRange::ALL,
             epoch: Epoch { range: 1, conf: 3 },
-            members: [(7, MemberRole::Voter), (8, MemberRole::Learner)]
-                .map(|(id, role)| Member { replica: ReplicaId(id), node: NodeId(id), role })
-                .into(),
+            members: members(),
+            members_at: 0,
+            ordered_at: 0,
             generation,
         }
     }
@@ -136,12 +143,13 @@ mod tests {
             truncated: Position { index: truncated, term: GROUP_START.term },
             last,
             terms: Vec::new(),
+            membership: record(0).membership(),
         }
     }
 
     /// Puts a state of generation 1 there, applied up to an entry.
     fn put(engine: &Arc<dyn Engine>, applied: Index) {
-        let header = header(&record(1), Position { index: applied, term: GROUP_START.term });
+        let header = header(&log(5, applied), Position { index: applied, term: GROUP_START.term });
         engine.write(&[(keys::header_key(ReplicaId(7), 1), Some(header.encode().into()))]).unwrap();
     }
 
@@ -180,6 +188,31 @@ mod tests {
             assert_eq!(state.header().conf_state.voters, [7]);
             assert_eq!(state.header().conf_state.learners, [8]);
         }
+    }
+
+    #[test]
+    fn one_that_goes_on_alone_has_the_members_of_its_record() {
+        let engine = engine();
+        put(&engine, 9);
+        let mut log = log(5, 12);
+        let alone = vec![members()[0]];
+        let membership =
+            |conf| RecordedMembership { index: 12, epoch: Epoch { range: 1, conf }, members: alone.clone() };
+        // A change that the group made itself is in force when it is applied, not before.
+        log.membership = membership(4);
+        assert_eq!(whole(&engine, &record(1), log.clone()).header().members, members());
+        log.membership = membership(1 << 32);
+        let state = whole(&engine, &record(1), log.clone());
+        assert_eq!((state.header().applied.index, state.header().epoch.conf), (9, 1 << 32));
+        assert_eq!((&state.header().members, &state.header().conf_state.voters[..]), (&alone, &[7][..]));
+        // From then on the state knows better.
+        let later = StateHeader {
+            epoch: Epoch { range: 1, conf: (1 << 32) + 2 },
+            ..header(&log, Position { index: 12, term: 9 })
+        };
+        let later = StateHeader { members: members(), conf_state: conf_state_of(&members()), ..later };
+        engine.write(&[(keys::header_key(ReplicaId(7), 1), Some(later.encode().into()))]).unwrap();
+        assert_eq!(whole(&engine, &record(1), log).header().members, members());
     }
 
     #[test]

@@ -425,7 +425,9 @@ fn record() -> ReplicaRecord {
         phase: ReplicaPhase::Active,
         range: RingRange::ALL,
         epoch: Epoch::default(),
-        members: Vec::new(),
+        members: vec![Member { replica: RECEIVER, node: NodeId(1), role: MemberRole::Voter }],
+        members_at: 0,
+        ordered_at: 0,
         generation: 0,
     }
 }
@@ -498,7 +500,13 @@ fn a_crash_in_an_installation_leaves_the_old_state_or_the_new() {
             state.set_applied(applied);
             let entry =
                 raft::eraftpb::Entry { index: applied.index, term: applied.term, ..Default::default() };
-            log.write(&[LogWrite { replica: RECEIVER, entries: vec![entry], hard_state: None }]).unwrap();
+            log.write(&[LogWrite {
+                replica: RECEIVER,
+                entries: vec![entry],
+                hard_state: None,
+                membership: None,
+            }])
+            .unwrap();
             flusher.flush(&[state.freeze().unwrap()], &mut |_| {}).unwrap();
             let old = pairs(&state);
             if let Some(leaves) = log_end {

@@ -22,10 +22,9 @@ use std::ops::Bound;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use raft::eraftpb::ConfState;
 
 use super::engine::{Engine, Mutation};
-pub use super::header::StateHeader;
+pub use super::header::{StateHeader, conf_state_of};
 use super::memtable::Memtable;
 use super::merge::{self, Layer};
 use super::sessions::SessionTable;
@@ -190,10 +189,10 @@ impl ReplicaState {
 
     /// Records a new configuration, as applied by a conf change. It becomes durable with the next
     /// freeze after the applied index has moved.
-    pub fn set_membership(&mut self, epoch: Epoch, members: Vec<Member>, conf_state: ConfState) {
+    pub fn set_membership(&mut self, epoch: Epoch, members: Vec<Member>) {
         self.header.epoch = epoch;
+        self.header.conf_state = conf_state_of(&members);
         self.header.members = members;
-        self.header.conf_state = conf_state;
     }
 
     /// Clients' sessions.

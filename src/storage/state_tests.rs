@@ -1,5 +1,7 @@
 //! Tests of [`super`]: the layers agree with a plain map.
 
+use raft::eraftpb::ConfState;
+
 use super::*;
 use crate::ids::GROUP_START;
 use crate::storage::engine_memory::MemoryEngine;

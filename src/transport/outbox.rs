@@ -159,6 +159,7 @@ mod tests {
             epoch: Epoch::default(),
             safe_index: 0,
             message: raft::eraftpb::Message::default(),
+            node: NodeId::default(),
         }
     }
 

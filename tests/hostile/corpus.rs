@@ -163,7 +163,13 @@ fn payloads((cluster, node): (ClusterId, NodeId), shard: &ShardRecord) -> Vec<(L
         if kind == MsgReadIndex {
             (m.term, m.log_term) = (0, 0);
         }
-        GroupMessage { shard: shard.id, epoch: shard.epoch, safe_index: 0, message: m }
+        GroupMessage {
+            shard: shard.id,
+            epoch: shard.epoch,
+            safe_index: 0,
+            message: m,
+            node: NodeId::default(),
+        }
     });
     let messages: Vec<GroupMessage> = messages.collect();
     let heartbeat =

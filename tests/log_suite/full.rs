@@ -23,6 +23,7 @@ fn great_write() -> LogWrite {
         replica: ReplicaId(1),
         entries: vec![entry(7, 6, 3_000)],
         hard_state: Some(hard_state(6, 1, 6)),
+        membership: None,
     }
 }
 

@@ -51,11 +51,13 @@ pub fn a_replica_that_lost_its_state_takes_what_lies_beyond_its_log(mut subject:
     // Another entry than its own at 14, which wasn't committed; then one that it never had.
     for (generation, index) in [(2, 14), (3, 20)] {
         log.install(ReplicaId(1), &restore(generation, index, 8, 9)).unwrap();
+        let Install { epoch, members, .. } = restore(generation, index, 8, 9);
         let expected = LogState {
             hard_state: hard_state(9, 0, index),
             truncated: Position { index, term: 8 },
             last: index,
             terms: vec![],
+            membership: pontoon::storage::log::RecordedMembership { index, epoch, members },
         };
         assert_eq!(log.load(ReplicaId(1)).unwrap(), expected);
     }
@@ -101,6 +103,7 @@ pub fn a_log_kept_beyond_a_snapshot_survives_purges(mut subject: impl Subject) {
             replica: ReplicaId(2),
             entries: (next..next + 20).map(|index| entry(index, 6, 1000)).collect(),
             hard_state: Some(hard_state(6, 2, next)),
+            membership: None,
         };
         next += 20;
         let log = subject.log();

@@ -98,6 +98,7 @@ pub(crate) fn any_message() -> impl Strategy<Value = GroupMessage> {
                     epoch: Epoch { range: address.1, conf: address.2 },
                     safe_index: address.3,
                     message: m,
+                    node: NodeId::default(),
                 }
             })
         })
@@ -120,6 +121,7 @@ fn append() -> GroupMessage {
             entries: vec![entry(6, 5), entry(7, 9)].into(),
             ..Message::default()
         },
+        node: NodeId::default(),
     }
 }
 

@@ -6,8 +6,9 @@ use std::sync::mpsc;
 use raft::eraftpb::{Entry, HardState};
 
 use super::*;
-use crate::ids::{DatabaseId, Epoch, Index, Position, ShardId};
+use crate::ids::{DatabaseId, Epoch, Index, NodeId, Position, ShardId};
 use crate::machine::MachineKind;
+use crate::placement::map::{Member, MemberRole};
 use crate::placement::ring::RingRange;
 use crate::storage::log::{Install, LogState, ReplicaPhase, ReplicaRecord};
 use crate::storage::log_memory::{FailedWrite, MemoryLog};
@@ -115,7 +116,9 @@ fn setup(gated: bool) -> Setup {
             phase: ReplicaPhase::Active,
             range: RingRange::ALL,
             epoch: Epoch::default(),
-            members: Vec::new(),
+            members: vec![Member { replica: ReplicaId(replica), node: NodeId(1), role: MemberRole::Voter }],
+            members_at: 0,
+            ordered_at: 0,
             generation: 1,
         })
         .collect();
@@ -145,7 +148,12 @@ fn sized(
     WriteTask {
         incarnation,
         number,
-        write: LogWrite { replica: ReplicaId(replica), entries: vec![entry], hard_state: Some(hard_state) },
+        write: LogWrite {
+            replica: ReplicaId(replica),
+            entries: vec![entry],
+            hard_state: Some(hard_state),
+            membership: None,
+        },
         done: done.clone(),
     }
 }

@@ -50,7 +50,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use raft::eraftpb::{Entry, HardState};
+use raft::eraftpb::Entry;
 pub use raft_engine::env;
 use raft_engine::env::{DefaultFileSystem, FileSystem};
 use raft_engine::{Command, LogBatch, MessageExt};
@@ -58,7 +58,7 @@ use raft_engine::{Command, LogBatch, MessageExt};
 use super::StorageError;
 use super::identity::IdentityError;
 use super::log::{Extent, Install, Installed, LogState, LogStore, LogWrite, ReplicaPhase, ReplicaRecord};
-use crate::ids::{GROUP_START, Index, Position, ReplicaId, StoreId};
+use crate::ids::{Index, Position, ReplicaId, StoreId};
 use guard::EngineGuard;
 pub(crate) use guard::panic_text;
 use record::{CATALOGUE_GROUP, HARD_STATE_KEY, TRUNCATED_KEY};
@@ -254,6 +254,7 @@ impl<F: FileSystem + 'static> LogStore for DiskLog<F> {
     fn write(&self, writes: &[LogWrite]) -> Result<(), StorageError> {
         let _order = self.order()?;
         let mut after: HashMap<ReplicaId, Extent> = HashMap::with_capacity(writes.len());
+        let mut records: BTreeMap<ReplicaId, ReplicaRecord> = BTreeMap::new();
         let mut batch = LogBatch::with_capacity(2 * writes.len());
         for write in writes {
             let extent = match after.get(&write.replica) {
@@ -269,12 +270,23 @@ impl<F: FileSystem + 'static> LogStore for DiskLog<F> {
                     .put_message(write.replica.0, HARD_STATE_KEY.to_vec(), hard_state)
                     .map_err(|e| self.engine.error(e))?;
             }
+            if let Some(membership) = &write.membership {
+                let replicas = self.replicas();
+                let record = records.get(&write.replica).or_else(|| replicas.catalogue.get(&write.replica));
+                records.extend(record.and_then(|record| Some((write.replica, record.with(membership)?))));
+            }
+        }
+        for (replica, record) in &records {
+            let key = record::replica_key(*replica);
+            self.put(&mut batch, CATALOGUE_GROUP, &key, record::encode_replica(record)?)?;
         }
         if batch.is_empty() {
             return Ok(());
         }
         self.engine.write(batch, true)?;
-        self.replicas_mut().extents.extend(after);
+        let mut replicas = self.replicas_mut();
+        replicas.extents.extend(after);
+        replicas.catalogue.append(&mut records);
         Ok(())
     }
 
@@ -299,14 +311,12 @@ impl<F: FileSystem + 'static> LogStore for DiskLog<F> {
             let key = record::replica_key(replica);
             self.put(&mut batch, CATALOGUE_GROUP, &key, value)?;
             if record.phase == ReplicaPhase::Active {
-                let hard_state =
-                    HardState { term: GROUP_START.term, commit: GROUP_START.index, ..Default::default() };
                 batch
-                    .put_message(replica.0, HARD_STATE_KEY.to_vec(), &hard_state)
+                    .put_message(replica.0, HARD_STATE_KEY.to_vec(), &record.first_hard_state())
                     .map_err(|e| self.engine.error(e))?;
-                let truncated = record::encode_position(GROUP_START);
+                let truncated = record::encode_position(record.beginning());
                 self.put(&mut batch, replica.0, TRUNCATED_KEY, truncated)?;
-                created.extents.insert(replica, Extent::NEW);
+                created.extents.insert(replica, Extent::new(record));
             }
         }
         if batch.is_empty() {

@@ -128,6 +128,8 @@ pub fn encode_replica(record: &ReplicaRecord) -> Result<Vec<u8>, StorageError> {
         to.set_role(write_role(member.role));
     }
     to.set_generation(record.generation);
+    to.set_members_at(record.members_at);
+    to.set_ordered_at(record.ordered_at);
     let mut value = vec![FORMAT];
     serialize::write_message(&mut value, &message).map_err(|e| StorageError::Engine {
         engine: "raft log",
@@ -169,7 +171,9 @@ fn read_replica(mut bytes: &[u8]) -> capnp::Result<ReplicaRecord> {
         range: RingRange { start: from.get_start(), end: from.get_end() },
         epoch: Epoch { range: epoch.get_range(), conf: epoch.get_conf() },
         members,
+        members_at: from.get_members_at(),
         generation: from.get_generation(),
+        ordered_at: from.get_ordered_at(),
     })
 }
 
@@ -206,6 +210,8 @@ mod tests {
                     role: [MemberRole::Voter, MemberRole::Learner][i as usize % 2],
                 })
                 .collect(),
+            members_at: 33,
+            ordered_at: 34,
             generation: 4,
         }
     }

@@ -9,7 +9,7 @@ use super::record::{self, CATALOGUE_GROUP, HARD_STATE_KEY, IDENTITY_KEY, TRUNCAT
 use super::{DiskLog, RaftEntries, Replicas, damaged_log};
 use crate::ids::{Index, ReplicaId, StoreId, Term};
 use crate::storage::StorageError;
-use crate::storage::log::{Extent, LogState, ReplicaPhase, term_starts};
+use crate::storage::log::{Extent, LogState, ReplicaPhase, ReplicaRecord, term_starts};
 
 impl<F: FileSystem + 'static> DiskLog<F> {
     /// Whether there is a log. False: it is empty, and may be.
@@ -159,7 +159,8 @@ impl<F: FileSystem + 'static> DiskLog<F> {
                 format!("entry {index} has term {term}, below the truncated term {}", truncated.term),
             ));
         }
-        Ok(LogState { hard_state, truncated, last, terms })
+        let membership = self.replicas().catalogue.get(&replica).map(ReplicaRecord::membership);
+        Ok(LogState { hard_state, truncated, last, terms, membership: membership.unwrap_or_default() })
     }
 
     /// The term of an entry that the log must have.

@@ -5,10 +5,16 @@
 //!
 //! | command | does |
 //! |---|---|
-//! | `group [voters=3] [keep=BYTES]` | makes the group, which keeps so much log for a silent follower (unbounded); must come first |
+//! | `group [voters=3] [keep=BYTES]` | makes the group, which keeps so much log for a silent follower (unbounded); begins a script, or begins anew |
 //! | `campaign N`, `transfer N M` | begins an election; hands leadership over |
 //! | `elect N` | the same as `campaign`, then settles |
-//! | `put N KEY VALUE [pump=no]`, `get N KEY [pump=no]` | asks node N; operations are numbered #1, #2, … |
+//! | `create N` | makes node N with a newcomer, which knows no members |
+//! | `learners N R… [conf=C] [brief=yes]` | asks node N to add learners; for conf version C, else the one it is at; brief: settles |
+//! | `exchange N [promote=R,…] [remove=R,…] [conf=C]` | asks for a joint change |
+//! | `drop-learners N R… [conf=C]` | asks it to remove learners |
+//! | `members [N]`, `followers N` | the members as applied at each node, or at N, and as recorded in its log; how far the others are |
+//! | `destroy N` | the replica is gone for good |
+//! | `put N KEY VALUE [pump=no] [brief=yes]`, `get N KEY [pump=no] [brief=yes]` | asks node N; operations are numbered #1, #2, … |
 //! | `put … session=BYTE seq=N [acked=N] [open=MS]` | the same as a command of a session |
 //! | `sessions N` | time and content of N's session table |
 //! | `pump N` | does what inputs asked for |
@@ -37,7 +43,9 @@ use pontoon::codec::GroupMessage;
 use pontoon::group::catch_up::Retention;
 use pontoon::group::driver::Group;
 use pontoon::group::open::GroupOptions;
-use pontoon::group::types::{Effects, Fetch, NumberedWrite, Operation, Output, SnapshotWanted};
+use pontoon::group::types::{
+    Effects, Fetch, MembershipChange, NumberedWrite, Operation, Output, SnapshotWanted,
+};
 use pontoon::ids::{DatabaseId, Epoch, GROUP_START, NodeId, Position, ReplicaId, ShardId};
 use pontoon::machine::MachineKind;
 use pontoon::machine::command::{Command, KvCommand, Query};
@@ -49,6 +57,7 @@ use pontoon::storage::keys;
 use pontoon::storage::log::{Install, LogStore, ReplicaPhase, ReplicaRecord};
 use pontoon::storage::log_memory::MemoryLog;
 use pontoon::storage::opened::OpenedState;
+use pontoon::storage::state::StateHeader;
 
 #[path = "words.rs"]
 mod words;
@@ -88,8 +97,9 @@ struct Node {
     group: Option<Group<u64>>,
     writes: VecDeque<NumberedWrite>,
     fetch: Option<Fetch>,
-    /// A snapshot that it was asked for, and once it is made, its position and records.
-    snapshot: Option<(SnapshotWanted, Option<(Position, Records)>)>,
+    /// Snapshots that it was asked for, and those that are made, with position and records.
+    snapshots: VecDeque<SnapshotWanted>,
+    made: VecDeque<(SnapshotWanted, Position, Records)>,
     /// Of its state's keys.
     generation: u32,
     /// Up to where its state is durable.
@@ -99,7 +109,7 @@ struct Node {
 impl Interpreter for Groups {
     fn execute(&mut self, line: &script::Command) -> Result<String, String> {
         if line.name == "group" {
-            self.keep = line.named_number("keep", KEEP_ALL)?;
+            *self = Groups { keep: line.named_number("keep", KEEP_ALL)?, ..Groups::default() };
             return self.create(line.named_number("voters", 3)?);
         }
         match line.name.as_str() {
@@ -119,6 +129,45 @@ impl Interpreter for Groups {
                 let node = line.number(0)?;
                 self.group(node)?.transfer(ReplicaId(line.number(1)?));
                 self.pump(node)
+            }
+            "create" => {
+                let id = line.number(0)?;
+                self.add(id, Vec::new())?;
+                self.open(id)
+            }
+            "destroy" => {
+                self.nodes.remove(&line.number(0)?);
+                Ok(String::new())
+            }
+            "learners" => {
+                let learner =
+                    |id| Member { replica: ReplicaId(id), node: NodeId(id), role: MemberRole::Learner };
+                let ids = words::ids(line)?;
+                self.change(line, MembershipChange::AddLearners(ids.into_iter().map(learner).collect()))
+            }
+            "drop-learners" => {
+                let ids = words::ids(line)?.into_iter().map(ReplicaId).collect();
+                self.change(line, MembershipChange::RemoveLearners(ids))
+            }
+            "exchange" => {
+                let (promote, remove) = (words::listed(line, "promote")?, words::listed(line, "remove")?);
+                self.change(line, MembershipChange::Exchange { promote, remove })
+            }
+            "members" => match line.text(0) {
+                Ok(_) => self.members(line.number(0)?),
+                Err(_) => {
+                    let ids: Vec<u64> = self.nodes.keys().copied().collect();
+                    ids.into_iter().map(|id| self.members(id)).collect()
+                }
+            },
+            "followers" => {
+                let status = self.group(line.number(0)?)?.status();
+                let lines = status.followers.iter().map(|f| {
+                    let is = |flag, word| if flag { word } else { "" };
+                    let (active, near) = (is(f.active, ", active"), is(f.caught_up, ", caught up"));
+                    format!("{}: has {}{active}{near}\n", f.replica, f.matched)
+                });
+                Ok(lines.collect())
             }
             "put" => {
                 let (key, value) = (line.word(1)?.to_vec().into(), line.word(2)?.to_vec().into());
@@ -230,43 +279,72 @@ impl Groups {
         self.nodes.get_mut(&node).ok_or_else(|| format!("there is no node {node}"))
     }
 
-    fn members(voters: u64) -> Vec<Member> {
-        let member = |id| Member { replica: ReplicaId(id), node: NodeId(id), role: MemberRole::Voter };
-        (1..=voters).map(member).collect()
-    }
-
     fn create(&mut self, voters: u64) -> Result<String, String> {
+        let member = |id| Member { replica: ReplicaId(id), node: NodeId(id), role: MemberRole::Voter };
+        let members: Vec<Member> = (1..=voters).map(member).collect();
         for id in 1..=voters {
-            let log = Arc::new(MemoryLog::new());
-            let record = ReplicaRecord {
-                replica: ReplicaId(id),
-                shard: SHARD,
-                database: DatabaseId(1),
-                machine: MachineKind::Kv,
-                phase: ReplicaPhase::Active,
-                range: RingRange::ALL,
-                epoch: Epoch { range: 1, conf: 1 },
-                members: Groups::members(voters),
-                generation: GENERATION,
-            };
-            log.create(&[record]).map_err(|e| e.to_string())?;
-            let engine = Arc::new(MemoryEngine::new());
-            let node = Node {
-                log,
-                engine,
-                group: None,
-                writes: VecDeque::new(),
-                fetch: None,
-                snapshot: None,
-                generation: GENERATION,
-                flushed: GROUP_START,
-            };
-            self.nodes.insert(id, node);
+            self.add(id, members.clone())?;
         }
         for id in 1..=voters {
             self.open(id)?;
         }
         Ok(format!("{voters} voters, log begins after {} of term {}", GROUP_START.index, GROUP_START.term))
+    }
+
+    /// A node with a replica that was created with `members`.
+    fn add(&mut self, id: u64, members: Vec<Member>) -> Result<(), String> {
+        let log = Arc::new(MemoryLog::new());
+        let record = ReplicaRecord {
+            replica: ReplicaId(id),
+            shard: SHARD,
+            database: DatabaseId(1),
+            machine: MachineKind::Kv,
+            phase: ReplicaPhase::Active,
+            range: RingRange::ALL,
+            epoch: Epoch { range: 1, conf: 1 },
+            members,
+            members_at: 0,
+            ordered_at: 0,
+            generation: GENERATION,
+        };
+        let flushed = record.beginning();
+        log.create(&[record]).map_err(|e| e.to_string())?;
+        let engine = Arc::new(MemoryEngine::new());
+        let node = Node {
+            log,
+            engine,
+            group: None,
+            writes: VecDeque::new(),
+            fetch: None,
+            snapshots: VecDeque::new(),
+            made: VecDeque::new(),
+            generation: GENERATION,
+            flushed,
+        };
+        match self.nodes.insert(id, node) {
+            None => Ok(()),
+            Some(_) => Err(format!("there is a node {id} already")),
+        }
+    }
+
+    /// Asks for a change of members.
+    fn change(&mut self, line: &script::Command, change: MembershipChange) -> Result<String, String> {
+        let node: u64 = line.number(0)?;
+        let conf = match line.named("conf") {
+            Some(_) => line.named_number("conf", 0)?,
+            None => self.group(node)?.epoch().conf,
+        };
+        self.submit(line, Operation::Change { conf, change })
+    }
+
+    fn members(&mut self, id: u64) -> Result<String, String> {
+        let node = self.node(id)?;
+        let catalogue = node.log.catalogue().map_err(|e| e.to_string())?;
+        let record = catalogue.first().ok_or("it has no replica")?;
+        let recorded = format!("recorded at {}: {}", record.members_at, words::members(&record.members));
+        let Some(group) = &node.group else { return Ok(format!("{id}: down; {recorded}\n")) };
+        let (conf, members) = (group.epoch().conf, words::members(group.members()));
+        Ok(format!("{id}: conf {conf}: {members}; {recorded}\n"))
     }
 
     fn open(&mut self, id: u64) -> Result<String, String> {
@@ -312,7 +390,8 @@ impl Groups {
         let node = self.node(id)?;
         node.group = None;
         node.fetch = None;
-        node.snapshot = None;
+        node.snapshots.clear();
+        node.made.clear();
         node.engine.crash(CrashLoss::Everything);
         let lost = std::mem::take(&mut node.writes).len();
         Ok(format!("{id}: {lost} writes lost"))
@@ -323,7 +402,13 @@ impl Groups {
         self.operations += 1;
         let token = self.operations;
         self.group(node)?.submit(operation, token);
-        if line.named("pump").is_some() { Ok(String::new()) } else { self.pump(node) }
+        if line.named("pump").is_some() {
+            return Ok(String::new());
+        }
+        // Settles at once, where how it goes is shown elsewhere.
+        self.brief = line.named("brief").is_some();
+        let begun = self.pump(node)?;
+        if self.brief { Ok(begun + &self.settle()?) } else { Ok(begun) }
     }
 
     fn deliver(&mut self, only: Option<u64>) -> Result<String, String> {
@@ -335,6 +420,7 @@ impl Groups {
             }
             let cut = self.cut.contains(&from) || self.cut.contains(&to);
             if let (false, Ok(group)) = (cut, self.group(to)) {
+                let message = GroupMessage { node: NodeId(from), ..message };
                 group.step(message).map_err(|e| e.to_string())?;
                 receivers.insert(to);
             }
@@ -385,7 +471,7 @@ impl Groups {
     fn make(&mut self, id: u64) -> Result<String, String> {
         let node = self.node(id)?;
         let at = node.flushed;
-        let Some((wanted, made)) = &mut node.snapshot else {
+        let Some(wanted) = node.snapshots.front().copied() else {
             return Err(format!("node {id} was asked for no snapshot"));
         };
         let mut records = Records::new();
@@ -399,11 +485,11 @@ impl Groups {
         if at.index < least {
             return Ok(format!("{id}: its state is durable to {} only", at.index));
         }
-        *made = Some((at, records));
+        node.snapshots.pop_front();
         if self.group(id)?.snapshot_made(to, at) {
+            self.node(id)?.made.push_back((wanted, at, records));
             return Ok(format!("{id}: snapshot for {to} at {} of term {}", at.index, at.term));
         }
-        self.node(id)?.snapshot = None;
         Ok(format!("{id}: the snapshot for {to} isn't wanted any more"))
     }
 
@@ -411,7 +497,7 @@ impl Groups {
     /// replica is opened anew.
     fn bring(&mut self, id: u64, lost: bool) -> Result<String, String> {
         let node = self.node(id)?;
-        let Some((wanted, Some((position, records)))) = node.snapshot.take() else {
+        let Some((wanted, position, records)) = node.made.pop_front() else {
             return Err(format!("node {id} has made no snapshot"));
         };
         let to = wanted.to;
@@ -422,8 +508,11 @@ impl Groups {
             let batch: Vec<_> = (records.into_iter())
                 .map(|(local, value)| (keys::from_local(to, generation, &local), Some(value)))
                 .collect();
+            let header = batch.iter().find(|(key, _)| *key == keys::header_key(to, generation));
+            let header = header.and_then(|(_, value)| value.as_ref()).ok_or("a snapshot without a header")?;
+            let header = StateHeader::decode(header, "the snapshot").map_err(|e| e.to_string())?;
+            let StateHeader { epoch, members, .. } = header;
             target.engine.write(&batch).and_then(|()| target.engine.sync()).map_err(|e| e.to_string())?;
-            let (epoch, members) = (Epoch { range: 1, conf: 1 }, Groups::members(3));
             let lost = std::mem::take(&mut target.writes).len();
             if lost > 0 {
                 return Err(format!("node {to} still has writes under way"));
@@ -506,6 +595,10 @@ impl Groups {
                     let (term, vote) = (hard_state.term, hard_state.vote);
                     line += &format!(", term {term} vote {vote} commit {}", hard_state.commit);
                 }
+                if let Some(membership) = &numbered.write.membership {
+                    let (conf, members) = (membership.epoch.conf, words::members(&membership.members));
+                    line += &format!(", members as of {} (conf {conf}: {members})", membership.index);
+                }
                 lines.push(line);
             }
             self.node(id)?.writes.push_back(numbered);
@@ -528,7 +621,7 @@ impl Groups {
         }
         if let Some(wanted) = snapshot {
             lines.push(format!("{id}: wants a snapshot for {}, of {} or later", wanted.to, wanted.least));
-            self.node(id)?.snapshot = Some((wanted, None));
+            self.node(id)?.snapshots.push_back(wanted);
         }
         Ok(lines.into_iter().map(|line| line + "\n").collect())
     }
@@ -549,9 +642,11 @@ impl Groups {
                 status.last,
                 status.committed,
                 status.applied,
-                match (status.recovering, status.state_lost) {
-                    (true, _) => ", recovering",
-                    (_, Some(_)) => ", without a state",
+                match (status.recovering, status.state_lost, group.role()) {
+                    (true, ..) => ", recovering",
+                    (_, Some(_), _) => ", without a state",
+                    (.., None) => ", no member",
+                    (.., Some(MemberRole::Learner)) => ", learner",
                     _ => "",
                 }
             );

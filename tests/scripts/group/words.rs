@@ -1,11 +1,12 @@
 //! What the `group` scripts print of messages and answers, and how a write names its session.
 
 use pontoon::group::types::Output;
-use pontoon::ids::RandomId;
+use pontoon::ids::{RandomId, ReplicaId};
 use pontoon::machine::command::{Answer, KvReply, Reply, Versioned};
 use pontoon::machine::session::SessionTag;
+use pontoon::placement::map::{Member, MemberRole};
 use pontoon::refusal::Refusal;
-use raft::eraftpb::{Entry, Message, MessageType};
+use raft::eraftpb::{Entry, EntryType, Message, MessageType};
 
 use crate::script::{self, quoted};
 
@@ -20,6 +21,31 @@ pub fn tag(line: &script::Command) -> Result<Option<SessionTag>, String> {
         acked_below: line.named_number("acked", 0)?,
         open: line.named("open").map(|_| line.named_number("open", 0)).transpose()?,
     }))
+}
+
+/// The ids behind the first word.
+pub fn ids(line: &script::Command) -> Result<Vec<u64>, String> {
+    (1..).take_while(|at| line.word(*at).is_ok()).map(|at| line.number(at)).collect()
+}
+
+/// The replicas that a named word lists, separated by commas.
+pub fn listed(line: &script::Command, name: &str) -> Result<Vec<ReplicaId>, String> {
+    let Some(list) = line.named_text(name)? else { return Ok(Vec::new()) };
+    let id = |word: &str| word.parse().map(ReplicaId).map_err(|_| format!("`{word}` is no replica"));
+    list.split(',').map(id).collect()
+}
+
+/// Members in one line: those that aren't voters in both configurations with a mark.
+pub fn members(members: &[Member]) -> String {
+    let words: Vec<_> = (members.iter())
+        .map(|m| match m.role {
+            MemberRole::Voter => format!("{}", m.replica),
+            MemberRole::Learner => format!("{} learns", m.replica),
+            MemberRole::Incoming => format!("{} comes", m.replica),
+            MemberRole::Outgoing => format!("{} goes", m.replica),
+        })
+        .collect();
+    if words.is_empty() { "nobody".into() } else { words.join(", ") }
 }
 
 /// A message in one line.
@@ -55,7 +81,12 @@ pub fn describe(message: &Message) -> String {
 
 /// Entries at the end of a line.
 pub fn entries(entries: &[Entry]) -> String {
-    let words: Vec<_> = entries.iter().map(|e| format!("{} of term {}", e.index, e.term)).collect();
+    let kind = |e: &Entry| match e.get_entry_type() {
+        EntryType::EntryNormal => "",
+        _ => " (members)",
+    };
+    let words: Vec<_> =
+        entries.iter().map(|e| format!("{} of term {}{}", e.index, e.term, kind(e))).collect();
     if words.is_empty() { String::new() } else { format!(", entries [{}]", words.join(", ")) }
 }
 
@@ -68,6 +99,7 @@ pub fn end(result: &Result<Output, Refusal>) -> String {
     match result {
         Ok(Output::Reply(Reply::Kv(KvReply::Written(version)))) => format!("written, version {version}"),
         Ok(Output::Answer(Answer::Value(value))) => format!("is {}", found(value)),
+        Ok(Output::Changed(conf)) => format!("in force, conf version {conf}"),
         Ok(other) => format!("{other:?}"),
         Err(refusal) => {
             let hint = match refusal {
