@@ -2,7 +2,7 @@
 
 use std::fs::OpenOptions;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
@@ -130,7 +130,7 @@ fn refuse(context: &Context, recovery: &Recovery) -> Result<Exit, Failure> {
     Ok(Exit::Negative)
 }
 
-fn done(context: &Context, recovery: &Recovery, report: &PathBuf) -> Result<Exit, Failure> {
+fn done(context: &Context, recovery: &Recovery, report: &Path) -> Result<Exit, Failure> {
     if context.json() {
         let mut object = json_of(recovery);
         object["done"] = true.into();
