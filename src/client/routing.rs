@@ -265,7 +265,7 @@ fn next_member(record: &ShardRecord, node: NodeId, usable: impl Fn(NodeId) -> bo
 mod tests {
     use super::*;
     use crate::ids::{DatabaseId, Epoch, RandomId, ReplicaId};
-    use crate::placement::map::{DatabaseRecord, Member, NodeRecord};
+    use crate::placement::map::{DatabaseRecord, Member, MemberRole, NodeRecord};
     use crate::placement::ring::RingRange;
     use proptest::prelude::*;
 

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use raft::eraftpb::{ConfState, Entry, Message, MessageType};
 
 use super::*;
+use crate::group::election;
+use raft::StateRole;
 use crate::codec::messages::POSITION_MAX;
 use crate::group::catch_up::Retention;
 use crate::group::open::GroupOptions;
