@@ -108,6 +108,8 @@ points! {
     SnapshotReceive = "receive/snapshot", "before a chunk is added to what was received", true;
     ReadEngine = "read/engine", "before queries are answered from the engine", false;
     InstallBefore = "supervisor/install.before", "a snapshot is loaded, the replica still runs", false;
+    RecoverBefore = "supervisor/recover.before", "a replica that is to go on alone runs still", false;
+    RecoverReopen = "supervisor/recover.reopen", "that it goes on alone is durable, it isn't opened", false;
     InstallReopen = "supervisor/install.reopen", "the record is durable, the replica isn't opened", false;
     Rebuild = "supervisor/rebuild", "a crashed replica is fenced, nothing of it was read", false;
     NewcomerCreated = "supervisor/newcomer.created", "a replica that a move brings is recorded, and not opened", false;

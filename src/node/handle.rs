@@ -12,7 +12,7 @@ use super::disk::DiskHealth;
 use super::load::Admitted;
 #[cfg(feature = "test-hooks")]
 use super::messages::Inject;
-use super::messages::{AskStatus, Report, Submit, Transfer};
+use super::messages::{AskStatus, Report, Reported, Submit, Transfer};
 use super::reconciler::{Balance, BalanceStatus};
 use super::router::Router;
 use super::supervisor::Supervisor;
@@ -100,6 +100,10 @@ pub struct ReplicaReport {
     pub group: Option<GroupStatus>,
     /// Restarts since the node started.
     pub restarts: u32,
+    /// Keys in its state, as last counted; an estimate.
+    pub keys: u64,
+    /// Bytes of them and their values, likewise.
+    pub bytes: u64,
 }
 
 /// What a node tells of itself.
@@ -117,6 +121,10 @@ pub struct NodeReport {
     pub replicas: Vec<ReplicaReport>,
     /// Time since it started.
     pub uptime: Duration,
+    /// Bytes that it has sent in snapshots since then.
+    pub snapshot_bytes: u64,
+    /// Of the node that leads the metadata shard: where members should change and can't, and why.
+    pub stuck: Vec<(ShardId, String)>,
 }
 
 impl NodeHandle {
@@ -196,6 +204,20 @@ impl NodeHandle {
     /// The cluster map as this node knows it; a cheap snapshot. Empty while it isn't a member.
     pub fn map(&self) -> Arc<ClusterMap> {
         self.inner.member.get().map_or_else(|| self.inner.empty_map.clone(), |m| m.router.map())
+    }
+
+    /// Waits until this node knows a cluster map newer than version `since`.
+    pub async fn map_after(&self, since: u64) -> Arc<ClusterMap> {
+        let mut phase = self.inner.phase.subscribe();
+        loop {
+            if let Some(member) = self.inner.member.get() {
+                return member.router.map_after(since).await;
+            }
+            // It becomes a member before it is ready.
+            if phase.changed().await.is_err() {
+                unreachable!("the sender is this node's own");
+            }
+        }
     }
 
     /// Hands operations to this node's replica of `shard`, if `range_version` is the one in force,
@@ -320,9 +342,9 @@ impl NodeHandle {
 
     /// This node's own view of itself and its replicas.
     pub async fn report(&self) -> NodeReport {
-        let replicas = match self.inner.member.get() {
+        let Reported { replicas, snapshot_bytes } = match self.inner.member.get() {
             Some(member) => member.supervisor.send(Report).await.unwrap_or_default(),
-            None => Vec::new(),
+            None => Reported::default(),
         };
         NodeReport {
             node: self.node(),
@@ -334,6 +356,8 @@ impl NodeHandle {
             disk_bytes: self.inner.disk_bytes.load(Ordering::Relaxed),
             replicas,
             uptime: self.inner.started.elapsed(),
+            snapshot_bytes,
+            stuck: self.balance().map_or_else(Vec::new, |balance| balance.stuck.clone()),
         }
     }
 

@@ -190,5 +190,14 @@ pub struct MapNews(pub MapDelta);
 
 /// Service → supervisor: report all replicas.
 #[derive(Message)]
-#[rtype(result = "Vec<ReplicaReport>")]
+#[rtype(result = "Reported")]
 pub struct Report;
+
+/// What a supervisor reports.
+#[derive(Default)]
+pub struct Reported {
+    /// All replicas, by shard.
+    pub replicas: Vec<ReplicaReport>,
+    /// Bytes that the node has sent in snapshots since it started.
+    pub snapshot_bytes: u64,
+}

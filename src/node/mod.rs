@@ -36,6 +36,7 @@ mod opening;
 pub mod panics;
 pub mod reader;
 pub mod reconciler;
+mod recover;
 pub mod removal;
 pub mod replica;
 pub mod replicas;

@@ -9,8 +9,8 @@ use crate::codec::snapshot::{SnapshotAnswer, SnapshotOffer};
 use crate::ids::{Epoch, Incarnation, Index, METADATA_SHARD, NodeId, ReplicaId, ShardId};
 use crate::limits;
 use crate::machine::MachineKind;
-use crate::placement::map::{ClusterMap, ShardRecord};
-use crate::storage::log::{Install, ReplicaPhase, ReplicaRecord};
+use crate::placement::map::{ClusterMap, Member, MemberRole, ShardRecord};
+use crate::storage::log::{Install, RecordedMembership, ReplicaPhase, ReplicaRecord};
 
 /// One replica of this node.
 #[derive(Debug)]
@@ -198,6 +198,21 @@ impl Replicas {
         orders
     }
 
+    /// Replicas that are to go on alone, and aren't yet: the map names nobody else, under a conf version of a
+    /// later generation than theirs.
+    pub fn recoveries(&self, map: &ClusterMap, node: NodeId) -> Vec<(ReplicaId, Epoch)> {
+        let due = |slot: &Slot| {
+            let record = &slot.record;
+            let shard = map.shards.get(&record.shard).filter(|shard| !shard.dropped)?;
+            let only = Member { replica: record.replica, node, role: MemberRole::Voter };
+            // A newcomer has never been a voter of an earlier generation.
+            let was_member = !record.members.is_empty();
+            (was_member && shard.epoch.generation() > record.epoch.generation() && shard.members == [only])
+                .then_some((record.replica, shard.epoch))
+        };
+        self.slots.values().filter_map(due).collect()
+    }
+
     /// Replicas that are being created.
     pub fn created(&mut self, records: &[ReplicaRecord]) {
         for record in records {
@@ -320,6 +335,21 @@ impl Replicas {
 }
 
 impl Replicas {
+    /// A replica that was stopped ([`Replicas::begin_install`]) goes on alone, or as it was; its record, from which it
+    /// is to be opened. `None` if it was removed meanwhile.
+    pub fn end_recovery(
+        &mut self,
+        replica: ReplicaId,
+        membership: Option<RecordedMembership>,
+    ) -> Option<ReplicaRecord> {
+        let record = self.end_install(replica, None)?;
+        let slot = self.slots.get_mut(&replica)?;
+        if let Some(RecordedMembership { index: members_at, epoch, members }) = membership {
+            slot.record = ReplicaRecord { epoch, members, members_at, ..record };
+        }
+        Some(slot.record.clone())
+    }
+
     /// Whether a replica may take a snapshot: the generation of its state, or what to answer.
     pub fn judge(&self, offer: &SnapshotOffer) -> Result<u32, SnapshotAnswer> {
         let replica = offer.to;
@@ -516,6 +546,51 @@ mod tests {
         assert_eq!(replicas.orders(&again, NodeId(3)).create[0].replica, ReplicaId(13));
         let dropped = changed(4, |shard| shard.dropped = true);
         assert_eq!(removed(&dropped), [ReplicaId(12)]);
+    }
+
+    #[test]
+    fn only_who_is_named_alone_in_a_later_generation_goes_on_alone() {
+        use MemberRole::{Learner, Voter};
+        let mut replicas = Replicas::default();
+        let three = |shard: &mut ShardRecord| {
+            shard.members = (2..=4).map(|node| member(7 + node, node, Voter)).collect();
+        };
+        replicas.created(&replicas.orders(&changed(3, three), NodeId(2)).create);
+        let alone = |conf, members: &[Member]| {
+            let members = members.to_vec();
+            let map = changed(9, |shard| (shard.epoch.conf, shard.members) = (conf, members));
+            replicas.recoveries(&map, NodeId(2)).into_iter().map(|(replica, _)| replica).collect::<Vec<_>>()
+        };
+        let (own, other) = (member(9, 2, Voter), member(10, 3, Voter));
+        // Its group has shrunk to it by itself; it will learn that from its log.
+        assert_eq!(alone(7, &[own]), []);
+        assert_eq!(alone(1 << 32, &[own]), [ReplicaId(9)]);
+        assert_eq!(alone((1 << 32) + 5, &[own, member(14, 5, Learner)]), [], "not alone any more");
+        assert_eq!(alone(1 << 32, &[other]), []);
+        assert_eq!(alone(1 << 32, &[member(9, 2, Learner)]), []);
+        // Once, and again if another operator decides it again.
+        let epoch = Epoch { range: 1, conf: 1 << 32 };
+        let membership = RecordedMembership { index: 20, epoch, members: vec![own] };
+        let stopped = |replicas: &mut Replicas| {
+            replicas.get_mut(ReplicaId(9)).unwrap().opening = false;
+            replicas.begin_install(ReplicaId(9)).unwrap();
+        };
+        stopped(&mut replicas);
+        let as_it_was = replicas.end_recovery(ReplicaId(9), None).unwrap();
+        assert_eq!(as_it_was.members.len(), 3);
+        stopped(&mut replicas);
+        let record = replicas.end_recovery(ReplicaId(9), Some(membership)).unwrap();
+        assert_eq!((record.epoch, record.members_at, record.members), (epoch, 20, vec![own]));
+        let due = |conf| {
+            let map = changed(9, |shard| (shard.epoch.conf, shard.members) = (conf, vec![own]));
+            replicas.recoveries(&map, NodeId(2)).len()
+        };
+        assert_eq!((due(1 << 32), due((1 << 32) + 4), due(2 << 32)), (0, 0, 1));
+        // A newcomer has no log to go on with.
+        let mut replicas = Replicas::default();
+        let newcomer = changed(9, |shard| (shard.epoch.conf, shard.members) = (1 << 32, vec![own]));
+        replicas.created(&replicas.orders(&newcomer, NodeId(2)).create);
+        assert_eq!(replicas.recoveries(&newcomer, NodeId(2)), []);
     }
 
     fn boom(at: Instant) -> Crash {

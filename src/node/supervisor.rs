@@ -188,6 +188,7 @@ impl Supervisor {
             return self.leave(ctx);
         }
         self.obey(orders, ctx);
+        self.recover(ctx);
     }
 
     fn obey(&mut self, orders: Orders, ctx: &mut Context<Self>) {
@@ -510,17 +511,20 @@ impl Handler<MapNews> for Supervisor {
 }
 
 impl Handler<Report> for Supervisor {
-    type Result = ResponseFuture<Vec<ReplicaReport>>;
+    type Result = ResponseFuture<Reported>;
     fn handle(&mut self, _: Report, _: &mut Context<Self>) -> Self::Result {
         let asked = self.replicas.iter().map(|slot: &Slot| {
             let addr = self.addrs.get(&slot.record.replica).cloned();
             let receives = self.shared.snapshots.inbox.receives(slot.record.replica);
+            let counted = self.counts.of(slot.record.replica);
             let mut report = ReplicaReport {
                 shard: slot.record.shard,
                 replica: slot.record.replica,
                 health: slot.health.clone(),
                 group: None,
                 restarts: slot.restarts,
+                keys: counted.keys,
+                bytes: counted.bytes,
             };
             async move {
                 if let Some(addr) = addr
@@ -537,10 +541,11 @@ impl Handler<Report> for Supervisor {
             }
         });
         let asked: Vec<_> = asked.collect();
+        let snapshot_bytes = self.shared.snapshots.outgoing.sent_bytes();
         Box::pin(async move {
-            let mut reports = futures_util::future::join_all(asked).await;
-            reports.sort_by_key(|r| r.shard);
-            reports
+            let mut replicas = futures_util::future::join_all(asked).await;
+            replicas.sort_by_key(|r| r.shard);
+            Reported { replicas, snapshot_bytes }
         })
     }
 }

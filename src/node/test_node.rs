@@ -155,7 +155,7 @@ impl TestNode {
     /// What the supervisor tells of a replica.
     pub async fn report(&self, replica: u64) -> ReplicaReport {
         let reports = self.supervisor.send(Report).await.expect("a report");
-        reports.into_iter().find(|r| r.replica == ReplicaId(replica)).expect("a replica")
+        reports.replicas.into_iter().find(|r| r.replica == ReplicaId(replica)).expect("a replica")
     }
 
     /// Waits until a replica is as wanted.
