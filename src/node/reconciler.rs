@@ -8,7 +8,8 @@
 //! ```
 //!
 //! Nothing here waits for anything: what is under way ends when it ends, within its time, and what isn't
-//! done is named again at a later step. Two of these may be at work for a moment while leadership moves. That does no
+//! done is named again at a later step. Deciding may take a second where there are very many shards, so that
+//! happens off the arbiter, which the metadata replica needs for its heartbeats. Two of these may be at work for a moment while leadership moves. That does no
 //! harm: each command and each order names the conf version that it is about.
 
 use std::collections::{BTreeMap, HashSet};
@@ -17,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::LocalBoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
+use tokio::task::JoinError;
 
 use super::handle::NodeHandle;
 use crate::balance::facts::{Action, Survey};
@@ -86,6 +88,29 @@ impl Balance {
     }
 }
 
+/// Something that the reconciler is to know.
+enum News {
+    /// A node has answered, at this time.
+    Heard(u64, Survey),
+    /// A step for this shard was refused, and why.
+    Refused(ShardId, String),
+}
+
+impl News {
+    fn tell(self, reconciler: &mut Reconciler) {
+        match self {
+            News::Heard(now, survey) => reconciler.heard(now, survey),
+            News::Refused(shard, why) => reconciler.refused(shard, why),
+        }
+    }
+}
+
+/// A decision, and the map that it was made by.
+struct Step {
+    reign: u64,
+    decided: Result<(Reconciler, Arc<ClusterMap>, Vec<Action>), JoinError>,
+}
+
 /// What an action came to.
 #[derive(Debug)]
 enum Outcome {
@@ -100,7 +125,6 @@ pub async fn run(handle: NodeHandle) {
     let mut shell = Shell::new(handle);
     let mut next = Instant::now();
     loop {
-        let at_rest = shell.surveys.is_empty() && shell.actions.is_empty();
         tokio::select! {
             () = tokio::time::sleep_until(next.into()) => {
                 next = Instant::now() + Duration::from_millis(limits::SURVEY_MS);
@@ -114,13 +138,14 @@ pub async fn run(handle: NodeHandle) {
                     shell.rest();
                 }
             }
-            Some((node, answer)) = shell.surveys.next(), if !at_rest => {
+            Some((node, answer)) = shell.surveys.next(), if !shell.surveys.is_empty() => {
                 shell.heard(node, answer);
                 if shell.surveys.is_empty() {
                     shell.step();
                 }
             }
-            Some((action, outcome)) = shell.actions.next(), if !at_rest => {
+            Some(step) = shell.steps.next(), if !shell.steps.is_empty() => shell.decided(step),
+            Some((action, outcome)) = shell.actions.next(), if !shell.actions.is_empty() => {
                 if shell.ended(&action, outcome) {
                     // What comes after it needn't wait for a whole second.
                     next = next.min(Instant::now() + Duration::from_millis(limits::SURVEY_SOON_MS));
@@ -134,8 +159,14 @@ pub async fn run(handle: NodeHandle) {
 struct Shell {
     handle: NodeHandle,
     began: Instant,
-    /// While this node leads the metadata shard.
+    /// While this node leads the metadata shard: which time it does.
+    reign: Option<u64>,
+    reigns: u64,
+    /// While it leads; but not while it decides.
     reconciler: Option<Reconciler>,
+    /// What has come while it decides.
+    news: Vec<News>,
+    steps: FuturesUnordered<LocalBoxFuture<'static, Step>>,
     surveys: FuturesUnordered<LocalBoxFuture<'static, (NodeId, Result<Survey, String>)>>,
     asked: HashSet<NodeId>,
     actions: FuturesUnordered<LocalBoxFuture<'static, (Action, Outcome)>>,
@@ -149,7 +180,11 @@ impl Shell {
         Shell {
             handle,
             began: Instant::now(),
+            reign: None,
+            reigns: 0,
             reconciler: None,
+            news: Vec::new(),
+            steps: FuturesUnordered::new(),
             surveys: FuturesUnordered::new(),
             asked: HashSet::new(),
             actions: FuturesUnordered::new(),
@@ -160,7 +195,9 @@ impl Shell {
 
     /// Another node leads: nothing is known that was learned before.
     fn rest(&mut self) {
-        if self.reconciler.take().is_some() {
+        if self.reign.take().is_some() {
+            self.reconciler = None;
+            self.news.clear();
             tracing::info!(
                 "this node doesn't lead the metadata shard any more, and leaves moves to the one that does"
             );
@@ -173,8 +210,10 @@ impl Shell {
 
     /// Asks all nodes that belong to the cluster and haven't been asked yet.
     fn ask_all(&mut self) {
-        if self.reconciler.is_none() {
+        if self.reign.is_none() {
             tracing::debug!("this node leads the metadata shard: the reconciler begins");
+            self.reigns += 1;
+            self.reign = Some(self.reigns);
             self.reconciler = Some(Reconciler::new());
         }
         let map = self.handle.map();
@@ -192,9 +231,7 @@ impl Shell {
         match answer {
             Ok(survey) => {
                 self.snapshot_bytes.insert(node, survey.snapshot_bytes);
-                if let Some(reconciler) = &mut self.reconciler {
-                    reconciler.heard(now, survey);
-                }
+                self.tell(News::Heard(now, survey));
             }
             Err(error) => {
                 self.snapshot_bytes.remove(&node);
@@ -208,14 +245,52 @@ impl Shell {
         u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// Has the reconciler decide, and begins what it decides.
+    fn tell(&mut self, news: News) {
+        match &mut self.reconciler {
+            Some(reconciler) => news.tell(reconciler),
+            None if self.reign.is_some() => self.news.push(news),
+            None => {}
+        }
+    }
+
+    /// Has the reconciler decide, unless it is at it.
     fn step(&mut self) {
         let (now, map) = (self.now_ms(), self.handle.map());
-        // Of version 0, the cluster isn't formed; and nobody is to act on a map of before this node led.
-        let Some(reconciler) = self.reconciler.as_mut().filter(|_| map.version > 0) else {
+        if map.version == 0 {
+            // The cluster isn't formed.
+            return;
+        }
+        let Some((mut reconciler, reign)) = self.reconciler.take().zip(self.reign) else {
             return;
         };
-        let actions = reconciler.step(now, &map);
+        self.steps.push(Box::pin(async move {
+            let decide = move || {
+                let actions = reconciler.step(now, &map);
+                (reconciler, map, actions)
+            };
+            Step { reign, decided: tokio::task::spawn_blocking(decide).await }
+        }));
+    }
+
+    /// The reconciler has decided: begins what is to be done.
+    fn decided(&mut self, Step { reign, decided }: Step) {
+        if self.reign != Some(reign) {
+            return;
+        }
+        let (mut reconciler, map, actions) = match decided {
+            Ok(decided) => decided,
+            Err(error) => {
+                // The cluster serves on as it is; and a panic here must not go from leader to leader.
+                let reason = super::panics::last().unwrap_or_else(|| error.to_string());
+                tracing::error!(reason, "the reconciler has failed, and begins anew");
+                self.reconciler = Some(Reconciler::new());
+                self.news.clear();
+                return;
+            }
+        };
+        for news in self.news.drain(..) {
+            news.tell(&mut reconciler);
+        }
         let silent = map.nodes.values().filter(|record| is_asked(record)).map(|record| record.id);
         let silent = silent.map(|node| (node, reconciler.silent_ms(node))).filter(|(_, ms)| *ms > 0);
         let status = BalanceStatus {
@@ -225,6 +300,7 @@ impl Shell {
             snapshot_bytes: self.snapshot_bytes.clone(),
         };
         self.handle.balance_cell().show(Some(status));
+        self.reconciler = Some(reconciler);
         for action in actions {
             if self.at_work.len() >= limits::ORDERS_MAX {
                 break;
@@ -261,8 +337,8 @@ impl Shell {
             }
             Outcome::Refused(why) | Outcome::Failed(why) => {
                 tracing::debug!(action = describe(action), why, label, "a step of the reconciler");
-                if let (Some(reconciler), Some(shard)) = (&mut self.reconciler, shard_of(action)) {
-                    reconciler.refused(shard, why);
+                if let Some(shard) = shard_of(action) {
+                    self.tell(News::Refused(shard, why));
                 }
                 false
             }
@@ -436,4 +512,72 @@ fn progress(map: &ClusterMap) -> Vec<MoveProgress> {
         Some(MoveProgress { shard: record.id, id: moving.id, step })
     });
     moving.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::group::types::MembershipChange;
+    use crate::ids::{DatabaseId, Epoch, ReplicaId};
+    use crate::placement::map::{Member, MoveCause, ShardMove, ShardRecord};
+    use crate::placement::ring::RingRange;
+
+    fn map(members: &[(u64, MemberRole)], moving: Option<ShardMove>) -> ClusterMap {
+        let member = |&(id, role)| Member { replica: ReplicaId(id), node: NodeId(id), role };
+        let record = ShardRecord {
+            id: ShardId(4),
+            database: DatabaseId(1),
+            range: RingRange::ALL,
+            epoch: Epoch { range: 1, conf: 3 },
+            members: members.iter().map(member).collect(),
+            dropped: false,
+            moving,
+            target: None,
+            previous: None,
+            changed_at: 9,
+        };
+        ClusterMap { shards: [(record.id, record)].into(), ..ClusterMap::default() }
+    }
+
+    #[test]
+    fn how_far_a_move_is_the_members_tell() {
+        use MemberRole::{Incoming, Learner, Outgoing, Voter};
+        let step = |members: &[(u64, MemberRole)], cancelling| {
+            let add = Member { replica: ReplicaId(9), node: NodeId(9), role: Learner };
+            let (adds, removes) = (vec![add], vec![ReplicaId(1)]);
+            let moving = ShardMove { id: 7, adds, removes, cancelling, cause: MoveCause::Repair };
+            let [progress] = progress(&map(members, Some(moving)))[..] else { panic!("one move") };
+            assert_eq!((progress.shard, progress.id), (ShardId(4), 7));
+            progress.step
+        };
+        let steps = [
+            (&[(1, Voter), (2, Voter)][..], MoveStep::Begun),
+            (&[(1, Voter), (2, Voter), (9, Learner)], MoveStep::CatchingUp),
+            (&[(1, Outgoing), (2, Voter), (9, Incoming)], MoveStep::Joint),
+            (&[(2, Voter), (9, Voter)], MoveStep::Ending),
+        ];
+        for (members, expected) in steps {
+            assert_eq!(step(members, false), expected);
+            // One that has come to the joint change ends as it was meant to.
+            let rolls_back = expected < MoveStep::Joint;
+            assert_eq!(step(members, true), if rolls_back { MoveStep::RollingBack } else { expected });
+        }
+        assert_eq!(progress(&map(&[(1, Voter)], None)), []);
+    }
+
+    #[test]
+    fn one_order_at_a_time_for_a_shard_and_each_command_once() {
+        let change = |shard, conf| Action::Change {
+            node: NodeId(1),
+            shard: ShardId(shard),
+            conf,
+            change: MembershipChange::RemoveLearners(Vec::new()),
+        };
+        let transfer = Action::Transfer { node: NodeId(1), shard: ShardId(4), to: NodeId(2) };
+        let end = |id| Action::Meta(MetaCommand::EndMove { shard: ShardId(4), id });
+        assert!(excludes(&change(4, 1), &change(4, 2)) && excludes(&transfer, &change(4, 1)));
+        assert!(!excludes(&change(4, 1), &change(5, 1)));
+        assert!(excludes(&end(1), &end(1)) && !excludes(&end(1), &end(2)));
+        assert!(!excludes(&end(1), &change(4, 1)), "they are about different groups");
+    }
 }
