@@ -179,9 +179,9 @@ struct MetaRefusal {
       replicas @4 :UInt32;   # that it has
       shards @5 :UInt32;     # that it has
     }
-    unknownDatabase @6 :Text;   # dropDatabase, dropDatabaseId: the name
-    unknownNode @7 :UInt64;  # createDatabase: a planned NodeId that isn't a member
-    invalidPlan @8 :Text;    # createDatabase: the rule that the plan breaks
+    unknownDatabase @6 :Text;   # dropDatabase, dropDatabaseId, setReplicas: the name
+    unknownNode @7 :UInt64;  # a named NodeId that isn't a member
+    invalidPlan @8 :Text;    # createDatabase, setReplicas: the rule that the plan breaks
     notFormed @9 :Void;      # no command works before `form`
     stale :group {           # the proposer knew an older state of the shard, move, or plan
       what @10 :Text;        # which
@@ -191,5 +191,7 @@ struct MetaRefusal {
       shards @12 :List(UInt64);   # ShardIds, the first few
       total @13 :UInt32;     # how many there are
     }
+    nodeRemoved @14 :UInt64; # addNode, setStanding: this NodeId was, and that is for good
+    notAllowed @15 :Text;    # another rule, in words
   }
 }
