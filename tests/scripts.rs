@@ -6,14 +6,8 @@ mod script;
 
 // Each area has the interpreter of its commands beside its scripts. To add one: a
 // directory, its interpreter as a module here, and a test below.
-mod balance {
-    #[path = "../scripts/balance/chaos.rs"]
-    mod chaos;
-    #[path = "../scripts/balance/interpreter.rs"]
-    pub mod interpreter;
-    #[path = "../scripts/balance/model.rs"]
-    mod model;
-}
+#[path = "scripts/balance/interpreter.rs"]
+mod balance;
 #[path = "scripts/group/interpreter.rs"]
 mod group;
 #[path = "scripts/machine/interpreter.rs"]
@@ -23,7 +17,7 @@ mod placement;
 
 #[test]
 fn balance_scripts() {
-    script::run_area("balance", balance::interpreter::Balance::default);
+    script::run_area("balance", balance::Balance::default);
 }
 
 #[test]

@@ -29,6 +29,7 @@ pub mod serve;
 pub mod setup;
 pub mod signals;
 pub mod sim;
+pub mod sim_placement;
 pub mod status;
 pub mod stop;
 pub mod transfer;

@@ -158,9 +158,11 @@ impl Spread<'_> {
         for (at, Place { nodes, .. }) in self.board.shards.iter().enumerate().filter(|(_, p)| p.movable) {
             nodes.iter().for_each(|node| shards[*node].push(at));
         }
+        // Nodes from which no chain leads to one with too few.
+        let mut closed = vec![false; shards.len()];
         for from in over {
             while self.is_over(from)
-                && let Some(chain) = self.chain(from, &shards)
+                && let Some(chain) = self.chain(from, &shards, &mut closed)
             {
                 for (shard, from, to) in chain {
                     self.board.shift(shard, from, to);
@@ -171,42 +173,55 @@ impl Spread<'_> {
         }
     }
 
-    /// The shortest chain of moves from `from` to a node with too few, each shard moving once at most: what it
-    /// may do on its own it may then do in the chain.
-    fn chain(&self, from: usize, shards: &[Vec<usize>]) -> Option<Vec<(usize, usize, usize)>> {
+    /// The cheapest chain of moves from `from` to a node with too few, each shard moving once at most: what it
+    /// may do on its own it may then do in the chain. What this plan has put on a node goes on from there at no
+    /// cost.
+    fn chain(
+        &self,
+        from: usize,
+        shards: &[Vec<usize>],
+        closed: &mut [bool],
+    ) -> Option<Vec<(usize, usize, usize)>> {
         let mut reached: Vec<Option<(usize, usize)>> = vec![None; shards.len()];
-        let mut unreached: Vec<usize> = (0..shards.len()).filter(|node| *node != from).collect();
+        let mut costs = vec![u32::MAX; shards.len()];
+        let mut done = vec![false; shards.len()];
+        costs[from] = 0;
         let mut queue = VecDeque::from([from]);
         while let Some(giver) = queue.pop_front() {
+            if std::mem::replace(&mut done[giver], true) {
+                continue;
+            }
+            if self.is_under(giver) {
+                let mut chain = Vec::new();
+                let mut at = giver;
+                while let Some((shard, giver)) = reached[at] {
+                    chain.push((shard, giver, at));
+                    at = giver;
+                }
+                let times = |shard| chain.iter().filter(|(other, ..)| *other == shard).count();
+                if chain.iter().all(|(shard, ..)| times(*shard) == 1) {
+                    return Some(chain);
+                }
+                continue;
+            }
             for &shard in &shards[giver] {
-                let mut found = None;
-                unreached.retain(|&taker| {
-                    if !self.board.fits(shard, giver, taker) {
-                        return true;
-                    }
-                    reached[taker] = Some((shard, giver));
-                    if self.is_under(taker) {
-                        found = found.or(Some(taker));
-                    }
-                    queue.push_back(taker);
-                    false
-                });
-                if let Some(end) = found {
-                    let mut chain = Vec::new();
-                    let mut at = end;
-                    while let Some((shard, giver)) = reached[at] {
-                        chain.push((shard, giver, at));
-                        at = giver;
-                    }
-                    let once = chain
-                        .iter()
-                        .all(|(shard, ..)| chain.iter().filter(|(other, ..)| other == shard).count() == 1);
-                    if once {
-                        return Some(chain);
+                let place = &self.board.shards[shard];
+                for taker in 0..shards.len() {
+                    let fresh = !place.before.contains(&taker) && place.before.contains(&giver);
+                    let cost = costs[giver] + u32::from(fresh);
+                    let better = !done[taker] && !closed[taker] && cost < costs[taker];
+                    if better && self.board.fits(shard, giver, taker) {
+                        costs[taker] = cost;
+                        reached[taker] = Some((shard, giver));
+                        match fresh {
+                            true => queue.push_back(taker),
+                            false => queue.push_front(taker),
+                        }
                     }
                 }
             }
         }
+        closed.iter_mut().zip(done).for_each(|(closed, done)| *closed |= done);
         None
     }
 }

@@ -359,15 +359,16 @@ proptest! {
         let total: u32 = map.nodes.values().map(|node| node.weight).sum();
         for (id, (held, leads)) in loads(&map) {
             let weight = f64::from(map.nodes[&id].weight) / f64::from(total);
-            let near = |have: u32, count: u32| {
+            let near = |have: u32, count: u32, units: f64| {
                 let share = f64::from(count) * weight;
-                (f64::from(have) - share).abs() <= (0.15 * share).max(1.0) + 1e-9
+                (f64::from(have) - share).abs() <= (0.15 * share).max(units) + 1e-9
             };
             // A node can't hold a shard twice; then others hold more.
             if f64::from(shards * replicas) * 151.0 / f64::from(total) < f64::from(shards) {
-                prop_assert!(near(held, shards * replicas), "{held} replicas on node {id}");
+                prop_assert!(near(held, shards * replicas, 1.0), "{held} replicas on node {id}");
             }
-            prop_assert!(near(leads, shards) || held < shards / 4, "{leads} leaders on node {id}");
+            // Only a node that has a replica can lead, and of few shards the right ones may not be there.
+            prop_assert!(near(leads, shards, 2.0) || held < shards / 4, "{leads} leaders on node {id}");
         }
     }
 

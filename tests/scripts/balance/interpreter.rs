@@ -29,8 +29,11 @@ use pontoon::machine::command::{MetaCommand, PolicyChange};
 use pontoon::placement::map::{MemberRole, RebalanceState, Standing};
 use pontoon::placement::rebalance::{Plan, plan_rebalance, plan_undo};
 
-use super::model::Model;
 use crate::script::{Command, Interpreter};
+use model::Model;
+
+mod chaos;
+mod model;
 
 /// The cluster of one script.
 #[derive(Default)]
