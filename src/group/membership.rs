@@ -401,16 +401,19 @@ fn next_members(members: &[Member], change: &MembershipChange) -> Result<Vec<Mem
             if promote.is_empty() && remove.is_empty() {
                 return Err("a joint change of nothing".into());
             }
-            for (replicas, from, to) in [
-                (promote, MemberRole::Learner, MemberRole::Incoming),
-                (remove, MemberRole::Voter, MemberRole::Outgoing),
+            for (replicas, from, to, rule) in [
+                (promote, MemberRole::Learner, MemberRole::Incoming, "only a learner becomes a voter"),
+                (remove, MemberRole::Voter, MemberRole::Outgoing, "only a voter goes with a joint change"),
             ] {
                 for replica in replicas {
                     let place = after.iter_mut().find(|m| m.replica == *replica && m.role == from);
                     let Some(member) = place else {
-                        let is =
-                            role_of(*replica).map_or("is no member".into(), |role| format!("is {role:?}"));
-                        return Err(format!("replica {replica} {is}, not {from:?}"));
+                        let is = match role_of(*replica) {
+                            None => "no member",
+                            Some(MemberRole::Learner) => "a learner",
+                            Some(_) => "a voter",
+                        };
+                        return Err(format!("replica {replica} is {is}; {rule}"));
                     };
                     member.role = to;
                 }

@@ -5,7 +5,7 @@
 //!
 //! | command | does |
 //! |---|---|
-//! | `group [voters=3] [keep=BYTES]` | makes the group, which keeps so much log for a silent follower (unbounded); must come first |
+//! | `group [voters=3] [keep=BYTES]` | makes the group, which keeps so much log for a silent follower (unbounded); begins a script, or begins anew |
 //! | `campaign N`, `transfer N M` | begins an election; hands leadership over |
 //! | `elect N` | the same as `campaign`, then settles |
 //! | `create N` | makes node N with a newcomer, which knows no members |
@@ -97,8 +97,9 @@ struct Node {
     group: Option<Group<u64>>,
     writes: VecDeque<NumberedWrite>,
     fetch: Option<Fetch>,
-    /// A snapshot that it was asked for, and once it is made, its position and records.
-    snapshot: Option<(SnapshotWanted, Option<(Position, Records)>)>,
+    /// Snapshots that it was asked for, and those that are made, with position and records.
+    snapshots: VecDeque<SnapshotWanted>,
+    made: VecDeque<(SnapshotWanted, Position, Records)>,
     /// Of its state's keys.
     generation: u32,
     /// Up to where its state is durable.
@@ -108,7 +109,7 @@ struct Node {
 impl Interpreter for Groups {
     fn execute(&mut self, line: &script::Command) -> Result<String, String> {
         if line.name == "group" {
-            self.keep = line.named_number("keep", KEEP_ALL)?;
+            *self = Groups { keep: line.named_number("keep", KEEP_ALL)?, ..Groups::default() };
             return self.create(line.named_number("voters", 3)?);
         }
         match line.name.as_str() {
@@ -315,7 +316,8 @@ impl Groups {
             group: None,
             writes: VecDeque::new(),
             fetch: None,
-            snapshot: None,
+            snapshots: VecDeque::new(),
+            made: VecDeque::new(),
             generation: GENERATION,
             flushed,
         };
@@ -388,7 +390,8 @@ impl Groups {
         let node = self.node(id)?;
         node.group = None;
         node.fetch = None;
-        node.snapshot = None;
+        node.snapshots.clear();
+        node.made.clear();
         node.engine.crash(CrashLoss::Everything);
         let lost = std::mem::take(&mut node.writes).len();
         Ok(format!("{id}: {lost} writes lost"))
@@ -468,7 +471,7 @@ impl Groups {
     fn make(&mut self, id: u64) -> Result<String, String> {
         let node = self.node(id)?;
         let at = node.flushed;
-        let Some((wanted, made)) = &mut node.snapshot else {
+        let Some(wanted) = node.snapshots.front().copied() else {
             return Err(format!("node {id} was asked for no snapshot"));
         };
         let mut records = Records::new();
@@ -482,11 +485,11 @@ impl Groups {
         if at.index < least {
             return Ok(format!("{id}: its state is durable to {} only", at.index));
         }
-        *made = Some((at, records));
+        node.snapshots.pop_front();
         if self.group(id)?.snapshot_made(to, at) {
+            self.node(id)?.made.push_back((wanted, at, records));
             return Ok(format!("{id}: snapshot for {to} at {} of term {}", at.index, at.term));
         }
-        self.node(id)?.snapshot = None;
         Ok(format!("{id}: the snapshot for {to} isn't wanted any more"))
     }
 
@@ -494,7 +497,7 @@ impl Groups {
     /// replica is opened anew.
     fn bring(&mut self, id: u64, lost: bool) -> Result<String, String> {
         let node = self.node(id)?;
-        let Some((wanted, Some((position, records)))) = node.snapshot.take() else {
+        let Some((wanted, position, records)) = node.made.pop_front() else {
             return Err(format!("node {id} has made no snapshot"));
         };
         let to = wanted.to;
@@ -618,7 +621,7 @@ impl Groups {
         }
         if let Some(wanted) = snapshot {
             lines.push(format!("{id}: wants a snapshot for {}, of {} or later", wanted.to, wanted.least));
-            self.node(id)?.snapshot = Some((wanted, None));
+            self.node(id)?.snapshots.push_back(wanted);
         }
         Ok(lines.into_iter().map(|line| line + "\n").collect())
     }
