@@ -392,6 +392,28 @@ pub const RETRY_MS_MIN: u64 = 2;
 pub const RETRY_MS_MAX: u64 = 200;
 /// Client library: least time between two requests for the cluster map, in milliseconds.
 pub const MAP_REFRESH_MS_MIN: u64 = 20;
+/// Calls of one client connection that wait for a newer cluster map; further ones fail as overloaded. With
+/// [`CLIENT_CONNECTIONS_MAX`] that bounds those of a node.
+pub const MAP_WATCHES_MAX: usize = 4;
+/// Time that such a call waits if it doesn't say, in milliseconds.
+pub const MAP_WATCH_DEFAULT_MS: u64 = 30_000;
+/// Longest time that such a call waits, in milliseconds; a longer one is cut to it.
+pub const MAP_WATCH_MS_MAX: u64 = 60_000;
+/// Client library: it begins to wait for newer maps so long after it has the first, in milliseconds: who only
+/// wants one thing done has gone by then.
+pub const MAP_WATCH_AFTER_MS: u64 = 1_000;
+/// Client library: time for which it waits at a node that has nothing new before it asks again, in milliseconds.
+pub const MAP_WATCH_MS: u64 = 10_000;
+/// Client library: so often it asks a node that has nothing new before it asks another: the one may hear of
+/// nothing itself.
+pub const MAP_WATCH_TURNS: u32 = 6;
+/// Client library: after news it waits so long before it asks for more, in milliseconds, so that many
+/// changes come together.
+pub const MAP_WATCH_PAUSE_MS: u64 = 100;
+/// Client library: time between two requests for the map where no node lets a call wait, in milliseconds.
+pub const MAP_POLL_MS: u64 = 10_000;
+/// Client library: longest pause after all nodes have failed to tell of the map, in milliseconds.
+pub const MAP_WATCH_BACKOFF_MS_MAX: u64 = 5_000;
 /// Client library: nodes asked at once for the cluster map where one that hasn't heard isn't to be believed.
 pub const MAP_ASKED_MAX: usize = 8;
 /// Client library: nodes of which an error tells what they said; further ones are counted.
@@ -494,6 +516,7 @@ const _: () = assert!(CLOSE_MS_MAX < 1_000);
 const _: () = assert!(SILENCE_MS_MAX + SIGN_MS_MAX <= ELECTION_TICKS_MIN as u64 * TICK_MS);
 const _: () = assert!(SILENCE_MS_MAX + SIGN_MS_MAX < ATTEMPT_MS_MAX);
 const _: () = assert!(STAGGER_MS < DIAL_SLOW_MS && DIAL_SLOW_MS < DIAL_MS_MAX);
+const _: () = assert!(MAP_WATCH_MS <= MAP_WATCH_DEFAULT_MS && MAP_WATCH_DEFAULT_MS <= MAP_WATCH_MS_MAX);
 const _: () = assert!(CLIENT_DRAIN_MS_MAX < STOP_MS_MAX);
 // All probes are sent before the connection is closed.
 const _: () = assert!(

@@ -206,6 +206,20 @@ impl NodeHandle {
         self.inner.member.get().map_or_else(|| self.inner.empty_map.clone(), |m| m.router.map())
     }
 
+    /// Waits until this node knows a cluster map newer than version `since`.
+    pub async fn map_after(&self, since: u64) -> Arc<ClusterMap> {
+        let mut phase = self.inner.phase.subscribe();
+        loop {
+            if let Some(member) = self.inner.member.get() {
+                return member.router.map_after(since).await;
+            }
+            // It becomes a member before it is ready.
+            if phase.changed().await.is_err() {
+                unreachable!("the sender is this node's own");
+            }
+        }
+    }
+
     /// Hands operations to this node's replica of `shard`, if `range_version` is the one in force,
     /// and waits for their ends. An outer refusal holds for all of them and means none was started.
     /// When `timeout` passes first, the outcome of each write is unknown.
