@@ -23,7 +23,10 @@ impl<T> Group<T> {
         }
         let to = Position { index, term: log.term_at(index)? };
         // What changed the members before that is in the record: see `super::lost`.
-        assert!(self.barrier.as_ref().is_none_or(|barrier| barrier.index() > index), "compacting an unrecorded change");
+        assert!(
+            self.barrier.as_ref().is_none_or(|barrier| barrier.index() > index),
+            "compacting an unrecorded change"
+        );
         let log = self.raft.mut_store();
         log.compact(to);
         Some(to)

@@ -463,7 +463,12 @@ impl RunningNode {
             error = self.fatal.raised() => Err(error),
             tried = readiness.wait_for(Readiness::all_tried) => match tried {
                 Ok(_) => Ok(()),
-                Err(_) => Err(NodeError::Fatal("the node ended before it was ready".into())),
+                // What ended it is told a moment later.
+                Err(_) => {
+                    let moment = Duration::from_millis(limits::STATUS_MS_MAX);
+                    let told = tokio::time::timeout(moment, self.fatal.raised()).await;
+                    Err(told.unwrap_or_else(|_| NodeError::Fatal("the node ended before it was ready".into())))
+                }
             },
         }
     }
