@@ -369,13 +369,13 @@ pub(super) fn is_joint(members: &[Member]) -> bool {
 }
 
 /// The members when the joint change has ended.
-fn without_joint(members: &[Member]) -> Vec<Member> {
+pub(super) fn without_joint(members: &[Member]) -> Vec<Member> {
     let stays = members.iter().filter(|m| m.role != MemberRole::Outgoing);
     stays.map(|m| if m.role.stays_voter() { Member { role: MemberRole::Voter, ..*m } } else { *m }).collect()
 }
 
 /// The members after `change`; those who stay keep their places. The error says which rule it breaks.
-fn next_members(members: &[Member], change: &MembershipChange) -> Result<Vec<Member>, String> {
+pub(super) fn next_members(members: &[Member], change: &MembershipChange) -> Result<Vec<Member>, String> {
     let mut after = members.to_vec();
     let role_of = |replica| members.iter().find(|m| m.replica == replica).map(|m| m.role);
     match change {
@@ -438,7 +438,7 @@ fn next_members(members: &[Member], change: &MembershipChange) -> Result<Vec<Mem
 /// What raft is to be told to come from the members `before` to those `after`, one step after the other; the
 /// error says why no change leads there. Several learners take several steps, since raft-rs makes a joint change of
 /// what is more than one; each of them leaves the voters as they are, so it is safe to take them at once.
-fn steps(before: &[Member], after: &[Member]) -> Result<Vec<ConfChangeV2>, String> {
+pub(super) fn steps(before: &[Member], after: &[Member]) -> Result<Vec<ConfChangeV2>, String> {
     use MemberRole::{Incoming, Learner, Outgoing, Voter};
     let single = |kind, replica: ReplicaId| {
         let mut single = ConfChangeSingle { node_id: replica.0, ..ConfChangeSingle::default() };
