@@ -228,8 +228,7 @@ impl Model {
 
     /// A group elects, ends joint changes, and catches up.
     fn live(&mut self, id: ShardId) {
-        let Some(group) = self.groups.remove(&id) else { return };
-        let mut group = group;
+        let Some(mut group) = self.groups.remove(&id) else { return };
         let answers = |group: &Group, member: &Member| self.answers(group, member);
         let caught_up = |group: &Group, replica| group.behind.get(&replica).is_none_or(|left| *left == 0);
         let able = majorities(&group.members, |member| answers(&group, member));
@@ -256,9 +255,10 @@ impl Model {
                 });
                 group.conf += 1;
             }
-            let members = group.members.clone();
-            for member in members.iter().filter(|member| answers(&group, member)) {
-                if let Some(left) = group.behind.get_mut(&member.replica) {
+            let answering = group.members.iter().filter(|member| answers(&group, member));
+            let answering: Vec<ReplicaId> = answering.map(|member| member.replica).collect();
+            for replica in answering {
+                if let Some(left) = group.behind.get_mut(&replica) {
                     *left = left.saturating_sub(1);
                 }
             }
