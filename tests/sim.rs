@@ -83,6 +83,16 @@ fn seeds_show_no_violation() {
         "replicas without a state",
         "states fetched",
         "flushes for a snapshot",
+        "changes of members",
+        "changes done",
+        "changes refused",
+        "changes that make no sense",
+        "moves done",
+        "moves given up",
+        "replicas made",
+        "replicas removed",
+        "nodes joined",
+        "nodes lost for good",
     ];
     for what in expected {
         assert!(totals.get(what).is_some_and(|count| *count > 0), "no {what}: {totals:?}");
@@ -95,7 +105,8 @@ fn seeds_that_once_failed_show_no_violation() {
     for (seed, bug) in REGRESSIONS {
         // Kinds of faults that came later would give them other events.
         let options = of_seed(*seed);
-        let faults = Faults { state_loss: false, boundaries: false, ..options.faults };
+        let later = Faults { membership: false, newcomers: false, node_loss: false, ..options.faults };
+        let faults = Faults { state_loss: false, boundaries: false, ..later };
         let report = run(SimOptions { faults, ..options });
         assert_eq!(report.violation, None, "{bug}\n{report}");
     }
@@ -139,6 +150,25 @@ fn a_flapping_node_takes_no_leadership_from_others() {
 }
 
 #[test]
+fn members_come_and_go_and_all_is_in_place_in_the_end() {
+    let mut counts: BTreeMap<&str, u64> = BTreeMap::new();
+    for seed in 0..10 {
+        let faults = Faults { membership: true, newcomers: true, node_loss: seed % 2 == 1, ..Faults::NONE };
+        let report = run(SimOptions { nodes: 5, replicas: 3, faults, ..SimOptions::of_seed(seed) });
+        assert_eq!(report.violation, None, "{report}");
+        for (what, count) in report.counts {
+            *counts.entry(what).or_insert(0) += count;
+        }
+    }
+    for what in ["moves done", "moves given up", "replicas made", "replicas removed", "changes refused"] {
+        assert!(counts.get(what).is_some_and(|count| *count > 10), "{what}: {counts:?}");
+    }
+    for what in ["nodes joined", "nodes lost for good"] {
+        assert!(counts.contains_key(what), "{what}: {counts:?}");
+    }
+}
+
+#[test]
 fn a_minority_of_rotten_replicas_stays_closed_and_the_others_go_on() {
     let mut refusals = 0;
     for seed in 0..10 {
@@ -174,9 +204,13 @@ const ROT: Faults = Faults { rot: true, ..CRASHES };
 const READ_ERRORS: Faults = Faults { eio: true, ..CRASHES };
 /// What a minority of damaged replicas would hide is left out.
 const ANY: Faults =
-    Faults { drift: false, rot: false, eio: false, state_loss: false, boundaries: false, ..Faults::ALL };
+    Faults { drift: false, rot: false, eio: false, state_loss: false, boundaries: false, ..FIXED };
+/// The members of shards stay as they are.
+const FIXED: Faults = Faults { membership: false, newcomers: false, node_loss: false, ..Faults::ALL };
 const LOSSES: Faults = Faults { state_loss: true, transfers: true, ..CRASHES };
 const ENDS: Faults = Faults { replicas: true, slow_disks: true, transfers: true, ..CRASHES };
+
+const MOVES: Faults = Faults { membership: true, newcomers: true, partitions: true, transfers: true, ..ENDS };
 
 /// Under which faults a bug is looked for, how many seeds it may need, and by which checks it is seen: others
 /// would be a coincidence.
@@ -203,6 +237,12 @@ fn hunt(bug: Planted) -> (Faults, u64, &'static [&'static str]) {
         Planted::LostStateServed => (LOSSES, 20, &["state"]),
         Planted::LogResetWithState => (LOSSES, 60, &["leaders", "logs", "state", "durable", "linear"]),
         Planted::SuffixDropped => (LOSSES, 100, &["leaders", "logs", "state", "durable", "liveness"]),
+        Planted::LearnerCounted => (MOVES, 100, &["quorum", "leaders", "logs", "state", "durable"]),
+        Planted::TombstoneLate => (MOVES, 100, &["open", "members"]),
+        Planted::ReplicaIdReused => (MOVES, 20, &["members"]),
+        Planted::ChangeUnrecorded => {
+            (MOVES, 500, &["quorum", "leaders", "logs", "state", "durable", "members"])
+        }
     }
 }
 
@@ -220,7 +260,7 @@ fn caught(bug: Planted) -> Option<(u64, &'static str)> {
     .contains(&bug);
     (0..seeds).find_map(|seed| {
         let report = run(SimOptions {
-            nodes: 3,
+            nodes: if faults.membership { 5 } else { 3 },
             shards: 3,
             replicas: 3,
             retention: if snapshots { 0 } else { u64::MAX },

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use super::dice::Dice;
 use super::media::{Faulty, ReadEngine, ReadLog};
 use super::planted::{Plant, Planted};
-use crate::ids::{Incarnation, Position, ReplicaId};
+use crate::ids::{Incarnation, Index, Position, ReplicaId, Term};
 use crate::storage::engine::{Engine, Mutation};
 use crate::storage::engine_memory::{CrashLoss, MemoryEngine};
 use crate::storage::flush::FlushStep;
@@ -164,6 +164,29 @@ impl Disk {
         self.log.create(records)
     }
 
+    /// Makes a replica a tombstone, and drops its log. No write of it may be queued.
+    pub fn remove(&mut self, replica: ReplicaId) -> Result<(), StorageError> {
+        self.honest.remove(&[replica])?;
+        self.robbed.remove(&replica);
+        self.log.remove(&[replica])
+    }
+
+    /// Removes what the engine has of a replica.
+    pub fn destroy(&mut self, replica: ReplicaId) -> Result<(), StorageError> {
+        // No state has this generation.
+        self.sweep(replica, 0)
+    }
+
+    /// Whether an entry is really on the disk, or was and is compacted.
+    pub fn has_entry(&self, replica: ReplicaId, index: Index, term: Term) -> bool {
+        let early = self.planted.is(Planted::AcknowledgeEarly);
+        let log: &dyn LogStore = if early { &self.honest } else { &*self.log };
+        match log.entries(replica, index, index + 1, usize::MAX) {
+            Ok(entries) => entries.first().is_some_and(|entry| (entry.index, entry.term) == (index, term)),
+            Err(error) => matches!(error, StorageError::Compacted(_)),
+        }
+    }
+
     fn store(&self, work: LogWork) -> Result<(), StorageError> {
         if self.planted.is(Planted::AcknowledgeEarly) {
             if let LogWork::Compact(replica, to) = work {
@@ -177,6 +200,12 @@ impl Disk {
                     && let Some(hard_state) = &mut write.hard_state
                 {
                     hard_state.vote = 0;
+                }
+                if self.planted.is(Planted::ChangeUnrecorded)
+                    && let Some(hard_state) = &mut write.hard_state
+                {
+                    hard_state.commit = self.log.load(write.replica)?.hard_state.commit;
+                    write.membership = None;
                 }
                 store(&self.log, LogWork::Write(name, write))
             }

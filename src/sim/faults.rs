@@ -76,6 +76,13 @@ faults! {
     state_loss = "state-loss",
     /// Single replicas end in the middle of a pass: some of what it asks for has left, the rest never does.
     boundaries = "boundaries",
+    /// Members of shards change: replicas come and go, by changes that are sensible and by others that aren't.
+    membership = "membership",
+    /// Nodes join the cluster.
+    newcomers = "newcomers",
+    /// A node is gone for good, with its disk. Never one without which a shard would have no majority, of one
+    /// configuration or the other.
+    node_loss = "node-loss",
 }
 
 impl Faults {

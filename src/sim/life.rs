@@ -20,10 +20,11 @@ use crate::storage::engine::Engine;
 use crate::storage::engine_memory::CrashLoss;
 use crate::storage::log::{LogStore, ReplicaRecord};
 use crate::storage::opened::OpenedState;
+use crate::storage::state::StateHeader;
 
 impl World {
     pub(super) fn start(&mut self, id: NodeId) -> Result<(), Violation> {
-        let Some(node) = self.nodes.get_mut(&id).filter(|node| node.process.is_none()) else {
+        let Some(node) = self.nodes.get_mut(&id).filter(|node| node.process.is_none() && !node.lost) else {
             return Ok(());
         };
         node.starts += 1;
@@ -33,12 +34,14 @@ impl World {
         node.process = Some(Process { number, replicas: BTreeMap::new() });
         node.installing.clear();
         node.switching.clear();
+        node.removing.clear();
         node.reload_records().map_err(|e| Violation::new("disk", e.to_string()))?;
         let first_tick = self.dice.between(0, node.tick);
         let ids: Vec<ReplicaId> = node.records.iter().map(|record| record.replica).collect();
         for replica in ids {
             self.open(id, replica)?;
         }
+        self.remove_remains(id)?;
         self.clock.after(first_tick, Event::Node(id, NodeEvent::Tick(number)));
         let freeze = self.dice.between(200_000, 3_000_000);
         self.clock.after(freeze, Event::Node(id, NodeEvent::Freeze(number)));
@@ -49,11 +52,15 @@ impl World {
     pub(super) fn open(&mut self, id: NodeId, replica_id: ReplicaId) -> Result<(), Violation> {
         let Some(node) = self.nodes.get_mut(&id) else { return Ok(()) };
         node.switching.remove(&replica_id);
+        if node.removing.contains(&replica_id) {
+            return Ok(());
+        }
         node.incarnations += 1;
         let incarnation = node.incarnations;
         let Some(record) = node.record(replica_id) else {
             return Ok(());
         };
+        self.replicas.open(replica_id)?;
         let shard = record.shard;
         node.disk.faulty.begin(node.unreadable && self.dice.chance(300));
         let opened = open_group(record, incarnation, self.options.retention, &node.disk);
@@ -69,6 +76,10 @@ impl World {
         }
         if let Some(truth) = self.truths.get(&shard).filter(|_| !state_lost) {
             truth.compare(shard, replica_id, flushed.index, group.state(), group.state().session_table())?;
+            let StateHeader { epoch, members, .. } = group.state().header();
+            // A state that was never flushed begins with the members of the record.
+            let known = if group.status().recovering { group.status().committed } else { 0 };
+            truth.members.compare(shard, replica_id, (flushed.index, known), epoch.conf, members)?;
         }
         if let Some(process) = &mut node.process {
             let replica = Replica {

@@ -47,11 +47,19 @@ pub enum Planted {
     LogResetWithState,
     /// A snapshot in place of a lost state drops the entries behind it from the log.
     SuffixDropped,
+    /// What a learner acknowledges is counted as a voter's.
+    LearnerCounted,
+    /// The state of a removed replica is gone before its tombstone is on disk.
+    TombstoneLate,
+    /// New replicas get ids that replicas had before which have left.
+    ReplicaIdReused,
+    /// That a change of members is committed doesn't reach the disk before the change is in force.
+    ChangeUnrecorded,
 }
 
 impl Planted {
     /// All of them.
-    pub const ALL: [Planted; 20] = [
+    pub const ALL: [Planted; 24] = [
         Planted::AcknowledgeEarly,
         Planted::VoteNotPersisted,
         Planted::StaleReads,
@@ -72,6 +80,10 @@ impl Planted {
         Planted::LostStateServed,
         Planted::LogResetWithState,
         Planted::SuffixDropped,
+        Planted::LearnerCounted,
+        Planted::TombstoneLate,
+        Planted::ReplicaIdReused,
+        Planted::ChangeUnrecorded,
     ];
 
     /// What it does wrong, in one line.
@@ -97,6 +109,10 @@ impl Planted {
             Planted::LostStateServed => "a lost state is taken for a whole one",
             Planted::LogResetWithState => "a node that lost its state begins with new logs too",
             Planted::SuffixDropped => "a snapshot in place of a lost state drops the log behind it",
+            Planted::LearnerCounted => "what a learner acknowledges is counted as a voter's",
+            Planted::TombstoneLate => "a removed replica's state goes before its tombstone is on disk",
+            Planted::ReplicaIdReused => "new replicas get ids of others that have left",
+            Planted::ChangeUnrecorded => "changes of members are in force before their commit is on disk",
         }
     }
 }

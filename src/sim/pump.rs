@@ -4,17 +4,21 @@
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
+use raft::eraftpb::MessageType;
+
 use super::checks::Violation;
 use super::checks::leaders::Leaders;
-use super::checks::state::Truth;
+use super::checks::state::{Truth, changed};
 use super::disk::WriteName;
 use super::network::Fate;
+use super::planted::Planted;
 use super::report::{Shown, note};
 use super::shell::{Boundary, NodeEvent, ReplicaEvent};
 use super::world::{Event, World};
 use crate::codec::{GroupMessage, messages};
 use crate::group::types::{Effects, LeaderChange};
 use crate::ids::{Index, NodeId, ReplicaId, ShardId, Term};
+use crate::placement::map::MemberRole;
 use crate::storage::log::LogStore;
 
 impl World {
@@ -25,6 +29,8 @@ impl World {
             return Ok(());
         };
         replica.pump_queued = false;
+        let members = &replica.group.state().header().members;
+        let is_lone = members.iter().filter(|member| member.role.votes()).count() < 2;
         let (shard, incarnation) = (replica.shard, replica.incarnation);
         let fails = node.unreadable && self.dice.chance(300);
         node.disk.faulty.begin(fails);
@@ -50,8 +56,14 @@ impl World {
             for entry in write.iter().flat_map(|numbered| &numbered.write.entries) {
                 replica.terms.insert(entry.index, entry.term);
             }
+            for entry in write.iter().flat_map(|numbered| &numbered.write.entries) {
+                let change = changed(entry).map_err(|error| Violation::new("state", error))?;
+                if let Some((_, members)) = change {
+                    self.proposed.entry(shard).or_default().push((entry.index, members));
+                }
+            }
             // A lone replica leads a term before it is on disk, and leads it again after a crash.
-            if before > 0 && self.options.replicas > 1 {
+            if before > 0 && !is_lone {
                 let entries = write.iter().flat_map(|numbered| &numbered.write.entries);
                 let entries: Vec<_> = entries.cloned().collect();
                 self.logs.observe(shard, replica_id, before, &entries)?;
@@ -68,6 +80,7 @@ impl World {
                 &replica.terms,
             )?;
         }
+        let mut commits = Vec::new();
         if let Some(truth) = self.truths.get_mut(&shard) {
             let header = replica.group.state().header();
             let (from, to) = (replica.observed + 1, header.applied.index);
@@ -80,15 +93,25 @@ impl World {
                     return Err(Violation::new("state", detail));
                 }
                 for entry in &entries {
+                    if entry.index > truth.last() {
+                        commits.push((entry.index, entry.term));
+                    }
                     truth.apply(shard, replica_id, term, entry)?;
                 }
                 replica.observed = to;
                 let state = replica.group.state();
                 truth.compare(shard, replica_id, to, state, state.session_table())?;
+                let (epoch, members) = (state.header().epoch, &state.header().members);
+                let status = replica.group.status();
+                let known = if status.recovering { status.committed } else { 0 };
+                truth.members.compare(shard, replica_id, (to, known), epoch.conf, members)?;
                 note!(self.trace, "{} replica {} applied {}", now, replica_id, to);
             }
         }
         let reader = (!reads.is_empty()).then(|| Box::new(replica.group.state().reader()));
+        for (index, term) in commits {
+            self.check_commit(shard, index, term)?;
+        }
         for (to, message) in messages {
             self.send(id, to, message)?;
         }
@@ -150,7 +173,21 @@ impl World {
         Ok(())
     }
 
-    fn send(&mut self, from: NodeId, to: NodeId, message: GroupMessage) -> Result<(), Violation> {
+    /// An acknowledgement of a learner is taken for that of a voter.
+    fn count_learner(&self, message: &mut GroupMessage) {
+        let members = self.members(message.shard);
+        let learns = |id| members.iter().any(|m| m.replica.0 == id && m.role == MemberRole::Learner);
+        let acknowledges = message.message.get_msg_type() == MessageType::MsgAppendResponse;
+        let voter = members.iter().find(|m| m.role.votes() && m.replica.0 != message.message.to);
+        if let Some(voter) = voter.filter(|_| acknowledges && learns(message.message.from)) {
+            message.message.from = voter.replica.0;
+        }
+    }
+
+    fn send(&mut self, from: NodeId, to: NodeId, mut message: GroupMessage) -> Result<(), Violation> {
+        if self.options.planted.is(Planted::LearnerCounted) {
+            self.count_learner(&mut message);
+        }
         messages::check(&message)
             .map_err(|error| Violation::new("messages", format!("{error}: {:?}", message.message)))?;
         let now = self.clock.now;

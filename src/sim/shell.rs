@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::Time;
 use super::checks::Violation;
 use super::disk::Disk;
+use super::membership::RemoveEvent;
 use super::planted::Planted;
 use super::report::{Shown, note};
 use super::snapshots::{InstallEvent, SnapshotEvent};
@@ -19,7 +20,7 @@ use crate::machine::command::Query;
 use crate::refusal::Refusal;
 use crate::storage::StorageError;
 use crate::storage::flush::FlushStep;
-use crate::storage::log::{LogStore, ReplicaRecord};
+use crate::storage::log::{LogStore, ReplicaPhase, ReplicaRecord};
 use crate::storage::state::StateReader;
 
 /// Something that happens to a node.
@@ -46,6 +47,10 @@ pub(super) enum NodeEvent {
     Replica(ReplicaId, Incarnation, ReplicaEvent),
     /// A step of the installation of a snapshot.
     Install(InstallEvent),
+    /// It is to hold this replica.
+    Make(Box<ReplicaRecord>),
+    /// A step of the removal of a replica.
+    Remove(RemoveEvent),
 }
 
 /// Something that happens to one start of a replica.
@@ -69,12 +74,16 @@ pub(super) struct Node {
     pub id: NodeId,
     pub disk: Disk,
     pub process: Option<Process>,
-    /// Replicas it holds, as its log has them.
+    /// It is gone for good.
+    pub lost: bool,
+    /// Replicas it holds, as its log has them; without tombstones.
     pub records: Vec<ReplicaRecord>,
     /// Replicas for which a snapshot is being loaded.
     pub installing: BTreeSet<ReplicaId>,
     /// Those of them that have ended for it, and are opened again after it.
     pub switching: BTreeSet<ReplicaId>,
+    /// Replicas that have ended, and get a tombstone once their writes are done.
+    pub removing: BTreeSet<ReplicaId>,
     /// Nothing happens in its process until then.
     pub paused_until: Time,
     /// Its disk is slow.
@@ -144,9 +153,11 @@ impl Node {
             id,
             disk,
             process: None,
+            lost: false,
             records: Vec::new(),
             installing: BTreeSet::new(),
             switching: BTreeSet::new(),
+            removing: BTreeSet::new(),
             paused_until: 0,
             slow: false,
             unreadable: false,
@@ -173,6 +184,7 @@ impl Node {
     /// Reads its records from its log.
     pub fn reload_records(&mut self) -> Result<(), StorageError> {
         self.records = self.disk.log.catalogue()?;
+        self.records.retain(|record| record.phase == ReplicaPhase::Active);
         Ok(())
     }
 
@@ -206,7 +218,7 @@ impl Node {
     /// For a report.
     pub fn describe(&self) -> String {
         if self.process.is_none() {
-            return "down".into();
+            return if self.lost { "gone for good".into() } else { "down".into() };
         }
         let line = |(id, replica): (ReplicaId, &Replica)| format!("\n    {id}: {:?}", replica.group.status());
         self.replicas().map(line).collect()
@@ -295,6 +307,8 @@ impl World {
                 self.open(id, replica)
             }
             NodeEvent::Install(event) => self.on_install(id, event),
+            NodeEvent::Make(record) => self.make_replica(id, *record),
+            NodeEvent::Remove(event) => self.on_remove(id, event),
             NodeEvent::Replica(replica, incarnation, event) => {
                 if self.replica(id, replica).is_none_or(|r| r.incarnation != incarnation) {
                     return Ok(());
@@ -388,7 +402,8 @@ impl World {
     ) -> Result<(), Violation> {
         let planted = self.options.planted;
         let process = self.nodes.get_mut(&id).and_then(|node| node.process.as_mut());
-        let found = process.and_then(|p| p.replicas.iter_mut().find(|(_, r)| r.shard == shard));
+        // The newest, where an older one is still to be removed.
+        let found = process.and_then(|p| p.replicas.iter_mut().rev().find(|(_, r)| r.shard == shard));
         let Some((replica_id, replica)) = found else {
             let refusal = Err(Refusal::Unavailable("starting".into()));
             let delay = self.dice.between(50, 500);

@@ -135,6 +135,12 @@ impl World {
             self.later(id, replica_id, delay, SnapshotEvent::Make(wanted));
             return Ok(());
         };
+        let (at, conf) = (image.position.index, image.epoch.conf);
+        if let Some((shard, truth)) =
+            node.record(replica_id).and_then(|r| self.truths.get_key_value(&r.shard))
+        {
+            truth.members.compare(*shard, replica_id, (at, 0), conf, &image.members)?;
+        }
         let planted = self.options.planted;
         if planted.is(Planted::SnapshotWithoutSessions) {
             image.records.retain(|(local, _)| local.first() != Some(&keys::KIND_SESSION));

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use super::Time;
 use super::checks::Violation;
+use super::checks::members::majority;
 use super::dice::Dice;
 use super::faults::Faults;
 use super::network::{Block, Quality};
@@ -35,6 +36,8 @@ enum Kind {
     Campaign,
     StateLoss,
     Boundary,
+    Newcomer,
+    NodeLoss,
 }
 
 /// Something goes wrong, or is mended.
@@ -92,6 +95,8 @@ impl Striker {
             (faults.campaigns, Kind::Campaign),
             (faults.state_loss, Kind::StateLoss),
             (faults.boundaries, Kind::Boundary),
+            (faults.newcomers, Kind::Newcomer),
+            (faults.node_loss, Kind::NodeLoss),
         ];
         let kinds = kinds.into_iter().filter(|(on, _)| *on).map(|(_, kind)| kind).collect();
         let every = [500_000, 2_000_000, 6_000_000][dice.below(3)];
@@ -101,6 +106,16 @@ impl Striker {
 }
 
 impl World {
+    /// Whether nothing goes wrong any more.
+    pub(super) fn faults_are_over(&self) -> bool {
+        self.striker.over
+    }
+
+    /// Whether links go down in this run.
+    pub(super) fn strikes_partitions(&self) -> bool {
+        self.striker.kinds.contains(&Kind::Partition)
+    }
+
     pub(super) fn on_fault(&mut self, event: FaultEvent) -> Result<(), Violation> {
         if self.striker.over {
             return Ok(());
@@ -168,6 +183,8 @@ impl World {
             }
             Kind::Rot => self.rot(node, replica)?,
             Kind::StateLoss => self.lose_state(node)?,
+            Kind::Newcomer => self.join(),
+            Kind::NodeLoss => self.lose_node(node)?,
             Kind::Crash => {
                 self.count("crashes");
                 let victims: Vec<NodeId> = match self.dice.below(20) {
@@ -252,8 +269,8 @@ impl World {
     fn contest(&mut self, node: NodeId, replica: ReplicaId) {
         let delay = self.dice.between(200, 3_000);
         self.clock.after(delay, Event::Fault(FaultEvent::Transfer(node, replica)));
-        let voters = self.members.values().find(|members| members.iter().any(|m| m.replica == replica));
-        let voters: Vec<_> = voters.into_iter().flatten().filter(|m| m.replica != replica).collect();
+        let members = self.shard_of(node, replica).map_or(&[][..], |shard| self.members(shard));
+        let voters: Vec<Member> = members.iter().filter(|m| m.replica != replica).copied().collect();
         if let Some(voter) = self.dice.pick(&voters).filter(|_| self.striker.kinds.contains(&Kind::Replica)) {
             let delay = self.dice.between(1_000, 100_000);
             self.clock.after(delay, Event::Fault(FaultEvent::CrashReplica(voter.node, voter.replica)));
@@ -263,9 +280,9 @@ impl World {
 
     /// A node and one of its replicas: often the leader of a shard, since that hurts most.
     fn victim(&mut self) -> Option<(NodeId, ReplicaId)> {
-        let shards: Vec<ShardId> = self.members.keys().copied().collect();
+        let shards: Vec<ShardId> = self.truths.keys().copied().collect();
         let shard = *self.dice.pick(&shards)?;
-        let members = self.members.get(&shard)?;
+        let members = &self.truths.get(&shard)?.members.newest()?.members;
         let leads = |node| self.nodes.get(&node).is_some_and(|node| node.leads(shard));
         let leader = members.iter().find(|member| leads(member.node));
         let member = match leader {
@@ -275,7 +292,7 @@ impl World {
         Some((member.node, member.replica))
     }
 
-    fn partition(&mut self, node: NodeId) {
+    pub(super) fn partition(&mut self, node: NodeId) {
         let nodes: Vec<NodeId> = self.nodes.keys().copied().collect();
         let Some(&other) = self.dice.pick(&nodes) else { return };
         let shape = self.dice.below(6);
@@ -355,8 +372,13 @@ impl World {
                 node.disk.keep_copy().map_err(disk)?;
             }
         }
-        let held = self.members.values().filter(|group| group.iter().any(|member| member.node == id));
-        if held.into_iter().any(|group| !self.state_is_had(group, id)) {
+        let now = self.clock.now;
+        let needs = |shard: &ShardId| {
+            let held = self.possible(*shard).any(|group| group.iter().any(|member| member.node == id));
+            let had = || self.possible(*shard).all(|group| self.state_is_had(*shard, group, id));
+            held && (self.operator.exchanges(*shard, now) || !had())
+        };
+        if self.truths.keys().any(needs) {
             return Ok(());
         }
         let older = self.dice.chance(400);
@@ -368,21 +390,19 @@ impl World {
         Ok(())
     }
 
-    /// Whether the members of a group that are on other nodes than this, and have all that they should have,
-    /// are a majority of it.
-    fn others_suffice(&self, group: &[Member], id: NodeId) -> bool {
-        let sound = group.iter().filter(|member| member.node != id && !self.is_damaged(member)).count();
-        sound > group.len() / 2
-    }
-
     /// Whether a group comes back without the state of its replica on a node: a majority can be opened, with
     /// a state or without, and some other replica has its own and a log that reaches to where those of the
     /// replicas without one begin.
-    fn state_is_had(&self, group: &[Member], id: NodeId) -> bool {
+    fn state_is_had(&self, shard: ShardId, group: &[Member], id: NodeId) -> bool {
         let log_of = |member: &Member| self.nodes.get(&member.node)?.disk.log.load(member.replica).ok();
-        let opened = group.iter().filter(|m| !self.is_rotten(m.node, m.replica)).count();
+        let opens = |member: &Member| {
+            !self.is_lost(member.node)
+                && !self.is_rotten(member.node, member.replica)
+                && self.knows_members(shard, member)
+        };
+        let voters = group.iter().filter(|member| member.role.votes() && !self.is_lost(member.node));
         let (lost, whole): (Vec<_>, Vec<_>) =
-            group.iter().partition(|member| member.node == id || self.is_damaged(member));
+            voters.partition(|member| member.node == id || self.is_damaged(member));
         let begin: Option<Vec<Position>> =
             lost.into_iter().map(|member| Some(log_of(member)?.truncated)).collect();
         let Some(begin) = begin.and_then(|all| all.into_iter().max_by_key(|at| at.index)) else {
@@ -393,21 +413,20 @@ impl World {
             let term = run.checked_sub(1).and_then(|run| log.terms.get(run)).map(|&(_, term)| term);
             log.truncated.index >= begin.index || log.last >= begin.index && term == Some(begin.term)
         };
-        opened > group.len() / 2 && whole.into_iter().filter_map(log_of).any(reaches)
+        majority(group, opens) && whole.into_iter().filter_map(log_of).any(reaches)
     }
 
     /// Whether something of a replica is rotten, or its state is lost.
-    fn is_damaged(&self, member: &Member) -> bool {
-        let Some(node) = self.nodes.get(&member.node) else { return true };
+    pub(super) fn is_damaged(&self, member: &Member) -> bool {
+        let Some(node) = self.nodes.get(&member.node).filter(|node| !node.lost) else { return true };
         let lacks_state = node.record(member.replica).is_none_or(|record| node.disk.lacks_state(record));
         lacks_state || self.is_rotten(member.node, member.replica)
     }
 
     /// A record of a replica rots, unless the others of its group need it.
     fn rot(&mut self, id: NodeId, replica: ReplicaId) -> Result<(), Violation> {
-        let group = self.members.values().find(|members| members.iter().any(|m| m.replica == replica));
-        let Some(group) = group else { return Ok(()) };
-        if self.is_rotten(id, replica) || !self.others_suffice(group, id) {
+        let Some(shard) = self.shard_of(id, replica) else { return Ok(()) };
+        if self.is_rotten(id, replica) || !self.can_spare(shard, id) {
             return Ok(());
         }
         self.count("rotten replicas");

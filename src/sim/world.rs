@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BinaryHeap};
 
 use super::checks::leaders::Leaders;
 use super::checks::logs::Logs;
+use super::checks::members::{Members, Replicas};
 use super::checks::state::Truth;
 use super::checks::{Violation, durable, linear, once};
 use super::dice::Dice;
@@ -12,6 +13,7 @@ use super::disk::Disk;
 use super::faults::Faults;
 use super::history::{Action, Call, History, Told};
 use super::network::Network;
+use super::operator::{self, Operator};
 use super::planted::Planted;
 use super::report::{Report, Shown, Trace, note};
 use super::shell::{Node, NodeEvent};
@@ -19,7 +21,7 @@ use super::strikes::{FaultEvent, Striker};
 use super::workload::{self, Client, GIVE_UP, KEYS, Waiting};
 use super::{SimOptions, Time};
 use crate::group::types::Output;
-use crate::ids::{DatabaseId, Epoch, NodeId, ReplicaId, ShardId};
+use crate::ids::{DatabaseId, Epoch, Index, NodeId, ReplicaId, ShardId};
 use crate::machine::MachineKind;
 use crate::placement::map::{Member, MemberRole};
 use crate::placement::ring::equal_ranges;
@@ -51,6 +53,8 @@ pub(super) enum Event {
     Timeout(u64),
     /// Something goes wrong, or is mended.
     Fault(FaultEvent),
+    /// The operator looks at the cluster.
+    Operate,
 }
 
 /// Simulated time and what is to come.
@@ -95,13 +99,16 @@ pub struct World {
     pub(super) dice: Dice,
     pub(super) network: Network,
     pub(super) nodes: BTreeMap<NodeId, Node>,
-    pub(super) members: BTreeMap<ShardId, Vec<Member>>,
+    pub(super) operator: Operator,
     pub(super) striker: Striker,
     clients: Vec<Client>,
     history: History,
     pub(super) leaders: Leaders,
     pub(super) logs: Logs,
     pub(super) truths: BTreeMap<ShardId, Truth>,
+    /// Changes of members that some replica has in its log, or had: their entry, and what they make.
+    pub(super) proposed: BTreeMap<ShardId, Vec<(Index, Vec<Member>)>>,
+    pub(super) replicas: Replicas,
     pub(super) counts: BTreeMap<&'static str, u64>,
     pub(super) trace: Trace,
     events: u64,
@@ -117,8 +124,7 @@ impl World {
         let mut dice = Dice::new(options.seed);
         let mut nodes = BTreeMap::new();
         for id in (1..=options.nodes as u64).map(NodeId) {
-            let drift = if options.faults.drift { (70, 140) } else { (98, 102) };
-            let tick = crate::limits::TICK_MS * 10 * dice.between(drift.0, drift.1);
+            let tick = draw_tick(&mut dice, options.faults.drift);
             nodes.insert(id, Node::new(id, Disk::new(options.planted), tick));
         }
         let striker = Striker::new(&options.faults, &mut dice);
@@ -127,13 +133,15 @@ impl World {
             dice,
             network: Network::new(),
             nodes,
-            members: BTreeMap::new(),
+            operator: Operator::default(),
             striker,
             clients: Vec::new(),
             history: History::default(),
             leaders: Leaders::default(),
             logs: Logs::default(),
             truths: BTreeMap::new(),
+            proposed: BTreeMap::new(),
+            replicas: Replicas::default(),
             counts: BTreeMap::new(),
             trace: Trace::new(options.trace),
             events: 0,
@@ -173,8 +181,8 @@ impl World {
                     });
                 }
             }
-            self.members.insert(shard, members);
-            self.truths.insert(shard, Truth::default());
+            self.operator.place(shard, range, &members);
+            self.truths.insert(shard, Truth::new(Members::first(1, members)));
             for _ in 0..CLIENTS_PER_SHARD {
                 let budget = operations / (shards * CLIENTS_PER_SHARD);
                 self.clients.push(Client::new(self.clients.len(), shard, budget));
@@ -188,6 +196,9 @@ impl World {
             if let Some(node) = self.nodes.get_mut(&id) {
                 let records = node.records.clone();
                 node.disk.create(&records).map_err(|e| Violation::new("disk", e.to_string()))?;
+                for record in &records {
+                    self.replicas.make(record.replica, id)?;
+                }
             }
             self.clock.after(0, Event::Node(id, NodeEvent::Start));
         }
@@ -196,6 +207,9 @@ impl World {
             self.clock.after(delay, Event::Begin(client));
         }
         self.clock.after(0, Event::Fault(FaultEvent::Strike));
+        if self.options.faults.membership {
+            self.clock.after(operator::FIRST, Event::Operate);
+        }
         while self.clock.now < SAFETY_MAX && !self.clients.iter().all(Client::is_idle) {
             self.step()?;
         }
@@ -227,8 +241,12 @@ impl World {
         }
         self.run_until("a shard has no leader", World::every_shard_is_led)?;
         self.run_until("a client waits for an answer", |world| world.clients.iter().all(Client::is_idle))?;
+        if self.options.faults.membership {
+            // The operator brings what it has begun to an end, and replaces what is gone for good.
+            self.run_until("the members of a shard are not in place", World::members_in_place)?;
+        }
         let mut scripts = Vec::new();
-        for shard in self.members.keys().copied().collect::<Vec<_>>() {
+        for shard in self.truths.keys().copied().collect::<Vec<_>>() {
             let mut client = Client::new(self.clients.len(), shard, 0);
             for key in 0..KEYS {
                 let value = client.next_value();
@@ -239,7 +257,7 @@ impl World {
             self.clients.push(client);
         }
         self.run_until("a new operation does not succeed", |world| {
-            let last = world.clients.iter().rev().take(world.members.len());
+            let last = world.clients.iter().rev().take(world.truths.len());
             last.zip(scripts.iter().rev()).all(|(client, wanted)| client.scripted == *wanted)
         })?;
         self.run_until("the replicas of a shard are not equal", World::replicas_agree)?;
@@ -266,19 +284,30 @@ impl World {
     }
 
     pub(super) fn every_shard_is_led(&self) -> bool {
-        let led = |shard: &ShardId| self.nodes.values().any(|node| node.leads(*shard));
-        self.members.keys().all(led)
+        let led = |shard: &ShardId| self.members(*shard).iter().any(|member| self.leads(member));
+        self.truths.keys().all(led)
     }
 
     fn replicas_agree(&self) -> bool {
-        self.members.iter().all(|(shard, members)| {
-            let last = self.truths.get(shard).map_or(0, Truth::last);
-            let sound = members.iter().filter(|member| !self.has_rotten_log(member.node, member.replica));
-            sound.into_iter().all(|member| {
+        self.truths.iter().all(|(shard, truth)| {
+            let last = truth.last();
+            let members = self.members(*shard).iter().filter(|member| !self.is_lost(member.node));
+            let mut sound = members.filter(|member| !self.has_rotten_log(member.node, member.replica));
+            sound.all(|member| {
                 let node = self.nodes.get(&member.node);
                 node.and_then(|node| node.applied(member.replica)) == Some(last)
             })
         })
+    }
+
+    /// A new node's tick.
+    pub(super) fn draw_tick(&mut self) -> Time {
+        draw_tick(&mut self.dice, self.options.faults.drift)
+    }
+
+    fn leads(&self, member: &Member) -> bool {
+        let node = self.nodes.get(&member.node);
+        node.and_then(|node| node.replica(member.replica)).is_some_and(|replica| replica.group.leads())
     }
 
     fn describe(&self) -> String {
@@ -322,6 +351,10 @@ impl World {
                 Ok(())
             }
             Event::Fault(event) => self.on_fault(event),
+            Event::Operate => {
+                self.operate();
+                Ok(())
+            }
         }
     }
 
@@ -360,7 +393,8 @@ impl World {
         let Some(waiting) = client.waiting.as_ref() else { return };
         let (key, action, again) = (waiting.key, waiting.action, waiting.perhaps_applied);
         let mut tag = waiting.tag;
-        let members = self.members.get(&shard).map_or(&[][..], Vec::as_slice);
+        let members = self.truths.get(&shard).and_then(|truth| truth.members.newest());
+        let members = members.map_or(&[][..], |newest| &newest.members);
         let Some(node) = leader.or_else(|| self.dice.pick(members).map(|m| m.node)) else { return };
         // Now and then a connection is stuck, and what was sent on it arrives after a later attempt.
         let late = self.options.faults.messages && self.dice.chance(50);
@@ -381,6 +415,9 @@ impl World {
     fn on_answer(&mut self, token: u64, result: Result<Output, Refusal>) -> Result<(), Violation> {
         let now = self.clock.now;
         note!(self.trace, "{} answer {:x} {:?}", now, token, Shown(&result));
+        if operator::is_its(token) {
+            return self.on_changed(token, result);
+        }
         let Some(client) = self.waiting(token) else { return Ok(()) };
         let Some(waiting) = client.waiting.as_ref() else { return Ok(()) };
         let (action, tagged) = (waiting.action, waiting.tag.is_some());
@@ -496,7 +533,7 @@ impl World {
         client.learn(key, action, told);
         let told_result = !matches!(told, Told::Unknown | Told::Refused);
         client.scripted += usize::from(told_result);
-        if !told_result && client.budget == 0 && number >= self.members.len() * CLIENTS_PER_SHARD {
+        if !told_result && client.budget == 0 && number >= self.truths.len() * CLIENTS_PER_SHARD {
             // What a script asks for must succeed; another value, since this one may have been written.
             let client = &mut self.clients[number];
             let action = if let Action::Put(_) = action { Action::Put(client.next_value()) } else { action };
@@ -520,6 +557,8 @@ impl World {
             *operations.entry(kind).or_default() += 1;
         }
         self.counts.insert("elections", self.leaders.elections());
+        let changes = self.truths.values().map(|truth| truth.members.changes()).sum();
+        self.counts.insert("changes of members", changes);
         self.counts.insert("entries", self.truths.values().map(|t| t.last()).sum());
         Report {
             options: self.options,
@@ -533,4 +572,9 @@ impl World {
             trace: self.trace.into_lines(),
         }
     }
+}
+
+fn draw_tick(dice: &mut Dice, drift: bool) -> Time {
+    let drift = if drift { (70, 140) } else { (98, 102) };
+    crate::limits::TICK_MS * 10 * dice.between(drift.0, drift.1)
 }

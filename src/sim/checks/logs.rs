@@ -10,7 +10,8 @@ use crate::ids::{Index, ReplicaId, ShardId, Term};
 
 /// A number that stands for the content of an entry.
 pub fn fingerprint(entry: &Entry) -> u64 {
-    xxh3_64_with_seed(&entry.data, entry.get_entry_type() as u64)
+    let context = xxh3_64_with_seed(&entry.context, entry.get_entry_type() as u64);
+    xxh3_64_with_seed(&entry.data, context)
 }
 
 /// Every entry that any replica ever had.

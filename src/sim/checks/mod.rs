@@ -6,22 +6,32 @@
 //! - [`durable`]: what was acknowledged is among the committed entries.
 //! - [`once`]: a command takes effect once at most, and exactly once if its client was told so.
 //! - [`linear`]: the history of each key is linearizable.
+//! - [`members`]: who belongs to a shard, and that a majority of those holds what is committed.
 
 pub mod durable;
 pub mod leaders;
 pub mod linear;
 pub mod logs;
+pub mod members;
 pub mod once;
 pub mod state;
 
 /// Every check, by the name that a violation of it bears, and what must hold.
-pub const CHECKS: [(&str, &str); 15] = [
+pub const CHECKS: [(&str, &str); 17] = [
     ("leaders", "a term has one leader at most, and it has everything committed before"),
     ("logs", "entries of one index and term are the same, and so are those before them"),
     ("state", "replicas apply the same entries and have equal states at equal indexes, sessions included"),
     ("durable", "acknowledged writes are committed; nothing else is read; versions follow real time"),
     ("once", "a command takes effect once at most, and as its client was told"),
     ("linear", "the history of each key is linearizable, operations of unknown outcome included"),
+    (
+        "quorum",
+        "what is applied is on disk at a majority of the voters, of both configurations in a joint change",
+    ),
+    (
+        "members",
+        "members change as the log says, alike everywhere; no replica comes back; in the end all is in place",
+    ),
     ("answers", "each operation ends once, with an answer to what was asked"),
     ("liveness", "once faults end, all is led, answered and equal again within a bound"),
     ("flapping", "a node whose links flap, and nothing else, costs each shard one election at most"),

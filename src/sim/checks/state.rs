@@ -6,16 +6,19 @@ use std::collections::BTreeMap;
 use std::ops::Bound;
 
 use bytes::Bytes;
-use raft::eraftpb::Entry;
+use raft::eraftpb::{Entry, EntryType};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::Violation;
 use super::logs::fingerprint;
+use super::members::Members;
 use super::once::Effects;
+use crate::codec::membership;
 use crate::ids::{GROUP_START, Index, ReplicaId, ShardId, Term};
 use crate::machine::MachineKind;
 use crate::machine::command::{Command, KvCommand, KvReply, Reply, decode_entry};
 use crate::machine::memory::MemoryState;
+use crate::placement::map::Member;
 use crate::storage::sessions::SessionTable;
 use crate::storage::{StateView, StorageError};
 
@@ -57,9 +60,16 @@ pub struct Truth {
     changes: BTreeMap<u64, (Vec<u8>, Option<Bytes>)>,
     /// Which commands made them.
     pub effects: Effects,
+    /// Whose entries they are.
+    pub members: Members,
 }
 
 impl Truth {
+    /// Nothing yet, in a shard of these members.
+    pub fn new(members: Members) -> Truth {
+        Truth { members, ..Truth::default() }
+    }
+
     /// The highest index known to be committed.
     pub fn last(&self) -> Index {
         GROUP_START.index + self.entries.len() as u64
@@ -101,9 +111,10 @@ impl Truth {
                 entry.index
             )));
         }
-        if !entry.data.is_empty() {
-            let unreadable =
-                |error: &dyn std::fmt::Display| violation(format!("entry {}: {error}", entry.index));
+        let unreadable = |error: &dyn std::fmt::Display| violation(format!("entry {}: {error}", entry.index));
+        if let Some((conf, members)) = changed(entry).map_err(|e| unreadable(&e))? {
+            self.members.change(shard, entry.index, conf, &members)?;
+        } else if !entry.data.is_empty() {
             let decoded = decode_entry(&entry.data).map_err(|e| unreadable(&e))?;
             let replies = MachineKind::Kv.apply_entry(&decoded, &mut self.model);
             let replies = replies.map_err(|e| unreadable(&e))?;
@@ -146,7 +157,8 @@ impl Truth {
                     "replica {replica} of shard {shard} has another state than it should at entry {applied}"
                 ),
             )),
-            None if applied != GROUP_START.index => Err(Violation::new(
+            // A group's beginning, and that of a newcomer which has no snapshot yet.
+            None if ![0, GROUP_START.index].contains(&applied) => Err(Violation::new(
                 "state",
                 format!(
                     "replica {replica} of shard {shard} starts at entry {applied}, which nobody committed"
@@ -180,6 +192,15 @@ impl Truth {
         }
         Ok(())
     }
+}
+
+/// The conf version and the members that an entry makes, if it is a change of them.
+pub fn changed(entry: &Entry) -> Result<Option<(u64, Vec<Member>)>, String> {
+    if entry.get_entry_type() == EntryType::EntryNormal {
+        return Ok(None);
+    }
+    let change = membership::decode(&entry.context).map_err(|error| error.to_string())?;
+    Ok(Some((change.conf + 1, change.members)))
 }
 
 #[cfg(test)]
