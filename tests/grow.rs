@@ -95,8 +95,8 @@ async fn three_nodes_become_five_and_three_again_under_load() {
 }
 
 /// On which nodes each shard of databases is.
-fn places(map: &ClusterMap) -> BTreeMap<ShardId, BTreeSet<NodeId>> {
-    let shards = living(map).filter(|shard| shard.id != METADATA_SHARD);
+fn places(map: impl AsRef<ClusterMap>) -> BTreeMap<ShardId, BTreeSet<NodeId>> {
+    let shards = living(map.as_ref()).filter(|shard| shard.id != METADATA_SHARD);
     shards.map(|shard| (shard.id, shard.members.iter().map(|m| m.node).collect())).collect()
 }
 
@@ -108,7 +108,7 @@ async fn a_plan_moves_what_it_says_and_can_be_taken_back() {
     set(&client, PolicyChange::Automatic(false)).await;
     cluster.join();
     let grown = Rest { metadata: 3, ..Rest::default() };
-    let before = places(&grown.reached(&client, &cluster, SETTLE).await);
+    let before = places(grown.reached(&client, &cluster, SETTLE).await);
     let plan = client.plan_rebalance(false, PATIENCE).await.expect("a plan");
     let moves: Vec<_> = plan.moves.iter().filter(|one| one.kind == MoveKind::Replica).collect();
     assert!(plan.total.moves > 0 && moves.len() == plan.total.moves as usize, "{plan:?}");
@@ -118,20 +118,20 @@ async fn a_plan_moves_what_it_says_and_can_be_taken_back() {
         let nodes = planned.get_mut(&one.shard).expect("a shard of the database");
         assert!(nodes.remove(&one.from) && nodes.insert(one.to), "{one:?} of {plan:?}");
     }
-    assert_eq!(places(&client.map().await.expect("the map")), before, "nothing moves by itself");
+    assert_eq!(places(client.map().await.expect("the map")), before, "nothing moves by itself");
 
     client.start_rebalance(plan.id, PATIENCE).await.expect("begun");
     // Begun again, it is the same.
     client.start_rebalance(plan.id, PATIENCE).await.expect("begun already");
     let even = Rest { even: true, ..grown };
-    assert_eq!(places(&even.reached(&client, &cluster, SETTLE).await), planned);
+    assert_eq!(places(even.reached(&client, &cluster, SETTLE).await), planned);
     let status = client.rebalance_status(PATIENCE).await.expect("its status");
     assert_eq!((status.plan, status.done, status.total), (plan.id, plan.total.moves, plan.total.moves));
     // There is nothing left to do.
     let next = client.plan_rebalance(false, PATIENCE).await.expect("a plan");
     assert_eq!((next.total.moves, next.minimum), (0, 0), "{next:?}");
     client.undo_rebalance(plan.id, PATIENCE).await.expect("the way back");
-    assert_eq!(places(&grown.reached(&client, &cluster, SETTLE).await), before);
+    assert_eq!(places(grown.reached(&client, &cluster, SETTLE).await), before);
     let record = journal.stop().await;
     record.assert_kept(&database).await;
     client.close().await;
