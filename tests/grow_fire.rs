@@ -32,8 +32,8 @@ const SETTLE: Duration = Duration::from_secs(90);
 /// An operation that meets several deaths in a row still ends well.
 const DEADLINE: Duration = Duration::from_secs(60);
 
-/// One cluster at a time: each has a handful of processes.
-static ROOM: Semaphore = Semaphore::const_new(1);
+/// Clusters that run at the same time: each has a handful of processes.
+static ROOM: Semaphore = Semaphore::const_new(2);
 
 async fn started(nodes: usize) -> (Cluster, Client) {
     let mut cluster = Cluster::new(nodes);
