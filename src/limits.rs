@@ -224,7 +224,9 @@ pub const LEAVE_MS_MAX: u64 = 10_000;
 pub const APPROVAL_MS: u64 = 2_000;
 /// Time for a node's record to come to the node that it joins through, in milliseconds.
 pub const JOIN_SEEN_MS_MAX: u64 = 2_000;
-
+/// Time between saves of the cluster map, in milliseconds: a start without the metadata shard would miss what
+/// changed after the last.
+pub const MAP_SAVE_MS: u64 = 200;
 /// Time for a replica's answer to a status question, in milliseconds.
 pub const STATUS_MS_MAX: u64 = 1_000;
 /// Time for a probe of another node, in milliseconds.
