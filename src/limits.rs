@@ -252,8 +252,8 @@ pub const SURVEY_FRESH_MS: u64 = 5_000;
 pub const SILENCE_STEP_MS_MAX: u64 = 3_000;
 /// A move to a node that hasn't answered for this time is rolled back, in milliseconds.
 pub const NEWCOMER_SILENT_MS: u64 = 30_000;
-/// A replica that is sick, or isn't there, for this time is replaced, in milliseconds. So is one on a node at
-/// whose address another runs by now.
+/// A replica that is sick, or isn't there, for this time is replaced, in milliseconds; so is one on a node at
+/// whose address another runs by now. And a move that lacks something for this time is rolled back.
 pub const SICK_MS: u64 = 60_000;
 /// The nodes must have been the same ones, all of them alive, for this time before load is spread anew, in
 /// milliseconds.
