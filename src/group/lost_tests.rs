@@ -1,6 +1,8 @@
 //! A replica whose state is lost, and the leader that it asks for another.
 
 use super::*;
+use crate::group::election;
+use raft::StateRole;
 use crate::codec::messages::check;
 
 const TRUNCATED: Position = Position { index: 7, term: 6 };
