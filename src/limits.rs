@@ -196,6 +196,8 @@ pub const MAP_PULL_MS_MAX: u64 = 3_000;
 pub const SURVEY_MS: u64 = 1_000;
 /// Time between a step that was done and the next survey, in milliseconds.
 pub const SURVEY_SOON_MS: u64 = 200;
+/// Longest pause before another reconciler begins where one has panicked, in milliseconds.
+pub const RECONCILER_PAUSE_MS_MAX: u64 = 30_000;
 /// Time for a node's answer to a survey, in milliseconds.
 pub const SURVEY_MS_MAX: u64 = 2_000;
 /// Time for an order to a shard's leader to be carried out, in milliseconds.
@@ -222,7 +224,9 @@ pub const LEAVE_MS_MAX: u64 = 10_000;
 pub const APPROVAL_MS: u64 = 2_000;
 /// Time for a node's record to come to the node that it joins through, in milliseconds.
 pub const JOIN_SEEN_MS_MAX: u64 = 2_000;
-
+/// Time between saves of the cluster map, in milliseconds: a start without the metadata shard would miss what
+/// changed after the last.
+pub const MAP_SAVE_MS: u64 = 200;
 /// Time for a replica's answer to a status question, in milliseconds.
 pub const STATUS_MS_MAX: u64 = 1_000;
 /// Time for a probe of another node, in milliseconds.
@@ -248,8 +252,8 @@ pub const SURVEY_FRESH_MS: u64 = 5_000;
 pub const SILENCE_STEP_MS_MAX: u64 = 3_000;
 /// A move to a node that hasn't answered for this time is rolled back, in milliseconds.
 pub const NEWCOMER_SILENT_MS: u64 = 30_000;
-/// A replica that is sick, or isn't there, for this time is replaced, in milliseconds. So is one on a node at
-/// whose address another runs by now.
+/// A replica that is sick, or isn't there, for this time is replaced, in milliseconds; so is one on a node at
+/// whose address another runs by now. And a move that lacks something for this time is rolled back.
 pub const SICK_MS: u64 = 60_000;
 /// The nodes must have been the same ones, all of them alive, for this time before load is spread anew, in
 /// milliseconds.

@@ -2,6 +2,8 @@
 
 use super::*;
 use crate::codec::messages::check;
+use crate::group::election;
+use raft::StateRole;
 
 const TRUNCATED: Position = Position { index: 7, term: 6 };
 const LAST: Position = Position { index: 9, term: 6 };

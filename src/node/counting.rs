@@ -163,6 +163,57 @@ async fn ask(addr: Addr<ReplicaActor>, after: Bytes) -> Option<StateReader> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::Arc;
+
+    use crate::storage::StateBatch;
+    use crate::storage::engine::Engine;
+    use crate::storage::engine_memory::MemoryEngine;
+    use crate::storage::state::{ReplicaState, StateHeader};
+
+    #[test]
+    fn all_pages_together_are_the_whole() {
+        let engine: Arc<dyn Engine> = Arc::new(MemoryEngine::new());
+        let header = StateHeader {
+            applied: crate::ids::GROUP_START,
+            revision: 0,
+            log_time: 0,
+            epoch: Default::default(),
+            members: Vec::new(),
+            conf_state: Default::default(),
+        };
+        let mut state = ReplicaState::open(engine, ReplicaId(1), 1, header).unwrap();
+        let count = |state: &ReplicaState| {
+            let (mut all, mut after, mut pages) = (Counted::default(), Bytes::new(), 0);
+            loop {
+                let from = if after.is_empty() { Bound::Unbounded } else { Bound::Excluded(&after[..]) };
+                let reader = state.scan_reader(from, &[], limits::COUNT_STEP_PAIRS + 1);
+                let Page { counted, next } = count_page(&reader, &after).unwrap();
+                (all.keys, all.bytes, pages) =
+                    (all.keys + counted.keys, all.bytes + counted.bytes, pages + 1);
+                match next {
+                    Some(next) => after = next,
+                    None => return (all, pages),
+                }
+            }
+        };
+        assert_eq!(count(&state), (Counted::default(), 1));
+        let keys = 3 * limits::COUNT_STEP_PAIRS as u64 + 10;
+        for key in 0..keys {
+            state.put(&key.to_be_bytes(), Bytes::from_static(b"12345"));
+        }
+        assert_eq!(count(&state), (Counted { keys, bytes: 13 * keys }, 4));
+        // Some of it below, and changed since: each key counts once.
+        state.set_applied(crate::ids::Position { index: 6, term: 5 });
+        state.freeze().expect("something to flush");
+        state.put(&7_u64.to_be_bytes(), Bytes::from_static(b"1"));
+        state.delete(&9_u64.to_be_bytes());
+        assert_eq!(count(&state), (Counted { keys: keys - 1, bytes: 13 * (keys - 1) - 4 }, 4));
+        // Great values make small pages.
+        for key in 0..3_u64 {
+            state.put(&key.to_be_bytes(), Bytes::from(vec![0; limits::COUNT_STEP_BYTES]));
+        }
+        assert_eq!(count(&state).1, 7);
+    }
 
     #[test]
     fn each_shard_gets_its_turn_and_is_counted_again_when_it_has_changed() {

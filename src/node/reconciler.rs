@@ -95,8 +95,34 @@ enum Outcome {
     Failed(String),
 }
 
+/// Keeps a reconciler running. A panic in one costs nothing else, least of all the node that leads the metadata
+/// shard: what made it panic there would next end whichever node leads in its place. It keeps nothing, so
+/// another one begins, after a pause that grows while they come to nothing.
+pub async fn keep_running(handle: NodeHandle) {
+    let least = Duration::from_millis(limits::SURVEY_MS);
+    let mut pause = least;
+    loop {
+        let began = Instant::now();
+        match actix::spawn(run(handle.clone())).await {
+            Err(error) if error.is_panic() => {
+                let reason = super::panics::last().unwrap_or_default();
+                tracing::error!(reason, ?pause, "the reconciler panicked; another one begins after a pause");
+            }
+            // The node ends.
+            _ => return,
+        }
+        handle.balance_cell().show(None);
+        let most = Duration::from_millis(limits::RECONCILER_PAUSE_MS_MAX);
+        if began.elapsed() > 2 * most {
+            pause = least;
+        }
+        tokio::time::sleep(pause).await;
+        pause = (2 * pause).min(most);
+    }
+}
+
 /// Runs for as long as it is polled.
-pub async fn run(handle: NodeHandle) {
+async fn run(handle: NodeHandle) {
     let mut shell = Shell::new(handle);
     let mut next = Instant::now();
     loop {
@@ -436,4 +462,72 @@ fn progress(map: &ClusterMap) -> Vec<MoveProgress> {
         Some(MoveProgress { shard: record.id, id: moving.id, step })
     });
     moving.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::group::types::MembershipChange;
+    use crate::ids::{DatabaseId, Epoch, ReplicaId};
+    use crate::placement::map::{Member, MoveCause, ShardMove, ShardRecord};
+    use crate::placement::ring::RingRange;
+
+    fn map(members: &[(u64, MemberRole)], moving: Option<ShardMove>) -> ClusterMap {
+        let member = |&(id, role)| Member { replica: ReplicaId(id), node: NodeId(id), role };
+        let record = ShardRecord {
+            id: ShardId(4),
+            database: DatabaseId(1),
+            range: RingRange::ALL,
+            epoch: Epoch { range: 1, conf: 3 },
+            members: members.iter().map(member).collect(),
+            dropped: false,
+            moving,
+            target: None,
+            previous: None,
+            changed_at: 9,
+        };
+        ClusterMap { shards: [(record.id, record)].into(), ..ClusterMap::default() }
+    }
+
+    #[test]
+    fn how_far_a_move_is_the_members_tell() {
+        use MemberRole::{Incoming, Learner, Outgoing, Voter};
+        let step = |members: &[(u64, MemberRole)], cancelling| {
+            let add = Member { replica: ReplicaId(9), node: NodeId(9), role: Learner };
+            let (adds, removes) = (vec![add], vec![ReplicaId(1)]);
+            let moving = ShardMove { id: 7, adds, removes, cancelling, cause: MoveCause::Repair };
+            let [progress] = progress(&map(members, Some(moving)))[..] else { panic!("one move") };
+            assert_eq!((progress.shard, progress.id), (ShardId(4), 7));
+            progress.step
+        };
+        let steps = [
+            (&[(1, Voter), (2, Voter)][..], MoveStep::Begun),
+            (&[(1, Voter), (2, Voter), (9, Learner)], MoveStep::CatchingUp),
+            (&[(1, Outgoing), (2, Voter), (9, Incoming)], MoveStep::Joint),
+            (&[(2, Voter), (9, Voter)], MoveStep::Ending),
+        ];
+        for (members, expected) in steps {
+            assert_eq!(step(members, false), expected);
+            // One that has come to the joint change ends as it was meant to.
+            let rolls_back = expected < MoveStep::Joint;
+            assert_eq!(step(members, true), if rolls_back { MoveStep::RollingBack } else { expected });
+        }
+        assert_eq!(progress(&map(&[(1, Voter)], None)), []);
+    }
+
+    #[test]
+    fn one_order_at_a_time_for_a_shard_and_each_command_once() {
+        let change = |shard, conf| Action::Change {
+            node: NodeId(1),
+            shard: ShardId(shard),
+            conf,
+            change: MembershipChange::RemoveLearners(Vec::new()),
+        };
+        let transfer = Action::Transfer { node: NodeId(1), shard: ShardId(4), to: NodeId(2) };
+        let end = |id| Action::Meta(MetaCommand::EndMove { shard: ShardId(4), id });
+        assert!(excludes(&change(4, 1), &change(4, 2)) && excludes(&transfer, &change(4, 1)));
+        assert!(!excludes(&change(4, 1), &change(5, 1)));
+        assert!(excludes(&end(1), &end(1)) && !excludes(&end(1), &end(2)));
+        assert!(!excludes(&end(1), &change(4, 1)), "they are about different groups");
+    }
 }

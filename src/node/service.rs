@@ -96,7 +96,13 @@ impl Asked {
     /// `named`: the cluster that the caller says it is of. Who asks to form or to join may not know it
     /// yet. All else comes from a member, and must mean this cluster: an address may have changed hands
     /// between two, and a command for one must not be executed by the other.
-    async fn answer(&self, named: Option<ClusterId>, request: PeerRequest) -> Result<PeerResponse, Refusal> {
+    /// `from`: the node that it says it is.
+    async fn answer(
+        &self,
+        named: Option<ClusterId>,
+        from: NodeId,
+        request: PeerRequest,
+    ) -> Result<PeerResponse, Refusal> {
         let timeout = Duration::from_millis(limits::JOIN_MS_MAX);
         match request {
             PeerRequest::Probe => Ok(PeerResponse::Probe(self.applicant.answer())),
@@ -127,11 +133,11 @@ impl Asked {
                 self.handle.meta_here(command, timeout).await.map(PeerResponse::Meta)
             }
             PeerRequest::Survey => {
-                self.of_this_cluster(named)?;
+                self.of_a_member(named, from)?;
                 self.handle.survey().await.map(PeerResponse::Survey)
             }
             PeerRequest::Order(order) => {
-                self.of_this_cluster(named)?;
+                self.of_a_member(named, from)?;
                 let timeout = Duration::from_millis(limits::ORDER_MS_MAX);
                 self.handle.order(order, timeout).await.map(|()| PeerResponse::Done)
             }
@@ -173,6 +179,15 @@ impl Asked {
         match self.applicant.stage() {
             Membership::Member(cluster, _) => Ok(cluster),
             _ => Err(Refusal::Unavailable("the node is not yet a member of a cluster".into())),
+        }
+    }
+
+    /// What only the reconciler asks, which runs on a node of the cluster.
+    fn of_a_member(&self, named: Option<ClusterId>, from: NodeId) -> Result<(), Refusal> {
+        self.of_this_cluster(named)?;
+        match self.handle.map().nodes.get(&from).map(|record| record.standing) {
+            Some(standing) if !matches!(standing, Standing::Pending | Standing::Removed) => Ok(()),
+            _ => Err(Refusal::Refused("only a node of the cluster may ask for that".into())),
         }
     }
 
@@ -263,8 +278,8 @@ impl PeerHandler for Arc<PeerService> {
     }
 
     fn request(&self, hello: &PeerHello, request: PeerRequest) -> LocalBoxFuture<'static, PeerResponse> {
-        let (asked, named) = (self.asked.clone(), hello.cluster_id);
-        Box::pin(async move { asked.answer(named, request).await.unwrap_or_else(PeerResponse::Refused) })
+        let (asked, named, from) = (self.asked.clone(), hello.cluster_id, hello.from_node);
+        Box::pin(async move { asked.answer(named, from, request).await.unwrap_or_else(PeerResponse::Refused) })
     }
 
     fn snapshot(

@@ -71,8 +71,13 @@ pub struct TestNode {
 impl TestNode {
     /// Nothing is opened yet.
     pub fn new(dir: &Path) -> TestNode {
+        TestNode::ordered_at(dir, 0)
+    }
+
+    /// The same; the replicas were ordered at this version of the map.
+    pub fn ordered_at(dir: &Path, ordered_at: u64) -> TestNode {
         let log: Arc<dyn LogStore> = Arc::new(MemoryLog::new());
-        let catalogue = vec![record(1), record(2)];
+        let catalogue = [1, 2].map(|number| ReplicaRecord { ordered_at, ..record(number) }).to_vec();
         log.create(&catalogue).expect("created");
         let engine: Arc<dyn Engine> = Arc::new(MemoryEngine::new());
         let fatal = Fatal::new();

@@ -134,8 +134,8 @@ metrics_table! {
         "Changes of a shard's members that this node has seen to their end as the one that leads the metadata shard: done, or rolled_back.";
     RECONCILER_STEPS = "pontoon_reconciler_steps_total", Counter, ["outcome"],
         "Commands and orders by which this node, leading the metadata shard, brings the cluster to what it should be: done, refused, or failed.";
-    SNAPSHOT_SENT_BYTES = "pontoon_snapshot_sent_bytes", Gauge, [],
-        "Bytes that this node has sent in snapshots since it started.";
+    SNAPSHOT_SENT_BYTES = "pontoon_snapshot_sent_bytes_total", Counter, [],
+        "Bytes that this node has sent in snapshots, of what their files hold.";
     MAP_VERSION = "pontoon_map_version", Gauge, [],
         "Version of the cluster map that this node knows.";
     DISK_BYTES = "pontoon_disk_bytes", Gauge, [],

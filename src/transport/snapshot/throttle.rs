@@ -5,6 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::limits::SNAPSHOT_BURST_MS;
+use crate::telemetry::metrics as names;
 
 /// Lets so many bytes a second pass, over all who ask; each in the order of asking.
 #[derive(Debug)]
@@ -39,6 +40,7 @@ impl Throttle {
             tokio::time::sleep(wait).await;
         }
         self.passed.fetch_add(bytes as u64, Ordering::Relaxed);
+        metrics::counter!(names::SNAPSHOT_SENT_BYTES).increment(bytes as u64);
     }
 
     /// Bytes that have passed.

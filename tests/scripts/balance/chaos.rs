@@ -198,7 +198,12 @@ impl Chaos {
         let map = &self.model.map;
         let takers = self.takers();
         let state = map.rebalance.state;
-        prop_assert!(matches!(state, RebalanceState::Idle | RebalanceState::Failed), "{:?}", map.rebalance);
+        prop_assert!(
+            matches!(state, RebalanceState::Idle | RebalanceState::Failed),
+            "{:?}, {:?}",
+            map.rebalance,
+            self.model.reconciler.stuck()
+        );
         for shard in map.shards.values() {
             self.check_shard(shard, &takers)?;
         }
@@ -238,7 +243,7 @@ impl Chaos {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: cases(), failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: cases(), failure_persistence: None, max_shrink_iters: 300, ..ProptestConfig::default() })]
 
     #[test]
     fn whatever_happens_no_quorum_is_lost_and_all_comes_to_rest(
