@@ -6,8 +6,6 @@ use raft::StateRole;
 use raft::eraftpb::{ConfState, Entry, Message, MessageType};
 
 use super::*;
-use crate::group::election;
-use raft::StateRole;
 use crate::codec::messages::POSITION_MAX;
 use crate::group::catch_up::Retention;
 use crate::group::election;
