@@ -261,6 +261,8 @@ pub const SETTLE_MS: u64 = 10_000;
 /// Time for which no new replica of a shard is put on a node on which one came to nothing, as long as there
 /// are other nodes, in milliseconds.
 pub const SHUN_MS: u64 = 300_000;
+/// Time between looks whether load is even, in milliseconds.
+pub const EVEN_LOOK_MS: u64 = 5_000;
 /// First delay before the reconciler names a step again that nothing shows to be done, in milliseconds;
 /// doubles.
 pub const STEP_RETRY_MS_MIN: u64 = 1_000;

@@ -14,7 +14,7 @@ use crate::ids::{NodeId, ReplicaId, ShardId};
 use crate::limits;
 use crate::machine::command::MetaCommand;
 use crate::placement::loads::Loads;
-use crate::placement::map::{ClusterMap, MemberRole, ShardMove, ShardRecord, Standing};
+use crate::placement::map::{ClusterMap, Member, MemberRole, ShardMove, ShardRecord, Standing};
 use crate::placement::rebalance::{Known, ShardSize};
 
 /// Compares what is wanted with what is, and names the next steps. See the module's page.
@@ -218,7 +218,8 @@ impl<'a> Round<'a> {
     /// The leader of a shard whose members are settled; else says, or does, what is in the way.
     fn settled_leader(&mut self, record: &ShardRecord) -> Option<Led<'a>> {
         let Some(led) = self.view.leaders.get(&record.id).copied() else {
-            self.wait(record.id, "no leader is known".into());
+            let why = self.leaderless(record);
+            self.wait(record.id, why);
             return None;
         };
         let known = self.ears.described(record.id).map_or(0, |described| described.conf);
@@ -252,6 +253,23 @@ impl<'a> Round<'a> {
             return None;
         }
         Some(led)
+    }
+
+    /// What is with the voters of a shard that nobody says he leads.
+    fn leaderless(&self, record: &ShardRecord) -> String {
+        let reason = |member: &Member| {
+            if let Some(why) = self.view.lost(record.id, member) {
+                return Some(why);
+            }
+            let silent = self.view.nodes.get(&member.node).is_some_and(|node| !node.alive);
+            silent.then(|| format!("node {} doesn't answer", member.node))
+        };
+        let voters = record.members.iter().filter(|member| member.role.votes());
+        let reasons: Vec<String> = voters.filter_map(reason).collect();
+        match reasons.is_empty() {
+            true => "no leader is known".into(),
+            false => format!("no leader is known: {}", reasons.join("; ")),
+        }
     }
 
     /// Leadership leaves nodes that are to be emptied, or were given up. Returns whether it does now.
@@ -345,3 +363,6 @@ impl<'a> Round<'a> {
         begun
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -184,6 +184,46 @@ fn a_change_that_nobody_can_have_proposed_stops_the_replica() {
     }
 }
 
+#[test]
+fn no_snapshot_names_members_that_its_position_does_not_have() {
+    let mut replica = Follower::new();
+    let joint = with_roles([Voter, Outgoing, Voter]);
+    let after = without_joint(&joint);
+    replica.step(append(1, 6, GROUP_START, &[6], 6, 1));
+    replica.step(entries(vec![change(7, 1, joint), change(8, 2, after.clone())], 8));
+    while !replica.writes.is_empty() {
+        replica.persist();
+    }
+    // It is started again, and nothing of its state was flushed: so it begins with the members of its record.
+    let Follower { log, .. } = replica;
+    let record = log.load(ReplicaId(3)).unwrap();
+    assert_eq!((record.membership.index, &record.membership.members), (8, &after));
+    let header = StateHeader {
+        applied: GROUP_START,
+        revision: 0,
+        log_time: 0,
+        epoch: record.membership.epoch,
+        conf_state: conf_state_of(&after),
+        members: after.clone(),
+    };
+    let state = ReplicaState::at(Arc::new(MemoryEngine::new()), ReplicaId(3), 1, header);
+    let group = Group::open(Follower::options(false), log.clone(), record, state).unwrap();
+    let mut replica = Follower::with(group, log);
+    replica.group.pump().unwrap();
+    let frozen = replica.group.freeze().expect("it has applied up to the first of the changes");
+    assert_eq!((frozen.header.applied.index, &frozen.header.members), (7, &after));
+    replica.pump();
+    assert_eq!((replica.applied(), replica.group.epoch().conf, replica.group.recovering()), (8, 3, false));
+    // Now it leads, and somebody needs a state.
+    replica.step(message(MessageType::MsgTimeoutNow, 1, 6));
+    replica.persist();
+    replica.step(message(MessageType::MsgRequestVoteResponse, 1, 7));
+    assert!(replica.group.leads());
+    let asks = message(MessageType::MsgHeartbeatResponse, 1, 7);
+    replica.step(Message { request_snapshot: GROUP_START.index, ..asks });
+    assert_eq!(replica.wanted.iter().map(|wanted| wanted.least).collect::<Vec<_>>(), [8]);
+}
+
 /// Alone in a group from which its leader went away, a replica would lead as soon as it wants to: raft-rs 0.7.0 panics
 /// then if its log isn't durable.
 #[test]

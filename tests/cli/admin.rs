@@ -267,3 +267,53 @@ fn values(cluster: &Cluster, home: &Home, names: &[String]) -> usize {
     let got = ask(cluster, home, &["mget", "db"].into_iter().chain(names).collect::<Vec<_>>()).ok();
     got.text().lines().filter(|line| line.ends_with("\tvalue")).count()
 }
+
+#[test]
+fn one_of_three_nodes_is_left_and_goes_on() {
+    let (home, mut cluster) = started(3);
+    ask(&cluster, &home, &["db", "create", "db", "3", "2"]).ok();
+    ask(&cluster, &home, &["mset", "db", "a", "1", "b", "2", "c", "3"]).ok();
+    let caught_up = |status: &Value| {
+        let shards = list(&list(status, "databases")[0], "shards").iter().chain([&status["metadata"]]);
+        shards.flat_map(|shard| list(shard, "replicas")).all(|replica| replica["lag"] == 0)
+    };
+    until(&cluster, &home, &["status", "--json"], "all replicas have all", caught_up);
+    cluster.kill(0);
+    cluster.kill(1);
+    let recover = |db: &str, shard: &str, timeout: &str, more: &[&str]| {
+        let report = home.file(&format!("report-{shard}.json"));
+        let line = ["admin", "recover", db, shard, "--from", "3", "--timeout", timeout];
+        let more = more.iter().map(|word| if *word == "FILE" { report.to_str().unwrap() } else { word });
+        ask(&cluster, &home, &line.into_iter().chain(more).collect::<Vec<_>>())
+    };
+    let accept = ["--accept-data-loss", "--report", "FILE"];
+    recover("(metadata)", "0", "20s", &[]).exits(1).says(&["nothing was changed"]);
+    // Nobody decides anything before that, and no report is left of what wasn't done.
+    let early = recover("db", "1", "2s", &accept);
+    assert!(matches!(early.code, Some(3 | 4)), "{early:?}");
+    assert_eq!(home.file("report-1.json").exists(), early.code == Some(4));
+    std::fs::remove_file(home.file("report-1.json")).ok();
+    recover("(metadata)", "0", "20s", &accept).ok();
+    for shard in ["1", "2"] {
+        recover("db", shard, "20s", &accept).ok();
+    }
+    assert_eq!(ask(&cluster, &home, &["mget", "db", "a", "b", "c"]).ok().text(), "a\t1\nb\t2\nc\t3\n");
+    ask(&cluster, &home, &["set", "db", "a", "4"]).ok();
+    ask(&cluster, &home, &["admin", "settings", "set", "placement.replace_after", "1h"]).ok();
+
+    // It outlives a restart, and grows again.
+    cluster.kill(2);
+    cluster.spawn(2);
+    cluster.wait_ready(2);
+    assert_eq!(ask(&cluster, &home, &["get", "db", "a"]).ok().text(), "4");
+    let ports = PORTS.read().unwrap_or_else(|poisoned| poisoned.into_inner());
+    cluster.join();
+    drop(ports);
+    let two = |status: &Value| {
+        let shards = list(&list(status, "databases")[0], "shards");
+        shards
+            .iter()
+            .all(|shard| list(shard, "replicas").iter().filter(|r| r["state"] == "serving").count() == 2)
+    };
+    until(&cluster, &home, &["status", "db", "--json"], "a second replica of each shard", two);
+}

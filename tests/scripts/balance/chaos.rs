@@ -181,10 +181,15 @@ impl Chaos {
             let (state, reason) = (RebalanceState::Running, String::new());
             self.ask(MetaCommand::ControlRebalance { plan, state, reason });
         }
-        self.run(1500)?;
-        self.model.trace.clear();
-        self.run(120)?;
-        prop_assert_eq!(&self.model.trace, &Vec::<String>::new(), "it doesn't come to rest");
+        // Longer than anything waits: for the gone, the sick, or another attempt.
+        let (mut still, mut seconds) = (0, 0);
+        while still < 130 {
+            self.model.trace.clear();
+            self.run(1)?;
+            seconds += 1;
+            still = if self.model.trace.is_empty() { still + 1 } else { 0 };
+            prop_assert!(seconds < 3000, "it doesn't come to rest: {:?}", self.model.trace);
+        }
         Ok(())
     }
 
@@ -260,5 +265,5 @@ proptest! {
 }
 
 fn cases() -> u32 {
-    std::env::var("CHAOS_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(64)
+    std::env::var("CHAOS_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(32)
 }
