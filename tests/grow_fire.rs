@@ -142,13 +142,10 @@ async fn a_metadata_leader_that_dies_between_the_steps_of_a_move_is_followed_by_
             arm(&client, &cluster, node, &format!("panic:reconciler/{point}:skip={skip}:times=1")).await;
         }
         let begun = Instant::now();
-        let told = |cluster: &Cluster, node| {
-            cluster.whole_log(node).matches(&format!("injected panic at reconciler/{point}")).count()
-        };
-        let before: Vec<usize> = (0..4).map(|node| told(&cluster, node)).collect();
-        let struck = loop {
-            if let Some(struck) = (0..4).find(|node| told(&cluster, *node) > before[*node]) {
-                break struck;
+        let dead = loop {
+            if let Some((dead, ended)) = (0..4).find_map(|node| Some((node, cluster.ended(node)?))) {
+                assert_eq!(ended.code(), Some(70), "{}", cluster.log(dead));
+                break dead;
             }
             if client.map().await.is_ok_and(|map| !moving(&map)) {
                 stir(&client, &cluster, round % 4).await;
@@ -157,14 +154,11 @@ async fn a_metadata_leader_that_dies_between_the_steps_of_a_move_is_followed_by_
             assert!(begun.elapsed() < PATIENCE, "nobody came to {point}\n{}", picture(&cluster));
             tokio::time::sleep(Duration::from_millis(5)).await;
         };
-        println!("{point}, {skip} later: node {} after {:?}", struck + 1, begun.elapsed());
-        // The reconciler is at no later step. With it the node dies; but for the last one, where the node goes on
-        // leading the metadata shard and begins with another.
-        if round + 1 < STEPS.len() {
-            cluster.kill(struck);
-            cluster.spawn(struck);
-            cluster.wait_ready(struck);
-        }
+        let log = cluster.log(dead);
+        assert!(log.contains(&format!("injected panic at reconciler/{point}")), "{log}");
+        println!("{point}, {skip} later: node {} after {:?}", dead + 1, begun.elapsed());
+        cluster.spawn(dead);
+        cluster.wait_ready(dead);
     }
     for node in 0..4 {
         arm(&client, &cluster, node, "").await;

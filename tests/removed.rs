@@ -15,6 +15,7 @@ use pontoon::ids::{ClusterId, METADATA_SHARD, NodeId};
 use pontoon::machine::command::{MetaCommand, MetaReply, PolicyChange};
 use pontoon::placement::map::{ClusterMap, Standing};
 use pontoon::transport::call::{HelloConfig, PeerClient};
+use raft::StateRole;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -262,5 +263,61 @@ async fn a_removed_node_that_comes_back_from_its_old_disk_cleans_up() {
     cluster.spawn(at);
     exits_with(&mut cluster, at, 1);
     assert_eq!(cluster.whole_log(at).matches("replicas=0").count(), 1, "{}", cluster.whole_log(at));
+    client.close().await;
+}
+
+/// How many shards a node leads.
+async fn led(cluster: &Cluster, client: &Client, node: usize) -> usize {
+    let report = client.node_report(&cluster.nodes[node].client, PATIENCE).await.expect("a report");
+    let groups = report.replicas.iter().filter_map(|replica| replica.group.as_ref());
+    groups.filter(|group| group.role == StateRole::Leader).count()
+}
+
+async fn until_it_leads(cluster: &Cluster, client: &Client, node: usize, what: &str, wanted: fn(usize) -> bool) {
+    let begun = Instant::now();
+    loop {
+        let led = led(cluster, client, node).await;
+        if wanted(led) {
+            return;
+        }
+        assert!(begun.elapsed() < PATIENCE, "not {what}, it leads {led}:\n{}", cluster.log(node));
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_is_to_be_emptied_hands_over_what_it_leads_and_seeks_nothing() {
+    let mut cluster = Cluster::new(3);
+    cluster.wait_all_ready();
+    let client = cluster.client().await;
+    let id = client.map().await.expect("the map").cluster_id;
+    let database = cluster.database(&client, "db", 3, 9).await;
+    database.put("k", "1").await.expect("a write");
+    until_it_leads(&cluster, &client, 0, "leading", |led| led > 0).await;
+    let standing = |standing| MetaCommand::SetStanding { node: NodeId(1), standing };
+    let at = {
+        let map = client.map().await.expect("the map");
+        let first = &map.nodes[&NodeId(1)].peer_address;
+        cluster.nodes.iter().position(|node| node.peer == *first).expect("it is one of them")
+    };
+    decided(&cluster, id, standing(Standing::Draining)).await;
+    until_it_leads(&cluster, &client, at, "empty", |led| led == 0).await;
+    database.put("k", "2").await.expect("a write");
+    // There is nowhere to put its replicas; but it leads none of them, when the others start anew either.
+    for other in (0..3).filter(|node| *node != at) {
+        cluster.kill(other);
+        database.put("k", "3").await.expect("a write");
+        cluster.spawn(other);
+        cluster.wait_ready(other);
+        until_it_leads(&cluster, &client, at, "empty again", |led| led == 0).await;
+    }
+    // Until it may again.
+    decided(&cluster, id, standing(Standing::Member)).await;
+    for other in (0..3).filter(|node| *node != at) {
+        cluster.kill(other);
+        cluster.spawn(other);
+        cluster.wait_ready(other);
+    }
+    database.put("k", "4").await.expect("a write");
     client.close().await;
 }

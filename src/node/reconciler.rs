@@ -8,7 +8,8 @@
 //! ```
 //!
 //! Nothing here waits for anything: what is under way ends when it ends, within its time, and what isn't
-//! done is named again at a later step. Two of these may be at work for a moment while leadership moves. That does no
+//! done is named again at a later step. Deciding may take a second where there are very many shards, so that
+//! happens off the arbiter, which the metadata replica needs for its heartbeats. Two of these may be at work for a moment while leadership moves. That does no
 //! harm: each command and each order names the conf version that it is about.
 
 use std::collections::{BTreeMap, HashSet};
@@ -17,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::LocalBoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
+use tokio::task::JoinError;
 
 use super::handle::NodeHandle;
 use crate::balance::facts::{Action, Survey};
@@ -86,6 +88,29 @@ impl Balance {
     }
 }
 
+/// Something that the reconciler is to know.
+enum News {
+    /// A node has answered, at this time.
+    Heard(u64, Survey),
+    /// A step for this shard was refused, and why.
+    Refused(ShardId, String),
+}
+
+impl News {
+    fn tell(self, reconciler: &mut Reconciler) {
+        match self {
+            News::Heard(now, survey) => reconciler.heard(now, survey),
+            News::Refused(shard, why) => reconciler.refused(shard, why),
+        }
+    }
+}
+
+/// A decision, and the map that it was made by.
+struct Step {
+    reign: u64,
+    decided: Result<(Reconciler, Arc<ClusterMap>, Vec<Action>), JoinError>,
+}
+
 /// What an action came to.
 #[derive(Debug)]
 enum Outcome {
@@ -95,38 +120,11 @@ enum Outcome {
     Failed(String),
 }
 
-/// Keeps a reconciler running. A panic in one costs nothing else, least of all the node that leads the metadata
-/// shard: what made it panic there would next end whichever node leads in its place. It keeps nothing, so
-/// another one begins, after a pause that grows while they come to nothing.
-pub async fn keep_running(handle: NodeHandle) {
-    let least = Duration::from_millis(limits::SURVEY_MS);
-    let mut pause = least;
-    loop {
-        let began = Instant::now();
-        match actix::spawn(run(handle.clone())).await {
-            Err(error) if error.is_panic() => {
-                let reason = super::panics::last().unwrap_or_default();
-                tracing::error!(reason, ?pause, "the reconciler panicked; another one begins after a pause");
-            }
-            // The node ends.
-            _ => return,
-        }
-        handle.balance_cell().show(None);
-        let most = Duration::from_millis(limits::RECONCILER_PAUSE_MS_MAX);
-        if began.elapsed() > 2 * most {
-            pause = least;
-        }
-        tokio::time::sleep(pause).await;
-        pause = (2 * pause).min(most);
-    }
-}
-
 /// Runs for as long as it is polled.
-async fn run(handle: NodeHandle) {
+pub async fn run(handle: NodeHandle) {
     let mut shell = Shell::new(handle);
     let mut next = Instant::now();
     loop {
-        let at_rest = shell.surveys.is_empty() && shell.actions.is_empty();
         tokio::select! {
             () = tokio::time::sleep_until(next.into()) => {
                 next = Instant::now() + Duration::from_millis(limits::SURVEY_MS);
@@ -140,13 +138,14 @@ async fn run(handle: NodeHandle) {
                     shell.rest();
                 }
             }
-            Some((node, answer)) = shell.surveys.next(), if !at_rest => {
+            Some((node, answer)) = shell.surveys.next(), if !shell.surveys.is_empty() => {
                 shell.heard(node, answer);
                 if shell.surveys.is_empty() {
                     shell.step();
                 }
             }
-            Some((action, outcome)) = shell.actions.next(), if !at_rest => {
+            Some(step) = shell.steps.next(), if !shell.steps.is_empty() => shell.decided(step),
+            Some((action, outcome)) = shell.actions.next(), if !shell.actions.is_empty() => {
                 if shell.ended(&action, outcome) {
                     // What comes after it needn't wait for a whole second.
                     next = next.min(Instant::now() + Duration::from_millis(limits::SURVEY_SOON_MS));
@@ -160,8 +159,14 @@ async fn run(handle: NodeHandle) {
 struct Shell {
     handle: NodeHandle,
     began: Instant,
-    /// While this node leads the metadata shard.
+    /// While this node leads the metadata shard: which time it does.
+    reign: Option<u64>,
+    reigns: u64,
+    /// While it leads; but not while it decides.
     reconciler: Option<Reconciler>,
+    /// What has come while it decides.
+    news: Vec<News>,
+    steps: FuturesUnordered<LocalBoxFuture<'static, Step>>,
     surveys: FuturesUnordered<LocalBoxFuture<'static, (NodeId, Result<Survey, String>)>>,
     asked: HashSet<NodeId>,
     actions: FuturesUnordered<LocalBoxFuture<'static, (Action, Outcome)>>,
@@ -175,7 +180,11 @@ impl Shell {
         Shell {
             handle,
             began: Instant::now(),
+            reign: None,
+            reigns: 0,
             reconciler: None,
+            news: Vec::new(),
+            steps: FuturesUnordered::new(),
             surveys: FuturesUnordered::new(),
             asked: HashSet::new(),
             actions: FuturesUnordered::new(),
@@ -186,7 +195,9 @@ impl Shell {
 
     /// Another node leads: nothing is known that was learned before.
     fn rest(&mut self) {
-        if self.reconciler.take().is_some() {
+        if self.reign.take().is_some() {
+            self.reconciler = None;
+            self.news.clear();
             tracing::info!(
                 "this node doesn't lead the metadata shard any more, and leaves moves to the one that does"
             );
@@ -199,8 +210,10 @@ impl Shell {
 
     /// Asks all nodes that belong to the cluster and haven't been asked yet.
     fn ask_all(&mut self) {
-        if self.reconciler.is_none() {
+        if self.reign.is_none() {
             tracing::debug!("this node leads the metadata shard: the reconciler begins");
+            self.reigns += 1;
+            self.reign = Some(self.reigns);
             self.reconciler = Some(Reconciler::new());
         }
         let map = self.handle.map();
@@ -218,9 +231,7 @@ impl Shell {
         match answer {
             Ok(survey) => {
                 self.snapshot_bytes.insert(node, survey.snapshot_bytes);
-                if let Some(reconciler) = &mut self.reconciler {
-                    reconciler.heard(now, survey);
-                }
+                self.tell(News::Heard(now, survey));
             }
             Err(error) => {
                 self.snapshot_bytes.remove(&node);
@@ -234,14 +245,52 @@ impl Shell {
         u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// Has the reconciler decide, and begins what it decides.
+    fn tell(&mut self, news: News) {
+        match &mut self.reconciler {
+            Some(reconciler) => news.tell(reconciler),
+            None if self.reign.is_some() => self.news.push(news),
+            None => {}
+        }
+    }
+
+    /// Has the reconciler decide, unless it is at it.
     fn step(&mut self) {
         let (now, map) = (self.now_ms(), self.handle.map());
-        // Of version 0, the cluster isn't formed; and nobody is to act on a map of before this node led.
-        let Some(reconciler) = self.reconciler.as_mut().filter(|_| map.version > 0) else {
+        if map.version == 0 {
+            // The cluster isn't formed.
+            return;
+        }
+        let Some((mut reconciler, reign)) = self.reconciler.take().zip(self.reign) else {
             return;
         };
-        let actions = reconciler.step(now, &map);
+        self.steps.push(Box::pin(async move {
+            let decide = move || {
+                let actions = reconciler.step(now, &map);
+                (reconciler, map, actions)
+            };
+            Step { reign, decided: tokio::task::spawn_blocking(decide).await }
+        }));
+    }
+
+    /// The reconciler has decided: begins what is to be done.
+    fn decided(&mut self, Step { reign, decided }: Step) {
+        if self.reign != Some(reign) {
+            return;
+        }
+        let (mut reconciler, map, actions) = match decided {
+            Ok(decided) => decided,
+            Err(error) => {
+                // The cluster serves on as it is; and a panic here must not go from leader to leader.
+                let reason = super::panics::last().unwrap_or_else(|| error.to_string());
+                tracing::error!(reason, "the reconciler has failed, and begins anew");
+                self.reconciler = Some(Reconciler::new());
+                self.news.clear();
+                return;
+            }
+        };
+        for news in self.news.drain(..) {
+            news.tell(&mut reconciler);
+        }
         let silent = map.nodes.values().filter(|record| is_asked(record)).map(|record| record.id);
         let silent = silent.map(|node| (node, reconciler.silent_ms(node))).filter(|(_, ms)| *ms > 0);
         let status = BalanceStatus {
@@ -251,6 +300,7 @@ impl Shell {
             snapshot_bytes: self.snapshot_bytes.clone(),
         };
         self.handle.balance_cell().show(Some(status));
+        self.reconciler = Some(reconciler);
         for action in actions {
             if self.at_work.len() >= limits::ORDERS_MAX {
                 break;
@@ -287,8 +337,8 @@ impl Shell {
             }
             Outcome::Refused(why) | Outcome::Failed(why) => {
                 tracing::debug!(action = describe(action), why, label, "a step of the reconciler");
-                if let (Some(reconciler), Some(shard)) = (&mut self.reconciler, shard_of(action)) {
-                    reconciler.refused(shard, why);
+                if let Some(shard) = shard_of(action) {
+                    self.tell(News::Refused(shard, why));
                 }
                 false
             }

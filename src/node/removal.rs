@@ -1,4 +1,4 @@
-//! The end of a node that its cluster has removed.
+//! The end of replicas that aren't to be on this node any more, and of a node that its cluster has removed.
 //!
 //! A removed node may have been away when that was decided, and come back years later from its old disk. It
 //! disturbs nobody: the others refuse its connections, with a word that programs understand. It then asks for
@@ -11,14 +11,18 @@ use std::time::Duration;
 
 use actix::prelude::*;
 use futures_util::future::join_all;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
 use super::handle::NodeHandle;
+use super::hub::Forget;
 use super::membership::ask_for_map_at;
-use super::messages::MapNews;
+use super::messages::{MapNews, StopReplica};
+use super::router::Route;
+use super::shared::Shared;
 use super::supervisor::Supervisor;
 use super::{NodeError, map_cache};
 use crate::codec::hello::RefusalKind;
+use crate::failpoints::failpoint;
 use crate::ids::{ClusterId, NodeId, ReplicaId, StoreId};
 use crate::limits;
 use crate::placement::map::{ClusterMap, Standing};
@@ -39,6 +43,63 @@ pub fn farewell(cluster: ClusterId, node: NodeId) -> String {
 }
 
 impl Supervisor {
+    /// Ends a replica for good: the tombstone is durable before its data goes. What is returned does the
+    /// work, and tells whether there is a tombstone.
+    pub(super) fn remove(&mut self, replica: ReplicaId) -> impl Future<Output = bool> + use<> {
+        let ended = self.replicas.get_mut(replica).map(|slot| (slot.record.shard, slot.incarnation));
+        let addr = self.addrs.remove(&replica);
+        if let Some((shard, incarnation)) = ended {
+            tracing::info!(%shard, %replica, "removing a replica that isn't to be here any more");
+            self.replicas.removed(replica);
+            self.untried.remove(&replica);
+            self.tell_readiness();
+            // The route may be that of the replica which is here in its place.
+            let is_own = |route: &Route| route.replica == replica;
+            self.shared.router.update(|routes| {
+                routes.extract_if(|of, route| *of == shard && is_own(route)).for_each(drop);
+            });
+            if !self.replicas.iter().any(|slot| slot.record.shard == shard) {
+                self.led.remove(&shard);
+            }
+            self.hub(shard).do_send(Forget(replica, incarnation));
+        }
+        let shared = self.shared.clone();
+        async move {
+            let Some((_, incarnation)) = ended else {
+                return true;
+            };
+            if let Some(addr) = addr
+                && let Err(error) = addr.send(StopReplica).await
+            {
+                tracing::debug!(%error, "the replica had ended already");
+            }
+            shared.fence(replica, incarnation).await;
+            // Who was asked to read its state has to be done before that goes.
+            if shared.reader.barrier().await.is_err() {
+                tracing::debug!("the read thread has ended");
+            }
+            let then = shared.clone();
+            let (done, buried) = oneshot::channel();
+            shared.log_writer.run(Box::new(move |log| {
+                failpoint!(LogRemoveBefore, replica);
+                let removed = log.remove(&[replica]);
+                failpoint!(LogRemoveAfter, replica);
+                match &removed {
+                    Ok(()) => destroy(&then, vec![replica]),
+                    Err(error) => tracing::error!(%replica, %error, "recording a tombstone"),
+                }
+                if done.send(removed.is_ok()).is_err() {
+                    tracing::debug!(%replica, "nobody waits for a tombstone");
+                }
+            }));
+            let buried = buried.await.unwrap_or(false);
+            if let Err(error) = tokio::task::spawn_blocking(move || shared.snapshots.forget(replica)).await {
+                tracing::debug!(%error, "the node ended while it removed snapshots");
+            }
+            buried
+        }
+    }
+
     /// Gives up all replicas, durably, then the node.
     pub(super) fn leave(&mut self, ctx: &mut Context<Self>) {
         if std::mem::replace(&mut self.leaving, true) {
@@ -80,6 +141,20 @@ impl Supervisor {
             fatal.raise_error(NodeError::Removed(farewell(map.cluster_id, node)));
         }));
     }
+}
+
+/// Has the state of tombstones removed, and that noted in the log.
+pub(super) fn destroy(shared: &Arc<Shared>, replicas: Vec<ReplicaId>) {
+    let then = shared.clone();
+    let done = move |replicas: &[ReplicaId]| {
+        let replicas = replicas.to_vec();
+        then.log_writer.run(Box::new(move |log| {
+            if let Err(error) = log.destroyed(&replicas) {
+                tracing::warn!(%error, "noting that the state of removed replicas is gone");
+            }
+        }));
+    };
+    shared.flusher.destroy(replicas, Box::new(done));
 }
 
 /// Nodes that refuse this one as removed, to be asked for the map, which tells whether it is. The last one

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use actix::prelude::*;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 
 use super::counting::Counts;
 use super::fatal::{Fatal, FatalGuard};
@@ -19,7 +19,7 @@ use super::handle::{ReplicaHealth, ReplicaReport};
 use super::hub::{FailReplica, Forget, Hub, hub_of};
 use super::map_cache;
 use super::messages::*;
-use super::removal;
+use super::removal::{self, destroy};
 use super::replica::ReplicaActor;
 use super::replicas::{Crash, Orders, Readiness, Replicas, Slot, Verdict};
 use super::router::Route;
@@ -246,63 +246,6 @@ impl Supervisor {
         }));
     }
 
-    /// Ends a replica for good: the tombstone is durable before its data goes. What is returned does the
-    /// work, and tells whether there is a tombstone.
-    pub(super) fn remove(&mut self, replica: ReplicaId) -> impl Future<Output = bool> + use<> {
-        let ended = self.replicas.get_mut(replica).map(|slot| (slot.record.shard, slot.incarnation));
-        let addr = self.addrs.remove(&replica);
-        if let Some((shard, incarnation)) = ended {
-            tracing::info!(%shard, %replica, "removing a replica that isn't to be here any more");
-            self.replicas.removed(replica);
-            self.untried.remove(&replica);
-            self.tell_readiness();
-            // The route may be that of the replica which is here in its place.
-            let is_own = |route: &Route| route.replica == replica;
-            self.shared.router.update(|routes| {
-                routes.extract_if(|of, route| *of == shard && is_own(route)).for_each(drop);
-            });
-            if !self.replicas.iter().any(|slot| slot.record.shard == shard) {
-                self.led.remove(&shard);
-            }
-            self.hub(shard).do_send(Forget(replica, incarnation));
-        }
-        let shared = self.shared.clone();
-        async move {
-            let Some((_, incarnation)) = ended else {
-                return true;
-            };
-            if let Some(addr) = addr
-                && let Err(error) = addr.send(StopReplica).await
-            {
-                tracing::debug!(%error, "the replica had ended already");
-            }
-            shared.fence(replica, incarnation).await;
-            // Who was asked to read its state has to be done before that goes.
-            if shared.reader.barrier().await.is_err() {
-                tracing::debug!("the read thread has ended");
-            }
-            let then = shared.clone();
-            let (done, buried) = oneshot::channel();
-            shared.log_writer.run(Box::new(move |log| {
-                failpoint!(LogRemoveBefore, replica);
-                let removed = log.remove(&[replica]);
-                failpoint!(LogRemoveAfter, replica);
-                match &removed {
-                    Ok(()) => destroy(&then, vec![replica]),
-                    Err(error) => tracing::error!(%replica, %error, "recording a tombstone"),
-                }
-                if done.send(removed.is_ok()).is_err() {
-                    tracing::debug!(%replica, "nobody waits for a tombstone");
-                }
-            }));
-            let buried = buried.await.unwrap_or(false);
-            if let Err(error) = tokio::task::spawn_blocking(move || shared.snapshots.forget(replica)).await {
-                tracing::debug!(%error, "the node ended while it removed snapshots");
-            }
-            buried
-        }
-    }
-
     fn save_map(&mut self, ctx: &mut Context<Self>) {
         if self.saving_map {
             self.map_unsaved = true;
@@ -376,20 +319,6 @@ impl Supervisor {
             }
         });
     }
-}
-
-/// Has the state of tombstones removed, and that noted in the log.
-pub(super) fn destroy(shared: &Arc<Shared>, replicas: Vec<ReplicaId>) {
-    let then = shared.clone();
-    let done = move |replicas: &[ReplicaId]| {
-        let replicas = replicas.to_vec();
-        then.log_writer.run(Box::new(move |log| {
-            if let Err(error) = log.destroyed(&replicas) {
-                tracing::warn!(%error, "noting that the state of removed replicas is gone");
-            }
-        }));
-    };
-    shared.flusher.destroy(replicas, Box::new(done));
 }
 
 impl Actor for Supervisor {
