@@ -111,7 +111,7 @@ fn formation() -> MetaCommand {
     MetaCommand::Form {
         cluster_id: RandomId([0xc1; 16]),
         nodes: (1..=NODES).map(node).collect(),
-        metadata: ShardRecord {
+        metadata: Box::new(ShardRecord {
             id: METADATA_SHARD,
             database: METADATA_DATABASE,
             range: RingRange::ALL,
@@ -122,7 +122,7 @@ fn formation() -> MetaCommand {
             target: None,
             previous: None,
             changed_at: 0,
-        },
+        }),
     }
 }
 

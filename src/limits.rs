@@ -192,6 +192,9 @@ pub const LOG_STALL_MS: u64 = 1_000;
 pub const DISK_FULL_WAIT_MS: u64 = 250;
 /// Time for a pull of the cluster map from a peer, in milliseconds.
 pub const MAP_PULL_MS_MAX: u64 = 3_000;
+/// Time between saves of the cluster map, in milliseconds: a start without the metadata shard would miss what
+/// changed after the last.
+pub const MAP_SAVE_MS: u64 = 200;
 /// Time between surveys of all nodes by the one that leads the metadata shard, in milliseconds.
 pub const SURVEY_MS: u64 = 1_000;
 /// Time between a step that was done and the next survey, in milliseconds.
@@ -222,9 +225,7 @@ pub const LEAVE_MS_MAX: u64 = 10_000;
 pub const APPROVAL_MS: u64 = 2_000;
 /// Time for a node's record to come to the node that it joins through, in milliseconds.
 pub const JOIN_SEEN_MS_MAX: u64 = 2_000;
-/// Time between saves of the cluster map, in milliseconds: a start without the metadata shard would miss what
-/// changed after the last.
-pub const MAP_SAVE_MS: u64 = 200;
+
 /// Time for a replica's answer to a status question, in milliseconds.
 pub const STATUS_MS_MAX: u64 = 1_000;
 /// Time for a probe of another node, in milliseconds.

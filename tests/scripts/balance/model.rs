@@ -78,7 +78,7 @@ impl Model {
             node: NodeId(id),
             role: MemberRole::Voter,
         });
-        let metadata = ShardRecord {
+        let metadata = Box::new(ShardRecord {
             id: METADATA_SHARD,
             database: METADATA_DATABASE,
             range: RingRange::ALL,
@@ -89,7 +89,7 @@ impl Model {
             target: None,
             previous: None,
             changed_at: 0,
-        };
+        });
         let cluster_id = RandomId([7; 16]);
         let up = || Machine { up: true, ..Machine::default() };
         model.machines.extend(records.iter().map(|record| (record.id, up())));
