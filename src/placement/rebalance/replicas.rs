@@ -31,18 +31,31 @@ pub(super) fn is_uneven(board: &Board) -> bool {
         || board.shards.iter().any(|place| place.movable && board.crowded(place).is_some())
 }
 
+/// Rounds of a plan: the second finds something to do only where zones or large replica counts kept some node
+/// from its quota.
+const ROUNDS_MAX: usize = 8;
+
 /// Spreads the replicas over the nodes. Returns the least number of moves that this could have taken.
 pub(super) fn spread(board: &mut Board) -> u32 {
     let bounds = bounds(board);
-    let shares = shares_of(board, &bounds);
-    let quotas = quotas(&board.nodes, &board.held, &shares, &bounds);
-    // Each node below its quota receives at least what it lacks; each crowded place gives at least one.
-    let lacking: u32 = quotas.iter().zip(&board.held).map(|(quota, held)| quota.saturating_sub(*held)).sum();
-    let mut spread = Spread { board, quotas, shares };
-    let crowding = spread.uncrowd();
-    spread.give();
-    spread.give_along_chains();
-    lacking.max(crowding)
+    let mut minimum = None;
+    for _ in 0..ROUNDS_MAX {
+        let shares = shares_of(board, &bounds);
+        let quotas = quotas(&board.nodes, &board.held, &shares, &bounds);
+        // Each node below its quota receives at least what it lacks; each crowded place gives at least one.
+        let lacks = quotas.iter().zip(&board.held).map(|(quota, held)| quota.saturating_sub(*held));
+        let lacking: u32 = lacks.sum();
+        let held = board.held.clone();
+        let mut spread = Spread { board, quotas, shares };
+        let crowding = spread.uncrowd();
+        spread.give();
+        spread.give_along_chains();
+        minimum.get_or_insert(lacking.max(crowding));
+        if board.held == held && crowding == 0 {
+            break;
+        }
+    }
+    minimum.unwrap_or(0)
 }
 
 /// A move that helps. The least of them gains most.
