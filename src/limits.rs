@@ -199,8 +199,6 @@ pub const MAP_SAVE_MS: u64 = 200;
 pub const SURVEY_MS: u64 = 1_000;
 /// Time between a step that was done and the next survey, in milliseconds.
 pub const SURVEY_SOON_MS: u64 = 200;
-/// Longest pause before another reconciler begins where one has panicked, in milliseconds.
-pub const RECONCILER_PAUSE_MS_MAX: u64 = 30_000;
 /// Time for a node's answer to a survey, in milliseconds.
 pub const SURVEY_MS_MAX: u64 = 2_000;
 /// Time for an order to a shard's leader to be carried out, in milliseconds.

@@ -36,8 +36,7 @@ pub const VARIABLE: &str = "PONTOON_TEST_HOOKS";
 macro_rules! points {
     ($($variant:ident = $name:literal, $what:literal, $errors:literal;)*) => {
         /// A point. The first part of its name tells who passes it, and so what a panic there ends:
-        /// `replica`, `receive` and `reconciler` that replica's start, that transfer or what the reconciler is
-        /// at alone, all others the node.
+        /// `replica` and `receive` that replica's start or that transfer alone, all others the node.
         #[derive(Clone, Copy, PartialEq, Eq, Debug)]
         #[allow(missing_docs)] // Each has its text in `POINTS`.
         pub enum Point {

@@ -120,34 +120,8 @@ enum Outcome {
     Failed(String),
 }
 
-/// Keeps a reconciler running. A panic in one costs nothing else, least of all the node that leads the metadata
-/// shard: what made it panic there would next end whichever node leads in its place. It keeps nothing, so
-/// another one begins, after a pause that grows while they come to nothing.
-pub async fn keep_running(handle: NodeHandle) {
-    let least = Duration::from_millis(limits::SURVEY_MS);
-    let mut pause = least;
-    loop {
-        let began = Instant::now();
-        match actix::spawn(run(handle.clone())).await {
-            Err(error) if error.is_panic() => {
-                let reason = super::panics::last().unwrap_or_default();
-                tracing::error!(reason, ?pause, "the reconciler panicked; another one begins after a pause");
-            }
-            // The node ends.
-            _ => return,
-        }
-        handle.balance_cell().show(None);
-        let most = Duration::from_millis(limits::RECONCILER_PAUSE_MS_MAX);
-        if began.elapsed() > 2 * most {
-            pause = least;
-        }
-        tokio::time::sleep(pause).await;
-        pause = (2 * pause).min(most);
-    }
-}
-
 /// Runs for as long as it is polled.
-async fn run(handle: NodeHandle) {
+pub async fn run(handle: NodeHandle) {
     let mut shell = Shell::new(handle);
     let mut next = Instant::now();
     loop {
