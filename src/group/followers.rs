@@ -23,7 +23,10 @@ impl<T> Group<T> {
         }
         let to = Position { index, term: log.term_at(index)? };
         // What changed the members before that is in the record: see `super::lost`.
-        assert!(self.barrier.as_ref().is_none_or(|barrier| barrier.index() > index), "compacting an unrecorded change");
+        assert!(
+            self.barrier.as_ref().is_none_or(|barrier| barrier.index() > index),
+            "compacting an unrecorded change"
+        );
         let log = self.raft.mut_store();
         log.compact(to);
         Some(to)
@@ -110,7 +113,9 @@ impl<T> Group<T> {
         // One at a time; the others are asked for again.
         asked.chain(requests).find_map(|(to, itself)| {
             let node = self.node_of(to)?;
-            let least = self.catch_up.least(to, self.raft.store());
+            // A state that was never flushed before the start was built again under the members of the record, and
+            // what was flushed of it on the way names later members than its position has.
+            let least = self.catch_up.least(to, self.raft.store()).max(self.recorded);
             if least > self.applied() {
                 return None;
             }

@@ -326,10 +326,9 @@ impl<T> Group<T> {
                 // How large the entries are that were there at the start isn't known.
                 let is_near = last.saturating_sub(matched) <= limits::CAUGHT_UP_ENTRIES_MAX
                     && log.bytes_behind(matched) <= limits::CAUGHT_UP_BYTES_MAX;
-                let caught_up = active
-                    && is_near
-                    && progress.state == ProgressState::Replicate
-                    && !self.lacks_state(replica);
+                // One that has everything is sent nothing, in whatever state a lost message has left its progress.
+                let follows = progress.state == ProgressState::Replicate || matched == last;
+                let caught_up = active && is_near && follows && !self.lacks_state(replica);
                 FollowerStatus { replica, matched, active, caught_up }
             })
             .collect();

@@ -405,9 +405,13 @@ impl World {
             let had = self.truths.get(&shard).is_some_and(|truth| truth.members.had(add.replica));
             had && plan.role(add.replica).is_none()
         };
-        if !plan.cancelling {
-            let left: Vec<Member> = plan.adds.iter().filter(|add| has_left(plan, add)).copied().collect();
-            plan.adds.retain(|add| !left.contains(add));
+        let left: Vec<Member> = plan.adds.iter().filter(|add| has_left(plan, add)).copied().collect();
+        plan.adds.retain(|add| !left.contains(add));
+        if plan.cancelling && plan.adds.is_empty() {
+            plan.end();
+            self.count("moves given up");
+            self.order_replicas(shard);
+            return;
         }
         let adds: Vec<ReplicaId> = plan.adds.iter().map(|add| add.replica).collect();
         let joined = adds.iter().any(|add| plan.role(*add) == Some(MemberRole::Voter));
@@ -416,7 +420,11 @@ impl World {
             || plan.adds.iter().any(|add| {
                 self.nodes.get(&add.node).is_some_and(|node| node.disk.faulty.has_rotten_log(add.replica))
             });
-        plan.cancelling = (plan.cancelling || gives_up || dead) && !joined && !adds.is_empty();
+        // Another replica came in between.
+        let crowded = plan.adds.iter().any(|add| {
+            plan.role(add.replica).is_none() && plan.members.iter().any(|member| member.node == add.node)
+        });
+        plan.cancelling = (plan.cancelling || gives_up || dead || crowded) && !joined && !adds.is_empty();
         plan.cancelling |= plan.waited > PATIENCE && !joined && !adds.is_empty();
         let conf = plan.conf;
         if plan.cancelling {
@@ -457,7 +465,7 @@ impl World {
             return;
         }
         let heirs: Vec<ReplicaId> = (plan.members.iter())
-            .filter(|m| m.role == MemberRole::Voter && !remove.contains(&m.replica))
+            .filter(|m| m.role == MemberRole::Voter && !remove.contains(&m.replica) && !self.is_damaged(m))
             .map(|m| m.replica)
             .collect();
         if !self.would_go_on(shard, &after, None) {
