@@ -464,7 +464,8 @@ impl World {
             plan.end();
             return;
         }
-        let heirs: Vec<ReplicaId> = (plan.members.iter())
+        let members = plan.members.clone();
+        let heirs: Vec<ReplicaId> = (members.iter())
             .filter(|m| m.role == MemberRole::Voter && !remove.contains(&m.replica) && !self.is_damaged(m))
             .map(|m| m.replica)
             .collect();
