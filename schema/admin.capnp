@@ -22,6 +22,161 @@ interface Admin {
 
   inject @4 (shard :UInt64, fault :Text) -> (result :VoidResult);
   # Test hook: makes this node's replica of `shard` fail in the named way. A plain build refuses.
+
+  setStanding @5 (node :UInt64, standing :Types.Standing, timeoutMs :UInt32) -> (result :ChangeResult);
+  # Decides about a node. `member` lets a pending one in, and ends a drain; `draining` has it give away what
+  # it leads and holds; `leaving` gives up one that is gone for good, and what it held is replaced without it;
+  # `removed` ends its membership, for ever: refused, naming shards, while the map places replicas on it.
+
+  planRebalance @6 (leadersOnly :Bool, since :UInt64, timeoutMs :UInt32) -> (result :PlanResult);
+  # What a rebalancing would do now. Changes nothing. `since`: not by a map older than this version.
+
+  startRebalance @7 (plan :UInt64, since :UInt64, timeoutMs :UInt32) -> (result :ChangeResult);
+  # Begins the plan of this id, if the cluster is still as it was when the plan was made: refused if another
+  # one would be made now. One that is running already: done. Returns at once, not when the moves are done.
+
+  rebalanceStatus @8 (since :UInt64, timeoutMs :UInt32) -> (result :RebalanceResult);
+  # How the last rebalancing is. Takes a second while one is running: nodes are asked twice, for the rate.
+
+  controlRebalance @9 (plan :UInt64, order :RebalanceOrder, timeoutMs :UInt32) -> (result :ChangeResult);
+  # Pauses, resumes or cancels the rebalancing of this plan. Moves under way end when it is paused; when it
+  # is cancelled they end or are rolled back, whichever is nearer.
+
+  undoRebalance @10 (plan :UInt64, since :UInt64, timeoutMs :UInt32) -> (result :UndoResult);
+  # Begins a rebalancing back to where each shard was before that of this plan, which must be the last and
+  # have ended. Refused, with the reason, if it can't be had. Undone already: done.
+
+  setReplicas @11 (database :Text, replicas :UInt32, timeoutMs :UInt32) -> (result :ChangeResult);
+  # How many voters each shard of a database should have from now on. Refused above the number of nodes
+  # that are up. Returns at once; the map tells when each shard has them.
+
+  changeSetting @12 (setting :Setting, timeoutMs :UInt32) -> (result :ChangeResult);
+  # Changes one setting of the cluster. `MapDelta.policy` has them all.
+
+  recoverShard @13 (shard :UInt64, node :UInt64, acceptDataLoss :Bool, timeoutMs :UInt32) -> (result :RecoveryResult);
+  # For a shard whose majority is gone for good: has it go on with the replica on `node` alone. Writes that
+  # only the others had are lost, acknowledged ones too. Refused while a majority answers. Without
+  # `acceptDataLoss` it changes nothing and tells what would be kept. Returns when the replica leads.
+}
+
+struct ChangeResult {
+  union {
+    version @0 :UInt64;      # done: it is so in the cluster map from this version on
+    error @1 :Types.Error;   # not done, or its end isn't known: see `applied`
+  }
+}
+
+enum MoveKind {
+  replica @0;                # a replica moves from one node to another
+  leader @1;                 # leadership moves between nodes that both have a replica in the end
+}
+
+struct PlannedMove {
+  shard @0 :UInt64;          # ShardId
+  kind @1 :MoveKind;
+  from @2 :UInt64;           # NodeId
+  to @3 :UInt64;             # NodeId
+  keys @4 :UInt64;           # that are copied, as last counted; 0 for leadership
+  bytes @5 :UInt64;          # likewise: keys and values
+}
+
+struct Plan {
+  id @0 :UInt64;             # names the plan: the same for the same moves from the same state
+  mapVersion @1 :UInt64;     # of the map that it was made from
+  moves @2 :List(PlannedMove);   # those of replicas first
+  minimum @3 :UInt32;        # the fewest moves of replicas that any plan could do with
+  totalMoves @4 :UInt32;     # of replicas
+  totalKeys @5 :UInt64;      # that are copied
+  totalBytes @6 :UInt64;     # likewise
+}
+
+struct PlanResult {
+  union {
+    plan @0 :Plan;
+    error @1 :Types.Error;
+  }
+}
+
+struct UndoResult {
+  union {
+    begun @0 :Begun;         # the way back is under way
+    error @1 :Types.Error;   # not done, or its end isn't known: see `applied`
+  }
+}
+
+struct Begun {
+  plan @0 :UInt64;           # names it
+  version @1 :UInt64;        # it is in the cluster map from this version on
+}
+
+enum RebalanceOrder {
+  pause @0;                  # begin no further move
+  resume @1;                 # go on
+  cancel @2;                 # begin no further move, and give those up that are still to come
+}
+
+struct RebalanceStatus {
+  plan @0 :UInt64;           # names it; 0: there never was one
+  state @1 :Types.RebalanceState;
+  done @2 :UInt32;           # moves of replicas that have ended
+  total @3 :UInt32;          # moves of replicas in all
+  bytesDone @4 :UInt64;      # of the moves that have ended, as last counted
+  bytesTotal @5 :UInt64;     # of all moves, as last counted
+  rate @6 :UInt64;           # bytes that all nodes together have sent in snapshots in the last second
+  etaS @7 :UInt64;           # seconds until it ends, by that rate; 0: not to be told
+  reason @8 :Text;           # why it failed or was cancelled
+  mapVersion @9 :UInt64;     # of the map that it was told from
+  moving @10 :UInt32;        # shards whose members change at this moment, for whatever reason
+  stuck @11 :List(StuckShard);   # where members should change and can't, for whatever reason
+}
+
+struct RebalanceResult {
+  union {
+    status @0 :RebalanceStatus;
+    error @1 :Types.Error;
+  }
+}
+
+struct Setting {
+  # One setting of the cluster; see PolicyRecord.
+  union {
+    replaceAfterMs @0 :UInt64;
+    movesAtATime @1 :UInt32;
+    bytesPerSecond @2 :UInt64;
+    automatic @3 :Bool;
+    approveJoins @4 :Bool;
+  }
+}
+
+struct ShardCopy {
+  # One replica of a shard whose majority is gone, as far as is known.
+  node @0 :UInt64;           # NodeId
+  replica @1 :UInt64;        # ReplicaId
+  role @2 :Types.MemberRole; # by the map
+  answers @3 :Bool;          # its node told of it; else the rest is 0
+  serves @4 :Bool;           # it is open, with a state
+  term @5 :UInt64;           # raft term
+  applied @6 :UInt64;        # log index up to which its state is made
+  committed @7 :UInt64;      # log index up to which it knows entries as committed
+  last @8 :UInt64;           # log index of its last entry
+  keys @9 :UInt64;           # as last counted
+  bytes @10 :UInt64;         # likewise
+}
+
+struct Recovery {
+  shard @0 :UInt64;          # ShardId
+  database @1 :Text;         # its name
+  keep @2 :UInt64;           # ReplicaId of the one that goes on
+  conf @3 :UInt64;           # conf version under which it does
+  copies @4 :List(ShardCopy);   # all replicas by the map, that one included
+  done @5 :Bool;             # false: nothing was changed
+}
+
+struct RecoveryResult {
+  union {
+    recovery @0 :Recovery;
+    error @1 :Types.Error;   # not done, or its end isn't known: see `applied`
+  }
 }
 
 struct VoidResult {
@@ -58,6 +213,13 @@ struct NodeStatus {
   protocol @8 :Types.ProtocolRange;   # versions it speaks on the client port
   pid @9 :UInt32;            # its process
   uptimeMs @10 :UInt64;      # milliseconds since it started
+  snapshotBytes @11 :UInt64; # bytes that it has sent in snapshots since it started
+  stuck @12 :List(StuckShard);   # of the node that leads the metadata shard: where members should change and can't
+}
+
+struct StuckShard {
+  shard @0 :UInt64;          # ShardId
+  why @1 :Text;              # for a person
 }
 
 enum ReplicaRole {
@@ -88,4 +250,7 @@ struct ReplicaStatus {
   last @8 :UInt64;           # log index of its last entry
   restarts @9 :UInt32;       # since the node started
   message @10 :Text;         # why it isn't serving
+  conf @11 :UInt64;          # conf version of its members, as applied
+  keys @12 :UInt64;          # keys in its state, as last counted; an estimate
+  bytes @13 :UInt64;         # bytes of them and their values, likewise
 }

@@ -49,6 +49,11 @@ interface Kv {
   # hop. `timeoutMs` 0 means the node's default (10,000); at most 600,000. What certainly had no effect
   # is tried again until then. A write whose outcome can't be known is not: the answer is an
   # `unknownOutcome` error.
+
+  watchMap @7 (since :UInt64, timeoutMs :UInt32) -> (delta :Types.MapDelta);
+  # As `map`, but the answer waits until the node knows a version above `since`; after `timeoutMs` it
+  # comes all the same, with nothing new. 0 means the node's default (30,000); at most 60,000. At most 4
+  # wait on a connection; a further one fails with an exception of the kind `overloaded`.
 }
 
 struct Expect {

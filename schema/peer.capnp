@@ -28,6 +28,14 @@ struct PeerWelcome {
   }
   node @2 :UInt64;           # NodeId of the node that answers; 0: not yet a member
   incarnation @3 :UInt64;    # drawn at each start of its process
+  reason @4 :HelloRefusal;   # refused: for programs
+}
+
+enum HelloRefusal {
+  # Why a connection is refused, as far as the dialler has to act on it.
+  other @0;                  # see the text
+  removed @1;                # the dialler was removed from the cluster: it should stop
+  duplicate @2;              # a process that is alive says that it is the same node as the dialler
 }
 
 struct PeerFrame {
@@ -100,6 +108,8 @@ struct PeerRequest {
     join @4 :JoinRequest;    # make me a member
     map @5 :UInt64;          # what changed in the cluster map after this version
     meta @6 :Data;           # a command for the metadata shard, passed to its leader (store.capnp MetaCommand)
+    survey @7 :Void;         # what do you hold and lead, and how is it?
+    order @8 :Order;         # for a leader on the receiver
   }
 }
 
@@ -113,7 +123,67 @@ struct PeerResponse {
     joined @5 :JoinAnswer;   # welcome
     map @6 :Types.MapDelta;  # what changed
     meta @7 :Data;           # store.capnp MetaReply
+    survey @8 :Survey;       # how it is
+    pending @10 :UInt64;     # join: it is known under this NodeId, and waits for an operator's word
+    done @9 :Void;           # order: a change of members is committed and in force, another replica leads
   }
+}
+
+struct Order {
+  # What the leader of a shard is to do, for the sake of the cluster as a whole. May be repeated: a change
+  # that was made is refused as stale.
+  shard @0 :UInt64;          # ShardId
+  conf @1 :UInt64;           # of a change: the shard's epoch.conf as known; refused with another one
+  union {
+    addLearners @2 :List(Types.MemberRecord);   # change: they receive the log without a vote
+    exchange :group {        # change: a joint one, all at once
+      promote @3 :List(UInt64);   # ReplicaIds of learners that become voters
+      remove @4 :List(UInt64);    # ReplicaIds of voters that leave the group
+    }
+    removeLearners @5 :List(UInt64);   # change: ReplicaIds
+    transfer @6 :UInt64;     # NodeId whose replica should lead
+  }
+}
+
+struct Survey {
+  # What a node tells of itself.
+  node @0 :UInt64;           # NodeId
+  diskFull @1 :Bool;         # its disk has less free than its reserve
+  led @2 :List(ShardReport); # shards that its replicas lead
+  held @3 :List(HeldReplica);     # all replicas that it holds
+  sick @4 :List(SickReplica);     # those of them that are out of service and won't recover by themselves
+  snapshotBytes @5 :UInt64;  # sent in snapshots since its process began
+}
+
+struct ShardReport {
+  # A shard as the replica sees it that leads it.
+  shard @0 :UInt64;          # ShardId
+  leader @1 :UInt64;         # ReplicaId
+  term @2 :UInt64;           # of the leader
+  epoch @3 :Types.Epoch;     # as applied
+  members @4 :List(Types.MemberRecord);   # as applied
+  followers @5 :List(FollowerReport);     # how far the others are
+  last @6 :UInt64;           # last index of the leader's log
+  keys @7 :UInt64;           # as last counted; an estimate
+  bytes @8 :UInt64;          # of keys and values, as last counted; an estimate
+}
+
+struct FollowerReport {
+  replica @0 :UInt64;        # ReplicaId
+  matched @1 :UInt64;        # last log index that it has acknowledged
+  active @2 :Bool;           # it answered within the last election timeout
+  caughtUp @3 :Bool;         # it could vote at once without holding the group up
+}
+
+struct HeldReplica {
+  shard @0 :UInt64;          # ShardId
+  replica @1 :UInt64;        # ReplicaId
+}
+
+struct SickReplica {
+  shard @0 :UInt64;          # ShardId
+  replica @1 :UInt64;        # ReplicaId
+  why @2 :Text;              # why it doesn't serve
 }
 
 struct ProbeAnswer {

@@ -35,6 +35,7 @@ struct ReplicaRecord {
   members @8 :List(Types.MemberRecord);   # likewise; empty: a newcomer, which needs a snapshot first
   generation @9 :UInt32;     # install generation of its state keys
   membersAt @10 :UInt64;     # the log entry that brought them about, or the last one in the snapshot they are from
+  orderedAt @11 :UInt64;     # `changedAt` of the shard's record that ordered it: only a later one can end it
 }
 
 struct MembershipEntry {
@@ -178,9 +179,9 @@ struct MetaRefusal {
       replicas @4 :UInt32;   # that it has
       shards @5 :UInt32;     # that it has
     }
-    unknownDatabase @6 :Text;   # dropDatabase, dropDatabaseId: the name
-    unknownNode @7 :UInt64;  # createDatabase: a planned NodeId that isn't a member
-    invalidPlan @8 :Text;    # createDatabase: the rule that the plan breaks
+    unknownDatabase @6 :Text;   # dropDatabase, dropDatabaseId, setReplicas: the name
+    unknownNode @7 :UInt64;  # a named NodeId that isn't a member
+    invalidPlan @8 :Text;    # createDatabase, setReplicas: the rule that the plan breaks
     notFormed @9 :Void;      # no command works before `form`
     stale :group {           # the proposer knew an older state of the shard, move, or plan
       what @10 :Text;        # which
@@ -190,5 +191,7 @@ struct MetaRefusal {
       shards @12 :List(UInt64);   # ShardIds, the first few
       total @13 :UInt32;     # how many there are
     }
+    nodeRemoved @14 :UInt64; # addNode, setStanding: this NodeId was, and that is for good
+    notAllowed @15 :Text;    # another rule, in words
   }
 }

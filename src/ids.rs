@@ -69,8 +69,24 @@ pub const GROUP_START: Position = Position { index: 5, term: 5 };
 pub struct Epoch {
     /// Grows when the ring range changes. Client requests are checked against this.
     pub range: u64,
-    /// Grows when the membership changes.
+    /// Grows when the membership changes: by one with each change that the group makes itself, to the next
+    /// [generation](Epoch::generation) when an operator has one replica go on alone.
     pub conf: u64,
+}
+
+/// Changes of members within one generation: more than a group can make.
+const GENERATION_BITS: u32 = 32;
+
+impl Epoch {
+    /// How often an operator has had the group go on with one replica alone.
+    pub fn generation(self) -> u64 {
+        self.conf >> GENERATION_BITS
+    }
+
+    /// The first conf version of the generation after that of `conf`; `None`: there is none.
+    pub fn next_generation(conf: u64) -> Option<u64> {
+        ((conf >> GENERATION_BITS) + 1).checked_mul(1 << GENERATION_BITS)
+    }
 }
 
 /// 128 random bits in hexadecimal: the identity of a cluster, a node's directory or a session.

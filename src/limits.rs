@@ -21,6 +21,12 @@ pub const CAUGHT_UP_ENTRIES_MAX: u64 = 1024;
 pub const CAUGHT_UP_BYTES_MAX: u64 = 4 * MIB as u64;
 /// Most shards a database may have.
 pub const SHARDS_MAX: u32 = 4096;
+/// Shortest time after which a node that is gone may be replaced, in milliseconds: longer than a restart.
+pub const REPLACE_AFTER_MS_MIN: u64 = 1_000;
+/// Most shards whose members may change at the same time.
+pub const MOVES_AT_A_TIME_MAX: u32 = 1024;
+/// Least that a node may be allowed to send in snapshots, in bytes per second: at less a move never ends.
+pub const BYTES_PER_SECOND_MIN: u64 = 64 << 10;
 /// Voters of the metadata shard when a cluster is formed (fewer if there are fewer nodes; odd).
 pub const METADATA_VOTERS_MAX: usize = 5;
 
@@ -186,6 +192,37 @@ pub const LOG_STALL_MS: u64 = 1_000;
 pub const DISK_FULL_WAIT_MS: u64 = 250;
 /// Time for a pull of the cluster map from a peer, in milliseconds.
 pub const MAP_PULL_MS_MAX: u64 = 3_000;
+/// Time between surveys of all nodes by the one that leads the metadata shard, in milliseconds.
+pub const SURVEY_MS: u64 = 1_000;
+/// Time between a step that was done and the next survey, in milliseconds.
+pub const SURVEY_SOON_MS: u64 = 200;
+/// Time for a node's answer to a survey, in milliseconds.
+pub const SURVEY_MS_MAX: u64 = 2_000;
+/// Time for an order to a shard's leader to be carried out, in milliseconds.
+pub const ORDER_MS_MAX: u64 = 5_000;
+/// Orders and commands of the reconciler that are under way at a time.
+pub const ORDERS_MAX: usize = 64;
+/// Least time between two counts of what a shard holds, in milliseconds.
+pub const COUNT_MS: u64 = 30_000;
+/// Pairs that are counted before other reads get their turn.
+pub const COUNT_STEP_PAIRS: usize = 256;
+/// Bytes of keys and values that are counted before other reads get their turn, at least one pair.
+pub const COUNT_STEP_BYTES: usize = 256 * KIB;
+/// Counting takes one part in so many of the read thread's time.
+pub const COUNT_SHARE: u32 = 8;
+/// Time between a heartbeat of a node and the moment from which it isn't taken for alive any more, where
+/// another process claims to be it, in milliseconds.
+pub const ALIVE_MS: u64 = 3 * NODE_HEARTBEAT_MS;
+/// Time for which a node that starts goes on asking whether another process is it, once a node has said
+/// so, in milliseconds: long enough for a connection of its own last process to be given up.
+pub const DUPLICATE_MS_MAX: u64 = 2 * ALIVE_MS;
+/// Time that a removed node gives its data to go before it ends, in milliseconds.
+pub const LEAVE_MS_MAX: u64 = 10_000;
+/// Time between looks of a node that waits to be approved, in milliseconds.
+pub const APPROVAL_MS: u64 = 2_000;
+/// Time for a node's record to come to the node that it joins through, in milliseconds.
+pub const JOIN_SEEN_MS_MAX: u64 = 2_000;
+
 /// Time for a replica's answer to a status question, in milliseconds.
 pub const STATUS_MS_MAX: u64 = 1_000;
 /// Time for a probe of another node, in milliseconds.
@@ -203,6 +240,39 @@ pub const RESTART_BACKOFF_MS: u64 = 50;
 /// Longest delay before a replica that can't be opened is tried again, in milliseconds; the first is
 /// [`RESTART_BACKOFF_MS`], and it doubles with each attempt.
 pub const REOPEN_MS_MAX: u64 = 30_000;
+
+/// A node whose last answer to the reconciler is older than this doesn't count as alive, in milliseconds.
+pub const SURVEY_FRESH_MS: u64 = 5_000;
+/// By how much one step of the reconciler lengthens the time for which a node is known not to answer, at
+/// most, in milliseconds: a reconciler that stood still has heard nobody, which says nothing of the others.
+pub const SILENCE_STEP_MS_MAX: u64 = 3_000;
+/// A move to a node that hasn't answered for this time is rolled back, in milliseconds.
+pub const NEWCOMER_SILENT_MS: u64 = 30_000;
+/// A replica that is sick, or isn't there, for this time is replaced, in milliseconds. So is one on a node at
+/// whose address another runs by now.
+pub const SICK_MS: u64 = 60_000;
+/// The nodes must have been the same ones, all of them alive, for this time before load is spread anew, in
+/// milliseconds.
+pub const SETTLE_MS: u64 = 10_000;
+/// Time for which no new replica of a shard is put on a node on which one came to nothing, as long as there
+/// are other nodes, in milliseconds.
+pub const SHUN_MS: u64 = 300_000;
+/// First delay before the reconciler names a step again that nothing shows to be done, in milliseconds;
+/// doubles.
+pub const STEP_RETRY_MS_MIN: u64 = 1_000;
+/// Longest delay before that, in milliseconds.
+pub const STEP_RETRY_MS_MAX: u64 = 30_000;
+/// Leaderships that the reconciler moves in one step; further ones wait for the next.
+pub const LEADER_TRANSFERS_MAX: usize = 8;
+/// Shards that one rebalancing gives targets; a plan for more is cut, and the rest is planned anew afterwards.
+pub const REBALANCE_TARGETS_MAX: usize = 16 * 1024;
+/// Time for which a rebalancing whose replicas are all in place waits for its leaders, in milliseconds.
+pub const REBALANCE_LEADERS_MS_MAX: u64 = 60_000;
+/// Shards whose members the reconciler has the map take over in one step; further ones wait for the next.
+pub const OBSERVATIONS_MAX: usize = 256;
+/// By how much more than other moves repairs may fill the bound on moves at a time: others under way don't
+/// hold them up.
+pub const REPAIR_MOVES_FACTOR: u32 = 2;
 
 /// Deadline of a request that names none, in milliseconds.
 pub const TIMEOUT_DEFAULT_MS: u64 = 10_000;
@@ -322,6 +392,28 @@ pub const RETRY_MS_MIN: u64 = 2;
 pub const RETRY_MS_MAX: u64 = 200;
 /// Client library: least time between two requests for the cluster map, in milliseconds.
 pub const MAP_REFRESH_MS_MIN: u64 = 20;
+/// Calls of one client connection that wait for a newer cluster map; further ones fail as overloaded. With
+/// [`CLIENT_CONNECTIONS_MAX`] that bounds those of a node.
+pub const MAP_WATCHES_MAX: usize = 4;
+/// Time that such a call waits if it doesn't say, in milliseconds.
+pub const MAP_WATCH_DEFAULT_MS: u64 = 30_000;
+/// Longest time that such a call waits, in milliseconds; a longer one is cut to it.
+pub const MAP_WATCH_MS_MAX: u64 = 60_000;
+/// Client library: it begins to wait for newer maps so long after it has the first, in milliseconds: who only
+/// wants one thing done has gone by then.
+pub const MAP_WATCH_AFTER_MS: u64 = 1_000;
+/// Client library: time for which it waits at a node that has nothing new before it asks again, in milliseconds.
+pub const MAP_WATCH_MS: u64 = 10_000;
+/// Client library: so often it asks a node that has nothing new before it asks another: the one may hear of
+/// nothing itself.
+pub const MAP_WATCH_TURNS: u32 = 6;
+/// Client library: after news it waits so long before it asks for more, in milliseconds, so that many
+/// changes come together.
+pub const MAP_WATCH_PAUSE_MS: u64 = 100;
+/// Client library: time between two requests for the map where no node lets a call wait, in milliseconds.
+pub const MAP_POLL_MS: u64 = 10_000;
+/// Client library: longest pause after all nodes have failed to tell of the map, in milliseconds.
+pub const MAP_WATCH_BACKOFF_MS_MAX: u64 = 5_000;
 /// Client library: nodes asked at once for the cluster map where one that hasn't heard isn't to be believed.
 pub const MAP_ASKED_MAX: usize = 8;
 /// Client library: nodes of which an error tells what they said; further ones are counted.
@@ -424,6 +516,7 @@ const _: () = assert!(CLOSE_MS_MAX < 1_000);
 const _: () = assert!(SILENCE_MS_MAX + SIGN_MS_MAX <= ELECTION_TICKS_MIN as u64 * TICK_MS);
 const _: () = assert!(SILENCE_MS_MAX + SIGN_MS_MAX < ATTEMPT_MS_MAX);
 const _: () = assert!(STAGGER_MS < DIAL_SLOW_MS && DIAL_SLOW_MS < DIAL_MS_MAX);
+const _: () = assert!(MAP_WATCH_MS <= MAP_WATCH_DEFAULT_MS && MAP_WATCH_DEFAULT_MS <= MAP_WATCH_MS_MAX);
 const _: () = assert!(CLIENT_DRAIN_MS_MAX < STOP_MS_MAX);
 // All probes are sent before the connection is closed.
 const _: () = assert!(

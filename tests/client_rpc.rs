@@ -3,6 +3,8 @@
 
 #[path = "client_rpc/fake.rs"]
 mod fake;
+#[path = "client_rpc/follow.rs"]
+mod follow;
 
 use std::time::{Duration, Instant};
 

@@ -9,12 +9,15 @@ mod full;
 mod lossy_fs;
 #[path = "log_suite/lost_state.rs"]
 mod lost_state;
+#[path = "log_suite/membership.rs"]
+mod membership;
 #[path = "log_suite/power.rs"]
 mod power;
 
 use std::sync::Arc;
 
 use lost_state::*;
+use membership::*;
 use pontoon::ids::{
     DatabaseId, Epoch, GROUP_START, Index, NodeId, Position, ReplicaId, ShardId, StoreId, Term,
 };
@@ -44,6 +47,7 @@ fn record(replica: u64) -> ReplicaRecord {
         epoch: Epoch { range: 1, conf: 2 },
         members: vec![Member { replica: ReplicaId(replica), node: NodeId(1), role: MemberRole::Voter }],
         members_at: 0,
+        ordered_at: 0,
         generation: 1,
     }
 }
@@ -156,6 +160,9 @@ suite!(
     a_replica_that_lost_its_state_takes_what_lies_beyond_its_log,
     a_snapshot_that_contradicts_the_log_is_refused,
     a_log_kept_beyond_a_snapshot_survives_purges,
+    the_last_recorded_members_count,
+    members_need_a_commit_index_that_covers_them,
+    a_newcomer_begins_at_nothing,
 );
 
 fn a_new_replica_begins_at_group_start(mut subject: impl Subject) {

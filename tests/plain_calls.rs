@@ -10,7 +10,7 @@ use capnp_rpc::rpc_twoparty_capnp::Side;
 use capnp_rpc::{RpcSystem, twoparty};
 use cluster::Cluster;
 use pontoon::client::Client;
-use pontoon::limits::KEY_BYTES_MAX;
+use pontoon::limits::{KEY_BYTES_MAX, MAP_WATCHES_MAX};
 use pontoon::schema::kv_capnp::{expect, gate, kv, op_result};
 use pontoon::schema::types_capnp::{Applied, error};
 use pontoon::transport::rpc_stream::{reader_options, rpc_streams};
@@ -309,5 +309,61 @@ async fn a_forwarded_write_says_what_is_known_of_it() {
             assert_eq!(third, first + 4);
         })
         .await;
+    client.close().await;
+}
+
+/// The map's version after version `since`, or how the call failed.
+async fn watch(kv: &kv::Client, since: u64, ms: u32) -> Result<(u64, usize), capnp::Error> {
+    let mut call = kv.watch_map_request();
+    call.get().set_since(since);
+    call.get().set_timeout_ms(ms);
+    let answer = call.send().promise.await?;
+    let delta = answer.get()?.get_delta()?;
+    assert!(delta.get_since() == since || delta.get_since() == 0);
+    Ok((delta.get_version(), delta.get_databases()?.len() as usize))
+}
+
+#[tokio::test]
+async fn a_call_for_news_of_the_map_waits_for_them_and_not_for_ever() {
+    let mut cluster = Cluster::new(1);
+    cluster.wait_all_ready();
+    let client = cluster.client().await;
+    let waiting = async {
+        let kv = dial(&cluster.nodes[0].client).await;
+        let version = watch(&kv, 0, 60_000).await.expect("there is a map").0;
+        let begun = Instant::now();
+        assert_eq!(watch(&kv, version, 300).await.expect("in time"), (version, 0), "nothing new");
+        assert!(begun.elapsed() >= Duration::from_millis(300));
+        assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+
+        // Another connection's calls are its own; a further one of this is refused, and harms none.
+        let other = dial(&cluster.nodes[0].client).await;
+        let waits: Vec<_> = (0..MAP_WATCHES_MAX)
+            .map(|_| {
+                spawn_local({
+                    let kv = kv.clone();
+                    async move { watch(&kv, version, 0).await }
+                })
+            })
+            .collect();
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let refused = watch(&kv, version, 0).await.expect_err("one too many");
+        assert_eq!(refused.kind, capnp::ErrorKind::Overloaded, "{refused}");
+        let elsewhere = spawn_local(async move { watch(&other, version, 0).await });
+        let begun = Instant::now();
+        cluster.database(&client, "news", 1, 1).await;
+        for wait in waits.into_iter().chain([elsewhere]) {
+            let (now, databases) = wait.await.expect("it ended").expect("an answer");
+            assert!(now > version);
+            assert_eq!(databases, 1, "the new one");
+        }
+        assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+        // Who has gone makes room.
+        let kv = dial(&cluster.nodes[0].client).await;
+        for _ in 0..=MAP_WATCHES_MAX {
+            watch(&kv, 0, 0).await.expect("the whole map, at once");
+        }
+    };
+    LocalSet::new().run_until(waiting).await;
     client.close().await;
 }

@@ -6,12 +6,19 @@ mod script;
 
 // Each area has the interpreter of its commands beside its scripts. To add one: a
 // directory, its interpreter as a module here, and a test below.
+#[path = "scripts/balance/interpreter.rs"]
+mod balance;
 #[path = "scripts/group/interpreter.rs"]
 mod group;
 #[path = "scripts/machine/interpreter.rs"]
 mod machine;
 #[path = "scripts/placement/interpreter.rs"]
 mod placement;
+
+#[test]
+fn balance_scripts() {
+    script::run_area("balance", balance::Balance::default);
+}
 
 #[test]
 fn group_scripts() {

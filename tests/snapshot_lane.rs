@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
 use pontoon::codec::GroupMessage;
-use pontoon::codec::hello::{Lane, PeerHello, ProtocolRange};
+use pontoon::codec::hello::{HelloRefusal, Lane, PeerHello, ProtocolRange};
 use pontoon::codec::peer::{NodeHeartbeat, PeerFrame, PeerRequest, PeerResponse, encode};
 use pontoon::codec::snapshot::{SnapshotAnswer, SnapshotFrame, SnapshotOffer};
 use pontoon::ids::{ClusterId, Epoch, NodeId, Position, RandomId, ReplicaId, ShardId, StreamId};
@@ -89,14 +89,16 @@ impl SnapshotSink for Bounded {
 }
 
 impl PeerHandler for Taker {
-    fn hello(&self, hello: &PeerHello) -> Result<Identity, String> {
+    fn hello(&self, hello: &PeerHello) -> Result<Identity, HelloRefusal> {
         hello.check(Some(CLUSTER), NodeId(1))?;
         Ok(Identity { node: NodeId(1), incarnation: 1 })
     }
 
     fn raft(&self, _: NodeId, _: Vec<GroupMessage>) {}
 
-    fn heartbeat(&self, _: NodeHeartbeat) {}
+    fn heartbeat(&self, _: NodeHeartbeat) -> Result<(), HelloRefusal> {
+        Ok(())
+    }
 
     fn request(&self, _: &PeerHello, _: PeerRequest) -> LocalBoxFuture<'static, PeerResponse> {
         Box::pin(std::future::ready(PeerResponse::Claimed))

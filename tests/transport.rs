@@ -10,7 +10,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
 use pontoon::codec::GroupMessage;
-use pontoon::codec::hello::{Lane, PeerHello, PeerWelcome, ProtocolRange};
+use pontoon::codec::hello::{HelloRefusal, Lane, PeerHello, PeerWelcome, ProtocolRange};
 use pontoon::codec::peer::{NodeHeartbeat, PeerFrame, PeerRequest, PeerResponse, encode};
 use pontoon::codec::snapshot::{SnapshotAnswer, SnapshotOffer};
 use pontoon::ids::{ClusterId, Epoch, NodeId, ShardId};
@@ -66,7 +66,7 @@ impl Recorder {
 }
 
 impl PeerHandler for Recorder {
-    fn hello(&self, hello: &PeerHello) -> Result<Identity, String> {
+    fn hello(&self, hello: &PeerHello) -> Result<Identity, HelloRefusal> {
         self.hellos.set(self.hellos.get() + 1);
         hello.check(Some(CLUSTER), self.node)?;
         Ok(Identity { node: self.node, incarnation: 1 })
@@ -77,8 +77,9 @@ impl PeerHandler for Recorder {
         all.extend(messages.into_iter().map(|message| (from, message)));
     }
 
-    fn heartbeat(&self, heartbeat: NodeHeartbeat) {
+    fn heartbeat(&self, heartbeat: NodeHeartbeat) -> Result<(), HelloRefusal> {
         self.heartbeats.borrow_mut().push(heartbeat);
+        Ok(())
     }
 
     fn request(&self, _: &PeerHello, request: PeerRequest) -> LocalBoxFuture<'static, PeerResponse> {

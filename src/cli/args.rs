@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use super::admin::args::AdminCommand;
 use crate::limits;
 use crate::sim::Faults;
 
@@ -108,6 +109,13 @@ pub enum Command {
         after_help = "Examples:\n  pontoon db list\n  pontoon db create testDB 3 5\n  pontoon db drop testDB --yes"
     )]
     Db(DbCommand),
+    /// Nodes, rebalancing, settings of the cluster: what operators decide
+    #[command(
+        subcommand,
+        arg_required_else_help = true,
+        after_help = "Examples:\n  pontoon admin node list\n  pontoon admin rebalance plan\n  pontoon admin settings get"
+    )]
+    Admin(AdminCommand),
     /// Kill a leader and see what becomes of the cluster and its data
     #[command(
         subcommand,
@@ -549,6 +557,7 @@ Examples:
   pontoon sim --seed 42
   pontoon sim --seeds 0..1000
   pontoon sim --seed 42 --nodes 5 --shards 8 --faults crashes,power,partitions --trace 200
+  pontoon sim placement --nodes 1000 --shards 100000
 
 The code of a node's replicas (raft, state machines, sessions, memtables) under simulated time, network
 and disk, in one thread: faults first, then none, when everything must heal. Prints what went wrong
@@ -559,7 +568,11 @@ the seed decides.
 Faults: messages corruption partitions half-open flapping crashes power torn eio rot pauses transfers
 slow-disks memory replicas campaigns drift state-loss boundaries,
 separated by commas; all; none.")]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct SimArgs {
+    /// Something else than a simulated cluster's life
+    #[command(subcommand)]
+    pub what: Option<SimCommand>,
     /// One seed [default: 0]
     #[arg(long, value_name = "S", conflicts_with = "seeds")]
     pub seed: Option<u64>,
@@ -584,6 +597,37 @@ pub struct SimArgs {
     /// Show so many of the last events of a run that violates something
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
     pub trace: u32,
+}
+
+/// What else can be simulated.
+#[derive(Subcommand, Debug)]
+pub enum SimCommand {
+    /// Plan the shards of a large cluster, and show how good the plans are and how long they take
+    Placement(PlacementArgs),
+}
+
+/// `sim placement`
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  pontoon sim placement --nodes 1000 --shards 100000
+  pontoon sim placement --nodes 30 --shards 1000 --zones 3 --json
+
+Plans a new database, and then what moves when nodes join and leave. Beside the moves stands the least
+there can be for that change; then, how far the node farthest from its share is off it. Nothing runs.")]
+pub struct PlacementArgs {
+    /// Nodes of the cluster
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub nodes: u32,
+    /// Shards
+    #[arg(long, value_name = "N", default_value_t = 100_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub shards: u32,
+    /// Replicas of each shard
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=i64::from(limits::REPLICAS_MAX)))]
+    pub replicas: u32,
+    /// Zones that the nodes are in, in turn; 0: none
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=100))]
+    pub zones: u32,
 }
 
 /// `completions`
@@ -636,7 +680,7 @@ fn fault_list(text: &str) -> Result<Faults, String> {
 }
 
 /// A positive time as `500ms`, `10s`, `1m30s`; a bare number is seconds.
-fn duration(text: &str) -> Result<Duration, String> {
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
     let time = match text.parse::<u64>() {
         Ok(seconds) => Duration::from_secs(seconds),
         Err(_) => humantime::parse_duration(text)

@@ -10,6 +10,7 @@
 //! - [`signals`]: Ctrl-C and SIGTERM.
 //! - The rest: a file for each group of subcommands.
 
+pub mod admin;
 pub mod args;
 pub mod bench;
 pub mod clean;
@@ -28,6 +29,7 @@ pub mod serve;
 pub mod setup;
 pub mod signals;
 pub mod sim;
+pub mod sim_placement;
 pub mod status;
 pub mod stop;
 pub mod transfer;
@@ -84,6 +86,7 @@ fn dispatch(context: &Context, command: Command) -> Result<Exit, Failure> {
         Command::Route(args) => status::route(context, args),
         Command::Health => status::health(context),
         Command::Db(command) => db::db(context, &command),
+        Command::Admin(command) => admin::admin(context, &command),
         Command::Test(command) => verify::test(context, &command),
         Command::Bench(args) => bench::bench(context, &args),
         Command::Sim(args) => sim::sim(context, &args),

@@ -108,21 +108,33 @@ pub fn serve(context: &Context, args: &ServeArgs) -> Result<Exit, Failure> {
     })
 }
 
-/// Serves with these nodes until a stop is asked for or one of them fails for good.
-pub async fn run_until_stopped(nodes: Vec<RunningNode>, signals: &Signals) -> Result<Exit, Failure> {
-    let failed = {
-        let failures = select_all(nodes.iter().map(|node| Box::pin(node.failed())));
-        tokio::select! {
-            () = signals.stopped() => None,
-            (error, ..) = failures => Some(error),
+/// Serves with these nodes until a stop is asked for, one of them fails for good, or none is left.
+pub async fn run_until_stopped(mut nodes: Vec<RunningNode>, signals: &Signals) -> Result<Exit, Failure> {
+    loop {
+        let failed = {
+            let failures = select_all(nodes.iter().map(|node| Box::pin(node.failed())));
+            tokio::select! {
+                () = signals.stopped() => None,
+                (error, at, _) = failures => Some((error, at)),
+            }
+        };
+        match failed {
+            None => {
+                stop_all(nodes).await;
+                return Ok(Exit::Done);
+            }
+            // It was removed from the cluster; the others serve on.
+            Some((error @ NodeError::Removed(_), at)) => {
+                stop_all(vec![nodes.remove(at)]).await;
+                if nodes.is_empty() {
+                    return Err(failed_node(error));
+                }
+                output::note(error.to_string());
+            }
+            // A thread that others rely on is gone: what a clean stop would touch may be in any state.
+            Some((error, _)) => return Err(failed_node(error)),
         }
-    };
-    if let Some(error) = failed {
-        // A thread that others rely on is gone: what a clean stop would touch may be in any state.
-        return Err(failed_node(error));
     }
-    stop_all(nodes).await;
-    Ok(Exit::Done)
 }
 
 /// Stops nodes cleanly, all at once. Errors are told and no more: acknowledged writes are on disk.
@@ -202,6 +214,8 @@ pub fn failed_node(error: NodeError) -> Failure {
         NodeError::Storage(StorageError::Io { .. }) => Failure::usage("io", message),
         NodeError::Storage(_) => Failure::internal(message),
         NodeError::Membership(_) => Failure::negative("membership", message),
+        // Starting it again changes nothing either.
+        NodeError::Removed(_) => Failure::negative("removed", message),
         NodeError::Fatal(_) => Failure::internal(message),
     }
 }

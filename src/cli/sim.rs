@@ -7,11 +7,12 @@ use std::time::Instant;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
-use super::args::SimArgs;
+use super::args::{SimArgs, SimCommand};
 use super::context::Context;
 use super::failure::{Exit, Failure};
 use super::output;
 use super::signals::Signals;
+use super::sim_placement;
 use crate::sim::checks::CHECKS;
 use crate::sim::report::listed;
 use crate::sim::{self, Report, SimOptions};
@@ -50,6 +51,9 @@ impl Totals {
 
 /// `sim`
 pub fn sim(context: &Context, args: &SimArgs) -> Result<Exit, Failure> {
+    if let Some(SimCommand::Placement(args)) = &args.what {
+        return sim_placement::placement(context, args);
+    }
     let replicas = args.replicas.unwrap_or(1);
     if args.nodes.is_some_and(|nodes| nodes < replicas) {
         return Err(Failure::usage("usage", "a shard can't have more replicas than there are nodes"));

@@ -56,7 +56,7 @@ pub async fn look(client: &Client, db: Option<&str>, patience: Duration) -> Resu
 }
 
 /// Asks nodes of the map for their reports, all at once.
-async fn ask(
+pub(super) async fn ask(
     client: &Client,
     map: &ClusterMap,
     nodes: impl IntoIterator<Item = NodeId>,
@@ -72,7 +72,7 @@ async fn ask(
     .collect()
 }
 
-fn unknown_database(map: &ClusterMap, name: &str) -> Failure {
+pub(super) fn unknown_database(map: &ClusterMap, name: &str) -> Failure {
     let names: Vec<&str> = databases(map).map(|db| db.name.as_str()).collect();
     let have = if names.is_empty() {
         "the cluster has none".to_owned()

@@ -1,4 +1,8 @@
-//! Administration of a cluster: the map, reports of nodes, databases, leadership.
+//! Administration of a cluster: the map, reports of nodes, databases, leadership; in [`cluster`], what
+//! operators decide.
+
+pub mod answers;
+mod cluster;
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;

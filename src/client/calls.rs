@@ -350,13 +350,15 @@ impl Driver {
                 routing.not_leader(shard, target.node, *leader, now);
             }
             Refusal::StaleRoute { asked, range_version, .. } => {
-                // A node that knows the shard better than we do is the right one to ask again.
-                if range_version < asked {
+                // A node that knows the shard better than we do is the right one to ask again; one that has no
+                // replica of it (any more) isn't.
+                let elsewhere = *range_version == 0 || range_version < asked;
+                if elsewhere {
                     routing.unavailable(shard, target.node);
                 }
                 let healed = routing.range_version(shard) >= Some(*range_version);
                 drop(routing);
-                if !healed || range_version < asked {
+                if !healed || elsewhere {
                     self.refresh_soon();
                 }
             }

@@ -22,6 +22,7 @@ use tokio::task::spawn_local;
 
 use super::Operation;
 use super::connection::Pool;
+use super::follow::follow;
 use super::lanes::{Lanes, Next};
 use super::refresh::Refresh;
 use super::retry::{self, Decision, Failure};
@@ -104,6 +105,8 @@ pub(super) struct Driver {
     touched: RefCell<Vec<ShardId>>,
     /// Wakes the sweeper.
     queued: Rc<Notify>,
+    /// Something of the map is known: it can be followed.
+    pub mapped: Rc<Notify>,
     closed: Cell<bool>,
 }
 
@@ -119,9 +122,14 @@ impl Driver {
             lanes: RefCell::default(),
             touched: RefCell::default(),
             queued: Rc::default(),
+            mapped: Rc::default(),
             closed: Cell::new(false),
         });
         spawn_local(sweep(Rc::downgrade(&driver), driver.queued.clone()));
+        // Inside a node there is the node's own map.
+        if driver.setup.source.is_none() {
+            spawn_local(follow(Rc::downgrade(&driver), driver.mapped.clone()));
+        }
         driver
     }
 
@@ -346,5 +354,6 @@ async fn sweep(driver: Weak<Driver>, queued: Rc<Notify>) {
 impl Drop for Driver {
     fn drop(&mut self) {
         self.queued.notify_one();
+        self.mapped.notify_one();
     }
 }

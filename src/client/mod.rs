@@ -2,14 +2,16 @@
 //!
 //! A [`Client`] keeps a routing cache and a connection per node on a thread of its own, so it may be
 //! used from any runtime or thread. Operations that run at the same time and belong to the same
-//! shard travel in one call. Redirects heal the cache; a dead node, a moved leader or `Busy` is
+//! shard travel in one call. Redirects heal the cache, and what changes in the cluster is told to it as it
+//! happens, so it may run for longer than any node. A dead node, a moved leader or `Busy` is
 //! retried until the deadline where that is safe.
 //!
 //! - [`routing`]: the cached map and who leads; [`retry`]: what a failure means; `lanes`: which
 //!   operations share a call; `session`: what makes a repeated command take effect once; `silence`: whether
 //!   a node is slow or gone; `trouble`: what to tell of a shard that doesn't answer; `dropping`: which database a drop
 //!   means. These are sans-I/O.
-//! - `driver`: the tokio shell around them; `calls`, `refresh`, `connection`: what it sends and where;
+//! - `driver`: the tokio shell around them; `calls`, `refresh`, `connection`: what it sends and where; `follow`: how
+//!   it hears of new nodes and places while nothing fails;
 //!   `race`: several nodes of which any will do; `ticket`: an operation and its caller; `wire`: the protocol.
 //! - `local`: the same for use inside a node, on a thread that is there already.
 //!
@@ -18,11 +20,12 @@
 //! to be sent: each carries a tag, by which the shard knows it again. One that succeeds took effect
 //! exactly once.
 
-mod admin;
+pub mod admin;
 mod calls;
 mod connection;
 mod driver;
 mod dropping;
+mod follow;
 mod lanes;
 pub(crate) mod local;
 pub mod options;

@@ -119,7 +119,7 @@ impl Driver {
     }
 
     /// Sends on what waited for a map and has a route under the one in the cache.
-    fn release(self: &Rc<Driver>) {
+    pub(super) fn release(self: &Rc<Driver>) {
         let routed = {
             let (routing, mut parked) = (self.routing.borrow(), self.refresh.parked.borrow_mut());
             let (routed, left): (Vec<_>, Vec<_>) = parked.drain(..).partition(|(_, ticket)| {
@@ -175,31 +175,32 @@ impl Driver {
         }
     }
 
-    /// Addresses to ask: those of the metadata shard's nodes, then the rest, beginning anywhere.
+    /// Addresses to ask: those of the metadata shard's nodes; then the rest, beginning anywhere, and those
+    /// that the client was given with them, unless the cluster has removed the node there: those are the last resort.
     pub fn addresses(&self) -> Vec<String> {
         let routing = self.routing.borrow();
         let map = routing.map();
         let members = map.shards.get(&METADATA_SHARD).into_iter();
-        let nodes = members.flat_map(|shard| shard.members.iter().map(|m| m.node));
-        let first: BTreeSet<String> = nodes
-            .filter_map(|node| map.nodes.get(&node))
-            .map(|node| node.client_address.clone())
-            .filter(|address| !address.is_empty())
+        let nodes: BTreeSet<_> = members.flat_map(|shard| shard.members.iter().map(|m| m.node)).collect();
+        let known: BTreeSet<&str> = routing.addresses().collect();
+        let first: BTreeSet<&str> = (map.nodes.values().filter(|node| nodes.contains(&node.id)))
+            .map(|node| node.client_address.as_str())
+            .filter(|address| known.contains(address))
             .collect();
-        let known = routing.addresses().map(str::to_owned);
-        let seeds = self.setup.seeds.iter().cloned();
-        let mut others: BTreeSet<String> = known.chain(seeds).collect();
-        others.retain(|address| !first.contains(address));
-        let mut others: Vec<String> = others.into_iter().collect();
+        let seeds = self.setup.seeds.iter().map(String::as_str);
+        let (last, others): (BTreeSet<&str>, BTreeSet<&str>) = (known.iter().copied().chain(seeds))
+            .filter(|address| !first.contains(address))
+            .partition(|address| !known.contains(address) && routing.is_abandoned(address));
+        let mut others: Vec<&str> = others.into_iter().collect();
         if !others.is_empty() {
             let begin = rand::random::<u64>() % others.len() as u64;
             others.rotate_left(begin as usize);
         }
-        first.into_iter().chain(others).collect()
+        first.into_iter().chain(others).chain(last).map(str::to_owned).collect()
     }
 
     /// Asks one node for the map and takes over what it tells.
-    async fn ask_node(self: &Rc<Driver>, address: &str) -> Result<(), Obstacle> {
+    pub(super) async fn ask_node(self: &Rc<Driver>, address: &str) -> Result<(), Obstacle> {
         let connection = self.pool.get(address, true).await?;
         let since = self.routing.borrow().map().version;
         let mut request = connection.kv.map_request();
@@ -228,9 +229,12 @@ impl Driver {
 
     /// Takes over what the node at `address` tells of the map.
     pub fn learn(&self, delta: MapDelta, address: &str) -> Result<(), String> {
-        self.routing.borrow_mut().learn(delta).map_err(|other| {
+        let learned = self.routing.borrow_mut().learn(delta);
+        learned.map_err(|other| {
             format!("{address} belongs to cluster {other}, this client to another: check the addresses")
-        })
+        })?;
+        self.mapped.notify_one();
+        Ok(())
     }
 }
 

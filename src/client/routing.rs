@@ -1,10 +1,14 @@
 //! Where a key's operations go: the cached cluster map and, per shard, a guess at the leader. Both may
 //! be wrong at any time; answers and failures correct them. Sans-I/O: time comes from outside.
 //!
-//! The guess starts at the shard's first member (the planner's preference). A hint from a replica
+//! The guess starts at the shard's first voter (the planner's preference). A hint from a replica
 //! moves it to the node named, unless that node has just failed to answer: a follower goes on naming a
-//! dead leader until it notices. A failure moves it on to the next member. Only a failure of the node
+//! dead leader until it notices. A failure moves it on to the next voter. Only a failure of the node
 //! that is the guess counts: late news of calls sent elsewhere change nothing.
+//!
+//! Whatever is learned, only nodes are asked that hold a replica of the shard under the map in the cache, or
+//! get one by the move under way, and that belong to the cluster still. Among them a learner is asked
+//! only if another replica names it as the leader, which it may be by now, or if there is no voter to ask.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -12,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use super::trouble::Troubles;
 use crate::ids::{ClusterId, NodeId, ShardId};
-use crate::placement::map::{ClusterMap, MapDelta, Member, ShardRecord, is_quorum};
+use crate::placement::map::{ClusterMap, MapDelta, Member, ShardRecord, Standing, is_quorum};
 use crate::placement::ring;
 
 /// For so long after a failure a node isn't followed as a leader on another's word.
@@ -98,8 +102,10 @@ impl Routing {
             self.names.insert(database.name.clone(), routes);
         }
         let map = &self.map;
+        // One that has no vote yet was named by somebody who knew more than the map, and has to be again.
         self.leaders.retain(|shard, node| {
-            map.shards.get(shard).is_some_and(|s| !s.dropped && s.member_on(*node).is_some())
+            let record = map.shards.get(shard).filter(|s| !s.dropped);
+            record.and_then(|s| s.member_on(*node)).is_some_and(|m| m.role.votes()) && serves(map, *node)
         });
         self.failed.retain(|node, _| map.nodes.contains_key(node));
         self.troubles.retain(|shard| map.shards.get(&shard).is_some_and(|s| !s.dropped));
@@ -130,20 +136,34 @@ impl Routing {
         (!record.dropped).then_some(record.epoch.range)
     }
 
-    /// The node to ask for `shard`: the believed leader, else its first member with a known address.
+    /// The node to ask for `shard`: the believed leader, else the first of those that may lead.
     pub fn target(&self, shard: ShardId) -> Option<Target> {
         let record = self.map.shards.get(&shard)?;
-        let guess = self.leaders.get(&shard).copied();
-        let members = record.members.iter().map(|m| m.node);
-        guess.into_iter().chain(members).find_map(|node| self.target_at(node))
+        let guess = self.leaders.get(&shard).and_then(|node| self.target_at(*node));
+        guess.or_else(|| self.target_at(*self.candidates(record).first()?))
     }
 
     /// Whether another node than `node` may be asked for `shard`.
     pub fn has_others(&self, shard: ShardId, node: NodeId) -> bool {
         let record = self.map.shards.get(&shard);
-        record.is_some_and(|record| {
-            record.members.iter().any(|m| m.node != node && self.target_at(m.node).is_some())
-        })
+        record.is_some_and(|record| self.candidates(record).into_iter().any(|other| other != node))
+    }
+
+    /// The nodes that may lead a shard and whose address is known, in the order of its members, those that
+    /// are given up last. Only if there is none, its learners: they may be voters by now.
+    fn candidates(&self, record: &ShardRecord) -> Vec<NodeId> {
+        let given_up =
+            |node: &NodeId| self.map.nodes.get(node).is_some_and(|n| n.standing == Standing::Leaving);
+        let reached = |votes: bool| {
+            let members = record.members.iter().filter(move |m| m.role.votes() == votes);
+            members.map(|m| m.node).filter(|node| serves(&self.map, *node))
+        };
+        let (last, mut nodes): (Vec<_>, Vec<_>) = reached(true).partition(given_up);
+        nodes.extend(last);
+        if nodes.is_empty() {
+            nodes.extend(reached(false));
+        }
+        nodes
     }
 
     /// `node` didn't serve `shard`, and why, for [`Routing::told`].
@@ -159,20 +179,28 @@ impl Routing {
         self.troubles.tell(shard, now, address)
     }
 
+    /// Where a node is asked, if it is one to ask.
     fn target_at(&self, node: NodeId) -> Option<Target> {
-        let address = &self.map.nodes.get(&node)?.client_address;
-        (!address.is_empty()).then(|| Target { node, address: address.clone() })
+        let record = self.map.nodes.get(&node).filter(|_| serves(&self.map, node))?;
+        Some(Target { node, address: record.client_address.clone() })
     }
 
-    /// Addresses of all nodes in the map.
+    /// Addresses at which something may be learned of the cluster.
     pub fn addresses(&self) -> impl Iterator<Item = &str> {
-        let addresses = self.map.nodes.values().map(|n| n.client_address.as_str());
-        addresses.filter(|address| !address.is_empty())
+        let nodes = self.map.nodes.values().filter(|node| serves(&self.map, node.id));
+        nodes.map(|node| node.client_address.as_str())
+    }
+
+    /// Whether `address` is only that of nodes that are removed.
+    pub fn is_abandoned(&self, address: &str) -> bool {
+        let mut there = self.map.nodes.values().filter(|node| node.client_address == address).peekable();
+        there.peek().is_some() && there.all(|node| node.standing == Standing::Removed)
     }
 
     /// `node` answered as the leader of `shard`.
     pub fn succeeded(&mut self, shard: ShardId, node: NodeId) {
-        if self.leaders.get(&shard) != Some(&node) {
+        // The answer may be older than the news that the node has no part in the shard any more.
+        if self.leaders.get(&shard) != Some(&node) && self.may_lead(shard, node) {
             self.leaders.insert(shard, node);
         }
         if !self.failed.is_empty() {
@@ -189,11 +217,11 @@ impl Routing {
     pub fn not_leader(&mut self, shard: ShardId, node: NodeId, hint: Option<NodeId>, now: Instant) {
         self.failed.remove(&node);
         self.isnt_quarantined(shard, node);
-        let Some(record) = self.map.shards.get(&shard) else {
+        if !self.map.shards.contains_key(&shard) {
             return;
-        };
-        let follow = hint
-            .filter(|hint| *hint != node && record.member_on(*hint).is_some() && !self.suspect(*hint, now));
+        }
+        let follow =
+            hint.filter(|hint| *hint != node && self.may_lead(shard, *hint) && !self.suspect(*hint, now));
         match follow {
             Some(leader) => {
                 self.leaders.insert(shard, leader);
@@ -229,6 +257,12 @@ impl Routing {
         !is_quorum(&record.members, |member| !is_lost(member))
     }
 
+    /// Whether `node` may lead `shard`, on the word of somebody who knows: the map may not yet have heard of
+    /// a member that a move has brought.
+    fn may_lead(&self, shard: ShardId, node: NodeId) -> bool {
+        self.map.shards.get(&shard).is_some_and(|record| holds(record, node)) && serves(&self.map, node)
+    }
+
     fn isnt_quarantined(&mut self, shard: ShardId, node: NodeId) {
         if !self.quarantined.is_empty() {
             self.quarantined.remove(&(shard, node));
@@ -240,7 +274,7 @@ impl Routing {
         failed.is_some_and(|at| now.saturating_duration_since(*at) < SUSPECT)
     }
 
-    /// Moves the guess from `node`, if that is the guess, to the next member with an address.
+    /// Moves the guess from `node`, if that is the guess, to the next one that may lead.
     fn rotate(&mut self, shard: ShardId, node: NodeId) {
         let Some(record) = self.map.shards.get(&shard) else {
             return;
@@ -248,232 +282,27 @@ impl Routing {
         if self.target(shard).is_some_and(|t| t.node != node) {
             return;
         }
-        if let Some(next) = next_member(record, node, |n| self.target_at(n).is_some()) {
-            self.leaders.insert(shard, next);
+        let nodes = self.candidates(record);
+        // One that was only named, and isn't among them, is followed by the first.
+        let next = nodes.iter().position(|n| *n == node).map_or(0, |at| (at + 1) % nodes.len());
+        if let Some(next) = nodes.get(next) {
+            self.leaders.insert(shard, *next);
         }
     }
 }
 
-fn next_member(record: &ShardRecord, node: NodeId, usable: impl Fn(NodeId) -> bool) -> Option<NodeId> {
-    let count = record.members.len();
-    let at = record.members.iter().position(|m| m.node == node);
-    let first = at.map_or(0, |at| at + 1);
-    (0..count).map(|step| record.members[(first + step) % count].node).find(|n| usable(*n))
+/// Whether a shard has a replica on `node`, or gets one.
+fn holds(record: &ShardRecord, node: NodeId) -> bool {
+    record.ordered().any(|member| member.node == node)
+}
+
+/// Whether `node` can be asked: it has an address, and belongs to the cluster. One that is removed, or isn't let
+/// in yet, hears of nothing.
+fn serves(map: &ClusterMap, node: NodeId) -> bool {
+    map.nodes.get(&node).is_some_and(|node| {
+        !node.client_address.is_empty() && !matches!(node.standing, Standing::Removed | Standing::Pending)
+    })
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::ids::{DatabaseId, Epoch, RandomId, ReplicaId};
-    use crate::placement::map::{DatabaseRecord, Member, NodeRecord};
-    use crate::placement::ring::RingRange;
-    use proptest::prelude::*;
-
-    const SHARD: ShardId = ShardId(1);
-
-    fn node(id: u64) -> NodeRecord {
-        NodeRecord {
-            id: NodeId(id),
-            label: String::new(),
-            client_address: format!("n{id}:1"),
-            peer_address: String::new(),
-            zone: String::new(),
-            weight: 100,
-            store_id: RandomId::default(),
-            standing: Default::default(),
-            changed_at: 1,
-        }
-    }
-
-    fn shard(id: u64, start: u64, end: u64, nodes: &[u64]) -> ShardRecord {
-        let members = nodes.iter().map(|n| Member {
-            replica: ReplicaId(id * 10 + n),
-            node: NodeId(*n),
-            role: MemberRole::Voter,
-        });
-        ShardRecord {
-            id: ShardId(id),
-            database: DatabaseId(1),
-            range: RingRange { start, end },
-            epoch: Epoch { range: 1, conf: 1 },
-            members: members.collect(),
-            dropped: false,
-            moving: None,
-            target: None,
-            previous: None,
-            changed_at: 1,
-        }
-    }
-
-    fn delta() -> MapDelta {
-        let half = u64::MAX / 2;
-        MapDelta {
-            cluster_id: RandomId([7; 16]),
-            since: 0,
-            version: 1,
-            nodes: vec![node(1), node(2), node(3)],
-            databases: vec![DatabaseRecord {
-                id: DatabaseId(1),
-                name: "db".into(),
-                replicas: 3,
-                shards: vec![ShardId(1), ShardId(2)],
-                dropped: false,
-                changed_at: 1,
-            }],
-            shards: vec![shard(1, 0, half, &[1, 2, 3]), shard(2, half + 1, u64::MAX, &[2, 3, 1])],
-            policy: None,
-            rebalance: None,
-        }
-    }
-
-    fn routing() -> Routing {
-        let mut routing = Routing::default();
-        routing.learn(delta()).unwrap();
-        routing
-    }
-
-    fn guess(routing: &Routing) -> u64 {
-        routing.target(SHARD).unwrap().node.0
-    }
-
-    #[test]
-    fn a_shard_is_quarantined_when_a_majority_says_so_and_nothing_else_since() {
-        let (mut routing, now) = (routing(), Instant::now());
-        let node = NodeId;
-        assert!(!routing.quarantined(SHARD, node(1), now));
-        assert_eq!(guess(&routing), 2, "others may serve");
-        assert!(!routing.quarantined(SHARD, node(1), now), "the same one again");
-        assert!(!routing.quarantined(ShardId(2), node(2), now), "another shard");
-        assert!(routing.quarantined(SHARD, node(2), now));
-        // One of them is back: it leads, follows, starts, or doesn't answer.
-        let back: [fn(&mut Routing, Instant); 5] = [
-            |routing, _| routing.succeeded(SHARD, NodeId(1)),
-            |routing, _| routing.succeeded(SHARD, NodeId(3)),
-            |routing, now| routing.not_leader(SHARD, NodeId(1), None, now),
-            |routing, _| routing.unavailable(SHARD, NodeId(1)),
-            |routing, now| routing.unreachable(SHARD, NodeId(1), now),
-        ];
-        for news in back {
-            routing.quarantined(SHARD, node(1), now);
-            news(&mut routing, now);
-            assert!(!routing.quarantined(SHARD, node(2), now));
-        }
-        routing.quarantined(SHARD, node(1), now);
-        assert!(!routing.quarantined(SHARD, node(2), now + QUARANTINED), "what was said long ago");
-    }
-
-    #[test]
-    fn keys_find_their_shard_and_its_first_member() {
-        let routing = routing();
-        assert_eq!(routing.route_at("db", 0).unwrap().shard, ShardId(1));
-        assert_eq!(routing.route_at("db", u64::MAX / 2).unwrap().shard, ShardId(1));
-        assert_eq!(routing.route_at("db", u64::MAX / 2 + 1).unwrap().shard, ShardId(2));
-        assert_eq!(routing.route_at("db", u64::MAX).unwrap().shard, ShardId(2));
-        assert_eq!(routing.route("none", b"a"), None);
-        assert_eq!(routing.target(ShardId(2)).unwrap().address, "n2:1");
-        assert_eq!(routing.target(ShardId(9)), None);
-    }
-
-    #[test]
-    fn hints_are_followed_and_failures_rotate() {
-        let now = Instant::now();
-        let mut r = routing();
-        r.not_leader(SHARD, NodeId(1), Some(NodeId(3)), now);
-        assert_eq!(guess(&r), 3);
-        // News about a node that is no longer the guess changes nothing.
-        r.unreachable(SHARD, NodeId(1), now);
-        assert_eq!(guess(&r), 3);
-        r.unreachable(SHARD, NodeId(3), now);
-        assert_eq!(guess(&r), 1);
-        // Node 2 goes on naming the dead leader: not followed until the suspicion is over.
-        r.unavailable(SHARD, NodeId(1));
-        assert_eq!(guess(&r), 2);
-        r.not_leader(SHARD, NodeId(2), Some(NodeId(3)), now);
-        assert_eq!(guess(&r), 3, "the next member, not the hint");
-        r.unreachable(SHARD, NodeId(3), now);
-        r.not_leader(SHARD, NodeId(1), Some(NodeId(3)), now);
-        assert_eq!(guess(&r), 2, "still suspect");
-        r.not_leader(SHARD, NodeId(2), Some(NodeId(3)), now + SUSPECT);
-        assert_eq!(guess(&r), 3);
-        // A node that answered isn't suspect.
-        r.unreachable(SHARD, NodeId(3), now);
-        r.succeeded(ShardId(2), NodeId(3));
-        r.not_leader(SHARD, NodeId(1), Some(NodeId(3)), now);
-        assert_eq!(guess(&r), 3);
-    }
-
-    #[test]
-    fn strangers_and_unknown_hints_rotate() {
-        let now = Instant::now();
-        let mut r = routing();
-        r.not_leader(SHARD, NodeId(1), Some(NodeId(99)), now);
-        assert_eq!(guess(&r), 2);
-        r.not_leader(SHARD, NodeId(2), Some(NodeId(2)), now);
-        assert_eq!(guess(&r), 3);
-        r.not_leader(SHARD, NodeId(3), None, now);
-        assert_eq!(guess(&r), 1);
-    }
-
-    #[test]
-    fn a_fresh_record_heals_the_cache() {
-        let mut r = routing();
-        r.succeeded(SHARD, NodeId(3));
-        let mut moved = shard(1, 0, u64::MAX / 2, &[1, 2]);
-        moved.epoch.range = 4;
-        moved.changed_at = 5;
-        let partial = MapDelta {
-            shards: vec![moved],
-            databases: vec![],
-            nodes: vec![],
-            since: 4,
-            version: 5,
-            ..delta()
-        };
-        r.learn(partial).unwrap();
-        assert_eq!(guess(&r), 1, "node 3 holds no replica any more");
-        assert_eq!(r.route_at("db", 0).unwrap().range_version, 4);
-        assert_eq!(r.map().version, 1, "a partial delta leaves a gap");
-        let foreign = MapDelta { cluster_id: RandomId([8; 16]), ..delta() };
-        assert_eq!(r.learn(foreign), Err(RandomId([8; 16])));
-    }
-
-    #[test]
-    fn a_dropped_database_has_no_route() {
-        let mut r = routing();
-        let mut change = delta();
-        change.databases[0].dropped = true;
-        change.databases[0].changed_at = 2;
-        change.version = 2;
-        r.learn(change).unwrap();
-        assert!(!r.knows("db"));
-        assert_eq!(r.route("db", b"a"), None);
-    }
-
-    proptest! {
-        /// Whatever happens, there is a member to ask; and failures in a row reach every member.
-        #[test]
-        fn always_a_target_and_every_member_in_turn(
-            steps in prop::collection::vec((0u8..4, 1u64..5, prop::option::of(1u64..6), 0u64..3000), 0..40)
-        ) {
-            let start = Instant::now();
-            let mut r = routing();
-            for (what, node, hint, ms) in steps {
-                let (node, now) = (NodeId(node), start + Duration::from_millis(ms));
-                match what {
-                    0 => r.not_leader(SHARD, node, hint.map(NodeId), now),
-                    1 => r.unreachable(SHARD, node, now),
-                    2 => r.unavailable(SHARD, node),
-                    _ => if node.0 <= 3 { r.succeeded(SHARD, node) },
-                }
-                prop_assert!((1..=3).contains(&guess(&r)));
-            }
-            let mut seen = std::collections::BTreeSet::new();
-            for _ in 0..3 {
-                let target = r.target(SHARD).unwrap().node;
-                seen.insert(target);
-                r.unreachable(SHARD, target, start);
-            }
-            prop_assert_eq!(seen.len(), 3);
-        }
-    }
-}
+mod tests;

@@ -12,7 +12,7 @@ use crate::ids::{Epoch, NodeId, ReplicaId, ShardId};
 use crate::machine::command::{Expect, Versioned};
 use crate::node::handle::{NodePhase, NodeReport, ReplicaHealth, ReplicaReport};
 use crate::refusal::Refusal;
-use crate::schema::admin_capnp::{NodeState, ReplicaRole, ReplicaState, node_status};
+use crate::schema::admin_capnp::{NodeState, ReplicaRole, ReplicaState, node_status, stuck_shard};
 use crate::schema::kv_capnp::{batch_request, expect, op_result, operation, scan_response};
 
 /// Writes the session of a batch's commands.
@@ -151,8 +151,8 @@ pub fn read_report(from: node_status::Reader<'_>) -> Result<NodeReport, CodecErr
             // That it is, its health says; from where on, only its own node needs to know.
             state_lost: None,
             incarnation: u64::from(replica.get_restarts()) + 1,
-            // The map tells these; a report doesn't.
-            epoch: Epoch::default(),
+            // The map tells the rest of these; a report doesn't.
+            epoch: Epoch { conf: replica.get_conf(), ..Epoch::default() },
             members: Vec::new(),
             followers: Vec::new(),
         });
@@ -162,6 +162,8 @@ pub fn read_report(from: node_status::Reader<'_>) -> Result<NodeReport, CodecErr
             health,
             group,
             restarts: replica.get_restarts(),
+            keys: replica.get_keys(),
+            bytes: replica.get_bytes(),
         });
     }
     Ok(NodeReport {
@@ -176,7 +178,16 @@ pub fn read_report(from: node_status::Reader<'_>) -> Result<NodeReport, CodecErr
         disk_bytes: from.get_disk_bytes(),
         replicas,
         uptime: std::time::Duration::from_millis(from.get_uptime_ms()),
+        snapshot_bytes: from.get_snapshot_bytes(),
+        stuck: read_stuck(from.get_stuck()?)?,
     })
+}
+
+/// Reads where members should change and can't.
+pub fn read_stuck(
+    from: capnp::struct_list::Reader<'_, stuck_shard::Owned>,
+) -> Result<Vec<(ShardId, String)>, CodecError> {
+    from.iter().map(|one| Ok((ShardId(one.get_shard()), text(one.get_why()?)?))).collect()
 }
 
 fn text(from: capnp::text::Reader<'_>) -> Result<String, CodecError> {

@@ -79,12 +79,44 @@ pub struct PeerHello {
 /// What the other side answers.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct PeerWelcome {
-    /// The protocol version spoken from here on, or why not, for the dialler's log.
-    pub outcome: Result<u32, String>,
+    /// The protocol version spoken from here on, or why not.
+    pub outcome: Result<u32, HelloRefusal>,
     /// Who answers; 0 while not a member.
     pub node: NodeId,
     /// Which start of its process this is.
     pub incarnation: u64,
+}
+
+/// Why a connection is refused.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct HelloRefusal {
+    /// As far as the dialler has to act on it.
+    pub kind: RefusalKind,
+    /// For the dialler's log.
+    pub text: String,
+}
+
+/// What a refused dialler has to act on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum RefusalKind {
+    /// Nothing: see the text.
+    Other,
+    /// It was removed from the cluster.
+    Removed,
+    /// A process that is alive says that it is the same node.
+    Duplicate,
+}
+
+impl From<String> for HelloRefusal {
+    fn from(text: String) -> HelloRefusal {
+        HelloRefusal { kind: RefusalKind::Other, text }
+    }
+}
+
+impl std::fmt::Display for HelloRefusal {
+    fn fmt(&self, to: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        to.write_str(&self.text)
+    }
 }
 
 impl PeerHello {
@@ -179,7 +211,14 @@ impl PeerWelcome {
         let mut to = message.init_root::<peer_welcome::Builder<'_>>();
         match &self.outcome {
             Ok(version) => to.set_accepted(*version),
-            Err(reason) => to.set_refused(printable(reason).as_str()),
+            Err(refusal) => {
+                to.set_refused(printable(&refusal.text).as_str());
+                to.set_reason(match refusal.kind {
+                    RefusalKind::Other => peer_capnp::HelloRefusal::Other,
+                    RefusalKind::Removed => peer_capnp::HelloRefusal::Removed,
+                    RefusalKind::Duplicate => peer_capnp::HelloRefusal::Duplicate,
+                });
+            }
         }
         to.set_node(self.node.0);
         to.set_incarnation(self.incarnation);
@@ -194,7 +233,15 @@ impl PeerWelcome {
             let from = reader.get_root::<peer_welcome::Reader<'_>>()?;
             let outcome = match from.which()? {
                 peer_welcome::Accepted(version) => Ok(version),
-                peer_welcome::Refused(reason) => Err(printable(&String::from_utf8_lossy(reason?.as_bytes()))),
+                peer_welcome::Refused(reason) => Err(HelloRefusal {
+                    text: printable(&String::from_utf8_lossy(reason?.as_bytes())),
+                    kind: match from.get_reason() {
+                        Ok(peer_capnp::HelloRefusal::Removed) => RefusalKind::Removed,
+                        Ok(peer_capnp::HelloRefusal::Duplicate) => RefusalKind::Duplicate,
+                        // One that this version doesn't know has its text.
+                        Ok(peer_capnp::HelloRefusal::Other) | Err(_) => RefusalKind::Other,
+                    },
+                }),
             };
             Ok(PeerWelcome { outcome, node: NodeId(from.get_node()), incarnation: from.get_incarnation() })
         })

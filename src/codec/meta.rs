@@ -306,6 +306,8 @@ fn write_meta_refusal(refusal: &MetaRefusal, mut to: meta_refusal::Builder<'_>) 
             used.set_total(*total);
             write_ids(shards.iter().map(|shard| shard.0), used.init_shards(length(shards.len())));
         }
+        MetaRefusal::NodeRemoved(node) => to.set_node_removed(node.0),
+        MetaRefusal::NotAllowed(why) => to.set_not_allowed(why.as_str()),
         MetaRefusal::Other(_) => to.set_other(()),
     }
 }
@@ -331,6 +333,8 @@ fn read_meta_refusal(from: meta_refusal::Reader<'_>, text: String) -> Result<Met
             shards: used.get_shards()?.iter().map(ShardId).collect(),
             total: used.get_total(),
         },
+        Ok(meta_refusal::NodeRemoved(node)) => MetaRefusal::NodeRemoved(NodeId(node)),
+        Ok(meta_refusal::NotAllowed(why)) => MetaRefusal::NotAllowed(read_text(why?)?),
         Ok(meta_refusal::Other(())) | Err(_) => MetaRefusal::Other(text),
     })
 }
@@ -364,7 +368,10 @@ pub(crate) fn read_message<T>(
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::codec::records::tests::{any_database, any_id, any_node, any_range, any_shard};
+    use crate::codec::records::tests::{
+        any_cause, any_database, any_id, any_members, any_node, any_range, any_rebalance_state, any_shard,
+        any_standing,
+    };
     use proptest::prelude::*;
 
     pub(crate) fn any_command() -> impl Strategy<Value = MetaCommand> {
@@ -378,6 +385,67 @@ pub(crate) mod tests {
                 .prop_map(|(name, replicas, shards)| MetaCommand::CreateDatabase { name, replicas, shards }),
             (".{0,20}", any::<Option<u64>>())
                 .prop_map(|(name, id)| MetaCommand::DropDatabase { name, id: id.map(DatabaseId) }),
+            any_change_of_members(),
+            (any::<u64>(), any_standing())
+                .prop_map(|(node, standing)| MetaCommand::SetStanding { node: NodeId(node), standing }),
+            any_policy_change().prop_map(MetaCommand::SetPolicy),
+            any_rebalancing(),
+            (".{0,20}", any::<u32>())
+                .prop_map(|(name, replicas)| MetaCommand::SetReplicas { name, replicas }),
+        ]
+    }
+
+    fn any_nodes() -> impl Strategy<Value = Vec<NodeId>> {
+        prop::collection::vec(any::<u64>().prop_map(NodeId), 0..5)
+    }
+
+    fn any_change_of_members() -> impl Strategy<Value = MetaCommand> {
+        let removes = prop::collection::vec(any::<u64>().prop_map(ReplicaId), 0..5);
+        prop_oneof![
+            (any::<[u64; 2]>(), any_members(5)).prop_map(|([shard, conf], members)| {
+                MetaCommand::ObserveShard { shard: ShardId(shard), conf, members }
+            }),
+            (any::<[u64; 2]>(), any_nodes(), removes, any_cause()).prop_map(
+                |([shard, conf], adds, removes, cause)| MetaCommand::BeginMove {
+                    shard: ShardId(shard),
+                    conf,
+                    adds,
+                    removes,
+                    cause,
+                }
+            ),
+            any::<[u64; 2]>().prop_map(|[shard, id]| MetaCommand::CancelMove { shard: ShardId(shard), id }),
+            any::<[u64; 2]>().prop_map(|[shard, id]| MetaCommand::EndMove { shard: ShardId(shard), id }),
+            any::<[u64; 3]>().prop_map(|[shard, keep, conf]| MetaCommand::RecoverShard {
+                shard: ShardId(shard),
+                keep: ReplicaId(keep),
+                conf,
+            }),
+        ]
+    }
+
+    fn any_policy_change() -> impl Strategy<Value = PolicyChange> {
+        prop_oneof![
+            any::<u64>().prop_map(PolicyChange::ReplaceAfterMs),
+            any::<u32>().prop_map(PolicyChange::MovesAtATime),
+            any::<u64>().prop_map(PolicyChange::BytesPerSecond),
+            any::<bool>().prop_map(PolicyChange::Automatic),
+            any::<bool>().prop_map(PolicyChange::ApproveJoins),
+        ]
+    }
+
+    fn any_rebalancing() -> impl Strategy<Value = MetaCommand> {
+        let target = (any::<[u64; 2]>(), any_nodes()).prop_map(|([shard, conf], nodes)| PlannedTarget {
+            shard: ShardId(shard),
+            conf,
+            nodes,
+        });
+        prop_oneof![
+            (any::<[u64; 2]>(), any::<u32>(), prop::collection::vec(target, 0..5)).prop_map(
+                |([plan, bytes], moves, targets)| MetaCommand::BeginRebalance { plan, targets, moves, bytes }
+            ),
+            (any::<u64>(), any_rebalance_state(), ".{0,20}")
+                .prop_map(|(plan, state, reason)| MetaCommand::ControlRebalance { plan, state, reason }),
         ]
     }
 
@@ -390,6 +458,15 @@ pub(crate) mod tests {
             any::<u64>().prop_map(|node| MetaRefusal::UnknownNode(NodeId(node))),
             ".{0,20}".prop_map(MetaRefusal::InvalidPlan),
             Just(MetaRefusal::NotFormed),
+            ".{0,20}".prop_map(MetaRefusal::Stale),
+            (any::<u64>(), prop::collection::vec(any::<u64>().prop_map(ShardId), 0..9), any::<u32>())
+                .prop_map(|(node, shards, total)| MetaRefusal::NodeInUse {
+                    node: NodeId(node),
+                    shards,
+                    total
+                }),
+            any::<u64>().prop_map(|node| MetaRefusal::NodeRemoved(NodeId(node))),
+            ".{0,20}".prop_map(MetaRefusal::NotAllowed),
             ".{0,20}".prop_map(MetaRefusal::Other),
         ]
     }
@@ -400,6 +477,7 @@ pub(crate) mod tests {
             any::<u64>().prop_map(|node| MetaReply::Node(NodeId(node))),
             (any_database(), any::<bool>())
                 .prop_map(|(record, created)| MetaReply::Database { record, created }),
+            any::<u64>().prop_map(MetaReply::Done),
             any_refusal().prop_map(MetaReply::Refused),
         ]
     }

@@ -4,6 +4,7 @@
 //! - [`meta`]: commands and replies of the metadata shard. - [`membership`]: entries that change a group's members.
 //! - [`peer`]: frames of the peer port. - [`messages`]: the raft messages in them, and their rules.
 //! - [`snapshot`]: what goes over the lane of snapshots.
+//! - [`survey`]: what nodes report to the reconciler, and what it orders.
 //! - [`hello`]: the first frame each way on a peer connection.
 //! - [`refusal`]: [`crate::refusal::Refusal`] and `Error`. - [`varint`]: numbers in few bytes.
 
@@ -15,6 +16,7 @@ pub mod peer;
 pub mod records;
 pub mod refusal;
 pub mod snapshot;
+pub mod survey;
 pub mod varint;
 
 use raft::eraftpb::Message;

@@ -8,6 +8,7 @@ use capnp::Word;
 use capnp::message::{HeapAllocator, Reader, ReaderOptions};
 use capnp::serialize::{self, BufferSegments};
 
+use crate::balance::facts::Survey;
 use crate::codec::messages::{self, check, read_message, write_message};
 use crate::codec::meta::{decode_command, decode_reply, encode_command, encode_reply};
 use crate::codec::records::{
@@ -16,6 +17,9 @@ use crate::codec::records::{
 };
 use crate::codec::refusal::{read_refusal, write_refusal};
 use crate::codec::snapshot::{SnapshotFrame, read_snapshot, write_snapshot};
+use crate::codec::survey::{
+    Order, read_node as read_member, read_order, read_survey, write_order, write_survey,
+};
 use crate::codec::{CodecError, GroupMessage};
 use crate::ids::{ClusterId, NodeId};
 use crate::limits::{FRAME_ENTRIES_MAX, FRAME_MESSAGES_MAX, NESTING_MAX};
@@ -77,6 +81,10 @@ pub enum PeerRequest {
     },
     /// A command for the metadata shard, if you lead it.
     Meta(MetaCommand),
+    /// What do you hold and lead, and how is it?
+    Survey,
+    /// Something for the leader of a shard, if that is you.
+    Order(Order),
 }
 
 /// The answer to a [`PeerRequest`].
@@ -101,6 +109,12 @@ pub enum PeerResponse {
     Map(MapDelta),
     /// To `Meta`.
     Meta(MetaReply),
+    /// To `Survey`.
+    Survey(Survey),
+    /// To `Join`: the node is known under this id, and waits for an operator's word. To be asked again.
+    Pending(NodeId),
+    /// To `Order`: the change is committed and in force, or leadership has moved.
+    Done,
 }
 
 /// The first content of a cluster, alike for all its first voters.
@@ -279,14 +293,6 @@ fn read_heartbeat(from: node_heartbeat::Reader<'_>) -> Result<NodeHeartbeat, Cod
     })
 }
 
-/// A node id that must name a node.
-fn read_member(node: u64) -> Result<NodeId, CodecError> {
-    match node {
-        0 => Err(malformed("NodeId", "0 names no node")),
-        node => Ok(NodeId(node)),
-    }
-}
-
 fn write_request(request: &PeerRequest, mut to: peer_request::Builder<'_>) {
     match request {
         PeerRequest::Probe => to.set_probe(()),
@@ -310,6 +316,8 @@ fn write_request(request: &PeerRequest, mut to: peer_request::Builder<'_>) {
         }
         PeerRequest::Map { since } => to.set_map(*since),
         PeerRequest::Meta(command) => to.set_meta(&encode_command(command)),
+        PeerRequest::Survey => to.set_survey(()),
+        PeerRequest::Order(order) => write_order(order, to.init_order()),
     }
 }
 
@@ -330,6 +338,8 @@ fn read_request(from: peer_request::Reader<'_>) -> Result<PeerRequest, CodecErro
         }
         peer_request::Map(since) => PeerRequest::Map { since },
         peer_request::Meta(command) => PeerRequest::Meta(decode_command(command?)?),
+        peer_request::Survey(()) => PeerRequest::Survey,
+        peer_request::Order(order) => PeerRequest::Order(read_order(order?)?),
     })
 }
 
@@ -355,6 +365,9 @@ fn write_response(response: &PeerResponse, mut to: peer_response::Builder<'_>) {
         }
         PeerResponse::Map(map) => write_delta(map, to.init_map()),
         PeerResponse::Meta(reply) => to.set_meta(&encode_reply(reply)),
+        PeerResponse::Survey(survey) => write_survey(survey, to.init_survey()),
+        PeerResponse::Pending(node) => to.set_pending(node.0),
+        PeerResponse::Done => to.set_done(()),
     }
 }
 
@@ -373,6 +386,9 @@ fn read_response(from: peer_response::Reader<'_>) -> Result<PeerResponse, CodecE
         }
         peer_response::Map(map) => PeerResponse::Map(read_delta(map?)?),
         peer_response::Meta(reply) => PeerResponse::Meta(decode_reply(reply?)?),
+        peer_response::Survey(survey) => PeerResponse::Survey(read_survey(survey?)?),
+        peer_response::Pending(node) => PeerResponse::Pending(read_member(node)?),
+        peer_response::Done(()) => PeerResponse::Done,
     })
 }
 

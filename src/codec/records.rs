@@ -163,7 +163,7 @@ fn read_target(from: shard_target::Reader<'_>) -> Result<ShardTarget, CodecError
     Ok(ShardTarget { plan: from.get_plan(), nodes: read_node_ids(from.get_nodes()?) })
 }
 
-pub(super) fn write_standing(standing: Standing) -> types_capnp::Standing {
+pub(crate) fn write_standing(standing: Standing) -> types_capnp::Standing {
     match standing {
         Standing::Member => types_capnp::Standing::Member,
         Standing::Pending => types_capnp::Standing::Pending,
@@ -173,7 +173,7 @@ pub(super) fn write_standing(standing: Standing) -> types_capnp::Standing {
     }
 }
 
-pub(super) fn read_standing(
+pub(crate) fn read_standing(
     from: Result<types_capnp::Standing, capnp::NotInSchema>,
 ) -> Result<Standing, CodecError> {
     match from {
@@ -208,7 +208,7 @@ pub fn read_policy(from: policy_record::Reader<'_>) -> Result<PolicyRecord, Code
     })
 }
 
-pub(super) fn write_rebalance_state(state: RebalanceState) -> types_capnp::RebalanceState {
+pub(crate) fn write_rebalance_state(state: RebalanceState) -> types_capnp::RebalanceState {
     match state {
         RebalanceState::Idle => types_capnp::RebalanceState::Idle,
         RebalanceState::Running => types_capnp::RebalanceState::Running,
@@ -218,7 +218,7 @@ pub(super) fn write_rebalance_state(state: RebalanceState) -> types_capnp::Rebal
     }
 }
 
-pub(super) fn read_rebalance_state(
+pub(crate) fn read_rebalance_state(
     from: Result<types_capnp::RebalanceState, capnp::NotInSchema>,
 ) -> Result<RebalanceState, CodecError> {
     match from {

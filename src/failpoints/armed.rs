@@ -88,6 +88,8 @@ points! {
     LogSyncAfter = "log/sync.after", "the batch is durable, nobody was told", false;
     LogCreateBefore = "log/create.before", "before new replicas are recorded", false;
     LogCreateAfter = "log/create.after", "they are recorded, nobody was told", false;
+    LogRemoveBefore = "log/remove.before", "a replica is to go, its tombstone isn't written", false;
+    LogRemoveAfter = "log/remove.after", "the tombstone is durable, its state is still there", false;
     LogCompactBefore = "log/compact.before", "before the log is compacted", false;
     LogCompactAfter = "log/compact.after", "after that", false;
     LogInstallBefore = "log/install.before", "a snapshot is loaded, the record that switches to it isn't written", false;
@@ -106,8 +108,17 @@ points! {
     SnapshotReceive = "receive/snapshot", "before a chunk is added to what was received", true;
     ReadEngine = "read/engine", "before queries are answered from the engine", false;
     InstallBefore = "supervisor/install.before", "a snapshot is loaded, the replica still runs", false;
+    RecoverBefore = "supervisor/recover.before", "a replica that is to go on alone runs still", false;
+    RecoverReopen = "supervisor/recover.reopen", "that it goes on alone is durable, it isn't opened", false;
     InstallReopen = "supervisor/install.reopen", "the record is durable, the replica isn't opened", false;
     Rebuild = "supervisor/rebuild", "a crashed replica is fenced, nothing of it was read", false;
+    NewcomerCreated = "supervisor/newcomer.created", "a replica that a move brings is recorded, and not opened", false;
+    OrderReceived = "order/received", "an order of the reconciler is here, nothing was done", false;
+    OrderCarriedOut = "order/carried-out", "what was ordered is done, nobody was told", false;
+    ReconcileMetaBefore = "reconciler/meta.before", "before a command of the reconciler goes to the metadata shard", false;
+    ReconcileMetaAfter = "reconciler/meta.after", "after that", false;
+    ReconcileOrderBefore = "reconciler/order.before", "before an order of the reconciler leaves", false;
+    ReconcileOrderAfter = "reconciler/order.after", "after its end is known", false;
 }
 
 /// Whether what is done at the point of this name can fail: there, and nowhere else, `error` makes sense.

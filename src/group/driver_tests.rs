@@ -59,6 +59,7 @@ impl Follower {
             epoch: EPOCH,
             members: members(voters),
             members_at: 0,
+            ordered_at: 0,
             generation: 1,
         };
         log.create(&[record]).unwrap();

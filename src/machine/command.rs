@@ -9,6 +9,7 @@ use crate::placement::map::{
     DatabaseRecord, Member, MoveCause, NodeRecord, RebalanceState, ShardRecord, Standing,
 };
 use crate::placement::plan::PlannedShard;
+pub use crate::placement::rebalance::PlannedTarget;
 use crate::refusal::Refusal;
 
 pub use super::entry::{Entry, TaggedCommand, decode_entry, encode_entry};
@@ -213,17 +214,6 @@ pub enum PolicyChange {
     ApproveJoins(bool),
 }
 
-/// Where a rebalancing wants a shard.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct PlannedTarget {
-    /// The shard.
-    pub shard: ShardId,
-    /// The conf version that the planner knew.
-    pub conf: u64,
-    /// Nodes of its voters, the one that should lead first.
-    pub nodes: Vec<NodeId>,
-}
-
 /// What the metadata machine answers.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum MetaReply {
@@ -265,13 +255,13 @@ pub enum MetaRefusal {
         /// Shards of the one that is there.
         shards: usize,
     },
-    /// DropDatabase: no database of this name, or none of it and the id.
+    /// No database of this name, or none of it and the id.
     #[error("there is no database `{0}`")]
     UnknownDatabase(String),
-    /// CreateDatabase: the plan names a node that isn't a member.
+    /// The command names a node that isn't a member.
     #[error("node {0} is not a member of the cluster")]
     UnknownNode(NodeId),
-    /// CreateDatabase: name, counts or ranges break a rule.
+    /// CreateDatabase, SetReplicas: name, counts or ranges break a rule.
     #[error("invalid plan: {0}")]
     InvalidPlan(String),
     /// The cluster isn't formed yet.
@@ -290,6 +280,14 @@ pub enum MetaRefusal {
         /// How many there are.
         total: u32,
     },
+    /// AddNode, SetStanding: the node was removed, which is for good.
+    #[error(
+        "node {0} was removed from the cluster; it can only come back with an empty data directory, as a new node"
+    )]
+    NodeRemoved(NodeId),
+    /// Another rule of the map, in words.
+    #[error("{0}")]
+    NotAllowed(String),
     /// A rule of a newer version of the program, in its words. Never made here, only read.
     #[error("{0}")]
     Other(String),
@@ -469,7 +467,9 @@ impl Command {
                 24 + key.len() + value.len() + expected
             }
             Command::Meta(MetaCommand::CreateDatabase { shards, .. }) => 256 + shards.len() * 128,
+            Command::Meta(MetaCommand::BeginRebalance { targets, .. }) => 256 + targets.len() * 128,
             Command::Meta(MetaCommand::Form { nodes, .. }) => 1024 + nodes.len() * 1024,
+            Command::Meta(MetaCommand::ControlRebalance { reason, .. }) => 256 + reason.len(),
             Command::Meta(_) => 1024,
         }
     }

@@ -1,4 +1,4 @@
-//! The end of a node that can't go on: the first reason wins, and whoever runs the node hears of it.
+//! The end of a node that can't or mustn't go on: the first reason wins, and whoever runs the node hears of it.
 
 use std::io;
 use std::sync::Arc;
@@ -6,9 +6,29 @@ use std::thread::JoinHandle;
 
 use tokio::sync::watch;
 
+use super::NodeError;
+
 /// Tells that the node can't go on. Cheap to clone, callable from any thread.
 #[derive(Clone)]
-pub struct Fatal(Arc<watch::Sender<Option<String>>>);
+pub struct Fatal(Arc<watch::Sender<Option<End>>>);
+
+/// Why a node ends by itself.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum End {
+    /// Something that all of it depends on has failed.
+    Failed(String),
+    /// It isn't to be a member of its cluster, or can't become one.
+    NoMember(String),
+    /// It was removed from its cluster.
+    Removed(String),
+}
+
+impl End {
+    fn reason(&self) -> &String {
+        let (End::Failed(reason) | End::NoMember(reason) | End::Removed(reason)) = self;
+        reason
+    }
+}
 
 /// Owned by what the whole node depends on: its end by a panic is the node's.
 pub struct FatalGuard {
@@ -24,11 +44,24 @@ impl Fatal {
 
     /// The node can't go on because of `reason`.
     pub fn raise(&self, reason: String) {
+        self.end(End::Failed(reason));
+    }
+
+    /// The node doesn't go on because of `error`.
+    pub fn raise_error(&self, error: NodeError) {
+        self.end(match error {
+            NodeError::Membership(reason) => End::NoMember(reason),
+            NodeError::Removed(reason) => End::Removed(reason),
+            NodeError::Storage(_) | NodeError::Fatal(_) => End::Failed(error.to_string()),
+        });
+    }
+
+    fn end(&self, end: End) {
         self.0.send_if_modified(|first| {
             let is_first = first.is_none();
             if is_first {
-                tracing::error!(reason, "the node can't go on");
-                *first = Some(reason);
+                tracing::error!(reason = end.reason(), "the node can't go on");
+                *first = Some(end);
             }
             is_first
         });
@@ -36,15 +69,18 @@ impl Fatal {
 
     /// The first reason, if there is one.
     pub fn reason(&self) -> Option<String> {
-        self.0.borrow().clone()
+        self.0.borrow().as_ref().map(|end| end.reason().clone())
     }
 
     /// Waits for the first reason.
-    pub async fn raised(&self) -> String {
+    pub async fn raised(&self) -> NodeError {
         let mut receiver = self.0.subscribe();
-        match receiver.wait_for(Option::is_some).await {
-            Ok(reason) => reason.clone().unwrap_or_default(),
-            Err(_) => "the node is gone".into(),
+        let end = receiver.wait_for(Option::is_some).await;
+        match end.ok().and_then(|end| end.clone()) {
+            Some(End::NoMember(reason)) => NodeError::Membership(reason),
+            Some(End::Removed(reason)) => NodeError::Removed(reason),
+            Some(End::Failed(reason)) => NodeError::Fatal(reason),
+            None => NodeError::Fatal("the node is gone".into()),
         }
     }
 

@@ -12,7 +12,8 @@ use super::disk::DiskHealth;
 use super::load::Admitted;
 #[cfg(feature = "test-hooks")]
 use super::messages::Inject;
-use super::messages::{AskStatus, Report, Submit, Transfer};
+use super::messages::{AskStatus, Report, Reported, Submit, Transfer};
+use super::reconciler::{Balance, BalanceStatus};
 use super::router::Router;
 use super::supervisor::Supervisor;
 use crate::codec::peer::{PeerRequest, PeerResponse};
@@ -38,6 +39,7 @@ struct Inner {
     disk: Arc<DiskHealth>,
     in_flight: AtomicUsize,
     empty_map: Arc<ClusterMap>,
+    balance: Balance,
     member: OnceLock<Member>,
 }
 
@@ -98,6 +100,10 @@ pub struct ReplicaReport {
     pub group: Option<GroupStatus>,
     /// Restarts since the node started.
     pub restarts: u32,
+    /// Keys in its state, as last counted; an estimate.
+    pub keys: u64,
+    /// Bytes of them and their values, likewise.
+    pub bytes: u64,
 }
 
 /// What a node tells of itself.
@@ -115,6 +121,10 @@ pub struct NodeReport {
     pub replicas: Vec<ReplicaReport>,
     /// Time since it started.
     pub uptime: Duration,
+    /// Bytes that it has sent in snapshots since then.
+    pub snapshot_bytes: u64,
+    /// Of the node that leads the metadata shard: where members should change and can't, and why.
+    pub stuck: Vec<(ShardId, String)>,
 }
 
 impl NodeHandle {
@@ -129,6 +139,7 @@ impl NodeHandle {
                 disk: Arc::default(),
                 in_flight: AtomicUsize::new(0),
                 empty_map: Arc::default(),
+                balance: Balance::default(),
                 member: OnceLock::new(),
             }),
         }
@@ -168,6 +179,10 @@ impl NodeHandle {
             .ok_or(Refusal::Unavailable("the node is not yet a member of a cluster".into()))
     }
 
+    pub(super) fn supervisor(&self) -> Result<&Addr<Supervisor>, Refusal> {
+        self.member().map(|member| &member.supervisor)
+    }
+
     /// This node's id; 0 while it isn't a member.
     pub fn node(&self) -> NodeId {
         self.inner.member.get().map_or(NodeId(0), |m| m.node)
@@ -189,6 +204,20 @@ impl NodeHandle {
     /// The cluster map as this node knows it; a cheap snapshot. Empty while it isn't a member.
     pub fn map(&self) -> Arc<ClusterMap> {
         self.inner.member.get().map_or_else(|| self.inner.empty_map.clone(), |m| m.router.map())
+    }
+
+    /// Waits until this node knows a cluster map newer than version `since`.
+    pub async fn map_after(&self, since: u64) -> Arc<ClusterMap> {
+        let mut phase = self.inner.phase.subscribe();
+        loop {
+            if let Some(member) = self.inner.member.get() {
+                return member.router.map_after(since).await;
+            }
+            // It becomes a member before it is ready.
+            if phase.changed().await.is_err() {
+                unreachable!("the sender is this node's own");
+            }
+        }
     }
 
     /// Hands operations to this node's replica of `shard`, if `range_version` is the one in force,
@@ -224,7 +253,7 @@ impl NodeHandle {
             return Err(Refusal::Unavailable("the node is stopping".into()));
         }
         let (reply, results) = oneshot::channel();
-        let writes: Vec<bool> = operations.iter().map(|o| matches!(o, Operation::Command { .. })).collect();
+        let writes: Vec<bool> = operations.iter().map(|o| !matches!(o, Operation::Query(_))).collect();
         addr.try_send(Submit { range_version, operations, reply, admitted }).map_err(
             |error| match error {
                 SendError::Full(_) => Refusal::Busy {
@@ -313,9 +342,9 @@ impl NodeHandle {
 
     /// This node's own view of itself and its replicas.
     pub async fn report(&self) -> NodeReport {
-        let replicas = match self.inner.member.get() {
+        let Reported { replicas, snapshot_bytes } = match self.inner.member.get() {
             Some(member) => member.supervisor.send(Report).await.unwrap_or_default(),
-            None => Vec::new(),
+            None => Reported::default(),
         };
         NodeReport {
             node: self.node(),
@@ -327,7 +356,28 @@ impl NodeHandle {
             disk_bytes: self.inner.disk_bytes.load(Ordering::Relaxed),
             replicas,
             uptime: self.inner.started.elapsed(),
+            snapshot_bytes,
+            stuck: self.balance().map_or_else(Vec::new, |balance| balance.stuck.clone()),
         }
+    }
+
+    /// What the reconciler knows and is at; `None` unless this node leads the metadata shard.
+    pub fn balance(&self) -> Option<Arc<BalanceStatus>> {
+        self.inner.balance.status()
+    }
+
+    pub(super) fn balance_cell(&self) -> &Balance {
+        &self.inner.balance
+    }
+
+    /// Whether this node's replica of `shard` leads, as far as it knows.
+    pub(super) async fn leads(&self, shard: ShardId) -> bool {
+        let Some(addr) = self.inner.member.get().and_then(|member| member.router.replica(shard).ok()) else {
+            return false;
+        };
+        let patience = Duration::from_millis(limits::STATUS_MS_MAX);
+        let status = tokio::time::timeout(patience, addr.send(AskStatus)).await;
+        matches!(status, Ok(Ok(status)) if status.role == raft::StateRole::Leader)
     }
 
     /// Starts moving the leadership of `shard` from this node's replica to the one on `to`, and

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use actix::prelude::*;
@@ -121,6 +122,7 @@ impl Hub {
         let disk = DiskNews {
             full: self.shared.disk.is_full(),
             stalled: self.shared.disk.stalls(self.shared.log_writer.under_way()),
+            draining: self.shared.draining.load(Ordering::Relaxed),
         };
         for (_, addr) in self.replicas.values() {
             if pressure != Pressure::Low {

@@ -16,7 +16,8 @@
 //!                                          others: join through a member
 //! ```
 //!
-//! A listed node that finds a member instead joins that cluster as a new node. One that rejoins
+//! A listed node that finds a member instead joins that cluster as a new node; where joins are to be approved, it
+//! has a record from then on, and waits for an operator's word. One that rejoins
 //! ([`DataDir::rejoins`]) does only that: it was a member before, so there is a cluster, and if all its nodes
 //! had lost their directories, forming it again would pass off an empty one as the same.
 //!
@@ -24,6 +25,7 @@
 //! nodes for a cluster map, if its own is lost.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -55,6 +57,8 @@ pub struct Applicant {
     settings: ClusterSettings,
     /// It joins a cluster and forms none.
     rejoins: bool,
+    /// It waits to be approved: no need to ask often.
+    waits: AtomicBool,
     stage: watch::Sender<Membership>,
 }
 
@@ -70,7 +74,8 @@ impl Applicant {
             (Some(cluster), None) => Membership::Claimed(cluster),
             (Some(cluster), Some(node)) => Membership::Member(cluster, node),
         };
-        Applicant { data_dir, record, settings, rejoins, stage: watch::Sender::new(stage) }
+        let stage = watch::Sender::new(stage);
+        Applicant { data_dir, record, settings, rejoins, waits: AtomicBool::new(false), stage }
     }
 
     /// How far the node is.
@@ -173,12 +178,16 @@ impl Applicant {
                 tracing::info!("waiting to become a member: {obstacle}");
                 told = obstacle;
             }
-            tokio::time::sleep(Duration::from_millis(limits::MEMBERSHIP_RETRY_MS)).await;
+            let pause = match self.waits.load(Ordering::Relaxed) {
+                true => limits::APPROVAL_MS,
+                false => limits::MEMBERSHIP_RETRY_MS,
+            };
+            tokio::time::sleep(Duration::from_millis(pause)).await;
         }
     }
 
     /// Peer addresses of the nodes that the settings list, without this one's.
-    fn others(&self) -> Vec<&str> {
+    pub(super) fn others(&self) -> Vec<&str> {
         let own = self.record.peer_address.as_str();
         let mut addresses: Vec<&str> = Vec::new();
         for address in self.settings.initial.iter().chain(&self.settings.join).map(String::as_str) {
@@ -214,19 +223,7 @@ impl Applicant {
     /// What changed in the cluster map after version `since`: the newest answer of the nodes that the
     /// settings list, all asked at once.
     async fn ask_for_map(&self, cluster: ClusterId, since: u64) -> Result<MapDelta, String> {
-        let answers = self.others().into_iter().map(|address| async move {
-            let timeout = Duration::from_millis(limits::MAP_PULL_MS_MAX);
-            let hello = HelloConfig { cluster_id: Some(cluster), ..HelloConfig::default() };
-            let answer = PeerClient::call(address, hello, PeerRequest::Map { since }, timeout).await;
-            let refused = match answer.map_err(|error| error.to_string()) {
-                Ok(PeerResponse::Map(delta)) if delta.cluster_id == cluster => return Ok(delta),
-                Ok(PeerResponse::Map(delta)) => format!("it belongs to cluster {}", delta.cluster_id),
-                Ok(PeerResponse::Refused(refusal)) => refusal.to_string(),
-                Ok(other) => format!("unexpected answer {other:?}"),
-                Err(error) => error,
-            };
-            Err(format!("{address}: {refused}"))
-        });
+        let answers = self.others().into_iter().map(|address| ask_for_map_at(address, cluster, since));
         let mut newest: Result<MapDelta, String> = Err("there is nobody to ask".to_owned());
         for answer in join_all(answers).await {
             let better = match (&newest, &answer) {
@@ -296,6 +293,14 @@ impl Applicant {
                     }
                 })
                 .await
+            }
+            PeerResponse::Pending(node) => {
+                self.waits.store(true, Ordering::Relaxed);
+                let own = &self.record.peer_address;
+                Err(format!(
+                    "this node is to be node {node} of cluster {cluster}, and waits to be approved: \
+                     `pontoon admin node add {own}`"
+                ))
             }
             PeerResponse::Refused(refusal) => Err(refusal.to_string()),
             other => Err(format!("unexpected answer {other:?}")),
@@ -377,6 +382,26 @@ fn locked(dir: &Mutex<DataDir>) -> MutexGuard<'_, DataDir> {
 
 fn cant_record(error: impl std::fmt::Display) -> Refusal {
     Refusal::Refused(format!("the node can't record its membership: {error}"))
+}
+
+/// What changed in the map of a cluster after version `since`, as the node at `address` knows it. Asked
+/// without a name: whoever it is that asks.
+pub(super) async fn ask_for_map_at(
+    address: &str,
+    cluster: ClusterId,
+    since: u64,
+) -> Result<MapDelta, String> {
+    let timeout = Duration::from_millis(limits::MAP_PULL_MS_MAX);
+    let hello = HelloConfig { cluster_id: Some(cluster), ..HelloConfig::default() };
+    let answer = PeerClient::call(address, hello, PeerRequest::Map { since }, timeout).await;
+    let refused = match answer.map_err(|error| error.to_string()) {
+        Ok(PeerResponse::Map(delta)) if delta.cluster_id == cluster => return Ok(delta),
+        Ok(PeerResponse::Map(delta)) => format!("it belongs to cluster {}", delta.cluster_id),
+        Ok(PeerResponse::Refused(refusal)) => refusal.to_string(),
+        Ok(other) => format!("unexpected answer {other:?}"),
+        Err(error) => error,
+    };
+    Err(format!("{address}: {refused}"))
 }
 
 async fn ask(address: &str, request: PeerRequest, timeout: Duration) -> Result<PeerResponse, String> {

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use actix::prelude::*;
+use bytes::Bytes;
 use raft::eraftpb::Entry;
 use tokio::sync::oneshot;
 
@@ -16,6 +17,7 @@ use crate::ids::{Incarnation, Index, NodeId, Position, ReplicaId, ShardId};
 use crate::placement::map::{ClusterMap, MapDelta};
 use crate::refusal::Refusal;
 use crate::storage::flush::FlushStep;
+use crate::storage::state::StateReader;
 
 /// Service → replica: operations of one client batch. Mailbox full: the service answers `Busy`.
 #[derive(Message)]
@@ -97,7 +99,7 @@ pub struct SnapshotDone {
 #[rtype(result = "()")]
 pub struct PauseApply(pub bool);
 
-/// Hub → replica, on every change: how the node's disk is.
+/// Hub → replica, on every change: how the node's disk is, and whether it is to lead at all.
 #[derive(Message, Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[rtype(result = "()")]
 pub struct DiskNews {
@@ -105,6 +107,8 @@ pub struct DiskNews {
     pub full: bool,
     /// A write of the raft log doesn't come to an end.
     pub stalled: bool,
+    /// The node is to be emptied: others should lead.
+    pub draining: bool,
 }
 
 /// Hub → replica: messages to the replica on this node were lost. Mailbox full: dropped, a hint only.
@@ -126,6 +130,11 @@ pub struct Transfer(pub Option<NodeId>);
 #[derive(Message)]
 #[rtype(result = "GroupStatus")]
 pub struct AskStatus;
+
+/// Supervisor → replica: a page of the state after this key, to be counted.
+#[derive(Message)]
+#[rtype(result = "StateReader")]
+pub struct CountPage(pub Bytes);
 
 /// Supervisor → replica: answer everybody and end.
 #[derive(Message)]
@@ -181,5 +190,14 @@ pub struct MapNews(pub MapDelta);
 
 /// Service → supervisor: report all replicas.
 #[derive(Message)]
-#[rtype(result = "Vec<ReplicaReport>")]
+#[rtype(result = "Reported")]
 pub struct Report;
+
+/// What a supervisor reports.
+#[derive(Default)]
+pub struct Reported {
+    /// All replicas, by shard.
+    pub replicas: Vec<ReplicaReport>,
+    /// Bytes that the node has sent in snapshots since it started.
+    pub snapshot_bytes: u64,
+}

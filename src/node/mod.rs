@@ -14,6 +14,8 @@
 //! anything shared (a hub, the supervisor, a thread of the table's lower half) is fatal for the node:
 //! [`RunningNode::failed`] tells, and the process ends with exit code 70.
 
+pub mod claims;
+pub mod counting;
 pub mod disk;
 pub mod fatal;
 #[cfg(test)]
@@ -33,6 +35,9 @@ pub mod open;
 mod opening;
 pub mod panics;
 pub mod reader;
+pub mod reconciler;
+mod recover;
+pub mod removal;
 pub mod replica;
 pub mod replicas;
 pub mod router;
@@ -43,6 +48,7 @@ pub mod start;
 mod state_store;
 mod stores;
 pub mod supervisor;
+pub mod survey;
 #[cfg(test)]
 mod test_node;
 pub mod ticker;
@@ -74,6 +80,9 @@ pub enum NodeError {
     /// It can't become a member of the cluster.
     #[error("{0}")]
     Membership(String),
+    /// It was removed from its cluster, and what it held is gone.
+    #[error("{0}")]
+    Removed(String),
     /// A thread of the node failed; its process must end (exit 70).
     #[error("{0}")]
     Fatal(String),

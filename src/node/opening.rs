@@ -237,6 +237,7 @@ mod tests {
             epoch: Epoch { range: 1, conf: 1 },
             members: members.iter().map(member).collect(),
             members_at: 0,
+            ordered_at: 0,
             generation: 1,
         };
         let log = MemoryLog::new();

@@ -10,8 +10,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 
+use bytes::Bytes;
 use tokio::sync::oneshot;
 
+use super::counting::{Page, count_page};
 use super::fatal::Fatal;
 use super::ticket::Ticket;
 use crate::failpoints::failpoint;
@@ -52,6 +54,8 @@ pub struct ReadThread {
 
 enum Work {
     Read(ReadJob),
+    /// A page that begins after a key, of whose pairs and bytes are to be counted.
+    Count(StateReader, Bytes, oneshot::Sender<Page>),
     /// Answered when everything submitted before is done.
     Barrier(oneshot::Sender<()>),
 }
@@ -67,6 +71,16 @@ impl ReadThread {
             for work in queue {
                 let job = match work {
                     Work::Read(job) => job,
+                    Work::Count(reader, after, done) => {
+                        match count_page(&reader, &after) {
+                            // Whoever asked has ended, or hears by the channel that there is no answer.
+                            Ok(page) => drop(done.send(page)),
+                            Err(error) => {
+                                tracing::warn!(replica = %reader.replica, %error, "counting the keys of a shard");
+                            }
+                        }
+                        continue;
+                    }
                     Work::Barrier(done) => {
                         if done.send(()).is_err() {
                             tracing::trace!("nobody waits any more: the node is stopping");
@@ -109,6 +123,12 @@ impl ReadThread {
             return;
         }
         self.send(Work::Read(job));
+    }
+
+    /// Counts a page of a state, after those who asked before; without an answer if it can't be read. One
+    /// is asked for at a time, so it needs no bound.
+    pub fn count(&self, reader: StateReader, after: Bytes, done: oneshot::Sender<Page>) {
+        self.send(Work::Count(reader, after, done));
     }
 
     /// Resolves when everything submitted before is done; before state is removed that may be read.

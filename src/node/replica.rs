@@ -6,6 +6,7 @@
 
 mod disk;
 
+use std::ops::Bound;
 use std::sync::Arc;
 
 use actix::prelude::*;
@@ -547,6 +548,14 @@ impl Handler<AskStatus> for ReplicaActor {
     type Result = MessageResult<AskStatus>;
     fn handle(&mut self, _: AskStatus, _: &mut Context<Self>) -> MessageResult<AskStatus> {
         MessageResult(self.group.status())
+    }
+}
+
+impl Handler<CountPage> for ReplicaActor {
+    type Result = MessageResult<CountPage>;
+    fn handle(&mut self, CountPage(after): CountPage, _: &mut Context<Self>) -> MessageResult<CountPage> {
+        let from = if after.is_empty() { Bound::Unbounded } else { Bound::Excluded(&after[..]) };
+        MessageResult(self.group.state().scan_reader(from, &[], limits::COUNT_STEP_PAIRS + 1))
     }
 }
 

@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use super::handle::ReplicaHealth;
 use crate::codec::snapshot::{SnapshotAnswer, SnapshotOffer};
-use crate::ids::{Incarnation, Index, METADATA_SHARD, NodeId, ReplicaId, ShardId};
+use crate::ids::{Epoch, Incarnation, Index, METADATA_SHARD, NodeId, ReplicaId, ShardId};
 use crate::limits;
 use crate::machine::MachineKind;
-use crate::placement::map::{ClusterMap, ShardRecord};
-use crate::storage::log::{Install, ReplicaPhase, ReplicaRecord};
+use crate::placement::map::{ClusterMap, Member, MemberRole, ShardRecord};
+use crate::storage::log::{Install, RecordedMembership, ReplicaPhase, ReplicaRecord};
 
 /// One replica of this node.
 #[derive(Debug)]
@@ -102,11 +102,14 @@ impl Readiness {
 /// What a cluster map asks of a node.
 #[derive(Debug, Default)]
 pub struct Orders {
-    /// Replicas to create: their shard's record names this node.
+    /// Replicas to create: their shard's record places them on this node.
     pub create: Vec<ReplicaRecord>,
-    /// Replicas to remove: their shard was dropped.
+    /// Replicas to remove: their shard was dropped, or they were replaced.
     pub remove: Vec<ReplicaId>,
 }
+
+/// The conf version of a group whose members were never changed.
+const FIRST_CONF: u64 = 1;
 
 /// The replicas of a node, tombstones included.
 #[derive(Default)]
@@ -170,22 +173,44 @@ impl Replicas {
 
     /// What `map` asks of `node` and is not done yet. A replica that was started once, a tombstone
     /// too, is never created again: its vote and its log would begin anew.
+    ///
+    /// A replica goes only if a record of its own shard says so that is newer than the one that ordered it.
+    /// An old map doesn't name it yet, and what a node holds must not depend on whether it has read the
+    /// newest: what is removed never comes back.
     pub fn orders(&self, map: &ClusterMap, node: NodeId) -> Orders {
         let mut orders = Orders::default();
-        for shard in map.shards.values() {
-            let Some(member) = shard.member_on(node) else {
-                continue;
-            };
-            if shard.dropped {
-                if self.slots.contains_key(&member.replica) {
-                    orders.remove.push(member.replica);
+        for shard in map.shards.values().filter(|shard| !shard.dropped) {
+            for member in shard.ordered().filter(|member| member.node == node) {
+                let replica = member.replica;
+                if !self.slots.contains_key(&replica) && !self.tombstones.contains(&replica) {
+                    orders.create.push(record_of(shard, replica));
                 }
-            } else if !self.slots.contains_key(&member.replica) && !self.tombstones.contains(&member.replica)
-            {
-                orders.create.push(record_of(shard, member.replica));
             }
         }
+        let goes = |slot: &&Slot| {
+            let record = &slot.record;
+            map.shards.get(&record.shard).is_some_and(|shard| {
+                let ordered = shard.ordered().any(|member| member.replica == record.replica);
+                shard.dropped || !ordered && is_newer(shard, record)
+            })
+        };
+        orders.remove.extend(self.slots.values().filter(goes).map(|slot| slot.record.replica));
         orders
+    }
+
+    /// Replicas that are to go on alone, and aren't yet: the map names nobody else, under a conf version of a
+    /// later generation than theirs.
+    pub fn recoveries(&self, map: &ClusterMap, node: NodeId) -> Vec<(ReplicaId, Epoch)> {
+        let due = |slot: &Slot| {
+            let record = &slot.record;
+            let shard = map.shards.get(&record.shard).filter(|shard| !shard.dropped)?;
+            let only = Member { replica: record.replica, node, role: MemberRole::Voter };
+            // A newcomer has never been a voter of an earlier generation.
+            let was_member = !record.members.is_empty();
+            (was_member && shard.epoch.generation() > record.epoch.generation() && shard.members == [only])
+                .then_some((record.replica, shard.epoch))
+        };
+        self.slots.values().filter_map(due).collect()
     }
 
     /// Replicas that are being created.
@@ -310,6 +335,21 @@ impl Replicas {
 }
 
 impl Replicas {
+    /// A replica that was stopped ([`Replicas::begin_install`]) goes on alone, or as it was; its record, from which it
+    /// is to be opened. `None` if it was removed meanwhile.
+    pub fn end_recovery(
+        &mut self,
+        replica: ReplicaId,
+        membership: Option<RecordedMembership>,
+    ) -> Option<ReplicaRecord> {
+        let record = self.end_install(replica, None)?;
+        let slot = self.slots.get_mut(&replica)?;
+        if let Some(RecordedMembership { index: members_at, epoch, members }) = membership {
+            slot.record = ReplicaRecord { epoch, members, members_at, ..record };
+        }
+        Some(slot.record.clone())
+    }
+
     /// Whether a replica may take a snapshot: the generation of its state, or what to answer.
     pub fn judge(&self, offer: &SnapshotOffer) -> Result<u32, SnapshotAnswer> {
         let replica = offer.to;
@@ -378,9 +418,24 @@ fn busy() -> SnapshotAnswer {
     SnapshotAnswer::Busy { retry_after_ms: limits::SNAPSHOT_BUSY_MS }
 }
 
+/// Whether the map's record of a shard is from after the replica was ordered.
+fn is_newer(shard: &ShardRecord, record: &ReplicaRecord) -> bool {
+    shard.changed_at > record.ordered_at
+}
+
 /// The catalogue entry of a replica that `shard` orders.
+///
+/// One of a group's first members knows all of them, and begins where the group does. Any other is a
+/// newcomer, also if it is a member by now, and also if it was one of the first and its group has gone on
+/// without it: it knows nobody, not even itself, until it has a snapshot. It is of no conf version, so it
+/// takes the snapshot of any.
 pub fn record_of(shard: &ShardRecord, replica: ReplicaId) -> ReplicaRecord {
     let machine = if shard.id == METADATA_SHARD { MachineKind::Metadata } else { MachineKind::Kv };
+    let first = shard.epoch.conf == FIRST_CONF && shard.node_of(replica).is_some();
+    let (epoch, members) = match first {
+        true => (shard.epoch, shard.members.clone()),
+        false => (Epoch { conf: 0, ..shard.epoch }, Vec::new()),
+    };
     ReplicaRecord {
         replica,
         shard: shard.id,
@@ -388,18 +443,19 @@ pub fn record_of(shard: &ShardRecord, replica: ReplicaId) -> ReplicaRecord {
         machine,
         phase: ReplicaPhase::Active,
         range: shard.range,
-        epoch: shard.epoch,
-        members: shard.members.clone(),
+        epoch,
+        members,
         members_at: 0,
         generation: 1,
+        ordered_at: shard.changed_at,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ids::{DatabaseId, Epoch};
-    use crate::placement::map::{Member, MemberRole};
+    use crate::ids::DatabaseId;
+    use crate::placement::map::{Member, MemberRole, MoveCause, ShardMove};
     use crate::placement::ring::RingRange;
 
     fn map(dropped: bool) -> ClusterMap {
@@ -416,6 +472,125 @@ mod tests {
             changed_at: 3,
         };
         ClusterMap { shards: [(shard.id, shard)].into(), ..ClusterMap::default() }
+    }
+
+    /// The same after `change`, by a record of version `changed_at`.
+    fn changed(changed_at: u64, change: impl FnOnce(&mut ShardRecord)) -> ClusterMap {
+        let mut map = map(false);
+        let shard = map.shards.get_mut(&ShardId(4)).unwrap();
+        shard.changed_at = changed_at;
+        change(shard);
+        map
+    }
+
+    fn member(replica: u64, node: u64, role: MemberRole) -> Member {
+        Member { replica: ReplicaId(replica), node: NodeId(node), role }
+    }
+
+    fn moving(adds: Vec<Member>) -> Option<ShardMove> {
+        Some(ShardMove { id: 4, adds, removes: Vec::new(), cancelling: false, cause: MoveCause::Repair })
+    }
+
+    #[test]
+    fn only_a_first_member_knows_the_group_from_the_start() {
+        use MemberRole::{Learner, Voter};
+        let replicas = Replicas::default();
+        let created = |map: ClusterMap, node| {
+            let mut create = replicas.orders(&map, NodeId(node)).create;
+            assert_eq!(create.len(), 1);
+            create.pop().unwrap()
+        };
+        let first = created(map(false), 2);
+        assert_eq!((first.members.len(), first.epoch.conf, first.ordered_at), (1, 1, 3));
+        // By a move; and later, when the group has taken it in already before this node heard of it.
+        let coming = changed(4, |shard| shard.moving = moving(vec![member(12, 3, Learner)]));
+        let there = changed(5, |shard| {
+            shard.epoch.conf = 2;
+            shard.members.push(member(12, 3, Learner));
+            shard.moving = moving(vec![member(12, 3, Learner)]);
+        });
+        let moved = changed(6, |shard| {
+            shard.epoch.conf = 4;
+            shard.members = vec![member(12, 3, Voter)];
+        });
+        for map in [coming, there, moved] {
+            let newcomer = created(map, 3);
+            assert_eq!((newcomer.replica, newcomer.members.len()), (ReplicaId(12), 0));
+            assert_eq!(newcomer.epoch, Epoch { range: 1, conf: 0 });
+        }
+        // A first member whose node was away while the group went on.
+        let late = created(changed(5, |shard| shard.epoch.conf = 2), 2);
+        assert!(late.members.is_empty());
+    }
+
+    #[test]
+    fn a_replica_goes_by_a_newer_record_of_its_own_shard_alone() {
+        use MemberRole::{Learner, Voter};
+        let mut replicas = Replicas::default();
+        let coming = changed(5, |shard| shard.moving = moving(vec![member(12, 3, Learner)]));
+        replicas.created(&replicas.orders(&coming, NodeId(3)).create);
+        let removed = |map: &ClusterMap| replicas.orders(map, NodeId(3)).remove;
+        assert_eq!(removed(&coming), []);
+        // Maps from before the move, as a node may have cached one, or hear of it from another that lags.
+        assert_eq!(removed(&map(false)), []);
+        assert_eq!(removed(&changed(4, |_| ())), []);
+        assert_eq!(removed(&changed(5, |_| ())), []);
+        assert_eq!(removed(&ClusterMap::default()), [], "it says nothing of the shard");
+        // It is a member, the move is over: it stays.
+        assert_eq!(removed(&changed(6, |shard| shard.members.push(member(12, 3, Voter)))), []);
+        // Rolled back, without any change of the shard's conf version that the map has seen.
+        assert_eq!(removed(&changed(6, |_| ())), [ReplicaId(12)]);
+        // On this node there is another one by now.
+        let again = changed(7, |shard| shard.moving = moving(vec![member(13, 3, Learner)]));
+        assert_eq!(removed(&again), [ReplicaId(12)]);
+        assert_eq!(replicas.orders(&again, NodeId(3)).create[0].replica, ReplicaId(13));
+        let dropped = changed(4, |shard| shard.dropped = true);
+        assert_eq!(removed(&dropped), [ReplicaId(12)]);
+    }
+
+    #[test]
+    fn only_who_is_named_alone_in_a_later_generation_goes_on_alone() {
+        use MemberRole::{Learner, Voter};
+        let mut replicas = Replicas::default();
+        let three = |shard: &mut ShardRecord| {
+            shard.members = (2..=4).map(|node| member(7 + node, node, Voter)).collect();
+        };
+        replicas.created(&replicas.orders(&changed(3, three), NodeId(2)).create);
+        let alone = |conf, members: &[Member]| {
+            let members = members.to_vec();
+            let map = changed(9, |shard| (shard.epoch.conf, shard.members) = (conf, members));
+            replicas.recoveries(&map, NodeId(2)).into_iter().map(|(replica, _)| replica).collect::<Vec<_>>()
+        };
+        let (own, other) = (member(9, 2, Voter), member(10, 3, Voter));
+        // Its group has shrunk to it by itself; it will learn that from its log.
+        assert_eq!(alone(7, &[own]), []);
+        assert_eq!(alone(1 << 32, &[own]), [ReplicaId(9)]);
+        assert_eq!(alone((1 << 32) + 5, &[own, member(14, 5, Learner)]), [], "not alone any more");
+        assert_eq!(alone(1 << 32, &[other]), []);
+        assert_eq!(alone(1 << 32, &[member(9, 2, Learner)]), []);
+        // Once, and again if another operator decides it again.
+        let epoch = Epoch { range: 1, conf: 1 << 32 };
+        let membership = RecordedMembership { index: 20, epoch, members: vec![own] };
+        let stopped = |replicas: &mut Replicas| {
+            replicas.get_mut(ReplicaId(9)).unwrap().opening = false;
+            replicas.begin_install(ReplicaId(9)).unwrap();
+        };
+        stopped(&mut replicas);
+        let as_it_was = replicas.end_recovery(ReplicaId(9), None).unwrap();
+        assert_eq!(as_it_was.members.len(), 3);
+        stopped(&mut replicas);
+        let record = replicas.end_recovery(ReplicaId(9), Some(membership)).unwrap();
+        assert_eq!((record.epoch, record.members_at, record.members), (epoch, 20, vec![own]));
+        let due = |conf| {
+            let map = changed(9, |shard| (shard.epoch.conf, shard.members) = (conf, vec![own]));
+            replicas.recoveries(&map, NodeId(2)).len()
+        };
+        assert_eq!((due(1 << 32), due((1 << 32) + 4), due(2 << 32)), (0, 0, 1));
+        // A newcomer has no log to go on with.
+        let mut replicas = Replicas::default();
+        let newcomer = changed(9, |shard| (shard.epoch.conf, shard.members) = (1 << 32, vec![own]));
+        replicas.created(&replicas.orders(&newcomer, NodeId(2)).create);
+        assert_eq!(replicas.recoveries(&newcomer, NodeId(2)), []);
     }
 
     fn boom(at: Instant) -> Crash {

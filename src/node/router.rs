@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use actix::Addr;
 use arc_swap::ArcSwap;
+use tokio::sync::watch;
 
 use super::handle::ReplicaHealth;
 use super::replica::ReplicaActor;
@@ -26,12 +27,15 @@ pub struct Route {
 pub struct Router {
     routes: ArcSwap<HashMap<ShardId, Route>>,
     map: ArcSwap<ClusterMap>,
+    /// Version of the map, for those who wait for a newer one.
+    news: watch::Sender<u64>,
 }
 
 impl Router {
     /// A router without replicas.
     pub fn new(map: ClusterMap) -> Router {
-        Router { routes: ArcSwap::default(), map: ArcSwap::from_pointee(map) }
+        let news = watch::Sender::new(map.version);
+        Router { routes: ArcSwap::default(), map: ArcSwap::from_pointee(map), news }
     }
 
     /// The cluster map as this node knows it.
@@ -39,9 +43,26 @@ impl Router {
         self.map.load_full()
     }
 
-    /// Replaces the map; the supervisor's alone.
+    /// Waits until the map is newer than version `since`.
+    pub async fn map_after(&self, since: u64) -> Arc<ClusterMap> {
+        // Subscribed before the look, so that no change falls between.
+        let mut news = self.news.subscribe();
+        loop {
+            let map = self.map();
+            if map.version > since {
+                return map;
+            }
+            if news.changed().await.is_err() {
+                unreachable!("the sender is this router's own");
+            }
+        }
+    }
+
+    /// Replaces the map; the supervisor's alone. Who waits for a newer one is woken.
     pub fn set_map(&self, map: ClusterMap) {
+        let version = map.version;
         self.map.store(Arc::new(map));
+        self.news.send_replace(version);
     }
 
     /// Changes routes; the supervisor's alone. Costs a copy of all of them: changes are rare and

@@ -3,11 +3,12 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use actix::Addr;
 use futures_util::future::LocalBoxFuture;
 
+use super::claims::Claims;
 use super::disk::DiskHealth;
 use super::handle::NodeHandle;
 use super::hub::{Deliver, Hub, hub_of};
@@ -18,12 +19,13 @@ use super::shared::Shared;
 use super::snapshots::install;
 use super::supervisor::Supervisor;
 use crate::codec::GroupMessage;
-use crate::codec::hello::{Lane, PeerHello};
+use crate::codec::hello::{HelloRefusal, Lane, PeerHello};
 use crate::codec::peer::{Membership, NodeHeartbeat, PeerRequest, PeerResponse};
 use crate::codec::snapshot::{SnapshotAnswer, SnapshotOffer};
 use crate::ids::{ClusterId, METADATA_SHARD, NodeId};
 use crate::limits;
 use crate::machine::command::{MetaCommand, MetaReply};
+use crate::placement::map::{NodeRecord, Standing};
 use crate::refusal::Refusal;
 use crate::telemetry::metrics as names;
 use crate::transport::call::PeerClient;
@@ -53,6 +55,7 @@ pub struct PeerService {
     incarnation: u64,
     destinations: OnceLock<Destinations>,
     pulling: Arc<AtomicBool>,
+    claims: Claims,
 }
 
 /// What answers requests; owned by each answer under way.
@@ -66,7 +69,8 @@ impl PeerService {
     /// A service of a node that may still be on its way into a cluster.
     pub fn new(applicant: Arc<Applicant>, handle: NodeHandle, incarnation: u64) -> PeerService {
         let asked = Asked { applicant, handle };
-        PeerService { asked, incarnation, destinations: OnceLock::new(), pulling: Arc::default() }
+        let claims = Claims::default();
+        PeerService { asked, incarnation, destinations: OnceLock::new(), pulling: Arc::default(), claims }
     }
 
     /// The node is a member. Once.
@@ -92,7 +96,13 @@ impl Asked {
     /// `named`: the cluster that the caller says it is of. Who asks to form or to join may not know it
     /// yet. All else comes from a member, and must mean this cluster: an address may have changed hands
     /// between two, and a command for one must not be executed by the other.
-    async fn answer(&self, named: Option<ClusterId>, request: PeerRequest) -> Result<PeerResponse, Refusal> {
+    /// `from`: the node that it says it is.
+    async fn answer(
+        &self,
+        named: Option<ClusterId>,
+        from: NodeId,
+        request: PeerRequest,
+    ) -> Result<PeerResponse, Refusal> {
         let timeout = Duration::from_millis(limits::JOIN_MS_MAX);
         match request {
             PeerRequest::Probe => Ok(PeerResponse::Probe(self.applicant.answer())),
@@ -107,13 +117,7 @@ impl Asked {
                 if cluster_id.is_some_and(|asked| asked != own) {
                     return Err(Refusal::Refused(format!("this node belongs to cluster {own}")));
                 }
-                match self.handle.meta(MetaCommand::AddNode(record), timeout).await? {
-                    MetaReply::Node(node) => {
-                        Ok(PeerResponse::Joined { node, map: self.handle.map().delta(0) })
-                    }
-                    MetaReply::Refused(refusal) => Err(Refusal::Refused(refusal.to_string())),
-                    _ => Err(Refusal::Unknown("the metadata shard answered another question".into())),
-                }
+                self.admit(record, timeout).await
             }
             PeerRequest::Map { since } => {
                 self.of_this_cluster(named)?;
@@ -128,6 +132,46 @@ impl Asked {
                 self.of_this_cluster(named)?;
                 self.handle.meta_here(command, timeout).await.map(PeerResponse::Meta)
             }
+            PeerRequest::Survey => {
+                self.of_a_member(named, from)?;
+                self.handle.survey().await.map(PeerResponse::Survey)
+            }
+            PeerRequest::Order(order) => {
+                self.of_a_member(named, from)?;
+                let timeout = Duration::from_millis(limits::ORDER_MS_MAX);
+                self.handle.order(order, timeout).await.map(|()| PeerResponse::Done)
+            }
+        }
+    }
+
+    /// Makes a node a member, or has it wait for an operator's word.
+    async fn admit(&self, record: NodeRecord, timeout: Duration) -> Result<PeerResponse, Refusal> {
+        // It asks again and again: only the first time that is anything for the log.
+        let known = self.handle.map();
+        let known = known.nodes.values().find(|known| known.store_id == record.store_id);
+        if let Some(known) = known.filter(|known| known.standing == Standing::Pending)
+            && (NodeRecord { id: NodeId(0), changed_at: 0, standing: record.standing, ..known.clone() })
+                == record
+        {
+            return Ok(PeerResponse::Pending(known.id));
+        }
+        let node = match self.handle.meta(MetaCommand::AddNode(record), timeout).await? {
+            MetaReply::Node(node) => node,
+            MetaReply::Refused(refusal) => return Err(Refusal::Refused(refusal.to_string())),
+            _ => return Err(Refusal::Unknown("the metadata shard answered another question".into())),
+        };
+        // What it is to be, only the map tells: it is a moment behind where another node leads.
+        let deadline = Instant::now() + Duration::from_millis(limits::JOIN_SEEN_MS_MAX);
+        loop {
+            let map = self.handle.map();
+            match map.nodes.get(&node).map(|record| record.standing) {
+                Some(Standing::Pending) => return Ok(PeerResponse::Pending(node)),
+                Some(_) => return Ok(PeerResponse::Joined { node, map: map.delta(0) }),
+                None if Instant::now() > deadline => {
+                    return Err(Refusal::Unavailable("the node's record is on its way".into()));
+                }
+                None => tokio::time::sleep(Duration::from_millis(limits::META_RETRY_MS)).await,
+            }
         }
     }
 
@@ -135,6 +179,15 @@ impl Asked {
         match self.applicant.stage() {
             Membership::Member(cluster, _) => Ok(cluster),
             _ => Err(Refusal::Unavailable("the node is not yet a member of a cluster".into())),
+        }
+    }
+
+    /// What only the reconciler asks, which runs on a node of the cluster.
+    fn of_a_member(&self, named: Option<ClusterId>, from: NodeId) -> Result<(), Refusal> {
+        self.of_this_cluster(named)?;
+        match self.handle.map().nodes.get(&from).map(|record| record.standing) {
+            Some(standing) if !matches!(standing, Standing::Pending | Standing::Removed) => Ok(()),
+            _ => Err(Refusal::Refused("only a node of the cluster may ask for that".into())),
         }
     }
 
@@ -149,28 +202,35 @@ impl Asked {
 }
 
 impl PeerHandler for Arc<PeerService> {
-    fn hello(&self, hello: &PeerHello) -> Result<Identity, String> {
+    fn hello(&self, hello: &PeerHello) -> Result<Identity, HelloRefusal> {
         let identity = |node| Ok(Identity { node, incarnation: self.incarnation });
         let (cluster, node) = match self.asked.applicant.stage() {
             Membership::Member(cluster, node) => (cluster, node),
             _ if hello.lane == Lane::Request => return identity(NodeId(0)),
-            _ => return Err("this node is not yet a member of a cluster".into()),
+            _ => return Err("this node is not yet a member of a cluster".to_owned().into()),
         };
         let anyone = hello.lane == Lane::Request && hello.to_node == NodeId(0);
+        if hello.cluster_id == Some(cluster) {
+            self.claims.judge(hello, (node, self.incarnation), &self.asked.handle.map())?;
+        }
         // Who asks to join, or to form, need not know the cluster yet. Who names one must mean this one.
         if hello.cluster_id != Some(cluster) && !(anyone && hello.cluster_id.is_none()) {
-            return Err(format!("this node belongs to cluster {cluster}"));
+            return Err(format!("this node belongs to cluster {cluster}").into());
         }
         if anyone {
             return identity(node);
         }
         if hello.to_node != node {
-            return Err(format!("this is node {node}, not {}: its address has changed hands", hello.to_node));
-        }
-        if hello.from_node == node {
-            return Err(format!("two processes claim to be node {node}"));
+            let text = format!("this is node {node}, not {}: its address has changed hands", hello.to_node);
+            return Err(text.into());
         }
         identity(node)
+    }
+
+    fn gone(&self, hello: &PeerHello) {
+        if hello.lane == Lane::Control {
+            self.claims.gone(hello.from_node, hello.incarnation);
+        }
     }
 
     fn raft(&self, _from: NodeId, messages: Vec<GroupMessage>) {
@@ -189,14 +249,15 @@ impl PeerHandler for Arc<PeerService> {
         }
     }
 
-    fn heartbeat(&self, heartbeat: NodeHeartbeat) {
+    fn heartbeat(&self, heartbeat: NodeHeartbeat) -> Result<(), HelloRefusal> {
         let Some(to) = self.destinations.get() else {
-            return;
+            return Ok(());
         };
+        self.claims.heard(heartbeat.node, heartbeat.incarnation, &self.asked.handle.map())?;
         to.disk.heard(heartbeat.node, heartbeat.disk_full);
         let map = self.asked.handle.map();
         if heartbeat.map_version <= map.version || self.pulling.swap(true, Ordering::Relaxed) {
-            return;
+            return Ok(());
         }
         let pulling = self.pulling.clone();
         let hello = self.asked.handle.hello();
@@ -213,11 +274,12 @@ impl PeerHandler for Arc<PeerService> {
             }
             pulling.store(false, Ordering::Relaxed);
         });
+        Ok(())
     }
 
     fn request(&self, hello: &PeerHello, request: PeerRequest) -> LocalBoxFuture<'static, PeerResponse> {
-        let (asked, named) = (self.asked.clone(), hello.cluster_id);
-        Box::pin(async move { asked.answer(named, request).await.unwrap_or_else(PeerResponse::Refused) })
+        let (asked, named, from) = (self.asked.clone(), hello.cluster_id, hello.from_node);
+        Box::pin(async move { asked.answer(named, from, request).await.unwrap_or_else(PeerResponse::Refused) })
     }
 
     fn snapshot(

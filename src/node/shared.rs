@@ -3,7 +3,7 @@
 //! memory gauge. Each is safe to call from an arbiter: none of them blocks.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use super::disk::DiskHealth;
 use super::flusher::FlushThread;
@@ -39,6 +39,8 @@ pub struct Shared {
     pub memory: MemoryGauge,
     /// How its disk is, and the other nodes'.
     pub disk: Arc<DiskHealth>,
+    /// The cluster wants this node emptied.
+    pub draining: AtomicBool,
     /// Log entries in memory.
     pub cached_entries: Arc<CachedBytes>,
 }

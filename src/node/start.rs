@@ -26,7 +26,8 @@ use super::snapshots::Snapshots;
 use super::snapshots::{outgoing, worker};
 use super::stores::Stores;
 use super::supervisor::{EndReplica, HandOver, OpenAll, Site, StopAll, Supervisor};
-use super::{Listeners, NodeError, map_cache, panics, stores};
+use super::{Listeners, NodeError, claims, map_cache, panics, reconciler, removal, stores};
+use crate::codec::peer::Membership;
 use crate::group::catch_up::Retention;
 use crate::ids::{ClusterId, NodeId, ReplicaId};
 use crate::limits;
@@ -38,6 +39,7 @@ use crate::storage::log::LogStore;
 use crate::storage::log_disk::DiskLog;
 use crate::telemetry::http::HealthView;
 use crate::telemetry::metrics as names;
+use crate::transport::call::HelloConfig;
 use crate::transport::listener::{PeerHandler, PeerListener};
 use crate::transport::network::{PeerNetwork, PeerNetworkConfig};
 use crate::{rpc, telemetry};
@@ -137,7 +139,7 @@ async fn start_as(settings: Settings, listeners: Listeners, rejoins: bool) -> Re
         tokio::select! {
             result = assembly.run(stores) => {
                 if let Err(error) = result {
-                    failed.raise(error.to_string());
+                    failed.raise_error(error);
                 }
             }
             _ = cancelled.wait_for(|stop| *stop) => {}
@@ -240,9 +242,14 @@ impl Assembly {
             fatal
                 .raise(format!("{damage}; start the node again: it sets this state aside, and gets another"));
         }));
+        let returns = matches!(self.applicant.stage(), Membership::Member(..));
         let (cluster, node) = self.applicant.become_member().await?;
         tracing::info!(%cluster, %node, "member");
         let map = self.map_to_start_from(cluster, node, stores.log.clone(), stores.engine.clone()).await?;
+        if returns {
+            let hello = HelloConfig { cluster_id: Some(cluster), node, incarnation: self.incarnation };
+            claims::settle(&self.applicant, &map, hello).await?;
+        }
         let first_map = (map.version == 0).then(|| Arc::new(map.clone()));
         let router = Arc::new(Router::new(map));
         let incarnation = self.incarnation;
@@ -267,8 +274,10 @@ impl Assembly {
                 hub.do_send(Unreachable(node));
             }
         };
-        let network =
-            PeerNetwork::new(PeerNetworkConfig::new(cluster, node, incarnation, Arc::new(on_unreachable)));
+        let mut config = PeerNetworkConfig::new(cluster, node, incarnation, Arc::new(on_unreachable));
+        let refusals = removal::Refusals::default();
+        config.on_refused = refusals.sink();
+        let network = PeerNetwork::new(config);
         let intake = Arc::new(Intake::new(log_writer.queued_bytes()));
         let (flusher, fatal) = (Arc::new(flusher), self.fatal.clone());
         let (engine, dir) = (stores.engine.clone(), stores.snapshots);
@@ -296,6 +305,7 @@ impl Assembly {
                 usize::try_from(self.settings.storage.memtable_bytes).unwrap_or(usize::MAX),
             ),
             disk: self.handle.disk().clone(),
+            draining: Default::default(),
             cached_entries: Arc::default(),
         });
 
@@ -312,6 +322,7 @@ impl Assembly {
         let site = Site {
             node,
             incarnation,
+            store_id: self.applicant.record().store_id,
             data_dir: self.data_dir.clone(),
             engine: stores.engine,
             retention: Retention::new(self.settings.storage.log_keep_bytes),
@@ -351,6 +362,8 @@ impl Assembly {
         });
         self.handle.set_member(Member { node, incarnation, router, supervisor: supervisor.clone() });
         supervisor.do_send(OpenAll);
+        actix::spawn(refusals.follow(cluster, self.handle.clone(), supervisor.clone()));
+        actix::spawn(reconciler::run(self.handle.clone()));
         if let Some(map) = first_map.filter(|_| node == NodeId(1)) {
             actix::spawn(spread(map));
         }
@@ -447,17 +460,22 @@ impl RunningNode {
     pub async fn ready(&self) -> Result<(), NodeError> {
         let mut readiness = self.readiness.clone();
         tokio::select! {
-            reason = self.fatal.raised() => Err(NodeError::Fatal(reason)),
+            error = self.fatal.raised() => Err(error),
             tried = readiness.wait_for(Readiness::all_tried) => match tried {
                 Ok(_) => Ok(()),
-                Err(_) => Err(NodeError::Fatal("the node ended before it was ready".into())),
+                // What ended it is told a moment later.
+                Err(_) => {
+                    let moment = Duration::from_millis(limits::STATUS_MS_MAX);
+                    let told = tokio::time::timeout(moment, self.fatal.raised()).await;
+                    Err(told.unwrap_or_else(|_| NodeError::Fatal("the node ended before it was ready".into())))
+                }
             },
         }
     }
 
     /// Waits until the node fails for good. Never returns while it runs.
     pub async fn failed(&self) -> NodeError {
-        NodeError::Fatal(self.fatal.raised().await)
+        self.fatal.raised().await
     }
 
     /// Stops cleanly: accepts nothing more, hands leadership over, finishes or refuses what is in

@@ -102,9 +102,10 @@ mod tests {
     use raft::eraftpb::{ConfState, Entry};
 
     use super::*;
-    use crate::ids::{DatabaseId, Epoch, Index, Position, ReplicaId, ShardId};
+    use crate::ids::{DatabaseId, Epoch, Index, NodeId, Position, ReplicaId, ShardId};
     use crate::machine::MachineKind;
     use crate::node::open::{OpenedState, open_stores};
+    use crate::placement::map::{Member, MemberRole};
     use crate::placement::ring::RingRange;
     use crate::storage::StateBatch;
     use crate::storage::flush::FlushPoint;
@@ -123,8 +124,9 @@ mod tests {
             phase: ReplicaPhase::Active,
             range: RingRange::ALL,
             epoch: Epoch { range: 1, conf: 1 },
-            members: Vec::new(),
+            members: vec![Member { replica: REPLICA, node: NodeId(1), role: MemberRole::Voter }],
             members_at: 0,
+            ordered_at: 0,
             generation: 1,
         }
     }

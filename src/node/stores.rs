@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::handle::NodeHandle;
-use super::{NodeError, disk, map_cache, state_store};
+use super::{NodeError, disk, map_cache, removal, state_store};
 use crate::limits;
 use crate::settings::{Settings, StorageSettings};
 use crate::storage::StorageError;
@@ -70,10 +70,22 @@ fn open_stores(data_dir: DataDir, storage: &StorageSettings) -> Result<(DataDir,
     Ok((data_dir, Stores { log: Arc::new(log), engine, flusher, snapshots }))
 }
 
-/// What `--rejoin` asks for: opens a directory as always, and only if that fails because the node may have
-/// lost what it promised to keep ([`StorageError::ends_identity`]) sets its content aside and opens it as
-/// that of a new node, which joins the cluster and never forms one. So the option may be given again, or be
-/// left in a service's command line, without harm to a directory that is whole.
+/// Why a node can't go on as who it was.
+struct Lost(String);
+
+/// Why the node of this directory is none any more, as far as the directory itself tells.
+fn removed(dir: &DataDir) -> Option<String> {
+    let (cluster, node) = (dir.cluster_id()?, dir.node()?);
+    let map = map_cache::load(dir, cluster).ok()?;
+    removal::is_removed(&map, node, dir.store_id())
+        .then(|| format!("node {node} was removed from cluster {cluster}"))
+}
+
+/// What `--rejoin` asks for: opens a directory as always, and only if the node was removed from its cluster,
+/// or that fails because it may have lost what it promised to keep ([`StorageError::ends_identity`]), sets its
+/// content aside and opens it as that of a new node, which joins the cluster and never forms one. So the
+/// option may be given again, or be left in a service's command line, without harm to a directory that is
+/// whole.
 ///
 /// `alone`: no other node is named that could be joined. Then a damaged directory stays as it is, and only
 /// a member's is opened.
@@ -83,11 +95,24 @@ fn open_or_begin_anew<T>(
     open: impl Fn(DataDir) -> Result<(DataDir, T), StorageError>,
 ) -> Result<(DataDir, T), NodeError> {
     let data_dir = if alone { DataDir::open(path) } else { DataDir::open_to_rejoin(path) };
-    let opened = data_dir.map_err(StorageError::from).and_then(&open);
+    let data_dir = data_dir.map_err(StorageError::from);
     let shown = path.display();
+    // One that was removed is as good as lost; its stores needn't be looked at.
+    let removed = data_dir.as_ref().ok().and_then(removed);
+    let opened = match removed {
+        Some(why) => {
+            // It is to be locked anew.
+            drop(data_dir);
+            Err(Lost(why))
+        }
+        None => match data_dir.and_then(&open) {
+            Err(error) if error.ends_identity() => Err(Lost(error.to_string())),
+            Err(error) => return Err(error.into()),
+            Ok(opened) => Ok(opened),
+        },
+    };
     let why = match opened {
-        Err(error) if error.ends_identity() => error,
-        Err(error) => return Err(error.into()),
+        Err(Lost(why)) => why,
         Ok((data_dir, stores)) => {
             match data_dir.node() {
                 Some(node) => tracing::warn!(

@@ -6,17 +6,20 @@
 //! hard state could replace a newer vote.
 
 use std::collections::{BTreeMap, HashSet};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use actix::prelude::*;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
+use super::counting::Counts;
 use super::fatal::{Fatal, FatalGuard};
 use super::handle::{ReplicaHealth, ReplicaReport};
 use super::hub::{FailReplica, Forget, Hub, hub_of};
 use super::map_cache;
 use super::messages::*;
+use super::removal;
 use super::replica::ReplicaActor;
 use super::replicas::{Crash, Orders, Readiness, Replicas, Slot, Verdict};
 use super::router::Route;
@@ -25,10 +28,10 @@ use super::ticker;
 use crate::codec::peer::NodeHeartbeat;
 use crate::failpoints::failpoint;
 use crate::group::catch_up::Retention;
-use crate::ids::{Incarnation, METADATA_SHARD, NodeId, ReplicaId, ShardId};
+use crate::ids::{Incarnation, METADATA_SHARD, NodeId, ReplicaId, ShardId, StoreId};
 use crate::limits;
 use crate::machine::command::{Command, MetaCommand};
-use crate::placement::map::ClusterMap;
+use crate::placement::map::{ClusterMap, Standing};
 use crate::storage::engine::Engine;
 use crate::storage::identity::DataDir;
 use crate::storage::log::ReplicaRecord;
@@ -40,6 +43,8 @@ pub struct Site {
     pub node: NodeId,
     /// Which start of its process.
     pub incarnation: u64,
+    /// Identity of its directory.
+    pub store_id: StoreId,
     /// Its directory.
     pub data_dir: Arc<Mutex<DataDir>>,
     /// Its state engine.
@@ -59,9 +64,13 @@ pub struct Supervisor {
     pub(super) led: HashSet<ShardId>,
     /// Replicas of the catalogue that were not tried yet.
     pub(super) untried: HashSet<ReplicaId>,
+    /// How much the shards hold that are led here.
+    pub(super) counts: Counts,
     readiness: watch::Sender<Readiness>,
     /// All replicas are to end: none is opened any more.
     pub(super) stopping: bool,
+    /// The node is removed from its cluster, and is burying its replicas.
+    pub(super) leaving: bool,
     #[cfg(feature = "test-hooks")]
     pub(super) hooks: super::hooks::Hooks,
     saving_map: bool,
@@ -117,8 +126,10 @@ impl Supervisor {
             addrs: BTreeMap::new(),
             led: HashSet::new(),
             untried: HashSet::new(),
+            counts: Counts::default(),
             readiness,
             stopping: false,
+            leaving: false,
             #[cfg(feature = "test-hooks")]
             hooks: Default::default(),
             saving_map: false,
@@ -126,6 +137,11 @@ impl Supervisor {
             _guard: fatal.guard("the supervisor"),
             fatal,
         }
+    }
+
+    /// Whether the cluster has removed this node, as far as is known here.
+    pub(super) fn is_removed(&self) -> bool {
+        removal::is_removed(&self.shared.router.map(), self.site.node, self.site.store_id)
     }
 
     pub(super) fn hub(&self, shard: ShardId) -> &Addr<Hub> {
@@ -147,26 +163,42 @@ impl Supervisor {
 
     /// A better map is known: keep it, tell others, do what it orders.
     fn take_map(&mut self, map: ClusterMap, ctx: &mut Context<Self>) {
+        if map.cluster_id != self.shared.router.map().cluster_id {
+            // What another cluster orders must not end anything here.
+            return tracing::error!(cluster = %map.cluster_id, "the map of another cluster is not taken");
+        }
         tracing::debug!(version = map.version, "new cluster map");
         metrics::gauge!(names::MAP_VERSION).set(map.version as f64);
+        let moving = map.shards.values().filter(|shard| shard.moving.is_some()).count();
+        metrics::gauge!(names::MOVES).set(moving as f64);
         let orders = self.replicas.orders(&map, self.site.node);
         let peers: Vec<_> = (map.nodes.values())
-            .filter(|n| n.id != self.site.node)
+            .filter(|n| n.id != self.site.node && n.standing != Standing::Removed)
             .map(|n| (n.id, n.peer_address.clone()))
             .collect();
+        let own = map.nodes.get(&self.site.node).map(|own| own.standing);
+        let drains = matches!(own, Some(Standing::Draining | Standing::Leaving));
+        self.shared.draining.store(drains, Ordering::Relaxed);
+        self.shared.snapshots.outgoing.limit(map.policy.bytes_per_second);
         self.shared.network.set_peers(&peers);
         self.shared.router.set_map(map);
         self.heartbeat();
         self.save_map(ctx);
+        if self.is_removed() {
+            return self.leave(ctx);
+        }
         self.obey(orders, ctx);
+        self.recover(ctx);
     }
 
     fn obey(&mut self, orders: Orders, ctx: &mut Context<Self>) {
+        for replica in orders.remove {
+            let removal = self.remove(replica);
+            // One that can't be recorded is told there, and tried again at the next start.
+            ctx.spawn(fut::wrap_future(removal).map(|_, _, _| ()));
+        }
         if !orders.create.is_empty() {
             self.create(orders.create, ctx);
-        }
-        for replica in orders.remove {
-            self.remove(replica, ctx);
         }
     }
 
@@ -191,12 +223,17 @@ impl Supervisor {
             }
         }));
         ctx.spawn(fut::wrap_future(written).map(move |written, act: &mut Self, ctx| match written {
-            Ok(Ok(())) => act.open(records, campaign, ctx),
+            Ok(Ok(())) => {
+                if records.iter().any(|record| record.members.is_empty()) {
+                    failpoint!(NewcomerCreated);
+                }
+                act.open(records, campaign, ctx);
+            }
             Ok(Err(error)) if error.is_full() => {
                 tracing::warn!(%error, "recording new replicas, to be tried again");
                 let again = Duration::from_millis(limits::DISK_WATCH_MS);
                 ctx.run_later(again, move |act, ctx| {
-                    // But for those whose shard was dropped meanwhile.
+                    // But for those that were removed meanwhile.
                     let mut records = records;
                     records.retain(|record| act.replicas.get_mut(record.replica).is_some());
                     act.create(records, ctx);
@@ -209,38 +246,61 @@ impl Supervisor {
         }));
     }
 
-    /// Ends a replica of a dropped shard: the tombstone is durable before its data goes.
-    fn remove(&mut self, replica: ReplicaId, ctx: &mut Context<Self>) {
-        let Some(slot) = self.replicas.get_mut(replica) else {
-            return;
-        };
-        let (shard, incarnation) = (slot.record.shard, slot.incarnation);
-        tracing::info!(%shard, %replica, "removing the replica of a dropped shard");
-        self.replicas.removed(replica);
-        self.tell_readiness();
-        self.led.remove(&shard);
-        self.shared.router.update(|routes| {
-            routes.remove(&shard);
-        });
-        self.hub(shard).do_send(Forget(replica, incarnation));
+    /// Ends a replica for good: the tombstone is durable before its data goes. What is returned does the
+    /// work, and tells whether there is a tombstone.
+    pub(super) fn remove(&mut self, replica: ReplicaId) -> impl Future<Output = bool> + use<> {
+        let ended = self.replicas.get_mut(replica).map(|slot| (slot.record.shard, slot.incarnation));
         let addr = self.addrs.remove(&replica);
+        if let Some((shard, incarnation)) = ended {
+            tracing::info!(%shard, %replica, "removing a replica that isn't to be here any more");
+            self.replicas.removed(replica);
+            self.untried.remove(&replica);
+            self.tell_readiness();
+            // The route may be that of the replica which is here in its place.
+            let is_own = |route: &Route| route.replica == replica;
+            self.shared.router.update(|routes| {
+                routes.extract_if(|of, route| *of == shard && is_own(route)).for_each(drop);
+            });
+            if !self.replicas.iter().any(|slot| slot.record.shard == shard) {
+                self.led.remove(&shard);
+            }
+            self.hub(shard).do_send(Forget(replica, incarnation));
+        }
         let shared = self.shared.clone();
-        ctx.spawn(fut::wrap_future(async move {
+        async move {
+            let Some((_, incarnation)) = ended else {
+                return true;
+            };
             if let Some(addr) = addr
                 && let Err(error) = addr.send(StopReplica).await
             {
                 tracing::debug!(%error, "the replica had ended already");
             }
             shared.fence(replica, incarnation).await;
+            // Who was asked to read its state has to be done before that goes.
+            if shared.reader.barrier().await.is_err() {
+                tracing::debug!("the read thread has ended");
+            }
             let then = shared.clone();
-            shared.log_writer.run(Box::new(move |log| match log.remove(&[replica]) {
-                Ok(()) => destroy(&then, vec![replica]),
-                Err(error) => tracing::error!(%replica, %error, "recording a tombstone"),
+            let (done, buried) = oneshot::channel();
+            shared.log_writer.run(Box::new(move |log| {
+                failpoint!(LogRemoveBefore, replica);
+                let removed = log.remove(&[replica]);
+                failpoint!(LogRemoveAfter, replica);
+                match &removed {
+                    Ok(()) => destroy(&then, vec![replica]),
+                    Err(error) => tracing::error!(%replica, %error, "recording a tombstone"),
+                }
+                if done.send(removed.is_ok()).is_err() {
+                    tracing::debug!(%replica, "nobody waits for a tombstone");
+                }
             }));
+            let buried = buried.await.unwrap_or(false);
             if let Err(error) = tokio::task::spawn_blocking(move || shared.snapshots.forget(replica)).await {
                 tracing::debug!(%error, "the node ended while it removed snapshots");
             }
-        }));
+            buried
+        }
     }
 
     fn save_map(&mut self, ctx: &mut Context<Self>) {
@@ -335,7 +395,10 @@ impl Actor for Supervisor {
     fn started(&mut self, ctx: &mut Context<Self>) {
         ctx.set_mailbox_capacity(limits::HUB_MAILBOX_MAX);
         let period = Duration::from_millis(limits::NODE_HEARTBEAT_MS);
-        ticker::every(ctx, period, |supervisor, _| supervisor.heartbeat());
+        ticker::every(ctx, period, |supervisor, ctx| {
+            supervisor.heartbeat();
+            supervisor.count_next(ctx);
+        });
     }
 }
 
@@ -344,6 +407,9 @@ impl Handler<OpenAll> for Supervisor {
     fn handle(&mut self, _: OpenAll, ctx: &mut Context<Self>) {
         // A crash may have come between a tombstone and the end of the deletion.
         destroy(&self.shared, self.replicas.take_remains());
+        if self.is_removed() {
+            return self.leave(ctx);
+        }
         let records: Vec<_> = self.replicas.iter().map(|slot| slot.record.clone()).collect();
         for record in &records {
             // What a crash has left of a snapshot that was being loaded, or of the state before one.
@@ -445,17 +511,20 @@ impl Handler<MapNews> for Supervisor {
 }
 
 impl Handler<Report> for Supervisor {
-    type Result = ResponseFuture<Vec<ReplicaReport>>;
+    type Result = ResponseFuture<Reported>;
     fn handle(&mut self, _: Report, _: &mut Context<Self>) -> Self::Result {
         let asked = self.replicas.iter().map(|slot: &Slot| {
             let addr = self.addrs.get(&slot.record.replica).cloned();
             let receives = self.shared.snapshots.inbox.receives(slot.record.replica);
+            let counted = self.counts.of(slot.record.replica);
             let mut report = ReplicaReport {
                 shard: slot.record.shard,
                 replica: slot.record.replica,
                 health: slot.health.clone(),
                 group: None,
                 restarts: slot.restarts,
+                keys: counted.keys,
+                bytes: counted.bytes,
             };
             async move {
                 if let Some(addr) = addr
@@ -472,10 +541,11 @@ impl Handler<Report> for Supervisor {
             }
         });
         let asked: Vec<_> = asked.collect();
+        let snapshot_bytes = self.shared.snapshots.outgoing.sent_bytes();
         Box::pin(async move {
-            let mut reports = futures_util::future::join_all(asked).await;
-            reports.sort_by_key(|r| r.shard);
-            reports
+            let mut replicas = futures_util::future::join_all(asked).await;
+            replicas.sort_by_key(|r| r.shard);
+            Reported { replicas, snapshot_bytes }
         })
     }
 }

@@ -1,7 +1,21 @@
 //! The supervisor and its hubs over stores in memory.
 
 use super::*;
-use crate::node::test_node::TestNode;
+use crate::node::survey::TakeSurvey;
+use crate::node::test_node::{PATIENCE, TestNode, record};
+use crate::placement::map::{MapDelta, Member, MemberRole, ShardRecord};
+use crate::storage::log::ReplicaPhase;
+
+/// The record of shard 1, at a version of the map, with a replica on some node.
+fn shard_on(node: u64, replica: u64, changed_at: u64) -> MapDelta {
+    let ReplicaRecord { shard, database, range, epoch, .. } = record(1);
+    let members =
+        vec![Member { replica: ReplicaId(replica), node: NodeId(node), role: MemberRole::Voter }];
+    let (dropped, moving, target, previous) = (false, None, None, None);
+    let shard =
+        ShardRecord { id: shard, database, range, epoch, members, dropped, moving, target, previous, changed_at };
+    MapDelta { since: 0, version: changed_at, shards: vec![shard], ..MapDelta::default() }
+}
 
 /// The log may refuse a write of a replica while others of its node are still on their way up.
 #[actix::test]
@@ -26,5 +40,49 @@ async fn a_replica_that_must_end_while_others_start_ends() {
     node.serves(1, 2).await;
     node.serves(2, 1).await;
     assert_eq!((node.report(1).await.restarts, node.report(2).await.restarts), (1, 0));
+    node.stop().await;
+}
+
+/// What a replica is replaced by elsewhere may be known late; what is known is acted upon, once, and for good.
+#[actix::test]
+async fn a_replica_that_is_replaced_goes_and_a_map_of_before_it_ends_nothing() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let node = TestNode::ordered_at(dir.path(), 5);
+    node.supervisor.do_send(OpenAll);
+    node.serves(1, 1).await;
+    node.serves(2, 1).await;
+    let begun = Instant::now();
+    while node.supervisor.send(TakeSurvey).await.expect("a survey").led.len() < 2 {
+        assert!(begun.elapsed() < PATIENCE, "each leads its group");
+        actix::clock::sleep(Duration::from_millis(10)).await;
+    }
+    let survey = node.supervisor.send(TakeSurvey).await.expect("a survey");
+    assert_eq!(survey.held, [(ShardId(1), ReplicaId(1)), (ShardId(2), ReplicaId(2))]);
+    assert_eq!(survey.led[0].members, record(1).members);
+
+    // As of before it was ordered, and of another cluster.
+    node.supervisor.send(MapNews(shard_on(2, 7, 4))).await.expect("taken");
+    let foreign = MapDelta { cluster_id: crate::ids::RandomId([9; 16]), ..shard_on(2, 7, 9) };
+    node.supervisor.send(MapNews(foreign)).await.expect("refused");
+    assert_eq!(node.supervisor.send(TakeSurvey).await.expect("a survey").held, survey.held);
+
+    node.supervisor.send(MapNews(shard_on(2, 7, 6))).await.expect("taken");
+    let held = node.supervisor.send(TakeSurvey).await.expect("a survey").held;
+    assert_eq!(held, [(ShardId(2), ReplicaId(2))]);
+    let phase = || {
+        let catalogue = node.shared.log.catalogue().expect("a catalogue");
+        catalogue.iter().find(|r| r.replica == ReplicaId(1)).expect("it is remembered").phase
+    };
+    let begun = Instant::now();
+    while phase() != ReplicaPhase::Destroyed {
+        assert!(begun.elapsed() < PATIENCE, "{:?}", phase());
+        actix::clock::sleep(Duration::from_millis(10)).await;
+    }
+    // It doesn't come back, whatever a map says; another one may.
+    node.supervisor.send(MapNews(shard_on(1, 1, 7))).await.expect("taken");
+    assert_eq!(node.supervisor.send(TakeSurvey).await.expect("a survey").held, held);
+    node.supervisor.send(MapNews(shard_on(1, 8, 8))).await.expect("taken");
+    assert_eq!(node.supervisor.send(TakeSurvey).await.expect("a survey").held.len(), 2);
+    node.serves(8, 1).await;
     node.stop().await;
 }

@@ -52,6 +52,7 @@ pub fn record(number: u64) -> ReplicaRecord {
         epoch: Epoch { range: 1, conf: 1 },
         members: vec![Member { replica: ReplicaId(number), node: NODE, role: MemberRole::Voter }],
         members_at: 0,
+        ordered_at: 0,
         generation: 1,
     }
 }
@@ -70,8 +71,13 @@ pub struct TestNode {
 impl TestNode {
     /// Nothing is opened yet.
     pub fn new(dir: &Path) -> TestNode {
+        TestNode::ordered_at(dir, 0)
+    }
+
+    /// The same; the replicas were ordered at this version of the map.
+    pub fn ordered_at(dir: &Path, ordered_at: u64) -> TestNode {
         let log: Arc<dyn LogStore> = Arc::new(MemoryLog::new());
-        let catalogue = vec![record(1), record(2)];
+        let catalogue = [1, 2].map(|number| ReplicaRecord { ordered_at, ..record(number) }).to_vec();
         log.create(&catalogue).expect("created");
         let engine: Arc<dyn Engine> = Arc::new(MemoryEngine::new());
         let fatal = Fatal::new();
@@ -101,6 +107,7 @@ impl TestNode {
         let shared = Arc::new(Shared {
             snapshots,
             disk: Arc::default(),
+            draining: Default::default(),
             cached_entries: Arc::default(),
             log,
             intake: Arc::new(Intake::new(log_writer.queued_bytes())),
@@ -122,6 +129,7 @@ impl TestNode {
         let site = Site {
             node: NODE,
             incarnation: 1,
+            store_id: RandomId([2; 16]),
             data_dir,
             engine: engine.clone(),
             retention: Retention::new(0),
@@ -147,7 +155,7 @@ impl TestNode {
     /// What the supervisor tells of a replica.
     pub async fn report(&self, replica: u64) -> ReplicaReport {
         let reports = self.supervisor.send(Report).await.expect("a report");
-        reports.into_iter().find(|r| r.replica == ReplicaId(replica)).expect("a replica")
+        reports.replicas.into_iter().find(|r| r.replica == ReplicaId(replica)).expect("a replica")
     }
 
     /// Waits until a replica is as wanted.

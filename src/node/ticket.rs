@@ -49,7 +49,7 @@ pub fn tickets(
     let tickets = operations.iter().zip(0..).map(|(operation, index)| Ticket {
         batch: batch.clone(),
         index,
-        writes: matches!(operation, Operation::Command { .. }),
+        writes: !matches!(operation, Operation::Query(_)),
         ended: false,
     });
     tickets.collect()

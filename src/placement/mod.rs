@@ -5,8 +5,12 @@
 //! - [`rendezvous`]: which nodes should hold a shard (weighted rendezvous hashing with a load bound).
 //! - [`map`]: the cluster map, its deltas, and lookups in it.
 //! - [`plan`]: the placement of a new database's shards.
+//! - [`loads`]: how much nodes hold, and who gets a replica that is lacking.
+//! - [`rebalance`]: plans for even load, when nodes came or went.
 
+pub mod loads;
 pub mod map;
 pub mod plan;
+pub mod rebalance;
 pub mod rendezvous;
 pub mod ring;

@@ -17,13 +17,14 @@
 //!    are spread by weight: the lowest of its nodes, counting what each should lead already; then leaderships
 //!    are handed on along chains of shards (augmenting paths) until no chain evens them out further.
 //!
-//! A node without a zone is a zone of its own. A node of weight 0 takes no replicas, nor does one at whose
-//! address another runs by now. Nothing here depends
-//! on a clock, on chance or on the machine: equal maps give equal plans.
+//! A node without a zone is a zone of its own. A node of weight 0 takes no replicas, nor does one that is no
+//! ordinary member, or at whose address another runs by now. Nothing here depends on a clock, on chance or on
+//! the machine: equal maps give equal plans.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 
+use super::loads::settled;
 use super::map::ClusterMap;
 use super::rendezvous;
 use super::ring::{self, RingRange};
@@ -106,6 +107,8 @@ struct Planner {
     /// Most replicas of one shard in one zone.
     zone_most: u32,
     replicas: u32,
+    /// All nodes have the same weight.
+    uniform: bool,
 }
 
 impl Planner {
@@ -114,7 +117,10 @@ impl Planner {
         let mut nodes: Vec<Candidate> = Vec::new();
         let mut places = BTreeMap::new();
         let replaced = map.replaced();
-        for record in map.nodes.values().filter(|n| n.weight > 0 && !replaced.contains(&n.id)) {
+        for record in map.nodes.values() {
+            if !record.standing.takes_replicas() || record.weight == 0 || replaced.contains(&record.id) {
+                continue;
+            }
             let own = (record.zone.is_empty()).then_some(record.id);
             let next = zone_names.len();
             places.insert(record.id, nodes.len());
@@ -131,7 +137,7 @@ impl Planner {
             return Err(PlanError::TooFewNodes { replicas, nodes: nodes.len() });
         }
         for shard in map.shards.values().filter(|s| !s.dropped) {
-            for (at, member) in shard.members.iter().enumerate() {
+            for (at, member) in settled(shard).enumerate() {
                 if let Some(place) = places.get(&member.node) {
                     nodes[*place].held += 1;
                     nodes[*place].led += u32::from(at == 0);
@@ -144,7 +150,8 @@ impl Planner {
         }
         let room = |most: u32| sizes.iter().map(|&size| size.min(most)).sum::<u32>();
         let zone_most = (1..replicas).find(|&most| room(most) >= replicas).unwrap_or(replicas);
-        let mut planner = Planner { zones: vec![0; sizes.len()], nodes, zone_most, replicas };
+        let uniform = nodes.iter().all(|node| node.weight == nodes[0].weight);
+        let mut planner = Planner { zones: vec![0; sizes.len()], nodes, zone_most, replicas, uniform };
         planner.deal_quotas(shards);
         Ok(planner)
     }
@@ -169,18 +176,49 @@ impl Planner {
     /// Step 2 for one shard, `later` others of which are still to come: the nodes of its replicas by
     /// preference.
     fn choose(&mut self, shard_key: u64, later: u32) -> Vec<usize> {
+        // A few are nearly always enough.
+        let mut taken = self.pick(&self.order(shard_key, 8 * self.replicas as usize), later);
+        if taken.len() < self.replicas as usize {
+            taken = self.pick(&self.order(shard_key, usize::MAX), later);
+        }
+        debug_assert_eq!(taken.len(), self.replicas as usize, "the quotas left can't be dealt out");
+        for &at in &taken {
+            self.nodes[at].quota -= 1;
+            self.zones[self.nodes[at].zone] -= 1;
+        }
+        taken
+    }
+
+    /// The first `most` of the nodes with quota left, or some more, as the shard prefers them.
+    fn order(&self, shard_key: u64, most: usize) -> Vec<usize> {
+        let able = self.nodes.iter().enumerate().filter(|(_, node)| node.quota > 0);
+        let hashes = able.map(|(at, node)| (Reverse(rendezvous::hash(shard_key, node.id)), at));
+        let mut hashes: Vec<(Reverse<u64>, usize)> = hashes.collect();
+        // Among nodes of one weight the greatest hash comes first, and that is quicker to compare.
+        if self.uniform && most < hashes.len() {
+            hashes.select_nth_unstable(most);
+            hashes.truncate(most);
+        }
+        let draw = |(Reverse(hash), at): (Reverse<u64>, usize)| {
+            let node = &self.nodes[at];
+            rendezvous::draw_of(hash, node.weight).map(|draw| (draw, node.id, at))
+        };
+        let mut draws: Vec<_> = hashes.into_iter().filter_map(draw).collect();
+        draws.sort_unstable();
+        draws.into_iter().map(|(_, _, at)| at).collect()
+    }
+
+    /// The first nodes in `order` that the shard can have: too few if there are no more of them in it.
+    fn pick(&self, order: &[usize], later: u32) -> Vec<usize> {
         // A node with more quota than later shards could use must be taken now ...
         let must_take = |node: &Candidate| node.quota > later;
         // ... and so must as many nodes of a zone as are too many for later.
         let mut zone_must: Vec<u32> =
             self.zones.iter().map(|left| left.saturating_sub(self.zone_most.saturating_mul(later))).collect();
         let mut zone_must_nodes = vec![0; self.zones.len()];
-        let mut draws = Vec::with_capacity(self.nodes.len());
-        for (at, node) in self.nodes.iter().enumerate().filter(|(_, n)| n.quota > 0) {
-            zone_must_nodes[node.zone] += u32::from(must_take(node));
-            draws.extend(rendezvous::draw(shard_key, node.id, node.weight).map(|draw| (draw, node.id, at)));
+        for node in self.nodes.iter().filter(|node| must_take(node)) {
+            zone_must_nodes[node.zone] += 1;
         }
-        draws.sort_unstable();
         let mut musts = 0;
         for (must, nodes) in zone_must.iter_mut().zip(&zone_must_nodes) {
             *must = (*must).max(*nodes);
@@ -190,11 +228,10 @@ impl Planner {
         let mut taken = Vec::with_capacity(self.replicas as usize);
         let mut zone_taken = vec![0; self.zones.len()];
         let mut free = self.replicas;
-        for (_, _, at) in draws {
-            let node = &mut self.nodes[at];
+        for &at in order {
+            let node = &self.nodes[at];
             let zone = node.zone;
-            let must = must_take(node);
-            let reserved = zone_must_nodes[zone] - u32::from(must);
+            let reserved = zone_must_nodes[zone] - u32::from(must_take(node));
             if free == 0 || zone_taken[zone] + 1 + reserved > self.zone_most {
                 continue;
             }
@@ -208,11 +245,8 @@ impl Planner {
             zone_must_nodes[zone] = reserved;
             zone_taken[zone] += 1;
             free -= 1;
-            node.quota -= 1;
-            self.zones[zone] -= 1;
             taken.push(at);
         }
-        debug_assert_eq!(free, 0, "the quotas left can't be dealt out");
         taken
     }
 
@@ -302,7 +336,7 @@ impl Leaders {
 
 /// How much a node of that weight has, per weight, if it has `count` and gets one more: counted halfway
 /// between the two (Webster's method), which brings each node as near to its share as whole units can.
-fn level(count: u32, weight: u32) -> u64 {
+pub(super) fn level(count: u32, weight: u32) -> u64 {
     ((2 * u64::from(count) + 1) << 30) / u64::from(weight.max(1))
 }
 

@@ -33,11 +33,20 @@ pub fn shard_key(name: &str, start: u64) -> u64 {
 
 /// The draw of `node` for a shard: lower is better. `None` for weight 0: the node takes no replicas.
 pub fn draw(shard_key: u64, node: NodeId, weight: u32) -> Option<u64> {
+    draw_of(hash(shard_key, node), weight)
+}
+
+/// What the draw is made of. Of nodes of one weight, that of the greatest hash has the lowest draw.
+pub(super) fn hash(shard_key: u64, node: NodeId) -> u64 {
     let mut bytes = [0; 16];
     bytes[..8].copy_from_slice(&shard_key.to_be_bytes());
     bytes[8..].copy_from_slice(&node.0.to_be_bytes());
-    let log = minus_log2(xxh3_64(&bytes));
-    (log << WEIGHT_DIGITS).checked_div(u64::from(weight))
+    xxh3_64(&bytes)
+}
+
+/// The draw that a [`hash`] comes to.
+pub(super) fn draw_of(hash: u64, weight: u32) -> Option<u64> {
+    (minus_log2(hash) << WEIGHT_DIGITS).checked_div(u64::from(weight))
 }
 
 /// The nodes that may hold the shard, best first.

@@ -1,4 +1,16 @@
 //! The service `Admin`.
+//!
+//! - Here: reports, databases, leadership. - [`cluster`]: nodes, replica counts, settings. - [`rebalance`]: plans, and what
+//!   becomes of them. - [`recover`]: shards whose majority is gone. - [`survey`]: what all nodes tell. - [`answers`]: the
+//!   program's types in protocol form.
+
+mod answers;
+mod cluster;
+mod rebalance;
+mod recover;
+mod survey;
+
+pub use cluster::check_setting;
 
 use std::collections::BTreeSet;
 use std::rc::Rc;
@@ -7,7 +19,8 @@ use std::time::{Duration, Instant};
 use futures_util::stream::{FuturesUnordered, Stream, StreamExt};
 
 use super::{Service, timeout, wire};
-use crate::codec::records::write_database;
+use crate::client::admin::answers::RebalanceOrder;
+use crate::codec::records::{read_standing, write_database};
 use crate::codec::refusal::write_refusal;
 use crate::ids::{DatabaseId, NodeId, ShardId};
 use crate::limits::{DROP_SETTLE_MS_MAX, NAME_BYTES_MAX, REPLICAS_MAX, SHARDS_MAX};
@@ -16,7 +29,7 @@ use crate::node::handle::NodeReport;
 use crate::placement::map::{DatabaseRecord, ShardRecord};
 use crate::placement::plan::plan_database;
 use crate::refusal::Refusal;
-use crate::schema::admin_capnp::{admin, database_result, void_result};
+use crate::schema::admin_capnp::{self, admin, database_result, void_result};
 
 /// Pause between two looks at who leads the shards of a new database; doubles up to the second.
 const LEADER_POLL: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(160));
@@ -110,6 +123,160 @@ impl admin::Server for Admin {
         write_void_result(done, results.get().init_result());
         Ok(())
     }
+
+    async fn set_standing(
+        self: Rc<Self>,
+        params: admin::SetStandingParams,
+        mut results: admin::SetStandingResults,
+    ) -> Result<(), capnp::Error> {
+        let request = params.get()?;
+        let (node, within) = (NodeId(request.get_node()), timeout(request.get_timeout_ms()));
+        let standing = read_standing(request.get_standing());
+        let done = match (self.service.load.enter(1, 0), standing) {
+            (Ok(_guard), Ok(standing)) => self.stand(node, standing, within).await,
+            (_, Err(error)) => Err(Refusal::Invalid(error.to_string())),
+            (Err(refusal), _) => Err(refusal),
+        };
+        answers::write_change(done, results.get().init_result());
+        Ok(())
+    }
+
+    async fn plan_rebalance(
+        self: Rc<Self>,
+        params: admin::PlanRebalanceParams,
+        mut results: admin::PlanRebalanceResults,
+    ) -> Result<(), capnp::Error> {
+        let request = params.get()?;
+        let (leaders_only, since) = (request.get_leaders_only(), request.get_since());
+        let deadline = Instant::now() + timeout(request.get_timeout_ms());
+        let plan = match self.service.load.enter(1, 0) {
+            Ok(_guard) => self.plan(leaders_only, since, deadline).await,
+            Err(refusal) => Err(refusal),
+        };
+        answers::write_plan(plan, results.get().init_result());
+        Ok(())
+    }
+
+    async fn start_rebalance(
+        self: Rc<Self>,
+        params: admin::StartRebalanceParams,
+        mut results: admin::StartRebalanceResults,
+    ) -> Result<(), capnp::Error> {
+        let request = params.get()?;
+        let (plan, since) = (request.get_plan(), request.get_since());
+        let deadline = Instant::now() + timeout(request.get_timeout_ms());
+        let started = match self.service.load.enter(1, 0) {
+            Ok(_guard) => self.start(plan, since, deadline).await,
+            Err(refusal) => Err(refusal),
+        };
+        answers::write_change(started, results.get().init_result());
+        Ok(())
+    }
+
+    async fn rebalance_status(
+        self: Rc<Self>,
+        params: admin::RebalanceStatusParams,
+        mut results: admin::RebalanceStatusResults,
+    ) -> Result<(), capnp::Error> {
+        let request = params.get()?;
+        let since = request.get_since();
+        let deadline = Instant::now() + timeout(request.get_timeout_ms());
+        let status = match self.service.load.enter(1, 0) {
+            Ok(_guard) => self.status(since, deadline).await,
+            Err(refusal) => Err(refusal),
+        };
+        answers::write_status(status, results.get().init_result());
+        Ok(())
+    }
+
+    async fn control_rebalance(
+        self: Rc<Self>,
+        params: admin::ControlRebalanceParams,
+        mut results: admin::ControlRebalanceResults,
+    ) -> Result<(), capnp::Error> {
+        let request = params.get()?;
+        let plan = request.get_plan();
+        let order = match request.get_order() {
+            Ok(admin_capnp::RebalanceOrder::Pause) => Ok(RebalanceOrder::Pause),
+            Ok(admin_capnp::RebalanceOrder::Resume) => Ok(RebalanceOrder::Resume),
+            Ok(admin_capnp::RebalanceOrder::Cancel) => Ok(RebalanceOrder::Cancel),
+            Err(_) => Err(Refusal::Invalid("this node doesn't know the order: it is older than you".into())),
+        };
+        let deadline = Instant::now() + timeout(request.get_timeout_ms());
+        let done = match (self.service.load.enter(1, 0), order) {
+            (Ok(_guard), Ok(order)) => self.control(plan, order, deadline).await,
+            (Err(refusal), _) | (_, Err(refusal)) => Err(refusal),
+        };
+        answers::write_change(done, results.get().init_result());
+        Ok(())
+    }
+
+    async fn undo_rebalance(
+        self: Rc<Self>,
+        params: admin::UndoRebalanceParams,
+        mut results: admin::UndoRebalanceResults,
+    ) -> Result<(), capnp::Error> {
+        let request = params.get()?;
+        let (plan, since) = (request.get_plan(), request.get_since());
+        let deadline = Instant::now() + timeout(request.get_timeout_ms());
+        let begun = match self.service.load.enter(1, 0) {
+            Ok(_guard) => self.undo(plan, since, deadline).await,
+            Err(refusal) => Err(refusal),
+        };
+        answers::write_undo(begun, results.get().init_result());
+        Ok(())
+    }
+
+    async fn set_replicas(
+        self: Rc<Self>,
+        params: admin::SetReplicasParams,
+        mut results: admin::SetReplicasResults,
+    ) -> Result<(), capnp::Error> {
+        let request = params.get()?;
+        let name = request.get_database()?.to_string()?;
+        let replicas = request.get_replicas();
+        let deadline = Instant::now() + timeout(request.get_timeout_ms());
+        drop(params);
+        let done = match self.service.load.enter(1, 0) {
+            Ok(_guard) => self.replicate(name, replicas, deadline).await,
+            Err(refusal) => Err(refusal),
+        };
+        answers::write_change(done, results.get().init_result());
+        Ok(())
+    }
+
+    async fn change_setting(
+        self: Rc<Self>,
+        params: admin::ChangeSettingParams,
+        mut results: admin::ChangeSettingResults,
+    ) -> Result<(), capnp::Error> {
+        let request = params.get()?;
+        let change = cluster::read_setting(request.get_setting()?);
+        let within = timeout(request.get_timeout_ms());
+        let done = match (self.service.load.enter(1, 0), change) {
+            (Ok(_guard), Ok(change)) => self.change(change, within).await,
+            (Err(refusal), _) | (_, Err(refusal)) => Err(refusal),
+        };
+        answers::write_change(done, results.get().init_result());
+        Ok(())
+    }
+
+    async fn recover_shard(
+        self: Rc<Self>,
+        params: admin::RecoverShardParams,
+        mut results: admin::RecoverShardResults,
+    ) -> Result<(), capnp::Error> {
+        let request = params.get()?;
+        let (shard, node) = (ShardId(request.get_shard()), NodeId(request.get_node()));
+        let accepted = request.get_accept_data_loss();
+        let deadline = Instant::now() + timeout(request.get_timeout_ms());
+        let recovered = match self.service.load.enter(1, 0) {
+            Ok(_guard) => self.recover(shard, node, accepted, deadline).await,
+            Err(refusal) => Err(refusal),
+        };
+        answers::write_recovery(recovered, results.get().init_result());
+        Ok(())
+    }
 }
 
 impl Admin {
@@ -184,6 +351,23 @@ impl Admin {
 
     /// Has the metadata shard execute a command about a database.
     async fn meta(&self, command: MetaCommand, within: Duration) -> Result<(DatabaseRecord, bool), Refusal> {
+        match self.execute(command, within).await? {
+            MetaReply::Database { record, created } => Ok((record, created)),
+            _ => Err(Refusal::Unknown("the metadata shard answered another question".into())),
+        }
+    }
+
+    /// Has the metadata shard execute a command of operators. Returns the version of the map from which on it
+    /// holds.
+    async fn decide(&self, command: MetaCommand, within: Duration) -> Result<u64, Refusal> {
+        match self.execute(command, within).await? {
+            MetaReply::Done(version) => Ok(version),
+            _ => Err(Refusal::Unknown("the metadata shard answered another question".into())),
+        }
+    }
+
+    /// Has the metadata shard execute a command that it doesn't refuse.
+    async fn execute(&self, command: MetaCommand, within: Duration) -> Result<MetaReply, Refusal> {
         let done = self.service.node.meta(command, within).await;
         // Which of its replicas was asked last is nothing to the caller.
         let leaderless = |refusal| match refusal {
@@ -191,13 +375,9 @@ impl Admin {
             refusal => refusal,
         };
         match done.map_err(leaderless)? {
-            MetaReply::Database { record, created } => Ok((record, created)),
-            MetaReply::Refused(MetaRefusal::UnknownDatabase(name)) => Err(Refusal::UnknownDatabase(name)),
             MetaReply::Refused(MetaRefusal::NotFormed) => Err(Refusal::Unavailable("starting".into())),
-            MetaReply::Refused(refused) => Err(Refusal::Refused(refused.to_string())),
-            MetaReply::Formed(_) | MetaReply::Node(_) | MetaReply::Done(_) => {
-                Err(Refusal::Unknown("the metadata shard answered another question".into()))
-            }
+            MetaReply::Refused(refused) => Err(refused.into()),
+            reply => Ok(reply),
         }
     }
 
@@ -362,6 +542,8 @@ mod tests {
                 health: ReplicaHealth::Serving,
                 group: None,
                 restarts: 0,
+                keys: 0,
+                bytes: 0,
             };
             NodeReport {
                 node: NodeId(node),
@@ -370,6 +552,8 @@ mod tests {
                 disk_bytes: 0,
                 replicas: held.iter().map(replica).collect(),
                 uptime: Duration::ZERO,
+                snapshot_bytes: 0,
+                stuck: Vec::new(),
             }
         };
         assert!(can_commit(&shard, &[]), "nobody has answered");

@@ -1,9 +1,10 @@
 //! The services `Gate` and `Kv`.
 
 use std::borrow::Cow;
+use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
@@ -14,7 +15,10 @@ use crate::codec::records::write_delta;
 use crate::codec::refusal::write_refusal;
 use crate::group::types::{Operation, Output};
 use crate::ids::{METADATA_SHARD, ShardId};
-use crate::limits::{BATCH_OPERATIONS_MAX, KEY_BYTES_MAX, SCAN_PAIRS_MAX};
+use crate::limits::{
+    BATCH_OPERATIONS_MAX, KEY_BYTES_MAX, MAP_WATCH_DEFAULT_MS, MAP_WATCH_MS_MAX, MAP_WATCHES_MAX,
+    SCAN_PAIRS_MAX,
+};
 use crate::machine::command::{Answer, Query};
 use crate::node::load::Admitted;
 use crate::placement::ring;
@@ -27,12 +31,13 @@ use crate::version::{PROTOCOL_MAX, PROTOCOL_MIN};
 pub(crate) struct Gate {
     service: Rc<Service>,
     backlog: Rc<Backlog>,
+    watches: Rc<Cell<usize>>,
 }
 
 impl Gate {
     /// Of a connection with this backlog.
     pub(crate) fn new(service: Rc<Service>, backlog: Rc<Backlog>) -> Gate {
-        Gate { service, backlog }
+        Gate { service, backlog, watches: Rc::default() }
     }
 }
 
@@ -61,8 +66,9 @@ impl gate::Server for Gate {
         welcome.set_cluster_id(&node.map().cluster_id.0);
         welcome.set_node(node.node().0);
         welcome.set_software(SOFTWARE);
-        let service = self.service.clone();
-        answer.set_kv(capnp_rpc::new_client(Kv { service, backlog: self.backlog.clone() }));
+        let (service, backlog) = (self.service.clone(), self.backlog.clone());
+        let kv = Kv { service, backlog, watches: self.watches.clone() };
+        answer.set_kv(capnp_rpc::new_client(kv));
         let service = self.service.clone();
         answer.set_admin(capnp_rpc::new_client(admin::Admin::new(service)));
         Ok(())
@@ -74,6 +80,28 @@ struct Kv {
     service: Rc<Service>,
     /// Answers that this connection hasn't read.
     backlog: Rc<Backlog>,
+    /// Its calls that wait for a newer map.
+    watches: Rc<Cell<usize>>,
+}
+
+/// A call that waits for a newer map, until its end, however that comes.
+struct MapWatch(Rc<Cell<usize>>);
+
+impl MapWatch {
+    /// `None`: too many wait on that connection.
+    fn begin(watches: &Rc<Cell<usize>>) -> Option<MapWatch> {
+        if watches.get() >= MAP_WATCHES_MAX {
+            return None;
+        }
+        watches.set(watches.get() + 1);
+        Some(MapWatch(watches.clone()))
+    }
+}
+
+impl Drop for MapWatch {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
+    }
 }
 
 /// A batch as read from the message: what goes to the replica, and what is refused before.
@@ -96,6 +124,31 @@ impl kv::Server for Kv {
         let since = params.get()?.get_since();
         let delta = self.service.node.map().delta(since);
         write_delta(&delta, results.get().init_delta());
+        Ok(())
+    }
+
+    async fn watch_map(
+        self: Rc<Self>,
+        params: kv::WatchMapParams,
+        mut results: kv::WatchMapResults,
+    ) -> Result<(), capnp::Error> {
+        let (since, ms) = (params.get()?.get_since(), params.get()?.get_timeout_ms());
+        drop(params);
+        let within = Duration::from_millis(match u64::from(ms) {
+            0 => MAP_WATCH_DEFAULT_MS,
+            ms => ms.min(MAP_WATCH_MS_MAX),
+        });
+        let Some(_watch) = MapWatch::begin(&self.watches) else {
+            return Err(capnp::Error::overloaded(format!(
+                "{MAP_WATCHES_MAX} calls of this connection wait for a newer map already"
+            )));
+        };
+        let node = &self.service.node;
+        let map = match tokio::time::timeout(within, node.map_after(since)).await {
+            Ok(map) => map,
+            Err(_) => node.map(),
+        };
+        write_delta(&self.service.news.delta(&map, since), results.get().init_delta());
         Ok(())
     }
 
@@ -339,7 +392,8 @@ impl Kv {
         let (shard, version) = {
             let map = node.map();
             let shard = map.shard_of_key(map.database(database)?, operation.key())?;
-            shard.member_on(node.node())?;
+            // The shard may know of its new member before the map does.
+            shard.ordered().find(|member| member.node == node.node())?;
             (shard.id, shard.epoch.range)
         };
         let operations = vec![wire::to_group(operation.clone(), None)];

@@ -22,7 +22,7 @@ pub mod admin;
 pub mod kv;
 pub mod wire;
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::pin::pin;
 use std::rc::Rc;
@@ -43,6 +43,7 @@ use crate::limits::{
 };
 use crate::node::handle::NodeHandle;
 use crate::node::load::{self, Admitted};
+use crate::placement::map::{ClusterMap, MapDelta};
 use crate::refusal::Refusal;
 use crate::schema::kv_capnp::gate;
 use crate::transport::arrival::Arrivals;
@@ -66,6 +67,29 @@ pub(crate) struct Service {
     pub(crate) load: Rc<Load>,
     /// Room for great messages that arrive.
     pub(crate) arrivals: Rc<Arrivals>,
+    /// What those are told who wait for a newer map.
+    pub(crate) news: News,
+}
+
+/// The last news of the map. All who waited for them hear the same, and picking them out of a great map is
+/// most of the work.
+#[derive(Default)]
+pub(crate) struct News(RefCell<Option<Rc<MapDelta>>>);
+
+impl News {
+    /// What has changed in `map` after version `since`.
+    pub(crate) fn delta(&self, map: &ClusterMap, since: u64) -> Rc<MapDelta> {
+        let last = self.0.borrow().clone();
+        let same = |last: &Rc<MapDelta>| {
+            (last.cluster_id, last.since, last.version) == (map.cluster_id, since, map.version)
+        };
+        if let Some(last) = last.filter(same) {
+            return last;
+        }
+        let delta = Rc::new(map.delta(since));
+        *self.0.borrow_mut() = Some(delta.clone());
+        delta
+    }
 }
 
 /// Serves clients on `listener` until `shutdown` ends: then accepts nothing more, refuses new calls,
@@ -87,6 +111,7 @@ pub async fn serve(listener: TcpListener, node: NodeHandle, shutdown: impl Futur
             THREAD_ARRIVING_BYTES_MAX,
             Duration::from_millis(ARRIVING_WINDOW_MS),
         ),
+        news: News::default(),
     });
     let permits = Arc::new(Semaphore::new(CLIENT_CONNECTIONS_MAX));
     let (stop, stopped) = watch::channel(false);

@@ -1,6 +1,7 @@
 //! The node's side of the protocol: requests are read and checked, results are written.
 
 use bytes::Bytes;
+use capnp::struct_list;
 
 use crate::client::{self, ClientError, NotApplied, OperationResult};
 use crate::codec::CodecError;
@@ -14,7 +15,9 @@ use crate::machine::session::SessionTag;
 use crate::node::handle::{NodePhase, NodeReport, ReplicaHealth};
 use crate::placement::map::{ClusterMap, MapDelta};
 use crate::refusal::{Outcome, Refusal};
-use crate::schema::admin_capnp::{NodeState, ReplicaRole, ReplicaState, node_status, replica_status};
+use crate::schema::admin_capnp::{
+    NodeState, ReplicaRole, ReplicaState, node_status, replica_status, stuck_shard,
+};
 use crate::schema::kv_capnp::{batch_request, expect, op_result, operation, scan_response};
 use crate::schema::types_capnp::{Applied, error, map_delta};
 use crate::transport::backlog::Backlog;
@@ -283,6 +286,11 @@ pub fn write_report(
     protocol.set_max(crate::version::PROTOCOL_MAX);
     to.set_pid(std::process::id());
     to.set_uptime_ms(u64::try_from(report.uptime.as_millis()).unwrap_or(u64::MAX));
+    to.set_snapshot_bytes(report.snapshot_bytes);
+    write_stuck(
+        &report.stuck,
+        to.reborrow().init_stuck(u32::try_from(report.stuck.len()).unwrap_or(u32::MAX)),
+    );
     let count = u32::try_from(report.replicas.len()).unwrap_or(u32::MAX);
     let mut replicas = to.init_replicas(count);
     for (at, replica) in (0..count).zip(&report.replicas) {
@@ -290,10 +298,21 @@ pub fn write_report(
     }
 }
 
+/// Writes where members should change and can't.
+pub(super) fn write_stuck(from: &[(ShardId, String)], mut to: struct_list::Builder<'_, stuck_shard::Owned>) {
+    for (at, (shard, why)) in (0..to.len()).zip(from) {
+        let mut one = to.reborrow().get(at);
+        one.set_shard(shard.0);
+        one.set_why(why.as_str());
+    }
+}
+
 fn write_replica(replica: &crate::node::handle::ReplicaReport, mut to: replica_status::Builder<'_>) {
     to.set_shard(replica.shard.0);
     to.set_replica(replica.replica.0);
     to.set_restarts(replica.restarts);
+    to.set_keys(replica.keys);
+    to.set_bytes(replica.bytes);
     let (state, message) = match &replica.health {
         // Between its start and its first word a replica has nothing to show yet.
         ReplicaHealth::Serving if replica.group.is_none() => (ReplicaState::Recovering, ""),
@@ -319,6 +338,7 @@ fn write_replica(replica: &crate::node::handle::ReplicaReport, mut to: replica_s
     });
     to.set_term(group.term);
     to.set_leader(group.leader.map_or(0, |leader| leader.0));
+    to.set_conf(group.epoch.conf);
     to.set_applied(group.applied);
     to.set_committed(group.committed);
     to.set_last(group.last);
@@ -334,7 +354,7 @@ mod tests {
     use super::*;
     use crate::client::wire::{read_page, read_report, read_result, write_operation};
     use crate::group::types::GroupStatus;
-    use crate::ids::{NodeId, ReplicaId};
+    use crate::ids::{Epoch, NodeId, ReplicaId};
     use crate::node::handle::ReplicaReport;
     use proptest::prelude::*;
     use std::time::Duration;
@@ -525,7 +545,7 @@ mod tests {
             recovering: false,
             state_lost: None,
             incarnation: 3,
-            epoch: Default::default(),
+            epoch: Epoch { range: 0, conf: 9 },
             members: Vec::new(),
             followers: Vec::new(),
         };
@@ -535,6 +555,8 @@ mod tests {
             health,
             group,
             restarts: 2,
+            keys: 5,
+            bytes: 60,
         };
         let recovering = GroupStatus { recovering: true, ..group.clone() };
         let why = || "poison".to_owned();
@@ -553,6 +575,8 @@ mod tests {
                 replica(7, ReplicaHealth::Refetching(why()), Some(group)),
             ],
             uptime: Duration::from_millis(1234),
+            snapshot_bytes: 77,
+            stuck: vec![(ShardId(6), "no node takes it".into())],
         };
         let mut message = capnp::message::Builder::new_default();
         write_report(&report, ClusterId::default(), 5, message.init_root());

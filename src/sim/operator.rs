@@ -206,6 +206,7 @@ impl World {
             epoch: Epoch { range: 1, conf: 0 },
             members: Vec::new(),
             members_at: 0,
+            ordered_at: 0,
             generation: 1,
         };
         let mut orders = Vec::new();

@@ -176,6 +176,7 @@ impl World {
                         epoch: Epoch { range: 1, conf: 1 },
                         members: members.clone(),
                         members_at: 0,
+                        ordered_at: 0,
                         generation: 1,
                     });
                 }

@@ -78,6 +78,9 @@ pub struct ReplicaRecord {
     pub members_at: Index,
     /// Install generation of its state keys.
     pub generation: u32,
+    /// Map version at which the shard's record last changed when the replica was ordered: only a record that
+    /// has changed since can say that it is to go.
+    pub ordered_at: u64,
 }
 
 impl RecordedMembership {

@@ -312,6 +312,7 @@ mod tests {
             epoch: Epoch::default(),
             members: vec![Member { replica: ReplicaId(7), node: NodeId(1), role: MemberRole::Voter }],
             members_at: 0,
+            ordered_at: 0,
             generation: 1,
         }])
         .unwrap();

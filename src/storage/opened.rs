@@ -4,6 +4,9 @@
 //! missing is rebuilt from a log that begins at the beginning, and is lost otherwise; one that stands
 //! before the log's beginning is lost as well. A state that is ahead of the log tells that the *log* lost
 //! entries that this replica had acknowledged: that is an error, and no reason to give up the state.
+//!
+//! Who the members are, state and log tell; but for a replica that an operator has had go on alone. Its
+//! record names it alone, under a later generation of conf versions than its state, and that counts.
 
 use std::sync::Arc;
 
@@ -77,6 +80,10 @@ impl OpenedState {
                 applied.index, log.truncated.index
             ));
         }
+        if log.membership.epoch.generation() > state.header().epoch.generation() {
+            // An operator has had this replica go on alone. Whatever the log says of members before that doesn't count.
+            state.set_membership(log.membership.epoch, log.membership.members.clone());
+        }
         Ok(OpenedState::Whole(state))
     }
 }
@@ -106,7 +113,7 @@ mod tests {
     use crate::storage::engine_memory::MemoryEngine;
     use crate::storage::identity::IdentityError;
     use crate::storage::keys;
-    use crate::storage::log::ReplicaPhase;
+    use crate::storage::log::{RecordedMembership, ReplicaPhase};
 
     fn members() -> Vec<Member> {
         [(7, MemberRole::Voter), (8, MemberRole::Learner)]
@@ -125,6 +132,7 @@ mod tests {
             epoch: Epoch { range: 1, conf: 3 },
             members: members(),
             members_at: 0,
+            ordered_at: 0,
             generation,
         }
     }
@@ -180,6 +188,31 @@ mod tests {
             assert_eq!(state.header().conf_state.voters, [7]);
             assert_eq!(state.header().conf_state.learners, [8]);
         }
+    }
+
+    #[test]
+    fn one_that_goes_on_alone_has_the_members_of_its_record() {
+        let engine = engine();
+        put(&engine, 9);
+        let mut log = log(5, 12);
+        let alone = vec![members()[0]];
+        let membership =
+            |conf| RecordedMembership { index: 12, epoch: Epoch { range: 1, conf }, members: alone.clone() };
+        // A change that the group made itself is in force when it is applied, not before.
+        log.membership = membership(4);
+        assert_eq!(whole(&engine, &record(1), log.clone()).header().members, members());
+        log.membership = membership(1 << 32);
+        let state = whole(&engine, &record(1), log.clone());
+        assert_eq!((state.header().applied.index, state.header().epoch.conf), (9, 1 << 32));
+        assert_eq!((&state.header().members, &state.header().conf_state.voters[..]), (&alone, &[7][..]));
+        // From then on the state knows better.
+        let later = StateHeader {
+            epoch: Epoch { range: 1, conf: (1 << 32) + 2 },
+            ..header(&log, Position { index: 12, term: 9 })
+        };
+        let later = StateHeader { members: members(), conf_state: conf_state_of(&members()), ..later };
+        engine.write(&[(keys::header_key(ReplicaId(7), 1), Some(later.encode().into()))]).unwrap();
+        assert_eq!(whole(&engine, &record(1), log).header().members, members());
     }
 
     #[test]

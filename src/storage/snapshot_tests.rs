@@ -427,6 +427,7 @@ fn record() -> ReplicaRecord {
         epoch: Epoch::default(),
         members: vec![Member { replica: RECEIVER, node: NodeId(1), role: MemberRole::Voter }],
         members_at: 0,
+        ordered_at: 0,
         generation: 0,
     }
 }

@@ -128,6 +128,14 @@ metrics_table! {
         "Connections to the peer port that don't begin as a node's; told that it is no port for clients.";
     PEER_REFUSED = "pontoon_peer_refused_total", Counter, [],
         "Peer connections refused at their greeting.";
+    MOVES = "pontoon_moves", Gauge, [],
+        "Shards of the cluster whose members are being changed, as this node knows.";
+    MOVES_ENDED = "pontoon_moves_ended_total", Counter, ["outcome"],
+        "Changes of a shard's members that this node has seen to their end as the one that leads the metadata shard: done, or rolled_back.";
+    RECONCILER_STEPS = "pontoon_reconciler_steps_total", Counter, ["outcome"],
+        "Commands and orders by which this node, leading the metadata shard, brings the cluster to what it should be: done, refused, or failed.";
+    SNAPSHOT_SENT_BYTES = "pontoon_snapshot_sent_bytes_total", Counter, [],
+        "Bytes that this node has sent in snapshots, of what their files hold.";
     MAP_VERSION = "pontoon_map_version", Gauge, [],
         "Version of the cluster map that this node knows.";
     DISK_BYTES = "pontoon_disk_bytes", Gauge, [],

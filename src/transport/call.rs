@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use super::frame;
 use super::link::{open, write};
 use super::{Timings, TransportError, handshake};
-use crate::codec::hello::{Lane, PeerHello, ProtocolRange};
+use crate::codec::hello::{HelloRefusal, Lane, PeerHello, ProtocolRange};
 use crate::codec::peer::{PeerFrame, PeerRequest, PeerResponse, decode, encode};
 use crate::ids::{ClusterId, NodeId};
 use crate::limits::FRAME_BYTES_MAX;
@@ -43,7 +43,7 @@ pub enum CallError {
         /// HOST:PORT.
         address: String,
         /// In its words.
-        reason: String,
+        reason: HelloRefusal,
     },
     /// The time given ran out. The request may have been carried out.
     #[error("{address} did not answer within {timeout:?}")]

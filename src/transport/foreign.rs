@@ -30,7 +30,7 @@ pub fn is_abort_for_client(error: &capnp::Error) -> bool {
 /// its link logs. Write it, then close the connection.
 pub fn refusal_for_peer(peer_address: &str) -> Result<Vec<u8>, CodecError> {
     let welcome = PeerWelcome {
-        outcome: Err(format!("this is the client port of a Pontoon node; nodes use {peer_address}")),
+        outcome: Err(format!("this is the client port of a Pontoon node; nodes use {peer_address}").into()),
         node: NodeId(0),
         incarnation: 0,
     };

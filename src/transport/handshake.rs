@@ -6,7 +6,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::TransportError;
 use super::frame::{self, FrameError, FrameReader, PREAMBLE_BYTES, check_preamble, preamble};
-use crate::codec::hello::{PeerHello, PeerWelcome, ProtocolRange};
+use crate::codec::hello::{HelloRefusal, PeerHello, PeerWelcome, ProtocolRange};
 use crate::ids::NodeId;
 use crate::limits::HELLO_FRAME_BYTES_MAX;
 
@@ -78,20 +78,20 @@ pub async fn accept_preamble<S: AsyncRead + Unpin>(stream: &mut S) -> Result<(),
 /// is sent to the dialler and returned.
 pub async fn accept_hello<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
-    judge: impl FnOnce(&PeerHello) -> Result<Identity, String>,
+    judge: impl FnOnce(&PeerHello) -> Result<Identity, HelloRefusal>,
 ) -> Result<(PeerHello, FrameReader), TransportError> {
     let mut reader = FrameReader::new(HELLO_FRAME_BYTES_MAX);
     let payload: Bytes = reader.read(stream).await?;
     let hello = PeerHello::decode(payload)?;
     let judgement = judge(&hello);
-    let identity = judgement.as_ref().copied().unwrap_or_default();
+    let identity = judgement.as_ref().map_or_else(|_| Identity::default(), |identity| *identity);
     let ours = ProtocolRange::OURS;
     let outcome = judgement.and_then(|_| {
         ours.common(hello.protocol).ok_or_else(|| {
-            format!(
+            HelloRefusal::from(format!(
                 "this node speaks peer protocol versions {} to {}, the caller {} to {}; upgrade the older node first",
                 ours.min, ours.max, hello.protocol.min, hello.protocol.max
-            )
+            ))
         })
     });
     let welcome = PeerWelcome { outcome, node: identity.node, incarnation: identity.incarnation };

@@ -79,6 +79,9 @@ pub(super) async fn run_link(config: PeerNetworkConfig, peer: Arc<Peer>, lane: L
             }
             Err(error) => {
                 disconnected(&peer, link, &address, &error);
+                if let TransportError::Refused(refusal) = &error {
+                    (config.on_refused)(peer.node, refusal);
+                }
                 let dropped = link.outbox.clear();
                 count_dropped(lane, "unreachable", dropped);
                 dropped > 0

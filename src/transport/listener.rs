@@ -27,7 +27,7 @@ use super::link::write;
 use super::snapshot::receiver::{self, SnapshotSink};
 use super::{Timings, TransportError, foreign};
 use crate::codec::GroupMessage;
-use crate::codec::hello::{Lane, PeerHello};
+use crate::codec::hello::{HelloRefusal, Lane, PeerHello};
 use crate::codec::peer::{NodeHeartbeat, PeerFrame, PeerRequest, PeerResponse, decode, encode};
 use crate::codec::snapshot::{SnapshotAnswer, SnapshotOffer};
 use crate::ids::NodeId;
@@ -39,13 +39,16 @@ use crate::telemetry::metrics as names;
 pub trait PeerHandler {
     /// Judges a dialler: who this node is, or a refusal for the dialler's log. See
     /// [`PeerHello::check`] for what every node checks.
-    fn hello(&self, hello: &PeerHello) -> Result<Identity, String>;
+    fn hello(&self, hello: &PeerHello) -> Result<Identity, HelloRefusal>;
+
+    /// The connection that whoever said `hello` was welcome on has ended.
+    fn gone(&self, _hello: &PeerHello) {}
 
     /// Raft messages from a member, checked in form, in the order they were sent.
     fn raft(&self, from: NodeId, messages: Vec<GroupMessage>);
 
-    /// A member is alive.
-    fn heartbeat(&self, heartbeat: NodeHeartbeat);
+    /// A member is alive. If it isn't to be one any more, its connection ends with the refusal.
+    fn heartbeat(&self, heartbeat: NodeHeartbeat) -> Result<(), HelloRefusal>;
 
     /// A question of whoever said `hello`; its answer goes back on the connection it came on. The
     /// future runs to its end even if the caller hangs up, unless the listener is stopped.
@@ -204,11 +207,13 @@ async fn connection(
         .map_err(|_| TransportError::Timeout("the handshake"))??;
     let lane = hello.lane.name();
     debug!(%from, node = %hello.from_node, lane, "a peer connected");
-    match hello.lane {
+    let ended = match hello.lane {
         Lane::Request => answer(stream, reader, &hello, handler, timings).await,
         Lane::Snapshot => receiver::receive(stream, reader, &hello, handler, timings).await,
         Lane::Control | Lane::Append => receive(stream, reader, &hello, handler, timings).await,
-    }
+    };
+    handler.gone(&hello);
+    ended
 }
 
 /// Tells an RPC client where it should have gone. What it sent must be read before the socket is
@@ -285,7 +290,7 @@ fn take_frames(
                         hello.from_node
                     )));
                 }
-                handler.heartbeat(heartbeat);
+                handler.heartbeat(heartbeat).map_err(TransportError::Refused)?;
             }
             PeerFrame::Request(..) | PeerFrame::Response(..) | PeerFrame::Snapshot(..) => {
                 return Err(TransportError::Protocol(format!(

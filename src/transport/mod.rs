@@ -42,6 +42,7 @@ use std::io;
 use std::time::Duration;
 
 use crate::codec::CodecError;
+use crate::codec::hello::HelloRefusal;
 use crate::limits::{CONNECT_MS_MAX, KEEPALIVE_MS, PEER_IDLE_MS_MAX, REDIAL_MS_MAX, REDIAL_MS_MIN};
 use frame::FrameError;
 
@@ -62,7 +63,7 @@ pub enum TransportError {
     Protocol(String),
     /// The other side doesn't want this connection.
     #[error("refused: {0}")]
-    Refused(String),
+    Refused(HelloRefusal),
     /// The other side closed the connection.
     #[error("closed by the other side")]
     Closed,

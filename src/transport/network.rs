@@ -22,7 +22,7 @@ use super::Timings;
 use super::link::{LinkState, run_link};
 use super::outbox::Outbox;
 use crate::codec::GroupMessage;
-use crate::codec::hello::Lane;
+use crate::codec::hello::{HelloRefusal, Lane};
 use crate::codec::messages::{check, wire_size};
 use crate::codec::peer::NodeHeartbeat;
 use crate::ids::{ClusterId, NodeId};
@@ -32,6 +32,10 @@ use crate::telemetry::metrics as names;
 /// Called when messages to a node were lost; from the thread that sent them or from the link's. It
 /// must not block, and may be called often.
 pub type OnUnreachable = Arc<dyn Fn(NodeId) + Send + Sync>;
+
+/// Called when a node refuses this one's connection, at every attempt; from the thread of the links. It must
+/// not block.
+pub type OnRefused = Arc<dyn Fn(NodeId, &HelloRefusal) + Send + Sync>;
 
 /// Who sends, and how much may wait.
 #[derive(Clone)]
@@ -44,6 +48,8 @@ pub struct PeerNetworkConfig {
     pub incarnation: u64,
     /// Whom to tell of lost messages.
     pub on_unreachable: OnUnreachable,
+    /// Whom to tell of refused connections.
+    pub on_refused: OnRefused,
     /// Clocks of the links.
     pub timings: Timings,
     /// Bytes that may wait for one peer on the append lane.
@@ -53,7 +59,7 @@ pub struct PeerNetworkConfig {
 }
 
 impl PeerNetworkConfig {
-    /// With the bounds of [`crate::limits`].
+    /// With the bounds of [`crate::limits`], and nobody to tell of refusals.
     pub fn new(
         cluster_id: ClusterId,
         node: NodeId,
@@ -65,6 +71,7 @@ impl PeerNetworkConfig {
             node,
             incarnation,
             on_unreachable,
+            on_refused: Arc::new(|_, _| ()),
             timings: Timings::default(),
             append_bytes_max: OUTBOX_BYTES_MAX,
             control_bytes_max: OUTBOX_CONTROL_BYTES_MAX,

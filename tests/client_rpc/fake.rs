@@ -1,7 +1,7 @@
 //! Scripted nodes: each listens on a port of its own, answers the public protocol, and fails on cue.
 //! All share one store, whose version counts every write.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::io::Write;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
@@ -77,6 +77,10 @@ struct Shared {
     tags: Vec<Tags>,
     /// Ids that databases were to be dropped by.
     drops: Vec<u64>,
+    /// Nodes that know of no call that waits for a newer map.
+    old: BTreeSet<u64>,
+    /// Calls for the map, by node: those that wait, and those that don't.
+    map_calls: HashMap<u64, (usize, usize)>,
     /// By shard and session: what its commands came to.
     sessions: HashMap<(u64, Vec<u8>), HashMap<u64, Done>>,
 }
@@ -217,6 +221,17 @@ impl Fakes {
         self.shared.lock().unwrap().drops.clone()
     }
 
+    /// `node` is one of an older version, where no call can wait for a newer map.
+    pub fn is_old(&self, node: u64) {
+        self.shared.lock().unwrap().old.insert(node);
+    }
+
+    /// Calls for the map that came to `node`: those that wait for news, and those that don't.
+    pub fn map_calls(&self, node: u64) -> (usize, usize) {
+        let shared = self.shared.lock().unwrap();
+        shared.map_calls.get(&node).copied().unwrap_or_default()
+    }
+
     pub fn change_map(&self, change: impl FnOnce(&mut ClusterMap)) {
         change(&mut self.shared.lock().unwrap().map);
     }
@@ -333,10 +348,35 @@ impl kv::Server for Fake {
         params: kv::MapParams,
         mut results: kv::MapResults,
     ) -> Result<(), capnp::Error> {
-        let shared = self.shared.lock().unwrap();
+        let mut shared = self.shared.lock().unwrap();
+        shared.map_calls.entry(self.node).or_default().1 += 1;
         let delta = shared.map.delta(params.get()?.get_since());
         write_delta(&delta, results.get().init_delta());
         Ok(())
+    }
+
+    async fn watch_map(
+        self: Rc<Self>,
+        params: kv::WatchMapParams,
+        mut results: kv::WatchMapResults,
+    ) -> Result<(), capnp::Error> {
+        let (since, ms) = (params.get()?.get_since(), params.get()?.get_timeout_ms());
+        {
+            let mut shared = self.shared.lock().unwrap();
+            if shared.old.contains(&self.node) {
+                return Err(capnp::Error::unimplemented("no such method".into()));
+            }
+            shared.map_calls.entry(self.node).or_default().0 += 1;
+        }
+        let until = tokio::time::Instant::now() + Duration::from_millis(ms.into());
+        loop {
+            let map = self.shared.lock().unwrap().map.clone();
+            if map.version > since || tokio::time::Instant::now() >= until {
+                write_delta(&map.delta(since), results.get().init_delta());
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 
     async fn batch(

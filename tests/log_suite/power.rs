@@ -12,6 +12,8 @@ use std::sync::Arc;
 
 use pontoon::storage::log_disk::env::FileSystem;
 
+use pontoon::storage::log::RecordedMembership;
+
 use super::lossy_fs::{LossyFs, Rng};
 use super::*;
 
@@ -40,6 +42,8 @@ pub(super) struct Expected {
     generation: u32,
     /// The last of these: the log never begins before it.
     installed: Position,
+    /// In its record.
+    membership: RecordedMembership,
 }
 
 pub(super) type Model = BTreeMap<u64, Expected>;
@@ -53,6 +57,7 @@ fn expected() -> Expected {
         removed: false,
         generation: record(1).generation,
         installed: GROUP_START,
+        membership: RecordedMembership::default(),
     }
 }
 
@@ -102,6 +107,8 @@ pub(super) fn step<F: FileSystem>(
             e.last = index;
             e.hard_state = hard_state(leader_term, 0, index);
             let install = install(e.generation, index, position.term, leader_term);
+            let (epoch, members) = (install.epoch, install.members.clone());
+            e.membership = RecordedMembership { index, epoch, members };
             log.install(ReplicaId(*replica), &install)
         }
         _ => {
@@ -129,11 +136,15 @@ pub(super) fn step<F: FileSystem>(
                 }
                 let commit = floor.max(e.last.saturating_sub(rng.below(4)));
                 e.hard_state = hard_state(term, rng.below(3), commit);
+                let membership = (rng.below(4) == 0).then(|| members_at(commit));
+                if let Some(membership) = membership.as_ref().filter(|m| m.index > e.membership.index) {
+                    e.membership = membership.clone();
+                }
                 writes.push(LogWrite {
                     replica: ReplicaId(*replica),
                     entries,
                     hard_state: Some(e.hard_state.clone()),
-                    membership: None,
+                    membership,
                 });
             }
             log.write(&writes)
@@ -167,6 +178,7 @@ pub(super) fn compare<F: FileSystem>(log: &DiskLog<F>, model: &Model) -> Result<
         let wanted: Vec<Entry> = e.entries.range(low + 1..).map(|(_, entry)| entry.clone()).collect();
         if state.hard_state != e.hard_state
             || state.last != e.last
+            || (state.membership != e.membership && e.membership.index > 0)
             || low > e.truncated.index
             || low < e.installed.index
             || (low == e.installed.index && state.truncated != e.installed)

@@ -62,6 +62,8 @@ pub struct Node {
 pub struct Cluster {
     pub dir: tempfile::TempDir,
     pub nodes: Vec<Node>,
+    /// For nodes that come later.
+    options: Options,
 }
 
 /// What a node's settings may differ in.
@@ -94,31 +96,50 @@ impl Cluster {
     pub fn prepared(count: usize, ports: &[u16], options: Options) -> Cluster {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let (clients, peers) = ports.split_at(count);
-        let advertise = options
-            .advertise
+        let advertise = (options.advertise.clone())
             .unwrap_or_else(|| peers.iter().map(|port| format!("127.0.0.1:{port}")).collect());
         let initial: Vec<String> = advertise.iter().map(|a| format!("\"{a}\"")).collect();
-        let nodes = (0..count)
-            .map(|i| {
-                let data = dir.path().join(format!("n{}", i + 1));
-                let config = dir.path().join(format!("n{}.toml", i + 1));
-                let (client, peer) = (format!("127.0.0.1:{}", clients[i]), format!("127.0.0.1:{}", peers[i]));
-                let text = format!(
-                    "[node]\nid = \"n{}\"\ndata_dir = {:?}\n{}\n[client]\nlisten = \"{client}\"\n[peer]\nlisten = \"{peer}\"\n\
-                     advertise = \"{}\"\n[cluster]\ninitial = [{}]\n[storage]\ncache_bytes = \"16MiB\"\nmemtable_bytes = \"32MiB\"\n\
-                     log_file_bytes = \"8MiB\"\nlog_bytes = \"64MiB\"\nlog_spare_files = 0\n{}\n",
-                    i + 1,
-                    data,
-                    options.node,
-                    advertise[i],
-                    initial.join(", "),
-                    options.extra,
-                );
-                std::fs::write(&config, text).expect("writing settings");
-                Node { config, data, client, peer, child: None }
-            })
-            .collect();
-        Cluster { dir, nodes }
+        let members = format!("initial = [{}]", initial.join(", "));
+        let mut cluster = Cluster { dir, nodes: Vec::new(), options: Options::default() };
+        for i in 0..count {
+            cluster.configure(clients[i], peers[i], &advertise[i], &members, &options);
+        }
+        cluster.options = options;
+        cluster
+    }
+
+    /// The settings of one more node, which is to join through any of those that are there. Returns it, not
+    /// started.
+    pub fn add(&mut self) -> usize {
+        let ports = free_ports(2);
+        let peers: Vec<String> = self.nodes.iter().map(|node| format!("\"{}\"", node.peer)).collect();
+        let (members, options) = (format!("join = [{}]", peers.join(", ")), self.options.clone());
+        self.configure(ports[0], ports[1], &format!("127.0.0.1:{}", ports[1]), &members, &options);
+        self.nodes.len() - 1
+    }
+
+    /// The same, started, and waited for until it is ready.
+    pub fn join(&mut self) -> usize {
+        let node = self.add();
+        self.spawn(node);
+        self.wait_ready(node);
+        node
+    }
+
+    /// Writes the settings of the next node.
+    fn configure(&mut self, client: u16, peer: u16, advertise: &str, members: &str, options: &Options) {
+        let number = self.nodes.len() + 1;
+        let data = self.dir.path().join(format!("n{number}"));
+        let config = self.dir.path().join(format!("n{number}.toml"));
+        let (client, peer) = (format!("127.0.0.1:{client}"), format!("127.0.0.1:{peer}"));
+        let text = format!(
+            "[node]\nid = \"n{number}\"\ndata_dir = {data:?}\n{}\n[client]\nlisten = \"{client}\"\n[peer]\nlisten = \"{peer}\"\n\
+             advertise = \"{advertise}\"\n[cluster]\n{members}\n[storage]\ncache_bytes = \"16MiB\"\nmemtable_bytes = \"32MiB\"\n\
+             log_file_bytes = \"8MiB\"\nlog_bytes = \"64MiB\"\nlog_spare_files = 0\n{}\n",
+            options.node, options.extra,
+        );
+        std::fs::write(&config, text).expect("writing settings");
+        self.nodes.push(Node { config, data, client, peer, child: None });
     }
 
     /// Starts a node, without waiting.
@@ -208,6 +229,11 @@ impl Cluster {
         child.wait().expect("its end");
     }
 
+    /// Whether its process was started and not seen to end.
+    pub fn runs(&self, node: usize) -> bool {
+        self.nodes[node].child.is_some()
+    }
+
     /// Process id of a running node.
     pub fn pid(&self, node: usize) -> u32 {
         self.nodes[node].child.as_ref().expect("running").id()
@@ -244,6 +270,13 @@ impl Cluster {
     /// All that a node has logged.
     pub fn whole_log(&self, node: usize) -> String {
         std::fs::read_to_string(self.nodes[node].config.with_extension("log")).unwrap_or_default()
+    }
+
+    /// How a node's process has ended, if it has.
+    pub fn ended(&mut self, node: usize) -> Option<ExitStatus> {
+        let status = self.nodes[node].child.as_mut()?.try_wait().expect("its state")?;
+        self.nodes[node].child = None;
+        Some(status)
     }
 
     /// Client addresses of all nodes.

@@ -88,8 +88,12 @@ fn report(n: u64, role: StateRole, term: u64, applied: u64, committed: u64) -> N
                 followers: Vec::new(),
             }),
             restarts: 0,
+            keys: 0,
+            bytes: 0,
         }],
         uptime: Duration::ZERO,
+        snapshot_bytes: 0,
+        stuck: Vec::new(),
     }
 }
 

@@ -4,6 +4,7 @@ use super::*;
 use crate::codec::messages::tests::any_message;
 use crate::codec::records::tests::{any_delta, any_id, any_node, any_shard};
 use crate::codec::snapshot::tests::any_snapshot_frame;
+use crate::codec::survey::tests::{any_order, any_survey};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use raft::eraftpb::{Entry, Message, MessageType};
@@ -24,6 +25,8 @@ fn any_request() -> impl Strategy<Value = PeerRequest> {
             .prop_map(|(cluster_id, record)| PeerRequest::Join { cluster_id, record }),
         any::<u64>().prop_map(|since| PeerRequest::Map { since }),
         any_node().prop_map(|node| PeerRequest::Meta(MetaCommand::AddNode(node))),
+        Just(PeerRequest::Survey),
+        any_order().prop_map(PeerRequest::Order),
     ]
 }
 
@@ -35,6 +38,7 @@ fn any_probe() -> impl Strategy<Value = ProbeAnswer> {
     ];
     (membership, any_node()).prop_map(|(membership, mut record)| {
         record.changed_at = 0;
+        record.standing = Standing::Member;
         record.id = match membership {
             Membership::Member(_, node) => node,
             _ => NodeId(0),
@@ -52,6 +56,9 @@ fn any_response() -> impl Strategy<Value = PeerResponse> {
         (any_member(), any_delta()).prop_map(|(node, map)| PeerResponse::Joined { node, map }),
         any_delta().prop_map(PeerResponse::Map),
         any_member().prop_map(|node| PeerResponse::Meta(MetaReply::Node(node))),
+        any_survey().prop_map(PeerResponse::Survey),
+        any_member().prop_map(PeerResponse::Pending),
+        Just(PeerResponse::Done),
     ]
 }
 

@@ -7,6 +7,8 @@
 //! | `d` + DatabaseId | a database, dropped ones too |
 //! | `i` + name | the DatabaseId of the living database of that name |
 //! | `s` + ShardId | a shard |
+//! | `p` | what operators have set; none: [`PolicyRecord::default`] |
+//! | `r` | the last rebalancing; none: there never was one |
 //!
 //! Ids are 8 bytes, big-endian, so that keys are in order of ids. Each value is a stored value
 //! ([`super::super::value`]) whose revision is the map version of its last change and whose bytes are a
@@ -22,7 +24,7 @@ use super::super::value;
 use crate::codec::meta::{MessageReader, read_message};
 use crate::codec::{CodecError, records};
 use crate::ids::{ClusterId, RandomId};
-use crate::placement::map::{DatabaseRecord, NodeRecord, ShardRecord};
+use crate::placement::map::{DatabaseRecord, NodeRecord, PolicyRecord, RebalanceRecord, ShardRecord};
 use crate::storage::{StateBatch, StateView, StorageError};
 
 const COUNTERS_KEY: &[u8] = b"c";
@@ -79,6 +81,60 @@ macro_rules! record {
 record!(NodeRecord, b'n', "node", write_node, read_node);
 record!(DatabaseRecord, b'd', "database", write_database, read_database);
 record!(ShardRecord, b's', "shard", write_shard, read_shard);
+
+/// A record of which there is one. Its default stands for it until it is first stored: what it says is part of
+/// the format, as far as applying a command looks at it.
+pub(super) trait Single: Sized + Default {
+    /// Its key.
+    const KEY: &'static [u8];
+    /// What it is, for messages.
+    const NAME: &'static str;
+
+    fn changed_at(&self) -> u64;
+    fn write(&self, message: &mut Builder<HeapAllocator>);
+    fn read(message: &MessageReader<'_>) -> Result<Self, CodecError>;
+}
+
+macro_rules! single {
+    ($type:ty, $key:literal, $name:literal, $write:ident, $read:ident) => {
+        impl Single for $type {
+            const KEY: &'static [u8] = $key;
+            const NAME: &'static str = $name;
+
+            fn changed_at(&self) -> u64 {
+                self.changed_at
+            }
+
+            fn write(&self, message: &mut Builder<HeapAllocator>) {
+                records::$write(self, message.init_root());
+            }
+
+            fn read(message: &MessageReader<'_>) -> Result<Self, CodecError> {
+                records::$read(message.get_root()?)
+            }
+        }
+    };
+}
+
+single!(PolicyRecord, b"p", "the policy", write_policy, read_policy);
+single!(RebalanceRecord, b"r", "the last rebalancing", write_rebalance, read_rebalance);
+
+/// The one record of that kind.
+pub(super) fn load_single<S: Single>(state: &dyn StateView) -> Result<S, StorageError> {
+    let Some(stored) = state.get(S::KEY)? else {
+        return Ok(S::default());
+    };
+    let bytes = value::decode(&stored).map_err(|e| damaged(S::NAME, e))?.value;
+    read_message(S::NAME, &bytes, S::read).map_err(|e| damaged(S::NAME, e))
+}
+
+/// Stores the one record of that kind.
+pub(super) fn save_single<S: Single>(record: &S, state: &mut dyn StateBatch) {
+    let mut message = Builder::new_default();
+    record.write(&mut message);
+    let bytes = serialize::write_message_to_words(&message);
+    state.put(S::KEY, value::encode(record.changed_at(), &bytes));
+}
 
 /// The record of that id.
 pub(super) fn load<R: Record>(state: &dyn StateView, id: u64) -> Result<Option<R>, StorageError> {

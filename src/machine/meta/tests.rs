@@ -1,13 +1,20 @@
 //! Tests of the metadata machine.
 
-use proptest::prelude::*;
-
 use super::super::memory::MemoryState;
+use super::super::value;
+use super::check::{check_change, check_map};
 use super::*;
-use crate::ids::{METADATA_DATABASE, RandomId};
-use crate::placement::map::Standing;
-use crate::placement::plan::plan_database;
+use crate::ids::{
+    DatabaseId, Epoch, METADATA_DATABASE, METADATA_SHARD, NodeId, RandomId, ReplicaId, ShardId,
+};
+use crate::placement::map::{Member, MemberRole, Standing};
+use crate::placement::plan::{PlannedShard, plan_database};
 use crate::placement::ring::RingRange;
+
+mod history;
+mod moves;
+mod rebalancing;
+mod standings;
 
 fn id(byte: u8) -> RandomId {
     RandomId([byte; 16])
@@ -59,7 +66,7 @@ fn formed(nodes: u8) -> MemoryState {
 }
 
 /// Applies, and checks what holds for every command: the version grows by one if and only if anything
-/// changed, and all that changed is stamped with it.
+/// changed, all that changed is stamped with it, and the map is sound.
 fn run(command: &MetaCommand, state: &mut MemoryState) -> MetaReply {
     let before = state.clone();
     let known = cluster_map(&before).unwrap();
@@ -73,6 +80,8 @@ fn run(command: &MetaCommand, state: &mut MemoryState) -> MetaReply {
     let mut merged = known.clone();
     merged.merge(map.delta(known.version));
     assert_eq!(merged, map, "a delta tells every change");
+    check_map(&map).unwrap_or_else(|what| panic!("{command:?}: {what}"));
+    check_change(&known, &map).unwrap_or_else(|what| panic!("{command:?}: {what}"));
     reply
 }
 
@@ -137,6 +146,10 @@ fn a_formation_that_contradicts_itself_is_refused() {
     assert_eq!(broken(|_, shard| shard.members.clear()), members);
     assert_eq!(broken(|_, shard| shard.members[0].replica.0 = 2), members);
     assert_eq!(broken(|_, shard| shard.members[0].node.0 = 2), members);
+    assert_eq!(
+        broken(|_, shard| shard.members[0].role = MemberRole::Learner),
+        "invalid plan: a member of the metadata shard is no voter"
+    );
     assert_eq!(
         broken(|_, shard| shard.members[0].replica.0 = u64::MAX),
         "invalid plan: the first ids must be small numbers above 0"
@@ -239,45 +252,14 @@ fn damage_is_an_error_not_a_reply() {
         state.pairs.insert(key.to_vec(), value);
         assert!(matches!(cluster_map(&state), Err(StorageError::Damaged { .. })));
     }
+    for key in [&b"p"[..], b"r"] {
+        let mut state = formed(1);
+        state.pairs.insert(key.to_vec(), value::encode(1, b"not a message"));
+        assert!(matches!(cluster_map(&state), Err(StorageError::Damaged { .. })));
+    }
     let mut state = formed(1);
     let stored = state.pairs[&b"n\0\0\0\0\0\0\0\x01"[..]].clone();
     state.pairs.insert(b"n\0\0\0\0\0\0\0\x02".to_vec(), stored);
     let error = cluster_map(&state).unwrap_err().to_string();
     assert_eq!(error, "the metadata state: node 2 is damaged: its record says 1");
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
-
-    #[test]
-    fn any_history_keeps_the_map_sound(
-        steps in prop::collection::vec((0..4_u8, 0..4_u8, 1..4_u32, 1..6_u32), 0..30),
-    ) {
-        let mut state = formed(2);
-        for (kind, number, replicas, shards) in steps {
-            let name = format!("db{number}");
-            let map = cluster_map(&state).unwrap();
-            let command = match kind {
-                0 => MetaCommand::AddNode(node(10 + number)),
-                1 => MetaCommand::DropDatabase { name, id: None },
-                _ => match plan_database(&map, &name, replicas, shards) {
-                    Ok(shards) => MetaCommand::CreateDatabase { name, replicas, shards },
-                    Err(_) => continue,
-                },
-            };
-            run(&command, &mut state);
-        }
-        let map = cluster_map(&state).unwrap();
-        let replicas: Vec<_> = map.shards.values().flat_map(|s| &s.members).map(|m| m.replica).collect();
-        let distinct: BTreeSet<_> = replicas.iter().collect();
-        prop_assert_eq!(distinct.len(), replicas.len());
-        let living: Vec<_> = map.databases.values().filter(|d| !d.dropped).collect();
-        let names: BTreeSet<_> = living.iter().map(|d| &d.name).collect();
-        prop_assert_eq!(names.len(), living.len());
-        for database in living {
-            let shards = database.shards.iter().map(|id| &map.shards[id]);
-            prop_assert!(shards.clone().all(|s| !s.dropped && s.database == database.id));
-            prop_assert!(ring::covers_ring(shards.map(|s| s.range)));
-        }
-    }
 }

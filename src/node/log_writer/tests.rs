@@ -6,8 +6,9 @@ use std::sync::mpsc;
 use raft::eraftpb::{Entry, HardState};
 
 use super::*;
-use crate::ids::{DatabaseId, Epoch, Index, Position, ShardId};
+use crate::ids::{DatabaseId, Epoch, Index, NodeId, Position, ShardId};
 use crate::machine::MachineKind;
+use crate::placement::map::{Member, MemberRole};
 use crate::placement::ring::RingRange;
 use crate::storage::log::{Install, LogState, ReplicaPhase, ReplicaRecord};
 use crate::storage::log_memory::{FailedWrite, MemoryLog};
@@ -115,8 +116,13 @@ fn setup(gated: bool) -> Setup {
             phase: ReplicaPhase::Active,
             range: RingRange::ALL,
             epoch: Epoch::default(),
-            members: Vec::new(),
+            members: vec![Member {
+                replica: ReplicaId(replica),
+                node: NodeId(1),
+                role: MemberRole::Voter,
+            }],
             members_at: 0,
+            ordered_at: 0,
             generation: 1,
         })
         .collect();

@@ -1,12 +1,12 @@
 //! What a replica does about its node's disk: refuses new values where there is no room for them, and
-//! sees to it that another replica leads while this one's disk is full or hangs.
+//! sees to it that another replica leads while this one's disk is full or hangs, or its node is to be emptied.
 
 use actix::prelude::*;
 
 use super::ReplicaActor;
 use crate::group::election::Ambition;
 use crate::group::types::Operation;
-use crate::ids::ReplicaId;
+use crate::ids::{NodeId, ReplicaId};
 use crate::limits;
 use crate::machine::command::{Command, KvCommand};
 use crate::node::messages::DiskNews;
@@ -41,31 +41,34 @@ impl ReplicaActor {
         })
     }
 
-    /// At a tick: a leader whose disk is full goes on looking for somebody to lead instead.
+    /// At a tick: a leader that shouldn't lead goes on looking for somebody to lead instead.
     pub(super) fn make_way_now_and_then(&mut self) {
-        if self.disk.full && self.ticks.is_multiple_of(limits::MAKE_WAY_TICKS) {
+        if (self.disk.full || self.disk.draining) && self.ticks.is_multiple_of(limits::MAKE_WAY_TICKS) {
             self.make_way();
         }
     }
 
-    /// Hands leadership, if this replica has it, to one that has room.
+    /// Hands leadership, if this replica has it, to one whose node has room and stays.
     fn make_way(&mut self) {
         if self.group.leads()
             && let Some(heir) = self.heir_with_room()
         {
-            tracing::info!(shard = %self.shard, to = %heir, "handing leadership over: the disk is full");
+            let why = if self.disk.full { "the disk is full" } else { "the node is to be emptied" };
+            tracing::info!(shard = %self.shard, to = %heir, why, "handing leadership over");
             self.group.transfer(heir);
         }
     }
 
-    /// The best successor, of those that have room if there are any.
+    /// The best successor, of those whose nodes have room and stay if there are any.
     pub(super) fn heir(&self) -> Option<ReplicaId> {
         self.heir_with_room().or_else(|| self.group.successors().first().copied())
     }
 
     fn heir_with_room(&self) -> Option<ReplicaId> {
+        let map = self.shared.router.map();
+        let stays = |node: NodeId| map.nodes.get(&node).is_none_or(|record| record.standing.takes_replicas());
         let has_room = |heir: &ReplicaId| {
-            self.group.node_of(*heir).is_none_or(|node| !self.shared.disk.is_full_on(node))
+            self.group.node_of(*heir).is_none_or(|node| stays(node) && !self.shared.disk.is_full_on(node))
         };
         self.group.successors().into_iter().find(has_room)
     }
@@ -85,7 +88,7 @@ impl Handler<DiskNews> for ReplicaActor {
         let before = std::mem::replace(&mut self.disk, news);
         self.group.set_ambition(match news {
             DiskNews { stalled: true, .. } => Ambition::None,
-            DiskNews { full: true, .. } => Ambition::Last,
+            DiskNews { full: true, .. } | DiskNews { draining: true, .. } => Ambition::Last,
             DiskNews { .. } => Ambition::Usual,
         });
         if news.stalled && !before.stalled {
@@ -97,7 +100,7 @@ impl Handler<DiskNews> for ReplicaActor {
                 tracing::info!(shard = %self.shard, to = %heir, "handing leadership over: the disk hangs");
                 self.group.transfer(heir);
             }
-        } else if news.full && !before.full {
+        } else if (news.full && !before.full) || (news.draining && !before.draining) {
             self.make_way();
         }
         self.queue_pump(ctx);

@@ -76,7 +76,7 @@ pub struct Origin {
     pub incarnation: u64,
     /// Knows where nodes are.
     pub network: PeerNetwork,
-    /// Bytes per second, over all transfers.
+    /// Bytes per second, over all transfers, as the node's settings allow; the cluster may allow fewer.
     pub bytes_per_second: u64,
 }
 
@@ -96,6 +96,7 @@ pub struct Tools {
 /// its leadership.
 pub struct Outgoing {
     commands: std::sync::Mutex<Option<mpsc::UnboundedSender<Command>>>,
+    throttle: Arc<Throttle>,
 }
 
 impl Outgoing {
@@ -105,11 +106,13 @@ impl Outgoing {
     /// The system has no thread or no runtime to give.
     pub fn start(tools: Tools, fatal: &Fatal) -> io::Result<(Outgoing, JoinHandle<()>)> {
         let (commands, queue) = mpsc::unbounded_channel();
+        let throttle = Arc::new(Throttle::new(tools.origin.bytes_per_second));
+        let shared = throttle.clone();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let thread = fatal.thread("pontoon-snapout", "the thread that sends snapshots", move || {
-            LocalSet::new().block_on(&runtime, run(Rc::new(Sending::new(tools)), queue));
+            LocalSet::new().block_on(&runtime, run(Rc::new(Sending::new(tools, shared)), queue));
         })?;
-        Ok((Outgoing { commands: std::sync::Mutex::new(Some(commands)) }, thread))
+        Ok((Outgoing { commands: std::sync::Mutex::new(Some(commands)), throttle }, thread))
     }
 
     /// Brings a snapshot to a follower; the leader hears of the outcome ([`SnapshotDone`]).
@@ -125,6 +128,17 @@ impl Outgoing {
     /// The replica is removed for good.
     pub fn forget(&self, from: ReplicaId) {
         self.command(Command::Forget(from));
+    }
+
+    /// From now on the cluster allows each node so many bytes a second; 0: any number. The node's own limit
+    /// holds beside it.
+    pub fn limit(&self, bytes_per_second: u64) {
+        self.throttle.limit(bytes_per_second);
+    }
+
+    /// Bytes of snapshots that have been sent.
+    pub fn sent_bytes(&self) -> u64 {
+        self.throttle.passed()
     }
 
     /// Ends the thread, and what it is sending.
@@ -153,7 +167,7 @@ type Slot = Rc<Mutex<Option<Kept>>>;
 
 struct Sending {
     tools: Tools,
-    throttle: Throttle,
+    throttle: Arc<Throttle>,
     places: Semaphore,
     files: RefCell<BTreeMap<ReplicaId, Slot>>,
 }
@@ -204,13 +218,8 @@ fn stop(running: &mut HashMap<ReplicaId, (ReplicaId, AbortHandle)>, gone: Replic
 }
 
 impl Sending {
-    fn new(tools: Tools) -> Sending {
-        Sending {
-            throttle: Throttle::new(tools.origin.bytes_per_second),
-            places: Semaphore::new(SNAPSHOTS_SENT_MAX),
-            files: RefCell::default(),
-            tools,
-        }
+    fn new(tools: Tools, throttle: Arc<Throttle>) -> Sending {
+        Sending { throttle, places: Semaphore::new(SNAPSHOTS_SENT_MAX), files: RefCell::default(), tools }
     }
 
     /// What was made before the start of the process may be what a follower has a part of.

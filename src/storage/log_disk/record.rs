@@ -129,6 +129,7 @@ pub fn encode_replica(record: &ReplicaRecord) -> Result<Vec<u8>, StorageError> {
     }
     to.set_generation(record.generation);
     to.set_members_at(record.members_at);
+    to.set_ordered_at(record.ordered_at);
     let mut value = vec![FORMAT];
     serialize::write_message(&mut value, &message).map_err(|e| StorageError::Engine {
         engine: "raft log",
@@ -172,6 +173,7 @@ fn read_replica(mut bytes: &[u8]) -> capnp::Result<ReplicaRecord> {
         members,
         members_at: from.get_members_at(),
         generation: from.get_generation(),
+        ordered_at: from.get_ordered_at(),
     })
 }
 
@@ -209,6 +211,7 @@ mod tests {
                 })
                 .collect(),
             members_at: 33,
+            ordered_at: 34,
             generation: 4,
         }
     }

@@ -1,26 +1,51 @@
 //! A bound on bytes per second, shared by all transfers of a node.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::limits::SNAPSHOT_BURST_MS;
+use crate::telemetry::metrics as names;
 
 /// Lets so many bytes a second pass, over all who ask; each in the order of asking.
 #[derive(Debug)]
-pub struct Throttle(Mutex<Bucket>);
+pub struct Throttle {
+    bucket: Mutex<Bucket>,
+    /// What is allowed here, whatever the cluster allows.
+    own: u64,
+    passed: AtomicU64,
+}
 
 impl Throttle {
     /// At most `bytes_per_second`, from now on.
     pub fn new(bytes_per_second: u64) -> Throttle {
-        Throttle(Mutex::new(Bucket::new(bytes_per_second, Instant::now())))
+        Throttle {
+            bucket: Mutex::new(Bucket::new(bytes_per_second, Instant::now())),
+            own: bytes_per_second,
+            passed: AtomicU64::new(0),
+        }
+    }
+
+    /// From now on at most so many, or what was allowed at first if that is less; 0: only that holds. Who
+    /// waits already waits as long as it was told.
+    pub fn limit(&self, bytes_per_second: u64) {
+        let limit = if bytes_per_second == 0 { self.own } else { self.own.min(bytes_per_second) };
+        self.bucket.lock().unwrap_or_else(PoisonError::into_inner).bytes_per_second = limit.max(1);
     }
 
     /// Returns when `bytes` may be sent.
     pub async fn pass(&self, bytes: usize) {
-        let wait = self.0.lock().unwrap_or_else(PoisonError::into_inner).take(bytes, Instant::now());
+        let wait = self.bucket.lock().unwrap_or_else(PoisonError::into_inner).take(bytes, Instant::now());
         if !wait.is_zero() {
             tokio::time::sleep(wait).await;
         }
+        self.passed.fetch_add(bytes as u64, Ordering::Relaxed);
+        metrics::counter!(names::SNAPSHOT_SENT_BYTES).increment(bytes as u64);
+    }
+
+    /// Bytes that have passed.
+    pub fn passed(&self) -> u64 {
+        self.passed.load(Ordering::Relaxed)
     }
 }
 
@@ -74,6 +99,20 @@ mod tests {
             at_once += 10;
         }
         assert_eq!(at_once, 1000 * SNAPSHOT_BURST_MS / 1000);
+    }
+
+    #[tokio::test]
+    async fn the_lower_of_both_limits_holds_from_when_it_is_set() {
+        let throttle = Throttle::new(1 << 20);
+        let rate = |throttle: &Throttle| throttle.bucket.lock().unwrap().bytes_per_second;
+        for (cluster, both) in [(1 << 10, 1 << 10), (1 << 30, 1 << 20), (0, 1 << 20), (1, 1)] {
+            throttle.limit(cluster);
+            assert_eq!(rate(&throttle), both);
+        }
+        throttle.limit(0);
+        throttle.pass(1000).await;
+        throttle.pass(24).await;
+        assert_eq!(throttle.passed(), 1024);
     }
 
     #[test]

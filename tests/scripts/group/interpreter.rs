@@ -309,6 +309,7 @@ impl Groups {
             epoch: Epoch { range: 1, conf: 1 },
             members,
             members_at: 0,
+            ordered_at: 0,
             generation: GENERATION,
         };
         let flushed = record.beginning();

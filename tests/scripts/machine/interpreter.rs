@@ -15,7 +15,18 @@
 //! | `create NAME REPLICAS SHARDS` | a database as the planner places it |
 //! | `plan NAME REPLICAS START-END:NODE,…  …` | a database as given; the ends are hexadecimal |
 //! | `drop NAME` | removes a database |
+//! | `replicas NAME N` | how many replicas it should have |
+//! | `standing NODE STANDING` | decides about a node |
+//! | `policy KEY VALUE` | one setting of the cluster |
+//! | `move SHARD [conf=N] [add=NODE,…] [remove=REPLICA,…] [cause=]` | begins a move; a repair, of conf version 1 |
+//! | `cancel SHARD MOVE`, `end SHARD MOVE` | rolls it back, ends it |
+//! | `observe SHARD CONF REPLICA:NODE[:ROLE] …` | what a shard says of itself |
+//! | `recover SHARD REPLICA CONF` | makes it the only one |
+//! | `rebalance PLAN SHARD@CONF:NODE,… … [moves=] [bytes=]` | gives shards targets |
+//! | `control PLAN STATE [reason=]` | what becomes of it |
 //! | `map [since=N]` | the map, or what changed after version N |
+//!
+//! After every command the map is checked to be sound.
 
 use bytes::Bytes;
 use pontoon::ids::{DatabaseId, Epoch, METADATA_DATABASE, METADATA_SHARD, NodeId, RandomId, ReplicaId};
@@ -24,19 +35,25 @@ use pontoon::machine::command::{
     decode_entry, encode_entry,
 };
 use pontoon::machine::memory::MemoryState;
+use pontoon::machine::meta::check::{check_change, check_map};
 use pontoon::machine::session::SessionTag;
 use pontoon::machine::{MachineKind, meta, value};
-use pontoon::placement::map::{Member, MemberRole, NodeRecord, ShardRecord, Standing};
+use pontoon::placement::map::{ClusterMap, Member, MemberRole, NodeRecord, ShardRecord, Standing};
 use pontoon::placement::plan::{PlannedShard, plan_database};
 use pontoon::placement::ring::RingRange;
 
 use crate::script::{self, Interpreter, quoted};
+use membership::list;
+
+mod membership;
 
 /// The shards of one script.
 #[derive(Default)]
 pub struct Machines {
     kv: MemoryState,
     metadata: MemoryState,
+    /// What the metadata shard held after the last command.
+    map: ClusterMap,
 }
 
 impl Interpreter for Machines {
@@ -110,7 +127,10 @@ impl Interpreter for Machines {
                 self.apply(&Command::Meta(MetaCommand::DropDatabase { name: line.text(0)?, id }))
             }
             "map" => self.map(line.named_number("since", 0)?),
-            other => Err(format!("unknown command `{other}`")),
+            other => match membership::command(line)? {
+                Some(command) => self.apply(&Command::Meta(command)),
+                None => Err(format!("unknown command `{other}`")),
+            },
         }
     }
 }
@@ -121,6 +141,9 @@ impl Machines {
             Command::Kv(_) => MachineKind::Kv.apply(command, &mut self.kv),
             Command::Meta(_) => MachineKind::Metadata.apply(command, &mut self.metadata),
         };
+        let map = meta::cluster_map(&self.metadata).map_err(|e| e.to_string())?;
+        check_map(&map).and_then(|()| check_change(&self.map, &map))?;
+        self.map = map;
         reply.map(said).map_err(|e| e.to_string())
     }
 
@@ -146,32 +169,7 @@ impl Machines {
 
     fn map(&self, since: u64) -> Result<String, String> {
         let map = meta::cluster_map(&self.metadata).map_err(|e| e.to_string())?;
-        let delta = map.delta(since);
-        let mut lines = vec![format!("version {}", delta.version)];
-        lines.extend(delta.nodes.iter().map(|n| {
-            let zone = if n.zone.is_empty() { "-" } else { &n.zone };
-            format!("node {} {} zone {zone} weight {} @{}", n.id, n.peer_address, n.weight, n.changed_at)
-        }));
-        lines.extend(delta.databases.iter().map(|d| {
-            let dropped = if d.dropped { " dropped" } else { "" };
-            let shards = list(&d.shards);
-            format!("database {} `{}` shards {shards}{dropped} @{}", d.id, d.name, d.changed_at)
-        }));
-        lines.extend(delta.shards.iter().map(|s| {
-            let members = s.members.iter().map(|m| format!("{}:{}", m.replica, m.node));
-            format!(
-                "shard {} {:016x}-{:016x} epoch {},{} replicas on nodes {}{} @{}",
-                s.id,
-                s.range.start,
-                s.range.end,
-                s.epoch.range,
-                s.epoch.conf,
-                members.collect::<Vec<_>>().join(" "),
-                if s.dropped { " dropped" } else { "" },
-                s.changed_at,
-            )
-        }));
-        Ok(lines.join("\n"))
+        Ok(membership::print(&map.delta(since)))
     }
 }
 
@@ -263,11 +261,6 @@ fn versioned(found: &Option<Versioned>) -> String {
         Some(found) => format!("{} version {}", quoted(&found.value), found.version),
         None => "absent".into(),
     }
-}
-
-fn list(ids: &[impl ToString]) -> String {
-    let ids: Vec<_> = ids.iter().map(ToString::to_string).collect();
-    ids.join(",")
 }
 
 fn bytes(bytes: &[u8]) -> Bytes {

@@ -1,0 +1,181 @@
+//! Load and leaders spread anew when all is quiet, and the state of the rebalancing under way.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::facts::Action;
+use super::reconciler::Round;
+use super::wants;
+use crate::ids::{NodeId, ShardId};
+use crate::limits;
+use crate::machine::command::MetaCommand;
+use crate::placement::map::{MemberRole, MoveCause, RebalanceState, ShardRecord, Standing};
+use crate::placement::rebalance::{Known, MoveKind, is_uneven, plan_rebalance};
+
+/// What a round leaves for the next.
+#[derive(Default)]
+pub(super) struct Memory {
+    /// Nodes with their weights, and whether they are alive and ordinary.
+    nodes: BTreeMap<NodeId, (u32, bool, bool)>,
+    /// Since when that hasn't changed.
+    since_ms: u64,
+    /// Leaders were too uneven, and are spread until they are even: from one bound to the other, so that small
+    /// changes don't set it off again.
+    spreading: bool,
+    /// The rebalancing whose replicas are in place, and since when.
+    in_place: Option<(u64, u64)>,
+}
+
+impl Round<'_> {
+    /// Ends the rebalancing once nothing is left of it, and gives it up if it can't end.
+    pub(super) fn control_rebalance(&mut self) {
+        let map = self.view.map;
+        let last = &map.rebalance;
+        let mut left = false;
+        let mut impossible = None;
+        let mut handovers = Vec::new();
+        for shard in map.shards.values().filter(|shard| !shard.dropped) {
+            left |= shard.moving.as_ref().is_some_and(|moving| moving.cause == MoveCause::Rebalance);
+            if shard.target.is_some() {
+                left = true;
+                impossible = impossible.or_else(|| self.impossible(shard));
+            } else if shard.previous.as_ref().is_some_and(|previous| previous.plan == last.plan) {
+                handovers.extend(self.handover(shard));
+            }
+        }
+        let plan = last.plan;
+        let control = |state, reason| Action::Meta(MetaCommand::ControlRebalance { plan, state, reason });
+        match last.state {
+            RebalanceState::Running if impossible.is_some() => {
+                self.act(control(RebalanceState::Failed, impossible.unwrap_or_default()));
+            }
+            RebalanceState::Running if !left && self.waits_for_leaders(plan, &handovers) => {
+                for (shard, from, to) in handovers {
+                    self.transfer(shard, from, to);
+                }
+            }
+            RebalanceState::Running | RebalanceState::Paused | RebalanceState::Cancelling if !left => {
+                self.act(control(RebalanceState::Idle, last.reason.clone()));
+            }
+            RebalanceState::Running => {
+                for (shard, from, to) in handovers {
+                    self.transfer(shard, from, to);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Whether there are leaderships to hand over still, and it hasn't been tried for long.
+    fn waits_for_leaders(&mut self, plan: u64, handovers: &[(ShardId, NodeId, NodeId)]) -> bool {
+        let now_ms = self.now_ms();
+        let since = self.memory.even.in_place.filter(|(of, _)| *of == plan).map_or(now_ms, |(_, at)| at);
+        self.memory.even.in_place = Some((plan, since));
+        !handovers.is_empty() && now_ms.saturating_sub(since) < limits::REBALANCE_LEADERS_MS_MAX
+    }
+
+    /// Leadership of a shard whose replicas are where the plan wants them goes to the first of them, if that
+    /// can lead: from whom, and to whom.
+    fn handover(&self, shard: &ShardRecord) -> Option<(ShardId, NodeId, NodeId)> {
+        let led = self.view.leaders.get(&shard.id)?;
+        let first = shard.members.first()?;
+        let able = first.role == MemberRole::Voter
+            && led.caught_up(first.replica)
+            && self.view.nodes.get(&first.node).is_some_and(|node| node.may_lead);
+        (able && shard.moving.is_none() && led.node != first.node).then_some((shard.id, led.node, first.node))
+    }
+
+    /// Why a shard can't come to its target any more.
+    fn impossible(&self, shard: &ShardRecord) -> Option<String> {
+        let id = shard.id;
+        let target = shard.target.as_ref()?;
+        let wanted = wants::wanted(&self.view, shard);
+        if target.nodes.len() != wanted {
+            let planned = target.nodes.len();
+            return Some(format!(
+                "shard {id} should have {wanted} replicas by now, and {planned} were planned"
+            ));
+        }
+        for node in &target.nodes {
+            let why = match self.view.nodes.get(node) {
+                None => "is not in the map",
+                Some(view) if view.standing == Standing::Draining => "is to be emptied",
+                Some(view) if view.standing != Standing::Member => "was removed",
+                Some(view) => match view.lost {
+                    Some(why) => why,
+                    None => continue,
+                },
+            };
+            return Some(format!("node {node}, where shard {id} should be, {why}"));
+        }
+        None
+    }
+}
+
+/// Spreads what the present nodes hold and lead, if that is uneven and they have been the same for a while.
+pub(super) fn spread(round: &mut Round, known: &Known) {
+    let map = round.view.map;
+    if !settled(round) || !map.policy.automatic {
+        round.memory.even.spreading = false;
+        return;
+    }
+    let last = &map.rebalance;
+    let over = matches!(last.state, RebalanceState::Idle | RebalanceState::Failed);
+    if over && !is_kept(round) && map.policy.moves_at_a_time > 0 && is_uneven(map, known, false) {
+        let plan = plan_rebalance(map, known, false);
+        if plan.total.moves > 0 {
+            // Leaders follow when the replicas are there.
+            let moves = plan.moves.iter().filter(|planned| planned.kind == MoveKind::Replica);
+            let moved: BTreeSet<ShardId> = moves.map(|planned| planned.shard).collect();
+            let targets =
+                plan.targets.iter().filter(|target| moved.contains(&target.shard)).cloned().collect();
+            let (moves, bytes) = (plan.total.moves, plan.total.bytes);
+            round.act(Action::Meta(MetaCommand::BeginRebalance { plan: plan.id, targets, moves, bytes }));
+            return;
+        }
+    }
+    if !round.memory.even.spreading {
+        round.memory.even.spreading = is_uneven(map, known, true);
+    }
+    if round.memory.even.spreading {
+        let plan = plan_rebalance(map, known, true);
+        round.memory.even.spreading = !plan.moves.is_empty();
+        for planned in plan.moves {
+            let Some(led) = round.view.leaders.get(&planned.shard).copied() else { continue };
+            let to = led.voters().find(|member| member.node == planned.to);
+            if to.is_some_and(|member| led.caught_up(member.replica)) && led.node == planned.from {
+                round.transfer(planned.shard, planned.from, planned.to);
+            }
+        }
+    }
+}
+
+/// Whether an operator has had the shards put where they are, by taking a rebalancing back or cancelling it, and
+/// the nodes are the same as then. That isn't undone by itself.
+fn is_kept(round: &Round) -> bool {
+    let last = &round.view.map.rebalance;
+    let by_hand = last.plan % 2 == 1 || !last.reason.is_empty();
+    let newest = round.view.map.nodes.values().map(|node| node.changed_at).max().unwrap_or(0);
+    last.state == RebalanceState::Idle && by_hand && newest < last.changed_at
+}
+
+/// Whether the nodes have been the same for long enough, each either alive or gone for good.
+fn settled(round: &mut Round) -> bool {
+    let now_ms = round.now_ms();
+    let view = &round.view;
+    let weight = |node: &NodeId| view.map.nodes.get(node).map_or(0, |node| node.weight);
+    let nodes: BTreeMap<_, _> = view
+        .nodes
+        .iter()
+        .map(|(id, node)| (*id, (weight(id), node.fit, node.standing == Standing::Member)))
+        .collect();
+    let waits = view
+        .nodes
+        .values()
+        .any(|node| node.standing == Standing::Member && !node.alive && node.lost.is_none());
+    let memory = &mut round.memory.even;
+    if memory.nodes != nodes || waits {
+        memory.nodes = nodes;
+        memory.since_ms = now_ms;
+    }
+    now_ms.saturating_sub(memory.since_ms) >= limits::SETTLE_MS
+}

@@ -1,0 +1,337 @@
+//! One round: from what is known to what is to be done.
+
+use std::collections::BTreeMap;
+
+use super::ears::Ears;
+use super::even;
+use super::facts::{Action, Survey};
+use super::moves::{self, Next};
+use super::pace::Paces;
+use super::view::{Led, View};
+use super::wants::{self, Urgency, Want};
+use crate::group::types::MembershipChange;
+use crate::ids::{NodeId, ReplicaId, ShardId};
+use crate::limits;
+use crate::machine::command::MetaCommand;
+use crate::placement::loads::Loads;
+use crate::placement::map::{ClusterMap, MemberRole, ShardMove, ShardRecord, Standing};
+use crate::placement::rebalance::{Known, ShardSize};
+
+/// Compares what is wanted with what is, and names the next steps. See the module's page.
+#[derive(Default)]
+pub struct Reconciler {
+    ears: Ears,
+    memory: Memory,
+    stuck: BTreeMap<ShardId, String>,
+    known: Known,
+}
+
+/// What a round leaves for the next: when to repeat, and what didn't work. Lost with the reconciler, it costs
+/// a repetition.
+#[derive(Default)]
+pub(super) struct Memory {
+    paces: Paces,
+    /// Moves that are rolled back: the conf version at which their newcomers were last removed.
+    fences: BTreeMap<(ShardId, u64), u64>,
+    /// Moves whose newcomer the leader doesn't hear from, and since when.
+    newcomers: BTreeMap<(ShardId, u64), u64>,
+    /// Nodes on which a new replica of a shard came to nothing, and until when others are preferred.
+    shunned: BTreeMap<(ShardId, NodeId), u64>,
+    /// Why steps were refused, and when that was told.
+    refusals: BTreeMap<ShardId, (u64, String)>,
+    /// When the last step was.
+    now_ms: u64,
+    pub even: even::Memory,
+}
+
+impl Reconciler {
+    /// One that knows nothing yet: made anew whenever this node becomes the leader of the metadata shard.
+    pub fn new() -> Reconciler {
+        Reconciler::default()
+    }
+
+    /// A node answered at `now_ms`.
+    pub fn heard(&mut self, now_ms: u64, survey: Survey) {
+        self.ears.heard(now_ms, survey);
+    }
+
+    /// A step for this shard was refused, in these words; they go into [`Reconciler::stuck`].
+    pub fn refused(&mut self, shard: ShardId, why: String) {
+        self.memory.refusals.insert(shard, (self.memory.now_ms, why));
+    }
+
+    /// What to do now. To be called about every second, with a clock that never goes back, after the answers
+    /// that came were told to [`Reconciler::heard`]. What was done already is named again, at growing
+    /// intervals, until map or reports show it.
+    pub fn step(&mut self, now_ms: u64, map: &ClusterMap) -> Vec<Action> {
+        self.memory.now_ms = now_ms;
+        self.memory.forget(map);
+        self.ears.step(now_ms, map);
+        let view = self.ears.view(now_ms, map);
+        self.known = known(&view);
+        let mut round = Round {
+            ears: &self.ears,
+            memory: &mut self.memory,
+            view,
+            actions: Vec::new(),
+            stuck: BTreeMap::new(),
+            transfers: 0,
+        };
+        round.run(&self.known);
+        self.stuck = round.stuck;
+        round.actions
+    }
+
+    /// Shards for which something stands still, and why, as of the last step.
+    pub fn stuck(&self) -> Vec<(ShardId, String)> {
+        let refused = self.memory.refusals.iter().map(|(shard, (_, why))| (*shard, why.clone()));
+        let mut all: BTreeMap<ShardId, String> = refused.collect();
+        all.extend(self.stuck.clone());
+        all.into_iter().collect()
+    }
+
+    /// What planners should know, as of the last step.
+    pub fn known(&self) -> &Known {
+        &self.known
+    }
+
+    /// For how long a node hasn't answered, in milliseconds, as of the last step: time in which nobody asked
+    /// doesn't count.
+    pub fn silent_ms(&self, node: NodeId) -> u64 {
+        self.ears.silent_ms(node)
+    }
+}
+
+impl Memory {
+    /// Forgets what is of no use any more.
+    fn forget(&mut self, map: &ClusterMap) {
+        let now_ms = self.now_ms;
+        let under_way = |shard: ShardId, id: u64| {
+            map.shards.get(&shard).and_then(|record| record.moving.as_ref()).is_some_and(|m| m.id == id)
+        };
+        self.paces.forget(now_ms);
+        self.fences.retain(|(shard, id), _| under_way(*shard, *id));
+        self.newcomers.retain(|(shard, id), _| under_way(*shard, *id));
+        self.shunned.retain(|_, until| now_ms < *until);
+        self.refusals.retain(|_, (at, _)| now_ms < *at + 2 * limits::STEP_RETRY_MS_MAX);
+    }
+}
+
+fn known(view: &View) -> Known {
+    let size = |led: &Led| ShardSize { keys: led.report.keys, bytes: led.report.bytes };
+    Known {
+        leaders: view.leaders.iter().map(|(shard, led)| (*shard, led.node)).collect(),
+        sizes: view.leaders.iter().map(|(shard, led)| (*shard, size(led))).collect(),
+        unfit: view.unfit(),
+    }
+}
+
+/// The work of one step.
+pub(super) struct Round<'a> {
+    ears: &'a Ears,
+    pub memory: &'a mut Memory,
+    pub view: View<'a>,
+    actions: Vec<Action>,
+    stuck: BTreeMap<ShardId, String>,
+    /// Leaderships moved in this step.
+    transfers: usize,
+}
+
+impl<'a> Round<'a> {
+    fn run(&mut self, known: &Known) {
+        let map = self.view.map;
+        let mut wants = Vec::new();
+        let mut moving = 0;
+        let mut observed = 0;
+        for record in map.shards.values().filter(|shard| !shard.dropped) {
+            if self.observe(record, observed) {
+                observed += 1;
+            }
+            moving += u32::from(record.moving.is_some());
+            if let Some(led) = self.settled_leader(record) {
+                self.leave(record, led);
+                match &record.moving {
+                    Some(under_way) => self.go_on(record, under_way, led),
+                    None => wants.extend(self.want(record, led)),
+                }
+            }
+        }
+        wants.sort_by_key(|(record, _, want): &(&ShardRecord, Led, Want)| (want.urgency, record.id));
+        // A want for which there is no way at present doesn't stand in the way of even load.
+        let quiet = moving == 0;
+        let begun = self.begin(&wants, moving, known);
+        self.control_rebalance();
+        if quiet && begun == 0 {
+            even::spread(self, known);
+        }
+    }
+
+    /// Names a step, unless that was done a short while ago.
+    pub fn act(&mut self, action: Action) -> bool {
+        let due = self.memory.paces.due(self.memory.now_ms, &action);
+        if due {
+            self.actions.push(action);
+        }
+        due
+    }
+
+    pub fn now_ms(&self) -> u64 {
+        self.memory.now_ms
+    }
+
+    /// Names a handover of leadership, as long as there haven't been too many in this step.
+    pub fn transfer(&mut self, shard: ShardId, from: NodeId, to: NodeId) {
+        if self.transfers < limits::LEADER_TRANSFERS_MAX
+            && self.act(Action::Transfer { node: from, shard, to })
+        {
+            self.transfers += 1;
+            if let Some(leads) = self.view.leads.get_mut(&from) {
+                *leads = leads.saturating_sub(1);
+            }
+            *self.view.leads.entry(to).or_default() += 1;
+        }
+    }
+
+    fn wait(&mut self, shard: ShardId, why: String) {
+        self.stuck.insert(shard, why);
+    }
+
+    /// Has the map take over what the shard itself says of its members. Returns whether it was behind.
+    fn observe(&mut self, record: &ShardRecord, observed: usize) -> bool {
+        let Some(described) = self.ears.described(record.id) else { return false };
+        let behind = described.conf > record.epoch.conf;
+        if behind && observed < limits::OBSERVATIONS_MAX {
+            let (shard, conf, members) = (record.id, described.conf, described.members.clone());
+            self.act(Action::Meta(MetaCommand::ObserveShard { shard, conf, members }));
+        }
+        behind
+    }
+
+    /// The leader of a shard whose members are settled; else says, or does, what is in the way.
+    fn settled_leader(&mut self, record: &ShardRecord) -> Option<Led<'a>> {
+        let Some(led) = self.view.leaders.get(&record.id).copied() else {
+            self.wait(record.id, "no leader is known".into());
+            return None;
+        };
+        let known = self.ears.described(record.id).map_or(0, |described| described.conf);
+        if led.conf() < known.max(record.epoch.conf) {
+            let known = known.max(record.epoch.conf);
+            let why = format!("its leader is at conf version {}, not yet at {known}", led.conf());
+            self.wait(record.id, why);
+            return None;
+        }
+        if led.joint() {
+            // The group itself ends it.
+            if let Err(why) = led.joint_quorums() {
+                self.wait(record.id, format!("a joint change can't end: only {why}"));
+            }
+            return None;
+        }
+        let moving = record.moving.as_ref();
+        let named = |replica: &ReplicaId| {
+            let named = |moving: &ShardMove| {
+                moving.removes.contains(replica) || moving.adds.iter().any(|add| add.replica == *replica)
+            };
+            moving.is_some_and(named)
+        };
+        let learners = led.report.members.iter().filter(|m| m.role == MemberRole::Learner);
+        let strays: Vec<ReplicaId> = learners.map(|m| m.replica).filter(|replica| !named(replica)).collect();
+        if !strays.is_empty() {
+            // Added by an order that came late, for a move that was rolled back.
+            let change = MembershipChange::RemoveLearners(strays);
+            let (node, shard, conf) = (led.node, record.id, led.conf());
+            self.act(Action::Change { node, shard, conf, change });
+            return None;
+        }
+        Some(led)
+    }
+
+    /// Leadership leaves nodes that are to be emptied, or were given up.
+    fn leave(&mut self, record: &ShardRecord, led: Led) {
+        let standing = self.view.nodes.get(&led.node).map(|node| node.standing);
+        if standing != Some(Standing::Member)
+            && let Some(to) = moves::heir(&self.view, led, &[])
+        {
+            self.transfer(record.id, led.node, to);
+        }
+    }
+
+    fn go_on(&mut self, record: &ShardRecord, moving: &ShardMove, led: Led) {
+        let place = (record.id, moving.id);
+        let fenced = self.memory.fences.get(&place).copied();
+        let next = moves::next(&self.view, record, moving, led, fenced);
+        if !matches!(next, Next::Newcomer(_)) {
+            self.memory.newcomers.remove(&place);
+        }
+        match next {
+            Next::Nothing => {}
+            Next::Wait(why) => self.wait(record.id, why),
+            Next::Do(Action::Transfer { node, to, .. }) => self.transfer(record.id, node, to),
+            Next::Do(action) => {
+                if let Action::Meta(MetaCommand::CancelMove { .. }) = action {
+                    self.shun(record.id, moving);
+                }
+                self.act(action);
+            }
+            Next::Fence(conf, action) => {
+                self.memory.fences.insert(place, conf);
+                self.act(action);
+            }
+            Next::Newcomer(node) => {
+                let now_ms = self.now_ms();
+                let since = *self.memory.newcomers.entry(place).or_insert(now_ms);
+                if now_ms.saturating_sub(since) >= limits::SICK_MS {
+                    self.shun(record.id, moving);
+                    self.act(Action::Meta(MetaCommand::CancelMove { shard: record.id, id: moving.id }));
+                }
+                self.wait(record.id, format!("the leader doesn't hear from the new replica on node {node}"));
+            }
+        }
+    }
+
+    /// Other nodes are preferred for a while.
+    fn shun(&mut self, shard: ShardId, moving: &ShardMove) {
+        let until = self.now_ms() + limits::SHUN_MS;
+        self.memory.shunned.extend(moving.adds.iter().map(|add| ((shard, add.node), until)));
+    }
+
+    fn want(&mut self, record: &'a ShardRecord, led: Led<'a>) -> Option<(&'a ShardRecord, Led<'a>, Want)> {
+        if record.epoch.conf != led.conf() {
+            return None;
+        }
+        let want = wants::want(&self.view, record, led)?;
+        Some((record, led, want))
+    }
+
+    /// Begins what is most pressing, as far as the policy allows beside those under way. Returns how many.
+    fn begin(&mut self, wants: &[(&'a ShardRecord, Led<'a>, Want)], moving: u32, known: &Known) -> u32 {
+        if wants.is_empty() {
+            return 0;
+        }
+        let most = self.view.map.policy.moves_at_a_time;
+        let mut loads = Loads::new(self.view.map, &known.unfit);
+        let mut begun = 0;
+        for (record, led, want) in wants {
+            let bound = match want.urgency {
+                Urgency::Repair(_) => most.saturating_mul(limits::REPAIR_MOVES_FACTOR),
+                _ => most,
+            };
+            if moving + begun >= bound {
+                // Wants are in order of urgency: none of the rest has a greater bound.
+                break;
+            }
+            let shunned = self.memory.shunned.range((record.id, NodeId(0))..=(record.id, NodeId(u64::MAX)));
+            let shunned: Vec<NodeId> = shunned.map(|((_, node), _)| *node).collect();
+            match wants::begin(&self.view, &mut loads, record, *led, want, &shunned) {
+                Ok(begin) => {
+                    let (shard, conf) = (record.id, record.epoch.conf);
+                    let (adds, removes, cause) = (begin.adds, begin.removes, begin.cause);
+                    self.act(Action::Meta(MetaCommand::BeginMove { shard, conf, adds, removes, cause }));
+                    begun += 1;
+                }
+                Err(why) => self.wait(record.id, why),
+            }
+        }
+        begun
+    }
+}

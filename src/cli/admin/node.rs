@@ -1,0 +1,611 @@
+//! `admin node ...`: the nodes of the cluster, and what is decided about them.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use raft::StateRole;
+use serde_json::{Value, json};
+
+use super::args::{NodeAddArgs, NodeCommand, NodeDrainArgs, NodeListArgs, NodeRemoveArgs};
+use super::wait::{Progress, rest, wait};
+use super::{change_failed, shards_on, standing_name};
+use crate::cli::context::{Context, Session, with_session};
+use crate::cli::data::after_effect;
+use crate::cli::failure::{Exit, Failure};
+use crate::cli::output;
+use crate::cli::overview::phase_name;
+use crate::cli::status::{REPORT_TIMEOUT, Reports, ask};
+use crate::ids::{METADATA_SHARD, NodeId, ShardId};
+use crate::node::handle::{NodeReport, ReplicaHealth};
+use crate::placement::map::{ClusterMap, NodeRecord, Standing};
+
+/// So many shards are named; of more, how many there are.
+const NAMED: usize = 10;
+
+/// How to find out what became of a decision.
+const LIST: &str = "`pontoon admin node list` tells";
+
+/// `admin node ...`
+pub fn node(context: &Context, command: &NodeCommand) -> Result<Exit, Failure> {
+    match command {
+        NodeCommand::List(args) => list(context, args),
+        NodeCommand::Add(args) => add(context, args),
+        NodeCommand::Drain(args) if args.cancel => cancel_drain(context, args),
+        NodeCommand::Drain(args) => drain(context, args),
+        NodeCommand::Remove(args) => remove(context, args),
+    }
+}
+
+/// A node in the list.
+#[derive(Clone, PartialEq, Debug)]
+struct Row {
+    id: NodeId,
+    label: String,
+    address: String,
+    peer_address: String,
+    zone: String,
+    weight: u32,
+    standing: Standing,
+    /// `ready`, `read-only`, `starting`, `stopping`, `unreachable`, `replaced` (another runs at its address), or `removed`.
+    state: &'static str,
+    /// Shards of which the map places a replica here.
+    replicas: usize,
+    /// Shards that it leads, as it says; `None`: it doesn't answer.
+    leaders: Option<usize>,
+    /// Bytes in its directory, likewise.
+    disk_bytes: Option<u64>,
+}
+
+/// Map and reports, put together: all nodes, or those that were not removed.
+fn rows(map: &ClusterMap, reports: &Reports, all: bool) -> Vec<Row> {
+    let mut held: BTreeMap<NodeId, usize> = BTreeMap::new();
+    for shard in map.shards.values().filter(|shard| !shard.dropped) {
+        for member in shard.ordered() {
+            *held.entry(member.node).or_default() += 1;
+        }
+    }
+    let replaced = map.replaced();
+    let shown = map.nodes.values().filter(|node| all || node.standing != Standing::Removed);
+    let row = |node: &NodeRecord| {
+        let report = match reports.get(&node.id) {
+            Some(Ok(report)) if report.node == node.id || report.node == NodeId(0) => Some(report),
+            _ => None,
+        };
+        Row {
+            id: node.id,
+            label: node.label.clone(),
+            address: node.client_address.clone(),
+            peer_address: node.peer_address.clone(),
+            zone: node.zone.clone(),
+            weight: node.weight,
+            standing: node.standing,
+            state: match report {
+                _ if node.standing == Standing::Removed => "removed",
+                _ if replaced.contains(&node.id) => "replaced",
+                Some(report) => phase_name(report.phase),
+                None => "unreachable",
+            },
+            replicas: held.get(&node.id).copied().unwrap_or(0),
+            leaders: report.map(leads),
+            disk_bytes: report.map(|report| report.disk_bytes),
+        }
+    };
+    shown.map(row).collect()
+}
+
+/// Shards that a node leads, with a state.
+fn leads(report: &NodeReport) -> usize {
+    let leads = report.replicas.iter().filter(|replica| {
+        let whole = !matches!(replica.health, ReplicaHealth::Refetching(_));
+        whole && replica.group.as_ref().is_some_and(|group| group.role == StateRole::Leader)
+    });
+    leads.count()
+}
+
+impl Row {
+    fn is_up(&self) -> bool {
+        !matches!(self.state, "unreachable" | "replaced" | "removed")
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "id": self.id.0,
+            "label": self.label,
+            "address": self.address,
+            "peer_address": self.peer_address,
+            "zone": self.zone,
+            "weight": self.weight,
+            "standing": standing_name(self.standing),
+            "state": self.state,
+            "up": self.is_up(),
+            "replicas": self.replicas,
+            "leaders": self.leaders,
+            "disk_bytes": self.disk_bytes,
+        })
+    }
+}
+
+fn table(rows: &[Row]) -> String {
+    let mut table = output::table(&[
+        "node", "label", "address", "peer", "zone", "weight", "standing", "state", "leaders", "replicas",
+        "disk",
+    ]);
+    for row in rows {
+        table.add_row([
+            row.id.to_string(),
+            row.label.clone(),
+            row.address.clone(),
+            row.peer_address.clone(),
+            if row.zone.is_empty() { "-".into() } else { row.zone.clone() },
+            row.weight.to_string(),
+            standing_name(row.standing).to_owned(),
+            row.state.to_owned(),
+            row.leaders.map_or("-".into(), |leaders| leaders.to_string()),
+            row.replicas.to_string(),
+            row.disk_bytes.map_or("-".into(), output::size),
+        ]);
+    }
+    table.to_string()
+}
+
+/// All nodes of the map are asked at once; those that were removed aren't.
+async fn reports(session: &Session, map: &ClusterMap, patience: Duration) -> Reports {
+    let there = map.nodes.values().filter(|node| node.standing != Standing::Removed).map(|node| node.id);
+    ask(&session.client, map, there, patience).await
+}
+
+fn list(context: &Context, args: &NodeListArgs) -> Result<Exit, Failure> {
+    let rows = with_session(context, async |session| {
+        let map = session.client.map().await?;
+        let reports = reports(session, &map, REPORT_TIMEOUT.min(session.remaining() / 2)).await;
+        Ok(rows(&map, &reports, args.all))
+    })?;
+    if context.json() {
+        output::json(&json!({"nodes": rows.iter().map(Row::json).collect::<Value>()}))?;
+    } else {
+        output::line(table(&rows))?;
+    }
+    Ok(Exit::Done)
+}
+
+/// The record of a node.
+fn find(map: &ClusterMap, node: NodeId) -> Result<&NodeRecord, Failure> {
+    map.nodes.get(&node).ok_or_else(|| {
+        let there = map.nodes.values().filter(|node| node.standing != Standing::Removed);
+        let there: Vec<_> = there.map(|node| format!("{} ({})", node.id, node.label)).collect();
+        Failure::negative("unknown_node", format!("there is no node {node}; there are: {}", there.join(", ")))
+    })
+}
+
+fn wrong_standing(node: &NodeRecord, why: &str) -> Failure {
+    let text = format!("node {} ({}) is {}: {why}", node.id, node.label, standing_name(node.standing));
+    Failure::negative("wrong_standing", text)
+}
+
+async fn decide(
+    session: &Session,
+    node: &NodeRecord,
+    standing: Standing,
+    within: Duration,
+) -> Result<(), Failure> {
+    let decided = session.client.set_standing(node.id, standing, within).await;
+    let what = format!("making node {} ({}) {}", node.id, node.label, standing_name(standing));
+    decided.map(drop).map_err(|error| change_failed(&what, LIST, error))
+}
+
+fn add(context: &Context, args: &NodeAddArgs) -> Result<Exit, Failure> {
+    let (node, was) = with_session(context, async |session| {
+        let map = session.client.map().await?;
+        let node = at_address(&map, &args.address)?;
+        match node.standing {
+            Standing::Pending => decide(session, node, Standing::Member, session.remaining()).await?,
+            Standing::Member => {}
+            _ => return Err(wrong_standing(node, "it has been let in before")),
+        }
+        Ok((node.clone(), node.standing))
+    })?;
+    let added = was == Standing::Pending;
+    if context.json() {
+        after_effect(output::json(&json!({"node": node.id.0, "standing": "member", "added": added})))?;
+    } else {
+        let done = if added { "let in:" } else { "a member already:" };
+        after_effect(output::line(format!("{done} node {} ({}) at {}", node.id, node.label, args.address)))?;
+    }
+    Ok(Exit::Done)
+}
+
+/// The newest node that has this client or peer address.
+fn at_address<'a>(map: &'a ClusterMap, address: &str) -> Result<&'a NodeRecord, Failure> {
+    let has = |node: &&NodeRecord| node.client_address == address || node.peer_address == address;
+    let there = map.nodes.values().rev().find(|node| has(node) && node.standing != Standing::Removed);
+    there.ok_or_else(|| {
+        let pending = map.nodes.values().filter(|node| node.standing == Standing::Pending);
+        let pending: Vec<_> = pending.map(|node| node.client_address.as_str()).collect();
+        let who = if pending.is_empty() { "no node".into() } else { pending.join(", ") };
+        Failure::negative(
+            "unknown_node",
+            format!(
+                "no node at {address} has asked to join ({who} waits to be let in). Start it first, with some \
+                 members in cluster.join of its settings"
+            ),
+        )
+    })
+}
+
+fn cancel_drain(context: &Context, args: &NodeDrainArgs) -> Result<Exit, Failure> {
+    let node = with_session(context, async |session| {
+        let map = session.client.map().await?;
+        let node = find(&map, args.node)?;
+        match node.standing {
+            Standing::Draining => decide(session, node, Standing::Member, session.remaining()).await?,
+            Standing::Member => {}
+            _ => return Err(wrong_standing(node, "no drain is under way")),
+        }
+        Ok(node.clone())
+    })?;
+    if context.json() {
+        after_effect(output::json(&json!({"node": node.id.0, "standing": "member"})))?;
+    } else {
+        after_effect(output::line(format!(
+            "node {} ({}) takes replicas again; what has moved away comes back when it is rebalanced",
+            node.id, node.label
+        )))?;
+    }
+    Ok(Exit::Done)
+}
+
+fn drain(context: &Context, args: &NodeDrainArgs) -> Result<Exit, Failure> {
+    let (node, left) = with_session(context, async |session| {
+        let map = session.client.map().await?;
+        let node = find(&map, args.node)?;
+        match node.standing {
+            Standing::Draining => {}
+            Standing::Member => {
+                let others = |other: &NodeRecord| other.id != node.id && takes_replicas(&map, other);
+                if !map.nodes.values().any(others) {
+                    return Err(Failure::negative(
+                        "no_other_node",
+                        format!("no other node takes replicas: node {} can't be emptied", node.id),
+                    ));
+                }
+                decide(session, node, Standing::Draining, session.remaining()).await?;
+            }
+            _ => return Err(wrong_standing(node, "only a member can be drained")),
+        }
+        if args.wait {
+            empty(context, session, node, "draining").await?;
+        }
+        Ok((node.clone(), what_is_left(session, node.id).await?))
+    })?;
+    if context.json() {
+        let mut object = json!({"node": node.id.0, "standing": "draining", "empty": left.shards.is_empty()});
+        object["replicas"] = left.shards.len().into();
+        object["leaders"] = left.leaders.into();
+        object["bytes"] = left.bytes.into();
+        after_effect(output::json(&object))?;
+    } else if left.shards.is_empty() {
+        after_effect(output::line(format!(
+            "node {id} ({}) is empty: stop it, or `pontoon admin node remove {id}`",
+            node.label,
+            id = node.id
+        )))?;
+    } else {
+        after_effect(output::line(format!(
+            "node {} ({}) is being drained: {}, {} to go; the same command with --wait waits for the end",
+            node.id,
+            node.label,
+            output::count(left.shards.len() as u64, "replica"),
+            output::size(left.bytes)
+        )))?;
+    }
+    Ok(Exit::Done)
+}
+
+fn remove(context: &Context, args: &NodeRemoveArgs) -> Result<Exit, Failure> {
+    let (node, removed) = with_session(context, async |session| {
+        let map = session.client.map().await?;
+        let node = find(&map, args.node)?;
+        if node.standing == Standing::Removed {
+            return Ok((node.clone(), false));
+        }
+        if args.dead && node.standing != Standing::Pending {
+            bury(context, session, &map, node).await?;
+        } else {
+            let held = shards_on(&map, node.id);
+            if !held.is_empty() {
+                return Err(in_use(node, &held));
+            }
+        }
+        let now = session.client.map().await?;
+        // The cluster may have made the step by itself.
+        if find(&now, args.node)?.standing != Standing::Removed {
+            decide(session, node, Standing::Removed, rest(context, session)).await?;
+        }
+        Ok((node.clone(), true))
+    })?;
+    if context.json() {
+        after_effect(output::json(&json!({"node": node.id.0, "standing": "removed", "removed": removed})))?;
+    } else {
+        let done = if removed { "removed" } else { "removed already:" };
+        after_effect(output::line(format!("{done} node {} ({})", node.id, node.label)))?;
+    }
+    Ok(Exit::Done)
+}
+
+fn in_use(node: &NodeRecord, held: &[(ShardId, String)]) -> Failure {
+    let named = held.iter().take(NAMED).map(|(shard, database)| format!("{shard} ({database})"));
+    let mut named = named.collect::<Vec<_>>().join(", ");
+    if held.len() > NAMED {
+        named.push_str(&format!(", and {} more", held.len() - NAMED));
+    }
+    Failure::negative(
+        "node_in_use",
+        format!(
+            "node {id} ({}) holds replicas of {}: {named}. Empty it with `pontoon admin node drain {id} --wait`, or, \
+             if it is gone for good, say --dead",
+            node.label,
+            output::count(held.len() as u64, "shard"),
+            id = node.id
+        ),
+    )
+}
+
+/// Gives a node up that is gone for good, and waits until nothing of it is left.
+async fn bury(
+    context: &Context,
+    session: &Session,
+    map: &ClusterMap,
+    node: &NodeRecord,
+) -> Result<(), Failure> {
+    if node.standing != Standing::Leaving {
+        let patience = REPORT_TIMEOUT.min(session.remaining() / 2);
+        let answers = ask(&session.client, map, [node.id], patience).await;
+        if matches!(answers.get(&node.id), Some(Ok(report)) if report.node == node.id) {
+            return Err(Failure::negative(
+                "node_answers",
+                format!(
+                    "node {id} ({}) answers: it isn't dead. Empty it with `pontoon admin node drain {id} --wait`, \
+                     or stop it first",
+                    node.label,
+                    id = node.id
+                ),
+            ));
+        }
+        decide(session, node, Standing::Leaving, session.remaining()).await?;
+    }
+    empty(context, session, node, "replacing what it held").await
+}
+
+/// What a node that is to be emptied still has.
+struct Left {
+    shards: Vec<(ShardId, String)>,
+    /// Shards that it leads; 0 if it doesn't answer.
+    leaders: usize,
+    /// Bytes of its replicas, as it last counted; 0 if it doesn't answer.
+    bytes: u64,
+    /// Why no other node can take what is left, if so.
+    stuck: Option<String>,
+    /// What stands in the way at this moment, of one shard.
+    obstacle: Option<String>,
+}
+
+async fn what_is_left(session: &Session, node: NodeId) -> Result<Left, Failure> {
+    let map = session.client.map().await?;
+    // All of them: whoever leads the metadata shard tells why something stands still.
+    let reports = reports(session, &map, REPORT_TIMEOUT / 2).await;
+    let report = match reports.get(&node) {
+        Some(Ok(report)) if report.node == node => Some(report),
+        _ => None,
+    };
+    let shards = shards_on(&map, node);
+    let told = reports.values().flatten().flat_map(|report| &report.stuck);
+    let held = told.filter(|(shard, _)| shards.iter().any(|(held, _)| held == shard));
+    Ok(Left {
+        obstacle: held.map(|(shard, why)| format!("shard {shard}: {why}")).next(),
+        shards,
+        leaders: report.map_or(0, leads),
+        bytes: report.map_or(0, |report| report.replicas.iter().map(|replica| replica.bytes).sum()),
+        stuck: stuck(&map, node),
+    })
+}
+
+/// Waits until the map places nothing on a node any more.
+async fn empty(context: &Context, session: &Session, node: &NodeRecord, doing: &str) -> Result<(), Failure> {
+    let mut most = 0;
+    let what = format!("{doing}, node {} ({}),", node.id, node.label);
+    wait(context, session, &what, async || {
+        let left = what_is_left(session, node.id).await?;
+        most = most.max(left.shards.len());
+        let mut told = output::count(left.shards.len() as u64, "replica") + " left";
+        if left.leaders > 0 {
+            told.push_str(&format!(", leads {}", left.leaders));
+        }
+        if left.bytes > 0 {
+            told.push_str(&format!(", {}", output::size(left.bytes)));
+        }
+        if let Some(obstacle) = &left.obstacle {
+            told.push_str(&format!(", {}", output::printable(obstacle.as_bytes())));
+        }
+        let end = if left.shards.is_empty() {
+            Some(Ok(()))
+        } else if left.leaders == 0 {
+            // Leadership can go even where replicas can't.
+            left.stuck.map(|why| Err(Failure::negative("stuck", format!("{what} stands still: {why}"))))
+        } else {
+            None
+        };
+        Ok(Progress { done: (most - left.shards.len()) as u64, total: most as u64, told, end })
+    })
+    .await
+}
+
+/// Whether a node may get replicas, as far as the map tells.
+fn takes_replicas(map: &ClusterMap, node: &NodeRecord) -> bool {
+    node.standing.takes_replicas() && node.weight > 0 && !map.replaced().contains(&node.id)
+}
+
+/// Why nothing that a node still holds can go elsewhere: every other node that takes replicas has one of each
+/// shard already. The metadata shard does with fewer replicas then.
+fn stuck(map: &ClusterMap, node: NodeId) -> Option<String> {
+    let takers: Vec<NodeId> =
+        map.nodes.values().filter(|other| takes_replicas(map, other)).map(|other| other.id).collect();
+    let held = map.shards.values().filter(|s| !s.dropped && s.ordered().any(|member| member.node == node));
+    let mut any = false;
+    for shard in held {
+        let free = |taker: &NodeId| shard.ordered().all(|member| member.node != *taker);
+        // More than it should have: one can simply go.
+        let wanted = map.databases.get(&shard.database).map_or(0, |database| database.replicas as usize);
+        if shard.id == METADATA_SHARD
+            || shard.moving.is_some()
+            || shard.members.len() > wanted
+            || takers.iter().any(free)
+        {
+            return None;
+        }
+        any = true;
+    }
+    any.then(|| {
+        format!(
+            "the {} that take replicas hold one of each shard already; add a node, or let the databases have fewer \
+             replicas with `pontoon admin database set-replicas`",
+            output::count(takers.len() as u64, "node")
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::{DatabaseId, Epoch, ReplicaId, StoreId};
+    use crate::node::handle::NodePhase;
+    use crate::placement::map::{DatabaseRecord, Member, MemberRole, ShardRecord};
+    use crate::placement::ring::RingRange;
+
+    fn node(id: u64, standing: Standing) -> NodeRecord {
+        NodeRecord {
+            id: NodeId(id),
+            label: format!("n{id}"),
+            client_address: format!("h{id}:7101"),
+            peer_address: format!("h{id}:7201"),
+            zone: if id == 1 { "a".into() } else { String::new() },
+            weight: 100,
+            store_id: StoreId::default(),
+            standing,
+            changed_at: 1,
+        }
+    }
+
+    fn shard(id: u64, database: u64, nodes: &[u64]) -> ShardRecord {
+        let member = |node: &u64| Member {
+            replica: ReplicaId(10 * id + node),
+            node: NodeId(*node),
+            role: MemberRole::Voter,
+        };
+        ShardRecord {
+            id: ShardId(id),
+            database: DatabaseId(database),
+            range: RingRange::ALL,
+            epoch: Epoch { range: 1, conf: 1 },
+            members: nodes.iter().map(member).collect(),
+            dropped: false,
+            moving: None,
+            target: None,
+            previous: None,
+            changed_at: 1,
+        }
+    }
+
+    fn map(standings: &[Standing], shards: &[ShardRecord]) -> ClusterMap {
+        let mut map = ClusterMap { version: 5, ..ClusterMap::default() };
+        map.nodes.extend((1..).zip(standings).map(|(id, standing)| (NodeId(id), node(id, *standing))));
+        map.shards.extend(shards.iter().map(|shard| (shard.id, shard.clone())));
+        let database = DatabaseRecord {
+            id: DatabaseId(1),
+            name: "demo".into(),
+            replicas: 3,
+            shards: vec![ShardId(1), ShardId(2)],
+            dropped: false,
+            changed_at: 1,
+        };
+        map.databases.insert(database.id, database);
+        map
+    }
+
+    use Standing::{Draining, Leaving, Member as Ordinary, Pending, Removed};
+
+    #[test]
+    fn the_list_has_the_documented_shape() {
+        let map = map(&[Ordinary, Draining, Removed, Pending], &[shard(1, 1, &[1, 2])]);
+        let report = NodeReport {
+            node: NodeId(1),
+            label: "n1".into(),
+            phase: NodePhase::Ready,
+            disk_bytes: 4096,
+            replicas: Vec::new(),
+            uptime: Duration::ZERO,
+            snapshot_bytes: 0,
+            stuck: Vec::new(),
+        };
+        let reports = Reports::from([(NodeId(1), Ok(report))]);
+        let shown = rows(&map, &reports, false);
+        assert_eq!(shown.iter().map(|row| row.id.0).collect::<Vec<_>>(), [1, 2, 4]);
+        assert_eq!(rows(&map, &reports, true).len(), 4);
+        assert_eq!(
+            shown[0].json().to_string(),
+            r#"{"id":1,"label":"n1","address":"h1:7101","peer_address":"h1:7201","zone":"a","weight":100,"standing":"member","state":"ready","up":true,"replicas":1,"leaders":0,"disk_bytes":4096}"#
+        );
+        assert_eq!(
+            shown[1].json().to_string(),
+            r#"{"id":2,"label":"n2","address":"h2:7101","peer_address":"h2:7201","zone":"","weight":100,"standing":"draining","state":"unreachable","up":false,"replicas":1,"leaders":null,"disk_bytes":null}"#
+        );
+        let table = table(&shown);
+        for word in ["standing", "draining", "pending", "unreachable", "h4:7201", "4.0 KiB"] {
+            assert!(table.contains(word), "{word}: {table}");
+        }
+    }
+
+    #[test]
+    fn a_node_in_use_is_refused_naming_shards() {
+        let shards: Vec<_> = (1..=12).map(|id| shard(id, 1, &[1, 2])).collect();
+        let map = map(&[Ordinary, Ordinary], &[&[shard(0, 0, &[2])], &shards[..]].concat());
+        let failure = in_use(&map.nodes[&NodeId(2)], &shards_on(&map, NodeId(2)));
+        assert_eq!((failure.exit, failure.code), (Exit::Negative, "node_in_use"));
+        for text in
+            ["13 shards: 0 ((metadata)), 1 (demo),", "9 (demo), and 3 more", "drain 2 --wait", "--dead"]
+        {
+            assert!(failure.message.contains(text), "{text}: {}", failure.message);
+        }
+    }
+
+    #[test]
+    fn a_drain_is_stuck_when_nobody_can_take_what_is_left() {
+        let full = [shard(0, 0, &[1, 2, 3]), shard(1, 1, &[1, 2, 3])];
+        // The metadata shard shrinks by itself, so something goes on.
+        assert_eq!(stuck(&map(&[Ordinary, Ordinary, Draining], &full), NodeId(3)), None);
+        let why = stuck(&map(&[Ordinary, Ordinary, Draining], &full[1..]), NodeId(3)).expect("stuck");
+        assert!(why.contains("2 nodes") && why.contains("set-replicas"), "{why}");
+        // A fourth node can take it, unless it takes nothing either.
+        assert_eq!(stuck(&map(&[Ordinary, Ordinary, Draining, Ordinary], &full[1..]), NodeId(3)), None);
+        for useless in [Pending, Draining, Leaving, Removed] {
+            assert!(stuck(&map(&[Ordinary, Ordinary, Draining, useless], &full[1..]), NodeId(3)).is_some());
+        }
+        // One replica too many simply goes; a move under way ends first; nothing left is no trouble.
+        let mut more = map(&[Ordinary, Ordinary, Draining], &full[1..]);
+        more.databases.get_mut(&DatabaseId(1)).unwrap().replicas = 1;
+        assert_eq!(stuck(&more, NodeId(3)), None);
+        assert_eq!(stuck(&map(&[Ordinary, Ordinary, Draining], &[]), NodeId(3)), None);
+    }
+
+    #[test]
+    fn a_node_is_found_by_either_address_and_the_newest_counts() {
+        let mut map = map(&[Removed, Pending, Ordinary], &[]);
+        assert_eq!(at_address(&map, "h2:7201").unwrap().id, NodeId(2));
+        assert_eq!(at_address(&map, "h3:7101").unwrap().id, NodeId(3));
+        let failure = at_address(&map, "h9:7101").unwrap_err();
+        assert!(failure.message.contains("h2:7101") && failure.message.contains("cluster.join"), "{failure}");
+        assert!(at_address(&map, "h1:7101").is_err(), "it was removed");
+        map.nodes.get_mut(&NodeId(3)).unwrap().client_address = "h2:7101".into();
+        assert_eq!(at_address(&map, "h2:7101").unwrap().id, NodeId(3));
+        assert!(find(&map, NodeId(7)).unwrap_err().message.contains("2 (n2), 3 (n3)"));
+    }
+}

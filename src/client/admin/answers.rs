@@ -1,0 +1,239 @@
+//! What nodes answer to operators: plans, how a rebalancing is, what is left of a shard.
+
+use crate::client::wire::read_stuck;
+use crate::codec::CodecError;
+use crate::codec::records::{read_rebalance_state, read_role};
+use crate::codec::refusal::read_refusal;
+use crate::ids::{NodeId, ReplicaId, ShardId};
+use crate::placement::map::{MemberRole, RebalanceState};
+use crate::placement::rebalance::{MoveKind, PlannedMove, Totals};
+use crate::refusal::Refusal;
+use crate::schema::admin_capnp::{
+    self, change_result, plan, plan_result, planned_move, rebalance_result, rebalance_status, recovery,
+    recovery_result, shard_copy, undo_result,
+};
+
+/// What a rebalancing would do.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct RebalancePlan {
+    /// Names it: the same for the same moves from the same state.
+    pub id: u64,
+    /// Version of the cluster map that it was made from.
+    pub map_version: u64,
+    /// What moves, replicas first.
+    pub moves: Vec<PlannedMove>,
+    /// Sums over the moves of replicas.
+    pub total: Totals,
+    /// The fewest moves of replicas that any plan could do with.
+    pub minimum: u32,
+}
+
+/// What an operator orders of a rebalancing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum RebalanceOrder {
+    /// Begin no further move.
+    Pause,
+    /// Go on.
+    Resume,
+    /// Begin no further move, and give those up that are still to come.
+    Cancel,
+}
+
+/// How the last rebalancing is.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct RebalanceStatus {
+    /// Names its plan; 0: there never was one.
+    pub plan: u64,
+    /// Its state.
+    pub state: RebalanceState,
+    /// Moves of replicas that have ended.
+    pub done: u32,
+    /// Moves of replicas in all.
+    pub total: u32,
+    /// Bytes of the moves that have ended, as last counted.
+    pub bytes_done: u64,
+    /// Bytes of all moves, likewise.
+    pub bytes_total: u64,
+    /// Bytes that all nodes together have sent in snapshots in the last second.
+    pub rate: u64,
+    /// Seconds until it ends, by that rate; `None`: not to be told.
+    pub eta_s: Option<u64>,
+    /// Why it failed or was cancelled.
+    pub reason: String,
+    /// Version of the cluster map that this was told from.
+    pub map_version: u64,
+    /// Shards whose members change at this moment, for whatever reason.
+    pub moving: u32,
+    /// Where members should change and can't, for whatever reason, and why.
+    pub stuck: Vec<(ShardId, String)>,
+}
+
+impl RebalanceStatus {
+    /// Whether nothing of it is left to be done.
+    pub fn has_ended(&self) -> bool {
+        matches!(self.state, RebalanceState::Idle | RebalanceState::Failed)
+    }
+}
+
+/// What is known of a shard whose majority is gone, and which replica would go on, or does.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Recovery {
+    /// The shard.
+    pub shard: ShardId,
+    /// Its database.
+    pub database: String,
+    /// The replica that goes on.
+    pub keep: ReplicaId,
+    /// The conf version under which it does.
+    pub conf: u64,
+    /// All replicas by the map, that one included.
+    pub copies: Vec<ShardCopy>,
+    /// False: nothing was changed.
+    pub done: bool,
+}
+
+/// One replica of such a shard, as far as is known.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ShardCopy {
+    /// Its node.
+    pub node: NodeId,
+    /// The replica.
+    pub replica: ReplicaId,
+    /// Its role by the map.
+    pub role: MemberRole,
+    /// Its node told of it; else the rest is 0.
+    pub answers: bool,
+    /// It is open, with a state.
+    pub serves: bool,
+    /// Raft term.
+    pub term: u64,
+    /// Log index up to which its state is made.
+    pub applied: u64,
+    /// Log index up to which it knows entries as committed.
+    pub committed: u64,
+    /// Log index of its last entry.
+    pub last: u64,
+    /// Keys, as last counted.
+    pub keys: u64,
+    /// Bytes of them and their values, likewise.
+    pub bytes: u64,
+}
+
+/// An answer, or why there is none.
+pub(crate) type Answer<T> = Result<Result<T, Refusal>, CodecError>;
+
+/// Reads the version from which on a change holds.
+pub(crate) fn read_change(from: change_result::Reader<'_>) -> Answer<u64> {
+    Ok(match from.which().map_err(capnp::Error::from)? {
+        change_result::Version(version) => Ok(version),
+        change_result::Error(error) => Err(read_refusal(error?)),
+    })
+}
+
+/// Reads the plan that leads back, and the version from which on it is under way.
+pub(crate) fn read_undo(from: undo_result::Reader<'_>) -> Answer<(u64, u64)> {
+    Ok(match from.which().map_err(capnp::Error::from)? {
+        undo_result::Begun(begun) => begun.map(|begun| Ok((begun.get_plan(), begun.get_version())))?,
+        undo_result::Error(error) => Err(read_refusal(error?)),
+    })
+}
+
+/// Reads a plan.
+pub(crate) fn read_plan_result(from: plan_result::Reader<'_>) -> Answer<RebalancePlan> {
+    Ok(match from.which().map_err(capnp::Error::from)? {
+        plan_result::Plan(plan) => Ok(read_plan(plan?)?),
+        plan_result::Error(error) => Err(read_refusal(error?)),
+    })
+}
+
+fn read_plan(from: plan::Reader<'_>) -> Result<RebalancePlan, CodecError> {
+    Ok(RebalancePlan {
+        id: from.get_id(),
+        map_version: from.get_map_version(),
+        moves: from.get_moves()?.iter().map(read_move).collect::<Result<_, _>>()?,
+        total: Totals {
+            moves: from.get_total_moves(),
+            keys: from.get_total_keys(),
+            bytes: from.get_total_bytes(),
+        },
+        minimum: from.get_minimum(),
+    })
+}
+
+fn read_move(from: planned_move::Reader<'_>) -> Result<PlannedMove, CodecError> {
+    Ok(PlannedMove {
+        shard: ShardId(from.get_shard()),
+        kind: match from.get_kind().map_err(|_| newer("PlannedMove.kind"))? {
+            admin_capnp::MoveKind::Replica => MoveKind::Replica,
+            admin_capnp::MoveKind::Leader => MoveKind::Leader,
+        },
+        from: NodeId(from.get_from()),
+        to: NodeId(from.get_to()),
+        keys: from.get_keys(),
+        bytes: from.get_bytes(),
+    })
+}
+
+/// Reads how a rebalancing is.
+pub(crate) fn read_status_result(from: rebalance_result::Reader<'_>) -> Answer<RebalanceStatus> {
+    Ok(match from.which().map_err(capnp::Error::from)? {
+        rebalance_result::Status(status) => Ok(read_status(status?)?),
+        rebalance_result::Error(error) => Err(read_refusal(error?)),
+    })
+}
+
+fn read_status(from: rebalance_status::Reader<'_>) -> Result<RebalanceStatus, CodecError> {
+    Ok(RebalanceStatus {
+        plan: from.get_plan(),
+        state: read_rebalance_state(from.get_state())?,
+        done: from.get_done(),
+        total: from.get_total(),
+        bytes_done: from.get_bytes_done(),
+        bytes_total: from.get_bytes_total(),
+        rate: from.get_rate(),
+        eta_s: Some(from.get_eta_s()).filter(|seconds| *seconds > 0),
+        reason: from.get_reason()?.to_string().map_err(capnp::Error::from)?,
+        map_version: from.get_map_version(),
+        moving: from.get_moving(),
+        stuck: read_stuck(from.get_stuck()?)?,
+    })
+}
+
+/// Reads what is left of a shard.
+pub(crate) fn read_recovery_result(from: recovery_result::Reader<'_>) -> Answer<Recovery> {
+    Ok(match from.which().map_err(capnp::Error::from)? {
+        recovery_result::Recovery(recovery) => Ok(read_recovery(recovery?)?),
+        recovery_result::Error(error) => Err(read_refusal(error?)),
+    })
+}
+
+fn read_recovery(from: recovery::Reader<'_>) -> Result<Recovery, CodecError> {
+    Ok(Recovery {
+        shard: ShardId(from.get_shard()),
+        database: from.get_database()?.to_string().map_err(capnp::Error::from)?,
+        keep: ReplicaId(from.get_keep()),
+        conf: from.get_conf(),
+        copies: from.get_copies()?.iter().map(read_copy).collect::<Result<_, _>>()?,
+        done: from.get_done(),
+    })
+}
+
+fn read_copy(from: shard_copy::Reader<'_>) -> Result<ShardCopy, CodecError> {
+    Ok(ShardCopy {
+        node: NodeId(from.get_node()),
+        replica: ReplicaId(from.get_replica()),
+        role: read_role(from.get_role())?,
+        answers: from.get_answers(),
+        serves: from.get_serves(),
+        term: from.get_term(),
+        applied: from.get_applied(),
+        committed: from.get_committed(),
+        last: from.get_last(),
+        keys: from.get_keys(),
+        bytes: from.get_bytes(),
+    })
+}
+
+fn newer(what: &'static str) -> CodecError {
+    CodecError::Malformed { what, detail: "unknown kind: the node is newer than this program".into() }
+}

@@ -1,0 +1,104 @@
+//! What the reconciler hears of this node, and what it may order of it.
+
+use std::time::Duration;
+
+use actix::prelude::*;
+use futures_util::future::join_all;
+
+use super::handle::{NodeHandle, ReplicaHealth};
+use super::messages::AskStatus;
+use super::supervisor::Supervisor;
+use crate::balance::facts::{ShardReport, SickReplica, Survey};
+use crate::codec::survey::{Order, Ordered};
+use crate::failpoints::failpoint;
+use crate::group::types::{Operation, Output};
+use crate::limits;
+use crate::refusal::Refusal;
+
+/// Service → supervisor: what does this node hold and lead, and how is it?
+#[derive(Message)]
+#[rtype(result = "Survey")]
+pub struct TakeSurvey;
+
+impl Handler<TakeSurvey> for Supervisor {
+    type Result = ResponseFuture<Survey>;
+    fn handle(&mut self, _: TakeSurvey, _: &mut Context<Self>) -> Self::Result {
+        let mut survey = Survey {
+            node: self.site.node,
+            disk_full: self.shared.disk.is_full(),
+            led: Vec::new(),
+            held: Vec::new(),
+            sick: Vec::new(),
+            snapshot_bytes: self.shared.snapshots.outgoing.sent_bytes(),
+        };
+        let mut asked = Vec::new();
+        for slot in self.replicas.iter() {
+            let (shard, replica) = (slot.record.shard, slot.record.replica);
+            survey.held.push((shard, replica));
+            if let ReplicaHealth::Quarantined(why) | ReplicaHealth::Failed(why) = &slot.health {
+                survey.sick.push(SickReplica { shard, replica, why: why.clone() });
+            }
+            // Only of what this node leads: the others are asked elsewhere.
+            if let Some(addr) = self.addrs.get(&replica).filter(|_| self.led.contains(&shard)) {
+                asked.push((shard, replica, self.counts.of(replica), addr.clone()));
+            }
+        }
+        let asked = asked.into_iter().map(|(shard, replica, counted, addr)| async move {
+            let patience = Duration::from_millis(limits::STATUS_MS_MAX);
+            let status = tokio::time::timeout(patience, addr.send(AskStatus)).await.ok()?.ok()?;
+            // Led when it was asked: what it knows as a follower is no report.
+            (status.role == raft::StateRole::Leader).then(|| ShardReport {
+                shard,
+                leader: replica,
+                term: status.term,
+                epoch: status.epoch,
+                members: status.members,
+                followers: status.followers,
+                last: status.last,
+                keys: counted.keys,
+                bytes: counted.bytes,
+            })
+        });
+        let asked = join_all(asked);
+        Box::pin(async move {
+            survey.led = asked.await.into_iter().flatten().collect();
+            survey
+        })
+    }
+}
+
+impl NodeHandle {
+    /// What this node tells the reconciler of itself.
+    ///
+    /// # Errors
+    /// It isn't a member yet, or is stopping.
+    pub async fn survey(&self) -> Result<Survey, Refusal> {
+        let supervisor = self.supervisor()?;
+        supervisor.send(TakeSurvey).await.map_err(|_| Refusal::Unavailable("the node is stopping".into()))
+    }
+
+    /// Carries out what was ordered of a leader on this node: the change is then committed and in force, or
+    /// leadership has moved. When `timeout` passes first, the outcome is unknown.
+    ///
+    /// # Errors
+    /// Why not; of a change whose conf version isn't the shard's any more too.
+    pub async fn order(&self, order: Order, timeout: Duration) -> Result<(), Refusal> {
+        let shard = order.shard;
+        failpoint!(OrderReceived);
+        let done = match order.what {
+            Ordered::Transfer(to) => self.transfer(shard, to, timeout).await,
+            Ordered::Change { conf, change } => {
+                let range_version = self.map().shards.get(&shard).map_or(0, |record| record.epoch.range);
+                let operation = Operation::Change { conf, change };
+                let results = self.submit(shard, range_version, vec![operation], timeout).await?;
+                match results.into_iter().next() {
+                    Some(Ok(Output::Changed(_))) => Ok(()),
+                    Some(Err(refusal)) => Err(refusal),
+                    _ => Err(Refusal::Unknown("the shard gave no answer to a change of its members".into())),
+                }
+            }
+        };
+        failpoint!(OrderCarriedOut);
+        done
+    }
+}

@@ -1,0 +1,111 @@
+//! What all nodes tell, for whoever decides about the cluster as a whole.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use futures_util::stream::{FuturesUnordered, StreamExt};
+
+use super::{Admin, REPORT};
+use crate::ids::{NodeId, ShardId};
+use crate::node::handle::{NodePhase, NodeReport, ReplicaHealth};
+use crate::placement::map::{ClusterMap, NodeRecord, Standing};
+use crate::placement::rebalance::{Known, ShardSize};
+use crate::refusal::Refusal;
+
+/// Pause between two looks at this node's own map.
+const MAP_POLL: Duration = Duration::from_millis(20);
+
+/// What the nodes told that answered.
+#[derive(Debug, Default)]
+pub(super) struct Reports(pub BTreeMap<NodeId, NodeReport>);
+
+impl Admin {
+    /// Waits until this node knows the cluster map of `version`: who made a change must not be answered from
+    /// an older one.
+    pub(super) async fn caught_up(&self, version: u64, deadline: Instant) -> Result<(), Refusal> {
+        loop {
+            let have = self.service.node.map().version;
+            if have > 0 && have >= version {
+                return Ok(());
+            }
+            if Instant::now() + MAP_POLL >= deadline {
+                return Err(Refusal::Unavailable(
+                    format!("the node has version {have} of the cluster map, not yet {version}").into(),
+                ));
+            }
+            tokio::time::sleep(MAP_POLL).await;
+        }
+    }
+
+    /// Asks all nodes of the map that may hold anything. Who doesn't answer within a second is left out.
+    pub(super) async fn survey(&self, map: &ClusterMap, deadline: Instant) -> Reports {
+        let node = &self.service.node;
+        let within = deadline.saturating_duration_since(Instant::now()).min(REPORT);
+        let replaced = map.replaced();
+        let asked = |record: &&NodeRecord| {
+            let outside = matches!(record.standing, Standing::Pending | Standing::Removed);
+            !outside && !replaced.contains(&record.id)
+        };
+        let asked = map.nodes.values().filter(asked).map(|record| async move {
+            if record.id == node.node() {
+                return Some((record.id, node.report().await));
+            }
+            let report = self.service.client.report(&record.client_address, within).await;
+            let report = report.inspect_err(|error| tracing::debug!(error, "no report of a node")).ok()?;
+            // Another may run at its address by now.
+            (report.node == record.id).then_some((record.id, report))
+        });
+        let reports = asked.collect::<FuturesUnordered<_>>().filter_map(std::future::ready);
+        Reports(reports.collect().await)
+    }
+}
+
+impl Reports {
+    /// Whether a node answered, and isn't about to go.
+    pub(super) fn is_up(&self, node: NodeId) -> bool {
+        self.0.get(&node).is_some_and(|report| report.phase != NodePhase::Stopping)
+    }
+
+    /// What planners should know.
+    pub(super) fn known(&self, map: &ClusterMap) -> Known {
+        let mut known = Known { sizes: self.sizes(), ..Known::default() };
+        let mut terms = BTreeMap::new();
+        for (node, report) in &self.0 {
+            for replica in &report.replicas {
+                let Some(group) = replica.group.as_ref().filter(|g| g.role == raft::StateRole::Leader) else {
+                    continue;
+                };
+                // An old leader that is cut off still believes in itself; the newest term is right.
+                let term = terms.entry(replica.shard).or_insert(0);
+                if group.term > *term {
+                    *term = group.term;
+                    known.leaders.insert(replica.shard, *node);
+                }
+            }
+        }
+        let unfit = |node: &NodeId| {
+            !self.is_up(*node) || self.0.get(node).is_some_and(|report| report.phase == NodePhase::ReadOnly)
+        };
+        known.unfit = map.nodes.keys().copied().filter(unfit).collect();
+        known
+    }
+
+    /// How great each shard is: as the fullest of its replicas says, for one that lags or is being made holds
+    /// less.
+    pub(super) fn sizes(&self) -> BTreeMap<ShardId, ShardSize> {
+        let mut sizes: BTreeMap<ShardId, ShardSize> = BTreeMap::new();
+        for replica in self.0.values().flat_map(|report| &report.replicas) {
+            if matches!(replica.health, ReplicaHealth::Serving | ReplicaHealth::Recovering) {
+                let size = sizes.entry(replica.shard).or_default();
+                size.keys = size.keys.max(replica.keys);
+                size.bytes = size.bytes.max(replica.bytes);
+            }
+        }
+        sizes
+    }
+
+    /// Bytes of snapshots that each node has sent since it started.
+    pub(super) fn sent(&self) -> BTreeMap<NodeId, u64> {
+        self.0.iter().map(|(node, report)| (*node, report.snapshot_bytes)).collect()
+    }
+}

@@ -1,0 +1,130 @@
+//! How a client hears of changes in the cluster while it has nothing to do.
+
+use std::time::{Duration, Instant};
+
+use pontoon::client::Client;
+use pontoon::ids::NodeId;
+use pontoon::placement::map::{ClusterMap, Standing};
+
+use super::fake::{Act, Fakes};
+use super::{connect, key};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+async fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !done() {
+        assert!(begun.elapsed() < PATIENCE, "not in time: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// Has the database be on `nodes` alone, and the others removed.
+fn moved(map: &mut ClusterMap, nodes: &[u64]) {
+    map.version += 1;
+    let version = map.version;
+    for node in map.nodes.values_mut() {
+        node.standing = if nodes.contains(&node.id.0) { Standing::Member } else { Standing::Removed };
+        node.changed_at = version;
+    }
+    for shard in map.shards.values_mut() {
+        shard.members.retain(|member| nodes.contains(&member.node.0));
+        shard.epoch.conf += 1;
+        shard.changed_at = version;
+    }
+}
+
+#[tokio::test]
+async fn an_idle_client_follows_a_cluster_all_of_whose_addresses_are_replaced() {
+    let fakes = Fakes::start(6, 2);
+    // Half of the nodes aren't there yet.
+    let mut whole = ClusterMap::default();
+    fakes.change_map(|map| {
+        whole = map.clone();
+        map.nodes.retain(|node, _| node.0 <= 3);
+        map.shards.values_mut().for_each(|shard| shard.members.retain(|member| member.node.0 <= 3));
+    });
+    let client = Client::connect((1..=3).map(|node| fakes.address(node))).await.unwrap();
+    let db = client.database("db");
+    db.put(key("a"), key("1")).await.unwrap();
+
+    fakes.change_map(|map| {
+        *map = whole;
+        moved(map, &[4, 5, 6]);
+    });
+    // It asks for nothing meanwhile, and waits at one of the new ones in the end.
+    let waits = || (4..=6).any(|node| fakes.map_calls(node).0 > 0);
+    until("the client waits at a new node", waits).await;
+    for node in 1..=3 {
+        fakes.kill(node);
+    }
+    let begun = Instant::now();
+    db.put(key("a"), key("2")).await.unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    assert_eq!(fakes.calls(4).len(), 1, "the first member was asked at once");
+    client.close().await;
+}
+
+#[tokio::test]
+async fn a_client_waits_elsewhere_when_the_node_where_it_waits_fails() {
+    let fakes = Fakes::start(3, 1);
+    let (client, db) = connect(&fakes).await;
+    let place = |gone: &[u64]| (1..=3).find(|node| !gone.contains(node) && fakes.map_calls(*node).0 > 0);
+    until("it waits", || place(&[]).is_some()).await;
+    let first = place(&[]).unwrap();
+    fakes.kill(first);
+    until("it waits at another", || place(&[first]).is_some()).await;
+    let second = place(&[first]).unwrap();
+    fakes.kill(second);
+    let left = 6 - first - second;
+    until("it waits at the last", || fakes.map_calls(left).0 > 0).await;
+    // It doesn't press, and hears of what happens.
+    fakes.change_map(|map| moved(map, &[left]));
+    until("it has heard, and waits again", || fakes.map_calls(left).0 > 1).await;
+    db.put(key("a"), key("1")).await.unwrap();
+    assert_eq!(fakes.calls(left).len(), 1);
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert!(fakes.map_calls(left).0 <= 4, "{:?}", fakes.map_calls(left));
+    client.close().await;
+}
+
+#[tokio::test]
+async fn where_no_call_can_wait_the_map_is_asked_for_now_and_then() {
+    let fakes = Fakes::start(2, 1);
+    fakes.is_old(1);
+    fakes.is_old(2);
+    let (client, db) = connect(&fakes).await;
+    let before = fakes.map_calls(1).1 + fakes.map_calls(2).1;
+    fakes.change_map(|map| moved(map, &[2]));
+    let polled = || fakes.map_calls(1).1 + fakes.map_calls(2).1 - before;
+    until("it asks once", || polled() > 0).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(polled(), 1, "and not again at once");
+    db.put(key("a"), key("1")).await.unwrap();
+    assert_eq!((fakes.calls(1).len(), fakes.calls(2).len()), (0, 1), "it has heard");
+    client.close().await;
+}
+
+#[tokio::test]
+async fn learners_and_removed_nodes_are_not_asked() {
+    use pontoon::placement::map::MemberRole;
+    let fakes = Fakes::start(4, 1);
+    fakes.change_map(|map| {
+        let members = &mut map.shards.values_mut().next().unwrap().members;
+        members[0].role = MemberRole::Learner;
+        map.nodes.get_mut(&NodeId(2)).unwrap().standing = Standing::Removed;
+    });
+    let (client, db) = connect(&fakes).await;
+    fakes.next(3, Act::NotLeader(None));
+    fakes.next(4, Act::NotLeader(None));
+    fakes.next(3, Act::NotLeader(Some(2)));
+    fakes.next(4, Act::NotLeader(Some(3)));
+    db.put(key("a"), key("1")).await.unwrap();
+    let calls: Vec<usize> = (1..=4).map(|node| fakes.calls(node).len()).collect();
+    assert_eq!(calls, [0, 0, 3, 2]);
+    // But for one that is named as the leader: by now it may be.
+    fakes.next(3, Act::NotLeader(Some(1)));
+    db.put(key("a"), key("2")).await.unwrap();
+    assert_eq!(fakes.calls(1).len(), 1);
+    client.close().await;
+}

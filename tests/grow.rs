@@ -1,0 +1,189 @@
+//! A cluster that grows and shrinks while it is used: real processes, and nobody who watches.
+
+#[path = "support/cluster.rs"]
+mod cluster;
+#[path = "support/counters.rs"]
+mod counters;
+#[path = "grow/journal.rs"]
+mod journal;
+#[path = "grow/rest.rs"]
+mod rest;
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use cluster::Cluster;
+use counters::{Load, assert_exact};
+use journal::Journal;
+use pontoon::client::options::ClientOptions;
+use pontoon::client::{Client, Database};
+use pontoon::ids::{METADATA_SHARD, NodeId, ReplicaId};
+use pontoon::machine::command::PolicyChange;
+use pontoon::placement::map::{ClusterMap, Standing};
+use rest::{PATIENCE, Rest, assert_equal_content, empty_and_remove, id, leads, living, set, until};
+use rustix::process::Signal;
+use tokio::sync::{Semaphore, SemaphorePermit};
+
+/// For a cluster to come to rest after nodes came or went.
+const SETTLE: Duration = Duration::from_secs(60);
+
+/// Clusters that run at the same time: each has a handful of processes.
+static ROOM: Semaphore = Semaphore::const_new(2);
+
+async fn started(nodes: usize) -> (SemaphorePermit<'static>, Cluster, Client) {
+    let room = ROOM.acquire().await.expect("it isn't closed");
+    let mut cluster = Cluster::new(nodes);
+    cluster.wait_all_ready();
+    let client = cluster.client().await;
+    (room, cluster, client)
+}
+
+/// All replicas of databases.
+fn replicas(map: &ClusterMap) -> BTreeSet<(ReplicaId, NodeId)> {
+    let shards = living(map).filter(|shard| shard.id != METADATA_SHARD);
+    shards.flat_map(|shard| shard.members.iter().map(|m| (m.replica, m.node))).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn three_nodes_become_five_and_three_again_under_load() {
+    let (_room, mut cluster, client) = started(3).await;
+    let exact = cluster.database(&client, "exact", 3, 4).await;
+    let noted = cluster.database(&client, "noted", 3, 4).await;
+    let other = cluster.client().await;
+    let load = Load::start(&[exact.clone(), other.database("exact")], 4);
+    let journal = Journal::start(&noted, 4, 1024, Duration::from_millis(5));
+    load.progress(100).await;
+    let before = Rest { metadata: 3, ..Rest::default() }.reached(&client, &cluster, SETTLE).await;
+
+    let joined = [cluster.join(), cluster.join()];
+    let mut new = BTreeSet::new();
+    for node in joined {
+        new.insert(id(&client, &cluster, node).await);
+    }
+    let grown = Rest { metadata: 5, even: true, ..Rest::default() }.reached(&client, &cluster, SETTLE).await;
+    // Only the new nodes got replicas, and no more than their share.
+    let came: Vec<_> = replicas(&grown).difference(&replicas(&before)).copied().collect();
+    assert!(came.iter().all(|(_, node)| new.contains(node)), "{came:?} came, {new:?} are new");
+    let share = replicas(&grown).len() as f64 / 5.0;
+    assert!(came.len() as f64 <= 1.15 * 2.0 * share.ceil(), "{} of {share} each came", came.len());
+    println!("{} of {} replicas moved", came.len(), replicas(&grown).len());
+    load.progress(100).await;
+
+    // Those that go are the first: the one that formed the cluster among them.
+    for node in [0, 1] {
+        let old = id(&client, &cluster, node).await;
+        empty_and_remove(&client, &cluster, old).await;
+        load.progress(50).await;
+        if cluster.ended(node).is_none() {
+            cluster.signal(node, Signal::TERM);
+            cluster.wait_exit(node, PATIENCE);
+        }
+    }
+    Rest { metadata: 3, even: true, ..Rest::default() }.reached(&client, &cluster, SETTLE).await;
+    load.progress(50).await;
+    let (tally, record) = (load.stop().await, journal.stop().await);
+    assert_eq!(tally.errors, []);
+    record.assert_kept(&noted).await;
+    assert_exact(&client, "exact", &exact, &tally).await;
+    Rest { metadata: 3, even: true, quiet: true }.reached(&client, &cluster, SETTLE).await;
+    for name in ["exact", "noted"] {
+        assert_equal_content(&client, name).await;
+    }
+    other.close().await;
+    client.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_that_began_with_one_node_has_three_and_five_copies_of_its_map() {
+    let (_room, mut cluster, client) = started(1).await;
+    let database = cluster.database(&client, "db", 1, 2).await;
+    let journal = Journal::start(&database, 2, 256, Duration::from_millis(10));
+    Rest { metadata: 1, ..Rest::default() }.reached(&client, &cluster, SETTLE).await;
+    for (nodes, metadata) in [(3, 3), (5, 5)] {
+        while cluster.nodes.len() < nodes {
+            cluster.join();
+        }
+        Rest { metadata, even: true, ..Rest::default() }.reached(&client, &cluster, SETTLE).await;
+        // One voter more is no help if the data has but one copy.
+        let copies = nodes as u32;
+        client.set_replicas("db", copies, PATIENCE).await.expect("decided");
+        Rest { metadata, ..Rest::default() }.reached(&client, &cluster, SETTLE).await;
+    }
+    // The one that began it all dies, and another: there is a majority of everything.
+    cluster.kill(0);
+    cluster.kill(1);
+    journal.progress(50).await;
+    client.set_replicas("db", 3, PATIENCE).await.expect("the metadata shard decides");
+    let record = journal.stop().await;
+    record.assert_kept(&database).await;
+    client.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_drained_node_stops_and_no_write_fails() {
+    let (_room, mut cluster, client) = started(4).await;
+    let database = cluster.database(&client, "db", 3, 4).await;
+    let journal = Journal::start(&database, 8, 256, Duration::from_millis(2));
+    Rest { metadata: 3, even: true, ..Rest::default() }.reached(&client, &cluster, SETTLE).await;
+    journal.progress(200).await;
+    let node = id(&client, &cluster, 0).await;
+    let report = client.node_report(&cluster.nodes[0].client, PATIENCE).await.expect("a report");
+    assert!(report.replicas.iter().any(|r| leads(&report, r.shard)), "it leads nothing");
+    client.set_standing(node, Standing::Draining, PATIENCE).await.expect("draining");
+    until(&client, &cluster, "the node is empty", |map| {
+        living(map).all(|shard| shard.ordered().all(|member| member.node != node))
+    })
+    .await;
+    cluster.signal(0, Signal::TERM);
+    assert_eq!(cluster.wait_exit(0, PATIENCE).code(), Some(0), "{}", cluster.log(0));
+    journal.progress(200).await;
+    let record = journal.stop().await;
+    println!("the longest write beside a drain and a stop took {:?}", record.longest);
+    record.assert_kept(&database).await;
+    // Leadership is handed over; nobody waits for an election.
+    assert!(record.longest < 3 * Duration::from_millis(200), "a write took {:?}", record.longest);
+    Rest { metadata: 3, even: true, quiet: true }.reached(&client, &cluster, SETTLE).await;
+    client.close().await;
+}
+
+async fn reads(database: &Database, value: &str) -> Duration {
+    let begun = Instant::now();
+    assert_eq!(database.get("k").await.expect("a read").expect("there").value, value);
+    begun.elapsed()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_follows_a_cluster_whose_every_original_address_was_replaced() {
+    let (_room, mut cluster, idle) = started(3).await;
+    let database = cluster.database(&idle, "db", 3, 2).await;
+    database.put("k", "old").await.expect("a write");
+    // The other one does all that is done from now on.
+    let originals = cluster.addresses();
+    let client = Client::connect_with(ClientOptions::new(originals.clone())).await.expect("connecting");
+    for _ in 0..3 {
+        cluster.join();
+    }
+    for node in 0..3 {
+        let old = id(&client, &cluster, node).await;
+        empty_and_remove(&client, &cluster, old).await;
+    }
+    for node in 0..3 {
+        if cluster.ended(node).is_none() {
+            cluster.kill(node);
+        }
+    }
+    Rest { metadata: 3, even: true, quiet: true }.reached(&client, &cluster, SETTLE).await;
+    // Nobody is where it began.
+    let newcomer = Client::connect_with(ClientOptions {
+        timeout: Duration::from_millis(500),
+        ..ClientOptions::new(originals.clone())
+    });
+    assert!(newcomer.await.is_err(), "somebody answers at {originals:?}");
+    let took = reads(&database, "old").await;
+    assert!(took < Duration::from_secs(2), "{took:?}");
+    client.database("db").put("k", "new").await.expect("a write");
+    reads(&database, "new").await;
+    set(&idle, PolicyChange::Automatic(true)).await;
+    client.close().await;
+    idle.close().await;
+}
