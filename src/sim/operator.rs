@@ -20,6 +20,7 @@ use super::world::{Event, World};
 use crate::group::types::{MembershipChange, Operation, Output};
 use crate::ids::{DatabaseId, Epoch, NodeId, ReplicaId, ShardId};
 use crate::machine::MachineKind;
+use crate::machine::command::{MetaReply, Reply};
 use crate::placement::map::{Member, MemberRole};
 use crate::placement::ring::RingRange;
 use crate::refusal::Refusal;
@@ -106,6 +107,15 @@ impl Plan {
     }
 }
 
+/// What is asked for.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Request {
+    /// Nothing that matters here.
+    Other,
+    /// A joint change of a shard, at this time.
+    Exchange(ShardId, Time),
+}
+
 /// See the module page.
 #[derive(Default)]
 pub(super) struct Operator {
@@ -136,6 +146,19 @@ impl Operator {
     /// Whether a joint change of a shard may be about to begin, for all that can be seen at a time.
     pub fn exchanges(&self, shard: ShardId, now: Time) -> bool {
         self.plans.get(&shard).is_some_and(|plan| plan.exchanging.values().any(|until| now < *until))
+    }
+
+    /// A token for something that the cluster asks of itself.
+    pub fn request(&mut self, request: Request) -> u64 {
+        self.requests += 1;
+        let token = CLIENT << 32 | self.requests;
+        if let Request::Exchange(shard, now) = request
+            && let Some(plan) = self.plans.get_mut(&shard)
+        {
+            plan.exchanging.retain(|_, until| now < *until);
+            plan.exchanging.insert(token, now + PROPOSED);
+        }
+        token
     }
 
     fn next_replica(&mut self) -> ReplicaId {
@@ -262,7 +285,7 @@ impl World {
         result: Result<Output, Refusal>,
     ) -> Result<(), Violation> {
         let proposed = match &result {
-            Ok(Output::Changed(_)) => false,
+            Ok(Output::Changed(_) | Output::Reply(Reply::Meta(_))) => false,
             Ok(other) => {
                 return Err(Violation::new("answers", format!("{other:?} is no answer to a change")));
             }
@@ -285,7 +308,13 @@ impl World {
                 return Err(Violation::new("answers", detail));
             }
         }
-        self.count(if result.is_ok() { "changes done" } else { "changes refused" });
+        self.count(match result {
+            Ok(Output::Changed(_)) => "changes done",
+            Ok(Output::Reply(Reply::Meta(MetaReply::Refused(_)))) => "decisions refused",
+            Ok(_) => "decisions made",
+            Err(_) if self.is_governed() => "requests refused",
+            Err(_) => "changes refused",
+        });
         Ok(())
     }
 
