@@ -149,6 +149,30 @@ impl World {
         reconcilers.map(|reconciler| reconciler.known().clone()).next().unwrap_or_default()
     }
 
+    /// What a governed cluster wants, and what stands still; for a report.
+    pub(super) fn describe_map(&self) -> String {
+        let mut text = String::new();
+        if !self.is_governed() {
+            return text;
+        }
+        text +=
+            &format!("\n  map version {}: {:?}, {:?}", self.map.version, self.map.policy, self.map.rebalance);
+        let standings: Vec<_> = self.map.nodes.values().map(|node| (node.id, node.standing)).collect();
+        text += &format!("\n  {standings:?}");
+        for shard in self.map.shards.values() {
+            text += &format!("\n  {:?} {:?} {:?}", shard.members, shard.moving, shard.target);
+        }
+        for database in self.map.databases.values() {
+            text += &format!("\n  {} replicas of each shard", database.replicas);
+        }
+        for node in self.nodes.values() {
+            if let Some(reconciler) = node.process.as_ref().and_then(|process| process.reconciler.as_ref()) {
+                text += &format!("\n  as node {} reconciles: {:?}", node.id, reconciler.stuck());
+            }
+        }
+        text
+    }
+
     /// Whether everything is as the map wants it, and nothing is left to be decided.
     pub(super) fn is_well(&self) -> bool {
         let map = &self.map;

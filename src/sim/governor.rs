@@ -280,7 +280,8 @@ impl World {
     fn reconcile(&mut self, id: NodeId) {
         let now_ms = self.clock.now / 1_000;
         let Some(node) = self.nodes.get_mut(&id) else { return };
-        let leads = node.leads(METADATA_SHARD);
+        // The shards are there from the start, under the ids that they get if nothing comes before them.
+        let leads = node.leads(METADATA_SHARD) && self.map.database(DATABASE).is_some();
         let Some(process) = &mut node.process else { return };
         if !leads {
             process.reconciler = None;

@@ -367,7 +367,7 @@ impl World {
     }
 
     fn describe(&self) -> String {
-        let mut text = String::new();
+        let mut text = self.describe_map();
         for node in self.nodes.values() {
             for (replica, token) in node.open_tokens() {
                 text += &format!("\n  operation {token:x} waits at replica {replica}");
