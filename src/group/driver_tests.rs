@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 
+use raft::StateRole;
 use raft::eraftpb::{ConfState, Entry, Message, MessageType};
 
 use super::*;
 use crate::codec::messages::POSITION_MAX;
 use crate::group::catch_up::Retention;
+use crate::group::election;
 use crate::group::open::GroupOptions;
 use crate::group::types::SnapshotWanted;
 use crate::ids::{DatabaseId, GROUP_START};
@@ -22,6 +24,8 @@ use crate::storage::state::StateHeader;
 mod hostile;
 #[path = "lost_tests.rs"]
 mod lost;
+#[path = "membership_tests.rs"]
+mod membership;
 
 const EPOCH: Epoch = Epoch { range: 1, conf: 1 };
 
@@ -74,7 +78,8 @@ impl Follower {
     fn open(log: &Arc<MemoryLog>, voters: &[u64]) -> Group<u64> {
         let replica = ReplicaId(3);
         let initial = StateHeader {
-            applied: GROUP_START,
+            // A newcomer stands nowhere.
+            applied: if voters.is_empty() { Position::default() } else { GROUP_START },
             revision: 0,
             log_time: 0,
             epoch: EPOCH,

@@ -113,9 +113,7 @@ impl<T> Group<T> {
         // One at a time; the others are asked for again.
         asked.chain(requests).find_map(|(to, itself)| {
             let node = self.node_of(to)?;
-            // A state that was never flushed before the start was built again under the members of the record, and
-            // what was flushed of it on the way names later members than its position has.
-            let least = self.catch_up.least(to, self.raft.store()).max(self.recorded);
+            let least = self.catch_up.least(to, self.raft.store()).max(self.ahead_to);
             if least > self.applied() {
                 return None;
             }

@@ -8,8 +8,9 @@ use std::sync::{Mutex, mpsc};
 use proptest::prelude::*;
 
 use super::*;
-use crate::ids::{DatabaseId, Epoch, GROUP_START, Position, RandomId, ShardId};
+use crate::ids::{DatabaseId, Epoch, GROUP_START, NodeId, Position, RandomId, ShardId};
 use crate::machine::MachineKind;
+use crate::placement::map::{Member, MemberRole};
 use crate::placement::ring::RingRange;
 use crate::storage::engine_memory::{CrashLoss, MemoryEngine};
 use crate::storage::engine_sled::{SledEngine, SledOptions};
