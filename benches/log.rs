@@ -38,6 +38,7 @@ fn open(dir: &tempfile::TempDir) -> DiskLog {
             epoch: Epoch::default(),
             members: vec![Member { replica: ReplicaId(replica), node: NodeId(1), role: MemberRole::Voter }],
             members_at: 0,
+            ordered_at: 0,
             generation: 1,
         })
         .collect();

@@ -348,7 +348,7 @@ impl Supervisor {
         let command = MetaCommand::Form {
             cluster_id: map.cluster_id,
             nodes: map.nodes.values().cloned().collect(),
-            metadata: metadata.clone(),
+            metadata: Box::new(metadata.clone()),
         };
         let (reply, results) = tokio::sync::oneshot::channel();
         let submit = Submit {

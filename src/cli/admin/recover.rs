@@ -2,7 +2,7 @@
 
 use std::fs::OpenOptions;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::Path;
 
 use serde_json::{Value, json};
 
@@ -45,7 +45,7 @@ pub fn recover(context: &Context, args: &RecoverArgs) -> Result<Exit, Failure> {
 }
 
 /// The file must be new: a report of an earlier recovery is not to be lost.
-fn write_report(path: &PathBuf, recovery: &Recovery) -> Result<(), Failure> {
+fn write_report(path: &Path, recovery: &Recovery) -> Result<(), Failure> {
     let mut text = format!("{:#}", json_of(recovery));
     text.push('\n');
     let file = OpenOptions::new().write(true).create_new(true).open(path);
@@ -130,7 +130,7 @@ fn refuse(context: &Context, recovery: &Recovery) -> Result<Exit, Failure> {
     Ok(Exit::Negative)
 }
 
-fn done(context: &Context, recovery: &Recovery, report: &PathBuf) -> Result<Exit, Failure> {
+fn done(context: &Context, recovery: &Recovery, report: &Path) -> Result<Exit, Failure> {
     if context.json() {
         let mut object = json_of(recovery);
         object["done"] = true.into();

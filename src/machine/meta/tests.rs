@@ -43,7 +43,7 @@ fn formation(nodes: u8) -> MetaCommand {
     MetaCommand::Form {
         cluster_id: id(0xc1),
         nodes: (1..=nodes).map(node).collect(),
-        metadata: ShardRecord {
+        metadata: Box::new(ShardRecord {
             id: METADATA_SHARD,
             database: METADATA_DATABASE,
             range: RingRange::ALL,
@@ -54,7 +54,7 @@ fn formation(nodes: u8) -> MetaCommand {
             target: None,
             previous: None,
             changed_at: 0,
-        },
+        }),
     }
 }
 
