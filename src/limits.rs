@@ -185,6 +185,9 @@ pub const DISK_FULL_RETRY_MS: u32 = 100;
 /// Ticks between attempts of a leader on a full disk to hand its leadership over. While one lasts, at
 /// most the least election timeout, the group takes no commands, so most of the time there is none.
 pub const MAKE_WAY_TICKS: u64 = 30;
+/// Time between two attempts of a leader that leaves its group to hand leadership over: twice as long as one takes at most,
+/// and no whole number of those, so that each voter has its turn.
+pub const GIVE_WAY_TICKS: u64 = 5 * ELECTION_TICKS_MIN as u64 / 2;
 /// A write of the raft log that takes longer than this, in milliseconds, is a stall: leaders of the
 /// node hand over.
 pub const LOG_STALL_MS: u64 = 1_000;

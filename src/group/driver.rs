@@ -111,6 +111,8 @@ pub struct Group<T> {
     /// The election timeout in ticks, and the term it holds in.
     pub(super) timeout: (Term, usize),
     pub(super) ambition: Ambition,
+    /// Of a leader that leaves the group: the tick at which it next tries to hand leadership over.
+    pub(super) gives_way_at: u64,
     /// As told by the leader.
     pub(super) safe_index: Index,
     pub(super) catch_up: CatchUp,

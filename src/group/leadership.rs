@@ -68,6 +68,10 @@ impl<T> Group<T> {
         if !(self.state_lost || leaves) || !self.leads() || raft.lead_transferee.is_some() {
             return;
         }
+        // While leadership is being handed over nothing is proposed: if nobody takes it, callers have their turn first.
+        if !self.state_lost && self.ticks < self.gives_way_at {
+            return;
+        }
         let last = raft.raft_log.last_index();
         let mut fit = self.successors();
         if self.state_lost {
@@ -79,6 +83,7 @@ impl<T> Group<T> {
         }
         let turn = self.ticks / limits::ELECTION_TICKS_MIN as u64;
         if let Some(heir) = turn.checked_rem(fit.len() as u64).and_then(|turn| fit.get(turn as usize)) {
+            self.gives_way_at = self.ticks + limits::GIVE_WAY_TICKS;
             self.transfer(*heir);
         }
     }

@@ -157,6 +157,7 @@ impl<T> Group<T> {
             stepped_down: None,
             timeout: (Term::MAX, 0),
             ambition: Ambition::Usual,
+            gives_way_at: 0,
             safe_index: 0,
             catch_up: CatchUp::new(options.retention),
             messages: Vec::new(),

@@ -19,7 +19,8 @@ fn recorded(index: Index) -> LogWrite {
     LogWrite {
         hard_state: Some(hard_state(6, 1, index)),
         membership: Some(members_at(index)),
-        ..write(1, 1..=0, 6)
+        entries: Vec::new(),
+        ..write(1, 6..=6, 6)
     }
 }
 
@@ -75,7 +76,7 @@ pub fn a_newcomer_begins_at_nothing(mut subject: impl Subject) {
         subject.reopen();
     }
     // It votes before it has a snapshot, and begins after that.
-    subject.log().write(&[LogWrite { hard_state: Some(hard_state(7, 3, 0)), ..write(1, 1..=0, 7) }]).unwrap();
+    subject.log().write(&[LogWrite { hard_state: Some(hard_state(7, 3, 0)), ..recorded(0) }]).unwrap();
     subject.log().install(ReplicaId(1), &install(2, 20, 6, 7)).unwrap();
     subject.log().write(&[write(1, 21..=22, 7)]).unwrap();
     subject.reopen();
