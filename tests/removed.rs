@@ -67,7 +67,12 @@ async fn decided(cluster: &Cluster, id: ClusterId, command: MetaCommand) {
 }
 
 /// Waits until the map of the first node is as wanted.
-async fn until(cluster: &Cluster, client: &Client, what: &str, wanted: impl Fn(&ClusterMap) -> bool) -> ClusterMap {
+async fn until(
+    cluster: &Cluster,
+    client: &Client,
+    what: &str,
+    wanted: impl Fn(&ClusterMap) -> bool,
+) -> ClusterMap {
     let begun = Instant::now();
     loop {
         let map = client.map().await.expect("the map");
@@ -156,7 +161,8 @@ async fn a_node_that_is_to_be_approved_waits_and_says_so() {
     let mut more = joining(&cluster);
     more.spawn(0);
     until_it_says(&more, 0, "waits to be approved: `pontoon admin node add").await;
-    let pending = |map: &ClusterMap| map.nodes.get(&NodeId(2)).is_some_and(|n| n.standing == Standing::Pending);
+    let pending =
+        |map: &ClusterMap| map.nodes.get(&NodeId(2)).is_some_and(|n| n.standing == Standing::Pending);
     let version = until(&cluster, &client, "known", pending).await.version;
     // It asks now and then, and that is no news.
     tokio::time::sleep(Duration::from_secs(5)).await;
@@ -267,7 +273,13 @@ async fn led(cluster: &Cluster, client: &Client, node: usize) -> usize {
     groups.filter(|group| group.role == StateRole::Leader).count()
 }
 
-async fn until_it_leads(cluster: &Cluster, client: &Client, node: usize, what: &str, wanted: fn(usize) -> bool) {
+async fn until_it_leads(
+    cluster: &Cluster,
+    client: &Client,
+    node: usize,
+    what: &str,
+    wanted: fn(usize) -> bool,
+) {
     let begun = Instant::now();
     loop {
         let led = led(cluster, client, node).await;

@@ -5,10 +5,9 @@ use std::sync::Arc;
 use raft::eraftpb::{ConfState, Entry, Message, MessageType};
 
 use super::*;
-use crate::group::election;
-use raft::StateRole;
 use crate::codec::messages::POSITION_MAX;
 use crate::group::catch_up::Retention;
+use crate::group::election;
 use crate::group::open::GroupOptions;
 use crate::group::types::SnapshotWanted;
 use crate::ids::{DatabaseId, GROUP_START};
@@ -19,6 +18,7 @@ use crate::storage::engine_memory::MemoryEngine;
 use crate::storage::log::{LogStore, ReplicaPhase, ReplicaRecord};
 use crate::storage::log_memory::MemoryLog;
 use crate::storage::state::StateHeader;
+use raft::StateRole;
 
 #[path = "hostile_tests.rs"]
 mod hostile;

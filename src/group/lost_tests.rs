@@ -1,9 +1,9 @@
 //! A replica whose state is lost, and the leader that it asks for another.
 
 use super::*;
+use crate::codec::messages::check;
 use crate::group::election;
 use raft::StateRole;
-use crate::codec::messages::check;
 
 const TRUNCATED: Position = Position { index: 7, term: 6 };
 const LAST: Position = Position { index: 9, term: 6 };

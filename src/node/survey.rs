@@ -47,7 +47,7 @@ impl Handler<TakeSurvey> for Supervisor {
             let patience = Duration::from_millis(limits::STATUS_MS_MAX);
             let status = tokio::time::timeout(patience, addr.send(AskStatus)).await.ok()?.ok()?;
             // Led when it was asked: what it knows as a follower is no report.
-            (status.role == raft::StateRole::Leader).then(|| ShardReport {
+            (status.role == raft::StateRole::Leader).then_some(ShardReport {
                 shard,
                 leader: replica,
                 term: status.term,

@@ -116,11 +116,7 @@ fn setup(gated: bool) -> Setup {
             phase: ReplicaPhase::Active,
             range: RingRange::ALL,
             epoch: Epoch::default(),
-            members: vec![Member {
-                replica: ReplicaId(replica),
-                node: NodeId(1),
-                role: MemberRole::Voter,
-            }],
+            members: vec![Member { replica: ReplicaId(replica), node: NodeId(1), role: MemberRole::Voter }],
             members_at: 0,
             ordered_at: 0,
             generation: 1,
