@@ -62,6 +62,7 @@ impl Replica {
             members: members.to_vec(),
             members_at: 0,
             generation: GENERATION,
+            ordered_at: 0,
         };
         log.create(&[record]).unwrap();
         let voters = members.iter().map(|member| member.replica.0).collect();

@@ -8,8 +8,9 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use pontoon::ids::{DatabaseId, Epoch, GROUP_START, Index, Position, RandomId, ReplicaId, ShardId};
+use pontoon::ids::{DatabaseId, Epoch, GROUP_START, Index, NodeId, Position, RandomId, ReplicaId, ShardId};
 use pontoon::machine::MachineKind;
+use pontoon::placement::map::{Member, MemberRole};
 use pontoon::placement::ring::RingRange;
 use pontoon::storage::log::{LogStore, LogWrite, ReplicaPhase, ReplicaRecord};
 use pontoon::storage::log_disk::{DiskLog, DiskLogOptions};
@@ -35,8 +36,9 @@ fn open(dir: &tempfile::TempDir) -> DiskLog {
             phase: ReplicaPhase::Active,
             range: RingRange::ALL,
             epoch: Epoch::default(),
-            members: Vec::new(),
+            members: vec![Member { replica: ReplicaId(replica), node: NodeId(1), role: MemberRole::Voter }],
             members_at: 0,
+            ordered_at: 0,
             generation: 1,
         })
         .collect();

@@ -192,6 +192,9 @@ pub const LOG_STALL_MS: u64 = 1_000;
 pub const DISK_FULL_WAIT_MS: u64 = 250;
 /// Time for a pull of the cluster map from a peer, in milliseconds.
 pub const MAP_PULL_MS_MAX: u64 = 3_000;
+/// Time between saves of the cluster map, in milliseconds: a start without the metadata shard would miss what
+/// changed after the last.
+pub const MAP_SAVE_MS: u64 = 200;
 /// Time between surveys of all nodes by the one that leads the metadata shard, in milliseconds.
 pub const SURVEY_MS: u64 = 1_000;
 /// Time between a step that was done and the next survey, in milliseconds.
@@ -248,8 +251,8 @@ pub const SURVEY_FRESH_MS: u64 = 5_000;
 pub const SILENCE_STEP_MS_MAX: u64 = 3_000;
 /// A move to a node that hasn't answered for this time is rolled back, in milliseconds.
 pub const NEWCOMER_SILENT_MS: u64 = 30_000;
-/// A replica that is sick, or isn't there, for this time is replaced, in milliseconds. So is one on a node at
-/// whose address another runs by now.
+/// A replica that is sick, or isn't there, for this time is replaced, in milliseconds; so is one on a node at
+/// whose address another runs by now. And a move that lacks something for this time is rolled back.
 pub const SICK_MS: u64 = 60_000;
 /// The nodes must have been the same ones, all of them alive, for this time before load is spread anew, in
 /// milliseconds.
@@ -257,6 +260,8 @@ pub const SETTLE_MS: u64 = 10_000;
 /// Time for which no new replica of a shard is put on a node on which one came to nothing, as long as there
 /// are other nodes, in milliseconds.
 pub const SHUN_MS: u64 = 300_000;
+/// Time between looks whether load is even, in milliseconds.
+pub const EVEN_LOOK_MS: u64 = 5_000;
 /// First delay before the reconciler names a step again that nothing shows to be done, in milliseconds;
 /// doubles.
 pub const STEP_RETRY_MS_MIN: u64 = 1_000;

@@ -6,6 +6,8 @@ mod cluster;
 #[path = "support/cli.rs"]
 mod harness;
 
+#[path = "cli/admin.rs"]
+mod admin;
 #[path = "cli/data.rs"]
 mod data;
 #[path = "cli/degraded.rs"]
@@ -16,6 +18,8 @@ mod exit_codes;
 mod hung;
 #[path = "cli/local.rs"]
 mod local;
+#[path = "cli/operations.rs"]
+mod operations;
 #[path = "cli/quick_start.rs"]
 mod quick_start;
 #[path = "cli/report.rs"]

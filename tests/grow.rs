@@ -9,7 +9,7 @@ mod journal;
 #[path = "grow/rest.rs"]
 mod rest;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use cluster::Cluster;
@@ -17,9 +17,10 @@ use counters::{Load, assert_exact};
 use journal::Journal;
 use pontoon::client::options::ClientOptions;
 use pontoon::client::{Client, Database};
-use pontoon::ids::{METADATA_SHARD, NodeId, ReplicaId};
+use pontoon::ids::{METADATA_SHARD, NodeId, ReplicaId, ShardId};
 use pontoon::machine::command::PolicyChange;
 use pontoon::placement::map::{ClusterMap, Standing};
+use pontoon::placement::rebalance::MoveKind;
 use rest::{PATIENCE, Rest, assert_equal_content, empty_and_remove, id, leads, living, set, until};
 use rustix::process::Signal;
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -90,6 +91,49 @@ async fn three_nodes_become_five_and_three_again_under_load() {
         assert_equal_content(&client, name).await;
     }
     other.close().await;
+    client.close().await;
+}
+
+/// On which nodes each shard of databases is.
+fn places(map: impl AsRef<ClusterMap>) -> BTreeMap<ShardId, BTreeSet<NodeId>> {
+    let shards = living(map.as_ref()).filter(|shard| shard.id != METADATA_SHARD);
+    shards.map(|shard| (shard.id, shard.members.iter().map(|m| m.node).collect())).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_plan_moves_what_it_says_and_can_be_taken_back() {
+    let (_room, mut cluster, client) = started(3).await;
+    let database = cluster.database(&client, "db", 2, 6).await;
+    let journal = Journal::start(&database, 4, 1024, Duration::from_millis(5));
+    set(&client, PolicyChange::Automatic(false)).await;
+    cluster.join();
+    let grown = Rest { metadata: 3, ..Rest::default() };
+    let before = places(grown.reached(&client, &cluster, SETTLE).await);
+    let plan = client.plan_rebalance(false, PATIENCE).await.expect("a plan");
+    let moves: Vec<_> = plan.moves.iter().filter(|one| one.kind == MoveKind::Replica).collect();
+    assert!(plan.total.moves > 0 && moves.len() == plan.total.moves as usize, "{plan:?}");
+    assert!(f64::from(plan.total.moves) <= 1.15 * f64::from(plan.minimum), "{plan:?}");
+    let mut planned = before.clone();
+    for one in &moves {
+        let nodes = planned.get_mut(&one.shard).expect("a shard of the database");
+        assert!(nodes.remove(&one.from) && nodes.insert(one.to), "{one:?} of {plan:?}");
+    }
+    assert_eq!(places(client.map().await.expect("the map")), before, "nothing moves by itself");
+
+    client.start_rebalance(plan.id, PATIENCE).await.expect("begun");
+    // Begun again, it is the same.
+    client.start_rebalance(plan.id, PATIENCE).await.expect("begun already");
+    let even = Rest { even: true, ..grown };
+    assert_eq!(places(even.reached(&client, &cluster, SETTLE).await), planned);
+    let status = client.rebalance_status(PATIENCE).await.expect("its status");
+    assert_eq!((status.plan, status.done, status.total), (plan.id, plan.total.moves, plan.total.moves));
+    // There is nothing left to do.
+    let next = client.plan_rebalance(false, PATIENCE).await.expect("a plan");
+    assert_eq!((next.total.moves, next.minimum), (0, 0), "{next:?}");
+    client.undo_rebalance(plan.id, PATIENCE).await.expect("the way back");
+    assert_eq!(places(grown.reached(&client, &cluster, SETTLE).await), before);
+    let record = journal.stop().await;
+    record.assert_kept(&database).await;
     client.close().await;
 }
 

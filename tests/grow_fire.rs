@@ -24,6 +24,8 @@ use pontoon::machine::command::PolicyChange;
 use pontoon::node::handle::ReplicaHealth;
 use pontoon::placement::map::{ClusterMap, Standing};
 use proxy::Network;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 use rest::{PATIENCE, Rest, assert_equal_content, id, leader, living, picture, set, until};
 use tokio::sync::Semaphore;
 
@@ -32,8 +34,8 @@ const SETTLE: Duration = Duration::from_secs(90);
 /// An operation that meets several deaths in a row still ends well.
 const DEADLINE: Duration = Duration::from_secs(60);
 
-/// One cluster at a time: each has a handful of processes.
-static ROOM: Semaphore = Semaphore::const_new(1);
+/// Clusters that run at the same time: each has a handful of processes.
+static ROOM: Semaphore = Semaphore::const_new(2);
 
 async fn started(nodes: usize) -> (Cluster, Client) {
     let mut cluster = Cluster::new(nodes);
@@ -141,7 +143,8 @@ async fn a_metadata_leader_that_dies_between_the_steps_of_a_move_is_followed_by_
         }
         let begun = Instant::now();
         let dead = loop {
-            if let Some(dead) = (0..4).find(|node| cluster.ended(*node).is_some()) {
+            if let Some((dead, ended)) = (0..4).find_map(|node| Some((node, cluster.ended(node)?))) {
+                assert_eq!(ended.code(), Some(70), "{}", cluster.log(dead));
                 break dead;
             }
             if client.map().await.is_ok_and(|map| !moving(&map)) {
@@ -149,7 +152,7 @@ async fn a_metadata_leader_that_dies_between_the_steps_of_a_move_is_followed_by_
                 tokio::time::sleep(Duration::from_millis(500)).await;
             }
             assert!(begun.elapsed() < PATIENCE, "nobody came to {point}\n{}", picture(&cluster));
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            tokio::time::sleep(Duration::from_millis(5)).await;
         };
         let log = cluster.log(dead);
         assert!(log.contains(&format!("injected panic at reconciler/{point}")), "{log}");
@@ -300,4 +303,114 @@ async fn a_partition_during_a_joint_change_stops_nothing_for_good() {
     }
     assert_whole(&client, &cluster, load, &database, 3).await;
     client.close().await;
+}
+
+/// What befalls the cluster next.
+#[derive(Clone, Copy, Debug)]
+enum Event {
+    /// One node gives away what it has, or the one that does gets its share again.
+    Drain(usize),
+    /// Copies of each shard.
+    Replicas(u32),
+    /// A node dies, and is back after so many milliseconds.
+    Crash(usize, u64),
+    /// Whatever the reconciler or a replica is at, there the node's part of it breaks off.
+    Break(usize, &'static str),
+    /// Nothing for so many milliseconds.
+    Calm(u64),
+}
+
+/// Where members change, and replicas come and go.
+const BREAKS: [&str; 12] = [
+    "panic:replica/change.proposed:times=1",
+    "panic:replica/change.committed:times=1",
+    "panic:replica/change.recorded:times=1",
+    "panic:replica/change.applied:times=1",
+    "panic:replica/change.leaves:times=1",
+    "panic:log/create.after:times=1",
+    "panic:log/remove.before:times=1",
+    "panic:log/remove.after:times=1",
+    "panic:log/install.after:times=1",
+    "panic:supervisor/newcomer.created:times=1",
+    "panic:order/received:times=1",
+    "panic:order/carried-out:times=1",
+];
+
+fn event(dice: &mut StdRng, nodes: usize) -> Event {
+    let node = dice.random_range(0..nodes);
+    match dice.random_range(0..10) {
+        0..3 => Event::Drain(node),
+        3 => Event::Replicas([1, 3, 3, 5][dice.random_range(0..4)]),
+        4..6 => Event::Crash(node, dice.random_range(0..2_500)),
+        6..9 => Event::Break(node, BREAKS[dice.random_range(0..BREAKS.len())]),
+        _ => Event::Calm(dice.random_range(0..3_000)),
+    }
+}
+
+/// `PONTOON_GROW_SEEDS=1..20 cargo test --test grow_fire anything -- --nocapture` looks longer, half a minute a seed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn anything_may_break_while_members_change_and_nothing_is_lost() {
+    let seeds = std::env::var("PONTOON_GROW_SEEDS").unwrap_or("1..2".into());
+    let (first, last) = seeds.split_once("..").expect("FIRST..LAST");
+    let number = |text: &str| text.parse::<u64>().expect("a number");
+    for seed in number(first)..number(last) {
+        let _room = ROOM.acquire().await.expect("it isn't closed");
+        println!("seed {seed}");
+        let mut dice = StdRng::seed_from_u64(seed);
+        let (mut cluster, client) = started(5).await;
+        let database = cluster.database(&client, "db", 3, 4).await.with_timeout(DEADLINE);
+        let load = Load::start(std::slice::from_ref(&database), 4);
+        load.progress(50).await;
+        for _ in 0..14 {
+            let next = event(&mut dice, cluster.nodes.len());
+            println!("{next:?}");
+            match next {
+                Event::Drain(node) => stir(&client, &cluster, node).await,
+                Event::Replicas(copies) => {
+                    // Refused while fewer nodes are up than it takes.
+                    let decided = client.set_replicas("db", copies, PATIENCE).await;
+                    println!("{decided:?}");
+                }
+                Event::Crash(node, ms) => {
+                    cluster.kill(node);
+                    tokio::time::sleep(Duration::from_millis(ms)).await;
+                    cluster.spawn(node);
+                    cluster.wait_ready(node);
+                }
+                Event::Break(node, rule) => arm(&client, &cluster, node, rule).await,
+                Event::Calm(ms) => tokio::time::sleep(Duration::from_millis(ms)).await,
+            }
+            tokio::time::sleep(Duration::from_millis(dice.random_range(0..1_000))).await;
+            for node in 0..cluster.nodes.len() {
+                if let Some(ended) = cluster.ended(node) {
+                    assert_eq!(ended.code(), Some(70), "{}", cluster.log(node));
+                    cluster.spawn(node);
+                    cluster.wait_ready(node);
+                }
+            }
+        }
+        calm(&client, &mut cluster).await;
+        assert_whole(&client, &cluster, load, &database, 5).await;
+        client.close().await;
+    }
+}
+
+/// Nothing breaks any more, every node runs and is a member, and each shard gets three copies.
+async fn calm(client: &Client, cluster: &mut Cluster) {
+    for node in 0..cluster.nodes.len() {
+        // One that ends just now comes back without rules.
+        if cluster.ended(node).is_none() {
+            arm(client, cluster, node, "").await;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        if !cluster.runs(node) || cluster.ended(node).is_some() {
+            cluster.spawn(node);
+            cluster.wait_ready(node);
+        }
+    }
+    client.set_replicas("db", 3, PATIENCE).await.expect("all are up");
+    let map = client.map().await.expect("the map");
+    for drained in map.nodes.values().filter(|node| node.standing == Standing::Draining) {
+        client.set_standing(drained.id, Standing::Member, PATIENCE).await.expect("it is back");
+    }
 }

@@ -18,6 +18,8 @@ pub(super) struct Memory {
     nodes: BTreeMap<NodeId, (u32, bool, bool)>,
     /// Since when that hasn't changed.
     since_ms: u64,
+    /// When load was last looked at: with many shards that takes a while.
+    looked_ms: Option<u64>,
     /// Leaders were too uneven, and are spread until they are even: from one bound to the other, so that small
     /// changes don't set it off again.
     spreading: bool,
@@ -118,6 +120,13 @@ pub(super) fn spread(round: &mut Round, known: &Known) {
         round.memory.even.spreading = false;
         return;
     }
+    let now_ms = round.now_ms();
+    let memory = &mut round.memory.even;
+    let soon = memory.looked_ms.is_some_and(|looked| now_ms < looked + limits::EVEN_LOOK_MS);
+    if soon && !memory.spreading {
+        return;
+    }
+    memory.looked_ms = Some(now_ms);
     let last = &map.rebalance;
     let over = matches!(last.state, RebalanceState::Idle | RebalanceState::Failed);
     if over && !is_kept(round) && map.policy.moves_at_a_time > 0 && is_uneven(map, known, false) {

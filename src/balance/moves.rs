@@ -15,8 +15,8 @@ pub(super) enum Next {
     Nothing,
     /// Something that isn't there: this.
     Wait(String),
-    /// A newcomer that the leader doesn't hear from, though its node is alive. Not for ever.
-    Newcomer(NodeId),
+    /// The same, but not for ever: if it doesn't come, another move may succeed.
+    Stalled(String),
     /// This step.
     Do(Action),
     /// Learners are removed, whether or not there are any, so that no earlier order adds them any more.
@@ -73,35 +73,34 @@ pub(super) fn next(
     if !missing.is_empty() {
         return change(MembershipChange::AddLearners(missing));
     }
-    let promote: Vec<ReplicaId> = moving.adds.iter().map(|add| add.replica).collect();
-    let promote: Vec<ReplicaId> = promote
-        .into_iter()
-        .filter(|add| led.member(*add).is_some_and(|m| m.role == MemberRole::Learner))
-        .collect();
+    let learner = |add: &ReplicaId| led.member(*add).is_some_and(|m| m.role == MemberRole::Learner);
+    let promote: Vec<ReplicaId> = moving.adds.iter().map(|add| add.replica).filter(learner).collect();
     let (voters, learners): (Vec<ReplicaId>, Vec<ReplicaId>) =
         going.into_iter().partition(|replica| led.member(*replica).is_some_and(|m| m.role.votes()));
     if promote.is_empty() && voters.is_empty() {
         return change(MembershipChange::RemoveLearners(learners));
     }
-    for add in &promote {
-        if !led.active(*add) {
-            return led.member(*add).map_or(Next::Nothing, |member| Next::Newcomer(member.node));
+    // What has been promoted can't be rolled back.
+    let stalled = |why| if promoted { Next::Wait(why) } else { Next::Stalled(why) };
+    for add in moving.adds.iter().filter(|add| promote.contains(&add.replica)) {
+        if !led.active(add.replica) {
+            return stalled(format!("the leader doesn't hear from the new replica on node {}", add.node));
         }
-        if !led.caught_up(*add) {
+        if !led.caught_up(add.replica) {
             return Next::Nothing;
         }
     }
     if let Err(why) = led.quorums(&promote, 0, &voters) {
-        return Next::Wait(format!("only {why}"));
+        return stalled(format!("only {why}"));
     }
     if voters.contains(&led.report.leader) {
         return match heir(view, led, &voters) {
             Some(to) => Next::Do(Action::Transfer { node: led.node, shard, to }),
             None if led.voters().count() > voters.len() => {
-                Next::Wait("no voter that stays is able to lead".into())
+                stalled("no voter that stays is able to lead".into())
             }
             // The newcomer is all that remains. A leader doesn't remove itself, and learners can't lead; so the
-            // newcomer becomes a voter first, and is led by it.
+            // newcomer becomes a voter first, and then leads.
             None => change(MembershipChange::Exchange { promote, remove: Vec::new() }),
         };
     }
@@ -135,16 +134,13 @@ fn hopeless(view: &View, record: &ShardRecord, moving: &ShardMove, led: Led) -> 
 }
 
 /// The voter that should lead instead of the present leader, none of `removes`: one that is caught up, on a
-/// node that may lead and leads least for its weight; if there is none, one on another node that isn't given
-/// up.
+/// node that may lead and leads least for its weight; if there is none, any other that is caught up.
 pub(super) fn heir(view: &View, led: Led, removes: &[ReplicaId]) -> Option<NodeId> {
-    let shard = led.report.shard;
     let able = led.report.members.iter().filter(|member| {
         member.role == MemberRole::Voter
             && member.replica != led.report.leader
             && !removes.contains(&member.replica)
             && led.caught_up(member.replica)
-            && view.lost(shard, member).is_none()
     });
     let rank = |member: &Member| {
         let may_lead = view.nodes.get(&member.node).is_some_and(|node| node.may_lead);

@@ -1,6 +1,6 @@
 //! One round: from what is known to what is to be done.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::ears::Ears;
 use super::even;
@@ -14,7 +14,7 @@ use crate::ids::{NodeId, ReplicaId, ShardId};
 use crate::limits;
 use crate::machine::command::MetaCommand;
 use crate::placement::loads::Loads;
-use crate::placement::map::{ClusterMap, MemberRole, ShardMove, ShardRecord, Standing};
+use crate::placement::map::{ClusterMap, Member, MemberRole, ShardMove, ShardRecord, Standing};
 use crate::placement::rebalance::{Known, ShardSize};
 
 /// Compares what is wanted with what is, and names the next steps. See the module's page.
@@ -33,8 +33,8 @@ pub(super) struct Memory {
     paces: Paces,
     /// Moves that are rolled back: the conf version at which their newcomers were last removed.
     fences: BTreeMap<(ShardId, u64), u64>,
-    /// Moves whose newcomer the leader doesn't hear from, and since when.
-    newcomers: BTreeMap<(ShardId, u64), u64>,
+    /// Moves that lack something, and since when.
+    stalled: BTreeMap<(ShardId, u64), u64>,
     /// Nodes on which a new replica of a shard came to nothing, and until when others are preferred.
     shunned: BTreeMap<(ShardId, NodeId), u64>,
     /// Why steps were refused, and when that was told.
@@ -77,7 +77,7 @@ impl Reconciler {
             stuck: BTreeMap::new(),
             transfers: 0,
         };
-        round.run(&self.known);
+        round.run(&mut self.known);
         self.stuck = round.stuck;
         round.actions
     }
@@ -111,7 +111,7 @@ impl Memory {
         };
         self.paces.forget(now_ms);
         self.fences.retain(|(shard, id), _| under_way(*shard, *id));
-        self.newcomers.retain(|(shard, id), _| under_way(*shard, *id));
+        self.stalled.retain(|(shard, id), _| under_way(*shard, *id));
         self.shunned.retain(|_, until| now_ms < *until);
         self.refusals.retain(|_, (at, _)| now_ms < *at + 2 * limits::STEP_RETRY_MS_MAX);
     }
@@ -123,6 +123,7 @@ fn known(view: &View) -> Known {
         leaders: view.leaders.iter().map(|(shard, led)| (*shard, led.node)).collect(),
         sizes: view.leaders.iter().map(|(shard, led)| (*shard, size(led))).collect(),
         unfit: view.unfit(),
+        fixed: BTreeSet::new(),
     }
 }
 
@@ -138,7 +139,7 @@ pub(super) struct Round<'a> {
 }
 
 impl<'a> Round<'a> {
-    fn run(&mut self, known: &Known) {
+    fn run(&mut self, known: &mut Known) {
         let map = self.view.map;
         let mut wants = Vec::new();
         let mut moving = 0;
@@ -149,15 +150,19 @@ impl<'a> Round<'a> {
             }
             moving += u32::from(record.moving.is_some());
             if let Some(led) = self.settled_leader(record) {
-                self.leave(record, led);
+                let leaves = self.leave(record, led);
                 match &record.moving {
+                    // Its leader is about to be another.
+                    Some(_) if leaves => {}
                     Some(under_way) => self.go_on(record, under_way, led),
                     None => wants.extend(self.want(record, led)),
                 }
             }
         }
         wants.sort_by_key(|(record, _, want): &(&ShardRecord, Led, Want)| (want.urgency, record.id));
-        // A want for which there is no way at present doesn't stand in the way of even load.
+        // What a shard wants may have to wait; that doesn't stand in the way of even load of the others.
+        let first = wants.iter().filter(|(_, _, want)| want.urgency != Urgency::Target);
+        known.fixed = first.map(|(record, ..)| record.id).collect();
         let quiet = moving == 0;
         let begun = self.begin(&wants, moving, known);
         self.control_rebalance();
@@ -179,17 +184,20 @@ impl<'a> Round<'a> {
         self.memory.now_ms
     }
 
-    /// Names a handover of leadership, as long as there haven't been too many in this step.
-    pub fn transfer(&mut self, shard: ShardId, from: NodeId, to: NodeId) {
-        if self.transfers < limits::LEADER_TRANSFERS_MAX
-            && self.act(Action::Transfer { node: from, shard, to })
+    /// Names a handover of leadership, as long as there haven't been too many in this step. Returns whether it
+    /// did.
+    pub fn transfer(&mut self, shard: ShardId, from: NodeId, to: NodeId) -> bool {
+        if self.transfers >= limits::LEADER_TRANSFERS_MAX
+            || !self.act(Action::Transfer { node: from, shard, to })
         {
-            self.transfers += 1;
-            if let Some(leads) = self.view.leads.get_mut(&from) {
-                *leads = leads.saturating_sub(1);
-            }
-            *self.view.leads.entry(to).or_default() += 1;
+            return false;
         }
+        self.transfers += 1;
+        if let Some(leads) = self.view.leads.get_mut(&from) {
+            *leads = leads.saturating_sub(1);
+        }
+        *self.view.leads.entry(to).or_default() += 1;
+        true
     }
 
     fn wait(&mut self, shard: ShardId, why: String) {
@@ -210,7 +218,8 @@ impl<'a> Round<'a> {
     /// The leader of a shard whose members are settled; else says, or does, what is in the way.
     fn settled_leader(&mut self, record: &ShardRecord) -> Option<Led<'a>> {
         let Some(led) = self.view.leaders.get(&record.id).copied() else {
-            self.wait(record.id, "no leader is known".into());
+            let why = self.leaderless(record);
+            self.wait(record.id, why);
             return None;
         };
         let known = self.ears.described(record.id).map_or(0, |described| described.conf);
@@ -246,27 +255,46 @@ impl<'a> Round<'a> {
         Some(led)
     }
 
-    /// Leadership leaves nodes that are to be emptied, or were given up.
-    fn leave(&mut self, record: &ShardRecord, led: Led) {
-        let standing = self.view.nodes.get(&led.node).map(|node| node.standing);
-        if standing != Some(Standing::Member)
-            && let Some(to) = moves::heir(&self.view, led, &[])
-        {
-            self.transfer(record.id, led.node, to);
+    /// What is with the voters of a shard that nobody says he leads.
+    fn leaderless(&self, record: &ShardRecord) -> String {
+        let reason = |member: &Member| {
+            if let Some(why) = self.view.lost(record.id, member) {
+                return Some(why);
+            }
+            let silent = self.view.nodes.get(&member.node).is_some_and(|node| !node.alive);
+            silent.then(|| format!("node {} doesn't answer", member.node))
+        };
+        let voters = record.members.iter().filter(|member| member.role.votes());
+        let reasons: Vec<String> = voters.filter_map(reason).collect();
+        match reasons.is_empty() {
+            true => "no leader is known".into(),
+            false => format!("no leader is known: {}", reasons.join("; ")),
         }
+    }
+
+    /// Leadership leaves nodes that are to be emptied, or were given up. Returns whether it does now.
+    fn leave(&mut self, record: &ShardRecord, led: Led) -> bool {
+        let standing = self.view.nodes.get(&led.node).map(|node| node.standing);
+        let removes = record.moving.as_ref().map_or(&[][..], |moving| &moving.removes);
+        // Not to another that has to give it on, or back.
+        let may_lead = |to: &NodeId| self.view.nodes.get(to).is_some_and(|node| node.may_lead);
+        let heir = moves::heir(&self.view, led, removes).filter(may_lead);
+        standing != Some(Standing::Member) && heir.is_some_and(|to| self.transfer(record.id, led.node, to))
     }
 
     fn go_on(&mut self, record: &ShardRecord, moving: &ShardMove, led: Led) {
         let place = (record.id, moving.id);
         let fenced = self.memory.fences.get(&place).copied();
         let next = moves::next(&self.view, record, moving, led, fenced);
-        if !matches!(next, Next::Newcomer(_)) {
-            self.memory.newcomers.remove(&place);
+        if !matches!(next, Next::Stalled(_)) {
+            self.memory.stalled.remove(&place);
         }
         match next {
             Next::Nothing => {}
             Next::Wait(why) => self.wait(record.id, why),
-            Next::Do(Action::Transfer { node, to, .. }) => self.transfer(record.id, node, to),
+            Next::Do(Action::Transfer { node, to, .. }) => {
+                self.transfer(record.id, node, to);
+            }
             Next::Do(action) => {
                 if let Action::Meta(MetaCommand::CancelMove { .. }) = action {
                     self.shun(record.id, moving);
@@ -277,14 +305,14 @@ impl<'a> Round<'a> {
                 self.memory.fences.insert(place, conf);
                 self.act(action);
             }
-            Next::Newcomer(node) => {
+            Next::Stalled(why) => {
                 let now_ms = self.now_ms();
-                let since = *self.memory.newcomers.entry(place).or_insert(now_ms);
+                let since = *self.memory.stalled.entry(place).or_insert(now_ms);
                 if now_ms.saturating_sub(since) >= limits::SICK_MS {
                     self.shun(record.id, moving);
                     self.act(Action::Meta(MetaCommand::CancelMove { shard: record.id, id: moving.id }));
                 }
-                self.wait(record.id, format!("the leader doesn't hear from the new replica on node {node}"));
+                self.wait(record.id, why);
             }
         }
     }
@@ -335,3 +363,6 @@ impl<'a> Round<'a> {
         begun
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -64,8 +64,11 @@ pub(super) fn wanted(view: &View, record: &ShardRecord) -> usize {
         all += 1;
         living += usize::from(node.lost.is_none());
     }
-    // Nodes that are merely gone never take it below three: a copy on a dead disk is more than none.
-    metadata_voters(living).max(metadata_voters(all).min(3))
+    // Nodes that are merely gone never take it below three: a copy on a dead disk is more than none. And two
+    // copies, once there, are not made one: without its leader the metadata shard can be missed for a while,
+    // without its only copy the cluster is lost.
+    let two = usize::from(living >= 2 && record.members.len() >= 2) * 2;
+    metadata_voters(living).max(metadata_voters(all).min(3)).max(two)
 }
 
 /// What the shard needs most, if anything.

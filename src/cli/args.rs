@@ -183,8 +183,8 @@ Examples:
 --rejoin is for a node that doesn't start because its directory is damaged, or was lost. What is
 left is moved into `aside-SECONDS` within the directory, nothing is deleted, and the node joins its
 cluster with a new number; it never forms a cluster. A directory that can be opened is left as it
-is, and the node starts as always. The old number stays in `pontoon status`, and its replicas stay
-missing: nodes can't be removed and replicas not moved yet.")]
+is, and the node starts as always. The old number stays in `pontoon status` until its replicas are
+made anew elsewhere: `pontoon admin node remove ID --dead` has that done at once.")]
 pub struct ServeArgs {
     /// Settings of the node; config/default.toml documents each key
     #[arg(long, value_name = "FILE")]

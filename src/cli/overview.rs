@@ -9,14 +9,14 @@ use super::output;
 use super::status::{Reports, databases};
 use crate::ids::{METADATA_SHARD, NodeId, ReplicaId, ShardId};
 use crate::node::handle::{NodePhase, NodeReport, ReplicaHealth, ReplicaReport};
-use crate::placement::map::{ClusterMap, MemberRole, ShardRecord};
+use crate::placement::map::{ClusterMap, MemberRole, MoveCause, ShardMove, ShardRecord, Standing};
 
 /// The picture of a cluster.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Overview {
     /// Identity of the cluster.
     pub cluster_id: String,
-    /// Its nodes.
+    /// Its nodes, but for those that were removed.
     pub nodes: Vec<NodeView>,
     /// The metadata shard; `None` where one database was asked for.
     pub metadata: Option<ShardView>,
@@ -38,6 +38,8 @@ pub struct NodeView {
     /// `ready`, `read-only`, `starting`, `stopping`, `unreachable`, or `replaced`: another node answers at its
     /// address.
     pub state: &'static str,
+    /// What the cluster has decided about it: `member`, `pending`, `draining` or `leaving`.
+    pub standing: &'static str,
     /// Shards it leads, the metadata shard included, whether in the picture or not.
     pub leaders: usize,
     /// Replicas it holds, likewise.
@@ -77,10 +79,14 @@ pub struct ReplicaView {
     pub node: NodeId,
     /// Client address of the node.
     pub address: Option<String>,
-    /// `leader`, `follower`, `candidate`, `learner` or `voter` where only the map is known.
+    /// `leader`, `follower`, `candidate`, `learner`; where only the map is known `voter`, `learner`, `incoming`
+    /// or `outgoing`.
     pub role: &'static str,
-    /// `serving`, `recovering`, `installing`, `refetching`, `restarting`, `quarantined`, `failed`, `missing` or `unreachable`.
+    /// `serving`, `recovering`, `installing`, `refetching`, `restarting`, `quarantined`, `failed`, `missing`,
+    /// `unreachable`, or `awaited`: a move is to bring it.
     pub state: &'static str,
+    /// Its role in the map; `None` if a move is to bring it, and it is no member yet.
+    pub member: Option<MemberRole>,
     /// Why it isn't serving.
     pub message: Option<String>,
     /// Index it has applied.
@@ -116,6 +122,7 @@ impl Overview {
         let nodes = map
             .nodes
             .values()
+            .filter(|record| record.standing != Standing::Removed)
             .map(|record| {
                 let (report, state) = match answer(reports, record.id) {
                     Ok(report) => (Some(report), phase_name(report.phase)),
@@ -128,6 +135,7 @@ impl Overview {
                     address: record.client_address.clone(),
                     zone: record.zone.clone(),
                     state,
+                    standing: standing_name(record.standing),
                     leaders: leaders.get(&record.id).copied().unwrap_or(0),
                     replicas: replicas.get(&record.id).copied().unwrap_or(0),
                     disk_bytes: report.map(|r| r.disk_bytes),
@@ -161,6 +169,7 @@ impl Overview {
                 "address": node.address,
                 "zone": node.zone,
                 "state": node.state,
+                "standing": node.standing,
                 "leaders": node.leaders,
                 "replicas": node.replicas,
                 "disk_bytes": node.disk_bytes,
@@ -194,7 +203,10 @@ impl Overview {
                 node.label.clone(),
                 node.address.clone(),
                 if node.zone.is_empty() { "-".into() } else { node.zone.clone() },
-                node.state.to_owned(),
+                match node.standing {
+                    "member" => node.state.to_owned(),
+                    standing => format!("{}, {standing}", node.state),
+                },
                 node.leaders.to_string(),
                 node.replicas.to_string(),
                 node.disk_bytes.map_or("-".into(), output::size),
@@ -265,9 +277,9 @@ impl ShardView {
         let committed = leader.map(|(_, group)| group.committed);
         let address = |node: NodeId| map.nodes.get(&node).map(|n| n.client_address.clone());
         let replicas = record
-            .members
-            .iter()
+            .ordered()
             .map(|member| {
+                let is_member = record.node_of(member.replica).is_some();
                 let answer = answer(reports, member.node);
                 let report = report_of(member.node, member.replica);
                 let group = report.and_then(|r| r.group.as_ref());
@@ -276,6 +288,7 @@ impl ShardView {
                         let (state, why) = health_name(health);
                         (state, why.map(str::to_owned))
                     }
+                    (None, _) if !is_member => ("awaited", None),
                     (None, Ok(_)) => ("missing", None),
                     (None, Err(Silence::Unreachable)) => ("unreachable", None),
                     (None, Err(Silence::Replaced(by))) => {
@@ -296,6 +309,7 @@ impl ShardView {
                         (None, MemberRole::Outgoing) => "outgoing",
                     },
                     state,
+                    member: Some(member.role).filter(|_| is_member),
                     message,
                     applied,
                     lag: applied.zip(committed).map(|(applied, committed)| committed.saturating_sub(applied)),
@@ -306,20 +320,25 @@ impl ShardView {
         ShardView { record: record.clone(), leader, leader_address: leader.and_then(address), replicas }
     }
 
-    /// `ok`: led, all replicas serve; `degraded`: led, some don't; `quarantined`: no leader, since a majority
+    /// `ok`: led, all voters serve; `degraded`: led, some don't; `quarantined`: no leader, since a majority
     /// of its replicas is quarantined; `unavailable`: no leader, for another reason.
     pub fn state(&self) -> &'static str {
         match self.leader {
             None if self.is_quarantined() => "quarantined",
             None => "unavailable",
-            Some(_) if self.replicas.iter().all(|r| r.state == "serving") => "ok",
+            Some(_) if self.voters().all(|r| r.state == "serving") => "ok",
             Some(_) => "degraded",
         }
     }
 
+    /// The replicas that vote. Those that a move brings are nobody's loss until they do.
+    fn voters(&self) -> impl Iterator<Item = &ReplicaView> {
+        self.replicas.iter().filter(|replica| replica.member.is_some_and(MemberRole::votes))
+    }
+
     /// Whether no replica has a state to give to the others.
     fn is_lost(&self) -> bool {
-        self.replicas.iter().all(|replica| replica.state == "refetching")
+        self.voters().all(|replica| replica.state == "refetching")
     }
 
     /// Whether so many of its voters are quarantined that the others are no majority.
@@ -340,9 +359,15 @@ impl ShardView {
         format!("{:016x}", self.record.range.end)
     }
 
-    /// The nodes that hold replicas, for a table.
+    /// The nodes that hold replicas, for a table: `+` before one whose replica is coming, `-` before one whose
+    /// replica is going.
     pub fn replicas_text(&self) -> String {
-        let nodes: Vec<String> = self.replicas.iter().map(|r| r.node.to_string()).collect();
+        let sign = |replica: &ReplicaView| match replica.member {
+            Some(MemberRole::Voter) => "",
+            Some(MemberRole::Outgoing) => "-",
+            Some(MemberRole::Learner | MemberRole::Incoming) | None => "+",
+        };
+        let nodes: Vec<String> = self.replicas.iter().map(|r| format!("{}{}", sign(r), r.node)).collect();
         nodes.join(" ")
     }
 
@@ -364,7 +389,22 @@ impl ShardView {
                 text.push_str(&format!(": {}", output::printable(message.as_bytes())));
             }
         }
+        if let Some(moving) = &self.record.moving {
+            let nodes = |sign, nodes: Vec<NodeId>| {
+                nodes.into_iter().map(|node| format!(" {sign}{node}")).collect::<String>()
+            };
+            let (adds, removes) = self.move_nodes(moving);
+            let done = if moving.cancelling { "rolled back" } else { "under way" };
+            let cause = cause_name(moving.cause);
+            text.push_str(&format!("; {cause} {done}:{}{}", nodes('+', adds), nodes('-', removes)));
+        }
         text
+    }
+
+    /// Nodes of the replicas that a move brings, and of those it takes away, as far as they are there still.
+    fn move_nodes(&self, moving: &ShardMove) -> (Vec<NodeId>, Vec<NodeId>) {
+        let removes = moving.removes.iter().filter_map(|replica| self.record.node_of(*replica));
+        (moving.adds.iter().map(|add| add.node).collect(), removes.collect())
     }
 
     fn json(&self) -> Value {
@@ -378,6 +418,17 @@ impl ShardView {
                 "lag": replica.lag,
             })
         });
+        let moving = self.record.moving.as_ref().map(|moving| {
+            let ids = |nodes: Vec<NodeId>| nodes.into_iter().map(|node| node.0).collect::<Value>();
+            let (adds, removes) = self.move_nodes(moving);
+            json!({
+                "id": moving.id,
+                "cause": cause_name(moving.cause),
+                "cancelling": moving.cancelling,
+                "adds": ids(adds),
+                "removes": ids(removes),
+            })
+        });
         json!({
             "id": self.record.id.0,
             "start": self.start(),
@@ -386,6 +437,7 @@ impl ShardView {
             "leader": self.leader.map(|node| node.0),
             "state": self.state(),
             "replicas": replicas.collect::<Value>(),
+            "moving": moving,
         })
     }
 }
@@ -414,6 +466,27 @@ pub fn phase_name(phase: NodePhase) -> &'static str {
         NodePhase::Ready => "ready",
         NodePhase::Stopping => "stopping",
         NodePhase::ReadOnly => "read-only",
+    }
+}
+
+/// A standing as a word.
+pub fn standing_name(standing: Standing) -> &'static str {
+    match standing {
+        Standing::Member => "member",
+        Standing::Pending => "pending",
+        Standing::Draining => "draining",
+        Standing::Leaving => "leaving",
+        Standing::Removed => "removed",
+    }
+}
+
+/// Why members change, as a word.
+pub fn cause_name(cause: MoveCause) -> &'static str {
+    match cause {
+        MoveCause::Rebalance => "rebalance",
+        MoveCause::Repair => "repair",
+        MoveCause::Drain => "drain",
+        MoveCause::Replicas => "replicas",
     }
 }
 

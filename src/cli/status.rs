@@ -18,7 +18,7 @@ use crate::client::options::ClientOptions;
 use crate::client::{Client, ClientError, NotApplied};
 use crate::ids::{METADATA_DATABASE, NodeId};
 use crate::node::handle::{NodePhase, NodeReport};
-use crate::placement::map::{ClusterMap, DatabaseRecord};
+use crate::placement::map::{ClusterMap, DatabaseRecord, Standing};
 use crate::placement::ring;
 
 /// A node that doesn't tell of itself within this time counts as unreachable.
@@ -50,7 +50,8 @@ pub async fn look(client: &Client, db: Option<&str>, patience: Duration) -> Resu
     {
         return Err(unknown_database(&map, db));
     }
-    let nodes: Vec<NodeId> = map.nodes.keys().copied().collect();
+    let living = map.nodes.values().filter(|node| node.standing != Standing::Removed);
+    let nodes: Vec<NodeId> = living.map(|node| node.id).collect();
     let reports = ask(client, &map, nodes, patience).await;
     Ok(Overview::new(&map, &reports, db))
 }

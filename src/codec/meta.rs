@@ -147,7 +147,7 @@ pub fn decode_command(bytes: &[u8]) -> Result<MetaCommand, CodecError> {
             Ok(meta_command::Form(form)) => Ok(MetaCommand::Form {
                 cluster_id: read_id("clusterId", form.get_cluster_id()?)?,
                 nodes: read_nodes(form.get_nodes()?)?,
-                metadata: read_shard(form.get_metadata()?)?,
+                metadata: Box::new(read_shard(form.get_metadata()?)?),
             }),
             Ok(meta_command::AddNode(record)) => Ok(MetaCommand::AddNode(read_node(record?)?)),
             Ok(meta_command::CreateDatabase(create)) => Ok(MetaCommand::CreateDatabase {
@@ -378,7 +378,7 @@ pub(crate) mod tests {
         let planned = (any_range(), prop::collection::vec(any::<u64>().prop_map(NodeId), 0..5))
             .prop_map(|(range, nodes)| PlannedShard { range, nodes });
         prop_oneof![
-            (any_id(), prop::collection::vec(any_node(), 0..4), any_shard())
+            (any_id(), prop::collection::vec(any_node(), 0..4), any_shard().prop_map(Box::new))
                 .prop_map(|(cluster_id, nodes, metadata)| MetaCommand::Form { cluster_id, nodes, metadata }),
             any_node().prop_map(MetaCommand::AddNode),
             (".{0,20}", any::<u32>(), prop::collection::vec(planned, 0..9))

@@ -90,7 +90,10 @@ pub struct Group<T> {
     pub(super) looked_to: Index,
     /// The last change of members that the replica's record names, durably.
     pub(super) recorded: Index,
-    /// The change behind it, while it waits for that.
+    /// The last change of members that was passed over when it was re-applied, since the state had begun with later ones:
+    /// what is flushed before that names members that its position doesn't have. No snapshot is made of it.
+    pub(super) ahead_to: Index,
+    /// The change behind `recorded`, while it waits for that.
     pub(super) barrier: Option<Barrier>,
     /// Where replicas are that have written and aren't members here.
     pub(super) strangers: BTreeMap<ReplicaId, NodeId>,

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use raft::StateRole;
 use raft::eraftpb::{ConfState, Entry, Message, MessageType};
 
 use super::*;
@@ -24,6 +25,8 @@ use raft::StateRole;
 mod hostile;
 #[path = "lost_tests.rs"]
 mod lost;
+#[path = "membership_tests.rs"]
+mod membership;
 
 const EPOCH: Epoch = Epoch { range: 1, conf: 1 };
 
@@ -76,7 +79,8 @@ impl Follower {
     fn open(log: &Arc<MemoryLog>, voters: &[u64]) -> Group<u64> {
         let replica = ReplicaId(3);
         let initial = StateHeader {
-            applied: GROUP_START,
+            // A newcomer stands nowhere.
+            applied: if voters.is_empty() { Position::default() } else { GROUP_START },
             revision: 0,
             log_time: 0,
             epoch: EPOCH,

@@ -113,7 +113,7 @@ impl<T> Group<T> {
         // One at a time; the others are asked for again.
         asked.chain(requests).find_map(|(to, itself)| {
             let node = self.node_of(to)?;
-            let least = self.catch_up.least(to, self.raft.store());
+            let least = self.catch_up.least(to, self.raft.store()).max(self.ahead_to);
             if least > self.applied() {
                 return None;
             }

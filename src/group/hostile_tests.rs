@@ -3,15 +3,17 @@
 //! log on disk that it can't be rebuilt from.
 //!
 //! Not that the peer can do no harm: who speaks as a leader of a later term is believed, and what it
-//! commits is applied. So a command that can't be read, or a kind of entry that isn't known, ends the
-//! replica as it should ([`GroupError::Apply`]).
+//! commits is applied, changes of members included. So a command that can't be read, a kind of entry that isn't
+//! known, or a change that leads nowhere ends the replica as it should ([`GroupError::Apply`]).
 
 use proptest::collection::vec;
 use proptest::prelude::*;
 use raft::eraftpb::EntryType;
 
 use super::*;
+use crate::codec::membership::{MembershipEntry, encode};
 use crate::codec::messages::check;
+use crate::group::membership::{is_joint, next_members, without_joint};
 
 /// A number in a message, by what the replica knows when it comes.
 #[derive(Clone, Copy, Debug)]
@@ -30,7 +32,8 @@ enum Content {
     Empty,
     Puts(u8),
     Garbage,
-    ConfChange,
+    /// A change of members, of such a kind, that follows on the present conf version or on another.
+    Change(u8, i64),
 }
 
 /// One message: its kind, from whom, and its numbers.
@@ -66,6 +69,7 @@ enum Step {
     Fetched,
     Compact,
     Transfer(u64),
+    Change(u8),
     Unreachable(u64),
 }
 
@@ -113,7 +117,8 @@ fn lie() -> impl Strategy<Value = Lie> {
         2 => Just(Content::Empty),
         8 => (0..3u8).prop_map(Content::Puts),
         1 => Just(Content::Garbage),
-        1 => Just(Content::ConfChange),
+        3 => (0..6u8, prop_oneof![8 => Just(0), 1 => Just(1), 1 => Just(-1)])
+            .prop_map(|(kind, conf)| Content::Change(kind, conf)),
     ];
     let entries = vec((prop_oneof![6 => Just(0u8), 1 => Just(1u8)], content), 0..4);
     let from = prop::sample::select(vec![1, 1, 1, 2, 2, 2, 4, 77, u64::MAX]);
@@ -156,8 +161,25 @@ fn step() -> impl Strategy<Value = Step> {
         2 => Just(Step::Fetched),
         2 => Just(Step::Compact),
         1 => (1..4u64).prop_map(Step::Transfer),
+        2 => (0..6u8).prop_map(Step::Change),
         1 => (1..5u64).prop_map(Step::Unreachable),
     ]
+}
+
+/// A change of members, for a group that may or may not have those for it.
+fn change(kind: u8) -> MembershipChange {
+    let of = |replica| vec![ReplicaId(replica)];
+    match kind {
+        0 => MembershipChange::AddLearners(vec![Member {
+            replica: ReplicaId(4),
+            node: NodeId(4),
+            role: MemberRole::Learner,
+        }]),
+        1 => MembershipChange::RemoveLearners(of(4)),
+        2 => MembershipChange::Exchange { promote: of(4), remove: of(3) },
+        3 => MembershipChange::Exchange { promote: of(4), remove: vec![] },
+        _ => MembershipChange::Exchange { promote: vec![], remove: of(u64::from(kind) - 3) },
+    }
 }
 
 fn content(content: Content) -> (EntryType, Vec<u8>) {
@@ -169,7 +191,8 @@ fn content(content: Content) -> (EntryType, Vec<u8>) {
             (EntryType::EntryNormal, encode_entry(&commands, 0))
         }
         Content::Garbage => (EntryType::EntryNormal, vec![0xff; 9]),
-        Content::ConfChange => (EntryType::EntryConfChangeV2, Vec::new()),
+        // With what raft itself reads: nothing may depend on that.
+        Content::Change(kind, _) => (EntryType::EntryConfChangeV2, vec![kind; 3]),
     }
 }
 
@@ -182,6 +205,18 @@ struct Target {
 }
 
 impl Target {
+    /// What an entry says of the members: what follows on the present ones, if they can change so.
+    fn context(&self, what: Content) -> Vec<u8> {
+        let Content::Change(kind, off) = what else { return Vec::new() };
+        let group = &self.follower.group;
+        let members = match is_joint(group.members()) {
+            true => Ok(without_joint(group.members())),
+            false => next_members(group.members(), &change(kind)),
+        };
+        let Ok(members) = members else { return vec![kind; 5] };
+        encode(&MembershipEntry { conf: group.epoch().conf.saturating_add_signed(off), members })
+    }
+
     fn value(&self, number: Number) -> u64 {
         let status = self.follower.group.status();
         let near = |value: u64, by: i64| value.saturating_add_signed(by);
@@ -220,7 +255,8 @@ impl Target {
                     (index, of) = (index + 1, (of + u64::from(rise)).min(term));
                     let (entry_type, data) = content(what);
                     let data = data.into();
-                    m.entries.push(Entry { index, term: of, data, entry_type, ..Entry::default() });
+                    let context = self.context(what).into();
+                    m.entries.push(Entry { index, term: of, data, entry_type, context, ..Entry::default() });
                 }
             }
             MessageType::MsgSnapshot => {
@@ -298,6 +334,11 @@ impl Target {
                 group.submit(Operation::Query(Query::Get { key: "k".into() }), self.tokens);
                 self.tokens += 1;
             }
+            Step::Change(kind) => {
+                let conf = group.epoch().conf;
+                group.submit(Operation::Change { conf, change: change(*kind) }, self.tokens);
+                self.tokens += 1;
+            }
             Step::Campaign => group.campaign()?,
             Step::Pause(paused) => group.pause_apply(*paused),
             Step::Fetched => {
@@ -346,7 +387,12 @@ proptest! {
             let group = Follower::open(&log, voters);
             let follower = Follower::with(group, log);
             let mut target = Target { follower, fetch: None, tokens: 0, answered: 0 };
-            match target.pump() {
+            let mut result = target.pump();
+            // Each change of members waits for its record.
+            while result.is_ok() && !target.follower.writes.is_empty() {
+                result = target.take(&Step::Persist);
+            }
+            match result {
                 Ok(()) => prop_assert!(!target.follower.group.recovering()),
                 Err(error) => prop_assert!(matches!(error, GroupError::Apply(_)), "{}", error),
             }

@@ -24,7 +24,7 @@ fn lost() -> Follower {
     follower
 }
 
-fn message(kind: MessageType, from: u64, term: Term) -> Message {
+pub(super) fn message(kind: MessageType, from: u64, term: Term) -> Message {
     let mut message = Message { from, to: 3, term, ..Message::default() };
     message.set_msg_type(kind);
     message

@@ -247,13 +247,15 @@ impl<T> Group<T> {
         self.applying = Some(position.index);
         let change = membership::decode(&entry.context).map_err(|e| bad_change(position, e.to_string()))?;
         let known = self.epoch().conf;
-        // The members may be those of the replica's record, and later than what is applied.
+        // A state that was never flushed begins with the members of the replica's record, which are later ones.
         let is_included = change.conf < known && position.index <= self.recover_to;
         if change.conf != known && !is_included {
             let reason = format!("it follows on conf version {}, not on {known}", change.conf);
             return Err(bad_change(position, reason));
         }
-        if !is_included {
+        if is_included {
+            self.ahead_to = position.index;
+        } else {
             let steps =
                 steps(self.members(), &change.members).map_err(|reason| bad_change(position, reason))?;
             if !self.is_recorded(position.index, &change) {
@@ -326,10 +328,9 @@ impl<T> Group<T> {
                 // How large the entries are that were there at the start isn't known.
                 let is_near = last.saturating_sub(matched) <= limits::CAUGHT_UP_ENTRIES_MAX
                     && log.bytes_behind(matched) <= limits::CAUGHT_UP_BYTES_MAX;
-                let caught_up = active
-                    && is_near
-                    && progress.state == ProgressState::Replicate
-                    && !self.lacks_state(replica);
+                // One that has everything is sent nothing, in whatever state a lost message has left its progress.
+                let follows = progress.state == ProgressState::Replicate || matched == last;
+                let caught_up = active && is_near && follows && !self.lacks_state(replica);
                 FollowerStatus { replica, matched, active, caught_up }
             })
             .collect();
@@ -369,13 +370,13 @@ pub(super) fn is_joint(members: &[Member]) -> bool {
 }
 
 /// The members when the joint change has ended.
-fn without_joint(members: &[Member]) -> Vec<Member> {
+pub(super) fn without_joint(members: &[Member]) -> Vec<Member> {
     let stays = members.iter().filter(|m| m.role != MemberRole::Outgoing);
     stays.map(|m| if m.role.stays_voter() { Member { role: MemberRole::Voter, ..*m } } else { *m }).collect()
 }
 
 /// The members after `change`; those who stay keep their places. The error says which rule it breaks.
-fn next_members(members: &[Member], change: &MembershipChange) -> Result<Vec<Member>, String> {
+pub(super) fn next_members(members: &[Member], change: &MembershipChange) -> Result<Vec<Member>, String> {
     let mut after = members.to_vec();
     let role_of = |replica| members.iter().find(|m| m.replica == replica).map(|m| m.role);
     match change {
@@ -438,7 +439,7 @@ fn next_members(members: &[Member], change: &MembershipChange) -> Result<Vec<Mem
 /// What raft is to be told to come from the members `before` to those `after`, one step after the other; the
 /// error says why no change leads there. Several learners take several steps, since raft-rs makes a joint change of
 /// what is more than one; each of them leaves the voters as they are, so it is safe to take them at once.
-fn steps(before: &[Member], after: &[Member]) -> Result<Vec<ConfChangeV2>, String> {
+pub(super) fn steps(before: &[Member], after: &[Member]) -> Result<Vec<ConfChangeV2>, String> {
     use MemberRole::{Incoming, Learner, Outgoing, Voter};
     let single = |kind, replica: ReplicaId| {
         let mut single = ConfChangeSingle { node_id: replica.0, ..ConfChangeSingle::default() };

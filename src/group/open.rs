@@ -145,6 +145,7 @@ impl<T> Group<T> {
             handed,
             looked_to: handed,
             recorded,
+            ahead_to: 0,
             barrier: None,
             strangers: BTreeMap::new(),
             applying: None,

@@ -93,7 +93,7 @@ pub enum MetaCommand {
         /// Its first nodes, with their ids.
         nodes: Vec<NodeRecord>,
         /// The metadata shard itself.
-        metadata: ShardRecord,
+        metadata: Box<ShardRecord>,
     },
     /// Add a node (`id` 0) or, for a known store id, update its addresses, zone, weight and label.
     AddNode(NodeRecord),

@@ -109,24 +109,37 @@ pub fn apply(command: &MetaCommand, state: &mut dyn StateBatch) -> Result<MetaRe
     }
 }
 
-/// The cluster map that the state holds. Reads every record: call it after changes, not per request.
+/// The cluster map that the state holds. Reads every record: whoever has an older map calls [`refresh`].
 /// Before the cluster is formed it is the empty map.
 pub fn cluster_map(state: &dyn StateView) -> Result<ClusterMap, StorageError> {
+    let mut map = ClusterMap::default();
+    refresh(&mut map, state)?;
+    Ok(map)
+}
+
+/// Brings a map that was had from an older state of the same shard up to date. Looks at every record, but reads
+/// only those that changed since: call it after changes, not per request. After an error the map is as it was.
+pub fn refresh(map: &mut ClusterMap, state: &dyn StateView) -> Result<(), StorageError> {
     let Some(counters) = records::load_counters(state)? else {
-        return Ok(ClusterMap::default());
+        *map = ClusterMap::default();
+        return Ok(());
     };
-    let nodes: Vec<NodeRecord> = records::all(state)?;
-    let databases: Vec<DatabaseRecord> = records::all(state)?;
-    let shards: Vec<ShardRecord> = records::all(state)?;
-    Ok(ClusterMap {
-        cluster_id: counters.cluster_id,
-        version: state.revision(),
-        nodes: nodes.into_iter().map(|n| (n.id, n)).collect(),
-        databases: databases.into_iter().map(|d| (d.id, d)).collect(),
-        shards: shards.into_iter().map(|s| (s.id, s)).collect(),
-        policy: records::load_single(state)?,
-        rebalance: records::load_single(state)?,
-    })
+    let version = state.revision();
+    // A map of the future, or of another cluster, is no older state of this shard.
+    let since = if map.cluster_id == counters.cluster_id && map.version <= version { map.version } else { 0 };
+    let nodes: Vec<NodeRecord> = records::changed(since, state)?;
+    let databases: Vec<DatabaseRecord> = records::changed(since, state)?;
+    let shards: Vec<ShardRecord> = records::changed(since, state)?;
+    let (policy, rebalance) = (records::load_single(state)?, records::load_single(state)?);
+    if since == 0 {
+        *map = ClusterMap { cluster_id: counters.cluster_id, ..ClusterMap::default() };
+    }
+    // No record is ever deleted.
+    map.nodes.extend(nodes.into_iter().map(|node| (node.id, node)));
+    map.databases.extend(databases.into_iter().map(|database| (database.id, database)));
+    map.shards.extend(shards.into_iter().map(|shard| (shard.id, shard)));
+    (map.policy, map.rebalance, map.version) = (policy, rebalance, version);
+    Ok(())
 }
 
 /// The counters of a formed cluster, without which no command but the forming one is accepted.

@@ -11,6 +11,9 @@
 //!                            entry of a new term behind all others; all of it committed; the record names one member
 //! ```
 //!
+//! The metadata shard can't record a decision about itself while it has no leader: its node is asked to go ahead at once
+//! ([`NodeHandle::go_on_alone`]), and the record follows.
+//!
 //! *What is kept.* All entries of its log, committed as far as it knows or not: those that the majority acknowledged
 //! are among them as far as this replica has them, and which ones those are nobody can tell any more. So nothing is
 //! dropped that might have been acknowledged.
@@ -30,15 +33,16 @@ use actix::prelude::*;
 use raft::eraftpb::{Entry, HardState};
 use tokio::sync::oneshot;
 
-use super::handle::ReplicaHealth;
+use super::handle::{NodeHandle, ReplicaHealth};
 use super::hub::Forget;
 use super::messages::StopReplica;
 use super::router::Route;
 use super::supervisor::Supervisor;
 use crate::failpoints::failpoint;
-use crate::ids::{Epoch, NodeId, ReplicaId};
+use crate::ids::{Epoch, NodeId, ReplicaId, ShardId};
 use crate::limits::DISK_WATCH_MS;
 use crate::placement::map::{Member, MemberRole};
+use crate::refusal::Refusal;
 use crate::storage::StorageError;
 use crate::storage::log::{LogState, LogStore, LogWrite, RecordedMembership};
 
@@ -83,12 +87,50 @@ fn write(
     Ok(write.membership.unwrap_or_default())
 }
 
+/// Service → supervisor: have this node's replica of a shard go on alone, under this conf version. For the
+/// metadata shard, which can't record such a decision about itself while it has no leader.
+#[derive(Message)]
+#[rtype(result = "Result<(), Refusal>")]
+struct GoOnAlone {
+    shard: ShardId,
+    conf: u64,
+}
+
+impl NodeHandle {
+    /// Begins to have this node's replica of a shard go on alone, under a conf version of a later generation. The
+    /// caller has made sure that the shard's majority is gone.
+    ///
+    /// # Errors
+    /// The node has no replica of the shard; or the replica is being opened, or switched to a snapshot: try again.
+    pub async fn go_on_alone(&self, shard: ShardId, conf: u64) -> Result<(), Refusal> {
+        let stopping = |_| Refusal::Unavailable("the node is stopping".into());
+        self.supervisor()?.send(GoOnAlone { shard, conf }).await.map_err(stopping)?
+    }
+}
+
+impl Handler<GoOnAlone> for Supervisor {
+    type Result = Result<(), Refusal>;
+    fn handle(&mut self, order: GoOnAlone, ctx: &mut Context<Self>) -> Self::Result {
+        let GoOnAlone { shard, conf } = order;
+        let Some(slot) = self.replicas.iter().find(|slot| slot.record.shard == shard) else {
+            return Err(Refusal::Refused(format!("this node has no replica of shard {shard}")));
+        };
+        let (replica, epoch) = (slot.record.replica, Epoch { conf, ..slot.record.epoch });
+        match self.recover_replica(replica, epoch, ctx) {
+            true => Ok(()),
+            false => Err(Refusal::Unavailable("the replica is being opened".into())),
+        }
+    }
+}
+
 impl Supervisor {
     /// Has those replicas go on alone that the map says so of, and aren't yet.
     pub(super) fn recover(&mut self, ctx: &mut Context<Self>) {
         let map = self.shared.router.map();
         for (replica, epoch) in self.replicas.recoveries(&map, self.site.node) {
-            self.recover_replica(replica, epoch, ctx);
+            if !self.recover_replica(replica, epoch, ctx) {
+                self.recover_again(ctx);
+            }
         }
     }
 
@@ -96,13 +138,13 @@ impl Supervisor {
         ctx.run_later(Duration::from_millis(DISK_WATCH_MS), |act, ctx| act.recover(ctx));
     }
 
-    fn recover_replica(&mut self, replica: ReplicaId, epoch: Epoch, ctx: &mut Context<Self>) {
+    /// False: not now, it is being opened, or switched to a snapshot.
+    fn recover_replica(&mut self, replica: ReplicaId, epoch: Epoch, ctx: &mut Context<Self>) -> bool {
         if self.stopping {
-            return;
+            return false;
         }
-        // It is being opened, or switched to a snapshot.
         let Ok((shard, incarnation)) = self.replicas.begin_install(replica) else {
-            return self.recover_again(ctx);
+            return false;
         };
         tracing::warn!(%shard, %replica, ?epoch, "an operator has given the other replicas of the shard up");
         failpoint!(RecoverBefore, replica);
@@ -134,6 +176,7 @@ impl Supervisor {
             // It says itself why it has ended.
             Err(_) => tracing::debug!("the log writer has ended"),
         }));
+        true
     }
 
     fn recovered(
@@ -164,7 +207,7 @@ impl Supervisor {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ids::{DatabaseId, ShardId};
+    use crate::ids::DatabaseId;
     use crate::machine::MachineKind;
     use crate::placement::ring::RingRange;
     use crate::storage::log::{ReplicaPhase, ReplicaRecord};

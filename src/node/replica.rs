@@ -28,6 +28,7 @@ use crate::ids::{Incarnation, Index, METADATA_SHARD, NodeId, Position, ReplicaId
 use crate::limits;
 use crate::machine::command::Query;
 use crate::machine::{kv, meta};
+use crate::placement::map::ClusterMap;
 use crate::refusal::Refusal;
 use crate::storage::StorageError;
 use crate::storage::flush::FlushStep;
@@ -54,7 +55,8 @@ pub struct ReplicaActor {
     /// The last state that is durable.
     flushed: Position,
     flushing: bool,
-    /// Version of the map last told to the supervisor; of the metadata replica.
+    /// The map last told to the supervisor, and the revision at which that was; of the metadata replica.
+    map: Arc<ClusterMap>,
     map_revision: Option<u64>,
     ticks: u64,
     /// How the node's disk is, as last told.
@@ -136,6 +138,7 @@ impl ReplicaActor {
             pump_queued: false,
             flushed,
             flushing: false,
+            map: Arc::default(),
             map_revision: None,
             ticks: 0,
             disk: DiskNews::default(),
@@ -340,8 +343,8 @@ impl ReplicaActor {
             return;
         }
         self.map_revision = Some(revision);
-        match meta::cluster_map(self.group.state()) {
-            Ok(map) => self.supervisor.do_send(MapApplied(Arc::new(map))),
+        match meta::refresh(Arc::make_mut(&mut self.map), self.group.state()) {
+            Ok(()) => self.supervisor.do_send(MapApplied(self.map.clone())),
             Err(error) => self.fail(error.to_string(), ctx),
         }
     }

@@ -259,17 +259,20 @@ impl Supervisor {
             let dir = data_dir.lock().unwrap_or_else(PoisonError::into_inner);
             dir.save_map(&map_cache::encode(&map))
         });
-        ctx.spawn(fut::wrap_future(save).map(|saved, act: &mut Self, ctx| {
+        ctx.spawn(fut::wrap_future(save).map(|saved, _, ctx: &mut Context<Self>| {
             match saved {
                 Ok(Ok(())) => {}
                 // The metadata shard has it; only a start without that would miss the newest map.
                 Ok(Err(error)) => tracing::warn!(%error, "saving the cluster map"),
                 Err(error) => tracing::warn!(%error, "saving the cluster map"),
             }
-            act.saving_map = false;
-            if act.map_unsaved {
-                act.save_map(ctx);
-            }
+            // While shards move, the map changes many times a second.
+            ctx.run_later(Duration::from_millis(limits::MAP_SAVE_MS), |act: &mut Self, ctx| {
+                act.saving_map = false;
+                if act.map_unsaved {
+                    act.save_map(ctx);
+                }
+            });
         }));
     }
 
@@ -291,7 +294,7 @@ impl Supervisor {
         let command = MetaCommand::Form {
             cluster_id: map.cluster_id,
             nodes: map.nodes.values().cloned().collect(),
-            metadata: metadata.clone(),
+            metadata: Box::new(metadata.clone()),
         };
         let (reply, results) = tokio::sync::oneshot::channel();
         let submit = Submit {

@@ -352,11 +352,13 @@ impl ClusterMap {
     }
 
     /// Nodes whose address a later node has taken over: it runs in their place, with another identity, after
-    /// their directories were lost. They come back only if they are started at another address.
+    /// their directories were lost. They come back only if they are started at another address. A node that was
+    /// removed is in nobody's place, and nobody in its.
     pub fn replaced(&self) -> BTreeSet<NodeId> {
         let mut newest: HashMap<&str, NodeId> = HashMap::new();
         let mut replaced = BTreeSet::new();
-        for node in self.nodes.values().filter(|node| !node.peer_address.is_empty()) {
+        let living = self.nodes.values().filter(|node| node.standing != Standing::Removed);
+        for node in living.filter(|node| !node.peer_address.is_empty()) {
             // In order of their ids, which are never used again.
             replaced.extend(newest.insert(&node.peer_address, node.id));
         }
@@ -515,6 +517,25 @@ mod tests {
         again.name = "db1".into();
         map.databases.insert(again.id, again);
         assert_eq!(map.database("db1").unwrap().id, DatabaseId(2));
+    }
+
+    #[test]
+    fn a_node_is_replaced_by_the_next_at_its_address_that_was_not_removed() {
+        let at = |id: u64, standing| NodeRecord { peer_address: "p:1".into(), standing, ..node(id, 1) };
+        let replaced = |nodes: &[NodeRecord]| {
+            let nodes = nodes.iter().map(|node| (node.id, node.clone())).collect();
+            ClusterMap { nodes, ..ClusterMap::default() }
+                .replaced()
+                .into_iter()
+                .map(|id| id.0)
+                .collect::<Vec<_>>()
+        };
+        let first = at(1, Standing::Member);
+        assert_eq!(replaced(&[first.clone(), at(2, Standing::Member), at(3, Standing::Leaving)]), [1, 2]);
+        // Who waits to be accepted answers there all the same.
+        assert_eq!(replaced(&[first.clone(), at(2, Standing::Pending)]), [1]);
+        assert!(replaced(&[first, at(2, Standing::Removed)]).is_empty());
+        assert!(replaced(&[at(1, Standing::Removed), at(2, Standing::Member)]).is_empty());
     }
 
     #[test]

@@ -45,6 +45,8 @@ pub struct Known {
     pub sizes: BTreeMap<ShardId, ShardSize>,
     /// Nodes that can't get anything now: gone, or their disk is full. What they hold stays where it is.
     pub unfit: BTreeSet<NodeId>,
+    /// Shards whose members are to change for another reason first: their replicas stay where they are.
+    pub fixed: BTreeSet<ShardId>,
 }
 
 /// How much one replica of a shard holds; estimates.

@@ -26,8 +26,8 @@ use crate::ids::{DatabaseId, NodeId, ShardId};
 use crate::limits::{DROP_SETTLE_MS_MAX, NAME_BYTES_MAX, REPLICAS_MAX, SHARDS_MAX};
 use crate::machine::command::{MetaCommand, MetaRefusal, MetaReply};
 use crate::node::handle::NodeReport;
-use crate::placement::map::{DatabaseRecord, ShardRecord};
-use crate::placement::plan::plan_database;
+use crate::placement::map::{ClusterMap, DatabaseRecord, ShardRecord, Standing};
+use crate::placement::plan::{PlanError, plan_database};
 use crate::refusal::Refusal;
 use crate::schema::admin_capnp::{self, admin, database_result, void_result};
 
@@ -35,6 +35,8 @@ use crate::schema::admin_capnp::{self, admin, database_result, void_result};
 const LEADER_POLL: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(160));
 /// A node is waited for so long when it is asked for its report.
 const REPORT: Duration = Duration::from_secs(1);
+/// Nodes that are named when there are too few for a database because they get no new replicas.
+const PASSED_OVER_NAMED: usize = 8;
 
 /// Administration.
 pub(crate) struct Admin {
@@ -295,7 +297,7 @@ impl Admin {
         }
         let plan = plan_database(&map, &name, replicas, shards);
         let command = MetaCommand::CreateDatabase {
-            shards: plan.map_err(|e| Refusal::Refused(e.to_string()))?,
+            shards: plan.map_err(|error| Refusal::Refused(why_no_plan(&map, &error)))?,
             name,
             replicas,
         };
@@ -475,6 +477,22 @@ fn can_commit(shard: &ShardRecord, reports: &[NodeReport]) -> bool {
     shard.members.iter().filter(|member| ended(member.node)).count() <= shard.members.len() / 2
 }
 
+/// Why there is no plan for a new database, and which nodes were passed over.
+fn why_no_plan(map: &ClusterMap, error: &PlanError) -> String {
+    let passed = map.nodes.values().filter(|node| !node.standing.takes_replicas());
+    let told = passed.filter_map(|node| match node.standing {
+        Standing::Pending => Some(format!("node {} waits to be accepted", node.id)),
+        Standing::Draining => Some(format!("node {} is being drained", node.id)),
+        Standing::Leaving => Some(format!("node {} is leaving", node.id)),
+        Standing::Member | Standing::Removed => None,
+    });
+    let told: Vec<String> = told.take(PASSED_OVER_NAMED).collect();
+    match (error, told.as_slice()) {
+        (PlanError::TooFewNodes { .. }, [_, ..]) => format!("{error} ({})", told.join(", ")),
+        _ => error.to_string(),
+    }
+}
+
 /// The rules for a new database that need no map.
 fn check_numbers(name: &str, replicas: u32, shards: u32) -> Result<(), Refusal> {
     let legal = |c: u8| c.is_ascii_alphanumeric() || c == b'_' || c == b'-';
@@ -515,10 +533,35 @@ fn write_void_result(result: Result<(), Refusal>, mut to: void_result::Builder<'
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ids::{DatabaseId, Epoch, ReplicaId};
+    use crate::ids::{DatabaseId, Epoch, ReplicaId, StoreId};
     use crate::node::handle::{NodePhase, ReplicaHealth, ReplicaReport};
-    use crate::placement::map::{Member, MemberRole};
+    use crate::placement::map::{Member, MemberRole, NodeRecord};
     use crate::placement::ring::RingRange;
+
+    #[test]
+    fn too_few_nodes_are_told_with_those_passed_over() {
+        let mut map = ClusterMap::default();
+        let error = PlanError::TooFewNodes { replicas: 3, nodes: 1 };
+        assert_eq!(why_no_plan(&map, &error), error.to_string());
+        use Standing::{Draining, Leaving, Member, Pending, Removed};
+        for (id, standing) in (1..).zip([Member, Pending, Draining, Leaving, Removed]) {
+            let record = NodeRecord {
+                id: NodeId(id),
+                label: String::new(),
+                client_address: String::new(),
+                peer_address: String::new(),
+                zone: String::new(),
+                weight: 100,
+                store_id: StoreId::default(),
+                standing,
+                changed_at: 1,
+            };
+            map.nodes.insert(record.id, record);
+        }
+        let passed = "(node 2 waits to be accepted, node 3 is being drained, node 4 is leaving)";
+        assert_eq!(why_no_plan(&map, &error), format!("{error} {passed}"));
+        assert_eq!(why_no_plan(&map, &PlanError::Empty), PlanError::Empty.to_string());
+    }
 
     #[test]
     fn a_shard_is_ended_when_a_majority_of_its_nodes_say_so() {

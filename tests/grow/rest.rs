@@ -61,10 +61,12 @@ impl Rest {
         if self.even {
             let holders = |shard: &ShardRecord| shard.members.iter().map(|m| m.node).collect();
             spread("replicas", &map, &reports, living(&map).flat_map(holders as fn(_) -> Vec<_>))?;
+            // The metadata shard is led wherever it is: that is no load.
+            let data = living(&map).filter(|shard| shard.id != METADATA_SHARD);
             let leaders = |shard: &ShardRecord| {
                 reports.values().filter(|r| leads(r, shard.id)).map(|r| r.node).collect::<Vec<_>>()
             };
-            spread("leaders", &map, &reports, living(&map).flat_map(leaders))?;
+            spread("leaders", &map, &reports, data.flat_map(leaders))?;
         }
         Ok(map)
     }

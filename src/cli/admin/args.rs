@@ -304,7 +304,8 @@ on alone; what only the others had is lost, also writes that were acknowledged. 
 instead, if any of them can be: nothing is lost then. The other old replicas remove themselves should
 their nodes come back. Replicas are added again by themselves.
 
-What was kept and what may be lost is written to a file as JSON.
+What was kept and what may be lost is written to a file as JSON. The metadata shard goes first, if it is
+lost as well: `pontoon admin recover '(metadata)' 0 --from 2`.
 
 Exit code 1: without --accept-data-loss; or a majority answers; or another replica has more.")]
 pub struct RecoverArgs {

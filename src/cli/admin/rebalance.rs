@@ -138,6 +138,11 @@ fn start(context: &Context, args: &StartArgs) -> Result<Exit, Failure> {
             Some(plan) => begin(session, plan).await.map(|()| Some(plan))?,
             None => begin_any(session, args.leaders_only).await?,
         };
+        // One that has begun by itself is what was wanted.
+        let begun = match begun {
+            None => under_way(session).await?,
+            begun => begun,
+        };
         if let Some(plan) = begun.filter(|_| args.wait.wait) {
             ended(context, session, plan).await?;
         }
@@ -191,6 +196,12 @@ async fn begin_any(session: &Session, leaders_only: bool) -> Result<Option<u64>,
         }
     }
     Err(Failure::negative("stale", "the cluster changes faster than a plan can be begun; try again later"))
+}
+
+/// The plan that is being carried out.
+async fn under_way(session: &Session) -> Result<Option<u64>, Failure> {
+    let status = session.client.rebalance_status(session.remaining()).await?;
+    Ok((!status.has_ended()).then_some(status.plan))
 }
 
 fn is_refusal(error: &ClientError) -> bool {

@@ -2,7 +2,7 @@
 
 use std::fs::OpenOptions;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
@@ -14,12 +14,19 @@ use crate::cli::data::after_effect;
 use crate::cli::failure::{Exit, Failure};
 use crate::cli::output;
 use crate::client::admin::answers::{Recovery, ShardCopy};
+use crate::ids::METADATA_SHARD;
+use crate::refusal::Outcome;
+
+/// The metadata shard has no database; so `pontoon status` calls it, and no database can be called so.
+const METADATA: &str = "(metadata)";
 
 /// `admin recover DB SHARD --from NODE`
 pub fn recover(context: &Context, args: &RecoverArgs) -> Result<Exit, Failure> {
     let (recovery, report) = with_session(context, async |session| {
         let map = session.client.map().await?;
-        check_shard(&map, &args.db, args.shard)?;
+        if args.db != METADATA || args.shard != METADATA_SHARD {
+            check_shard(&map, &args.db, args.shard)?;
+        }
         let ask = async |accepted| {
             let asked = session.client.recover_shard(args.shard, args.from, accepted, session.remaining());
             asked.await.map_err(|error| {
@@ -32,11 +39,22 @@ pub fn recover(context: &Context, args: &RecoverArgs) -> Result<Exit, Failure> {
             return Ok((before, None));
         }
         // Before anything is done: that it can't be written must not be found out afterwards.
-        let path = args.report.clone();
-        let path = path.unwrap_or_else(|| format!("recover-{}-{}.json", before.shard, before.conf).into());
+        let path: PathBuf = match &args.report {
+            Some(path) => path.clone(),
+            None => format!("recover-{}-{}.json", before.shard, before.conf).into(),
+        };
         write_report(&path, &before)?;
-        let after = ask(true).await?;
-        Ok((after, Some(path)))
+        match ask(true).await {
+            Ok(after) => Ok((after, Some(path))),
+            Err(failure) => {
+                if failure.outcome == Outcome::NotApplied
+                    && let Err(error) = std::fs::remove_file(&path)
+                {
+                    output::note(format!("{} tells of what was not done: {error}", path.display()));
+                }
+                Err(failure)
+            }
+        }
     })?;
     match report {
         Some(path) => done(context, &recovery, &path),
@@ -45,7 +63,7 @@ pub fn recover(context: &Context, args: &RecoverArgs) -> Result<Exit, Failure> {
 }
 
 /// The file must be new: a report of an earlier recovery is not to be lost.
-fn write_report(path: &PathBuf, recovery: &Recovery) -> Result<(), Failure> {
+fn write_report(path: &Path, recovery: &Recovery) -> Result<(), Failure> {
     let mut text = format!("{:#}", json_of(recovery));
     text.push('\n');
     let file = OpenOptions::new().write(true).create_new(true).open(path);
@@ -130,7 +148,7 @@ fn refuse(context: &Context, recovery: &Recovery) -> Result<Exit, Failure> {
     Ok(Exit::Negative)
 }
 
-fn done(context: &Context, recovery: &Recovery, report: &PathBuf) -> Result<Exit, Failure> {
+fn done(context: &Context, recovery: &Recovery, report: &Path) -> Result<Exit, Failure> {
     if context.json() {
         let mut object = json_of(recovery);
         object["done"] = true.into();

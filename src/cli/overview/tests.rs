@@ -118,7 +118,7 @@ fn a_healthy_cluster_in_json() {
     let node = &json["nodes"][0];
     assert_eq!(
         node.to_string(),
-        r#"{"id":1,"label":"n1","address":"h:1","zone":"","state":"ready","leaders":1,"replicas":1,"disk_bytes":4096}"#
+        r#"{"id":1,"label":"n1","address":"h:1","zone":"","state":"ready","standing":"member","leaders":1,"replicas":1,"disk_bytes":4096}"#
     );
     assert_eq!(json["databases"].as_array().unwrap().len(), 1, "dropped ones are not shown");
     assert_eq!(
@@ -128,7 +128,7 @@ fn a_healthy_cluster_in_json() {
             r#""epoch":{"range":1,"conf":2},"leader":1,"state":"ok","replicas":["#,
             r#"{"node":1,"role":"leader","state":"serving","message":null,"applied":20,"lag":0},"#,
             r#"{"node":2,"role":"follower","state":"serving","message":null,"applied":18,"lag":2},"#,
-            r#"{"node":3,"role":"follower","state":"serving","message":null,"applied":20,"lag":0}]}"#
+            r#"{"node":3,"role":"follower","state":"serving","message":null,"applied":20,"lag":0}],"moving":null}"#
         )
     );
     let text = seen.text();
@@ -224,4 +224,46 @@ fn a_shard_whose_state_is_lost_everywhere_is_told_as_such() {
     let seen = Overview::new(&map(), &reports([Ok(lost(1)), Ok(lost(2)), Ok(leader)]), None);
     assert_eq!(seen.databases[0].shards[0].state(), "degraded");
     assert!(!seen.text().contains("state at every replica"), "one of them gives it to the others");
+}
+
+#[test]
+fn what_is_decided_and_what_moves_is_shown() {
+    let mut map = map();
+    for (id, standing) in [(2, Standing::Draining), (4, Standing::Member), (5, Standing::Removed)] {
+        let record = NodeRecord { id: NodeId(id), standing, ..map.nodes[&NodeId(1)].clone() };
+        map.nodes.insert(NodeId(id), record);
+    }
+    let record = map.shards.get_mut(&ShardId(1)).unwrap();
+    record.moving = Some(ShardMove {
+        id: 9,
+        adds: vec![Member { role: MemberRole::Learner, ..member(4) }],
+        removes: vec![ReplicaId(12)],
+        cancelling: false,
+        cause: MoveCause::Drain,
+    });
+    let reports = reports([
+        Ok(report(1, StateRole::Leader, 7, 20, 20)),
+        Ok(report(2, StateRole::Follower, 7, 20, 20)),
+        Ok(report(3, StateRole::Follower, 7, 20, 20)),
+    ]);
+    let seen = Overview::new(&map, &reports, Some("db"));
+    let standings: Vec<_> = seen.nodes.iter().map(|node| (node.id.0, node.standing)).collect();
+    assert_eq!(standings, [(1, "member"), (2, "draining"), (3, "member"), (4, "member")]);
+    assert!(seen.node_table().contains("ready, draining"), "{}", seen.node_table());
+    // Who is awaited is not missed.
+    let shard = &seen.databases[0].shards[0];
+    assert_eq!((shard.state(), shard.replicas_text().as_str()), ("ok", "1 2 3 +4"));
+    assert_eq!((shard.replicas[3].role, shard.replicas[3].state), ("learner", "awaited"));
+    assert!(seen.text().contains("ok; node 4 awaited; drain under way: +4 -2"), "{}", seen.text());
+    let moving = &seen.json()["databases"][0]["shards"][0]["moving"];
+    assert_eq!(moving.to_string(), r#"{"id":9,"cause":"drain","cancelling":false,"adds":[4],"removes":[2]}"#);
+
+    let record = map.shards.get_mut(&ShardId(1)).unwrap();
+    record.members[1].role = MemberRole::Outgoing;
+    record.members.push(Member { role: MemberRole::Incoming, ..member(4) });
+    let seen = Overview::new(&map, &reports, Some("db"));
+    let shard = &seen.databases[0].shards[0];
+    // Its vote counts by now, and its node says nothing.
+    assert_eq!((shard.state(), shard.replicas_text().as_str()), ("degraded", "1 -2 3 +4"));
+    assert_eq!((shard.replicas[3].role, shard.replicas[3].state), ("incoming", "unreachable"));
 }

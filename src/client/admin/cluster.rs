@@ -20,10 +20,11 @@ use crate::client::calls::{persist, told};
 use crate::client::driver::Driver;
 use crate::client::refresh::Ask;
 use crate::client::retry::{Failure, Kind};
+use crate::client::ticket::Deadline;
 use crate::client::{Client, ClientError, closed};
 use crate::codec::CodecError;
 use crate::codec::records::write_standing;
-use crate::ids::{NodeId, ShardId};
+use crate::ids::{METADATA_SHARD, NodeId, ShardId};
 use crate::limits::META_RETRY_MS;
 use crate::machine::command::PolicyChange;
 use crate::placement::map::Standing;
@@ -217,7 +218,16 @@ impl Client {
             read_recovery_result
         );
         let kind = if accept_data_loss { Kind::Repeatable } else { Kind::Read };
-        self.ask(kind, timeout, question).await
+        let deadline = bounded(timeout);
+        self.run(lost(), move |driver| async move {
+            // Nobody but its own node can do it while the metadata shard has no leader.
+            let at = match shard {
+                METADATA_SHARD => driver.address_of(node),
+                _ => None,
+            };
+            driver.ask_someone(kind, deadline, at, question).await
+        })
+        .await
     }
 
     async fn ask<T: Send + 'static>(
@@ -247,13 +257,34 @@ impl Driver {
     async fn ask_anyone<T>(
         self: &Rc<Driver>,
         kind: Kind,
-        deadline: crate::client::ticket::Deadline,
+        deadline: Deadline,
         question: Question<T>,
     ) -> Result<T, ClientError> {
-        let (turn, question) = (&Cell::new(0), &question);
+        self.ask_someone(kind, deadline, None, question).await
+    }
+
+    fn address_of(&self, node: NodeId) -> Option<String> {
+        self.routing.borrow().map().nodes.get(&node).map(|record| record.client_address.clone())
+    }
+
+    /// Asks the node at this address, or any, until there is an answer.
+    async fn ask_someone<T>(
+        self: &Rc<Driver>,
+        kind: Kind,
+        deadline: Deadline,
+        at: Option<String>,
+        question: Question<T>,
+    ) -> Result<T, ClientError> {
+        let (turn, question, at) = (&Cell::new(0), &question, &at);
         persist(kind, deadline, |left| async move {
             let patience = patience(left);
-            let (address, connection) = self.any_node(turn).await?;
+            let (address, connection) = match at {
+                Some(address) => {
+                    let connection = self.pool.get(address, true).await;
+                    (address.clone(), connection.map_err(|obstacle| Failure::NotSent(obstacle.to_string()))?)
+                }
+                None => self.any_node(turn).await?,
+            };
             let since = self.routing.borrow().map().version;
             let terms = Terms { timeout_ms: told(patience), since };
             let asked = question(&connection.admin, terms);

@@ -152,11 +152,20 @@ pub(super) fn save<R: Record>(record: &R, state: &mut dyn StateBatch) {
 
 /// All records of a kind, by id.
 pub(super) fn all<R: Record>(state: &dyn StateView) -> Result<Vec<R>, StorageError> {
+    changed(0, state)
+}
+
+/// The records of a kind that changed after map version `since`, by id. Costs a look at each that there is, but
+/// only those that changed are read.
+pub(super) fn changed<R: Record>(since: u64, state: &dyn StateView) -> Result<Vec<R>, StorageError> {
     let mut found = Ok(Vec::new());
     state.scan(Bound::Included(&[R::TABLE]), &mut |key, stored| {
         let Some(id) = key.strip_prefix(&[R::TABLE]) else {
             return false;
         };
+        if since > 0 && value::header(stored).is_ok_and(|(changed_at, _)| changed_at <= since) {
+            return true;
+        }
         let record = match id.try_into().map(u64::from_be_bytes) {
             Ok(id) => decode::<R>(id, stored),
             Err(_) => Err(damaged(R::NAME, "its key has no id of 8 bytes")),

@@ -43,7 +43,7 @@ fn formation(nodes: u8) -> MetaCommand {
     MetaCommand::Form {
         cluster_id: id(0xc1),
         nodes: (1..=nodes).map(node).collect(),
-        metadata: ShardRecord {
+        metadata: Box::new(ShardRecord {
             id: METADATA_SHARD,
             database: METADATA_DATABASE,
             range: RingRange::ALL,
@@ -54,7 +54,7 @@ fn formation(nodes: u8) -> MetaCommand {
             target: None,
             previous: None,
             changed_at: 0,
-        },
+        }),
     }
 }
 
@@ -80,6 +80,9 @@ fn run(command: &MetaCommand, state: &mut MemoryState) -> MetaReply {
     let mut merged = known.clone();
     merged.merge(map.delta(known.version));
     assert_eq!(merged, map, "a delta tells every change");
+    let mut refreshed = known.clone();
+    refresh(&mut refreshed, state).unwrap();
+    assert_eq!(refreshed, map, "a map brought up to date is the map");
     check_map(&map).unwrap_or_else(|what| panic!("{command:?}: {what}"));
     check_change(&known, &map).unwrap_or_else(|what| panic!("{command:?}: {what}"));
     reply
@@ -158,6 +161,20 @@ fn a_formation_that_contradicts_itself_is_refused() {
         broken(|_, shard| shard.id = ShardId(1)),
         "invalid plan: the first shard is not the metadata shard"
     );
+}
+
+#[test]
+fn a_map_that_is_no_older_state_of_the_shard_is_read_anew() {
+    let mut state = formed(2);
+    let other = ClusterMap { cluster_id: id(0xc2), ..cluster_map(&state).unwrap() };
+    let future = ClusterMap { version: 9, nodes: Default::default(), ..cluster_map(&state).unwrap() };
+    run(&MetaCommand::AddNode(node(3)), &mut state);
+    for mut map in [other, future] {
+        refresh(&mut map, &state).unwrap();
+        assert_eq!(map, cluster_map(&state).unwrap());
+        refresh(&mut map, &MemoryState::default()).unwrap();
+        assert_eq!(map, ClusterMap::default());
+    }
 }
 
 #[test]

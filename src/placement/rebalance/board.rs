@@ -100,7 +100,7 @@ impl Board {
             nodes,
             led_by: leader,
             leader,
-            movable: still,
+            movable: still && !known.fixed.contains(&record.id),
             leadable: still && record.id != METADATA_SHARD,
             most,
         };

@@ -31,18 +31,31 @@ pub(super) fn is_uneven(board: &Board) -> bool {
         || board.shards.iter().any(|place| place.movable && board.crowded(place).is_some())
 }
 
+/// Rounds of a plan: the second finds something to do only where zones or large replica counts kept some node
+/// from its quota.
+const ROUNDS_MAX: usize = 8;
+
 /// Spreads the replicas over the nodes. Returns the least number of moves that this could have taken.
 pub(super) fn spread(board: &mut Board) -> u32 {
     let bounds = bounds(board);
-    let shares = shares_of(board, &bounds);
-    let quotas = quotas(&board.nodes, &board.held, &shares, &bounds);
-    // Each node below its quota receives at least what it lacks; each crowded place gives at least one.
-    let lacking: u32 = quotas.iter().zip(&board.held).map(|(quota, held)| quota.saturating_sub(*held)).sum();
-    let mut spread = Spread { board, quotas };
-    let crowding = spread.uncrowd();
-    spread.give();
-    spread.give_along_chains();
-    lacking.max(crowding)
+    let mut minimum = None;
+    for _ in 0..ROUNDS_MAX {
+        let shares = shares_of(board, &bounds);
+        let quotas = quotas(&board.nodes, &board.held, &shares, &bounds);
+        // Each node below its quota receives at least what it lacks; each crowded place gives at least one.
+        let lacks = quotas.iter().zip(&board.held).map(|(quota, held)| quota.saturating_sub(*held));
+        let lacking: u32 = lacks.sum();
+        let held = board.held.clone();
+        let mut spread = Spread { board, quotas, shares };
+        let crowding = spread.uncrowd();
+        spread.give();
+        spread.give_along_chains();
+        minimum.get_or_insert(lacking.max(crowding));
+        if board.held == held && crowding == 0 {
+            break;
+        }
+    }
+    minimum.unwrap_or(0)
 }
 
 /// A move that helps. The least of them gains most.
@@ -58,6 +71,7 @@ struct Offer {
 struct Spread<'a> {
     board: &'a mut Board,
     quotas: Vec<u32>,
+    shares: Vec<Share>,
 }
 
 impl Spread<'_> {
@@ -173,40 +187,63 @@ impl Spread<'_> {
         }
     }
 
+    /// Nodes that have their quota, and could have one less as far as their share goes.
+    fn could_give(&self, node: usize) -> bool {
+        let (held, quota) = (self.board.held[node], self.quotas[node]);
+        !self.board.nodes[node].frozen && held == quota && quota > self.shares[node].low()
+    }
+
+    /// Nodes that have their quota, and could have one more as far as their share goes.
+    fn could_take(&self, node: usize) -> bool {
+        self.board.held[node] == self.quotas[node] && self.quotas[node] < self.shares[node].high()
+    }
+
     /// The cheapest chain of moves from `from` to a node with too few, each shard moving once at most: what it
     /// may do on its own it may then do in the chain. What this plan has put on a node goes on from there at no
-    /// cost.
+    /// cost. If `from` may as well keep what it has, or the node with too few do without, another node may be
+    /// the one to give, or to take; then they exchange quotas.
     fn chain(
-        &self,
+        &mut self,
         from: usize,
         shards: &[Vec<usize>],
         closed: &mut [bool],
     ) -> Option<Vec<(usize, usize, usize)>> {
+        let nodes = 0..shards.len();
         let mut reached: Vec<Option<(usize, usize)>> = vec![None; shards.len()];
         let mut costs = vec![u32::MAX; shards.len()];
         let mut done = vec![false; shards.len()];
-        costs[from] = 0;
         let mut queue = VecDeque::from([from]);
+        if self.quotas[from] < self.shares[from].high() {
+            queue.extend(nodes.clone().filter(|node| self.could_give(*node)));
+        }
+        queue.iter().for_each(|source| costs[*source] = 0);
+        let lacking =
+            nodes.clone().find(|node| self.is_under(*node) && self.quotas[*node] > self.shares[*node].low());
         while let Some(giver) = queue.pop_front() {
             if std::mem::replace(&mut done[giver], true) {
                 continue;
             }
-            if self.is_under(giver) {
+            let taken = reached[giver].is_some();
+            if self.is_under(giver) || (taken && lacking.is_some() && self.could_take(giver)) {
                 let mut chain = Vec::new();
-                let mut at = giver;
-                while let Some((shard, giver)) = reached[at] {
-                    chain.push((shard, giver, at));
-                    at = giver;
+                let mut first = giver;
+                while let Some((shard, giver)) = reached[first] {
+                    chain.push((shard, giver, first));
+                    first = giver;
                 }
                 let times = |shard| chain.iter().filter(|(other, ..)| *other == shard).count();
                 if chain.iter().all(|(shard, ..)| times(*shard) == 1) {
+                    self.exchange_quotas(first, from);
+                    if let Some(lacking) = lacking.filter(|_| !self.is_under(giver)) {
+                        self.exchange_quotas(lacking, giver);
+                    }
                     return Some(chain);
                 }
                 continue;
             }
             for &shard in &shards[giver] {
                 let place = &self.board.shards[shard];
-                for taker in 0..shards.len() {
+                for taker in nodes.clone() {
                     let fresh = !place.before.contains(&taker) && place.before.contains(&giver);
                     let cost = costs[giver] + u32::from(fresh);
                     let better = !done[taker] && !closed[taker] && cost < costs[taker];
@@ -223,5 +260,13 @@ impl Spread<'_> {
         }
         closed.iter_mut().zip(done).for_each(|(closed, done)| *closed |= done);
         None
+    }
+
+    /// One of `less`'s quota becomes one of `more`'s.
+    fn exchange_quotas(&mut self, less: usize, more: usize) {
+        if less != more {
+            self.quotas[less] -= 1;
+            self.quotas[more] += 1;
+        }
     }
 }

@@ -19,11 +19,11 @@ impl Share {
         Share { part: u128::from(count), parts: 1 }
     }
 
-    fn low(self) -> u32 {
+    pub fn low(self) -> u32 {
         self.part.checked_div(self.parts).map_or(0, |low| low.min(u128::from(u32::MAX)) as u32)
     }
 
-    fn high(self) -> u32 {
+    pub fn high(self) -> u32 {
         self.low() + u32::from(self.part.checked_rem(self.parts).is_some_and(|rest| rest > 0))
     }
 

@@ -175,6 +175,10 @@ fn progress(map: &ClusterMap, sizes: &BTreeMap<ShardId, ShardSize>) -> Rebalance
     // Other moves (of a drain, say) may have moved more, and shards grow.
     status.done = status.done.min(status.total);
     status.bytes_done = status.bytes_done.min(status.bytes_total);
+    if status.state == RebalanceState::Idle && status.reason.is_empty() {
+        // It came to its end, whatever has moved elsewhere since.
+        status.done = status.total;
+    }
     if status.done == status.total {
         status.bytes_done = status.bytes_total;
     }
@@ -268,11 +272,16 @@ mod tests {
 
     #[test]
     fn no_more_is_done_than_there_is() {
-        let map = map(RebalanceState::Idle, 1, vec![shard(1, &[4, 5, 6], &[1, 2, 3])]);
+        let mut map = map(RebalanceState::Idle, 1, vec![shard(1, &[4, 5, 6], &[1, 2, 3])]);
         let status = progress(&map, &BTreeMap::from([(ShardId(1), size(1000))]));
         assert_eq!((status.done, status.bytes_done), (1, 400));
         // Whatever the sizes were estimated to be, when all is done all is done.
         assert_eq!(progress(&map, &BTreeMap::new()).bytes_done, 400);
+        // Its end counts, not what came later; unless it was cancelled before that.
+        map.shards.insert(ShardId(1), shard(1, &[1, 2, 3], &[1, 2, 3]));
+        assert_eq!(progress(&map, &BTreeMap::new()).done, 1);
+        map.rebalance.reason = "asked to".into();
+        assert_eq!(progress(&map, &BTreeMap::new()).done, 0);
     }
 
     #[test]

@@ -37,11 +37,40 @@ impl Admin {
         if !accepted {
             return Ok(found);
         }
+        if shard == METADATA_SHARD {
+            return self.recover_metadata(found, node, deadline).await;
+        }
         tracing::warn!(%shard, %node, replica = %found.keep, conf = found.conf, copies = ?found.copies, "a shard goes on with one replica alone, as an operator has decided");
         let command = MetaCommand::RecoverShard { shard, keep: found.keep, conf: found.conf };
         let version = self.decide(command, deadline.saturating_duration_since(Instant::now())).await?;
         self.caught_up(version, deadline).await.map_err(|_| going_on(shard))?;
         self.alone(found, node, deadline).await
+    }
+
+    /// Nobody can record the decision about the metadata shard while that has no leader: the node of the replica
+    /// that is left carries it out, and it is recorded then.
+    async fn recover_metadata(
+        &self,
+        found: Recovery,
+        node: NodeId,
+        deadline: Instant,
+    ) -> Result<Recovery, Refusal> {
+        let here = &self.service.node;
+        if here.node() != node {
+            return Err(Refusal::Refused(format!(
+                "node {node} has to be asked itself about the metadata shard"
+            )));
+        }
+        tracing::warn!(replica = %found.keep, conf = found.conf, copies = ?found.copies, "the metadata shard goes on with one replica alone, as an operator has decided");
+        here.go_on_alone(METADATA_SHARD, found.conf).await?;
+        let done = self.alone(found, node, deadline).await?;
+        let command = MetaCommand::RecoverShard { shard: METADATA_SHARD, keep: done.keep, conf: done.conf };
+        let recorded = self.decide(command, deadline.saturating_duration_since(Instant::now())).await;
+        if let Err(refusal) = recorded {
+            // The reconciler sees the same from the shard itself, and records it.
+            tracing::info!(%refusal, "that the metadata shard goes on with one replica alone is not recorded yet");
+        }
+        Ok(done)
     }
 
     /// Waits until the replica leads under the conf version that it was given, or a later one.
@@ -87,6 +116,9 @@ fn decided_already(map: &ClusterMap, reports: &Reports, shard: ShardId, node: No
 }
 
 fn database_name(map: &ClusterMap, record: &ShardRecord) -> String {
+    if record.id == METADATA_SHARD {
+        return "(metadata)".into();
+    }
     map.databases.get(&record.database).map_or_else(String::new, |database| database.name.clone())
 }
 
@@ -96,9 +128,6 @@ fn assess(map: &ClusterMap, reports: &Reports, shard: ShardId, node: NodeId) -> 
     let Some(record) = map.shards.get(&shard).filter(|record| !record.dropped) else {
         return refused(format!("there is no shard {shard}"));
     };
-    if shard == METADATA_SHARD {
-        return refused("the metadata shard decides about the others, nobody about it".into());
-    }
     let copies: Vec<ShardCopy> = record.members.iter().map(|member| copy(reports, member)).collect();
     let Some(keep) = copies.iter().find(|copy| copy.node == node) else {
         let nodes: Vec<_> = record.members.iter().map(|member| member.node.to_string()).collect();

@@ -181,10 +181,15 @@ impl Chaos {
             let (state, reason) = (RebalanceState::Running, String::new());
             self.ask(MetaCommand::ControlRebalance { plan, state, reason });
         }
-        self.run(1500)?;
-        self.model.trace.clear();
-        self.run(120)?;
-        prop_assert_eq!(&self.model.trace, &Vec::<String>::new(), "it doesn't come to rest");
+        // Longer than anything waits: for the gone, the sick, or another attempt.
+        let (mut still, mut seconds) = (0, 0);
+        while still < 130 {
+            self.model.trace.clear();
+            self.run(1)?;
+            seconds += 1;
+            still = if self.model.trace.is_empty() { still + 1 } else { 0 };
+            prop_assert!(seconds < 3000, "it doesn't come to rest: {:?}", self.model.trace);
+        }
         Ok(())
     }
 
@@ -198,7 +203,12 @@ impl Chaos {
         let map = &self.model.map;
         let takers = self.takers();
         let state = map.rebalance.state;
-        prop_assert!(matches!(state, RebalanceState::Idle | RebalanceState::Failed), "{:?}", map.rebalance);
+        prop_assert!(
+            matches!(state, RebalanceState::Idle | RebalanceState::Failed),
+            "{:?}, {:?}",
+            map.rebalance,
+            self.model.reconciler.stuck()
+        );
         for shard in map.shards.values() {
             self.check_shard(shard, &takers)?;
         }
@@ -238,7 +248,7 @@ impl Chaos {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: cases(), failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: cases(), failure_persistence: None, max_shrink_iters: 300, ..ProptestConfig::default() })]
 
     #[test]
     fn whatever_happens_no_quorum_is_lost_and_all_comes_to_rest(
@@ -255,5 +265,5 @@ proptest! {
 }
 
 fn cases() -> u32 {
-    std::env::var("CHAOS_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(64)
+    std::env::var("CHAOS_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(32)
 }

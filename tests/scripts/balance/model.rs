@@ -78,7 +78,7 @@ impl Model {
             node: NodeId(id),
             role: MemberRole::Voter,
         });
-        let metadata = ShardRecord {
+        let metadata = Box::new(ShardRecord {
             id: METADATA_SHARD,
             database: METADATA_DATABASE,
             range: RingRange::ALL,
@@ -89,7 +89,7 @@ impl Model {
             target: None,
             previous: None,
             changed_at: 0,
-        };
+        });
         let cluster_id = RandomId([7; 16]);
         let up = || Machine { up: true, ..Machine::default() };
         model.machines.extend(records.iter().map(|record| (record.id, up())));
@@ -237,11 +237,12 @@ impl Model {
             group.leader = None;
         }
         if able && group.leader.is_none() {
-            let candidates = group
-                .members
-                .iter()
-                .filter(|m| m.role.stays_voter() && answers(&group, m) && caught_up(&group, m.replica));
-            let candidates: Vec<ReplicaId> = candidates.map(|m| m.replica).collect();
+            // Of a majority that answers one has everything, whatever it missed while nothing was decided.
+            let able = group.members.iter().filter(|m| m.role.stays_voter() && answers(&group, m));
+            let able: Vec<ReplicaId> = able.map(|m| m.replica).collect();
+            let whole: Vec<ReplicaId> =
+                able.iter().copied().filter(|replica| caught_up(&group, *replica)).collect();
+            let candidates = if whole.is_empty() { able } else { whole };
             if !candidates.is_empty() {
                 group.term += 1;
                 group.leader = Some(candidates[group.term as usize % candidates.len()]);
@@ -329,7 +330,7 @@ impl Model {
         let result = match action {
             Action::Meta(command) => self.propose(command.clone()),
             Action::Change { node, shard, conf, change } => {
-                self.check_quorum(*shard, *conf, change);
+                self.check_quorum(*node, *shard, *conf, change);
                 self.change(*node, *shard, *conf, change)
             }
             Action::Transfer { node, shard, to } => self.transfer(*node, *shard, *to),
@@ -344,10 +345,10 @@ impl Model {
     }
 
     /// The reconciler has just been told how things are: it has no excuse for a step that loses a majority.
-    fn check_quorum(&mut self, shard: ShardId, conf: u64, change: &MembershipChange) {
+    fn check_quorum(&mut self, node: NodeId, shard: ShardId, conf: u64, change: &MembershipChange) {
         let group = &self.groups[&shard];
         let MembershipChange::Exchange { promote, remove } = change else { return };
-        if conf != group.conf {
+        if conf != group.conf || self.leader(shard) != Some(node) {
             return;
         }
         let mut members = group.members.clone();

@@ -19,7 +19,7 @@
 //! | `sessions N` | time and content of N's session table |
 //! | `pump N` | does what inputs asked for |
 //! | `deliver [to=N] [brief=yes]` | delivers the messages under way, in order, then pumps the receivers |
-//! | `lose` | drops the messages under way |
+//! | `lose`, `unreachable N R` | drops the messages under way; N is told that R can't be reached |
 //! | `persist N` | all log writes of N are durable |
 //! | `fetch N` | reads the log entries that N asked for |
 //! | `flush N` | makes N's state durable and drops the log entries that nobody needs |
@@ -224,6 +224,11 @@ impl Interpreter for Groups {
             "pause" | "resume" => {
                 let node = line.number(0)?;
                 self.group(node)?.pause_apply(line.name == "pause");
+                self.pump(node)
+            }
+            "unreachable" => {
+                let node = line.number(0)?;
+                self.group(node)?.on_unreachable(ReplicaId(line.number(1)?));
                 self.pump(node)
             }
             "cut" => {

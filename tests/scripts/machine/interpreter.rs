@@ -214,7 +214,7 @@ fn form(nodes: u8, cluster: u8) -> MetaCommand {
     MetaCommand::Form {
         cluster_id: RandomId([cluster; 16]),
         nodes: (1..=nodes).map(node).collect(),
-        metadata: ShardRecord {
+        metadata: Box::new(ShardRecord {
             id: METADATA_SHARD,
             database: METADATA_DATABASE,
             range: RingRange::ALL,
@@ -225,7 +225,7 @@ fn form(nodes: u8, cluster: u8) -> MetaCommand {
             target: None,
             previous: None,
             changed_at: 0,
-        },
+        }),
     }
 }
 
