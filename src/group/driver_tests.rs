@@ -19,7 +19,6 @@ use crate::storage::engine_memory::MemoryEngine;
 use crate::storage::log::{LogStore, ReplicaPhase, ReplicaRecord};
 use crate::storage::log_memory::MemoryLog;
 use crate::storage::state::StateHeader;
-use raft::StateRole;
 
 #[path = "hostile_tests.rs"]
 mod hostile;
