@@ -61,6 +61,7 @@ impl Replica {
             epoch,
             members: members.to_vec(),
             members_at: 0,
+            ordered_at: 0,
             generation: GENERATION,
             ordered_at: 0,
         };
