@@ -61,7 +61,6 @@ impl Replica {
             epoch,
             members: members.to_vec(),
             members_at: 0,
-            ordered_at: 0,
             generation: GENERATION,
             ordered_at: 0,
         };
