@@ -309,6 +309,9 @@ async fn a_node_that_is_to_be_emptied_hands_over_what_it_leads_and_seeks_nothing
     decided(&cluster, id, standing(Standing::Draining)).await;
     until_it_leads(&cluster, &client, at, "empty", |led| led == 0).await;
     database.put("k", "2").await.expect("a write");
+    // It didn't wait to be told by the reconciler, shard by shard.
+    let told = cluster.whole_log(at);
+    assert!(told.contains("the node is to be emptied"), "{told}");
     // There is nowhere to put its replicas; but it leads none of them, when the others start anew either.
     for other in (0..3).filter(|node| *node != at) {
         cluster.kill(other);
