@@ -148,7 +148,8 @@ impl<'a> Round<'a> {
             if self.observe(record, observed) {
                 observed += 1;
             }
-            moving += u32::from(record.moving.is_some());
+            // One without a leader goes nowhere, and must not hold the others up.
+            moving += u32::from(record.moving.is_some() && self.view.leaders.contains_key(&record.id));
             if let Some(led) = self.settled_leader(record) {
                 let leaves = self.leave(record, led);
                 match &record.moving {

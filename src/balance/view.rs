@@ -187,14 +187,14 @@ impl Led<'_> {
             if answer > all / 2 {
                 return Ok(());
             }
-            Err(format!("{answer} of its {all} voters {when} would answer"))
+            Err(format!("{answer} of its {all} voters {when} the change answer"))
         };
         let now = self.report.members.iter().filter(|m| m.role == MemberRole::Voter);
         let now: Vec<ReplicaId> = now.map(|m| m.replica).collect();
         let stay = now.iter().filter(|replica| !removes.contains(replica)).copied();
         let later = stay.chain(adds.iter().copied()).collect();
-        check(now.clone(), 0, "of now")?;
-        check(later, trusted, "of then")
+        check(now.clone(), 0, "before")?;
+        check(later, trusted, "after")
     }
 
     /// Whether the joint change under way can end. `Err` says what is missing.
