@@ -93,6 +93,10 @@ fn seeds_show_no_violation() {
         "replicas removed",
         "nodes joined",
         "nodes lost for good",
+        "decisions made",
+        "decisions refused",
+        "steps of the reconciler",
+        "leaders moved",
     ];
     for what in expected {
         assert!(totals.get(what).is_some_and(|count| *count > 0), "no {what}: {totals:?}");
@@ -165,6 +169,27 @@ fn members_come_and_go_and_all_is_in_place_in_the_end() {
         assert!(counts.get(what).is_some_and(|count| *count > 10), "{what}: {counts:?}");
     }
     for what in ["moves given up", "nodes joined", "nodes lost for good"] {
+        assert!(counts.contains_key(what), "{what}: {counts:?}");
+    }
+}
+
+#[test]
+fn a_cluster_that_governs_itself_becomes_what_its_map_wants() {
+    let mut counts: BTreeMap<&str, u64> = BTreeMap::new();
+    for seed in 0..6 {
+        let faults = Faults { rebalancing: true, newcomers: true, node_loss: seed % 2 == 1, ..Faults::NONE };
+        let report = run(SimOptions { nodes: 5, replicas: 3, faults, ..SimOptions::of_seed(seed) });
+        assert_eq!(report.violation, None, "{report}");
+        for (what, count) in report.counts {
+            *counts.entry(what).or_insert(0) += count;
+        }
+    }
+    for what in
+        ["decisions made", "steps of the reconciler", "replicas made", "replicas removed", "changes done"]
+    {
+        assert!(counts.get(what).is_some_and(|count| *count > 10), "{what}: {counts:?}");
+    }
+    for what in ["nodes joined", "nodes lost for good", "leaders moved"] {
         assert!(counts.contains_key(what), "{what}: {counts:?}");
     }
 }
@@ -259,6 +284,7 @@ fn caught(bug: Planted) -> Option<(u64, &'static str)> {
         Planted::LostStateServed,
         Planted::LogResetWithState,
         Planted::SuffixDropped,
+        Planted::TombstoneLate,
     ]
     .contains(&bug);
     (0..seeds).find_map(|seed| {

@@ -180,12 +180,13 @@ impl World {
         let members = self.members_of_cluster(map);
         let in_place = |shard: &crate::placement::map::ShardRecord| {
             let wanted = match shard.id == METADATA_SHARD {
-                true => metadata_voters(members.len()),
-                false => database.replicas as usize,
+                // One more is no harm.
+                true => metadata_voters(members.len())..=metadata_voters(members.len()) + 1,
+                false => database.replicas as usize..=database.replicas as usize,
             };
             shard.moving.is_none()
                 && shard.target.is_none()
-                && shard.members.len() == wanted
+                && wanted.contains(&shard.members.len())
                 && shard.members.iter().all(|member| members.contains(&member.node))
                 && self.configuration(shard.id).is_some_and(|newest| newest.conf == shard.epoch.conf)
         };

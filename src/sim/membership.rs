@@ -106,7 +106,8 @@ impl World {
                     self.remove_later(id, event);
                 } else if self.options.planted.is(Planted::TombstoneLate) && !bare {
                     node.disk.destroy(replica).map_err(failed)?;
-                    self.remove_later(id, RemoveEvent::Tombstone(number, replica, true));
+                    let event = RemoveEvent::Tombstone(number, replica, true);
+                    self.clock.after(500_000, Event::Node(id, NodeEvent::Remove(event)));
                 } else {
                     node.disk.remove(replica).map_err(failed)?;
                     node.removing.remove(&replica);

@@ -13,13 +13,16 @@
 //!   done; writes to the engine survive a crash as they like until they are synced; flushes have steps
 //!   between which a crash can come; a state store can be gone, or be an older copy. [`media`]: reads that
 //!   fail, records that have rotted.
+//! - `membership`: replicas that nodes make and remove, nodes that join and that are gone for good. `operator`:
+//!   who changes the members of shards; or `governor`, the metadata shard with its reconciler and the maps of
+//!   nodes, and `administrator`, who decides about nodes, numbers of replicas and load.
 //! - [`planted`]: bugs put in on purpose.
 //! - [`workload`] and [`history`]: clients, and what they were told. [`checks`]: what must hold.
 //!
 //! Not simulated: how the stores notice bytes that are torn or rotten, and a log that loses what it has
 //! acknowledged (the suites of the storage test those on files), the codec and the transport beneath
-//! messages, the supervisor's decisions, what becomes of a replica whose log has rotted, changes of
-//! membership, more than one database, clients in other processes.
+//! messages, what the supervisor decides but for which replicas to make and to remove, how a cluster is formed,
+//! how a node that was removed is told, more than one database, clients in other processes.
 //!
 //! A seed picks which kinds of faults it uses, so that no kind always hides another.
 
