@@ -363,7 +363,11 @@ impl Assembly {
         self.handle.set_member(Member { node, incarnation, router, supervisor: supervisor.clone() });
         supervisor.do_send(OpenAll);
         actix::spawn(refusals.follow(cluster, self.handle.clone(), supervisor.clone()));
-        actix::spawn(reconciler::keep_running(self.handle.clone()));
+        let (handle, guard) = (self.handle.clone(), self.fatal.guard("the reconciler's shell"));
+        actix::spawn(async move {
+            let _guard = guard;
+            reconciler::run(handle).await;
+        });
         if let Some(map) = first_map.filter(|_| node == NodeId(1)) {
             actix::spawn(spread(map));
         }

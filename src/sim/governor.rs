@@ -83,7 +83,7 @@ pub(super) fn first_commands(nodes: usize, shards: usize, replicas: usize) -> Ve
         MetaCommand::Form {
             cluster_id: ClusterId::from_slice(&[7; 16]).unwrap_or_default(),
             nodes: ids().map(node_record).collect(),
-            metadata,
+            metadata: Box::new(metadata),
         },
         MetaCommand::CreateDatabase {
             name: DATABASE.into(),
