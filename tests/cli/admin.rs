@@ -37,7 +37,7 @@ fn until(
         if matches!(ended.code, Some(0 | 1)) && wanted(&ended.json()) {
             return ended.json();
         }
-        assert!(begun.elapsed() < PATIENCE, "not in time: {what}; {ended:?}");
+        assert!(begun.elapsed() < PATIENCE, "not in time: {what}; {}{}", ended.text(), ended.errors());
         std::thread::sleep(Duration::from_millis(200));
     }
 }
@@ -301,19 +301,20 @@ fn one_of_three_nodes_is_left_and_goes_on() {
     ask(&cluster, &home, &["set", "db", "a", "4"]).ok();
     ask(&cluster, &home, &["admin", "settings", "set", "placement.replace_after", "1h"]).ok();
 
-    // It outlives a restart, and grows again.
+    // It outlives a restart, and grows again once there are nodes for three replicas.
     cluster.kill(2);
     cluster.spawn(2);
     cluster.wait_ready(2);
     assert_eq!(ask(&cluster, &home, &["get", "db", "a"]).ok().text(), "4");
     let ports = PORTS.read().unwrap_or_else(|poisoned| poisoned.into_inner());
     cluster.join();
+    cluster.join();
     drop(ports);
-    let two = |status: &Value| {
+    let three = |status: &Value| {
         let shards = list(&list(status, "databases")[0], "shards");
         shards
             .iter()
-            .all(|shard| list(shard, "replicas").iter().filter(|r| r["state"] == "serving").count() == 2)
+            .all(|shard| list(shard, "replicas").iter().filter(|r| r["state"] == "serving").count() == 3)
     };
-    until(&cluster, &home, &["status", "db", "--json"], "a second replica of each shard", two);
+    until(&cluster, &home, &["status", "db", "--json"], "three replicas of each shard", three);
 }
