@@ -61,7 +61,9 @@ impl Replica {
             epoch,
             members: members.to_vec(),
             members_at: 0,
+            ordered_at: 0,
             generation: GENERATION,
+            ordered_at: 0,
         };
         log.create(&[record]).unwrap();
         let voters = members.iter().map(|member| member.replica.0).collect();

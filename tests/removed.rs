@@ -273,7 +273,13 @@ async fn led(cluster: &Cluster, client: &Client, node: usize) -> usize {
     groups.filter(|group| group.role == StateRole::Leader).count()
 }
 
-async fn until_it_leads(cluster: &Cluster, client: &Client, node: usize, what: &str, wanted: fn(usize) -> bool) {
+async fn until_it_leads(
+    cluster: &Cluster,
+    client: &Client,
+    node: usize,
+    what: &str,
+    wanted: fn(usize) -> bool,
+) {
     let begun = Instant::now();
     loop {
         let led = led(cluster, client, node).await;

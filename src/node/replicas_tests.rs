@@ -201,8 +201,7 @@ fn a_replica_that_cant_be_opened_is_tried_again_ever_more_slowly() {
     for incarnation in 1..20 {
         replicas.get_mut(ReplicaId(9)).unwrap().incarnation = incarnation;
         let reason = if incarnation < 10 { "no descriptors" } else { "no memory" };
-        let Started::Failed { again, news } =
-            replicas.started(ReplicaId(9), incarnation, Err(reason.into()))
+        let Started::Failed { again, news } = replicas.started(ReplicaId(9), incarnation, Err(reason.into()))
         else {
             panic!("it failed");
         };
@@ -285,9 +284,13 @@ fn an_installation_ends_one_start_and_the_record_names_the_next_generation() {
     };
     let record = replicas.end_install(ReplicaId(9), Some(install)).expect("a replica");
     assert_eq!((record.generation, record.epoch.conf), (2, 3));
-    assert_eq!(replicas.judge(&offer()), Err(SnapshotAnswer::Refused(
-        "replica 9 knows of Epoch { range: 1, conf: 3 }, the snapshot is of Epoch { range: 1, conf: 1 }".into()
-    )));
+    assert_eq!(
+        replicas.judge(&offer()),
+        Err(SnapshotAnswer::Refused(
+            "replica 9 knows of Epoch { range: 1, conf: 3 }, the snapshot is of Epoch { range: 1, conf: 1 }"
+                .into()
+        ))
+    );
     replicas.get_mut(ReplicaId(9)).unwrap().incarnation = 2;
     assert_eq!(replicas.started(ReplicaId(9), 2, Ok(None)), Started::Serving { failures: 0 });
     // One that comes to nothing leaves the record as it was.
@@ -349,8 +352,7 @@ fn crashes_back_off_then_quarantine_and_old_news_is_ignored() {
     let mut replicas = Replicas::default();
     replicas.created(&replicas.orders(&map(false), NodeId(2)).create);
     let now = Instant::now();
-    let crash =
-        |replicas: &mut Replicas, at| replicas.crashed(ReplicaId(9), 0, &boom(at)).map(|(_, v)| v);
+    let crash = |replicas: &mut Replicas, at| replicas.crashed(ReplicaId(9), 0, &boom(at)).map(|(_, v)| v);
     let first = crash(&mut replicas, now);
     let second = crash(&mut replicas, now);
     assert_eq!(first, Some(Verdict::Restart(Duration::from_millis(limits::RESTART_BACKOFF_MS))));

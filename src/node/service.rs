@@ -279,7 +279,9 @@ impl PeerHandler for Arc<PeerService> {
 
     fn request(&self, hello: &PeerHello, request: PeerRequest) -> LocalBoxFuture<'static, PeerResponse> {
         let (asked, named, from) = (self.asked.clone(), hello.cluster_id, hello.from_node);
-        Box::pin(async move { asked.answer(named, from, request).await.unwrap_or_else(PeerResponse::Refused) })
+        Box::pin(
+            async move { asked.answer(named, from, request).await.unwrap_or_else(PeerResponse::Refused) },
+        )
     }
 
     fn snapshot(

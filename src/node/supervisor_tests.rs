@@ -9,11 +9,20 @@ use crate::storage::log::ReplicaPhase;
 /// The record of shard 1, at a version of the map, with a replica on some node.
 fn shard_on(node: u64, replica: u64, changed_at: u64) -> MapDelta {
     let ReplicaRecord { shard, database, range, epoch, .. } = record(1);
-    let members =
-        vec![Member { replica: ReplicaId(replica), node: NodeId(node), role: MemberRole::Voter }];
+    let members = vec![Member { replica: ReplicaId(replica), node: NodeId(node), role: MemberRole::Voter }];
     let (dropped, moving, target, previous) = (false, None, None, None);
-    let shard =
-        ShardRecord { id: shard, database, range, epoch, members, dropped, moving, target, previous, changed_at };
+    let shard = ShardRecord {
+        id: shard,
+        database,
+        range,
+        epoch,
+        members,
+        dropped,
+        moving,
+        target,
+        previous,
+        changed_at,
+    };
     MapDelta { since: 0, version: changed_at, shards: vec![shard], ..MapDelta::default() }
 }
 

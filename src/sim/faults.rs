@@ -83,6 +83,10 @@ faults! {
     /// A node is gone for good, with its disk. Never one without which a shard would have no majority, of one
     /// configuration or the other.
     node_loss = "node-loss",
+    /// The metadata shard is part of the cluster, and its leader's node moves replicas as the map wants it: nodes are
+    /// taken in, emptied, given up and removed, numbers of replicas change, load is spread anew. The changes
+    /// of [`Faults::membership`] are not made then.
+    rebalancing = "rebalancing",
 }
 
 impl Faults {

@@ -12,7 +12,7 @@ use super::world::{Event, World};
 use crate::group::catch_up::Retention;
 use crate::group::driver::Group;
 use crate::group::open::GroupOptions;
-use crate::ids::{Incarnation, Index, NodeId, ReplicaId, Term};
+use crate::ids::{Incarnation, Index, METADATA_SHARD, NodeId, ReplicaId, Term};
 use crate::limits;
 use crate::refusal::Refusal;
 use crate::storage::StorageError;
@@ -31,7 +31,7 @@ impl World {
         let number = node.starts;
         note!(self.trace, "{} node {} starts, {}", self.clock.now, id, number);
         node.disk.recover(&mut self.dice).map_err(|e| Violation::new("disk", e.to_string()))?;
-        node.process = Some(Process { number, replicas: BTreeMap::new() });
+        node.process = Some(Process { number, replicas: BTreeMap::new(), reconciler: None });
         node.installing.clear();
         node.switching.clear();
         node.removing.clear();
@@ -42,6 +42,7 @@ impl World {
             self.open(id, replica)?;
         }
         self.remove_remains(id)?;
+        self.begin_governing(id, number)?;
         self.clock.after(first_tick, Event::Node(id, NodeEvent::Tick(number)));
         let freeze = self.dice.between(200_000, 3_000_000);
         self.clock.after(freeze, Event::Node(id, NodeEvent::Freeze(number)));
@@ -99,6 +100,8 @@ impl World {
         }
         if state_lost {
             self.count("replicas without a state");
+        } else if shard == METADATA_SHARD {
+            self.publish(id, replica_id)?;
         }
         self.queue_pump(id, replica_id);
         Ok(())

@@ -13,7 +13,7 @@ use super::report::note;
 use super::shell::{Node, NodeEvent};
 use super::world::{Event, World};
 use crate::ids::{Index, NodeId, ReplicaId, ShardId};
-use crate::placement::map::Member;
+use crate::placement::map::{Member, MemberRole};
 use crate::storage::StorageError;
 use crate::storage::engine_memory::CrashLoss;
 use crate::storage::log::{LogStore, ReplicaPhase, ReplicaRecord};
@@ -180,7 +180,10 @@ impl World {
     /// Whether a shard goes on without what a node has of it: whatever members are or may come into force,
     /// a majority of them has all that it should, and knows which are in force.
     pub(super) fn can_spare(&self, shard: ShardId, id: NodeId) -> bool {
-        if self.operator.exchanges(shard, self.clock.now) {
+        // A learner may be about to be promoted by a leader that has just heard of it.
+        let learns = |m: &Member| m.node == id && m.role == MemberRole::Learner;
+        let learns = self.is_governed() && self.members(shard).iter().any(learns);
+        if learns || self.operator.exchanges(shard, self.clock.now) {
             return false;
         }
         self.possible(shard).all(|members| self.would_go_on(shard, members, Some(id)))
@@ -235,7 +238,7 @@ impl World {
             held == members
                 && newest.members.iter().all(|member| {
                     let replica = self.nodes.get(&member.node).and_then(|node| node.replica(member.replica));
-                    member.role == crate::placement::map::MemberRole::Voter
+                    member.role == MemberRole::Voter
                         && replica.is_some_and(|replica| replica.group.epoch().conf == newest.conf)
                 })
         })

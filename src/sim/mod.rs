@@ -23,10 +23,12 @@
 //!
 //! A seed picks which kinds of faults it uses, so that no kind always hides another.
 
+mod administrator;
 pub mod checks;
 mod dice;
 pub mod disk;
 pub mod faults;
+mod governor;
 pub mod history;
 mod life;
 pub mod media;

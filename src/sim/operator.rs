@@ -20,6 +20,7 @@ use super::world::{Event, World};
 use crate::group::types::{MembershipChange, Operation, Output};
 use crate::ids::{DatabaseId, Epoch, NodeId, ReplicaId, ShardId};
 use crate::machine::MachineKind;
+use crate::machine::command::{MetaReply, Reply};
 use crate::placement::map::{Member, MemberRole};
 use crate::placement::ring::RingRange;
 use crate::refusal::Refusal;
@@ -106,6 +107,15 @@ impl Plan {
     }
 }
 
+/// What is asked for.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Request {
+    /// Nothing that matters here.
+    Other,
+    /// A joint change of a shard, at this time.
+    Exchange(ShardId, Time),
+}
+
 /// See the module page.
 #[derive(Default)]
 pub(super) struct Operator {
@@ -136,6 +146,19 @@ impl Operator {
     /// Whether a joint change of a shard may be about to begin, for all that can be seen at a time.
     pub fn exchanges(&self, shard: ShardId, now: Time) -> bool {
         self.plans.get(&shard).is_some_and(|plan| plan.exchanging.values().any(|until| now < *until))
+    }
+
+    /// A token for something that the cluster asks of itself.
+    pub fn request(&mut self, request: Request) -> u64 {
+        self.requests += 1;
+        let token = CLIENT << 32 | self.requests;
+        if let Request::Exchange(shard, now) = request
+            && let Some(plan) = self.plans.get_mut(&shard)
+        {
+            plan.exchanging.retain(|_, until| now < *until);
+            plan.exchanging.insert(token, now + PROPOSED);
+        }
+        token
     }
 
     fn next_replica(&mut self) -> ReplicaId {
@@ -262,7 +285,7 @@ impl World {
         result: Result<Output, Refusal>,
     ) -> Result<(), Violation> {
         let proposed = match &result {
-            Ok(Output::Changed(_)) => false,
+            Ok(Output::Changed(_) | Output::Reply(Reply::Meta(_))) => false,
             Ok(other) => {
                 return Err(Violation::new("answers", format!("{other:?} is no answer to a change")));
             }
@@ -285,7 +308,13 @@ impl World {
                 return Err(Violation::new("answers", detail));
             }
         }
-        self.count(if result.is_ok() { "changes done" } else { "changes refused" });
+        self.count(match result {
+            Ok(Output::Changed(_)) => "changes done",
+            Ok(Output::Reply(Reply::Meta(MetaReply::Refused(_)))) => "decisions refused",
+            Ok(_) => "decisions made",
+            Err(_) if self.is_governed() => "requests refused",
+            Err(_) => "changes refused",
+        });
         Ok(())
     }
 
@@ -406,9 +435,13 @@ impl World {
             let had = self.truths.get(&shard).is_some_and(|truth| truth.members.had(add.replica));
             had && plan.role(add.replica).is_none()
         };
-        if !plan.cancelling {
-            let left: Vec<Member> = plan.adds.iter().filter(|add| has_left(plan, add)).copied().collect();
-            plan.adds.retain(|add| !left.contains(add));
+        let left: Vec<Member> = plan.adds.iter().filter(|add| has_left(plan, add)).copied().collect();
+        plan.adds.retain(|add| !left.contains(add));
+        if plan.cancelling && plan.adds.is_empty() {
+            plan.end();
+            self.count("moves given up");
+            self.order_replicas(shard);
+            return;
         }
         let adds: Vec<ReplicaId> = plan.adds.iter().map(|add| add.replica).collect();
         let joined = adds.iter().any(|add| plan.role(*add) == Some(MemberRole::Voter));
@@ -417,7 +450,11 @@ impl World {
             || plan.adds.iter().any(|add| {
                 self.nodes.get(&add.node).is_some_and(|node| node.disk.faulty.has_rotten_log(add.replica))
             });
-        plan.cancelling = (plan.cancelling || gives_up || dead) && !joined && !adds.is_empty();
+        // Another replica came in between.
+        let crowded = plan.adds.iter().any(|add| {
+            plan.role(add.replica).is_none() && plan.members.iter().any(|member| member.node == add.node)
+        });
+        plan.cancelling = (plan.cancelling || gives_up || dead || crowded) && !joined && !adds.is_empty();
         plan.cancelling |= plan.waited > PATIENCE && !joined && !adds.is_empty();
         let conf = plan.conf;
         if plan.cancelling {
@@ -457,8 +494,9 @@ impl World {
             plan.end();
             return;
         }
-        let heirs: Vec<ReplicaId> = (plan.members.iter())
-            .filter(|m| m.role == MemberRole::Voter && !remove.contains(&m.replica))
+        let members = plan.members.clone();
+        let heirs: Vec<ReplicaId> = (members.iter())
+            .filter(|m| m.role == MemberRole::Voter && !remove.contains(&m.replica) && !self.is_damaged(m))
             .map(|m| m.replica)
             .collect();
         if !self.would_go_on(shard, &after, None) {

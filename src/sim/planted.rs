@@ -55,11 +55,13 @@ pub enum Planted {
     ReplicaIdReused,
     /// That a change of members is committed doesn't reach the disk before the change is in force.
     ChangeUnrecorded,
+    /// The metadata shard takes members of the past for news.
+    StaleReportTaken,
 }
 
 impl Planted {
     /// All of them.
-    pub const ALL: [Planted; 24] = [
+    pub const ALL: [Planted; 25] = [
         Planted::AcknowledgeEarly,
         Planted::VoteNotPersisted,
         Planted::StaleReads,
@@ -84,6 +86,7 @@ impl Planted {
         Planted::TombstoneLate,
         Planted::ReplicaIdReused,
         Planted::ChangeUnrecorded,
+        Planted::StaleReportTaken,
     ];
 
     /// What it does wrong, in one line.
@@ -112,6 +115,7 @@ impl Planted {
             Planted::LearnerCounted => "what a learner acknowledges is counted as a voter's",
             Planted::TombstoneLate => "a removed replica's state goes before its tombstone is on disk",
             Planted::ReplicaIdReused => "new replicas get ids of others that have left",
+            Planted::StaleReportTaken => "the map takes over members that a shard had before",
             Planted::ChangeUnrecorded => "changes of members are in force before their commit is on disk",
         }
     }

@@ -17,7 +17,7 @@ use super::shell::{Boundary, NodeEvent, ReplicaEvent};
 use super::world::{Event, World};
 use crate::codec::{GroupMessage, messages};
 use crate::group::types::{Effects, LeaderChange};
-use crate::ids::{Index, NodeId, ReplicaId, ShardId, Term};
+use crate::ids::{Index, METADATA_SHARD, NodeId, ReplicaId, ShardId, Term};
 use crate::placement::map::MemberRole;
 use crate::storage::log::LogStore;
 
@@ -80,7 +80,7 @@ impl World {
                 &replica.terms,
             )?;
         }
-        let mut commits = Vec::new();
+        let (mut commits, mut has_map) = (Vec::new(), false);
         if let Some(truth) = self.truths.get_mut(&shard) {
             let header = replica.group.state().header();
             let (from, to) = (replica.observed + 1, header.applied.index);
@@ -99,6 +99,7 @@ impl World {
                     truth.apply(shard, replica_id, term, entry)?;
                 }
                 replica.observed = to;
+                has_map = shard == METADATA_SHARD;
                 let state = replica.group.state();
                 truth.compare(shard, replica_id, to, state, state.session_table())?;
                 let (epoch, members) = (state.header().epoch, &state.header().members);
@@ -162,6 +163,10 @@ impl World {
         }
         if more {
             self.queue_pump(id, replica_id);
+        }
+        if has_map {
+            self.publish(id, replica_id)?;
+            self.check_new_map()?;
         }
         Ok(())
     }

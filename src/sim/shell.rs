@@ -5,11 +5,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::Time;
 use super::checks::Violation;
 use super::disk::Disk;
+use super::governor::GovernEvent;
 use super::membership::RemoveEvent;
 use super::planted::Planted;
 use super::report::{Shown, note};
 use super::snapshots::{InstallEvent, SnapshotEvent};
 use super::world::{Event, World};
+use crate::balance::reconciler::Reconciler;
 use crate::codec::GroupMessage;
 use crate::group::driver::Group;
 use crate::group::types::{Effects, Fetch, Operation, Output};
@@ -17,6 +19,7 @@ use crate::ids::{Incarnation, Index, NodeId, Position, ReplicaId, ShardId, Term}
 use crate::limits;
 use crate::machine::MachineKind;
 use crate::machine::command::Query;
+use crate::placement::map::ClusterMap;
 use crate::refusal::Refusal;
 use crate::storage::StorageError;
 use crate::storage::flush::FlushStep;
@@ -51,6 +54,8 @@ pub(super) enum NodeEvent {
     Make(Box<ReplicaRecord>),
     /// A step of the removal of a replica.
     Remove(RemoveEvent),
+    /// How the cluster governs itself.
+    Govern(GovernEvent),
 }
 
 /// Something that happens to one start of a replica.
@@ -84,6 +89,8 @@ pub(super) struct Node {
     pub switching: BTreeSet<ReplicaId>,
     /// Replicas that have ended, and get a tombstone once their writes are done.
     pub removing: BTreeSet<ReplicaId>,
+    /// The newest map it knows of; on its disk too.
+    pub map: ClusterMap,
     /// Nothing happens in its process until then.
     pub paused_until: Time,
     /// Its disk is slow.
@@ -99,6 +106,8 @@ pub(super) struct Node {
 pub(super) struct Process {
     pub number: u64,
     pub replicas: BTreeMap<ReplicaId, Replica>,
+    /// While it leads the metadata shard.
+    pub reconciler: Option<Reconciler>,
 }
 
 /// A moment within a pass over a replica.
@@ -158,6 +167,7 @@ impl Node {
             installing: BTreeSet::new(),
             switching: BTreeSet::new(),
             removing: BTreeSet::new(),
+            map: ClusterMap::default(),
             paused_until: 0,
             slow: false,
             unreadable: false,
@@ -309,6 +319,7 @@ impl World {
             NodeEvent::Install(event) => self.on_install(id, event),
             NodeEvent::Make(record) => self.make_replica(id, *record),
             NodeEvent::Remove(event) => self.on_remove(id, event),
+            NodeEvent::Govern(event) => self.on_govern(id, event),
             NodeEvent::Replica(replica, incarnation, event) => {
                 if self.replica(id, replica).is_none_or(|r| r.incarnation != incarnation) {
                     return Ok(());

@@ -11,6 +11,7 @@ use super::checks::{Violation, durable, linear, once};
 use super::dice::Dice;
 use super::disk::Disk;
 use super::faults::Faults;
+use super::governor;
 use super::history::{Action, Call, History, Told};
 use super::network::Network;
 use super::operator::{self, Operator};
@@ -21,9 +22,10 @@ use super::strikes::{FaultEvent, Striker};
 use super::workload::{self, Client, GIVE_UP, KEYS, Waiting};
 use super::{SimOptions, Time};
 use crate::group::types::Output;
-use crate::ids::{DatabaseId, Epoch, Index, NodeId, ReplicaId, ShardId};
+use crate::ids::{DatabaseId, Epoch, Index, METADATA_SHARD, NodeId, ReplicaId, ShardId};
 use crate::machine::MachineKind;
-use crate::placement::map::{Member, MemberRole};
+use crate::node::replicas::record_of;
+use crate::placement::map::{ClusterMap, Member, MemberRole};
 use crate::placement::ring::equal_ranges;
 use crate::refusal::{Outcome, Refusal};
 use crate::storage::log::{ReplicaPhase, ReplicaRecord};
@@ -38,6 +40,10 @@ const RESTS: (Time, Time) = (15_000_000, 40_000_000);
 const SAFETY_MAX: Time = 120_000_000;
 /// Without faults, each step of recovery ends within this time.
 const LIVENESS_MAX: Time = 30_000_000;
+
+/// Without faults, a governed cluster becomes what it should be within this time. A replica that can't be opened
+/// is replaced after a minute, and steps that were refused are repeated after half of one.
+const CONVERGENCE_MAX: Time = 400_000_000;
 
 /// Something that will happen.
 pub(super) enum Event {
@@ -55,6 +61,8 @@ pub(super) enum Event {
     Fault(FaultEvent),
     /// The operator looks at the cluster.
     Operate,
+    /// The administrator of a governed cluster does.
+    Administer,
 }
 
 /// Simulated time and what is to come.
@@ -109,6 +117,8 @@ pub struct World {
     /// Changes of members that some replica has in its log, or had: their entry, and what they make.
     pub(super) proposed: BTreeMap<ShardId, Vec<(Index, Vec<Member>)>>,
     pub(super) replicas: Replicas,
+    /// The newest map that the metadata shard has come to.
+    pub(super) map: ClusterMap,
     pub(super) counts: BTreeMap<&'static str, u64>,
     pub(super) trace: Trace,
     events: u64,
@@ -142,14 +152,46 @@ impl World {
             truths: BTreeMap::new(),
             proposed: BTreeMap::new(),
             replicas: Replicas::default(),
+            map: ClusterMap::default(),
             counts: BTreeMap::new(),
             trace: Trace::new(options.trace),
             events: 0,
             undecided: 0,
             options,
         };
-        world.place_shards();
+        if world.is_governed() {
+            world.place_by_map();
+        } else {
+            world.place_shards();
+        }
         world
+    }
+
+    /// The shards of a governed cluster, the metadata shard among them, where its first map has them.
+    fn place_by_map(&mut self) {
+        let SimOptions { nodes, shards, replicas, operations, .. } = self.options;
+        let map = governor::first_map(&governor::first_commands(nodes, shards, replicas));
+        for node in self.nodes.values_mut() {
+            node.map = map.clone();
+        }
+        for shard in map.shards.values() {
+            for member in &shard.members {
+                if let Some(node) = self.nodes.get_mut(&member.node) {
+                    node.records.push(record_of(shard, member.replica));
+                }
+            }
+            self.operator.place(shard.id, shard.range, &shard.members);
+            let members = Members::first(shard.epoch.conf, shard.members.clone());
+            if shard.id == METADATA_SHARD {
+                self.truths.insert(shard.id, Truth::of_metadata(members));
+                continue;
+            }
+            self.truths.insert(shard.id, Truth::new(members));
+            for _ in 0..CLIENTS_PER_SHARD {
+                let budget = operations / (shards * CLIENTS_PER_SHARD);
+                self.clients.push(Client::new(self.clients.len(), shard.id, budget));
+            }
+        }
     }
 
     fn place_shards(&mut self) {
@@ -207,7 +249,9 @@ impl World {
             self.clock.after(delay, Event::Begin(client));
         }
         self.clock.after(0, Event::Fault(FaultEvent::Strike));
-        if self.options.faults.membership {
+        if self.is_governed() {
+            self.clock.after(operator::FIRST, Event::Administer);
+        } else if self.options.faults.membership {
             self.clock.after(operator::FIRST, Event::Operate);
         }
         while self.clock.now < SAFETY_MAX && !self.clients.iter().all(Client::is_idle) {
@@ -241,12 +285,15 @@ impl World {
         }
         self.run_until("a shard has no leader", World::every_shard_is_led)?;
         self.run_until("a client waits for an answer", |world| world.clients.iter().all(Client::is_idle))?;
-        if self.options.faults.membership {
+        if self.is_governed() {
+            self.run_within(CONVERGENCE_MAX, "the cluster isn't as its map wants it", World::is_well)?;
+        } else if self.options.faults.membership {
             // The operator brings what it has begun to an end, and replaces what is gone for good.
             self.run_until("the members of a shard are not in place", World::members_in_place)?;
         }
         let mut scripts = Vec::new();
-        for shard in self.truths.keys().copied().collect::<Vec<_>>() {
+        for shard in self.truths.keys().copied().filter(|shard| *shard != METADATA_SHARD).collect::<Vec<_>>()
+        {
             let mut client = Client::new(self.clients.len(), shard, 0);
             for key in 0..KEYS {
                 let value = client.next_value();
@@ -257,7 +304,7 @@ impl World {
             self.clients.push(client);
         }
         self.run_until("a new operation does not succeed", |world| {
-            let last = world.clients.iter().rev().take(world.truths.len());
+            let last = world.clients.iter().rev().take(world.options.shards);
             last.zip(scripts.iter().rev()).all(|(client, wanted)| client.scripted == *wanted)
         })?;
         self.run_until("the replicas of a shard are not equal", World::replicas_agree)?;
@@ -267,11 +314,20 @@ impl World {
         Ok(())
     }
 
-    fn run_until(&mut self, otherwise: &str, mut done: impl FnMut(&World) -> bool) -> Result<(), Violation> {
-        let deadline = self.clock.now + LIVENESS_MAX;
+    fn run_until(&mut self, otherwise: &str, done: impl FnMut(&World) -> bool) -> Result<(), Violation> {
+        self.run_within(LIVENESS_MAX, otherwise, done)
+    }
+
+    fn run_within(
+        &mut self,
+        most: Time,
+        otherwise: &str,
+        mut done: impl FnMut(&World) -> bool,
+    ) -> Result<(), Violation> {
+        let deadline = self.clock.now + most;
         while !done(self) {
             if self.clock.now > deadline {
-                let seconds = LIVENESS_MAX / 1_000_000;
+                let seconds = most / 1_000_000;
                 let detail = format!("{otherwise}, {seconds} s after it should; {}", self.describe());
                 return Err(Violation::new("liveness", detail));
             }
@@ -311,7 +367,7 @@ impl World {
     }
 
     fn describe(&self) -> String {
-        let mut text = String::new();
+        let mut text = self.describe_map();
         for node in self.nodes.values() {
             for (replica, token) in node.open_tokens() {
                 text += &format!("\n  operation {token:x} waits at replica {replica}");
@@ -353,6 +409,10 @@ impl World {
             Event::Fault(event) => self.on_fault(event),
             Event::Operate => {
                 self.operate();
+                Ok(())
+            }
+            Event::Administer => {
+                self.administer();
                 Ok(())
             }
         }
@@ -533,7 +593,7 @@ impl World {
         client.learn(key, action, told);
         let told_result = !matches!(told, Told::Unknown | Told::Refused);
         client.scripted += usize::from(told_result);
-        if !told_result && client.budget == 0 && number >= self.truths.len() * CLIENTS_PER_SHARD {
+        if !told_result && client.budget == 0 && number >= self.options.shards * CLIENTS_PER_SHARD {
             // What a script asks for must succeed; another value, since this one may have been written.
             let client = &mut self.clients[number];
             let action = if let Action::Put(_) = action { Action::Put(client.next_value()) } else { action };

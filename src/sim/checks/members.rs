@@ -66,6 +66,11 @@ impl Members {
         self.all.get(next.checked_sub(1)?)
     }
 
+    /// Those of a conf version.
+    pub fn of_conf(&self, conf: u64) -> Option<&Configuration> {
+        self.all.iter().find(|c| c.conf == conf)
+    }
+
     /// Whether a replica is or was a member.
     pub fn had(&self, replica: ReplicaId) -> bool {
         self.ever.contains_key(&replica)

@@ -18,7 +18,8 @@ use crate::ids::{GROUP_START, Index, ReplicaId, ShardId, Term};
 use crate::machine::MachineKind;
 use crate::machine::command::{Command, KvCommand, KvReply, Reply, decode_entry};
 use crate::machine::memory::MemoryState;
-use crate::placement::map::Member;
+use crate::machine::meta::cluster_map;
+use crate::placement::map::{ClusterMap, Member};
 use crate::storage::sessions::SessionTable;
 use crate::storage::{StateView, StorageError};
 
@@ -62,12 +63,23 @@ pub struct Truth {
     pub effects: Effects,
     /// Whose entries they are.
     pub members: Members,
+    metadata: bool,
 }
 
 impl Truth {
     /// Nothing yet, in a shard of these members.
     pub fn new(members: Members) -> Truth {
         Truth { members, ..Truth::default() }
+    }
+
+    /// The same, of the metadata shard.
+    pub fn of_metadata(members: Members) -> Truth {
+        Truth { metadata: true, ..Truth::new(members) }
+    }
+
+    /// The map that the metadata shard has come to.
+    pub fn map(&self) -> Result<ClusterMap, StorageError> {
+        cluster_map(&self.model)
     }
 
     /// The highest index known to be committed.
@@ -116,7 +128,8 @@ impl Truth {
             self.members.change(shard, entry.index, conf, &members)?;
         } else if !entry.data.is_empty() {
             let decoded = decode_entry(&entry.data).map_err(|e| unreadable(&e))?;
-            let replies = MachineKind::Kv.apply_entry(&decoded, &mut self.model);
+            let machine = if self.metadata { MachineKind::Metadata } else { MachineKind::Kv };
+            let replies = machine.apply_entry(&decoded, &mut self.model);
             let replies = replies.map_err(|e| unreadable(&e))?;
             for ((command, tag), reply) in decoded.commands.into_iter().zip(replies) {
                 let Command::Kv(command) = command else { continue };
