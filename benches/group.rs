@@ -63,7 +63,6 @@ impl Replica {
             members_at: 0,
             ordered_at: 0,
             generation: GENERATION,
-            ordered_at: 0,
         };
         log.create(&[record]).unwrap();
         let voters = members.iter().map(|member| member.replica.0).collect();

@@ -128,7 +128,7 @@ impl World {
                 let leaders_only = dice.chance(300);
                 let known = self.known_to_the_reconciler();
                 let plan = plan_rebalance(&map, &known, leaders_only);
-                (!plan.targets.is_empty()).then(|| MetaCommand::BeginRebalance {
+                (!plan.targets.is_empty()).then_some(MetaCommand::BeginRebalance {
                     plan: plan.id,
                     targets: plan.targets,
                     moves: plan.total.moves,

@@ -253,9 +253,18 @@ pub async fn set(client: &Client, change: PolicyChange) {
     client.change_setting(change, PATIENCE).await.expect("set");
 }
 
-/// Which node of the map a process is.
+/// Which node of the map a process is, whether or not it runs.
 pub async fn id(client: &Client, cluster: &Cluster, node: usize) -> NodeId {
-    client.node_report(&cluster.nodes[node].client, PATIENCE).await.expect("a report").node
+    let begun = Instant::now();
+    loop {
+        let map = client.map().await.expect("the map");
+        let here = map.nodes.values().find(|record| record.client_address == cluster.nodes[node].client);
+        if let Some(here) = here {
+            return here.id;
+        }
+        assert!(begun.elapsed() < PATIENCE, "node {node} is none of {:?}", map.nodes);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 /// Which process leads `shard`; waits until one does.
