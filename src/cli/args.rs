@@ -566,7 +566,8 @@ again. The same seed with the same options gives the same run, to the last event
 the seed decides.
 
 Faults: messages corruption partitions half-open flapping crashes power torn eio rot pauses transfers
-slow-disks memory replicas campaigns drift state-loss boundaries membership newcomers node-loss rebalancing,
+slow-disks memory replicas campaigns drift state-loss boundaries membership newcomers node-loss
+rebalancing,
 separated by commas; all; none.")]
 #[command(args_conflicts_with_subcommands = true)]
 pub struct SimArgs {
