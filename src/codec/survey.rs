@@ -262,11 +262,32 @@ pub(super) mod tests {
         let nobody = |what: &str| Err(format!("malformed {what}"));
         assert_eq!(read(|mut to| to.set_transfer(0)), nobody("NodeId: 0 names no node"));
         let replica = "ReplicaId: 0 names no replica";
-        assert_eq!(read(|to| drop(to.init_remove_learners(1))), nobody(replica));
-        assert_eq!(read(|to| drop(to.init_exchange().init_promote(1))), nobody(replica));
-        assert!(read(|to| drop(to.init_add_learners(1))).is_err());
+        assert_eq!(
+            read(|to| {
+                to.init_remove_learners(1);
+            }),
+            nobody(replica)
+        );
+        assert_eq!(
+            read(|to| {
+                to.init_exchange().init_promote(1);
+            }),
+            nobody(replica)
+        );
+        assert!(
+            read(|to| {
+                to.init_add_learners(1);
+            })
+            .is_err()
+        );
         let none = MembershipChange::RemoveLearners(Vec::new());
         let order = Order { shard: ShardId(0), what: Ordered::Change { conf: 0, change: none } };
-        assert_eq!(read(|to| drop(to.init_remove_learners(0))), Ok(order), "raises the conf version");
+        assert_eq!(
+            read(|to| {
+                to.init_remove_learners(0);
+            }),
+            Ok(order),
+            "raises the conf version"
+        );
     }
 }

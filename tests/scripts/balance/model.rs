@@ -93,9 +93,7 @@ impl Model {
         let cluster_id = RandomId([7; 16]);
         let up = || Machine { up: true, ..Machine::default() };
         model.machines.extend(records.iter().map(|record| (record.id, up())));
-        model
-            .propose(MetaCommand::Form { cluster_id, nodes: records, metadata: Box::new(metadata) })
-            .unwrap();
+        model.propose(MetaCommand::Form { cluster_id, nodes: records, metadata }).unwrap();
         model.begin_groups();
         model
     }
