@@ -48,6 +48,7 @@ impl World {
         let late = self.options.faults.messages && self.dice.chance(50);
         let delay = self.dice.between(50, if late { 4_000_000 } else { 1_000 });
         let operation = Operation::Command { command: Command::Meta(command), session: None };
+        let operation = Box::new(operation);
         let request = NodeEvent::Request { token, shard: METADATA_SHARD, operation };
         self.clock.after(delay, Event::Node(node, request));
     }

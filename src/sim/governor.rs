@@ -308,6 +308,7 @@ impl World {
                 let command = self.distort(command);
                 let token = self.operator.request(Request::Other);
                 let operation = Operation::Command { command: Command::Meta(command), session: None };
+                let operation = Box::new(operation);
                 let request = NodeEvent::Request { token, shard: METADATA_SHARD, operation };
                 self.carry_event(id, id, request);
             }
@@ -316,7 +317,7 @@ impl World {
                 let now = self.clock.now;
                 let request = if exchanges { Request::Exchange(shard, now) } else { Request::Other };
                 let token = self.operator.request(request);
-                let operation = Operation::Change { conf, change };
+                let operation = Box::new(Operation::Change { conf, change });
                 self.carry_event(id, node, NodeEvent::Request { token, shard, operation });
             }
             Action::Transfer { node, shard, to } => {

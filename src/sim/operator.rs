@@ -274,7 +274,7 @@ impl World {
         self.count("changes asked for");
         let late = self.options.faults.messages && self.dice.chance(50);
         let delay = self.dice.between(50, if late { 4_000_000 } else { 1_000 });
-        let operation = Operation::Change { conf, change };
+        let operation = Box::new(Operation::Change { conf, change });
         self.clock.after(delay, Event::Node(node, NodeEvent::Request { token, shard, operation }));
     }
 

@@ -37,7 +37,7 @@ pub(super) enum NodeEvent {
     /// A link is found broken.
     Unreachable(NodeId),
     /// A client asks.
-    Request { token: u64, shard: ShardId, operation: Operation },
+    Request { token: u64, shard: ShardId, operation: Box<Operation> },
     /// The log write under way is done.
     LogWritten(u64),
     /// A step of the flush under way is done.
@@ -281,7 +281,7 @@ impl World {
                 told.into_iter().for_each(|replica| self.queue_pump(id, replica));
                 Ok(())
             }
-            NodeEvent::Request { token, shard, operation } => self.on_request(id, token, shard, operation),
+            NodeEvent::Request { token, shard, operation } => self.on_request(id, token, shard, *operation),
             NodeEvent::LogWritten(process) => {
                 let Some(node) = self.nodes.get_mut(&id).filter(|node| node.is_process(process)) else {
                     return Ok(());

@@ -465,7 +465,7 @@ impl World {
                 tag.sequence += token << 20;
             }
         }
-        let operation = workload::operation(key, action, tag);
+        let operation = Box::new(workload::operation(key, action, tag));
         self.clock.after(delay, Event::Node(node, NodeEvent::Request { token, shard, operation }));
         let patience = if action == Action::Get || tag.is_some() { 1_000_000 } else { 4_000_000 };
         let patience = self.dice.between(patience / 2, patience);
