@@ -194,7 +194,9 @@ fn anew(view: &View, record: &ShardRecord, led: Led, lost: &[Member]) -> Option<
         |member: &&Member| view.fit(member.node) && view.sick.contains_key(&(record.id, member.replica));
     let others = |replica| led.voters().filter(move |m| m.replica != replica);
     let sick = lost.iter().find(sick)?.replica;
-    let whole = others(sick).count() >= 2 && others(sick).all(|m| led.active(m.replica));
+    let (all, active) = (others(sick).count(), others(sick).filter(|m| led.active(m.replica)).count());
+    // Without it the shard can stand no fewer losses than with it, since it doesn't answer.
+    let whole = all >= 2 && active > all / 2;
     whole.then_some(sick)
 }
 

@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use super::Time;
 use super::checks::Violation;
 use super::network::Fate;
-use super::operator::Request;
+use super::operator::{Request, exchanged};
 use super::planted::Planted;
 use super::report::{Shown, note};
 use super::shell::NodeEvent;
@@ -313,7 +313,18 @@ impl World {
                 self.carry_event(id, id, request);
             }
             Action::Change { node, shard, conf, change } => {
-                let exchanges = matches!(change, MembershipChange::Exchange { .. });
+                let exchanges = match &change {
+                    MembershipChange::Exchange { promote, remove } => {
+                        // A record may have rotted that nobody has read since: those that go are needed then. Such
+                        // an order is lost on its way.
+                        let after = exchanged(self.members(shard), promote, remove);
+                        if !self.would_go_on(shard, &after, None) {
+                            return;
+                        }
+                        true
+                    }
+                    _ => false,
+                };
                 let now = self.clock.now;
                 let request = if exchanges { Request::Exchange(shard, now) } else { Request::Other };
                 let token = self.operator.request(request);

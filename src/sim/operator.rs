@@ -82,21 +82,6 @@ impl Plan {
         self.members.iter().find(|member| member.replica == replica).map(|member| member.role)
     }
 
-    /// The members in the joint change and behind it.
-    fn exchanged(&self, promote: &[ReplicaId], remove: &[ReplicaId]) -> Vec<Member> {
-        let mut members = self.members.clone();
-        for member in &mut members {
-            match member.role {
-                MemberRole::Learner if promote.contains(&member.replica) => {
-                    member.role = MemberRole::Incoming
-                }
-                MemberRole::Voter if remove.contains(&member.replica) => member.role = MemberRole::Outgoing,
-                _ => {}
-            }
-        }
-        members
-    }
-
     fn end(&mut self) {
         self.adds.clear();
         self.removes.clear();
@@ -105,6 +90,19 @@ impl Plan {
         self.fenced = None;
         self.fencing.clear();
     }
+}
+
+/// The members while a joint change is under way.
+pub(super) fn exchanged(members: &[Member], promote: &[ReplicaId], remove: &[ReplicaId]) -> Vec<Member> {
+    let mut members = members.to_vec();
+    for member in &mut members {
+        match member.role {
+            MemberRole::Learner if promote.contains(&member.replica) => member.role = MemberRole::Incoming,
+            MemberRole::Voter if remove.contains(&member.replica) => member.role = MemberRole::Outgoing,
+            _ => {}
+        }
+    }
+    members
 }
 
 /// What is asked for.
@@ -338,7 +336,7 @@ impl World {
             1 => {
                 let promote = some(&mut self.dice, &|role| role == MemberRole::Learner);
                 let remove = some(&mut self.dice, &|role| role != MemberRole::Learner);
-                let after = plan.exchanged(&promote, &remove);
+                let after = exchanged(&plan.members, &promote, &remove);
                 let refused = !after.iter().any(|member| member.role.stays_voter());
                 // Nobody would ask for so much that the shard couldn't go on.
                 if !refused && !self.would_go_on(shard, &after, None) {
@@ -488,7 +486,7 @@ impl World {
             self.order_replicas(shard);
             return;
         }
-        let after = plan.exchanged(&promote, &remove);
+        let after = exchanged(&plan.members, &promote, &remove);
         if !after.iter().any(|member| member.role.stays_voter()) {
             // Overtaken by a change that made no sense.
             plan.end();
