@@ -74,7 +74,11 @@ impl PeerHandler for Recorder {
 
     fn raft(&self, from: NodeId, messages: Vec<GroupMessage>) {
         let mut all = self.messages.borrow_mut();
-        all.extend(messages.into_iter().map(|message| (from, message)));
+        all.extend(messages.into_iter().map(|message| {
+            // Told by the connection, not by the message.
+            assert_eq!(message.node, from);
+            (from, GroupMessage { node: NodeId::default(), ..message })
+        }));
     }
 
     fn heartbeat(&self, heartbeat: NodeHeartbeat) -> Result<(), HelloRefusal> {
