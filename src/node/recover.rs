@@ -20,6 +20,9 @@
 //! are among them as far as this replica has them, and which ones those are nobody can tell any more. So nothing is
 //! dropped that might have been acknowledged.
 //!
+//! *What is lost is not made again.* A client may know a version of a key that is lost. So the versions of the writes
+//! that follow are of the new generation: the entry says so, and each replica that applies it does the same.
+//!
 //! *Why one write is enough.* The members in the replica's record count for more than those in its state if they are of a
 //! later generation: see [`crate::storage::opened`]. Changes of members in the log that came before are of
 //! earlier conf versions, and passed over when the log is applied.
@@ -44,7 +47,7 @@ use crate::failpoints::failpoint;
 use crate::ids::{Epoch, METADATA_SHARD, NodeId, ReplicaId, ShardId};
 use crate::limits::DISK_WATCH_MS;
 use crate::machine::command::{Command, MetaCommand};
-use crate::machine::entry::encode_entry;
+use crate::machine::entry::{encode_beginning, encode_entry};
 use crate::placement::map::{Member, MemberRole};
 use crate::refusal::Refusal;
 use crate::storage::StorageError;
@@ -74,14 +77,14 @@ fn alone(
         METADATA_SHARD => {
             let command =
                 MetaCommand::RecoverShard { shard: METADATA_SHARD, keep: replica, conf: epoch.conf };
-            encode_entry(&[(Command::Meta(command), None)], 0).into()
+            encode_entry(&[(Command::Meta(command), None)], 0)
         }
-        _ => bytes::Bytes::new(),
+        _ => encode_beginning(epoch.conf),
     };
     Ok(LogWrite {
         replica,
         // As a leader's first: members in the record are of an entry of their own.
-        entries: vec![Entry { term, index, data, ..Entry::default() }],
+        entries: vec![Entry { term, index, data: data.into(), ..Entry::default() }],
         hard_state: Some(HardState { term, vote: 0, commit: index, ..HardState::default() }),
         membership: Some(RecordedMembership { index, epoch, members }),
     })
@@ -280,6 +283,8 @@ mod tests {
         assert_eq!((state.last, state.hard_state.commit), (10, 10), "also what wasn't known to be committed");
         assert_eq!((state.hard_state.term, state.hard_state.vote), (9, 0), "a term of which nobody was");
         assert_eq!(state.terms.last(), Some(&(10, 9)));
+        let entry = log.entries(ONE, 10, 11, usize::MAX).unwrap().remove(0);
+        assert_eq!(decode_entry(&entry.data).unwrap().begins, Some(1 << 32));
     }
 
     #[test]

@@ -191,7 +191,8 @@ fn assess(
     }
     if settled && let Some((leader, _)) = groups().find(|(_, group)| group.role == StateRole::Leader) {
         return refused(format!(
-            "node {leader} leads shard {shard}: the shard isn't lost. {}",
+            "node {leader} leads shard {shard}: the shard isn't lost, or that node hasn't found out yet, which takes it \
+             some seconds. {}",
             told(&copies)
         ));
     }
