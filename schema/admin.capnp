@@ -161,6 +161,7 @@ struct ShardCopy {
   last @8 :UInt64;           # log index of its last entry
   keys @9 :UInt64;           # as last counted
   bytes @10 :UInt64;         # likewise
+  lastTerm @11 :UInt64;      # raft term of its last entry: a log that ends in a later one is worth more
 }
 
 struct Recovery {
@@ -169,7 +170,8 @@ struct Recovery {
   keep @2 :UInt64;           # ReplicaId of the one that goes on
   conf @3 :UInt64;           # conf version under which it does
   copies @4 :List(ShardCopy);   # all replicas by the map, that one included
-  done @5 :Bool;             # false: nothing was changed
+  done @5 :Bool;             # it leads its shard alone
+  decided @6 :Bool;          # it is decided, now or before, and goes on by itself; false: nothing was changed
 }
 
 struct RecoveryResult {
@@ -253,4 +255,5 @@ struct ReplicaStatus {
   conf @11 :UInt64;          # conf version of its members, as applied
   keys @12 :UInt64;          # keys in its state, as last counted; an estimate
   bytes @13 :UInt64;         # bytes of them and their values, likewise
+  lastTerm @14 :UInt64;      # raft term of its last entry
 }

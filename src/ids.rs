@@ -77,10 +77,21 @@ pub struct Epoch {
 /// Changes of members within one generation: more than a group can make.
 const GENERATION_BITS: u32 = 32;
 
+/// The generation that a conf version belongs to, or a revision: those of a shard begin anew with each of its
+/// generations, behind all that the one before can have come to.
+pub fn generation_of(number: u64) -> u64 {
+    number >> GENERATION_BITS
+}
+
+/// The first number of the generation of `number`.
+pub fn generation_start(number: u64) -> u64 {
+    generation_of(number) << GENERATION_BITS
+}
+
 impl Epoch {
     /// How often an operator has had the group go on with one replica alone.
     pub fn generation(self) -> u64 {
-        self.conf >> GENERATION_BITS
+        generation_of(self.conf)
     }
 
     /// The first conf version of the generation after that of `conf`; `None`: there is none.

@@ -147,6 +147,7 @@ pub fn read_report(from: node_status::Reader<'_>) -> Result<NodeReport, CodecErr
             applied: replica.get_applied(),
             committed: replica.get_committed(),
             last: replica.get_last(),
+            last_term: replica.get_last_term(),
             recovering: health == ReplicaHealth::Recovering,
             // That it is, its health says; from where on, only its own node needs to know.
             state_lost: None,

@@ -539,6 +539,7 @@ impl<T> Group<T> {
             applied: self.applied(),
             committed: raft.raft_log.committed,
             last: raft.raft_log.last_index(),
+            last_term: raft.raft_log.last_term(),
             recovering: self.recovering(),
             state_lost: self.wanted_index(),
             incarnation: self.incarnation,

@@ -141,6 +141,8 @@ pub struct GroupStatus {
     pub committed: Index,
     /// Last index in the log.
     pub last: Index,
+    /// Term of the entry there. Of two logs, the one that ends in the later term knows more (Raft §5.4.1).
+    pub last_term: Term,
     /// Still re-applying its log after a start.
     pub recovering: bool,
     /// Its state is lost: it waits for a snapshot at this index or a later one.

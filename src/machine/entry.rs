@@ -5,8 +5,9 @@
 //! and keys and values are read as slices of the entry's buffer.
 //!
 //! ```text
-//! entry    = version(1 byte: 1)  flags(1 byte)  [stamp(varint)]  count(varint)  item…
+//! entry    = version(1 byte: 1)  flags(1 byte)  [stamp(varint)]  [conf(varint)]  count(varint)  item…
 //!            flag 0x01: the stamp is there, in milliseconds; so is a tagged command
+//!            flag 0x02: the conf version is there: one replica goes on alone under it
 //! item     = command                        count of them
 //!          | session                        before a tagged command, not counted
 //! command  = kind(1 byte)  flags(1 byte)  [sequence(varint)]  body
@@ -53,6 +54,8 @@ const META: u8 = 16;
 
 /// Of an entry: a stamp follows.
 const STAMPED: u8 = 1;
+/// Of an entry: a conf version follows, with which a generation of the shard begins.
+const BEGINS: u8 = 2;
 /// Of a command: a sequence follows.
 const TAGGED: u8 = 1;
 /// Of a session: a lifetime follows.
@@ -84,6 +87,9 @@ pub type TaggedCommand = (Command, Option<SessionTag>);
 pub struct Entry {
     /// The leader's session clock when the entry was made, in milliseconds; if a command is tagged.
     pub stamp: Option<u64>,
+    /// One replica goes on alone under this conf version, with what it had: revisions that others had seen may be
+    /// lost, so the next ones are of the generation of this.
+    pub begins: Option<u64>,
     /// Commands, applied in order.
     pub commands: Vec<TaggedCommand>,
 }
@@ -115,6 +121,14 @@ pub fn encode_entry(commands: &[TaggedCommand], stamp: u64) -> Vec<u8> {
             }
         }
     }
+    to
+}
+
+/// The payload of the entry with which a generation of a shard begins, under the conf version `conf`.
+pub fn encode_beginning(conf: u64) -> Vec<u8> {
+    let mut to = vec![VERSION, BEGINS];
+    varint::write(&mut to, conf);
+    varint::write(&mut to, 0);
     to
 }
 
@@ -190,8 +204,13 @@ fn write_session(to: &mut Vec<u8>, (session, open, acked_below): SessionItem) {
 pub fn decode_entry(data: &Bytes) -> Result<Entry, FormatError> {
     let mut from = Cursor { data, at: 0 };
     known("entry version", from.byte("an entry's version")?, VERSION)?;
-    let stamped = from.flag("entry flags", "an entry's flags", STAMPED)?;
+    let flags = from.byte("an entry's flags")?;
+    if flags & !(STAMPED | BEGINS) != 0 {
+        return Err(unknown("entry flags", flags));
+    }
+    let stamped = flags & STAMPED != 0;
     let stamp = if stamped { Some(from.varint("an entry's stamp")?) } else { None };
+    let begins = if flags & BEGINS != 0 { Some(from.varint("a generation's conf version")?) } else { None };
     let count = from.varint("an entry's count of commands")?;
     let room = usize::try_from(count).unwrap_or(usize::MAX);
     let mut commands = Vec::with_capacity(room.min(COMMANDS_EXPECTED));
@@ -208,7 +227,7 @@ pub fn decode_entry(data: &Bytes) -> Result<Entry, FormatError> {
     if tagged != stamped {
         return Err(FormatError::Malformed("entry: it has a stamp or a tagged command, not both"));
     }
-    Ok(Entry { stamp, commands })
+    Ok(Entry { stamp, begins, commands })
 }
 
 fn known(what: &'static str, found: u8, wanted: u8) -> Result<(), FormatError> {
@@ -340,6 +359,8 @@ mod tests {
     use super::*;
     use crate::codec::meta::tests::any_command as any_meta_command;
     use crate::ids::RandomId;
+    use crate::machine::MachineKind;
+    use crate::machine::memory::MemoryState;
     use proptest::prelude::*;
 
     fn any_bytes() -> impl Strategy<Value = Bytes> {
@@ -406,7 +427,26 @@ mod tests {
             \x03\x00\x01k\x01\x01a\x01b\
             \x03\x00\x01k\x00\x01b";
         assert_eq!(encode_entry(&commands, 77), bytes);
-        assert_eq!(decode(bytes).unwrap(), Entry { stamp: None, commands });
+        assert_eq!(decode(bytes).unwrap(), Entry { stamp: None, begins: None, commands });
+    }
+
+    #[test]
+    fn a_generation_begins_behind_all_revisions_that_may_be_lost() {
+        let bytes = b"\x01\x02\x80\x80\x80\x80\x20\x00";
+        let conf = 2 << 32;
+        assert_eq!(encode_beginning(conf), bytes);
+        let begins = Entry { stamp: None, begins: Some(conf), commands: Vec::new() };
+        assert_eq!(decode(bytes).unwrap(), begins);
+        let mut state = MemoryState { revision: 77, ..MemoryState::default() };
+        let put = Entry {
+            begins: None,
+            commands: untagged([KvCommand::Put { key: "k".into(), value: "v".into() }]),
+            ..begins.clone()
+        };
+        for (entry, revision) in [(&begins, conf), (&put, conf + 1), (&begins, conf + 1)] {
+            MachineKind::Kv.apply_entry(entry, &mut state).unwrap();
+            assert_eq!(state.revision, revision);
+        }
     }
 
     #[test]
@@ -434,7 +474,7 @@ mod tests {
             \x02\x01\xad\x02\x01k\
             \x040123456789abcdef\x00\xab\x02\x02\x01\xae\x02\x01k";
         assert_eq!(encode_entry(&commands, 300), bytes);
-        assert_eq!(decode(bytes).unwrap(), Entry { stamp: Some(300), commands });
+        assert_eq!(decode(bytes).unwrap(), Entry { stamp: Some(300), begins: None, commands });
     }
 
     #[test]
@@ -477,7 +517,7 @@ mod tests {
     fn what_is_not_known_is_never_skipped() {
         let unknown = |bytes: &[u8]| decode(bytes).unwrap_err().to_string();
         assert_eq!(unknown(b"\x02\x00\x00"), "unknown entry version 2");
-        assert_eq!(unknown(b"\x01\x02\x00"), "unknown entry flags 2");
+        assert_eq!(unknown(b"\x01\x04\x00"), "unknown entry flags 4");
         assert_eq!(unknown(b"\x01\x00\x01\x09\x00"), "unknown kind of command 9");
         assert_eq!(unknown(b"\x01\x00\x01\x02\x03\x00"), "unknown command flags 3");
         assert_eq!(unknown(b"\x01\x00\x01\x03\x00\x01k\x07"), "unknown kind of condition 7");
@@ -513,7 +553,7 @@ mod tests {
             let bytes = encode_entry(&commands, stamp);
             prop_assert!(bytes.len() <= ENTRY_HEAD_BYTES + commands.iter().map(tagged_size).sum::<usize>());
             let stamp = commands.iter().any(|(_, tag)| tag.is_some()).then_some(stamp);
-            prop_assert_eq!(decode(&bytes).unwrap(), Entry { stamp, commands });
+            prop_assert_eq!(decode(&bytes).unwrap(), Entry { stamp, begins: None, commands });
         }
 
         #[test]

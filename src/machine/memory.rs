@@ -55,6 +55,10 @@ impl StateBatch for MemoryState {
         self.revision
     }
 
+    fn raise_revision(&mut self, least: u64) {
+        self.revision = self.revision.max(least);
+    }
+
     fn sessions(&mut self) -> &mut SessionTable {
         &mut self.sessions
     }

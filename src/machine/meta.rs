@@ -4,6 +4,11 @@
 //! revision and stamps it on every record it writes (`changed_at`); a command that changes nothing takes
 //! none. Ids are counted up and never reused, replica ids across the whole cluster.
 //!
+//! *Generations.* If the metadata shard loses its majority for good, an operator may have it go on with one replica
+//! alone, which may have missed the last of what was told of the map. From then on versions are of the next
+//! generation ([`generation_of`]): one command raises them to its beginning, and passes over all ids that may be
+//! in use, before any other is applied. Whoever knows an earlier map drops it: [`ClusterMap::merge`].
+//!
 //! *Determinism.* The result depends on the command and the state alone. Placement is not computed here: the
 //! plan travels in the command and is only checked. The bounds in [`fixed`] belong to the format of the
 //! commands: they don't follow [`crate::limits`], since two versions of the program with other limits must
@@ -16,6 +21,7 @@
 
 use super::ApplyError;
 use super::command::{MetaCommand, MetaRefusal, MetaReply};
+use crate::ids::generation_of;
 use crate::placement::map::{ClusterMap, DatabaseRecord, NodeRecord, ShardRecord};
 use crate::storage::{StateBatch, StateView, StorageError};
 pub use databases::check_name;
@@ -125,8 +131,9 @@ pub fn refresh(map: &mut ClusterMap, state: &dyn StateView) -> Result<(), Storag
         return Ok(());
     };
     let version = state.revision();
-    // A map of the future, or of another cluster, is no older state of this shard.
-    let since = if map.cluster_id == counters.cluster_id && map.version <= version { map.version } else { 0 };
+    // A map of the future, of an earlier generation, or of another cluster, is no older state of this shard.
+    let same = map.cluster_id == counters.cluster_id && generation_of(map.version) == generation_of(version);
+    let since = if same && map.version <= version { map.version } else { 0 };
     let nodes: Vec<NodeRecord> = records::changed(since, state)?;
     let databases: Vec<DatabaseRecord> = records::changed(since, state)?;
     let shards: Vec<ShardRecord> = records::changed(since, state)?;

@@ -15,6 +15,7 @@ pub mod meta;
 pub mod session;
 pub mod value;
 
+use crate::ids::generation_start;
 use crate::storage::{StateBatch, StateView, StorageError};
 use command::{Answer, Command, Query, Reply};
 use entry::Entry;
@@ -57,6 +58,9 @@ impl MachineKind {
     pub fn apply_entry(self, entry: &Entry, state: &mut dyn StateBatch) -> Result<Vec<Reply>, ApplyError> {
         if let Some(stamp) = entry.stamp {
             state.sessions().advance(stamp);
+        }
+        if let Some(conf) = entry.begins {
+            state.raise_revision(generation_start(conf));
         }
         let mut replies = Vec::with_capacity(entry.commands.len());
         for (command, tag) in &entry.commands {

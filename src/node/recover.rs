@@ -12,11 +12,16 @@
 //! ```
 //!
 //! The metadata shard can't record a decision about itself while it has no leader: its node is asked to go ahead at once
-//! ([`NodeHandle::go_on_alone`]), and the record follows.
+//! ([`NodeHandle::go_on_alone`]), and the record is that one entry. So it comes before anything that is proposed to the
+//! replica that goes on: of what the shard had told of the map, and which ids it had given out, the replica may have
+//! missed the last. See [`crate::machine::meta`] on generations.
 //!
 //! *What is kept.* All entries of its log, committed as far as it knows or not: those that the majority acknowledged
 //! are among them as far as this replica has them, and which ones those are nobody can tell any more. So nothing is
 //! dropped that might have been acknowledged.
+//!
+//! *What is lost is not made again.* A client may know a version of a key that is lost. So the versions of the writes
+//! that follow are of the new generation: the entry says so, and each replica that applies it does the same.
 //!
 //! *Why one write is enough.* The members in the replica's record count for more than those in its state if they are of a
 //! later generation: see [`crate::storage::opened`]. Changes of members in the log that came before are of
@@ -39,18 +44,26 @@ use super::messages::StopReplica;
 use super::router::Route;
 use super::supervisor::Supervisor;
 use crate::failpoints::failpoint;
-use crate::ids::{Epoch, NodeId, ReplicaId, ShardId};
+use crate::ids::{Epoch, METADATA_SHARD, NodeId, ReplicaId, ShardId};
 use crate::limits::DISK_WATCH_MS;
+use crate::machine::command::{Command, MetaCommand};
+use crate::machine::entry::{encode_beginning, encode_entry};
 use crate::placement::map::{Member, MemberRole};
 use crate::refusal::Refusal;
 use crate::storage::StorageError;
-use crate::storage::log::{LogState, LogStore, LogWrite, RecordedMembership};
+use crate::storage::log::{LogState, LogStore, LogWrite, RecordedMembership, ReplicaRecord};
 
 /// What has a replica go on alone under `epoch`.
 ///
 /// # Errors
 /// [`StorageError::Inconsistent`]: there is no later term or index.
-fn alone(log: &LogState, replica: ReplicaId, node: NodeId, epoch: Epoch) -> Result<LogWrite, StorageError> {
+fn alone(
+    log: &LogState,
+    record: &ReplicaRecord,
+    node: NodeId,
+    epoch: Epoch,
+) -> Result<LogWrite, StorageError> {
+    let replica = record.replica;
     let last_term = log.terms.last().map_or(log.truncated.term, |(_, term)| *term);
     let next = |number: u64| {
         let reason = "there is no later term or index".to_owned();
@@ -60,10 +73,18 @@ fn alone(log: &LogState, replica: ReplicaId, node: NodeId, epoch: Epoch) -> Resu
     let term = next(log.hard_state.term.max(last_term))?;
     let index = next(log.last)?;
     let members = vec![Member { replica, node, role: MemberRole::Voter }];
+    let data = match record.shard {
+        METADATA_SHARD => {
+            let command =
+                MetaCommand::RecoverShard { shard: METADATA_SHARD, keep: replica, conf: epoch.conf };
+            encode_entry(&[(Command::Meta(command), None)], 0)
+        }
+        _ => encode_beginning(epoch.conf),
+    };
     Ok(LogWrite {
         replica,
         // As a leader's first: members in the record are of an entry of their own.
-        entries: vec![Entry { term, index, ..Entry::default() }],
+        entries: vec![Entry { term, index, data: data.into(), ..Entry::default() }],
         hard_state: Some(HardState { term, vote: 0, commit: index, ..HardState::default() }),
         membership: Some(RecordedMembership { index, epoch, members }),
     })
@@ -71,16 +92,17 @@ fn alone(log: &LogState, replica: ReplicaId, node: NodeId, epoch: Epoch) -> Resu
 
 fn write(
     log: &dyn LogStore,
-    replica: ReplicaId,
+    record: &ReplicaRecord,
     node: NodeId,
     epoch: Epoch,
 ) -> Result<RecordedMembership, StorageError> {
+    let replica = record.replica;
     let state = log.load(replica)?;
     if state.membership.epoch.generation() >= epoch.generation() {
         // Done before a crash, or by the attempt before.
         return Ok(state.membership);
     }
-    let write = alone(&state, replica, node, epoch)?;
+    let write = alone(&state, record, node, epoch)?;
     log.write(std::slice::from_ref(&write))?;
     let kept = (state.last, state.hard_state.commit, state.hard_state.term);
     tracing::warn!(%replica, last = kept.0, committed = kept.1, term = kept.2, "the replica goes on alone");
@@ -146,6 +168,9 @@ impl Supervisor {
         let Ok((shard, incarnation)) = self.replicas.begin_install(replica) else {
             return false;
         };
+        let Some(record) = self.replicas.get_mut(replica).map(|slot| slot.record.clone()) else {
+            return false;
+        };
         tracing::warn!(%shard, %replica, ?epoch, "an operator has given the other replicas of the shard up");
         failpoint!(RecoverBefore, replica);
         self.led.remove(&shard);
@@ -165,7 +190,7 @@ impl Supervisor {
             shared.fence(replica, incarnation).await;
             let (done, written) = oneshot::channel();
             shared.log_writer.run(Box::new(move |log| {
-                if done.send(write(log, replica, node, epoch)).is_err() {
+                if done.send(write(log, &record, node, epoch)).is_err() {
                     tracing::debug!(%replica, "nobody waits for the record of a replica that goes on alone");
                 }
             }));
@@ -209,6 +234,7 @@ mod tests {
     use super::*;
     use crate::ids::{DatabaseId, Position};
     use crate::machine::MachineKind;
+    use crate::machine::entry::decode_entry;
     use crate::placement::ring::RingRange;
     use crate::storage::log::{Install, ReplicaPhase, ReplicaRecord};
     use crate::storage::log_memory::MemoryLog;
@@ -221,7 +247,17 @@ mod tests {
 
     /// A log of three voters with entries 6 to 9, of which 7 is committed as far as this replica knows.
     fn log() -> MemoryLog {
-        let record = ReplicaRecord {
+        let record = record();
+        let log = MemoryLog::new();
+        log.create(&[record]).unwrap();
+        let entries = (6..=9).map(|index| Entry { index, term: 7, ..Entry::default() }).collect();
+        let hard_state = Some(HardState { term: 8, vote: 2, commit: 7, ..HardState::default() });
+        log.write(&[LogWrite { replica: ONE, entries, hard_state, membership: None }]).unwrap();
+        log
+    }
+
+    fn record() -> ReplicaRecord {
+        ReplicaRecord {
             replica: ONE,
             shard: ShardId(4),
             database: DatabaseId(1),
@@ -233,38 +269,34 @@ mod tests {
             members_at: 0,
             generation: 1,
             ordered_at: 1,
-        };
-        let log = MemoryLog::new();
-        log.create(&[record]).unwrap();
-        let entries = (6..=9).map(|index| Entry { index, term: 7, ..Entry::default() }).collect();
-        let hard_state = Some(HardState { term: 8, vote: 2, commit: 7, ..HardState::default() });
-        log.write(&[LogWrite { replica: ONE, entries, hard_state, membership: None }]).unwrap();
-        log
+        }
     }
 
     #[test]
     fn all_entries_are_kept_and_one_member_is_left() {
         let log = log();
         let epoch = Epoch { range: 1, conf: 1 << 32 };
-        let membership = write(&log, ONE, NodeId(1), epoch).unwrap();
+        let membership = write(&log, &record(), NodeId(1), epoch).unwrap();
         let state = log.load(ONE).unwrap();
         assert_eq!(state.membership, membership);
         assert_eq!((membership.epoch, membership.members), (epoch, vec![member(1)]));
         assert_eq!((state.last, state.hard_state.commit), (10, 10), "also what wasn't known to be committed");
         assert_eq!((state.hard_state.term, state.hard_state.vote), (9, 0), "a term of which nobody was");
         assert_eq!(state.terms.last(), Some(&(10, 9)));
+        let entry = log.entries(ONE, 10, 11, usize::MAX).unwrap().remove(0);
+        assert_eq!(decode_entry(&entry.data).unwrap().begins, Some(1 << 32));
     }
 
     #[test]
     fn a_second_time_changes_nothing() {
         let log = log();
         let epoch = Epoch { range: 1, conf: 1 << 32 };
-        write(&log, ONE, NodeId(1), epoch).unwrap();
+        write(&log, &record(), NodeId(1), epoch).unwrap();
         let once = log.load(ONE).unwrap();
-        write(&log, ONE, NodeId(1), epoch).unwrap();
+        write(&log, &record(), NodeId(1), epoch).unwrap();
         assert_eq!(log.load(ONE).unwrap(), once);
         // A later generation is another decision.
-        write(&log, ONE, NodeId(1), Epoch { range: 1, conf: 2 << 32 }).unwrap();
+        write(&log, &record(), NodeId(1), Epoch { range: 1, conf: 2 << 32 }).unwrap();
         assert_eq!(log.load(ONE).unwrap().last, once.last + 1);
     }
 
@@ -280,7 +312,7 @@ mod tests {
             members: (1..=3).map(member).collect(),
             state_lost: false,
         };
-        write(&log, ONE, NodeId(1), Epoch { range: 1, conf: 1 << 32 }).unwrap();
+        write(&log, &record(), NodeId(1), Epoch { range: 1, conf: 1 << 32 }).unwrap();
         let alone = log.load(ONE).unwrap();
         for state_lost in [false, true] {
             let refused = log.install(ONE, &Install { state_lost, ..install(9) });
@@ -293,9 +325,20 @@ mod tests {
     }
 
     #[test]
+    fn the_metadata_shard_begins_with_the_record_of_it() {
+        let log = log();
+        let metadata = ReplicaRecord { shard: METADATA_SHARD, ..record() };
+        let conf = 1 << 32;
+        write(&log, &metadata, NodeId(1), Epoch { range: 1, conf }).unwrap();
+        let entry = log.entries(ONE, 10, 11, usize::MAX).unwrap().remove(0);
+        let command = MetaCommand::RecoverShard { shard: METADATA_SHARD, keep: ONE, conf };
+        assert_eq!(decode_entry(&entry.data).unwrap().commands, [(Command::Meta(command), None)]);
+    }
+
+    #[test]
     fn there_is_an_end_to_terms() {
         let mut state = log().load(ONE).unwrap();
         state.hard_state.term = u64::MAX;
-        assert!(alone(&state, ONE, NodeId(1), Epoch::default()).is_err());
+        assert!(alone(&state, &record(), NodeId(1), Epoch::default()).is_err());
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::handle::ReplicaHealth;
 use crate::codec::snapshot::{SnapshotAnswer, SnapshotOffer};
-use crate::ids::{Epoch, Incarnation, Index, METADATA_SHARD, NodeId, ReplicaId, ShardId};
+use crate::ids::{Epoch, Incarnation, Index, METADATA_SHARD, NodeId, ReplicaId, ShardId, generation_of};
 use crate::limits;
 use crate::machine::MachineKind;
 use crate::placement::map::{ClusterMap, Member, MemberRole, ShardRecord};
@@ -455,7 +455,15 @@ fn busy() -> SnapshotAnswer {
 }
 
 /// Whether the map's record of a shard is from after the replica was ordered.
+///
+/// If the metadata shard has gone on since with one replica alone, the order itself may be lost, so that the record is
+/// older than it for all that its version is later. Then only the shard's own word counts: members of a later conf
+/// version than the replica has come to. It was ordered for the conf version that the map had, and whatever the
+/// shard has said since it became a member names it, until it is none any more.
 fn is_newer(shard: &ShardRecord, record: &ReplicaRecord) -> bool {
+    if generation_of(shard.changed_at) > generation_of(record.ordered_at) {
+        return shard.epoch.conf > record.epoch.conf;
+    }
     shard.changed_at > record.ordered_at
 }
 

@@ -434,3 +434,27 @@ fn crashes_back_off_then_quarantine_and_old_news_is_ignored() {
     }
     assert_eq!(crash(&mut replicas, later), Some(Verdict::Quarantine));
 }
+
+#[test]
+fn a_replica_whose_order_is_lost_stays_until_the_shard_says_otherwise() {
+    use MemberRole::{Learner, Voter};
+    let mut replicas = Replicas::default();
+    let came = changed(5, |shard| shard.moving = moving(vec![member(12, 3, Learner)]));
+    replicas.created(&replicas.orders(&came, NodeId(3)).create);
+    // It has had a snapshot, and is a voter by now, as the metadata shard has been told: all of that is lost.
+    let slot = replicas.get_mut(ReplicaId(12)).unwrap();
+    slot.record.epoch.conf = came.shards.values().next().unwrap().epoch.conf + 1;
+    let conf = slot.record.epoch.conf;
+    let removed = |version, conf, members: &[Member]| {
+        let map = changed(version, |shard| {
+            shard.epoch.conf = conf;
+            shard.members.extend(members);
+        });
+        replicas.orders(&map, NodeId(3)).remove
+    };
+    assert_eq!(removed(6, conf - 1, &[]), [ReplicaId(12)], "an order that was taken back");
+    assert_eq!(removed(1 << 32, conf - 1, &[]), [], "one that is lost");
+    assert_eq!(removed(1 << 32, conf, &[]), []);
+    assert_eq!(removed((1 << 32) + 1, conf + 2, &[member(12, 3, Voter)]), []);
+    assert_eq!(removed((1 << 32) + 2, conf + 3, &[]), [ReplicaId(12)]);
+}

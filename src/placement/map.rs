@@ -1,10 +1,11 @@
 //! The cluster map: nodes, databases, shards, and who holds which replica. It is the metadata
 //! shard's content, cached by every node and client; a replica's own epoch decides in a dispute.
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::ring::{self, RingRange};
-use crate::ids::{ClusterId, DatabaseId, Epoch, NodeId, ReplicaId, ShardId, StoreId};
+use crate::ids::{ClusterId, DatabaseId, Epoch, NodeId, ReplicaId, ShardId, StoreId, generation_of};
 
 /// One process of the cluster as the metadata shard knows it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -293,8 +294,10 @@ pub struct MapDelta {
 }
 
 impl ClusterMap {
-    /// Everything that changed after version `since`.
+    /// Everything that changed after version `since`; everything there is if that is of an earlier generation: see
+    /// [`ClusterMap::merge`].
     pub fn delta(&self, since: u64) -> MapDelta {
+        let since = if generation_of(since) < generation_of(self.version) { 0 } else { since };
         MapDelta {
             cluster_id: self.cluster_id,
             since,
@@ -311,6 +314,11 @@ impl ClusterMap {
     /// anything changed. The map's version advances only if the delta leaves no gap
     /// (`delta.since <= self.version`); records of a partial delta are still taken. So deltas may come in
     /// any order and more than once. A delta of another cluster changes nothing.
+    ///
+    /// *Generations.* A metadata shard that has lost its majority goes on with what one replica had of the map, so
+    /// versions that others know may be lost, with what they told. Its versions are of a later generation from
+    /// then on. Nothing of an earlier one counts beside it: the first whole map of a later generation replaces
+    /// what was known, a part of one doesn't help, and whatever comes from before is ignored.
     pub fn merge(&mut self, delta: MapDelta) -> bool {
         let mut changed = false;
         if self.cluster_id == ClusterId::default() {
@@ -318,6 +326,14 @@ impl ClusterMap {
             self.cluster_id = delta.cluster_id;
         } else if self.cluster_id != delta.cluster_id {
             return false;
+        }
+        match generation_of(delta.version).cmp(&generation_of(self.version)) {
+            Ordering::Less => return false,
+            Ordering::Greater if delta.since > 0 => return changed,
+            Ordering::Greater => {
+                *self = ClusterMap { cluster_id: self.cluster_id, ..ClusterMap::default() };
+            }
+            Ordering::Equal => {}
         }
         macro_rules! take {
             ($field:ident) => {
@@ -505,6 +521,33 @@ mod tests {
         assert!(map.merge(versions[3].delta(1)));
         assert_eq!(map, versions[3]);
         assert!(!map.merge(versions[3].delta(1)));
+    }
+
+    #[test]
+    fn a_map_of_a_later_generation_replaces_what_was_known() {
+        let known = history(&[3, 4, 5, 6]).pop().unwrap();
+        // Went on from version 2, and has come to its third version since.
+        let mut later = history(&[3, 4, 7]).pop().unwrap();
+        later.version = (1 << 32) + 2;
+        for record in later.nodes.values_mut() {
+            record.changed_at = 1 << 32;
+        }
+        let mut map = known.clone();
+        let part = MapDelta { since: 1 << 32, ..later.delta(1 << 32) };
+        assert!(!map.merge(part), "it tells too little");
+        assert_eq!(map, known);
+        // Asked for what came after a version that is lost, it tells everything.
+        let whole = later.delta(known.version);
+        assert_eq!(whole.since, 0);
+        assert!(map.merge(whole.clone()));
+        assert_eq!(map, later, "nothing of what was lost is left");
+        assert!(!map.merge(whole));
+        for old in [known.delta(0), known.delta(known.version - 1)] {
+            assert!(!map.merge(old));
+        }
+        assert_eq!(map, later);
+        let ahead = known.delta(later.version);
+        assert_eq!((ahead.nodes.len(), ahead.shards.len()), (0, 0));
     }
 
     #[test]

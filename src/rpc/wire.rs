@@ -342,6 +342,7 @@ fn write_replica(replica: &crate::node::handle::ReplicaReport, mut to: replica_s
     to.set_applied(group.applied);
     to.set_committed(group.committed);
     to.set_last(group.last);
+    to.set_last_term(group.last_term);
 }
 
 /// The refusal of a change that was made but whose consequence is not there yet.
@@ -542,6 +543,7 @@ mod tests {
             applied: 10,
             committed: 11,
             last: 12,
+            last_term: 6,
             recovering: false,
             state_lost: None,
             incarnation: 3,

@@ -158,6 +158,9 @@ pub trait StateBatch: StateView {
     /// Increments the shard's revision counter and returns the new revision.
     fn next_revision(&mut self) -> u64;
 
+    /// Raises the shard's revision counter to `least`, if it is lower: the next revision is a later one.
+    fn raise_revision(&mut self, least: u64);
+
     /// The session table, to be changed.
     fn sessions(&mut self) -> &mut sessions::SessionTable;
 }

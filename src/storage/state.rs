@@ -331,6 +331,11 @@ impl StateBatch for ReplicaState {
         self.header.revision
     }
 
+    fn raise_revision(&mut self, least: u64) {
+        self.within_entry = true;
+        self.header.revision = self.header.revision.max(least);
+    }
+
     fn sessions(&mut self) -> &mut SessionTable {
         self.within_entry = true;
         &mut self.sessions

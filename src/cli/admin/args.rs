@@ -321,7 +321,7 @@ pub struct RecoverArgs {
     /// Do it, and lose what only the others had
     #[arg(long)]
     pub accept_data_loss: bool,
-    /// Where to write the report; must not exist [default: recover-SHARD-CONF.json]
+    /// Where to write the report; must not exist, but for one of the same recovery [default: recover-SHARD-CONF.json]
     #[arg(long, value_name = "FILE", requires = "accept_data_loss")]
     pub report: Option<PathBuf>,
 }

@@ -1,8 +1,9 @@
 //! `admin recover`: what is left of a shard whose majority is gone for good.
 
 use std::fs::OpenOptions;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use serde_json::{Value, json};
 
@@ -43,14 +44,15 @@ pub fn recover(context: &Context, args: &RecoverArgs) -> Result<Exit, Failure> {
             Some(path) => path.clone(),
             None => format!("recover-{}-{}.json", before.shard, before.conf).into(),
         };
-        write_report(&path, &before)?;
+        let mut report = Report::begin(path, &before)?;
         match ask(true).await {
-            Ok(after) => Ok((after, Some(path))),
+            Ok(after) => {
+                after_effect(report.end(&after))?;
+                Ok((after, Some(report.path)))
+            }
             Err(failure) => {
-                if failure.outcome == Outcome::NotApplied
-                    && let Err(error) = std::fs::remove_file(&path)
-                {
-                    output::note(format!("{} tells of what was not done: {error}", path.display()));
+                if failure.outcome == Outcome::NotApplied && !before.decided {
+                    report.discard();
                 }
                 Err(failure)
             }
@@ -62,13 +64,67 @@ pub fn recover(context: &Context, args: &RecoverArgs) -> Result<Exit, Failure> {
     }
 }
 
-/// The file must be new: a report of an earlier recovery is not to be lost.
-fn write_report(path: &Path, recovery: &Recovery) -> Result<(), Failure> {
-    let mut text = format!("{:#}", json_of(recovery));
-    text.push('\n');
-    let file = OpenOptions::new().write(true).create_new(true).open(path);
-    let written = file.and_then(|mut file| file.write_all(text.as_bytes()).and_then(|()| file.sync_all()));
-    written.map_err(|error| Failure::io("writing", path, error))
+/// The file that tells what was kept and what was given up.
+struct Report {
+    path: PathBuf,
+    object: Value,
+    /// It was begun by this command, not by one before whose end isn't known.
+    is_new: bool,
+}
+
+impl Report {
+    /// Writes what is to be done. The file must be new, for a report of an earlier recovery is not to be lost; or
+    /// it is of this very one, which is gone on with: then it knows what there was before.
+    fn begin(path: PathBuf, recovery: &Recovery) -> Result<Report, Failure> {
+        let object = json_of(recovery);
+        let file = OpenOptions::new().write(true).create_new(true).open(&path);
+        let written =
+            file.and_then(|mut file| file.write_all(&text_in(&object)).and_then(|()| file.sync_all()));
+        match written {
+            Ok(()) => Ok(Report { path, object, is_new: true }),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => match same_decision(&path, &object) {
+                Some(object) => Ok(Report { path, object, is_new: false }),
+                None => Err(Failure::io("writing", &path, error)),
+            },
+            Err(error) => Err(Failure::io("writing", &path, error)),
+        }
+    }
+
+    /// Writes what was done, in place of what was to be done: with the conf version under which it was.
+    fn end(&mut self, recovery: &Recovery) -> Result<(), Failure> {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        // By then the map knows of no other replicas; those before do.
+        self.object["conf"] = recovery.conf.into();
+        self.object["done"] = recovery.done.into();
+        self.object["time"] = now.into();
+        let beside = self.path.with_extension("new");
+        let file = OpenOptions::new().write(true).create(true).truncate(true).open(&beside);
+        let text = text_in(&self.object);
+        let written = file.and_then(|mut file| file.write_all(&text).and_then(|()| file.sync_all()));
+        let renamed = written.and_then(|()| std::fs::rename(&beside, &self.path));
+        renamed.map_err(|error| Failure::io("writing", &self.path, error))
+    }
+
+    /// It tells of what was not done.
+    fn discard(self) {
+        if self.is_new
+            && let Err(error) = std::fs::remove_file(&self.path)
+        {
+            output::note(format!("{} tells of what was not done: {error}", self.path.display()));
+        }
+    }
+}
+
+fn text_in(object: &Value) -> Vec<u8> {
+    format!("{object:#}\n").into_bytes()
+}
+
+/// The report in a file, if it is of the same decision.
+fn same_decision(path: &Path, object: &Value) -> Option<Value> {
+    let there: Value = serde_json::from_slice(&std::fs::read(path).ok()?).ok()?;
+    let same = |key: &str| there[key] == object[key];
+    let kept = there["kept"]["replica"] == object["kept"]["replica"];
+    (same("shard") && same("database") && same("conf") && kept).then_some(there)
 }
 
 fn kept(recovery: &Recovery) -> Option<&ShardCopy> {
@@ -87,17 +143,23 @@ fn json_of(recovery: &Recovery) -> Value {
             "applied": copy.applied,
             "committed": copy.committed,
             "last": copy.last,
+            "last_term": copy.last_term,
             "keys": copy.keys,
             "bytes": copy.bytes,
         })
     };
-    let lost = recovery.copies.iter().filter(|copy| copy.replica != recovery.keep);
+    let others = |answers| {
+        let others = recovery.copies.iter().filter(|copy| copy.replica != recovery.keep);
+        others.filter(|copy| copy.answers == answers).map(copy).collect::<Value>()
+    };
     json!({
         "shard": recovery.shard.0,
         "database": recovery.database,
         "conf": recovery.conf,
         "kept": kept(recovery).map(copy),
-        "lost": lost.map(copy).collect::<Value>(),
+        "gone": others(false),
+        "given_up": others(true),
+        "done": recovery.done,
     })
 }
 
@@ -127,8 +189,8 @@ fn text_of(recovery: &Recovery) -> String {
     }
     let last = kept(recovery).map_or(0, |copy| copy.last);
     format!(
-        "shard {} of {}\n{table}\nkept: its entries up to {last}. Lost: what only the replicas that are gone had, also \
-         writes that were acknowledged; nobody can tell which",
+        "shard {} of {}\n{table}\nkept: its entries up to {last}. Lost: what only the others had, those that are \
+         gone and those that are given up, also writes that were acknowledged; nobody can tell which",
         recovery.shard, recovery.database
     )
 }
@@ -136,8 +198,16 @@ fn text_of(recovery: &Recovery) -> String {
 fn refuse(context: &Context, recovery: &Recovery) -> Result<Exit, Failure> {
     if context.json() {
         let mut object = json_of(recovery);
-        object["done"] = false.into();
+        object["decided"] = recovery.decided.into();
         output::json(&object)?;
+    } else if recovery.decided {
+        let node = kept(recovery).map_or(0, |copy| copy.node.0);
+        output::line(format!(
+            "shard {} of {} goes on with the replica on node {node}: that is decided{}",
+            recovery.shard,
+            recovery.database,
+            if recovery.done { ", and done" } else { "; it doesn't lead yet" }
+        ))?;
     } else {
         output::line(text_of(recovery))?;
         output::note(
@@ -145,13 +215,13 @@ fn refuse(context: &Context, recovery: &Recovery) -> Result<Exit, Failure> {
              any of their nodes can be brought back, do that instead",
         );
     }
-    Ok(Exit::Negative)
+    Ok(if recovery.done { Exit::Done } else { Exit::Negative })
 }
 
 fn done(context: &Context, recovery: &Recovery, report: &Path) -> Result<Exit, Failure> {
     if context.json() {
         let mut object = json_of(recovery);
-        object["done"] = true.into();
+        object["decided"] = true.into();
         object["report"] = report.display().to_string().into();
         after_effect(output::json(&object))?;
     } else {
@@ -183,6 +253,7 @@ mod tests {
             applied: last,
             committed: last,
             last,
+            last_term: 3,
             keys: 5,
             bytes: 100,
         };
@@ -193,6 +264,7 @@ mod tests {
             conf: 1 << 32,
             copies: vec![copy(1, true, 40), copy(2, false, 0), copy(3, false, 0)],
             done: false,
+            decided: false,
         }
     }
 
@@ -200,21 +272,39 @@ mod tests {
     fn what_is_kept_and_lost_is_told_apart() {
         let object = json_of(&recovery());
         assert_eq!(object["kept"]["node"], 1);
-        assert_eq!(object["lost"].as_array().unwrap().len(), 2);
+        assert_eq!(object["gone"].as_array().unwrap().len(), 2);
+        let mut given_up = recovery();
+        (given_up.copies[1].answers, given_up.copies[1].serves) = (true, true);
+        let object = json_of(&given_up);
+        assert_eq!((&object["gone"][0]["node"], &object["given_up"][0]["node"]), (&3.into(), &2.into()));
         assert_eq!((&object["shard"], &object["database"]), (&7.into(), &"demo".into()));
         let text = text_of(&recovery());
-        for part in ["goes on", "gone", "entries up to 40", "acknowledged"] {
+        for part in ["goes on", "gone", "entries up to 40", "given up", "acknowledged"] {
             assert!(text.contains(part), "{part}: {text}");
         }
     }
 
     #[test]
-    fn a_report_overwrites_nothing() {
+    fn a_report_overwrites_nothing_but_what_it_goes_on_with() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("report.json");
-        write_report(&path, &recovery()).unwrap();
-        let text = std::fs::read_to_string(&path).unwrap();
-        assert_eq!(serde_json::from_str::<Value>(&text).unwrap(), json_of(&recovery()));
-        assert_eq!(write_report(&path, &recovery()).unwrap_err().exit, Exit::Usage);
+        let read = || serde_json::from_slice::<Value>(&std::fs::read(&path).unwrap()).unwrap();
+        let begin = |recovery: &Recovery| Report::begin(path.clone(), recovery);
+        assert!(begin(&recovery()).unwrap().is_new);
+        assert_eq!(read(), json_of(&recovery()));
+        let other = Recovery { conf: 2 << 32, ..recovery() };
+        assert_eq!(begin(&other).err().unwrap().exit, Exit::Usage);
+        // The map has forgotten the others by the time that it is gone on with.
+        let mut goes_on = Recovery { decided: true, ..recovery() };
+        goes_on.copies.truncate(1);
+        let mut report = begin(&goes_on).unwrap();
+        report.end(&Recovery { done: true, ..goes_on }).unwrap();
+        let told = read();
+        assert_eq!((&told["done"], told["gone"].as_array().unwrap().len()), (&true.into(), 2));
+        assert!(told["time"].as_u64().unwrap() > 1_500_000_000, "{told}");
+        report.discard();
+        assert!(path.exists());
+        std::fs::write(&path, "something else").unwrap();
+        assert_eq!(begin(&recovery()).err().unwrap().exit, Exit::Usage);
     }
 }

@@ -80,6 +80,7 @@ fn report(n: u64, role: StateRole, term: u64, applied: u64, committed: u64) -> N
                 applied,
                 committed,
                 last: committed,
+                last_term: term,
                 recovering: false,
                 state_lost: None,
                 incarnation: 1,

@@ -88,8 +88,10 @@ pub struct Recovery {
     pub conf: u64,
     /// All replicas by the map, that one included.
     pub copies: Vec<ShardCopy>,
-    /// False: nothing was changed.
+    /// It leads its shard alone.
     pub done: bool,
+    /// It is decided, now or before, and goes on by itself. False: nothing was changed.
+    pub decided: bool,
 }
 
 /// One replica of such a shard, as far as is known.
@@ -113,6 +115,8 @@ pub struct ShardCopy {
     pub committed: u64,
     /// Log index of its last entry.
     pub last: u64,
+    /// Raft term of its last entry: a log that ends in a later one is worth more.
+    pub last_term: u64,
     /// Keys, as last counted.
     pub keys: u64,
     /// Bytes of them and their values, likewise.
@@ -215,6 +219,7 @@ fn read_recovery(from: recovery::Reader<'_>) -> Result<Recovery, CodecError> {
         conf: from.get_conf(),
         copies: from.get_copies()?.iter().map(read_copy).collect::<Result<_, _>>()?,
         done: from.get_done(),
+        decided: from.get_decided(),
     })
 }
 
@@ -229,6 +234,7 @@ fn read_copy(from: shard_copy::Reader<'_>) -> Result<ShardCopy, CodecError> {
         applied: from.get_applied(),
         committed: from.get_committed(),
         last: from.get_last(),
+        last_term: from.get_last_term(),
         keys: from.get_keys(),
         bytes: from.get_bytes(),
     })

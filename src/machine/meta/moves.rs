@@ -18,11 +18,11 @@ use std::collections::BTreeSet;
 
 use super::records::{self, Counters};
 use super::{Stop, fixed, formed, nodes, not_allowed, rebalance, stale};
-use crate::ids::{Epoch, NodeId, ReplicaId, ShardId};
+use crate::ids::{Epoch, METADATA_SHARD, NodeId, ReplicaId, ShardId, generation_of, generation_start};
 use crate::machine::command::MetaReply;
 use crate::placement::map::{
-    Member, MemberRole, MoveCause, NodeRecord, RebalanceRecord, RebalanceState, ShardMove, ShardRecord,
-    Standing,
+    DatabaseRecord, Member, MemberRole, MoveCause, NodeRecord, PolicyRecord, RebalanceRecord, RebalanceState,
+    ShardMove, ShardRecord, Standing,
 };
 use crate::storage::{StateBatch, StateView};
 
@@ -237,14 +237,20 @@ pub(super) fn end(shard: ShardId, id: u64, state: &mut dyn StateBatch) -> Result
 
 /// Makes one replica the only member of a shard. Whoever proposes it has seen to it that the others are gone
 /// for good.
+///
+/// The metadata shard's own is not proposed: the replica that goes on alone has it in its log, behind all that it
+/// had before.
 pub(super) fn recover(
     shard: ShardId,
     keep: ReplicaId,
     conf: u64,
     state: &mut dyn StateBatch,
 ) -> Result<MetaReply, Stop> {
-    formed(state)?;
+    let counters = formed(state)?;
     let mut record = load(shard, state)?;
+    if shard == METADATA_SHARD && generation_of(conf) > generation_of(state.revision()) {
+        return begin_generation(record, keep, conf, counters, state);
+    }
     if record.dropped {
         return stale(format!("shard {shard}"));
     }
@@ -265,6 +271,51 @@ pub(super) fn recover(
     record.changed_at = state.next_revision();
     records::save(&record, state);
     Ok(MetaReply::Done(record.changed_at))
+}
+
+/// The metadata shard goes on with what one replica had, and that may be less than what was told of the map: versions
+/// may be lost, and ids that are in use. None of them is given out again. So the versions go on in the next
+/// generation, and all ids behind any that can have been given out; and every record is of the new version, so
+/// that it counts for more than what is known of it elsewhere.
+fn begin_generation(
+    mut metadata: ShardRecord,
+    keep: ReplicaId,
+    conf: u64,
+    counters: Counters,
+    state: &mut dyn StateBatch,
+) -> Result<MetaReply, Stop> {
+    // So that its first revision is the first number of the generation.
+    state.raise_revision(generation_start(conf) - 1);
+    let version = state.next_revision();
+    // If the map doesn't know that replica yet, it follows what the shard itself says, as ever.
+    let member = metadata.ordered().find(|member| member.replica == keep).copied();
+    if let Some(member) = member
+        && conf > metadata.epoch.conf
+    {
+        metadata.members = vec![Member { role: MemberRole::Voter, ..member }];
+        metadata.epoch.conf = conf;
+        (metadata.moving, metadata.target, metadata.previous) = (None, None, None);
+        records::save(&metadata, state);
+    }
+    for record in records::all::<NodeRecord>(state)? {
+        records::save(&NodeRecord { changed_at: version, ..record }, state);
+    }
+    for record in records::all::<DatabaseRecord>(state)? {
+        let record = DatabaseRecord { changed_at: version, ..record };
+        records::save(&record, state);
+        if !record.dropped {
+            records::save_name(&record, state);
+        }
+    }
+    for record in records::all::<ShardRecord>(state)? {
+        records::save(&ShardRecord { changed_at: version, ..record }, state);
+    }
+    let policy: PolicyRecord = records::load_single(state)?;
+    records::save_single(&PolicyRecord { changed_at: version, ..policy }, state);
+    let last: RebalanceRecord = records::load_single(state)?;
+    records::save_single(&RebalanceRecord { changed_at: version, ..last }, state);
+    records::save_counters(&counters.behind_all_given_out(), version, state);
+    Ok(MetaReply::Done(version))
 }
 
 fn load(shard: ShardId, state: &dyn StateView) -> Result<ShardRecord, Stop> {

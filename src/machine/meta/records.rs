@@ -40,6 +40,24 @@ pub(super) struct Counters {
     pub next_replica: u64,
 }
 
+/// So many ids of each kind are passed over when the metadata shard goes on with less than it had: more than any
+/// cluster can have given out since. Part of the format.
+const IDS_PASSED_OVER: u64 = 1 << 32;
+
+impl Counters {
+    /// These, behind all ids that can have been given out by one who knew more.
+    pub(super) fn behind_all_given_out(self) -> Counters {
+        let behind = |next: u64| next.saturating_add(IDS_PASSED_OVER);
+        Counters {
+            cluster_id: self.cluster_id,
+            next_node: behind(self.next_node),
+            next_database: behind(self.next_database),
+            next_shard: behind(self.next_shard),
+            next_replica: behind(self.next_replica),
+        }
+    }
+}
+
 /// A record with a table of its own.
 pub(super) trait Record: Sized {
     /// First byte of its keys.

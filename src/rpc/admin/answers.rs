@@ -96,6 +96,7 @@ pub(super) fn write_recovery(result: Result<Recovery, Refusal>, to: recovery_res
     to.set_keep(recovery.keep.0);
     to.set_conf(recovery.conf);
     to.set_done(recovery.done);
+    to.set_decided(recovery.decided);
     let count = u32::try_from(recovery.copies.len()).unwrap_or(u32::MAX);
     let mut copies = to.init_copies(count);
     for (at, copy) in (0..count).zip(&recovery.copies) {
@@ -113,6 +114,7 @@ fn write_copy(copy: &ShardCopy, mut to: shard_copy::Builder<'_>) {
     to.set_applied(copy.applied);
     to.set_committed(copy.committed);
     to.set_last(copy.last);
+    to.set_last_term(copy.last_term);
     to.set_keys(copy.keys);
     to.set_bytes(copy.bytes);
 }
@@ -191,6 +193,7 @@ mod tests {
             applied: 1,
             committed: 2,
             last: 3,
+            last_term: 6,
             keys: 4,
             bytes: 5,
         };
@@ -201,6 +204,7 @@ mod tests {
             conf: 1 << 33,
             copies: vec![copy(1, true), copy(2, false)],
             done: true,
+            decided: true,
         };
         let mut message = capnp::message::Builder::new_default();
         write_recovery(Ok(recovery.clone()), message.init_root());

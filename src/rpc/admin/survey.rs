@@ -7,7 +7,7 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 
 use super::{Admin, REPORT};
 use crate::ids::{NodeId, ShardId};
-use crate::node::handle::{NodePhase, NodeReport, ReplicaHealth};
+use crate::node::handle::{NodePhase, NodeReport, ReplicaHealth, ReplicaReport};
 use crate::placement::map::{ClusterMap, NodeRecord, Standing};
 use crate::placement::rebalance::{Known, ShardSize};
 use crate::refusal::Refusal;
@@ -61,6 +61,19 @@ impl Admin {
 }
 
 impl Reports {
+    /// Takes later ones in. Who answered before and doesn't now is still there, as far as he said.
+    pub(super) fn add(&mut self, later: Reports) {
+        self.0.extend(later.0);
+    }
+
+    /// What nodes told of their replicas of a shard.
+    pub(super) fn of(&self, shard: ShardId) -> impl Iterator<Item = (NodeId, &ReplicaReport)> {
+        let of = move |report: &&ReplicaReport| report.shard == shard;
+        self.0.iter().flat_map(move |(node, report)| {
+            report.replicas.iter().filter(of).map(move |replica| (*node, replica))
+        })
+    }
+
     /// Whether a node answered, and isn't about to go.
     pub(super) fn is_up(&self, node: NodeId) -> bool {
         self.0.get(&node).is_some_and(|report| report.phase != NodePhase::Stopping)

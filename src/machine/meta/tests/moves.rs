@@ -243,3 +243,45 @@ fn a_shard_whose_majority_is_lost_goes_on_alone() {
     let report = observe(0, 99, &[(1, 1, Voter), (3, 3, Voter)]);
     assert_eq!(run(&report, &mut state), MetaReply::Done(5));
 }
+
+/// A map that a metadata shard gave up must be told from any that it comes to later: by its version, and by every id.
+#[test]
+fn a_metadata_shard_that_goes_on_alone_takes_nothing_back() {
+    let mut state = five();
+    run(&create("db", 3, 2, &state), &mut state);
+    run(&begin(0, 1, &[4], &[1]), &mut state);
+    // This was acknowledged; the replica that goes on hasn't got it.
+    let behind = state.clone();
+    run(&create("lost", 3, 4, &state), &mut state);
+    run(&MetaCommand::DropDatabase { name: "db".into(), id: None }, &mut state);
+    let lost = cluster_map(&state).unwrap();
+    let mut state = behind;
+    let conf = 1 << 32;
+    let recover = MetaCommand::RecoverShard { shard: METADATA_SHARD, keep: ReplicaId(2), conf };
+    assert_eq!(run(&recover, &mut state), MetaReply::Done(conf));
+    assert_eq!((members(0, &state), shard(0, &state).moving), (vec![(2, 2, Voter)], None));
+    // Once per generation.
+    assert_eq!(run(&recover, &mut state), MetaReply::Done(conf));
+    let map = cluster_map(&state).unwrap();
+    let mut known = lost.clone();
+    assert!(known.merge(map.delta(lost.version)));
+    assert_eq!(known, map);
+    let mut refreshed = lost.clone();
+    refresh(&mut refreshed, &state).unwrap();
+    assert_eq!(refreshed, map);
+    assert!(map.shards.values().all(|shard| shard.changed_at == conf));
+    run(&create("new", 3, 4, &state), &mut state);
+    let map = cluster_map(&state).unwrap();
+    let new = map.database("new").unwrap();
+    assert!(lost.databases.keys().all(|id| *id < new.id));
+    assert!(lost.shards.keys().all(|id| *id < new.shards[0]));
+    let replicas = |map: &ClusterMap, shards: &[ShardId]| -> Vec<ReplicaId> {
+        shards.iter().flat_map(|id| map.shards[id].members.iter().map(|member| member.replica)).collect()
+    };
+    let all: Vec<_> = lost.shards.keys().copied().collect();
+    assert!(replicas(&lost, &all).iter().max() < replicas(&map, &new.shards).iter().min());
+    // Its members may not be in the map that is left: the map goes on all the same, and follows later.
+    let stranger = MetaCommand::RecoverShard { shard: METADATA_SHARD, keep: ReplicaId(77), conf: 2 << 32 };
+    assert_eq!(run(&stranger, &mut state), MetaReply::Done(2 << 32));
+    assert_eq!(members(0, &state), [(2, 2, Voter)]);
+}
