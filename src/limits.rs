@@ -21,8 +21,9 @@ pub const CAUGHT_UP_ENTRIES_MAX: u64 = 1024;
 pub const CAUGHT_UP_BYTES_MAX: u64 = 4 * MIB as u64;
 /// Most shards a database may have.
 pub const SHARDS_MAX: u32 = 4096;
-/// Shortest time after which a node that is gone may be replaced, in milliseconds: longer than a restart.
-pub const REPLACE_AFTER_MS_MIN: u64 = 1_000;
+/// Shortest time after which a node that is gone may be replaced, in milliseconds: longer than a restart, and
+/// than some surveys that go unanswered.
+pub const REPLACE_AFTER_MS_MIN: u64 = 10_000;
 /// Most shards whose members may change at the same time.
 pub const MOVES_AT_A_TIME_MAX: u32 = 1024;
 /// Least that a node may be allowed to send in snapshots, in bytes per second: at less a move never ends.
@@ -260,6 +261,12 @@ pub const SICK_MS: u64 = 60_000;
 /// The nodes must have been the same ones, all of them alive, for this time before load is spread anew, in
 /// milliseconds.
 pub const SETTLE_MS: u64 = 10_000;
+/// Time for which a new replica may get no further beside what copying the shard takes, in milliseconds; then its
+/// move counts as one that lacks something.
+pub const CATCH_UP_STILL_MS: u64 = 600_000;
+/// Bytes per second that copying is taken to manage where the policy sets no limit: half of what it usually does
+/// on a slow disk.
+pub const CATCH_UP_BYTES_PER_SECOND: u64 = 32 * MIB as u64;
 /// Time for which no new replica of a shard is put on a node on which one came to nothing, as long as there
 /// are other nodes, in milliseconds.
 pub const SHUN_MS: u64 = 300_000;

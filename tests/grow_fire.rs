@@ -64,7 +64,7 @@ async fn a_node_dies_in_the_middle(victim: usize) {
     let (mut cluster, client) = started(4).await;
     let database = cluster.database(&client, "db", 3, 6).await.with_timeout(DEADLINE);
     Rest { metadata: 3, even: true, ..Rest::default() }.reached(&client, &cluster, SETTLE).await;
-    set(&client, PolicyChange::ReplaceAfterMs(4_000)).await;
+    set(&client, PolicyChange::ReplaceAfterMs(10_000)).await;
     set(&client, PolicyChange::MovesAtATime(2)).await;
     let load = Load::start(std::slice::from_ref(&database), 4);
     load.progress(50).await;

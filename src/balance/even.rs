@@ -27,6 +27,17 @@ pub(super) struct Memory {
     in_place: Option<(u64, u64)>,
 }
 
+/// How far the leadership of a shard is whose replicas are where the plan wants them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Handover {
+    /// It is where it should be.
+    There,
+    /// It can go there.
+    Now { from: NodeId, to: NodeId },
+    /// It isn't there and can't go yet: nobody is known to lead, or the heir can't.
+    Later,
+}
+
 impl Round<'_> {
     /// Ends the rebalancing once nothing is left of it, and gives it up if it can't end.
     pub(super) fn control_rebalance(&mut self) {
@@ -35,13 +46,18 @@ impl Round<'_> {
         let mut left = false;
         let mut impossible = None;
         let mut handovers = Vec::new();
+        let mut led_elsewhere = false;
         for shard in map.shards.values().filter(|shard| !shard.dropped) {
             left |= shard.moving.as_ref().is_some_and(|moving| moving.cause == MoveCause::Rebalance);
             if shard.target.is_some() {
                 left = true;
                 impossible = impossible.or_else(|| self.impossible(shard));
             } else if shard.previous.as_ref().is_some_and(|previous| previous.plan == last.plan) {
-                handovers.extend(self.handover(shard));
+                let handover = self.handover(shard);
+                led_elsewhere |= handover != Handover::There;
+                if let Handover::Now { from, to } = handover {
+                    handovers.push((shard.id, from, to));
+                }
             }
         }
         let plan = last.plan;
@@ -50,7 +66,7 @@ impl Round<'_> {
             RebalanceState::Running if impossible.is_some() => {
                 self.act(control(RebalanceState::Failed, impossible.unwrap_or_default()));
             }
-            RebalanceState::Running if !left && self.waits_for_leaders(plan, &handovers) => {
+            RebalanceState::Running if !left && self.waits_for_leaders(plan, led_elsewhere) => {
                 for (shard, from, to) in handovers {
                     self.transfer(shard, from, to);
                 }
@@ -68,22 +84,28 @@ impl Round<'_> {
     }
 
     /// Whether there are leaderships to hand over still, and it hasn't been tried for long.
-    fn waits_for_leaders(&mut self, plan: u64, handovers: &[(ShardId, NodeId, NodeId)]) -> bool {
+    fn waits_for_leaders(&mut self, plan: u64, led_elsewhere: bool) -> bool {
         let now_ms = self.now_ms();
         let since = self.memory.even.in_place.filter(|(of, _)| *of == plan).map_or(now_ms, |(_, at)| at);
         self.memory.even.in_place = Some((plan, since));
-        !handovers.is_empty() && now_ms.saturating_sub(since) < limits::REBALANCE_LEADERS_MS_MAX
+        led_elsewhere && now_ms.saturating_sub(since) < limits::REBALANCE_LEADERS_MS_MAX
     }
 
-    /// Leadership of a shard whose replicas are where the plan wants them goes to the first of them, if that
-    /// can lead: from whom, and to whom.
-    fn handover(&self, shard: &ShardRecord) -> Option<(ShardId, NodeId, NodeId)> {
-        let led = self.view.leaders.get(&shard.id)?;
-        let first = shard.members.first()?;
+    /// Leadership of a shard whose replicas are where the plan wants them goes to the first of them, as soon as
+    /// that can lead.
+    fn handover(&self, shard: &ShardRecord) -> Handover {
+        let Some(first) = shard.members.first() else { return Handover::There };
+        let Some(led) = self.view.leaders.get(&shard.id) else { return Handover::Later };
+        if led.node == first.node {
+            return Handover::There;
+        }
         let able = first.role == MemberRole::Voter
             && led.caught_up(first.replica)
             && self.view.nodes.get(&first.node).is_some_and(|node| node.may_lead);
-        (able && shard.moving.is_none() && led.node != first.node).then_some((shard.id, led.node, first.node))
+        match able && shard.moving.is_none() {
+            true => Handover::Now { from: led.node, to: first.node },
+            false => Handover::Later,
+        }
     }
 
     /// Why a shard can't come to its target any more.

@@ -13,6 +13,8 @@ use crate::placement::map::{Member, MemberRole, ShardMove, ShardRecord};
 pub(super) enum Next {
     /// Nothing: what was begun goes on by itself.
     Nothing,
+    /// Nothing, as long as the new replica on this node comes nearer.
+    CatchingUp(NodeId),
     /// Something that isn't there: this.
     Wait(String),
     /// The same, but not for ever: if it doesn't come, another move may succeed.
@@ -87,7 +89,10 @@ pub(super) fn next(
             return stalled(format!("the leader doesn't hear from the new replica on node {}", add.node));
         }
         if !led.caught_up(add.replica) {
-            return Next::Nothing;
+            return match promoted {
+                true => Next::Nothing,
+                false => Next::CatchingUp(add.node),
+            };
         }
     }
     if let Err(why) = led.quorums(&promote, 0, &voters) {
@@ -120,7 +125,7 @@ fn hopeless(view: &View, record: &ShardRecord, moving: &ShardMove, led: Led) -> 
         if !node.standing.takes_replicas() {
             return Some(format!("node {} takes no replicas any more", add.node));
         }
-        if node.silent_ms >= limits::NEWCOMER_SILENT_MS {
+        if node.silent_ms >= limits::NEWCOMER_SILENT_MS && !led.active(add.replica) {
             return Some(format!("node {} doesn't answer", add.node));
         }
         if node.disk_full && !led.caught_up(add.replica) {

@@ -18,6 +18,8 @@ enum Lane {
     Change,
     /// Its leader changes.
     Transfer,
+    /// What is decided about nodes changes.
+    Standing,
 }
 
 /// A step that was named, and when it is named again.
@@ -48,6 +50,14 @@ impl Paces {
         true
     }
 
+    /// `action` has been named, but nothing was made of it: it is due at once.
+    pub fn put_off(&mut self, action: &Action) {
+        let place = place(action);
+        if self.paces.get(&place).is_some_and(|pace| pace.action == *action) {
+            self.paces.remove(&place);
+        }
+    }
+
     /// Forgets steps that wait no more: their time came long ago, so what they were for has come true.
     pub fn forget(&mut self, now_ms: u64) {
         self.paces.retain(|_, pace| now_ms < pace.again_at + 2 * limits::STEP_RETRY_MS_MAX);
@@ -64,6 +74,7 @@ fn place(action: &Action) -> (Option<ShardId>, Lane) {
             | MetaCommand::CancelMove { shard, .. }
             | MetaCommand::EndMove { shard, .. },
         ) => (Some(*shard), Lane::Wish),
+        Action::Meta(MetaCommand::SetStanding { .. }) => (None, Lane::Standing),
         Action::Meta(_) => (None, Lane::Wish),
     }
 }
@@ -89,6 +100,10 @@ mod tests {
         assert_eq!(named(&mut paces, 100..104, &transfer(3)), [100, 101, 103]);
         let end = Action::Meta(MetaCommand::EndMove { shard: ShardId(1), id: 1 });
         assert!(paces.due(104_000, &end), "another kind of step has its own pace");
+        paces.put_off(&end);
+        assert!(paces.due(104_001, &end) && !paces.due(104_002, &end));
+        paces.put_off(&transfer(2));
+        assert!(!paces.due(104_003, &transfer(3)), "that was another");
         paces.forget(1_000_000);
         assert!(paces.paces.is_empty());
     }

@@ -33,8 +33,10 @@ pub(super) struct Memory {
     paces: Paces,
     /// Moves that are rolled back: the conf version at which their newcomers were last removed.
     fences: BTreeMap<(ShardId, u64), u64>,
-    /// Moves that lack something, and since when.
-    stalled: BTreeMap<(ShardId, u64), u64>,
+    /// Moves that lack something.
+    stalls: BTreeMap<(ShardId, u64), Stall>,
+    /// How far the newcomers of moves have come, and since when they have come no further.
+    growth: BTreeMap<(ShardId, u64), Growth>,
     /// Nodes on which a new replica of a shard came to nothing, and until when others are preferred.
     shunned: BTreeMap<(ShardId, NodeId), u64>,
     /// Why steps were refused, and when that was told.
@@ -42,6 +44,39 @@ pub(super) struct Memory {
     /// When the last step was.
     now_ms: u64,
     pub even: even::Memory,
+}
+
+/// For how long a move has lacked something.
+#[derive(Clone, Copy, Default)]
+struct Stall {
+    /// Milliseconds: they grow while it does, and go, half as fast, while it doesn't. What comes and goes is as
+    /// good as not there.
+    for_ms: u64,
+    /// When that was last counted.
+    at_ms: u64,
+}
+
+/// How far the newcomers of a move have come.
+#[derive(Clone, Copy)]
+struct Growth {
+    /// The entries that they have, in all.
+    matched: u64,
+    /// Since when they have no more.
+    since_ms: u64,
+    /// The most that a leader has said the shard holds: a new one has yet to count.
+    bytes: u64,
+}
+
+impl Stall {
+    fn count(&mut self, now_ms: u64, lacks: bool) {
+        // Time in which nobody looked counts for nothing.
+        let passed = now_ms.saturating_sub(self.at_ms).min(limits::SILENCE_STEP_MS_MAX);
+        self.at_ms = now_ms;
+        self.for_ms = match lacks {
+            true => self.for_ms.saturating_add(passed),
+            false => self.for_ms.saturating_sub(passed.div_ceil(2)),
+        };
+    }
 }
 
 impl Reconciler {
@@ -58,6 +93,11 @@ impl Reconciler {
     /// A step for this shard was refused, in these words; they go into [`Reconciler::stuck`].
     pub fn refused(&mut self, shard: ShardId, why: String) {
         self.memory.refusals.insert(shard, (self.memory.now_ms, why));
+    }
+
+    /// An action that the last step named hasn't been begun, for want of room: the next names it again.
+    pub fn put_off(&mut self, action: &Action) {
+        self.memory.paces.put_off(action);
     }
 
     /// What to do now. To be called about every second, with a clock that never goes back, after the answers
@@ -111,7 +151,8 @@ impl Memory {
         };
         self.paces.forget(now_ms);
         self.fences.retain(|(shard, id), _| under_way(*shard, *id));
-        self.stalled.retain(|(shard, id), _| under_way(*shard, *id));
+        self.stalls.retain(|(shard, id), _| under_way(*shard, *id));
+        self.growth.retain(|(shard, id), _| under_way(*shard, *id));
         self.shunned.retain(|_, until| now_ms < *until);
         self.refusals.retain(|_, (at, _)| now_ms < *at + 2 * limits::STEP_RETRY_MS_MAX);
     }
@@ -123,6 +164,7 @@ fn known(view: &View) -> Known {
         leaders: view.leaders.iter().map(|(shard, led)| (*shard, led.node)).collect(),
         sizes: view.leaders.iter().map(|(shard, led)| (*shard, size(led))).collect(),
         unfit: view.unfit(),
+        taken_over: view.nodes.iter().filter(|(_, node)| node.taken_over).map(|(id, _)| *id).collect(),
         fixed: BTreeSet::new(),
     }
 }
@@ -148,8 +190,6 @@ impl<'a> Round<'a> {
             if self.observe(record, observed) {
                 observed += 1;
             }
-            // One without a leader goes nowhere, and must not hold the others up.
-            moving += u32::from(record.moving.is_some() && self.view.leaders.contains_key(&record.id));
             if let Some(led) = self.settled_leader(record) {
                 let leaves = self.leave(record, led);
                 match &record.moving {
@@ -159,6 +199,9 @@ impl<'a> Round<'a> {
                     None => wants.extend(self.want(record, led)),
                 }
             }
+            if let Some(under_way) = &record.moving {
+                moving += u32::from(self.goes_on(record, under_way));
+            }
         }
         wants.sort_by_key(|(record, _, want): &(&ShardRecord, Led, Want)| (want.urgency, record.id));
         // What a shard wants may have to wait; that doesn't stand in the way of even load of the others.
@@ -167,6 +210,7 @@ impl<'a> Round<'a> {
         let quiet = moving == 0;
         let begun = self.begin(&wants, moving, known);
         self.control_rebalance();
+        self.end_leaving();
         if quiet && begun == 0 {
             even::spread(self, known);
         }
@@ -283,15 +327,69 @@ impl<'a> Round<'a> {
         standing != Some(Standing::Member) && heir.is_some_and(|to| self.transfer(record.id, led.node, to))
     }
 
+    /// Whether a move gets anywhere: one without a leader, or that has lacked something for long, doesn't, and
+    /// must not hold the others up. To be called once in a step, after all else.
+    fn goes_on(&mut self, record: &ShardRecord, moving: &ShardMove) -> bool {
+        let now_ms = self.now_ms();
+        let stall =
+            self.memory.stalls.entry((record.id, moving.id)).or_insert(Stall { for_ms: 0, at_ms: now_ms });
+        stall.count(now_ms, self.stuck.contains_key(&record.id));
+        stall.for_ms < limits::SICK_MS && self.view.leaders.contains_key(&record.id)
+    }
+
+    /// Whether the newcomers of a move have come no further for longer than copying the shard can take.
+    fn stands_still(&mut self, record: &ShardRecord, moving: &ShardMove, led: Led) -> bool {
+        let now_ms = self.now_ms();
+        let matched = |add: &Member| led.follower(add.replica).map_or(0, |follower| follower.matched);
+        let matched = moving.adds.iter().map(matched).fold(0, u64::saturating_add);
+        let growth = self.memory.growth.entry((record.id, moving.id));
+        let growth = growth.or_insert(Growth { matched, since_ms: now_ms, bytes: 0 });
+        if matched > growth.matched {
+            (growth.matched, growth.since_ms) = (matched, now_ms);
+        }
+        growth.bytes = growth.bytes.max(led.report.bytes);
+        let policy = &self.view.map.policy;
+        let rate = match policy.bytes_per_second {
+            0 => limits::CATCH_UP_BYTES_PER_SECOND,
+            limit => limit,
+        };
+        // A snapshot counts when it has been taken over as a whole, and others are sent beside it.
+        let others = u64::from(policy.moves_at_a_time.saturating_mul(limits::REPAIR_MOVES_FACTOR));
+        let copying_ms = growth.bytes.saturating_mul(others).saturating_mul(1000) / rate.max(1);
+        now_ms.saturating_sub(growth.since_ms) >= copying_ms.saturating_add(limits::CATCH_UP_STILL_MS)
+    }
+
+    /// A node that was given up and on which nothing is any more is removed: whoever gave it up may have been
+    /// interrupted.
+    fn end_leaving(&mut self) {
+        let map = self.view.map;
+        let leaving = map.nodes.values().filter(|node| node.standing == Standing::Leaving);
+        let mut empty: BTreeSet<NodeId> = leaving.map(|node| node.id).collect();
+        if empty.is_empty() {
+            return;
+        }
+        for shard in map.shards.values().filter(|shard| !shard.dropped) {
+            let said = self.ears.described(shard.id).map_or(&[][..], |described| &described.members);
+            for member in shard.ordered().chain(said) {
+                empty.remove(&member.node);
+            }
+        }
+        if let Some(node) = empty.first() {
+            self.act(Action::Meta(MetaCommand::SetStanding { node: *node, standing: Standing::Removed }));
+        }
+    }
+
     fn go_on(&mut self, record: &ShardRecord, moving: &ShardMove, led: Led) {
         let place = (record.id, moving.id);
         let fenced = self.memory.fences.get(&place).copied();
-        let next = moves::next(&self.view, record, moving, led, fenced);
-        if !matches!(next, Next::Stalled(_)) {
-            self.memory.stalled.remove(&place);
+        let mut next = moves::next(&self.view, record, moving, led, fenced);
+        if let Next::CatchingUp(node) = next
+            && self.stands_still(record, moving, led)
+        {
+            next = Next::Stalled(format!("the new replica on node {node} comes no further"));
         }
         match next {
-            Next::Nothing => {}
+            Next::Nothing | Next::CatchingUp(_) => {}
             Next::Wait(why) => self.wait(record.id, why),
             Next::Do(Action::Transfer { node, to, .. }) => {
                 self.transfer(record.id, node, to);
@@ -307,9 +405,9 @@ impl<'a> Round<'a> {
                 self.act(action);
             }
             Next::Stalled(why) => {
-                let now_ms = self.now_ms();
-                let since = *self.memory.stalled.entry(place).or_insert(now_ms);
-                if now_ms.saturating_sub(since) >= limits::SICK_MS {
+                let mut stall = self.memory.stalls.get(&place).copied().unwrap_or_default();
+                stall.count(self.now_ms(), true);
+                if stall.for_ms >= limits::SICK_MS {
                     self.shun(record.id, moving);
                     self.act(Action::Meta(MetaCommand::CancelMove { shard: record.id, id: moving.id }));
                 }
@@ -346,8 +444,13 @@ impl<'a> Round<'a> {
                 _ => most,
             };
             if moving + begun >= bound {
-                // Wants are in order of urgency: none of the rest has a greater bound.
-                break;
+                // Wants are in order of urgency: none of the rest has a greater bound. That a plan's shards wait
+                // for each other is as it should be.
+                if want.urgency != Urgency::Target {
+                    let (why, before) = (&want.why, moving + begun);
+                    self.wait(record.id, format!("{why}; it waits for {before} moves under way"));
+                }
+                continue;
             }
             let shunned = self.memory.shunned.range((record.id, NodeId(0))..=(record.id, NodeId(u64::MAX)));
             let shunned: Vec<NodeId> = shunned.map(|((_, node), _)| *node).collect();

@@ -16,6 +16,12 @@ pub(super) struct NodeView {
     pub alive: bool,
     /// It hasn't answered for so long.
     pub silent_ms: u64,
+    /// A leader hears from a replica on it, whether or not it answers here.
+    pub vouched: bool,
+    /// Another has given its address, and nobody hears from it any more.
+    pub replaced: bool,
+    /// That has been so for long enough to count on it.
+    pub taken_over: bool,
     /// Its disk has less free than its reserve.
     pub disk_full: bool,
     /// It may get replicas now.
@@ -55,12 +61,14 @@ impl<'a> View<'a> {
     ) -> View<'a> {
         let surveys: BTreeMap<NodeId, &Survey> = surveys.map(|survey| (survey.node, survey)).collect();
         let replaced = map.replaced();
+        let vouched = vouched(surveys.values().copied());
         let mut view =
             View { map, nodes: BTreeMap::new(), leaders: BTreeMap::new(), leads: BTreeMap::new(), sick };
         for record in map.nodes.values() {
             let survey = surveys.get(&record.id).copied();
             let silent_ms = silence.get(&record.id).copied().unwrap_or(0);
-            let node = node_view(record, map, survey, silent_ms, replaced.contains(&record.id));
+            let (replaced, vouched) = (replaced.contains(&record.id), vouched.contains(&record.id));
+            let node = node_view(record, map, survey, silent_ms, vouched, replaced);
             view.nodes.insert(record.id, node);
         }
         for survey in surveys.into_values() {
@@ -112,30 +120,49 @@ impl<'a> View<'a> {
     }
 }
 
+/// Nodes that leaders hear from: whoever is cut off from the metadata shard's leader alone, or slow to answer,
+/// is not gone.
+fn vouched<'a>(surveys: impl Iterator<Item = &'a Survey>) -> BTreeSet<NodeId> {
+    let mut nodes = BTreeSet::new();
+    for report in surveys.flat_map(|survey| &survey.led) {
+        for follower in report.followers.iter().filter(|follower| follower.active) {
+            nodes.extend(report.members.iter().find(|m| m.replica == follower.replica).map(|m| m.node));
+        }
+    }
+    nodes
+}
+
 fn node_view(
     record: &NodeRecord,
     map: &ClusterMap,
     survey: Option<&Survey>,
     silent_ms: u64,
+    vouched: bool,
     replaced: bool,
 ) -> NodeView {
     let alive = survey.is_some();
     let disk_full = survey.is_some_and(|survey| survey.disk_full);
     let member = record.standing == Standing::Member;
     let after = map.policy.replace_after_ms;
-    let gone = after > 0 && silent_ms >= after;
-    let taken_over = replaced && after > 0 && silent_ms >= after.min(limits::SICK_MS);
+    let gone = after > 0 && silent_ms >= after && !vouched;
+    // Whoever answers, or is heard by others, is there, whatever another says of its address.
+    let replaced = replaced && !vouched && !(alive && silent_ms == 0);
+    let patience = if after > 0 { after.min(limits::SICK_MS) } else { limits::SICK_MS };
+    let taken_over = replaced && silent_ms >= patience;
     let lost = match record.standing {
         Standing::Leaving => Some("was given up"),
         Standing::Removed => Some("was removed"),
         _ if gone => Some("is gone"),
-        _ if taken_over => Some("is gone, another runs at its address"),
+        _ if taken_over && after > 0 => Some("is gone, another runs at its address"),
         _ => None,
     };
     NodeView {
         standing: record.standing,
         alive,
         silent_ms,
+        vouched,
+        replaced,
+        taken_over,
         disk_full,
         fit: member && alive && !disk_full && record.weight > 0 && !replaced,
         may_lead: member && alive && !disk_full,

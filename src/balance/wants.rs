@@ -54,10 +54,9 @@ pub(super) fn wanted(view: &View, record: &ShardRecord) -> usize {
         return database.map_or(record.members.len(), |database| database.replicas as usize);
     }
     let holds = |node| record.members.iter().any(|member| member.node == node);
-    let replaced = view.map.replaced();
     let members = view.nodes.iter().filter(|(id, node)| {
         let takes = view.map.nodes.get(id).is_some_and(|record| record.weight > 0) || holds(**id);
-        node.standing == Standing::Member && takes && !replaced.contains(id)
+        node.standing == Standing::Member && takes && !node.replaced
     });
     let (mut all, mut living) = (0, 0);
     for (_, node) in members {

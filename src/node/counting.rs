@@ -145,10 +145,10 @@ impl Counts {
         let at = Instant::now();
         match counted {
             Some((counted, revision)) => drop(self.counts.insert(replica, Count { counted, revision, at })),
+            // One that comes to nothing each time has had its turn all the same, and the others have theirs.
             None => {
-                if let Some(count) = self.counts.get_mut(&replica) {
-                    count.at = at;
-                }
+                let none = Count { counted: Counted::default(), revision: 0, at };
+                self.counts.entry(replica).or_insert(none).at = at;
             }
         }
     }
@@ -233,5 +233,20 @@ mod tests {
         assert_eq!(counts.of(ReplicaId(1)), Counted { keys: 100, bytes: 5 }, "found to be good still");
         assert_eq!(counts.due(led(), later), Some(ReplicaId(2)));
         assert_eq!(counts.of(ReplicaId(3)), Counted::default());
+    }
+
+    #[test]
+    fn one_that_cannot_be_counted_is_not_in_the_way_of_others() {
+        let mut counts = Counts::default();
+        let led = || [1, 2].map(ReplicaId).into_iter();
+        let start = Instant::now();
+        assert_eq!(counts.due(led(), start), Some(ReplicaId(1)));
+        counts.end(ReplicaId(1), None);
+        assert_eq!(counts.due(led(), start), Some(ReplicaId(2)));
+        counts.end(ReplicaId(2), None);
+        assert_eq!(counts.due(led(), start), None);
+        let later = Instant::now() + Duration::from_millis(limits::COUNT_MS);
+        assert_eq!(counts.due(led(), later), Some(ReplicaId(1)));
+        assert!(counts.is_stale(ReplicaId(1), 1), "what it holds is not known");
     }
 }

@@ -34,6 +34,8 @@ use crate::refusal::Refusal;
 use crate::telemetry::metrics as names;
 use crate::transport::call::PeerClient;
 
+mod choice;
+
 /// What the reconciler on this node knows and is at, as of its last step.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct BalanceStatus {
@@ -300,21 +302,19 @@ impl Shell {
             snapshot_bytes: self.snapshot_bytes.clone(),
         };
         self.handle.balance_cell().show(Some(status));
+        let (begun, put_off) = choice::choose(actions, &self.at_work, limits::ORDERS_MAX);
+        for action in &put_off {
+            reconciler.put_off(action);
+        }
         self.reconciler = Some(reconciler);
-        for action in actions {
-            if self.at_work.len() >= limits::ORDERS_MAX {
-                break;
-            }
-            // The same again, or another order for the shard whose leader is still at the last one.
-            if !self.at_work.iter().any(|other| excludes(other, &action)) {
-                tracing::debug!(?action, "the reconciler acts");
-                self.at_work.push(action.clone());
-                let (handle, map) = (self.handle.clone(), map.clone());
-                self.actions.push(Box::pin(async move {
-                    let outcome = carry_out(&handle, &map, &action).await;
-                    (action, outcome)
-                }));
-            }
+        for action in begun {
+            tracing::debug!(?action, "the reconciler acts");
+            self.at_work.push(action.clone());
+            let (handle, map) = (self.handle.clone(), map.clone());
+            self.actions.push(Box::pin(async move {
+                let outcome = carry_out(&handle, &map, &action).await;
+                (action, outcome)
+            }));
         }
     }
 
@@ -429,15 +429,6 @@ async fn order_there(
     }
 }
 
-/// Whether `later` has to wait for the end of `earlier`, or is the same.
-fn excludes(earlier: &Action, later: &Action) -> bool {
-    match (earlier, later) {
-        (Action::Meta(one), Action::Meta(other)) => one == other,
-        (Action::Meta(_), _) | (_, Action::Meta(_)) => false,
-        _ => shard_of(earlier) == shard_of(later),
-    }
-}
-
 /// The shard that an action is about.
 fn shard_of(action: &Action) -> Option<ShardId> {
     match action {
@@ -517,7 +508,6 @@ fn progress(map: &ClusterMap) -> Vec<MoveProgress> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::group::types::MembershipChange;
     use crate::ids::{DatabaseId, Epoch, ReplicaId};
     use crate::placement::map::{Member, MoveCause, ShardMove, ShardRecord};
     use crate::placement::ring::RingRange;
@@ -563,21 +553,5 @@ mod tests {
             assert_eq!(step(members, true), if rolls_back { MoveStep::RollingBack } else { expected });
         }
         assert_eq!(progress(&map(&[(1, Voter)], None)), []);
-    }
-
-    #[test]
-    fn one_order_at_a_time_for_a_shard_and_each_command_once() {
-        let change = |shard, conf| Action::Change {
-            node: NodeId(1),
-            shard: ShardId(shard),
-            conf,
-            change: MembershipChange::RemoveLearners(Vec::new()),
-        };
-        let transfer = Action::Transfer { node: NodeId(1), shard: ShardId(4), to: NodeId(2) };
-        let end = |id| Action::Meta(MetaCommand::EndMove { shard: ShardId(4), id });
-        assert!(excludes(&change(4, 1), &change(4, 2)) && excludes(&transfer, &change(4, 1)));
-        assert!(!excludes(&change(4, 1), &change(5, 1)));
-        assert!(excludes(&end(1), &end(1)) && !excludes(&end(1), &end(2)));
-        assert!(!excludes(&end(1), &change(4, 1)), "they are about different groups");
     }
 }

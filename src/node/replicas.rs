@@ -263,7 +263,10 @@ impl Replicas {
         incarnation: Incarnation,
         result: Result<Option<String>, String>,
     ) -> Started {
-        let current = |slot: &&mut Slot| slot.incarnation == incarnation && slot.ended < incarnation;
+        // One that can't be recorded fails before its first start, which would be number 1.
+        let unborn = incarnation == 0 && result.is_err();
+        let current =
+            |slot: &&mut Slot| slot.incarnation == incarnation && (slot.ended < incarnation || unborn);
         let Some(slot) = self.slots.get_mut(&replica).filter(current) else {
             return Started::Old;
         };

@@ -197,6 +197,17 @@ fn a_replica_that_cant_be_opened_is_tried_again_ever_more_slowly() {
     let mut replicas = Replicas::default();
     replicas.created(&replicas.orders(&map(false), NodeId(2)).create);
     assert_eq!(replicas.closed(), None, "it was not tried yet");
+    // As long as it can't even be recorded, it has never been started.
+    assert_eq!(replicas.started(ReplicaId(9), 0, Ok(None)), Started::Old);
+    let Started::Failed { .. } = replicas.started(ReplicaId(9), 0, Err("no disk".into())) else {
+        panic!("it failed");
+    };
+    assert_eq!(
+        replicas.closed().as_deref(),
+        Some("1 of 1 replicas can't serve; that of shard 4 is failed: no disk")
+    );
+    let again = replicas.get_mut(ReplicaId(9)).unwrap().record.clone();
+    replicas.created(&[again]);
     let mut last = Duration::ZERO;
     for incarnation in 1..20 {
         replicas.get_mut(ReplicaId(9)).unwrap().incarnation = incarnation;

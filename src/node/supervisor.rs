@@ -21,7 +21,7 @@ use super::map_cache;
 use super::messages::*;
 use super::removal::{self, destroy};
 use super::replica::ReplicaActor;
-use super::replicas::{Crash, Orders, Readiness, Replicas, Slot, Verdict};
+use super::replicas::{Crash, Orders, Readiness, Replicas, Slot, Started, Verdict};
 use super::router::Route;
 use super::shared::Shared;
 use super::ticker;
@@ -235,6 +235,10 @@ impl Supervisor {
     fn create(&mut self, records: Vec<ReplicaRecord>, ctx: &mut Context<Self>) {
         tracing::info!(count = records.len(), "creating replicas");
         self.replicas.created(&records);
+        self.record_new(records, ctx);
+    }
+
+    fn record_new(&mut self, records: Vec<ReplicaRecord>, ctx: &mut Context<Self>) {
         let node = self.site.node;
         // The placement lists the preferred leader first; it needn't wait for a timeout.
         let campaign = (records.iter())
@@ -261,18 +265,43 @@ impl Supervisor {
             Ok(Err(error)) if error.is_full() => {
                 tracing::warn!(%error, "recording new replicas, to be tried again");
                 let again = Duration::from_millis(limits::DISK_WATCH_MS);
-                ctx.run_later(again, move |act, ctx| {
-                    // But for those that were removed meanwhile.
-                    let mut records = records;
-                    records.retain(|record| act.replicas.get_mut(record.replica).is_some());
-                    act.create(records, ctx);
-                });
+                ctx.run_later(again, move |act, ctx| act.record_again(records, ctx));
             }
             Ok(Err(error)) => {
-                tracing::error!(%error, "recording new replicas; they are created at the next start")
+                tracing::error!(%error, "recording new replicas, to be tried again");
+                act.not_recorded(records, &format!("it can't be recorded: {error}"), ctx);
             }
             Err(_) => tracing::debug!("the log writer has ended"),
         }));
+    }
+
+    /// Tries again, but for those that were removed meanwhile.
+    fn record_again(&mut self, mut records: Vec<ReplicaRecord>, ctx: &mut Context<Self>) {
+        records.retain(|record| self.replicas.get_mut(record.replica).is_some());
+        if !records.is_empty() && !self.stopping {
+            self.record_new(records, ctx);
+        }
+    }
+
+    /// Whoever asks is told why these replicas aren't there, so that others can be made elsewhere if that
+    /// doesn't pass.
+    fn not_recorded(&mut self, records: Vec<ReplicaRecord>, why: &str, ctx: &mut Context<Self>) {
+        let mut after = Duration::from_millis(limits::REOPEN_MS_MAX);
+        for record in &records {
+            // None of them has been started: that would be number 1.
+            if let Started::Failed { again, .. } =
+                self.replicas.started(record.replica, 0, Err(why.to_owned()))
+            {
+                after = after.min(again);
+            }
+        }
+        let route = |record: &ReplicaRecord| {
+            let target = Err(ReplicaHealth::Failed(why.to_owned()));
+            (record.shard, Route { replica: record.replica, target })
+        };
+        self.shared.router.update(|routes| routes.extend(records.iter().map(route)));
+        self.tell_readiness();
+        ctx.run_later(after, move |act, ctx| act.record_again(records, ctx));
     }
 
     fn save_map(&mut self, ctx: &mut Context<Self>) {
@@ -440,6 +469,10 @@ impl Handler<EndReplica> for Supervisor {
 impl Handler<LeaderChanged> for Supervisor {
     type Result = ();
     fn handle(&mut self, changed: LeaderChanged, _: &mut Context<Self>) {
+        if self.replicas.get_mut(changed.replica).is_none() {
+            // It was removed meanwhile: the shard may have another replica here, and that may lead.
+            return;
+        }
         if changed.change.local {
             self.led.insert(changed.shard);
             if changed.shard == METADATA_SHARD && self.shared.router.map().version == 0 {

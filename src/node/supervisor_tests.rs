@@ -69,6 +69,11 @@ async fn a_replica_that_is_replaced_goes_and_a_map_of_before_it_ends_nothing() {
     let survey = node.supervisor.send(TakeSurvey).await.expect("a survey");
     assert_eq!(survey.held, [(ShardId(1), ReplicaId(1)), (ShardId(2), ReplicaId(2))]);
     assert_eq!(survey.led[0].members, record(1).members);
+    // Late news of another replica of the shard says nothing of the one that is here.
+    let change = crate::group::types::LeaderChange { term: 9, leader: None, local: false };
+    let late = LeaderChanged { shard: ShardId(1), replica: ReplicaId(9), change };
+    node.supervisor.send(late).await.expect("ignored");
+    assert_eq!(node.supervisor.send(TakeSurvey).await.expect("a survey").led.len(), 2);
 
     // As of before it was ordered, and of another cluster.
     node.supervisor.send(MapNews(shard_on(2, 7, 4))).await.expect("taken");

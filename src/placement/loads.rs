@@ -62,13 +62,10 @@ pub struct Loads<'a> {
 }
 
 impl<'a> Loads<'a> {
-    /// Counts. Nodes in `unfit` get nothing, nor do those that the map excludes: by standing, weight 0, or
-    /// because another node runs at their address.
+    /// Counts. Nodes in `unfit` get nothing, nor do those that the map excludes by standing or weight 0.
     pub fn new(map: &'a ClusterMap, unfit: &BTreeSet<NodeId>) -> Loads<'a> {
-        let replaced = map.replaced();
         let takes = |node: &&NodeRecord| {
-            let out = unfit.contains(&node.id) || replaced.contains(&node.id);
-            node.standing.takes_replicas() && node.weight > 0 && !out
+            node.standing.takes_replicas() && node.weight > 0 && !unfit.contains(&node.id)
         };
         let load = |node: &'a NodeRecord| Load { weight: node.weight, domain: Domain::of(node), held: 0 };
         let nodes: BTreeMap<_, _> =

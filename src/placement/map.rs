@@ -367,16 +367,23 @@ impl ClusterMap {
         changed
     }
 
-    /// Nodes whose address a later node has taken over: it runs in their place, with another identity, after
-    /// their directories were lost. They come back only if they are started at another address. A node that was
-    /// removed is in nobody's place, and nobody in its.
+    /// Nodes whose address a later node has given as its own. Usually it runs in their place, with another
+    /// identity, after their directories were lost; then they come back only if they are started at another
+    /// address. But an address can be wrong, and it is not proved by being given: whether the earlier node is
+    /// there, only its answers tell. A node that was removed, or waits to be accepted, is in nobody's place, and
+    /// nobody in that of a removed one.
     pub fn replaced(&self) -> BTreeSet<NodeId> {
         let mut newest: HashMap<&str, NodeId> = HashMap::new();
         let mut replaced = BTreeSet::new();
         let living = self.nodes.values().filter(|node| node.standing != Standing::Removed);
         for node in living.filter(|node| !node.peer_address.is_empty()) {
+            let before = newest.get(node.peer_address.as_str()).copied();
+            if before.is_some() && node.standing == Standing::Pending {
+                continue;
+            }
             // In order of their ids, which are never used again.
-            replaced.extend(newest.insert(&node.peer_address, node.id));
+            replaced.extend(before);
+            newest.insert(&node.peer_address, node.id);
         }
         replaced
     }
@@ -575,8 +582,10 @@ mod tests {
         };
         let first = at(1, Standing::Member);
         assert_eq!(replaced(&[first.clone(), at(2, Standing::Member), at(3, Standing::Leaving)]), [1, 2]);
-        // Who waits to be accepted answers there all the same.
-        assert_eq!(replaced(&[first.clone(), at(2, Standing::Pending)]), [1]);
+        // Anybody may ask to be accepted, and name any address.
+        assert!(replaced(&[first.clone(), at(2, Standing::Pending)]).is_empty());
+        assert_eq!(replaced(&[first.clone(), at(2, Standing::Pending), at(3, Standing::Member)]), [1]);
+        assert_eq!(replaced(&[at(1, Standing::Pending), at(2, Standing::Member)]), [1]);
         assert!(replaced(&[first, at(2, Standing::Removed)]).is_empty());
         assert!(replaced(&[at(1, Standing::Removed), at(2, Standing::Member)]).is_empty());
     }

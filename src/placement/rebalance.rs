@@ -45,6 +45,8 @@ pub struct Known {
     pub sizes: BTreeMap<ShardId, ShardSize>,
     /// Nodes that can't get anything now: gone, or their disk is full. What they hold stays where it is.
     pub unfit: BTreeSet<NodeId>,
+    /// Nodes that won't answer again, for another runs at their address by now: what they hold goes.
+    pub taken_over: BTreeSet<NodeId>,
     /// Shards whose members are to change for another reason first: their replicas stay where they are.
     pub fixed: BTreeSet<ShardId>,
 }

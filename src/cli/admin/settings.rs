@@ -268,7 +268,7 @@ mod tests {
             (Key::ReplaceAfter, "10m", ReplaceAfterMs(600_000)),
             (Key::ReplaceAfter, "1h 30m", ReplaceAfterMs(5_400_000)),
             (Key::ReplaceAfter, "90", ReplaceAfterMs(90_000)),
-            (Key::ReplaceAfter, "1500ms", ReplaceAfterMs(1_500)),
+            (Key::ReplaceAfter, "10500ms", ReplaceAfterMs(10_500)),
             (Key::ReplaceAfter, "never", ReplaceAfterMs(0)),
             (Key::ReplaceAfter, "0", ReplaceAfterMs(0)),
             (Key::MovesAtATime, "8", MovesAtATime(8)),
@@ -289,7 +289,7 @@ mod tests {
         for (key, text, told) in [
             (Key::ReplaceAfter, "soon", "10m"),
             (Key::ReplaceAfter, "-5m", "10m"),
-            (Key::ReplaceAfter, "10ms", "1000 ms"),
+            (Key::ReplaceAfter, "9s", "10000 ms"),
             (Key::ReplaceAfter, "1us", "less than a millisecond"),
             (Key::MovesAtATime, "0", "1 to 1024"),
             (Key::MovesAtATime, "2.5", "write it as 8"),

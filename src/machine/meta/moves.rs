@@ -48,7 +48,12 @@ pub(super) fn observe(
     let changed_at = state.next_revision();
     let members = arrange(&record, members);
     let epoch = Epoch { conf, ..record.epoch };
-    records::save(&ShardRecord { members, epoch, changed_at, ..record }, state);
+    let mut record = ShardRecord { members, epoch, changed_at, ..record };
+    if record.moving.is_none() && record.target.is_some() && !is_joint(&record) {
+        // It may have come to its target by no move of the map's.
+        rebalance::settle(&mut record, &records::load_single(state)?);
+    }
+    records::save(&record, state);
     Ok(MetaReply::Done(changed_at))
 }
 

@@ -154,7 +154,7 @@ pub(super) fn control(
     Ok(MetaReply::Done(changed_at))
 }
 
-/// After a move: takes the target away from a shard that has arrived, or whose rebalancing is over.
+/// After a change of members: takes the target away from a shard that has arrived, or whose rebalancing is over.
 pub(super) fn settle(shard: &mut ShardRecord, last: &RebalanceRecord) {
     arrive(shard);
     let goes_on = matches!(last.state, RebalanceState::Running | RebalanceState::Paused);

@@ -59,12 +59,11 @@ impl Board {
             held: vec![0; map.nodes.len()],
             places: HashMap::with_capacity(map.nodes.len()),
         };
-        let replaced = map.replaced();
         let mut domains = BTreeMap::new();
         for record in map.nodes.values() {
             let next = domains.len();
             let domain = *domains.entry(Domain::of(record)).or_insert(next);
-            let takes = record.standing.takes_replicas() && !replaced.contains(&record.id);
+            let takes = record.standing.takes_replicas() && !known.taken_over.contains(&record.id);
             let weight = if takes { record.weight } else { 0 };
             let frozen = weight > 0 && known.unfit.contains(&record.id);
             board.places.insert(record.id, board.nodes.len());

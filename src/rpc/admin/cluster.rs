@@ -49,7 +49,8 @@ impl Admin {
 fn enough_nodes(map: &ClusterMap, replicas: u32, is_up: impl Fn(NodeId) -> bool) -> Result<(), Refusal> {
     let replaced = map.replaced();
     let takes = |node: &&NodeRecord| {
-        node.standing.takes_replicas() && node.weight > 0 && !replaced.contains(&node.id)
+        let there = is_up(node.id) || !replaced.contains(&node.id);
+        node.standing.takes_replicas() && node.weight > 0 && there
     };
     let (up, down): (Vec<_>, Vec<_>) = map.nodes.values().filter(takes).partition(|node| is_up(node.id));
     if up.len() >= replicas as usize {
@@ -83,7 +84,7 @@ pub(super) fn read_setting(from: setting::Reader<'_>) -> Result<PolicyChange, Re
 pub fn check_setting(change: PolicyChange) -> Result<(), String> {
     match change {
         PolicyChange::ReplaceAfterMs(ms) if (1..REPLACE_AFTER_MS_MIN).contains(&ms) => Err(format!(
-            "{ms} ms are too short: a node that restarts would be replaced; the shortest is \
+            "{ms} ms are too short: a node that restarts, or is slow to answer, would be replaced; the shortest is \
              {REPLACE_AFTER_MS_MIN} ms, and 0 means never"
         )),
         PolicyChange::MovesAtATime(moves) if !(1..=MOVES_AT_A_TIME_MAX).contains(&moves) => Err(format!(

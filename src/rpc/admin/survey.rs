@@ -41,11 +41,7 @@ impl Admin {
     pub(super) async fn survey(&self, map: &ClusterMap, deadline: Instant) -> Reports {
         let node = &self.service.node;
         let within = deadline.saturating_duration_since(Instant::now()).min(REPORT);
-        let replaced = map.replaced();
-        let asked = |record: &&NodeRecord| {
-            let outside = matches!(record.standing, Standing::Pending | Standing::Removed);
-            !outside && !replaced.contains(&record.id)
-        };
+        let asked = |record: &&NodeRecord| !matches!(record.standing, Standing::Pending | Standing::Removed);
         let asked = map.nodes.values().filter(asked).map(|record| async move {
             if record.id == node.node() {
                 return Some((record.id, node.report().await));
@@ -99,6 +95,7 @@ impl Reports {
         let unfit = |node: &NodeId| {
             !self.is_up(*node) || self.0.get(node).is_some_and(|report| report.phase == NodePhase::ReadOnly)
         };
+        known.taken_over = map.replaced().into_iter().filter(|node| !self.is_up(*node)).collect();
         known.unfit = map.nodes.keys().copied().filter(unfit).collect();
         known
     }

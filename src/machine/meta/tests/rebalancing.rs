@@ -166,3 +166,23 @@ fn a_dropped_or_recovered_shard_has_no_target() {
     }
     run(&control(7, Idle, ""), &mut state);
 }
+
+#[test]
+fn a_shard_that_comes_to_its_target_by_no_move_has_arrived() {
+    let mut state = two_shards();
+    run(&begin(7, &[target(1, 1, &[3, 2])]), &mut state);
+    let MetaReply::Done(id) = run(&start_move(1, 3, 4), &mut state) else { panic!("begun") };
+    run(&MetaCommand::CancelMove { shard: ShardId(1), id }, &mut state);
+    run(&MetaCommand::EndMove { shard: ShardId(1), id }, &mut state);
+    assert_eq!(shard(1, &state).target, at(7, &[3, 2]), "it is tried again");
+    // The orders of the move were on their way still.
+    run(&observe(1, 2, &[(4, 1, Voter), (5, 2, Voter), (8, 3, MemberRole::Learner)]), &mut state);
+    let joint = [(4, 1, MemberRole::Outgoing), (5, 2, Voter), (8, 3, MemberRole::Incoming)];
+    run(&observe(1, 3, &joint), &mut state);
+    assert_eq!(shard(1, &state).target, at(7, &[3, 2]), "not yet");
+    run(&observe(1, 4, &[(5, 2, Voter), (8, 3, Voter)]), &mut state);
+    let record = shard(1, &state);
+    assert_eq!((record.target, record.previous), (None, at(7, &[1, 2])));
+    assert_eq!(record.members[0].node, NodeId(3), "in the order of the target");
+    run(&control(7, Idle, ""), &mut state);
+}
