@@ -24,19 +24,22 @@ interface Admin {
   # Test hook: makes this node's replica of `shard` fail in the named way. A plain build refuses.
 
   setStanding @5 (node :UInt64, standing :Types.Standing, timeoutMs :UInt32) -> (result :ChangeResult);
-  # Decides about a node. `member` lets a pending one in, and ends a drain; `draining` has it give away what
-  # it leads and holds; `leaving` gives up one that is gone for good, and what it held is replaced without it;
-  # `removed` ends its membership, for ever: refused, naming shards, while the map places replicas on it.
+  # Decides about a node. `member` lets a pending one in, ends a drain, and takes `leaving` back; `draining`
+  # has it give away what it leads and holds; `leaving` gives up one that is gone for good: what it held is
+  # replaced without it. `removed` ends its membership, for ever: refused, naming shards, while the map places
+  # replicas on it.
 
   planRebalance @6 (leadersOnly :Bool, since :UInt64, timeoutMs :UInt32) -> (result :PlanResult);
   # What a rebalancing would do now. Changes nothing. `since`: not by a map older than this version.
 
   startRebalance @7 (plan :UInt64, since :UInt64, timeoutMs :UInt32) -> (result :ChangeResult);
   # Begins the plan of this id, if the cluster is still as it was when the plan was made: refused if another
-  # one would be made now. One that is running already: done. Returns at once, not when the moves are done.
+  # one would be made now. The last one that began, if it runs still or has come to its end: done. Returns at
+  # once, not when the moves are done.
 
   rebalanceStatus @8 (since :UInt64, timeoutMs :UInt32) -> (result :RebalanceResult);
-  # How the last rebalancing is. Takes a second while one is running: nodes are asked twice, for the rate.
+  # How the last rebalancing is. Takes most of a second while anything moves: nodes are asked twice, for the
+  # rate.
 
   controlRebalance @9 (plan :UInt64, order :RebalanceOrder, timeoutMs :UInt32) -> (result :ChangeResult);
   # Pauses, resumes or cancels the rebalancing of this plan. Moves under way end when it is paused; when it
@@ -44,7 +47,7 @@ interface Admin {
 
   undoRebalance @10 (plan :UInt64, since :UInt64, timeoutMs :UInt32) -> (result :UndoResult);
   # Begins a rebalancing back to where each shard was before that of this plan, which must be the last and
-  # have ended. Refused, with the reason, if it can't be had. Undone already: done.
+  # have ended. Refused, with the reason, if it can't be had. If the last one is the way back from it: done.
 
   setReplicas @11 (database :Text, replicas :UInt32, timeoutMs :UInt32) -> (result :ChangeResult);
   # How many voters each shard of a database should have from now on. Refused above the number of nodes
@@ -88,6 +91,7 @@ struct Plan {
   totalMoves @4 :UInt32;     # of replicas
   totalKeys @5 :UInt64;      # that are copied
   totalBytes @6 :UInt64;     # likewise
+  left @7 :UInt32;           # shards that are left for another plan: one names so many at most
 }
 
 struct PlanResult {
@@ -122,12 +126,13 @@ struct RebalanceStatus {
   total @3 :UInt32;          # moves of replicas in all
   bytesDone @4 :UInt64;      # of the moves that have ended, as last counted
   bytesTotal @5 :UInt64;     # of all moves, as last counted
-  rate @6 :UInt64;           # bytes that all nodes together have sent in snapshots in the last second
+  rate @6 :UInt64;           # bytes per second that all nodes together send in snapshots; see `unmeasured`
   etaS @7 :UInt64;           # seconds until it ends, by that rate; 0: not to be told
   reason @8 :Text;           # why it failed or was cancelled
   mapVersion @9 :UInt64;     # of the map that it was told from
   moving @10 :UInt32;        # shards whose members change at this moment, for whatever reason
   stuck @11 :List(StuckShard);   # where members should change and can't, for whatever reason
+  unmeasured @12 :Bool;      # there was no time to measure the rate, which is 0 then
 }
 
 struct RebalanceResult {

@@ -110,6 +110,7 @@ struct MetaCommand {
       targets @26 :List(PlannedTarget);   # of the shards that are to move
       moves @27 :UInt32;     # replicas to move in all
       bytes @28 :UInt64;     # of those
+      undoes @37 :UInt64;    # the plan that it takes back, which must be the last then; 0: none
     }
     controlRebalance :group {
       plan @29 :UInt64;      # which must be the last

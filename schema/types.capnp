@@ -125,6 +125,7 @@ struct RebalanceRecord {
   bytes @3 :UInt64;          # bytes of those, as estimated when it was planned
   reason @4 :Text;           # why it failed or was cancelled
   changedAt @5 :UInt64;      # as in NodeRecord
+  undoes @6 :UInt64;         # the plan that it takes back; 0: none
 }
 
 struct MapDelta {

@@ -24,10 +24,14 @@ pub const SHARDS_MAX: u32 = 4096;
 /// Shortest time after which a node that is gone may be replaced, in milliseconds: longer than a restart, and
 /// than some surveys that go unanswered.
 pub const REPLACE_AFTER_MS_MIN: u64 = 10_000;
+/// Longest time after which a node that is gone is replaced, in milliseconds: a year.
+pub const REPLACE_AFTER_MS_MAX: u64 = 365 * 24 * 3_600_000;
 /// Most shards whose members may change at the same time.
 pub const MOVES_AT_A_TIME_MAX: u32 = 1024;
 /// Least that a node may be allowed to send in snapshots, in bytes per second: at less a move never ends.
 pub const BYTES_PER_SECOND_MIN: u64 = 64 << 10;
+/// Most that such a limit may be, in bytes per second: no network carries more.
+pub const BYTES_PER_SECOND_MAX: u64 = 1 << 40;
 /// Voters of the metadata shard when a cluster is formed (fewer if there are fewer nodes; odd).
 pub const METADATA_VOTERS_MAX: usize = 5;
 

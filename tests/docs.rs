@@ -314,6 +314,8 @@ fn bounds() -> Vec<(&'static str, u64)> {
         DISK_FULL_WAIT_MS,
         START_FREE_BYTES_MIN,
         METADATA_VOTERS_MAX,
+        REBALANCE_TARGETS_MAX,
+        REPAIR_MOVES_FACTOR,
         CLIENT_CONNECTIONS_MAX,
         PEER_CONNECTIONS_MAX,
         SILENCE_MS_MAX,

@@ -160,7 +160,8 @@ pub(super) fn spread(round: &mut Round, known: &Known) {
             let targets =
                 plan.targets.iter().filter(|target| moved.contains(&target.shard)).cloned().collect();
             let (moves, bytes) = (plan.total.moves, plan.total.bytes);
-            round.act(Action::Meta(MetaCommand::BeginRebalance { plan: plan.id, targets, moves, bytes }));
+            let (plan, undoes) = (plan.id, 0);
+            round.act(Action::Meta(MetaCommand::BeginRebalance { plan, undoes, targets, moves, bytes }));
             return;
         }
     }

@@ -559,15 +559,15 @@ Examples:
   pontoon sim --seed 42 --nodes 5 --shards 8 --faults crashes,power,partitions --trace 200
   pontoon sim placement --nodes 1000 --shards 100000
 
-The code of a node's replicas (raft, state machines, sessions, memtables) under simulated time, network
-and disk, in one thread: faults first, then none, when everything must heal. Prints what went wrong
-on purpose and a verdict; exits with 1 if anything was violated, naming the seed that shows it
-again. The same seed with the same options gives the same run, to the last event. What isn't given,
-the seed decides.
+The code of a node's replicas (raft, state machines, sessions, memtables) under simulated time,
+network and disk, in one thread: faults first, then none, when everything must heal. Prints what
+went wrong on purpose and a verdict; exits with 1 if anything was violated, naming the seed that
+shows it again. The same seed with the same options gives the same run, to the last event. What
+isn't given, the seed decides.
 
-Faults: messages corruption partitions half-open flapping crashes power torn eio rot pauses transfers
-slow-disks memory replicas campaigns drift state-loss boundaries membership newcomers node-loss
-rebalancing,
+Faults: messages corruption partitions half-open flapping crashes power torn eio rot pauses
+transfers slow-disks memory replicas campaigns drift state-loss boundaries membership newcomers
+node-loss rebalancing,
 separated by commas; all; none.")]
 #[command(args_conflicts_with_subcommands = true)]
 pub struct SimArgs {
@@ -614,8 +614,9 @@ Examples:
   pontoon sim placement --nodes 1000 --shards 100000
   pontoon sim placement --nodes 30 --shards 1000 --zones 3 --json
 
-Plans a new database, and then what moves when nodes join and leave. Beside the moves stands the least
-there can be for that change; then, how far the node farthest from its share is off it. Nothing runs.")]
+Plans a new database, and then what moves when nodes join and leave. Beside the moves stands the
+least there can be for that change; then, how far the node farthest from its share is off it.
+Nothing runs.")]
 pub struct PlacementArgs {
     /// Nodes of the cluster
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=10_000))]

@@ -78,6 +78,24 @@ impl Failure {
         Failure { outcome: Outcome::Unknown, ..Failure::new(Exit::Unknown, "outcome_unknown", message) }
     }
 
+    /// This failure, of what followed on a change that was made, said as `done`: nobody may be told that nothing
+    /// was changed. A refusal stays one; without an answer the end is unknown.
+    pub fn after(self, done: &str) -> Failure {
+        let message = match self.message.is_empty() {
+            // Nobody is there to be told.
+            true => return self,
+            false => format!("{done}; {}", self.message),
+        };
+        let unanswered = self.exit == Exit::Unavailable;
+        Failure {
+            exit: if unanswered { Exit::Unknown } else { self.exit },
+            code: if unanswered { "outcome_unknown" } else { self.code },
+            message,
+            retryable: self.retryable,
+            outcome: Outcome::Unknown,
+        }
+    }
+
     /// A thread of a node failed.
     pub fn internal(message: impl Into<String>) -> Failure {
         Failure::new(Exit::Internal, "internal", message)
@@ -150,6 +168,21 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+
+    #[test]
+    fn what_was_done_is_never_told_as_not_applied() {
+        for (failure, exit, code) in [
+            (Failure::unavailable("no answer"), 4, "outcome_unknown"),
+            (Failure::unknown("lost"), 4, "outcome_unknown"),
+            (Failure::negative("stuck", "nobody can take it"), 1, "stuck"),
+        ] {
+            let after = failure.clone().after("node 1 drains");
+            assert_eq!((after.exit.code(), after.code, after.outcome), (exit, code, Outcome::Unknown));
+            assert_eq!(after.message, format!("node 1 drains; {failure}"));
+            assert_eq!(after.retryable, failure.retryable);
+        }
+        assert_eq!(Failure::pipe_closed().after("node 1 drains"), Failure::pipe_closed());
+    }
 
     #[test]
     fn each_client_error_has_its_exit_code() {

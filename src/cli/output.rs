@@ -130,6 +130,10 @@ pub fn count(number: impl Into<u64>, one: &str) -> String {
 
 /// A time that was given or taken, as people say it.
 pub fn seconds(time: Duration) -> String {
+    let ms = time.as_millis();
+    if ms < 1_000 && !ms.is_multiple_of(100) && time.subsec_nanos().is_multiple_of(1_000_000) {
+        return format!("{ms} ms");
+    }
     let text = format!("{:.1}", time.as_secs_f64());
     format!("{} s", text.strip_suffix(".0").unwrap_or(&text))
 }
@@ -181,6 +185,8 @@ mod tests {
             [0u32, 1, 2].map(|n| count(n, "node"))
         );
         assert_eq!(seconds(Duration::from_micros(497_912)), "0.5 s");
+        assert_eq!(seconds(Duration::from_millis(150)), "150 ms");
+        assert_eq!(seconds(Duration::from_millis(500)), "0.5 s");
         assert_eq!(seconds(Duration::from_secs(10)), "10 s");
         assert_eq!(seconds(Duration::from_millis(1_250)), "1.2 s");
     }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use serde_json::{Value, json};
+use tokio::time::MissedTickBehavior;
 
 use super::args::{RouteArgs, StatusArgs};
 use super::context::{Context, Session, block_on, with_session};
@@ -116,7 +117,11 @@ fn watch(context: &Context, db: Option<&str>, interval: Duration) -> Result<Exit
         };
         let mut exit = Exit::Done;
         let watching = async {
+            // The looks themselves take time.
+            let mut ticks = tokio::time::interval(interval);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
             loop {
+                ticks.tick().await;
                 match bounded(&session, look(&session.client, db, patience(session.timeout()))).await {
                     Ok(seen) => {
                         exit = exit_of(&seen);
@@ -131,7 +136,6 @@ fn watch(context: &Context, db: Option<&str>, interval: Duration) -> Result<Exit
                         output::failure(context.json(), &failure);
                     }
                 }
-                tokio::time::sleep(interval).await;
             }
         };
         let ended: Option<Result<std::convert::Infallible, Failure>> = until_signal(&signals, watching).await;

@@ -105,9 +105,10 @@ pub fn encode_command(command: &MetaCommand) -> Vec<u8> {
                 PolicyChange::ApproveJoins(on) => set.set_approve_joins(on),
             }
         }
-        MetaCommand::BeginRebalance { plan, targets, moves, bytes } => {
+        MetaCommand::BeginRebalance { plan, undoes, targets, moves, bytes } => {
             let mut begin = root.init_begin_rebalance();
             begin.set_plan(*plan);
+            begin.set_undoes(*undoes);
             begin.set_moves(*moves);
             begin.set_bytes(*bytes);
             let mut list = begin.init_targets(length(targets.len()));
@@ -187,6 +188,7 @@ pub fn decode_command(bytes: &[u8]) -> Result<MetaCommand, CodecError> {
             Ok(meta_command::SetPolicy(change)) => Ok(MetaCommand::SetPolicy(read_policy_change(change?)?)),
             Ok(meta_command::BeginRebalance(begin)) => Ok(MetaCommand::BeginRebalance {
                 plan: begin.get_plan(),
+                undoes: begin.get_undoes(),
                 targets: begin.get_targets()?.iter().map(read_planned_target).collect::<Result<_, _>>()?,
                 moves: begin.get_moves(),
                 bytes: begin.get_bytes(),
@@ -441,8 +443,14 @@ pub(crate) mod tests {
             nodes,
         });
         prop_oneof![
-            (any::<[u64; 2]>(), any::<u32>(), prop::collection::vec(target, 0..5)).prop_map(
-                |([plan, bytes], moves, targets)| MetaCommand::BeginRebalance { plan, targets, moves, bytes }
+            (any::<[u64; 3]>(), any::<u32>(), prop::collection::vec(target, 0..5)).prop_map(
+                |([plan, undoes, bytes], moves, targets)| MetaCommand::BeginRebalance {
+                    plan,
+                    undoes,
+                    targets,
+                    moves,
+                    bytes
+                }
             ),
             (any::<u64>(), any_rebalance_state(), ".{0,20}")
                 .prop_map(|(plan, state, reason)| MetaCommand::ControlRebalance { plan, state, reason }),

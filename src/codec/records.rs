@@ -238,6 +238,7 @@ pub fn write_rebalance(record: &RebalanceRecord, mut to: rebalance_record::Build
     to.set_moves(record.moves);
     to.set_bytes(record.bytes);
     to.set_reason(record.reason.as_str());
+    to.set_undoes(record.undoes);
     to.set_changed_at(record.changed_at);
 }
 
@@ -249,6 +250,7 @@ pub fn read_rebalance(from: rebalance_record::Reader<'_>) -> Result<RebalanceRec
         moves: from.get_moves(),
         bytes: from.get_bytes(),
         reason: read_text(from.get_reason()?)?,
+        undoes: from.get_undoes(),
         changed_at: from.get_changed_at(),
     })
 }
@@ -492,13 +494,14 @@ pub(crate) mod tests {
     }
 
     fn any_rebalance() -> impl Strategy<Value = RebalanceRecord> {
-        (any::<[u64; 3]>(), any::<u32>(), any_rebalance_state(), ".{0,20}").prop_map(
-            |([plan, bytes, changed_at], moves, state, reason)| RebalanceRecord {
+        (any::<[u64; 4]>(), any::<u32>(), any_rebalance_state(), ".{0,20}").prop_map(
+            |([plan, bytes, undoes, changed_at], moves, state, reason)| RebalanceRecord {
                 plan,
                 state,
                 moves,
                 bytes,
                 reason,
+                undoes,
                 changed_at,
             },
         )

@@ -44,6 +44,7 @@ use crate::ids::{Epoch, Index, NodeId, Position, ReplicaId, Term};
 use crate::limits;
 use crate::machine::ApplyError;
 use crate::placement::map::{Member, MemberRole, is_quorum};
+use crate::placement::members::Members;
 use crate::refusal::Refusal;
 use crate::storage::log::{LogWrite, RecordedMembership};
 use crate::storage::state::conf_state_of;
@@ -286,7 +287,7 @@ impl<T> Group<T> {
         }
         let mut epoch = self.epoch();
         epoch.conf = change.conf.saturating_add(1);
-        tracing::info!(shard = %self.shard, replica = %self.replica, conf = epoch.conf, members = ?change.members, "the members have changed");
+        tracing::info!(shard = %self.shard, replica = %self.replica, conf = epoch.conf, members = %Members(&change.members), "the members have changed");
         self.state.set_membership(epoch, change.members);
         let is_member = |replica: ReplicaId| self.state.header().members.iter().any(|m| m.replica == replica);
         self.strangers.retain(|replica, _| !is_member(*replica));

@@ -164,6 +164,8 @@ pub enum MetaCommand {
     BeginRebalance {
         /// Names the plan; above 0.
         plan: u64,
+        /// The plan that it takes back, which must be the last then; 0: none.
+        undoes: u64,
         /// Shards that are to move.
         targets: Vec<PlannedTarget>,
         /// Replicas to move in all.

@@ -101,8 +101,8 @@ pub fn apply(command: &MetaCommand, state: &mut dyn StateBatch) -> Result<MetaRe
         MetaCommand::EndMove { shard, id } => moves::end(*shard, *id, state),
         MetaCommand::RecoverShard { shard, keep, conf } => moves::recover(*shard, *keep, *conf, state),
         MetaCommand::SetPolicy(change) => policy::set(*change, state),
-        MetaCommand::BeginRebalance { plan, targets, moves, bytes } => {
-            rebalance::begin(*plan, targets, *moves, *bytes, state)
+        MetaCommand::BeginRebalance { plan, undoes, targets, moves, bytes } => {
+            rebalance::begin(*plan, *undoes, targets, *moves, *bytes, state)
         }
         MetaCommand::ControlRebalance { plan, state: wanted, reason } => {
             rebalance::control(*plan, *wanted, reason, state)

@@ -249,6 +249,8 @@ pub struct RebalanceRecord {
     pub bytes: u64,
     /// Why it failed or was cancelled; empty otherwise.
     pub reason: String,
+    /// The plan that it takes back; 0: none.
+    pub undoes: u64,
     /// Map version at which this record last changed.
     pub changed_at: u64,
 }

@@ -123,6 +123,8 @@ pub struct Plan {
     pub total: Totals,
     /// The fewest moves of replicas that any plan which achieves the same could do with.
     pub minimum: u32,
+    /// Shards that should be elsewhere too, and are left for the plan after this one.
+    pub left: u32,
 }
 
 /// Why the last rebalancing can't be taken back.
@@ -168,6 +170,7 @@ impl Plan {
         let moved: BTreeSet<ShardId> =
             self.moves.iter().filter(|m| m.kind == MoveKind::Replica).map(|m| m.shard).collect();
         self.targets.sort_by_key(|target| (!moved.contains(&target.shard), target.shard));
+        self.left = u32::try_from(self.targets.len() - most).unwrap_or(u32::MAX);
         self.targets.truncate(most);
         self.targets.sort_by_key(|target| target.shard);
         let kept: BTreeSet<ShardId> = self.targets.iter().map(|target| target.shard).collect();

@@ -131,6 +131,7 @@ impl World {
                 let plan = plan_rebalance(&map, &known, leaders_only);
                 (!plan.targets.is_empty()).then_some(MetaCommand::BeginRebalance {
                     plan: plan.id,
+                    undoes: 0,
                     targets: plan.targets,
                     moves: plan.total.moves,
                     bytes: plan.total.bytes,

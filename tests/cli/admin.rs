@@ -44,7 +44,7 @@ fn until(
 
 #[test]
 fn three_nodes_are_listed_and_what_cant_be_is_refused_with_the_reason() {
-    let (home, cluster) = started(3);
+    let (home, mut cluster) = started(3);
     ask(&cluster, &home, &["db", "create", "db", "3", "4"]).ok();
     ask(&cluster, &home, &["set", "db", "k", "v"]).ok();
 
@@ -65,6 +65,7 @@ fn three_nodes_are_listed_and_what_cant_be_is_refused_with_the_reason() {
                 "up",
                 "replicas",
                 "leaders",
+                "bytes",
                 "disk_bytes"
             ]
         );
@@ -83,10 +84,24 @@ fn three_nodes_are_listed_and_what_cant_be_is_refused_with_the_reason() {
     ask(&cluster, &home, &["admin", "node", "add", "127.0.0.1:1"]).exits(1).says(&["cluster.join"]);
     ask(&cluster, &home, &["admin", "node", "add", &cluster.nodes[0].peer]).ok();
 
-    // Its leadership goes, its replicas can't.
-    ask(&cluster, &home, &["admin", "node", "drain", "3", "--wait"])
-        .exits(1)
-        .says(&["stands still", "set-replicas"]);
+    // Its leadership goes, its replicas can't. That it drains was decided all the same.
+    let error =
+        ask(&cluster, &home, &["admin", "node", "drain", "3", "--wait", "--json"]).exits(1).last_json_error();
+    let text = error["message"].as_str().unwrap();
+    for part in ["node 3 (n3) drains; ", "stands still", "set-replicas"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    assert_eq!((&error["code"], &error["outcome"]), (&"stuck".into(), &"unknown".into()), "{error}");
+    let left = ask(&cluster, &home, &["admin", "node", "drain", "3", "--json"]).ok().json();
+    assert_eq!(
+        keys(&left),
+        ["node", "standing", "empty", "replicas", "leaders", "bytes", "rate", "eta_s", "obstacle"]
+    );
+    assert_eq!(
+        (&left["replicas"], &left["leaders"], &left["rate"]),
+        (&4.into(), &0.into(), &0.into()),
+        "{left}"
+    );
     let nodes = ask(&cluster, &home, &["admin", "node", "list", "--json"]).ok().json();
     let third = &list(&nodes, "nodes")[2];
     assert_eq!((&third["standing"], &third["leaders"]), (&"draining".into(), &0.into()), "{third}");
@@ -108,6 +123,21 @@ fn three_nodes_are_listed_and_what_cant_be_is_refused_with_the_reason() {
     }
     ask(&cluster, &home, &["admin", "recover", "db", "1", "--from", "1"]).exits(1).says(&["isn't lost"]);
     assert_eq!(ask(&cluster, &home, &["get", "db", "k"]).ok().text(), "v");
+
+    // Given up, whatever becomes of the command; and taken back.
+    cluster.kill(2);
+    let given_up =
+        ask(&cluster, &home, &["admin", "node", "remove", "3", "--dead", "--timeout", "4s", "--json"]);
+    assert!(matches!(given_up.code, Some(1 | 4)), "{given_up:?}");
+    let error = given_up.last_json_error();
+    assert_eq!(error["outcome"], "unknown", "{error}");
+    assert!(error["message"].as_str().unwrap().contains("node 3 (n3) is given up; "), "{error}");
+    let nodes = ask(&cluster, &home, &["admin", "node", "list", "--json"]).ok().json();
+    assert_eq!(list(&nodes, "nodes")[2]["standing"], "leaving");
+    let back = ask(&cluster, &home, &["admin", "node", "drain", "3", "--cancel", "--json"]).ok().json();
+    assert_eq!(back["standing"], "member");
+    let nodes = ask(&cluster, &home, &["admin", "node", "list", "--json"]).ok().json();
+    assert_eq!(list(&nodes, "nodes")[2]["standing"], "member");
 }
 
 #[test]
@@ -133,6 +163,11 @@ fn settings_of_the_cluster_are_read_and_changed() {
     ask(&cluster, &home, &["admin", "settings", "set", "placement.moves_at_a_time", "0"])
         .exits(2)
         .says(&["1 to 1024"]);
+    ask(&cluster, &home, &["admin", "settings", "set", "placement.replace_after", "0s"]).ok();
+    assert_eq!(
+        ask(&cluster, &home, &["admin", "settings", "get", "placement.replace_after"]).ok().text(),
+        "never\n"
+    );
 }
 
 #[test]
@@ -154,7 +189,7 @@ fn nodes_join_take_their_share_and_go_again() {
     let plan = until(&cluster, &home, &["admin", "rebalance", "plan", "--json"], "there is a plan", |plan| {
         plan["total"]["moves"] == 4
     });
-    assert_eq!(keys(&plan), ["plan_id", "map_version", "moves", "total", "minimum"]);
+    assert_eq!(keys(&plan), ["plan_id", "map_version", "moves", "total", "minimum", "shards_left"]);
     assert_eq!(
         (keys(&plan["total"]), keys(&plan["minimum"])),
         (vec!["moves", "bytes", "keys"], vec!["moves"])
@@ -189,6 +224,8 @@ fn nodes_join_take_their_share_and_go_again() {
     assert_eq!(cluster.wait_exit(second, PATIENCE).code(), Some(1), "it was removed for good");
     let nodes = ask(&cluster, &home, &["admin", "node", "list", "--json"]).ok().json();
     assert_eq!(list(&nodes, "nodes").len(), 1);
+    let status = ask(&cluster, &home, &["status", "--json"]).ok().json();
+    assert_eq!(list(&status, "nodes").len(), 1, "{status}");
     let nodes = ask(&cluster, &home, &["admin", "node", "list", "--all", "--json"]).ok().json();
     assert_eq!(list(&nodes, "nodes")[1]["standing"], "removed");
     assert_eq!(ask(&cluster, &home, &["mget", "db", "a", "b", "c"]).ok().text(), "a\t1\nb\t2\nc\t3\n");

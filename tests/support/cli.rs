@@ -318,7 +318,20 @@ impl Ended {
         assert_eq!(self.text(), "", "an error has nothing on stdout");
         let text = self.errors();
         assert_eq!(text.lines().count(), 1, "not one line:\n{text}");
-        let value: Value = serde_json::from_str(&text).expect("stderr is JSON");
+        self.last_json_error()
+    }
+
+    /// The error object on the last line of stderr, its four fields checked; before it, how far something was.
+    #[track_caller]
+    pub fn last_json_error(&self) -> Value {
+        assert_eq!(self.text(), "", "an error has nothing on stdout");
+        let text = self.errors();
+        let mut lines = text.lines().rev();
+        let value: Value = serde_json::from_str(lines.next().unwrap_or("")).expect("stderr is JSON");
+        for line in lines {
+            let value: Value = serde_json::from_str(line).expect("stderr is JSON");
+            assert_eq!(keys(&value), ["progress"]);
+        }
         assert_eq!(keys(&value), ["error"]);
         let error = &value["error"];
         assert_eq!(keys(error), ["code", "message", "retryable", "outcome"]);

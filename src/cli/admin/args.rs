@@ -92,10 +92,12 @@ Examples:
   pontoon admin node drain 3 --cancel
 
 Leadership goes first, then the replicas, one after the other, each once its successor has all
-data. Clients see no error. Then the node can be stopped, or removed for good. --wait takes as long as
-that takes, or until --timeout.
+data. Clients see no error. Then the node can be stopped, or removed for good. --wait takes as long
+as that takes, or until --timeout; the cluster goes on with it in any case, until --cancel.
 
-Exit code 1: with --wait, if no other node can take what is left.")]
+--cancel also takes back `node remove --dead`, as long as the node isn't removed.
+
+Exit code 1: with --wait, if no other node can take what is left, or somebody cancels it.")]
 pub struct NodeDrainArgs {
     /// The node's number, as `pontoon admin node list` shows it
     #[arg(value_name = "ID", value_parser = node_id)]
@@ -103,7 +105,7 @@ pub struct NodeDrainArgs {
     /// Wait until the node is empty
     #[arg(long, conflicts_with = "cancel")]
     pub wait: bool,
-    /// Let the node take replicas again
+    /// Let the node take replicas again, also after `remove --dead`
     #[arg(long)]
     pub cancel: bool,
 }
@@ -117,7 +119,8 @@ Examples:
 
 A node that holds replicas isn't removed: drain it first. --dead is for one that is gone for good:
 all that it held is made anew elsewhere, then it is removed; the command waits for that, and if it
-is interrupted, or its --timeout is over, the cluster goes on. A removed number never comes back.
+is interrupted, or its --timeout is over, the cluster goes on, and removes it. Until then
+`pontoon admin node drain ID --cancel` takes it back. A removed number never comes back.
 
 Exit code 1: the node holds data; or, with --dead, it answers.")]
 pub struct NodeRemoveArgs {
@@ -139,7 +142,9 @@ pub enum RebalanceCommand {
     /// Show how the last rebalancing is
     Status(RebalanceStatusArgs),
     /// Begin no further move
-    #[command(after_help = "Examples:\n  pontoon admin rebalance pause\n\nMoves under way end.")]
+    #[command(
+        after_help = "Examples:\n  pontoon admin rebalance pause\n\nMoves under way end. Repairs, drains and changes of replica counts go on."
+    )]
     Pause,
     /// Go on after a pause
     #[command(after_help = "Examples:\n  pontoon admin rebalance resume")]
@@ -179,7 +184,8 @@ Examples:
 
 --wait takes as long as that takes, or until --timeout.
 
-Exit codes: 0 begun, or nothing to do; 1 the plan is stale, or with --wait it didn't get to its end.")]
+Exit codes: 0 begun, or nothing to do; 1 the plan is stale, or with --wait it didn't get to its
+end: it failed, was cancelled, or another followed before its end was seen.")]
 pub struct StartArgs {
     /// The plan, as `plan` named it [default: the one that is made now]
     #[arg(value_name = "PLAN_ID", value_parser = plan_id)]
@@ -299,13 +305,13 @@ Examples:
   pontoon admin recover testDB 5 --from 2                       what would be kept, and lost
   pontoon admin recover testDB 5 --from 2 --accept-data-loss
 
-For a shard most of whose replicas are gone for good, with their disks. One replica that is left goes
-on alone; what only the others had is lost, also writes that were acknowledged. Bring nodes back
-instead, if any of them can be: nothing is lost then. The other old replicas remove themselves should
-their nodes come back. Replicas are added again by themselves.
+For a shard most of whose replicas are gone for good, with their disks. One replica that is left
+goes on alone; what only the others had is lost, also writes that were acknowledged. Bring nodes
+back instead, if any of them can be: nothing is lost then. The other old replicas remove themselves
+should their nodes come back. Replicas are added again by themselves.
 
-What was kept and what may be lost is written to a file as JSON. The metadata shard goes first, if it is
-lost as well: `pontoon admin recover '(metadata)' 0 --from 2`.
+What was kept and what may be lost is written to a file as JSON. The metadata shard goes first, if
+it is lost as well: `pontoon admin recover '(metadata)' 0 --from 2`.
 
 Exit code 1: without --accept-data-loss; or a majority answers; or another replica has more.")]
 pub struct RecoverArgs {

@@ -3,13 +3,13 @@
 use serde_json::json;
 
 use super::args::{DatabaseCommand, SetReplicasArgs, TransferLeaderArgs};
-use super::change_failed;
 use super::wait::{Progress, wait};
+use super::{change_failed, node};
 use crate::cli::context::{Context, with_session};
 use crate::cli::data::after_effect;
 use crate::cli::failure::{Exit, Failure};
 use crate::cli::output;
-use crate::cli::status::unknown_database;
+use crate::cli::status::{REPORT_TIMEOUT, unknown_database};
 use crate::ids::ShardId;
 use crate::placement::map::{ClusterMap, DatabaseRecord, MemberRole};
 
@@ -31,12 +31,19 @@ fn set_replicas(context: &Context, args: &SetReplicasArgs) -> Result<Exit, Failu
             change_failed(&what, "`pontoon db list` tells", error)
         })?;
         let what = format!("giving each shard of `{name}` {}", output::count(replicas, "replica"));
+        let done = format!("`{name}` should have {} from now on", output::count(replicas, "replica"));
         wait(context, session, &what, async || {
             let map = session.client.map().await?;
             let database = map.database(name).ok_or_else(|| unknown_database(&map, name))?;
-            Ok(progress(&map, database, replicas))
+            let mut progress = progress(&map, database, replicas);
+            if progress.end.is_none() {
+                let reports = node::reports(session, &map, REPORT_TIMEOUT / 2).await;
+                progress.obstacle = node::obstacle(&reports, |shard| database.shards.contains(&shard));
+            }
+            Ok(progress)
         })
-        .await?;
+        .await
+        .map_err(|failure| failure.after(&done))?;
         Ok((before.replicas, before.shards.len() as u64))
     })?;
     if context.json() {
@@ -72,7 +79,8 @@ fn progress(map: &ClusterMap, database: &DatabaseRecord, replicas: u32) -> Progr
     } else {
         (done == database.shards.len()).then_some(Ok(()))
     };
-    Progress { done: done as u64, total: database.shards.len() as u64, told: "shards".into(), end }
+    let (done, total) = (done as u64, database.shards.len() as u64);
+    Progress { done, total, told: "shards".into(), end, ..Progress::default() }
 }
 
 /// `admin transfer-leader DB SHARD NODE`

@@ -15,7 +15,7 @@ pub mod wait;
 use super::context::Context;
 use super::failure::{Exit, Failure};
 use crate::client::ClientError;
-use crate::placement::map::{ClusterMap, MemberRole, Standing};
+use crate::placement::map::{ClusterMap, MemberRole};
 use args::AdminCommand;
 
 /// `admin ...`
@@ -50,17 +50,6 @@ fn shards_on(map: &ClusterMap, node: crate::ids::NodeId) -> Vec<(crate::ids::Sha
         None => "(metadata)".to_owned(),
     };
     there.map(|shard| (shard.id, name(shard))).collect()
-}
-
-/// A standing as a word.
-fn standing_name(standing: Standing) -> &'static str {
-    match standing {
-        Standing::Member => "member",
-        Standing::Pending => "pending",
-        Standing::Draining => "draining",
-        Standing::Leaving => "leaving",
-        Standing::Removed => "removed",
-    }
 }
 
 /// A role as a word.

@@ -1,19 +1,19 @@
 //! `admin node ...`: the nodes of the cluster, and what is decided about them.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use raft::StateRole;
 use serde_json::{Value, json};
 
 use super::args::{NodeAddArgs, NodeCommand, NodeDrainArgs, NodeListArgs, NodeRemoveArgs};
-use super::wait::{Progress, rest, wait};
-use super::{change_failed, shards_on, standing_name};
+use super::wait::{Pace, Progress, rest, wait};
+use super::{change_failed, shards_on};
 use crate::cli::context::{Context, Session, with_session};
 use crate::cli::data::after_effect;
 use crate::cli::failure::{Exit, Failure};
 use crate::cli::output;
-use crate::cli::overview::phase_name;
+use crate::cli::overview::{phase_name, standing_name};
 use crate::cli::status::{REPORT_TIMEOUT, Reports, ask};
 use crate::ids::{METADATA_SHARD, NodeId, ShardId};
 use crate::node::handle::{NodeReport, ReplicaHealth};
@@ -21,6 +21,9 @@ use crate::placement::map::{ClusterMap, NodeRecord, Standing};
 
 /// So many shards are named; of more, how many there are.
 const NAMED: usize = 10;
+
+/// Where no wait measures it, so long it is looked how fast a node is emptied.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// How to find out what became of a decision.
 const LIST: &str = "`pontoon admin node list` tells";
@@ -52,6 +55,8 @@ struct Row {
     replicas: usize,
     /// Shards that it leads, as it says; `None`: it doesn't answer.
     leaders: Option<usize>,
+    /// Bytes of its replicas, as it last counted them, likewise.
+    bytes: Option<u64>,
     /// Bytes in its directory, likewise.
     disk_bytes: Option<u64>,
 }
@@ -87,6 +92,7 @@ fn rows(map: &ClusterMap, reports: &Reports, all: bool) -> Vec<Row> {
             },
             replicas: held.get(&node.id).copied().unwrap_or(0),
             leaders: report.map(leads),
+            bytes: report.map(holds),
             disk_bytes: report.map(|report| report.disk_bytes),
         }
     };
@@ -100,6 +106,11 @@ fn leads(report: &NodeReport) -> usize {
         whole && replica.group.as_ref().is_some_and(|group| group.role == StateRole::Leader)
     });
     leads.count()
+}
+
+/// Bytes of keys and values that a node holds, as it last counted.
+fn holds(report: &NodeReport) -> u64 {
+    report.replicas.iter().fold(0, |bytes, replica| bytes.saturating_add(replica.bytes))
 }
 
 impl Row {
@@ -120,6 +131,7 @@ impl Row {
             "up": self.is_up(),
             "replicas": self.replicas,
             "leaders": self.leaders,
+            "bytes": self.bytes,
             "disk_bytes": self.disk_bytes,
         })
     }
@@ -149,7 +161,7 @@ fn table(rows: &[Row]) -> String {
 }
 
 /// All nodes of the map are asked at once; those that were removed aren't.
-async fn reports(session: &Session, map: &ClusterMap, patience: Duration) -> Reports {
+pub(super) async fn reports(session: &Session, map: &ClusterMap, patience: Duration) -> Reports {
     let there = map.nodes.values().filter(|node| node.standing != Standing::Removed).map(|node| node.id);
     ask(&session.client, map, there, patience).await
 }
@@ -237,9 +249,14 @@ fn cancel_drain(context: &Context, args: &NodeDrainArgs) -> Result<Exit, Failure
         let map = session.client.map().await?;
         let node = find(&map, args.node)?;
         match node.standing {
-            Standing::Draining => decide(session, node, Standing::Member, session.remaining()).await?,
+            // Also one that was given up: what is left of it is kept then.
+            Standing::Draining | Standing::Leaving => {
+                decide(session, node, Standing::Member, session.remaining()).await?
+            }
             Standing::Member => {}
-            _ => return Err(wrong_standing(node, "no drain is under way")),
+            Standing::Pending | Standing::Removed => {
+                return Err(wrong_standing(node, "no drain is under way"));
+            }
         }
         Ok(node.clone())
     })?;
@@ -272,17 +289,12 @@ fn drain(context: &Context, args: &NodeDrainArgs) -> Result<Exit, Failure> {
             }
             _ => return Err(wrong_standing(node, "only a member can be drained")),
         }
-        if args.wait {
-            empty(context, session, node, "draining").await?;
-        }
-        Ok((node.clone(), what_is_left(session, node.id).await?))
+        let (done, was) = (format!("node {} ({}) drains", node.id, node.label), node.standing);
+        let left = emptied(context, session, node, args.wait, was == Standing::Draining).await;
+        Ok((node.clone(), left.map_err(|failure| failure.after(&done))?))
     })?;
     if context.json() {
-        let mut object = json!({"node": node.id.0, "standing": "draining", "empty": left.shards.is_empty()});
-        object["replicas"] = left.shards.len().into();
-        object["leaders"] = left.leaders.into();
-        object["bytes"] = left.bytes.into();
-        after_effect(output::json(&object))?;
+        after_effect(output::json(&left.json(node.id)))?;
     } else if left.shards.is_empty() {
         after_effect(output::line(format!(
             "node {id} ({}) is empty: stop it, or `pontoon admin node remove {id}`",
@@ -291,14 +303,35 @@ fn drain(context: &Context, args: &NodeDrainArgs) -> Result<Exit, Failure> {
         )))?;
     } else {
         after_effect(output::line(format!(
-            "node {} ({}) is being drained: {}, {} to go; the same command with --wait waits for the end",
+            "node {} ({}) is being drained: {}; the same command with --wait waits for the end",
             node.id,
             node.label,
-            output::count(left.shards.len() as u64, "replica"),
-            output::size(left.bytes)
+            left.text()
         )))?;
     }
     Ok(Exit::Done)
+}
+
+/// What is left on a node that drains: once it has nothing, or now, with the pace if that can be seen.
+async fn emptied(
+    context: &Context,
+    session: &Session,
+    node: &NodeRecord,
+    waits: bool,
+    has_begun: bool,
+) -> Result<Left, Failure> {
+    if waits {
+        empty(context, session, node, &format!("emptying node {} ({})", node.id, node.label)).await?;
+    }
+    let left = what_is_left(session, node.id).await?;
+    if left.shards.is_empty() || !has_begun || session.remaining() < 3 * LOOK {
+        return Ok(left);
+    }
+    let (began, before) = (Instant::now(), left.sent);
+    tokio::time::sleep(LOOK).await;
+    let left = what_is_left(session, node.id).await?;
+    let rate = sent_since(&before, &left.sent) as f64 / began.elapsed().as_secs_f64();
+    Ok(Left { rate: Some(rate as u64), ..left })
 }
 
 fn remove(context: &Context, args: &NodeRemoveArgs) -> Result<Exit, Failure> {
@@ -309,18 +342,17 @@ fn remove(context: &Context, args: &NodeRemoveArgs) -> Result<Exit, Failure> {
             return Ok((node.clone(), false));
         }
         if args.dead && node.standing != Standing::Pending {
-            bury(context, session, &map, node).await?;
+            give_up(session, &map, node).await?;
+            let buried = bury(context, session, node).await;
+            let done = format!("node {} ({}) is given up", node.id, node.label);
+            return buried.map(|()| (node.clone(), true)).map_err(|failure| failure.after(&done));
         } else {
             let held = shards_on(&map, node.id);
             if !held.is_empty() {
                 return Err(in_use(node, &held));
             }
         }
-        let now = session.client.map().await?;
-        // The cluster may have made the step by itself.
-        if find(&now, args.node)?.standing != Standing::Removed {
-            decide(session, node, Standing::Removed, rest(context, session)).await?;
-        }
+        decide(session, node, Standing::Removed, session.remaining()).await?;
         Ok((node.clone(), true))
     })?;
     if context.json() {
@@ -350,43 +382,92 @@ fn in_use(node: &NodeRecord, held: &[(ShardId, String)]) -> Failure {
     )
 }
 
-/// Gives a node up that is gone for good, and waits until nothing of it is left.
-async fn bury(
-    context: &Context,
-    session: &Session,
-    map: &ClusterMap,
-    node: &NodeRecord,
-) -> Result<(), Failure> {
-    if node.standing != Standing::Leaving {
-        let patience = REPORT_TIMEOUT.min(session.remaining() / 2);
-        let answers = ask(&session.client, map, [node.id], patience).await;
-        if matches!(answers.get(&node.id), Some(Ok(report)) if report.node == node.id) {
-            return Err(Failure::negative(
-                "node_answers",
-                format!(
-                    "node {id} ({}) answers: it isn't dead. Empty it with `pontoon admin node drain {id} --wait`, \
-                     or stop it first",
-                    node.label,
-                    id = node.id
-                ),
-            ));
-        }
-        decide(session, node, Standing::Leaving, session.remaining()).await?;
+/// Decides that a node is gone for good, unless it answers.
+async fn give_up(session: &Session, map: &ClusterMap, node: &NodeRecord) -> Result<(), Failure> {
+    if node.standing == Standing::Leaving {
+        return Ok(());
     }
-    empty(context, session, node, "replacing what it held").await
+    let patience = REPORT_TIMEOUT.min(session.remaining() / 2);
+    let answers = ask(&session.client, map, [node.id], patience).await;
+    if matches!(answers.get(&node.id), Some(Ok(report)) if report.node == node.id) {
+        return Err(Failure::negative(
+            "node_answers",
+            format!(
+                "node {id} ({}) answers: it isn't dead. Empty it with `pontoon admin node drain {id} --wait`, \
+                 or stop it first",
+                node.label,
+                id = node.id
+            ),
+        ));
+    }
+    decide(session, node, Standing::Leaving, session.remaining()).await
+}
+
+/// Waits until nothing of a node that was given up is left, and ends its membership.
+async fn bury(context: &Context, session: &Session, node: &NodeRecord) -> Result<(), Failure> {
+    empty(context, session, node, &format!("replacing what node {} ({}) held", node.id, node.label)).await?;
+    let map = session.client.map().await?;
+    match find(&map, node.id)?.standing {
+        // The cluster has made the step by itself.
+        Standing::Removed => Ok(()),
+        _ => decide(session, node, Standing::Removed, rest(context, session)).await,
+    }
 }
 
 /// What a node that is to be emptied still has.
+#[derive(Debug, Default)]
 struct Left {
     shards: Vec<(ShardId, String)>,
-    /// Shards that it leads; 0 if it doesn't answer.
-    leaders: usize,
-    /// Bytes of its replicas, as it last counted; 0 if it doesn't answer.
-    bytes: u64,
+    /// Shards that it leads; `None`: it doesn't answer.
+    leaders: Option<usize>,
+    /// Bytes of its replicas, as it last counted; likewise.
+    bytes: Option<u64>,
+    /// Bytes per second that all nodes together send in snapshots; `None`: it wasn't measured.
+    rate: Option<u64>,
+    /// Bytes that each node has sent in snapshots.
+    sent: BTreeMap<NodeId, u64>,
     /// Why no other node can take what is left, if so.
     stuck: Option<String>,
     /// What stands in the way at this moment, of one shard.
     obstacle: Option<String>,
+    /// What the cluster has decided about the node by now.
+    standing: Standing,
+}
+
+impl Left {
+    /// Seconds until its bytes are elsewhere; `None`: not to be told.
+    fn eta_s(&self) -> Option<u64> {
+        let rate = self.rate.filter(|rate| *rate > 0)?;
+        self.bytes.filter(|bytes| *bytes > 0).map(|bytes| bytes.div_ceil(rate))
+    }
+
+    fn text(&self) -> String {
+        let mut text = output::count(self.shards.len() as u64, "replica") + " left";
+        if let Some(leaders @ 1..) = self.leaders {
+            text.push_str(&format!(", leads {leaders}"));
+        }
+        if let Some(bytes @ 1..) = self.bytes {
+            text.push_str(&format!(", {}", output::size(bytes)));
+        }
+        if let Some(rate @ 1..) = self.rate {
+            text.push_str(&format!(", {}/s", output::size(rate)));
+        }
+        text
+    }
+
+    fn json(&self, node: NodeId) -> Value {
+        json!({
+            "node": node.0,
+            "standing": standing_name(self.standing),
+            "empty": self.shards.is_empty(),
+            "replicas": self.shards.len(),
+            "leaders": self.leaders,
+            "bytes": self.bytes,
+            "rate": self.rate,
+            "eta_s": self.eta_s(),
+            "obstacle": self.obstacle,
+        })
+    }
 }
 
 async fn what_is_left(session: &Session, node: NodeId) -> Result<Left, Failure> {
@@ -398,45 +479,69 @@ async fn what_is_left(session: &Session, node: NodeId) -> Result<Left, Failure> 
         _ => None,
     };
     let shards = shards_on(&map, node);
-    let told = reports.values().flatten().flat_map(|report| &report.stuck);
-    let held = told.filter(|(shard, _)| shards.iter().any(|(held, _)| held == shard));
+    let told = reports.values().flatten();
     Ok(Left {
-        obstacle: held.map(|(shard, why)| format!("shard {shard}: {why}")).next(),
-        shards,
-        leaders: report.map_or(0, leads),
-        bytes: report.map_or(0, |report| report.replicas.iter().map(|replica| replica.bytes).sum()),
+        obstacle: obstacle(&reports, |shard| shards.iter().any(|(held, _)| *held == shard)),
+        leaders: report.map(leads),
+        bytes: report.map(holds),
+        rate: None,
+        sent: told.map(|report| (report.node, report.snapshot_bytes)).collect(),
         stuck: stuck(&map, node),
+        standing: find(&map, node)?.standing,
+        shards,
     })
 }
 
+/// What stands in the way of one of those shards, if anything.
+pub(super) fn obstacle(reports: &Reports, concerns: impl Fn(ShardId) -> bool) -> Option<String> {
+    let mut told = reports.values().flatten().flat_map(|report| &report.stuck);
+    told.find(|(shard, _)| concerns(*shard)).map(|(shard, why)| format!("shard {shard}: {why}"))
+}
+
+/// Bytes that were sent in between, by the nodes that told of it both times. One that has restarted counts from
+/// then on.
+fn sent_since(before: &BTreeMap<NodeId, u64>, after: &BTreeMap<NodeId, u64>) -> u64 {
+    after.iter().filter_map(|(node, sent)| Some(sent.saturating_sub(*before.get(node)?))).sum()
+}
+
 /// Waits until the map places nothing on a node any more.
-async fn empty(context: &Context, session: &Session, node: &NodeRecord, doing: &str) -> Result<(), Failure> {
+async fn empty(context: &Context, session: &Session, node: &NodeRecord, what: &str) -> Result<(), Failure> {
     let mut most = 0;
-    let what = format!("{doing}, node {} ({}),", node.id, node.label);
-    wait(context, session, &what, async || {
-        let left = what_is_left(session, node.id).await?;
+    let (mut sent, mut before, mut pace) = (0_u64, BTreeMap::new(), Pace::default());
+    wait(context, session, what, async || {
+        let mut left = what_is_left(session, node.id).await?;
         most = most.max(left.shards.len());
-        let mut told = output::count(left.shards.len() as u64, "replica") + " left";
-        if left.leaders > 0 {
-            told.push_str(&format!(", leads {}", left.leaders));
-        }
-        if left.bytes > 0 {
-            told.push_str(&format!(", {}", output::size(left.bytes)));
-        }
-        if let Some(obstacle) = &left.obstacle {
-            told.push_str(&format!(", {}", output::printable(obstacle.as_bytes())));
-        }
-        let end = if left.shards.is_empty() {
-            Some(Ok(()))
-        } else if left.leaders == 0 {
-            // Leadership can go even where replicas can't.
-            left.stuck.map(|why| Err(Failure::negative("stuck", format!("{what} stands still: {why}"))))
-        } else {
-            None
-        };
-        Ok(Progress { done: (most - left.shards.len()) as u64, total: most as u64, told, end })
+        sent = sent.saturating_add(sent_since(&before, &left.sent));
+        before = std::mem::take(&mut left.sent);
+        pace.heard(Instant::now(), sent);
+        left.rate = pace.per_second().map(|rate| rate as u64);
+        Ok(progress(&left, most, what))
     })
     .await
+}
+
+/// How far it is with a node that had so many replicas.
+fn progress(left: &Left, most: usize, what: &str) -> Progress {
+    let end = if left.shards.is_empty() {
+        Some(Ok(()))
+    } else if !matches!(left.standing, Standing::Draining | Standing::Leaving) {
+        let why = format!("{what} was called off: it is {} by now", standing_name(left.standing));
+        Some(Err(Failure::negative("called_off", why)))
+    } else if left.leaders.unwrap_or(0) == 0 {
+        // Leadership can go even where replicas can't.
+        let failed = |why| Err(Failure::negative("stuck", format!("{what} stands still: {why}")));
+        left.stuck.as_ref().map(failed)
+    } else {
+        None
+    };
+    Progress {
+        done: (most - left.shards.len()) as u64,
+        total: most as u64,
+        told: left.text(),
+        eta_s: left.eta_s(),
+        obstacle: left.obstacle.clone(),
+        end,
+    }
 }
 
 /// Whether a node may get replicas, as far as the map tells.

@@ -3,20 +3,23 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use tokio::time::MissedTickBehavior;
 
 use super::args::{PlanArgs, RebalanceCommand, RebalanceStatusArgs, StartArgs, WaitArgs};
-use super::change_failed;
 use super::wait::{Progress, wait};
+use super::{change_failed, node};
 use crate::cli::context::{Context, Session, block_on, with_session};
 use crate::cli::data::after_effect;
 use crate::cli::failure::{Exit, Failure};
 use crate::cli::output;
+use crate::cli::overview::ShardView;
 use crate::cli::serve::until_stopped;
 use crate::cli::signals::Signals;
+use crate::cli::status::{REPORT_TIMEOUT, Reports};
 use crate::client::admin::answers::{RebalanceOrder, RebalancePlan, RebalanceStatus};
 use crate::client::{ClientError, NotApplied};
 use crate::ids::ShardId;
-use crate::placement::map::RebalanceState;
+use crate::placement::map::{ClusterMap, RebalanceState, ShardRecord};
 use crate::placement::rebalance::MoveKind;
 
 /// So often a plan is made and begun: each time the cluster may have changed in between.
@@ -95,6 +98,7 @@ fn plan_json(plan: &RebalancePlan) -> Value {
         "moves": moves.collect::<Value>(),
         "total": {"moves": plan.total.moves, "bytes": plan.total.bytes, "keys": plan.total.keys},
         "minimum": {"moves": plan.minimum},
+        "shards_left": plan.left,
     })
 }
 
@@ -129,13 +133,24 @@ fn plan_text(plan: &RebalancePlan) -> String {
         output::count(leaders as u64, "shard"),
         name(plan.id)
     ));
+    text.push_str(&left_text(plan.left));
     text
+}
+
+/// A plan that is under way.
+#[derive(Clone, Copy, Debug, Default)]
+struct Begun {
+    plan: u64,
+    /// Shards that it leaves for another plan.
+    left: u32,
+    /// Once it has ended: how many of its shards are led by whom it wants, and how many it has.
+    leaders: Option<(usize, usize)>,
 }
 
 fn start(context: &Context, args: &StartArgs) -> Result<Exit, Failure> {
     let begun = with_session(context, async |session| {
         let begun = match args.plan {
-            Some(plan) => begin(session, plan).await.map(|()| Some(plan))?,
+            Some(plan) => begin(session, plan).await.map(|()| Some(Begun { plan, ..Begun::default() }))?,
             None => begin_any(session, args.leaders_only).await?,
         };
         // One that has begun by itself is what was wanted.
@@ -143,12 +158,12 @@ fn start(context: &Context, args: &StartArgs) -> Result<Exit, Failure> {
             None => under_way(session).await?,
             begun => begun,
         };
-        if let Some(plan) = begun.filter(|_| args.wait.wait) {
-            ended(context, session, plan).await?;
+        match begun {
+            Some(begun) if args.wait.wait => finished(context, session, begun).await.map(Some),
+            begun => Ok(begun),
         }
-        Ok(begun)
     })?;
-    let Some(plan) = begun else {
+    let Some(begun) = begun else {
         if context.json() {
             output::json(&json!({"plan_id": null, "started": false}))?;
         } else {
@@ -156,21 +171,52 @@ fn start(context: &Context, args: &StartArgs) -> Result<Exit, Failure> {
         }
         return Ok(Exit::Done);
     };
-    report_begun(context, plan, args.wait.wait)
+    report_begun(context, &begun)
 }
 
-fn report_begun(context: &Context, plan: u64, waited: bool) -> Result<Exit, Failure> {
+fn report_begun(context: &Context, begun: &Begun) -> Result<Exit, Failure> {
     if context.json() {
-        after_effect(output::json(&json!({"plan_id": name(plan), "started": true, "ended": waited})))?;
+        after_effect(output::json(&begun_json(begun)))?;
     } else {
-        let told = if waited {
-            "is done"
-        } else {
-            "is under way; `pontoon admin rebalance status` shows how far it is"
-        };
-        after_effect(output::line(format!("plan {} {told}", name(plan))))?;
+        after_effect(output::line(begun_text(begun)))?;
     }
     Ok(Exit::Done)
+}
+
+fn begun_json(begun: &Begun) -> Value {
+    json!({
+        "plan_id": name(begun.plan),
+        "started": true,
+        "ended": begun.leaders.is_some(),
+        "shards_left": begun.left,
+        "leaders": begun.leaders.map(|(placed, total)| json!({"placed": placed, "total": total})),
+    })
+}
+
+fn begun_text(begun: &Begun) -> String {
+    let mut text = match begun.leaders {
+        Some((placed, total)) => {
+            let shards = output::count(total as u64, "shard");
+            format!("plan {} is done; {placed} of its {shards} are led as it wants", name(begun.plan))
+        }
+        None => format!(
+            "plan {} is under way; `pontoon admin rebalance status` shows how far it is",
+            name(begun.plan)
+        ),
+    };
+    text.push_str(&left_text(begun.left));
+    text
+}
+
+/// What a plan leaves, for it is too great for one.
+fn left_text(left: u32) -> String {
+    if left == 0 {
+        return String::new();
+    }
+    format!(
+        "\nleft for another plan: {}; start again when this one is done",
+        output::count(left, "more shard")
+    )
 }
 
 async fn begin(session: &Session, plan: u64) -> Result<(), Failure> {
@@ -179,7 +225,7 @@ async fn begin(session: &Session, plan: u64) -> Result<(), Failure> {
 }
 
 /// Makes a plan and begins it, and again if the cluster changed in between. `None`: nothing to do.
-async fn begin_any(session: &Session, leaders_only: bool) -> Result<Option<u64>, Failure> {
+async fn begin_any(session: &Session, leaders_only: bool) -> Result<Option<Begun>, Failure> {
     let mut last = None;
     for _ in 0..STARTS {
         let plan = session.client.plan_rebalance(leaders_only, session.remaining()).await?;
@@ -187,7 +233,7 @@ async fn begin_any(session: &Session, leaders_only: bool) -> Result<Option<u64>,
             return Ok(None);
         }
         match session.client.start_rebalance(plan.id, session.remaining()).await {
-            Ok(_) => return Ok(Some(plan.id)),
+            Ok(_) => return Ok(Some(Begun { plan: plan.id, left: plan.left, leaders: None })),
             // The same plan again: it wasn't stale, something else is the matter.
             Err(error) if !is_refusal(&error) || last == Some(plan.id) => {
                 return Err(change_failed(&format!("starting plan {}", name(plan.id)), STATUS, error));
@@ -199,58 +245,117 @@ async fn begin_any(session: &Session, leaders_only: bool) -> Result<Option<u64>,
 }
 
 /// The plan that is being carried out.
-async fn under_way(session: &Session) -> Result<Option<u64>, Failure> {
+async fn under_way(session: &Session) -> Result<Option<Begun>, Failure> {
     let status = session.client.rebalance_status(session.remaining()).await?;
-    Ok((!status.has_ended()).then_some(status.plan))
+    Ok((!status.has_ended()).then_some(Begun { plan: status.plan, ..Begun::default() }))
 }
 
 fn is_refusal(error: &ClientError) -> bool {
     matches!(error, ClientError::NotApplied(NotApplied::Refused(_)))
 }
 
-/// Waits until the rebalancing of this plan has ended. One that was cancelled or has failed is an error.
+/// Waits for the end of a plan that has begun, and looks who leads then.
+async fn finished(context: &Context, session: &Session, begun: Begun) -> Result<Begun, Failure> {
+    let end = async {
+        ended(context, session, begun.plan).await?;
+        let map = session.client.map().await?;
+        let reports = node::reports(session, &map, REPORT_TIMEOUT / 2).await;
+        Ok(Begun { leaders: Some(led_as_planned(&map, &reports, begun.plan)), ..begun })
+    };
+    end.await.map_err(|failure: Failure| failure.after(&format!("plan {} was begun", name(begun.plan))))
+}
+
+/// Of how many shards of a plan the leader is the one that it wants, and how many shards it has. One that has
+/// arrived has its members in the order of the plan, who should lead first.
+fn led_as_planned(map: &ClusterMap, reports: &Reports, plan: u64) -> (usize, usize) {
+    let of_plan = |shard: &&ShardRecord| {
+        !shard.dropped && shard.previous.as_ref().is_some_and(|before| before.plan == plan)
+    };
+    let shards: Vec<&ShardRecord> = map.shards.values().filter(of_plan).collect();
+    let placed = shards.iter().filter(|shard| {
+        let wanted = shard.members.first().map(|member| member.node);
+        wanted.is_some() && ShardView::new(map, shard, reports).leader == wanted
+    });
+    (placed.count(), shards.len())
+}
+
+/// Waits until the rebalancing of this plan has ended. One that was cancelled, has failed, or was followed by
+/// another before its end was seen is an error.
 async fn ended(context: &Context, session: &Session, plan: u64) -> Result<(), Failure> {
-    let mut cancelled = false;
+    let mut seen = Seen::default();
     wait(context, session, &format!("rebalancing by plan {}", name(plan)), async || {
         let status = session.client.rebalance_status(session.timeout()).await?;
-        cancelled |= status.state == RebalanceState::Cancelling;
+        let obstacle = status.stuck.first().map(|(shard, why)| format!("shard {shard}: {why}"));
+        seen.look(&status, plan);
         Ok(Progress {
             done: status.done.into(),
             total: status.total.into(),
             told: told(&status),
-            end: end_of(&status, plan, cancelled),
+            eta_s: status.eta_s,
+            obstacle,
+            end: seen.end(&status, plan),
         })
     })
     .await
 }
 
-/// How the rebalancing of `plan` has ended, if it has.
-fn end_of(status: &RebalanceStatus, plan: u64, cancelled: bool) -> Option<Result<(), Failure>> {
-    let early = |code, how: &str| {
-        let why = if status.reason.is_empty() { String::new() } else { format!(": {}", status.reason) };
-        let moved = format!("{} of {} replicas have moved", status.done, status.total);
-        Some(Err(Failure::negative(code, format!("plan {} {how}{why}; {moved}", name(plan)))))
-    };
-    match status.state {
-        // Another has begun since, so this one is over.
-        _ if status.plan != plan => Some(Ok(())),
-        RebalanceState::Failed => early("failed", "has failed"),
-        RebalanceState::Idle if cancelled || (status.done < status.total && !status.reason.is_empty()) => {
-            early("cancelled", "was cancelled")
+/// What was seen of a plan until now.
+#[derive(Clone, Copy, Debug, Default)]
+struct Seen {
+    cancelled: bool,
+    /// Replicas that had moved, of how many.
+    moved: Option<(u32, u32)>,
+}
+
+impl Seen {
+    fn look(&mut self, status: &RebalanceStatus, plan: u64) {
+        if status.plan == plan {
+            self.cancelled |= status.state == RebalanceState::Cancelling;
+            self.moved = Some((status.done, status.total));
         }
-        RebalanceState::Idle => Some(Ok(())),
-        RebalanceState::Running | RebalanceState::Paused | RebalanceState::Cancelling => None,
+    }
+
+    /// How the rebalancing of `plan` has ended, if it has.
+    fn end(self, status: &RebalanceStatus, plan: u64) -> Option<Result<(), Failure>> {
+        let told = |code, how: &str, why: &str| {
+            let mut text = format!("plan {} {how}", name(plan));
+            if !why.is_empty() {
+                text.push_str(&format!(": {why}"));
+            }
+            if let Some((done, total)) = self.moved {
+                text.push_str(&format!("; {done} of {total} replicas have moved"));
+            }
+            Some(Err(Failure::negative(code, text)))
+        };
+        let early = |code, how| told(code, how, &status.reason);
+        match status.state {
+            // All had moved: only leadership was left.
+            _ if status.plan != plan
+                && self.moved.is_some_and(|(done, total)| total > 0 && done == total) =>
+            {
+                Some(Ok(()))
+            }
+            _ if status.plan != plan => {
+                let how = format!("was superseded by plan {} before its end was seen", name(status.plan));
+                told("superseded", &how, "")
+            }
+            RebalanceState::Failed => early("failed", "has failed"),
+            RebalanceState::Idle
+                if self.cancelled || (status.done < status.total && !status.reason.is_empty()) =>
+            {
+                early("cancelled", "was cancelled")
+            }
+            RebalanceState::Idle => Some(Ok(())),
+            RebalanceState::Running | RebalanceState::Paused | RebalanceState::Cancelling => None,
+        }
     }
 }
 
-/// Bytes, rate, estimate, and the state if it isn't the ordinary one.
+/// Bytes, rate, and the state if it isn't the ordinary one.
 fn told(status: &RebalanceStatus) -> String {
     let mut told = format!("{} of {}", output::size(status.bytes_done), output::size(status.bytes_total));
-    if status.rate > 0 {
-        told.push_str(&format!(", {}/s", output::size(status.rate)));
-    }
-    if let Some(seconds) = status.eta_s {
-        told.push_str(&format!(", {} left", humantime::format_duration(Duration::from_secs(seconds))));
+    if let Some(rate @ 1..) = status.rate {
+        told.push_str(&format!(", {}/s", output::size(rate)));
     }
     if matches!(status.state, RebalanceState::Paused | RebalanceState::Cancelling) {
         told.push_str(&format!(", {}", state_name(status.state)));
@@ -289,6 +394,9 @@ fn status_text(status: &RebalanceStatus) -> String {
         output::count(status.total, "replica"),
         told(status)
     );
+    if let Some(seconds) = status.eta_s {
+        text.push_str(&format!(", {} left", humantime::format_duration(Duration::from_secs(seconds))));
+    }
     if status.moving > 0 {
         text.push_str(&format!("; {} changing members now", output::count(status.moving, "shard")));
     }
@@ -337,7 +445,11 @@ fn watch(context: &Context, interval: Duration) -> Result<Exit, Failure> {
         };
         let mut exit = Exit::Done;
         let watching = async {
+            // The looks themselves take time.
+            let mut ticks = tokio::time::interval(interval);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
             loop {
+                ticks.tick().await;
                 match session.client.rebalance_status(session.timeout()).await {
                     Ok(status) => {
                         exit = exit_of(&status);
@@ -353,7 +465,6 @@ fn watch(context: &Context, interval: Duration) -> Result<Exit, Failure> {
                         output::failure(context.json(), &failure);
                     }
                 }
-                tokio::time::sleep(interval).await;
             }
         };
         let ended: Option<Result<std::convert::Infallible, Failure>> =
@@ -386,10 +497,11 @@ fn control(context: &Context, order: RebalanceOrder, args: Option<&WaitArgs>) ->
         ordered
             .map_err(|error| change_failed(&format!("{verb} plan {}", name(status.plan)), STATUS, error))?;
         if waits {
+            let decided = format!("plan {} is being cancelled", name(status.plan));
             match ended(context, session, status.plan).await {
-                // That is what was asked for.
-                Err(failure) if failure.code == "cancelled" => {}
-                end => end?,
+                // That is what was asked for; and it is over, if another has begun.
+                Err(failure) if matches!(failure.code, "cancelled" | "superseded") => {}
+                end => end.map_err(|failure| failure.after(&decided))?,
             }
         }
         Ok(status.plan)
@@ -414,7 +526,7 @@ fn control(context: &Context, order: RebalanceOrder, args: Option<&WaitArgs>) ->
 }
 
 fn undo(context: &Context, args: &WaitArgs) -> Result<Exit, Failure> {
-    let plan = with_session(context, async |session| {
+    let begun = with_session(context, async |session| {
         let status = session.client.rebalance_status(session.remaining()).await?;
         if status.plan == 0 {
             return Err(Failure::negative("nothing_to_undo", "there was no rebalancing yet"));
@@ -422,135 +534,11 @@ fn undo(context: &Context, args: &WaitArgs) -> Result<Exit, Failure> {
         let begun = session.client.undo_rebalance(status.plan, session.remaining()).await;
         let plan = begun
             .map_err(|error| change_failed(&format!("undoing plan {}", name(status.plan)), STATUS, error))?;
-        if args.wait {
-            ended(context, session, plan).await?;
-        }
-        Ok(plan)
+        let begun = Begun { plan, ..Begun::default() };
+        if args.wait { finished(context, session, begun).await } else { Ok(begun) }
     })?;
-    report_begun(context, plan, args.wait)
+    report_begun(context, &begun)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::ids::NodeId;
-    use crate::placement::rebalance::{PlannedMove, Totals};
-
-    fn plan_of(moves: Vec<PlannedMove>) -> RebalancePlan {
-        RebalancePlan {
-            id: 0xab,
-            map_version: 7,
-            moves,
-            total: Totals { moves: 1, keys: 10, bytes: 2048 },
-            minimum: 1,
-        }
-    }
-
-    fn moves() -> Vec<PlannedMove> {
-        let one = |kind, keys, bytes| PlannedMove {
-            shard: ShardId(4),
-            from: NodeId(1),
-            to: NodeId(3),
-            kind,
-            keys,
-            bytes,
-        };
-        vec![one(MoveKind::Replica, 10, 2048), one(MoveKind::Leader, 0, 0)]
-    }
-
-    #[test]
-    fn a_plan_has_the_documented_shape() {
-        assert_eq!(
-            plan_json(&plan_of(moves())).to_string(),
-            concat!(
-                r#"{"plan_id":"00000000000000ab","map_version":7,"#,
-                r#""moves":[{"shard":4,"from":1,"to":3,"kind":"replica","bytes":2048,"keys":10},"#,
-                r#"{"shard":4,"from":1,"to":3,"kind":"leader","bytes":0,"keys":0}],"#,
-                r#""total":{"moves":1,"bytes":2048,"keys":10},"minimum":{"moves":1}}"#
-            )
-        );
-        let text = plan_text(&plan_of(moves()));
-        for part in [
-            "1 replica to move (the least possible: 1), with 10 keys and 2.0 KiB; leadership of 1 shard",
-            "pontoon admin rebalance start 00000000000000ab",
-        ] {
-            assert!(text.contains(part), "{part}:\n{text}");
-        }
-        assert!(plan_text(&plan_of(Vec::new())).starts_with("nothing to do"));
-        let many = plan_text(&plan_of([moves(), moves()].concat().repeat(30)));
-        assert!(many.contains("and 20 more"), "{many}");
-    }
-
-    #[test]
-    fn a_status_has_the_documented_shape() {
-        let mut status = RebalanceStatus {
-            plan: 0xab,
-            state: RebalanceState::Running,
-            done: 1,
-            total: 3,
-            bytes_done: 1024,
-            bytes_total: 4096,
-            rate: 512,
-            eta_s: Some(6),
-            reason: String::new(),
-            map_version: 9,
-            moving: 2,
-            stuck: Vec::new(),
-        };
-        assert_eq!(
-            status_json(&status).to_string(),
-            concat!(
-                r#"{"state":"running","done":1,"total":3,"bytes_done":1024,"bytes_total":4096,"rate":512,"eta_s":6,"#,
-                r#""plan_id":"00000000000000ab","moving":2,"reason":null,"stuck":[]}"#
-            )
-        );
-        assert_eq!(
-            status_text(&status),
-            "running, plan 00000000000000ab: 1 of 3 replicas moved, 1.0 KiB of 4.0 KiB, 512 B/s, 6s left; 2 shards \
-             changing members now"
-        );
-        status = RebalanceStatus { state: RebalanceState::Failed, eta_s: None, rate: 0, ..status };
-        status.reason = "no node\ncan".into();
-        assert_eq!(exit_of(&status), Exit::Negative);
-        assert!(status_text(&status).ends_with("; no node\\ncan"), "one line");
-        assert!(status_json(&status).to_string().contains(r#""eta_s":null"#));
-        status.stuck = (1..=7).map(|shard| (ShardId(shard), format!("reason {shard}"))).collect();
-        let text = status_text(&status);
-        assert!(text.contains("\nshard 5 stands still: reason 5\nand 2 more"), "{text}");
-        assert_eq!(status_json(&status)["stuck"][6]["why"], "reason 7");
-        for (state, word) in [
-            (RebalanceState::Idle, "idle"),
-            (RebalanceState::Running, "running"),
-            (RebalanceState::Paused, "paused"),
-            (RebalanceState::Cancelling, "cancelling"),
-            (RebalanceState::Failed, "failed"),
-        ] {
-            assert_eq!(state_name(state), word);
-        }
-    }
-
-    #[test]
-    fn a_wait_ends_as_the_rebalancing_did() {
-        let status = |state, done, reason: &str| RebalanceStatus {
-            plan: 4,
-            state,
-            done,
-            total: 3,
-            reason: reason.into(),
-            ..RebalanceStatus::default()
-        };
-        let code = |status: &RebalanceStatus, cancelled| {
-            end_of(status, 4, cancelled).map(|end| end.err().map(|failure| failure.code))
-        };
-        assert_eq!(code(&status(RebalanceState::Running, 1, ""), false), None);
-        assert_eq!(code(&status(RebalanceState::Paused, 1, ""), false), None);
-        assert_eq!(code(&status(RebalanceState::Cancelling, 1, ""), true), None);
-        assert_eq!(code(&status(RebalanceState::Idle, 3, ""), false), Some(None));
-        // A database was dropped meanwhile: nobody gave up.
-        assert_eq!(code(&status(RebalanceState::Idle, 2, ""), false), Some(None));
-        assert_eq!(code(&status(RebalanceState::Idle, 2, "asked to"), false), Some(Some("cancelled")));
-        assert_eq!(code(&status(RebalanceState::Idle, 2, ""), true), Some(Some("cancelled")));
-        assert_eq!(code(&status(RebalanceState::Failed, 2, "no room"), false), Some(Some("failed")));
-        assert!(matches!(end_of(&status(RebalanceState::Running, 0, ""), 5, false), Some(Ok(()))));
-    }
-}
+mod tests;

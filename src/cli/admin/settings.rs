@@ -11,6 +11,7 @@ use crate::cli::context::{Context, with_session};
 use crate::cli::data::after_effect;
 use crate::cli::failure::{Exit, Failure};
 use crate::cli::output;
+use crate::limits::{BYTES_PER_SECOND_MAX, MOVES_AT_A_TIME_MAX, REPAIR_MOVES_FACTOR, REPLACE_AFTER_MS_MAX};
 use crate::machine::command::PolicyChange;
 use crate::placement::map::PolicyRecord;
 use crate::rpc::admin::check_setting;
@@ -69,13 +70,17 @@ impl Key {
     }
 
     /// What it is for.
-    fn meaning(self) -> &'static str {
+    fn meaning(self) -> String {
         match self {
-            Key::ReplaceAfter => "a node gone for so long is replaced",
-            Key::MovesAtATime => "shards whose members change at the same time",
-            Key::BytesPerSecond => "most that a node sends in snapshots",
-            Key::Automatic => "spread replicas and leaders anew when nodes come and go",
-            Key::ApproveJoins => "new nodes wait for `pontoon admin node add`",
+            Key::ReplaceAfter => "a node gone for so long is replaced".into(),
+            Key::MovesAtATime => {
+                format!(
+                    "shards whose members change at the same time; for repairs {REPAIR_MOVES_FACTOR} times as many"
+                )
+            }
+            Key::BytesPerSecond => "most that a node sends in snapshots".into(),
+            Key::Automatic => "spread replicas and leaders anew when nodes come and go".into(),
+            Key::ApproveJoins => "new nodes wait for `pontoon admin node add`".into(),
         }
     }
 
@@ -111,9 +116,9 @@ impl Key {
         let text = text.trim();
         let change = match self {
             Key::ReplaceAfter => PolicyChange::ReplaceAfterMs(parse_time(text)?),
-            Key::MovesAtATime => PolicyChange::MovesAtATime(
-                text.parse().map_err(|_| format!("`{text}` is no number of shards; write it as 8"))?,
-            ),
+            Key::MovesAtATime => PolicyChange::MovesAtATime(text.parse().map_err(|_| {
+                format!("`{text}` is no number of shards from 1 to {MOVES_AT_A_TIME_MAX}; write it as 8")
+            })?),
             Key::BytesPerSecond => PolicyChange::BytesPerSecond(parse_size(text)?),
             Key::Automatic => PolicyChange::Automatic(parse_switch(text)?),
             Key::ApproveJoins => PolicyChange::ApproveJoins(parse_switch(text)?),
@@ -122,18 +127,26 @@ impl Key {
     }
 }
 
-/// Milliseconds: `10m`, `1h 30m`, a bare number of seconds; 0 or `never`.
+/// Milliseconds: `10m`, `1h 30m`, a bare number of seconds; 0, in any unit, or `never`.
 fn parse_time(text: &str) -> Result<u64, String> {
-    if text == NEVER || text == "0" {
+    if text == NEVER {
         return Ok(0);
     }
+    let too_long = || {
+        format!(
+            "`{text}` is too long; the longest is {} days; say {NEVER}",
+            REPLACE_AFTER_MS_MAX / 86_400_000
+        )
+    };
     let time = match text.parse::<u64>() {
         Ok(seconds) => Duration::from_secs(seconds),
-        Err(_) => humantime::parse_duration(text)
-            .map_err(|error| format!("`{text}` is no time: {error}; write it as 90s, 10m, 1h, or {NEVER}"))?,
+        Err(_) => humantime::parse_duration(text).map_err(|error| match error {
+            humantime::DurationError::NumberOverflow => too_long(),
+            error => format!("`{text}` is no time: {error}; write it as 90s, 10m, 1h, or {NEVER}"),
+        })?,
     };
-    let ms = u64::try_from(time.as_millis()).map_err(|_| format!("`{text}` is too long; say {NEVER}"))?;
-    if ms == 0 { Err(format!("`{text}` is less than a millisecond")) } else { Ok(ms) }
+    let ms = u64::try_from(time.as_millis()).map_err(|_| too_long())?;
+    if ms == 0 && !time.is_zero() { Err(format!("`{text}` is less than a millisecond")) } else { Ok(ms) }
 }
 
 const UNITS: [(&str, u64); 4] = [("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
@@ -153,7 +166,9 @@ fn parse_size(text: &str) -> Result<u64, String> {
         "" | "B" => 1,
         unit => UNITS.iter().find(|(name, _)| *name == unit).map(|(_, factor)| *factor).ok_or_else(wrong)?,
     };
-    number.checked_mul(factor).ok_or_else(|| format!("`{text}` is too much; say {UNLIMITED}"))
+    number.checked_mul(factor).ok_or_else(|| {
+        format!("`{text}` is too much; the most is {}; say {UNLIMITED}", exact_size(BYTES_PER_SECOND_MAX))
+    })
 }
 
 fn parse_switch(text: &str) -> Result<bool, String> {
@@ -216,7 +231,7 @@ fn table(policy: &PolicyRecord) -> String {
             key.text(policy),
             key.text(&PolicyRecord::default()),
             unit(key).to_owned(),
-            key.meaning().to_owned(),
+            key.meaning(),
         ]);
     }
     table.to_string()
@@ -271,6 +286,8 @@ mod tests {
             (Key::ReplaceAfter, "10500ms", ReplaceAfterMs(10_500)),
             (Key::ReplaceAfter, "never", ReplaceAfterMs(0)),
             (Key::ReplaceAfter, "0", ReplaceAfterMs(0)),
+            (Key::ReplaceAfter, "0s", ReplaceAfterMs(0)),
+            (Key::ReplaceAfter, "0ms", ReplaceAfterMs(0)),
             (Key::MovesAtATime, "8", MovesAtATime(8)),
             (Key::BytesPerSecond, "32MiB", BytesPerSecond(32 << 20)),
             (Key::BytesPerSecond, "1 GiB/s", BytesPerSecond(1 << 30)),
@@ -289,7 +306,13 @@ mod tests {
         for (key, text, told) in [
             (Key::ReplaceAfter, "soon", "10m"),
             (Key::ReplaceAfter, "-5m", "10m"),
-            (Key::ReplaceAfter, "9s", "10000 ms"),
+            (Key::ReplaceAfter, "9s", "the shortest is 10s"),
+            (Key::ReplaceAfter, "150ms", "150ms is too short"),
+            (Key::ReplaceAfter, "150ms", "the shortest is 10s"),
+            (Key::ReplaceAfter, "100y", "the longest is 365 days"),
+            (Key::ReplaceAfter, "99999999999999999999", "the longest is 365 days"),
+            (Key::MovesAtATime, "99999999999", "1 to 1024"),
+            (Key::BytesPerSecond, "2TiB", "the most is 1099511627776"),
             (Key::ReplaceAfter, "1us", "less than a millisecond"),
             (Key::MovesAtATime, "0", "1 to 1024"),
             (Key::MovesAtATime, "2.5", "write it as 8"),

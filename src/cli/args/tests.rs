@@ -109,3 +109,17 @@ fn times_are_read_with_and_without_units() {
         assert!(duration(bad).is_err(), "{bad}");
     }
 }
+
+#[test]
+fn help_fits_on_a_hundred_columns() {
+    use clap::CommandFactory;
+    fn look(command: &clap::Command) {
+        for help in [command.get_after_help(), command.get_after_long_help()].into_iter().flatten() {
+            for line in help.to_string().lines() {
+                assert!(line.chars().count() <= 100, "{}: {line}", command.get_name());
+            }
+        }
+        command.get_subcommands().for_each(look);
+    }
+    look(&Cli::command());
+}

@@ -26,6 +26,8 @@ pub struct RebalancePlan {
     pub total: Totals,
     /// The fewest moves of replicas that any plan could do with.
     pub minimum: u32,
+    /// Shards that are left for another plan, where they are too many for one.
+    pub left: u32,
 }
 
 /// What an operator orders of a rebalancing.
@@ -54,8 +56,8 @@ pub struct RebalanceStatus {
     pub bytes_done: u64,
     /// Bytes of all moves, likewise.
     pub bytes_total: u64,
-    /// Bytes that all nodes together have sent in snapshots in the last second.
-    pub rate: u64,
+    /// Bytes per second that all nodes together send in snapshots; `None`: there was no time to measure it.
+    pub rate: Option<u64>,
     /// Seconds until it ends, by that rate; `None`: not to be told.
     pub eta_s: Option<u64>,
     /// Why it failed or was cancelled.
@@ -161,6 +163,7 @@ fn read_plan(from: plan::Reader<'_>) -> Result<RebalancePlan, CodecError> {
             bytes: from.get_total_bytes(),
         },
         minimum: from.get_minimum(),
+        left: from.get_left(),
     })
 }
 
@@ -194,7 +197,7 @@ fn read_status(from: rebalance_status::Reader<'_>) -> Result<RebalanceStatus, Co
         total: from.get_total(),
         bytes_done: from.get_bytes_done(),
         bytes_total: from.get_bytes_total(),
-        rate: from.get_rate(),
+        rate: (!from.get_unmeasured()).then(|| from.get_rate()),
         eta_s: Some(from.get_eta_s()).filter(|seconds| *seconds > 0),
         reason: from.get_reason()?.to_string().map_err(capnp::Error::from)?,
         map_version: from.get_map_version(),

@@ -133,7 +133,8 @@ impl Client {
         self.ask(Kind::Read, timeout, question).await
     }
 
-    /// Begins the plan of this id. Refused if the cluster isn't any more as it was when the plan was made.
+    /// Begins the plan of this id. Refused if the cluster isn't any more as it was when the plan was made; the last
+    /// one, under way or at its end, is begun already.
     pub async fn start_rebalance(&self, plan: u64, timeout: Duration) -> Result<u64, ClientError> {
         let question = question!(
             start_rebalance_request,
@@ -179,8 +180,8 @@ impl Client {
         self.change(timeout, question).await
     }
 
-    /// Begins a rebalancing back to where each shard was before that of `plan`, the last one. Returns the
-    /// plan that does it.
+    /// Begins a rebalancing back to where each shard was before that of `plan`, the last one, unless that has been
+    /// begun already. Returns the plan that does it.
     pub async fn undo_rebalance(&self, plan: u64, timeout: Duration) -> Result<u64, ClientError> {
         let question = question!(
             undo_rebalance_request,

@@ -21,9 +21,11 @@ use crate::machine::command::{MetaReply, PlannedTarget};
 use crate::placement::map::{MoveCause, RebalanceRecord, RebalanceState, ShardRecord, ShardTarget};
 use crate::storage::{StateBatch, StateView};
 
-/// Begins a rebalancing. Whoever repeats the command finds it under way.
+/// Begins a rebalancing. Whoever repeats the command finds it under way; one that takes another back, also when
+/// it has ended.
 pub(super) fn begin(
     plan: u64,
+    undoes: u64,
     targets: &[PlannedTarget],
     moves: u32,
     bytes: u64,
@@ -32,8 +34,12 @@ pub(super) fn begin(
     formed(state)?;
     let last: RebalanceRecord = records::load_single(state)?;
     let under_way = !matches!(last.state, RebalanceState::Idle | RebalanceState::Failed);
-    if under_way && last.plan == plan {
+    let undone = undoes != 0 && last.undoes == undoes && last.reason.is_empty();
+    if last.plan == plan && (under_way || undone) {
         return Ok(MetaReply::Done(state.revision()));
+    }
+    if undoes != 0 && last.plan != undoes {
+        return stale("the rebalancing to take back");
     }
     if plan == 0 || targets.len() > fixed::TARGETS {
         let most = fixed::TARGETS;
@@ -60,8 +66,15 @@ pub(super) fn begin(
             records::save(&ShardRecord { changed_at, ..shard }, state);
         }
     }
-    let reason = String::new();
-    let record = RebalanceRecord { plan, state: RebalanceState::Running, moves, bytes, reason, changed_at };
+    let record = RebalanceRecord {
+        plan,
+        state: RebalanceState::Running,
+        moves,
+        bytes,
+        reason: String::new(),
+        undoes,
+        changed_at,
+    };
     records::save_single(&record, state);
     Ok(MetaReply::Done(changed_at))
 }

@@ -41,6 +41,7 @@ pub(super) fn write_plan(result: Result<Plan, Refusal>, to: plan_result::Builder
     to.set_id(plan.id);
     to.set_map_version(plan.map_version);
     to.set_minimum(plan.minimum);
+    to.set_left(plan.left);
     to.set_total_moves(plan.total.moves);
     to.set_total_keys(plan.total.keys);
     to.set_total_bytes(plan.total.bytes);
@@ -76,7 +77,8 @@ pub(super) fn write_status(result: Result<RebalanceStatus, Refusal>, to: rebalan
     to.set_total(status.total);
     to.set_bytes_done(status.bytes_done);
     to.set_bytes_total(status.bytes_total);
-    to.set_rate(status.rate);
+    to.set_rate(status.rate.unwrap_or(0));
+    to.set_unmeasured(status.rate.is_none());
     to.set_eta_s(status.eta_s.unwrap_or(0));
     to.set_reason(status.reason.as_str());
     to.set_map_version(status.map_version);
@@ -144,12 +146,13 @@ mod tests {
             targets: Vec::new(),
             total: Totals { moves: 1, keys: 100, bytes: 1000 },
             minimum: 1,
+            left: 3,
         };
         let mut message = capnp::message::Builder::new_default();
         write_plan(Ok(plan.clone()), message.init_root());
         let read = read_plan_result(message.get_root_as_reader().unwrap()).unwrap().unwrap();
         assert_eq!((read.id, read.map_version, read.minimum), (plan.id, plan.map_version, plan.minimum));
-        assert_eq!((read.moves, read.total), (plan.moves, plan.total));
+        assert_eq!((read.moves, read.total, read.left), (plan.moves, plan.total, plan.left));
 
         let mut message = capnp::message::Builder::new_default();
         write_plan(Err(Refusal::Refused("no".into())), message.init_root());
@@ -159,7 +162,7 @@ mod tests {
 
     #[test]
     fn statuses_survive_the_wire() {
-        for eta_s in [None, Some(7)] {
+        for (rate, eta_s) in [(None, None), (Some(0), None), (Some(5), Some(7))] {
             let status = RebalanceStatus {
                 plan: 3,
                 state: RebalanceState::Cancelling,
@@ -167,7 +170,7 @@ mod tests {
                 total: 2,
                 bytes_done: 10,
                 bytes_total: 20,
-                rate: 5,
+                rate,
                 eta_s,
                 reason: "asked to".into(),
                 map_version: 8,

@@ -4,7 +4,10 @@ use std::time::{Duration, Instant};
 
 use super::Admin;
 use crate::ids::NodeId;
-use crate::limits::{BYTES_PER_SECOND_MIN, MOVES_AT_A_TIME_MAX, REPLACE_AFTER_MS_MIN, REPLICAS_MAX};
+use crate::limits::{
+    BYTES_PER_SECOND_MAX, BYTES_PER_SECOND_MIN, MOVES_AT_A_TIME_MAX, REPLACE_AFTER_MS_MAX,
+    REPLACE_AFTER_MS_MIN, REPLICAS_MAX,
+};
 use crate::machine::command::{MetaCommand, PolicyChange};
 use crate::placement::map::{ClusterMap, NodeRecord, Standing};
 use crate::refusal::Refusal;
@@ -80,19 +83,33 @@ pub(super) fn read_setting(from: setting::Reader<'_>) -> Result<PolicyChange, Re
     })
 }
 
+fn time(ms: u64) -> humantime::FormattedDuration {
+    humantime::format_duration(Duration::from_millis(ms))
+}
+
 /// The rules for settings of the cluster. The error is for a person.
 pub fn check_setting(change: PolicyChange) -> Result<(), String> {
     match change {
         PolicyChange::ReplaceAfterMs(ms) if (1..REPLACE_AFTER_MS_MIN).contains(&ms) => Err(format!(
-            "{ms} ms are too short: a node that restarts, or is slow to answer, would be replaced; the shortest is \
-             {REPLACE_AFTER_MS_MIN} ms, and 0 means never"
+            "{} is too short: a node that restarts, or is slow to answer, would be replaced; the shortest is {}, and 0 \
+             means never",
+            time(ms),
+            time(REPLACE_AFTER_MS_MIN)
         )),
+        PolicyChange::ReplaceAfterMs(ms) if ms > REPLACE_AFTER_MS_MAX => {
+            let days = REPLACE_AFTER_MS_MAX / 86_400_000;
+            Err(format!("{} is too long: the longest is {days} days, and 0 means never", time(ms)))
+        }
         PolicyChange::MovesAtATime(moves) if !(1..=MOVES_AT_A_TIME_MAX).contains(&moves) => Err(format!(
             "{moves} moves at a time: there can be 1 to {MOVES_AT_A_TIME_MAX}; `pontoon admin rebalance pause` \
-             stops them"
+             stops those of a rebalancing, and nothing stops repairs"
         )),
         PolicyChange::BytesPerSecond(bytes) if (1..BYTES_PER_SECOND_MIN).contains(&bytes) => Err(format!(
             "{bytes} bytes per second are too few for a move to end; the least is {BYTES_PER_SECOND_MIN}, and 0 \
+             means no limit"
+        )),
+        PolicyChange::BytesPerSecond(bytes) if bytes > BYTES_PER_SECOND_MAX => Err(format!(
+            "{bytes} bytes per second are more than there ever are: the most is {BYTES_PER_SECOND_MAX}, and 0 \
              means no limit"
         )),
         _ => Ok(()),
@@ -110,13 +127,16 @@ mod tests {
             (PolicyChange::ReplaceAfterMs(0), true),
             (PolicyChange::ReplaceAfterMs(1), false),
             (PolicyChange::ReplaceAfterMs(REPLACE_AFTER_MS_MIN), true),
-            (PolicyChange::ReplaceAfterMs(u64::MAX), true),
+            (PolicyChange::ReplaceAfterMs(REPLACE_AFTER_MS_MAX), true),
+            (PolicyChange::ReplaceAfterMs(REPLACE_AFTER_MS_MAX + 1), false),
             (PolicyChange::MovesAtATime(0), false),
             (PolicyChange::MovesAtATime(MOVES_AT_A_TIME_MAX), true),
             (PolicyChange::MovesAtATime(MOVES_AT_A_TIME_MAX + 1), false),
             (PolicyChange::BytesPerSecond(0), true),
             (PolicyChange::BytesPerSecond(BYTES_PER_SECOND_MIN - 1), false),
             (PolicyChange::BytesPerSecond(BYTES_PER_SECOND_MIN), true),
+            (PolicyChange::BytesPerSecond(BYTES_PER_SECOND_MAX), true),
+            (PolicyChange::BytesPerSecond(BYTES_PER_SECOND_MAX + 1), false),
             (PolicyChange::Automatic(false), true),
             (PolicyChange::ApproveJoins(true), true),
         ] {

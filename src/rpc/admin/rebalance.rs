@@ -10,12 +10,13 @@ use super::survey::Reports;
 use crate::client::admin::answers::{RebalanceOrder, RebalanceStatus};
 use crate::ids::{NodeId, ShardId};
 use crate::machine::command::MetaCommand;
-use crate::placement::map::{ClusterMap, MemberRole, RebalanceState, ShardRecord};
+use crate::placement::map::{ClusterMap, MemberRole, RebalanceRecord, RebalanceState, ShardRecord};
 use crate::placement::rebalance::{Known, Plan, ShardSize, plan_rebalance, plan_undo};
 use crate::refusal::Refusal;
 
-/// Over this time it is measured how much the nodes send.
-const RATE_WINDOW: Duration = Duration::from_secs(1);
+/// Over this time it is measured how much the nodes send: with the two surveys, who looks each second gets an
+/// answer each second.
+const RATE_WINDOW: Duration = Duration::from_millis(800);
 
 impl Admin {
     pub(super) async fn plan(
@@ -30,8 +31,9 @@ impl Admin {
 
     pub(super) async fn start(&self, plan: u64, since: u64, deadline: Instant) -> Result<u64, Refusal> {
         let (map, known) = self.facts(since, deadline).await?;
-        if let Some(version) = begun_already(&map, plan) {
-            return Ok(version);
+        let last = map.rebalance.clone();
+        if last.plan == plan && matches!(last.state, RebalanceState::Running | RebalanceState::Paused) {
+            return Ok(map.version);
         }
         // The id tells which of the two kinds of plan it was.
         let wanted = off_thread(move || {
@@ -39,6 +41,10 @@ impl Admin {
             plans.into_iter().find(|one| one.id == plan)
         });
         let Some(wanted) = wanted.await? else {
+            // Whoever repeats what was in doubt learns that it was done.
+            if is_done(&last, plan) {
+                return Ok(self.service.node.map().version);
+            }
             return Err(Refusal::Refused(format!(
                 "plan {plan:016x} is stale: nodes, replicas or leaders have changed since; make a new one with \
                  `pontoon admin rebalance plan`"
@@ -47,11 +53,14 @@ impl Admin {
         if wanted.targets.is_empty() {
             return Ok(self.service.node.map().version);
         }
-        self.begin(wanted, deadline).await
+        self.begin(wanted, 0, deadline).await
     }
 
     pub(super) async fn undo(&self, plan: u64, since: u64, deadline: Instant) -> Result<(u64, u64), Refusal> {
         let (map, known) = self.facts(since, deadline).await?;
+        if let Some(way_back) = undone_already(&map, plan) {
+            return Ok((way_back, map.version));
+        }
         if map.rebalance.plan != plan {
             return Err(Refusal::Refused(format!(
                 "plan {plan:016x} is not the last one, which is {:016x}",
@@ -60,8 +69,12 @@ impl Admin {
         }
         let way_back = off_thread(move || plan_undo(&map, &known)).await?;
         let way_back = way_back.map_err(|error| Refusal::Refused(error.to_string()))?;
+        if way_back.targets.is_empty() {
+            let text = format!("everything is where it was before plan {plan:016x}");
+            return Err(Refusal::Refused(text));
+        }
         let id = way_back.id;
-        Ok((id, self.begin(way_back, deadline).await?))
+        Ok((id, self.begin(way_back, plan, deadline).await?))
     }
 
     pub(super) async fn control(
@@ -93,13 +106,17 @@ impl Admin {
         let map = self.service.node.map();
         let mut status = progress(&map, &reports.sizes());
         status.stuck = reports.0.values().flat_map(|report| report.stuck.iter().cloned()).collect();
-        if status.state == RebalanceState::Idle || left(deadline) <= 2 * RATE_WINDOW {
+        if status.has_ended() && status.moving == 0 {
+            status.rate = Some(0);
+            return Ok(status);
+        }
+        if left(deadline) <= 2 * RATE_WINDOW {
             return Ok(status);
         }
         let began = Instant::now();
         tokio::time::sleep(RATE_WINDOW).await;
         let later = self.survey(&map, deadline).await;
-        status.rate = rate(&reports.sent(), &later.sent(), began.elapsed());
+        status.rate = Some(rate(&reports.sent(), &later.sent(), began.elapsed()));
         status.eta_s = eta(&status);
         Ok(status)
     }
@@ -113,9 +130,11 @@ impl Admin {
         Ok((map, known))
     }
 
-    async fn begin(&self, plan: Plan, deadline: Instant) -> Result<u64, Refusal> {
+    /// Begins a plan that takes back that of `undoes`, or, at 0, none.
+    async fn begin(&self, plan: Plan, undoes: u64, deadline: Instant) -> Result<u64, Refusal> {
         let command = MetaCommand::BeginRebalance {
             plan: plan.id,
+            undoes,
             targets: plan.targets,
             moves: plan.total.moves,
             bytes: plan.total.bytes,
@@ -134,11 +153,16 @@ async fn off_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static
     done.map_err(|error| Refusal::Refused(format!("the planner failed: {error}; please report it")))
 }
 
-/// The map's version, if the plan is under way in it.
-fn begun_already(map: &ClusterMap, plan: u64) -> Option<u64> {
+/// Whether this plan was the last, and came to its end. One that was cancelled didn't.
+fn is_done(last: &RebalanceRecord, plan: u64) -> bool {
+    last.plan == plan && last.state == RebalanceState::Idle && last.reason.is_empty()
+}
+
+/// The plan that takes this one back, if that was begun, and wasn't given up.
+fn undone_already(map: &ClusterMap, plan: u64) -> Option<u64> {
     let last = &map.rebalance;
-    let under_way = matches!(last.state, RebalanceState::Running | RebalanceState::Paused);
-    (last.plan == plan && under_way).then_some(map.version)
+    let goes_on = matches!(last.state, RebalanceState::Running | RebalanceState::Paused);
+    (plan != 0 && last.undoes == plan && (goes_on || is_done(last, last.plan))).then_some(last.plan)
 }
 
 /// Whether a rebalancing in this state can be given the order; if not, why.
@@ -206,15 +230,15 @@ fn rate(before: &BTreeMap<NodeId, u64>, after: &BTreeMap<NodeId, u64>, within: D
 /// Seconds until everything has moved, by the present rate.
 fn eta(status: &RebalanceStatus) -> Option<u64> {
     let left = status.bytes_total.saturating_sub(status.bytes_done);
-    (status.state == RebalanceState::Running && status.rate > 0 && left > 0)
-        .then(|| left.div_ceil(status.rate))
+    let rate = status.rate.filter(|rate| *rate > 0)?;
+    (status.state == RebalanceState::Running && left > 0).then(|| left.div_ceil(rate))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::ids::{DatabaseId, Epoch, ReplicaId};
-    use crate::placement::map::{Member, RebalanceRecord, ShardTarget};
+    use crate::placement::map::{Member, ShardTarget};
     use crate::placement::ring::RingRange;
 
     /// A shard whose voters are on `now`, and were on `before` when plan 4 began.
@@ -293,27 +317,37 @@ mod tests {
             state: RebalanceState::Running,
             bytes_done: 1,
             bytes_total: 202,
-            rate: 100,
+            rate: Some(100),
             ..RebalanceStatus::default()
         };
         assert_eq!(eta(&status), Some(3));
-        status.rate = 0;
-        assert_eq!(eta(&status), None);
-        status = RebalanceStatus { rate: 9, state: RebalanceState::Paused, ..status };
+        for none in [Some(0), None] {
+            status.rate = none;
+            assert_eq!(eta(&status), None);
+        }
+        status = RebalanceStatus { rate: Some(9), state: RebalanceState::Paused, ..status };
         assert_eq!(eta(&status), None, "it would never end");
     }
 
     #[test]
-    fn a_plan_that_is_under_way_needs_no_second_start() {
-        for (state, already) in [
-            (RebalanceState::Running, true),
-            (RebalanceState::Paused, true),
-            (RebalanceState::Cancelling, false),
-            (RebalanceState::Idle, false),
-            (RebalanceState::Failed, false),
+    fn who_repeats_what_was_in_doubt_learns_that_it_was_done() {
+        for (state, reason, done, undone) in [
+            (RebalanceState::Running, "", false, true),
+            (RebalanceState::Paused, "", false, true),
+            (RebalanceState::Cancelling, "asked to", false, false),
+            (RebalanceState::Idle, "", true, true),
+            (RebalanceState::Idle, "asked to", false, false),
+            (RebalanceState::Failed, "no room", false, false),
         ] {
-            assert_eq!(begun_already(&map(state, 1, Vec::new()), 4).is_some(), already, "{state:?}");
-            assert_eq!(begun_already(&map(state, 1, Vec::new()), 5), None);
+            let mut map = map(state, 1, Vec::new());
+            map.rebalance.reason = reason.into();
+            map.rebalance.undoes = 3;
+            assert_eq!(is_done(&map.rebalance, 4), done, "{state:?} {reason}");
+            assert!(!is_done(&map.rebalance, 5));
+            assert_eq!(undone_already(&map, 3), undone.then_some(4), "{state:?} {reason}");
+            assert_eq!(undone_already(&map, 4), None);
+            map.rebalance.undoes = 0;
+            assert_eq!(undone_already(&map, 0), None, "there was none");
         }
     }
 }

@@ -139,13 +139,14 @@ impl Chaos {
                 let plan = plan_rebalance(&self.model.map, self.model.reconciler.known(), leaders_only);
                 let (plan, targets, moves, bytes) =
                     (plan.id, plan.targets, plan.total.moves, plan.total.bytes);
-                self.ask(MetaCommand::BeginRebalance { plan, targets, moves, bytes });
+                self.ask(MetaCommand::BeginRebalance { plan, undoes: 0, targets, moves, bytes });
             }
             Event::Undo => {
                 if let Ok(plan) = plan_undo(&self.model.map, self.model.reconciler.known()) {
                     let (plan, targets, moves, bytes) =
                         (plan.id, plan.targets, plan.total.moves, plan.total.bytes);
-                    self.ask(MetaCommand::BeginRebalance { plan, targets, moves, bytes });
+                    let undoes = self.model.map.rebalance.plan;
+                    self.ask(MetaCommand::BeginRebalance { plan, undoes, targets, moves, bytes });
                 }
             }
             Event::Control(state) => {

@@ -153,7 +153,8 @@ fn begin(model: &mut Model, plan: Plan) -> Result<String, String> {
     }
     let (moves, bytes, minimum) = (plan.total.moves, plan.total.bytes, plan.minimum);
     let text = format!("{} shards, {moves} moves, {minimum} at least", plan.targets.len());
-    model.propose(MetaCommand::BeginRebalance { plan: plan.id, targets: plan.targets, moves, bytes })?;
+    let (plan, undoes, targets) = (plan.id, 0, plan.targets);
+    model.propose(MetaCommand::BeginRebalance { plan, undoes, targets, moves, bytes })?;
     Ok(text)
 }
 

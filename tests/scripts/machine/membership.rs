@@ -48,6 +48,7 @@ pub fn command(line: &script::Command) -> Result<Option<MetaCommand>, String> {
         }),
         "rebalance" => MetaCommand::BeginRebalance {
             plan: line.number(0)?,
+            undoes: line.named_number("undoes", 0)?,
             targets: line.words_from(1).into_iter().map(target).collect::<Result<_, _>>()?,
             moves: line.named_number("moves", 0)?,
             bytes: line.named_number("bytes", 0)?,

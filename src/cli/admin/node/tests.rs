@@ -75,11 +75,11 @@ fn the_list_has_the_documented_shape() {
     assert_eq!(rows(&map, &reports, true).len(), 4);
     assert_eq!(
         shown[0].json().to_string(),
-        r#"{"id":1,"label":"n1","address":"h1:7101","peer_address":"h1:7201","zone":"a","weight":100,"standing":"member","state":"ready","up":true,"replicas":1,"leaders":0,"disk_bytes":4096}"#
+        r#"{"id":1,"label":"n1","address":"h1:7101","peer_address":"h1:7201","zone":"a","weight":100,"standing":"member","state":"ready","up":true,"replicas":1,"leaders":0,"bytes":0,"disk_bytes":4096}"#
     );
     assert_eq!(
         shown[1].json().to_string(),
-        r#"{"id":2,"label":"n2","address":"h2:7101","peer_address":"h2:7201","zone":"","weight":100,"standing":"draining","state":"unreachable","up":false,"replicas":1,"leaders":null,"disk_bytes":null}"#
+        r#"{"id":2,"label":"n2","address":"h2:7101","peer_address":"h2:7201","zone":"","weight":100,"standing":"draining","state":"unreachable","up":false,"replicas":1,"leaders":null,"bytes":null,"disk_bytes":null}"#
     );
     let table = table(&shown);
     for word in ["standing", "draining", "pending", "unreachable", "h4:7201", "4.0 KiB"] {
@@ -128,4 +128,43 @@ fn a_node_is_found_by_either_address_and_the_newest_counts() {
     map.nodes.get_mut(&NodeId(3)).unwrap().client_address = "h2:7101".into();
     assert_eq!(at_address(&map, "h2:7101").unwrap().id, NodeId(3));
     assert!(find(&map, NodeId(7)).unwrap_err().message.contains("2 (n2), 3 (n3)"));
+}
+
+#[test]
+fn what_is_left_is_told_with_the_estimate() {
+    let left = Left {
+        shards: vec![(ShardId(1), "demo".into()), (ShardId(2), "demo".into())],
+        leaders: Some(1),
+        bytes: Some(2048),
+        rate: Some(100),
+        standing: Draining,
+        ..Left::default()
+    };
+    assert_eq!(
+        left.json(NodeId(3)).to_string(),
+        r#"{"node":3,"standing":"draining","empty":false,"replicas":2,"leaders":1,"bytes":2048,"rate":100,"eta_s":21,"obstacle":null}"#
+    );
+    assert_eq!(left.text(), "2 replicas left, leads 1, 2.0 KiB, 100 B/s");
+    // Who doesn't answer isn't known to lead nothing.
+    let unknown = Left { leaders: None, bytes: None, rate: None, ..left };
+    let json = unknown.json(NodeId(3));
+    assert!(json["leaders"].is_null() && json["bytes"].is_null() && json["eta_s"].is_null(), "{json}");
+    assert_eq!(unknown.text(), "2 replicas left");
+
+    let sent = |pairs: &[(u64, u64)]| pairs.iter().map(|(node, sent)| (NodeId(*node), *sent)).collect();
+    assert_eq!(sent_since(&sent(&[(1, 10), (2, 50), (3, 1)]), &sent(&[(1, 30), (2, 0), (4, 9)])), 20);
+}
+
+#[test]
+fn a_wait_for_an_empty_node_ends_as_the_emptying_does() {
+    let shards = vec![(ShardId(1), "demo".to_owned())];
+    let left = Left { shards, standing: Draining, stuck: Some("full".into()), ..Left::default() };
+    let code =
+        |left: &Left| progress(left, 2, "emptying").end.map(|end| end.err().map(|failure| failure.code));
+    assert_eq!(code(&left), Some(Some("stuck")));
+    let left = Left { leaders: Some(1), ..left };
+    assert_eq!(code(&left), None, "leadership still goes");
+    let left = Left { standing: Ordinary, ..left };
+    assert_eq!(code(&left), Some(Some("called_off")), "somebody has cancelled it");
+    assert_eq!(code(&Left { standing: Removed, ..Left::default() }), Some(None), "nothing is left");
 }

@@ -77,7 +77,13 @@ fn command((kind, [a, b, c, d]): Choice, map: &ClusterMap) -> Option<MetaCommand
                 nodes: nodes(c).collect(),
             };
             let plan = u64::from(a % 3);
-            MetaCommand::BeginRebalance { plan, targets: chosen.map(target).collect(), moves: 1, bytes: 1 }
+            MetaCommand::BeginRebalance {
+                plan,
+                undoes: 0,
+                targets: chosen.map(target).collect(),
+                moves: 1,
+                bytes: 1,
+            }
         }
         16 => {
             use RebalanceState::{Cancelling, Failed, Idle, Paused, Running};

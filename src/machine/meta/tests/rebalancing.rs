@@ -25,7 +25,7 @@ fn target(shard: u64, conf: u64, nodes: &[u64]) -> PlannedTarget {
 }
 
 fn begin(plan: u64, targets: &[PlannedTarget]) -> MetaCommand {
-    MetaCommand::BeginRebalance { plan, targets: targets.to_vec(), moves: 2, bytes: 100 }
+    MetaCommand::BeginRebalance { plan, undoes: 0, targets: targets.to_vec(), moves: 2, bytes: 100 }
 }
 
 fn control(plan: u64, state: RebalanceState, reason: &str) -> MetaCommand {
@@ -185,4 +185,32 @@ fn a_shard_that_comes_to_its_target_by_no_move_has_arrived() {
     assert_eq!((record.target, record.previous), (None, at(7, &[1, 2])));
     assert_eq!(record.members[0].node, NodeId(3), "in the order of the target");
     run(&control(7, Idle, ""), &mut state);
+}
+
+#[test]
+fn only_the_last_rebalancing_is_taken_back_and_once() {
+    let mut state = two_shards();
+    let back = |plan, undoes, nodes: &[u64]| MetaCommand::BeginRebalance {
+        plan,
+        undoes,
+        targets: vec![target(1, 1, nodes)],
+        moves: 0,
+        bytes: 0,
+    };
+    // Of leadership alone: it has arrived at once.
+    run(&begin(8, &[target(1, 1, &[2, 1])]), &mut state);
+    run(&control(8, RebalanceState::Idle, ""), &mut state);
+    assert!(matches!(run(&back(9, 7, &[1, 2]), &mut state), MetaReply::Refused(MetaRefusal::Stale(_))));
+    let begun = run(&back(9, 8, &[1, 2]), &mut state);
+    assert!(matches!(begun, MetaReply::Done(_)), "{begun:?}");
+    run(&control(9, RebalanceState::Idle, ""), &mut state);
+    assert_eq!(cluster_map(&state).unwrap().rebalance.undoes, 8);
+    let version = cluster_map(&state).unwrap().version;
+    assert_eq!(
+        run(&back(9, 8, &[1, 2]), &mut state),
+        MetaReply::Done(version),
+        "said again, once it has ended"
+    );
+    run(&begin(10, &[target(1, 1, &[2, 1])]), &mut state);
+    assert_eq!(cluster_map(&state).unwrap().rebalance.undoes, 0);
 }
