@@ -177,6 +177,9 @@ pub const META_ATTEMPT_MS: u64 = 3_000;
 pub const META_RETRY_MS: u64 = 20;
 /// Time that the drop of a database waits for its replicas to end, in milliseconds.
 pub const DROP_SETTLE_MS_MAX: u64 = 2_000;
+/// Time for a node to hear of others that have joined, before a database is refused for want of nodes, in
+/// milliseconds.
+pub const PLAN_SETTLE_MS_MAX: u64 = 1_500;
 /// Time between measurements of the data directory's size, in milliseconds.
 pub const DISK_MEASURE_MS: u64 = 10_000;
 /// Time between looks at the free space of the data directory's file system, in milliseconds.

@@ -23,11 +23,11 @@ use crate::client::admin::answers::RebalanceOrder;
 use crate::codec::records::{read_standing, write_database};
 use crate::codec::refusal::write_refusal;
 use crate::ids::{DatabaseId, NodeId, ShardId};
-use crate::limits::{DROP_SETTLE_MS_MAX, NAME_BYTES_MAX, REPLICAS_MAX, SHARDS_MAX};
+use crate::limits::{DROP_SETTLE_MS_MAX, NAME_BYTES_MAX, PLAN_SETTLE_MS_MAX, REPLICAS_MAX, SHARDS_MAX};
 use crate::machine::command::{MetaCommand, MetaRefusal, MetaReply};
 use crate::node::handle::NodeReport;
 use crate::placement::map::{ClusterMap, DatabaseRecord, ShardRecord, Standing};
-use crate::placement::plan::{PlanError, plan_database};
+use crate::placement::plan::{PlanError, PlannedShard, plan_database};
 use crate::refusal::Refusal;
 use crate::schema::admin_capnp::{self, admin, database_result, void_result};
 
@@ -290,14 +290,8 @@ impl Admin {
         deadline: Instant,
     ) -> Result<(DatabaseRecord, bool), Refusal> {
         check_numbers(&name, replicas, shards)?;
-        let node = &self.service.node;
-        let map = node.map();
-        if map.version == 0 {
-            return Err(Refusal::Unavailable("starting".into()));
-        }
-        let plan = plan_database(&map, &name, replicas, shards);
         let command = MetaCommand::CreateDatabase {
-            shards: plan.map_err(|error| Refusal::Refused(why_no_plan(&map, &error)))?,
+            shards: self.plan(&name, replicas, shards, deadline).await?,
             name,
             replicas,
         };
@@ -305,6 +299,31 @@ impl Admin {
         let (record, created) = self.meta(command, left).await?;
         self.led(&record, deadline).await?;
         Ok((record, created))
+    }
+
+    /// A placement for a new database. A node that has just started may not have heard of others that joined
+    /// before: that there are too few is believed only after a while.
+    async fn plan(
+        &self,
+        name: &str,
+        replicas: u32,
+        shards: u32,
+        deadline: Instant,
+    ) -> Result<Vec<PlannedShard>, Refusal> {
+        let until = deadline.min(Instant::now() + Duration::from_millis(PLAN_SETTLE_MS_MAX));
+        loop {
+            let map = self.service.node.map();
+            if map.version == 0 {
+                return Err(Refusal::Unavailable("starting".into()));
+            }
+            match plan_database(&map, name, replicas, shards) {
+                Ok(plan) => return Ok(plan),
+                Err(PlanError::TooFewNodes { .. }) if Instant::now() + LEADER_POLL.1 < until => {
+                    tokio::time::sleep(LEADER_POLL.1).await;
+                }
+                Err(error) => return Err(Refusal::Refused(why_no_plan(&map, &error))),
+            }
+        }
     }
 
     /// Drops a database, and waits until none of its shards can commit anything any more.
