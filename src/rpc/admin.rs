@@ -291,7 +291,7 @@ impl Admin {
     ) -> Result<(DatabaseRecord, bool), Refusal> {
         check_numbers(&name, replicas, shards)?;
         let command = MetaCommand::CreateDatabase {
-            shards: self.plan(&name, replicas, shards, deadline).await?,
+            shards: self.placement(&name, replicas, shards, deadline).await?,
             name,
             replicas,
         };
@@ -303,7 +303,7 @@ impl Admin {
 
     /// A placement for a new database. A node that has just started may not have heard of others that joined
     /// before: that there are too few is believed only after a while.
-    async fn plan(
+    async fn placement(
         &self,
         name: &str,
         replicas: u32,
