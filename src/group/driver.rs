@@ -78,6 +78,8 @@ pub struct Group<T> {
     pub(super) proposals: Proposals<T>,
     pub(super) reads: Reads<(T, Query)>,
     pub(super) unpersisted: VecDeque<Unpersisted>,
+    /// The last durable write with entries was replaced by one that is under way: raft wasn't told of it.
+    pub(super) passed_over: bool,
     pub(super) writes: u64,
     /// The term that is on disk.
     pub(super) durable_term: Term,
@@ -95,6 +97,8 @@ pub struct Group<T> {
     pub(super) ahead_to: Index,
     /// The change behind `recorded`, while it waits for that.
     pub(super) barrier: Option<Barrier>,
+    /// The conf versions that other members have in force, as they last said.
+    pub(super) confs: BTreeMap<ReplicaId, u64>,
     /// Where replicas are that have written and aren't members here.
     pub(super) strangers: BTreeMap<ReplicaId, NodeId>,
     /// The entry that is being applied; after a panic or an error, the one at fault.
@@ -171,12 +175,16 @@ impl<T> Group<T> {
     /// A message from another replica of the group. One that isn't for this replica, or that would
     /// contradict what is committed here, is dropped.
     pub fn step(&mut self, message: GroupMessage) -> Result<(), GroupError> {
-        let (safe_index, node) = (message.safe_index, message.node);
+        let (safe_index, node, epoch) = (message.safe_index, message.node, message.epoch);
         let message = message.message;
         if message.to != self.replica.0 || self.recovering() {
             return Ok(());
         }
         if message.get_msg_type() == MessageType::MsgTimeoutNow && (self.stays_behind() || self.state_lost) {
+            return Ok(());
+        }
+        if self.is_of_those_given_up(message.get_msg_type(), epoch) {
+            tracing::debug!(shard = %self.shard, replica = %self.replica, from = message.from, kind = ?message.get_msg_type(), ?epoch, "dropped a message of a replica that was given up");
             return Ok(());
         }
         if let Err(reason) = self.check(&message) {
@@ -190,6 +198,7 @@ impl<T> Group<T> {
         }
         self.hear_answer(&message);
         let from = message.from;
+        self.hear_conf(ReplicaId(from), epoch);
         self.remember_stranger(ReplicaId(from), node);
         match self.raft.step(message) {
             // From a replica that isn't a member (any more), or with nothing to do about it.
@@ -258,15 +267,17 @@ impl<T> Group<T> {
             };
             // Entries that a write under way replaces must not be counted as durable: those that replace
             // them may bear the same terms again, and would be taken for them.
-            let replaced = unpersisted.entries.is_some_and(|(_, last)| {
-                let later = self.unpersisted.iter().filter_map(|u| u.entries);
-                later.into_iter().any(|(first, _)| first <= last.index)
-            });
-            if !replaced {
+            // Nor may a write without entries tell raft that all readies up to its own are durable, as long as theirs
+            // is among those.
+            if let Some((_, last)) = unpersisted.entries {
+                let mut later = self.unpersisted.iter().filter_map(|u| u.entries);
+                self.passed_over = later.any(|(first, _)| first <= last.index);
+            }
+            if !self.passed_over {
                 if let Some((_, last)) = unpersisted.entries {
                     self.raft.mut_store().set_persisted(last);
                 }
-                // Covers those of the readies before it that were passed over.
+                // Covers those of the readies before it that were passed over: raft goes by the last one's entries.
                 self.raft.on_persist_ready(unpersisted.ready);
             }
             self.durable_term = unpersisted.term;
@@ -468,6 +479,7 @@ impl<T> Group<T> {
                 before.messages.append(&mut messages);
             }
             None => {
+                assert!(!self.passed_over, "what replaces a write is under way until it is durable");
                 self.raft.on_persist_ready(number);
                 self.messages.append(&mut messages);
             }

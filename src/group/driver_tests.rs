@@ -105,8 +105,13 @@ impl Follower {
     }
 
     fn step(&mut self, message: Message) {
+        self.step_under(EPOCH, message);
+    }
+
+    /// A message whose sender has this epoch.
+    fn step_under(&mut self, epoch: Epoch, message: Message) {
         let message =
-            GroupMessage { shard: ShardId(1), epoch: EPOCH, safe_index: 0, message, node: NodeId::default() };
+            GroupMessage { shard: ShardId(1), epoch, safe_index: 0, message, node: NodeId::default() };
         self.group.step(message).unwrap();
         self.pump();
     }
@@ -251,6 +256,23 @@ fn the_acknowledgement_of_a_replaced_write_counts_for_nothing() {
     assert_eq!(follower.applied(), GROUP_START.index);
     follower.persist();
     assert_eq!(follower.applied(), GROUP_START.index);
+    follower.persist();
+    assert_eq!(follower.applied(), GROUP_START.index + 3);
+}
+
+#[test]
+fn a_write_without_entries_does_not_make_those_durable_that_are_being_replaced() {
+    let mut follower = Follower::new();
+    follower.step(append(1, 6, GROUP_START, &[6, 6, 6], 0, 1));
+    // A new term, and nothing else; then as above.
+    follower.step(append(2, 7, GROUP_START, &[], 0, 1));
+    follower.step(append(2, 7, GROUP_START, &[7], 0, 1));
+    follower.step(append(1, 8, GROUP_START, &[6, 6, 6], 8, 1));
+    assert_eq!(follower.writes.len(), 4);
+    for _ in 0..3 {
+        follower.persist();
+        assert_eq!(follower.applied(), GROUP_START.index);
+    }
     follower.persist();
     assert_eq!(follower.applied(), GROUP_START.index + 3);
 }

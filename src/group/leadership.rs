@@ -37,6 +37,28 @@ impl<T> Group<T> {
         }
     }
 
+    /// Whether leadership can be handed to a member, as far as its role and its state go.
+    ///
+    /// # Errors
+    /// It can't, and why.
+    pub fn check_successor(&self, to: ReplicaId) -> Result<(), Refusal> {
+        let why = match self.role_of(to) {
+            Some(role) if role.stays_voter() => None,
+            Some(MemberRole::Learner) => Some("is a learner, and has no vote"),
+            Some(_) => Some("leaves the group with the change of members under way"),
+            None => Some("is no member"),
+        };
+        if let Some(why) = why {
+            return Err(Refusal::Refused(format!("replica {to} can't lead shard {}: it {why}", self.shard)));
+        }
+        if self.lacks_state(to) {
+            return Err(Refusal::Unavailable(
+                format!("replica {to} has lost its state, and fetches it from this one").into(),
+            ));
+        }
+        Ok(())
+    }
+
     /// How far this replica is to seek leadership from now on.
     pub fn set_ambition(&mut self, ambition: Ambition) {
         self.ambition = ambition;

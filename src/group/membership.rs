@@ -40,7 +40,7 @@ use super::driver::{Group, GroupError, Unpersisted, busy};
 use super::types::{Effects, FollowerStatus, MembershipChange, NumberedWrite, Output};
 use crate::codec::membership::{self, MembershipEntry};
 use crate::failpoints::failpoint;
-use crate::ids::{Index, NodeId, Position, ReplicaId, Term};
+use crate::ids::{Epoch, Index, NodeId, Position, ReplicaId, Term};
 use crate::limits;
 use crate::machine::ApplyError;
 use crate::placement::map::{Member, MemberRole, is_quorum};
@@ -290,6 +290,7 @@ impl<T> Group<T> {
         self.state.set_membership(epoch, change.members);
         let is_member = |replica: ReplicaId| self.state.header().members.iter().any(|m| m.replica == replica);
         self.strangers.retain(|replica, _| !is_member(*replica));
+        self.confs.retain(|replica, _| is_member(*replica));
         self.catch_up.retain(is_member);
         self.step_down_if_removed();
         // Ranks are others.
@@ -336,6 +337,29 @@ impl<T> Group<T> {
             .collect();
         followers.sort_unstable_by_key(|status| status.replica);
         followers
+    }
+
+    /// Whether nobody else than the members is needed any more, whatever happens: a majority of the voters has the
+    /// present members in force, durably, as it has said. Those who left with a joint change may go for good only then.
+    ///
+    /// A leader that is alone with that may end for good before anybody hears of it. Those who are left would still
+    /// take the change for one that hasn't ended, and could elect nobody without the voters of before it. If a majority
+    /// knows, one who does is left together with any majority, and tells the others with the next election.
+    pub fn members_are_known(&self) -> bool {
+        let conf = self.epoch().conf;
+        let knows = |member: &Member| {
+            member.replica == self.replica
+                || self.confs.get(&member.replica).is_some_and(|known| *known >= conf)
+        };
+        is_joint(self.members()) || is_quorum(self.members(), knows)
+    }
+
+    /// A replica has written, and said which members it has in force.
+    pub(super) fn hear_conf(&mut self, from: ReplicaId, epoch: Epoch) {
+        if self.node_of(from).is_some() {
+            let known = self.confs.entry(from).or_default();
+            *known = epoch.conf.max(*known);
+        }
     }
 
     /// Remembers from where a replica writes that is no member as far as known here: it may be one already, or

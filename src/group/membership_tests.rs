@@ -291,3 +291,70 @@ fn a_state_with_other_members_than_its_configuration_is_refused() {
     let error = opened.err().expect("which of them counts?");
     assert!(error.to_string().contains("its configuration is"), "{error}");
 }
+
+#[test]
+fn who_was_given_up_is_not_obeyed_by_those_who_went_on() {
+    use MessageType::*;
+    let log = Arc::new(MemoryLog::new());
+    let before = Follower::new();
+    log.create(&before.log.catalogue().unwrap()).unwrap();
+    // It has joined those who went on.
+    let epoch = Epoch { conf: (1 << 32) + 4, ..EPOCH };
+    let header = StateHeader { epoch, ..before.group.state().header().clone() };
+    let state = ReplicaState::at(Arc::new(MemoryEngine::new()), ReplicaId(3), 1, header);
+    let opened = Group::open(Follower::options(false), log.clone(), log.load(ReplicaId(3)).unwrap(), state);
+    let mut follower = Follower::with(opened.unwrap(), log);
+    let terms = |follower: &Follower| (follower.group.status().term, follower.group.status().last);
+    let asks = [MsgHeartbeat, MsgRequestVote, MsgRequestPreVote, MsgTimeoutNow];
+    let mut orders: Vec<Message> =
+        asks.map(|kind| Message { to: 3, index: 9, log_term: 6, ..message(kind, 1, 7) }).into();
+    orders.push(append(1, 7, GROUP_START, &[7], 5, 1));
+    for conf in [0, 1, u64::from(u32::MAX)] {
+        for order in &orders {
+            follower.step_under(Epoch { conf, ..EPOCH }, order.clone());
+            assert_eq!(terms(&follower), (GROUP_START.term, GROUP_START.index), "{order:?}");
+            assert!(follower.sent.is_empty() && follower.writes.is_empty(), "{order:?}");
+        }
+    }
+    // Its own leader may not have come to the last change of members again, after a start.
+    follower.step_under(Epoch { conf: 1 << 32, ..EPOCH }, append(1, 7, GROUP_START, &[7], 5, 1));
+    assert_eq!(terms(&follower), (7, GROUP_START.index + 1));
+}
+
+#[test]
+fn leadership_goes_to_who_votes_now_and_later() {
+    let mut leader = leader();
+    leader.group.state.set_membership(EPOCH, with_roles([Learner, Outgoing, Voter]));
+    for (replica, why) in [
+        (1, "replica 1 can't lead shard 1: it is a learner, and has no vote"),
+        (2, "replica 2 can't lead shard 1: it leaves the group with the change of members under way"),
+        (4, "replica 4 can't lead shard 1: it is no member"),
+    ] {
+        assert_eq!(leader.group.check_successor(ReplicaId(replica)), Err(Refusal::Refused(why.into())));
+    }
+    leader.group.state.set_membership(EPOCH, with_roles([Incoming, Voter, Voter]));
+    assert_eq!(leader.group.check_successor(ReplicaId(1)), Ok(()));
+    let asks = message(MessageType::MsgHeartbeatResponse, 2, GROUP_START.term + 1);
+    leader.step(Message { request_snapshot: GROUP_START.index, ..asks });
+    assert!(matches!(leader.group.check_successor(ReplicaId(2)), Err(Refusal::Unavailable(_))));
+}
+
+#[test]
+fn new_members_are_told_of_when_a_majority_of_the_voters_goes_by_them() {
+    let mut leader = leader();
+    assert!(leader.group.members_are_known(), "a vote tells");
+    let after = Epoch { conf: 3, ..EPOCH };
+    leader.group.state.set_membership(after, with_roles([Learner, Voter, Voter]));
+    let answer = |from| message(MessageType::MsgHeartbeatResponse, from, GROUP_START.term + 1);
+    leader.step_under(after, answer(1));
+    assert!(!leader.group.members_are_known(), "a learner counts for nothing");
+    leader.step_under(Epoch { conf: 2, ..EPOCH }, answer(2));
+    assert!(!leader.group.members_are_known(), "it takes the joint change for one that goes on");
+    leader.step_under(after, answer(2));
+    // What it once had in force it has recorded.
+    leader.step_under(EPOCH, answer(2));
+    assert!(leader.group.members_are_known());
+    // Nobody goes as long as a joint change goes on.
+    leader.group.state.set_membership(Epoch { conf: 4, ..EPOCH }, with_roles([Incoming, Outgoing, Voter]));
+    assert!(leader.group.members_are_known());
+}

@@ -8,7 +8,7 @@ use super::log::GroupLog;
 use super::lost::ask_along;
 use super::types::Effects;
 use crate::codec::GroupMessage;
-use crate::ids::{GROUP_START, NodeId, ReplicaId, Term};
+use crate::ids::{Epoch, GROUP_START, NodeId, ReplicaId, Term};
 use crate::limits;
 
 impl<T> Group<T> {
@@ -82,6 +82,22 @@ impl<T> Group<T> {
             | MessageType::MsgTransferLeader => Err("requests are not forwarded between replicas"),
             _ => Ok(()),
         }
+    }
+
+    /// Whether a message is from a replica that an operator has given up, and that seeks to lead, or does, by members of
+    /// before that. This one has gone on without it, alone at first ([`Epoch::generation`]), or is of those who have
+    /// joined since; and an acknowledgement of it would count in a majority of those that were given up. Answers are
+    /// let in: raft takes those of members only, and a newcomer has no conf version yet.
+    pub(super) fn is_of_those_given_up(&self, kind: MessageType, epoch: Epoch) -> bool {
+        let would_lead = matches!(
+            kind,
+            MessageType::MsgAppend
+                | MessageType::MsgHeartbeat
+                | MessageType::MsgRequestVote
+                | MessageType::MsgRequestPreVote
+                | MessageType::MsgTimeoutNow
+        );
+        would_lead && epoch.generation() < self.epoch().generation()
     }
 
     pub(super) fn is_only_voter(&self) -> bool {

@@ -12,7 +12,7 @@ use super::messages::{Campaign, StopReplica};
 use super::open::{OpenedState, open_stores};
 use super::panics::contained;
 use super::replica::ReplicaActor;
-use super::replicas::{Slot, Started};
+use super::replicas::Started;
 use super::router::Route;
 use super::supervisor::Supervisor;
 use crate::group::open::GroupOptions;
@@ -94,12 +94,10 @@ impl Supervisor {
         for Opened { record, found } in opened {
             #[cfg(feature = "test-hooks")]
             let found = self.hooks.open(record.replica).and(found);
-            // Removed meanwhile, with its shard.
-            let Some(slot) = self.replicas.get_mut(record.replica) else {
+            let Some(incarnation) = self.replicas.begin_start(record.replica) else {
                 continue;
             };
-            slot.incarnation += 1;
-            let (shard, replica, incarnation) = (record.shard, record.replica, slot.incarnation);
+            let (shard, replica) = (record.shard, record.replica);
             let hub = self.hub(shard).clone();
             let supervisor = ctx.address();
             let retention = self.site.retention;
@@ -142,11 +140,7 @@ impl Supervisor {
 
     /// Tries once more to open a replica that couldn't be, unless it was removed or has been since.
     fn reopen(&mut self, replica: ReplicaId, incarnation: Incarnation, ctx: &mut Context<Self>) {
-        let failed = |slot: &&mut Slot| {
-            slot.incarnation == incarnation && matches!(slot.health, ReplicaHealth::Failed(_))
-        };
-        if let Some(slot) = self.replicas.get_mut(replica).filter(failed) {
-            let record = slot.record.clone();
+        if let Some(record) = self.replicas.begin_reopen(replica, incarnation) {
             self.open(vec![record], HashSet::new(), ctx);
         }
     }

@@ -207,10 +207,10 @@ impl Supervisor {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ids::DatabaseId;
+    use crate::ids::{DatabaseId, Position};
     use crate::machine::MachineKind;
     use crate::placement::ring::RingRange;
-    use crate::storage::log::{ReplicaPhase, ReplicaRecord};
+    use crate::storage::log::{Install, ReplicaPhase, ReplicaRecord};
     use crate::storage::log_memory::MemoryLog;
 
     const ONE: ReplicaId = ReplicaId(1);
@@ -266,6 +266,30 @@ mod tests {
         // A later generation is another decision.
         write(&log, ONE, NodeId(1), Epoch { range: 1, conf: 2 << 32 }).unwrap();
         assert_eq!(log.load(ONE).unwrap().last, once.last + 1);
+    }
+
+    #[test]
+    fn a_snapshot_that_was_on_its_way_does_not_undo_it() {
+        let log = log();
+        // Of a leader that was given up, and further on than this replica was.
+        let install = |conf| Install {
+            generation: 2,
+            position: Position { index: 90, term: 8 },
+            leader_term: 20,
+            epoch: Epoch { range: 1, conf },
+            members: (1..=3).map(member).collect(),
+            state_lost: false,
+        };
+        write(&log, ONE, NodeId(1), Epoch { range: 1, conf: 1 << 32 }).unwrap();
+        let alone = log.load(ONE).unwrap();
+        for state_lost in [false, true] {
+            let refused = log.install(ONE, &Install { state_lost, ..install(9) });
+            assert!(matches!(refused, Err(StorageError::Inconsistent { .. })), "{refused:?}");
+            assert_eq!(log.load(ONE).unwrap(), alone);
+        }
+        // By a leader of those who went on with it, it may be brought up to date.
+        log.install(ONE, &install((1 << 32) + 3)).unwrap();
+        assert_eq!(log.load(ONE).unwrap().last, 90);
     }
 
     #[test]

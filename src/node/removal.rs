@@ -6,6 +6,7 @@
 //! holds is replaced elsewhere by then, so it buries its replicas: none of them may ever vote again. Then it
 //! ends, and says what to do.
 
+use std::collections::HashSet;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -17,15 +18,19 @@ use super::handle::NodeHandle;
 use super::hub::Forget;
 use super::membership::ask_for_map_at;
 use super::messages::{MapNews, StopReplica};
+use super::replica::ReplicaActor;
+use super::replicas::is_ahead;
 use super::router::Route;
 use super::shared::Shared;
 use super::supervisor::Supervisor;
 use super::{NodeError, map_cache};
 use crate::codec::hello::RefusalKind;
 use crate::failpoints::failpoint;
-use crate::ids::{ClusterId, NodeId, ReplicaId, StoreId};
+use crate::ids::{ClusterId, Incarnation, NodeId, ReplicaId, ShardId, StoreId};
 use crate::limits;
 use crate::placement::map::{ClusterMap, Standing};
+use crate::storage::StorageError;
+use crate::storage::log::{LogStore, RecordedMembership, ReplicaPhase, ReplicaRecord};
 use crate::transport::network::OnRefused;
 
 /// Whether `map` says that the node with this directory was removed.
@@ -42,61 +47,146 @@ pub fn farewell(cluster: ClusterId, node: NodeId) -> String {
     )
 }
 
+/// What has become of a replica that is not to be here any more.
+enum Burial {
+    /// There is a tombstone, durably.
+    Done,
+    /// Its own record is ahead of the one that it was to go for: its group counts on it.
+    Kept(RecordedMembership),
+    /// The log couldn't be written. The replica isn't started again; the next start of the node tries anew.
+    Failed,
+}
+
+/// Makes a replica a tombstone, unless its record is ahead of conf version `conf` ([`is_ahead`]); nothing of it may be
+/// queued any more. Without a conf version it goes whatever it says.
+fn bury(log: &dyn LogStore, replica: ReplicaId, conf: Option<u64>) -> Result<Burial, StorageError> {
+    if let Some(conf) = conf {
+        let record = log.catalogue()?.into_iter().find(|record| record.replica == replica);
+        let ahead = |record: &ReplicaRecord| {
+            record.phase == ReplicaPhase::Active && is_ahead(replica, record.epoch, &record.members, conf)
+        };
+        if let Some(record) = record.filter(ahead) {
+            return Ok(Burial::Kept(record.membership()));
+        }
+    }
+    failpoint!(LogRemoveBefore, replica);
+    let removed = log.remove(&[replica]);
+    failpoint!(LogRemoveAfter, replica);
+    removed.map(|()| Burial::Done)
+}
+
+/// Stops a start of a replica, and buries it, if that is still right when nothing of it is under way any more.
+async fn end(
+    shared: Arc<Shared>,
+    replica: ReplicaId,
+    incarnation: Incarnation,
+    addr: Option<Addr<ReplicaActor>>,
+    conf: Option<u64>,
+) -> Burial {
+    if let Some(addr) = addr
+        && let Err(error) = addr.send(StopReplica).await
+    {
+        tracing::debug!(%error, "the replica had ended already");
+    }
+    shared.fence(replica, incarnation).await;
+    // Who was asked to read its state has to be done before that goes.
+    if shared.reader.barrier().await.is_err() {
+        tracing::debug!("the read thread has ended");
+    }
+    let then = shared.clone();
+    let (done, buried) = oneshot::channel();
+    shared.log_writer.run(Box::new(move |log| {
+        let burial = bury(log, replica, conf).unwrap_or_else(|error| {
+            tracing::error!(%replica, %error, "recording a tombstone");
+            Burial::Failed
+        });
+        if matches!(burial, Burial::Done) {
+            destroy(&then, vec![replica]);
+        }
+        if done.send(burial).is_err() {
+            tracing::debug!(%replica, "nobody waits for a tombstone");
+        }
+    }));
+    let burial = buried.await.unwrap_or(Burial::Failed);
+    if !matches!(burial, Burial::Kept(_))
+        && let Err(error) = tokio::task::spawn_blocking(move || shared.snapshots.forget(replica)).await
+    {
+        tracing::debug!(%error, "the node ended while it removed snapshots");
+    }
+    burial
+}
+
 impl Supervisor {
-    /// Ends a replica for good: the tombstone is durable before its data goes. What is returned does the
-    /// work, and tells whether there is a tombstone.
+    /// Ends a replica for good that the map's record of its shard, of conf version `conf`, doesn't order any more,
+    /// unless the replica's own record turns out to be ahead of that: then it goes on, and the next map decides anew.
+    /// False: not now, it is being opened, or is stopped for something else.
+    pub(super) fn remove_unordered(
+        &mut self,
+        replica: ReplicaId,
+        conf: u64,
+        ctx: &mut Context<Self>,
+    ) -> bool {
+        let Ok((shard, incarnation)) = self.replicas.begin_install(replica) else {
+            return false;
+        };
+        tracing::info!(%shard, %replica, conf, "removing a replica that isn't to be here any more");
+        let addr = self.detach(shard, replica, incarnation);
+        let end = end(self.shared.clone(), replica, incarnation, addr, Some(conf));
+        ctx.spawn(fut::wrap_future(end).map(move |burial, act: &mut Self, ctx| match burial {
+            Burial::Kept(membership) => {
+                tracing::warn!(%shard, %replica, ?membership, conf, "the replica stays: its group counts on it");
+                // Removed meanwhile, with its shard or the node.
+                if let Some(record) = act.replicas.end_recovery(replica, Some(membership)) {
+                    act.open(vec![record], HashSet::new(), ctx);
+                }
+            }
+            Burial::Done | Burial::Failed => {
+                act.replicas.removed(replica);
+                act.untried.remove(&replica);
+                act.tell_readiness();
+            }
+        }));
+        true
+    }
+
+    /// Nobody reaches a replica any more that is to be stopped; its address, if it runs.
+    fn detach(
+        &mut self,
+        shard: ShardId,
+        replica: ReplicaId,
+        incarnation: Incarnation,
+    ) -> Option<Addr<ReplicaActor>> {
+        // The route may be that of the replica which is here in its place.
+        let is_own = |route: &Route| route.replica == replica;
+        self.shared.router.update(|routes| {
+            routes.extract_if(|of, route| *of == shard && is_own(route)).for_each(drop);
+        });
+        let mut others = self.replicas.iter().filter(|slot| slot.record.replica != replica);
+        if !others.any(|slot| slot.record.shard == shard) {
+            self.led.remove(&shard);
+        }
+        self.shared.snapshots.outgoing.cancel(replica);
+        self.hub(shard).do_send(Forget(replica, incarnation));
+        self.addrs.remove(&replica)
+    }
+
+    /// Ends a replica for good, whatever its record says: its shard is dropped, or this node removed. The tombstone is
+    /// durable before its data goes. What is returned does the work, and tells whether there is a tombstone.
     pub(super) fn remove(&mut self, replica: ReplicaId) -> impl Future<Output = bool> + use<> {
         let ended = self.replicas.get_mut(replica).map(|slot| (slot.record.shard, slot.incarnation));
-        let addr = self.addrs.remove(&replica);
-        if let Some((shard, incarnation)) = ended {
+        let ended = ended.map(|(shard, incarnation)| {
             tracing::info!(%shard, %replica, "removing a replica that isn't to be here any more");
             self.replicas.removed(replica);
             self.untried.remove(&replica);
             self.tell_readiness();
-            // The route may be that of the replica which is here in its place.
-            let is_own = |route: &Route| route.replica == replica;
-            self.shared.router.update(|routes| {
-                routes.extract_if(|of, route| *of == shard && is_own(route)).for_each(drop);
-            });
-            if !self.replicas.iter().any(|slot| slot.record.shard == shard) {
-                self.led.remove(&shard);
-            }
-            self.hub(shard).do_send(Forget(replica, incarnation));
-        }
-        let shared = self.shared.clone();
+            let addr = self.detach(shard, replica, incarnation);
+            end(self.shared.clone(), replica, incarnation, addr, None)
+        });
         async move {
-            let Some((_, incarnation)) = ended else {
-                return true;
-            };
-            if let Some(addr) = addr
-                && let Err(error) = addr.send(StopReplica).await
-            {
-                tracing::debug!(%error, "the replica had ended already");
+            match ended {
+                Some(end) => matches!(end.await, Burial::Done),
+                None => true,
             }
-            shared.fence(replica, incarnation).await;
-            // Who was asked to read its state has to be done before that goes.
-            if shared.reader.barrier().await.is_err() {
-                tracing::debug!("the read thread has ended");
-            }
-            let then = shared.clone();
-            let (done, buried) = oneshot::channel();
-            shared.log_writer.run(Box::new(move |log| {
-                failpoint!(LogRemoveBefore, replica);
-                let removed = log.remove(&[replica]);
-                failpoint!(LogRemoveAfter, replica);
-                match &removed {
-                    Ok(()) => destroy(&then, vec![replica]),
-                    Err(error) => tracing::error!(%replica, %error, "recording a tombstone"),
-                }
-                if done.send(removed.is_ok()).is_err() {
-                    tracing::debug!(%replica, "nobody waits for a tombstone");
-                }
-            }));
-            let buried = buried.await.unwrap_or(false);
-            if let Err(error) = tokio::task::spawn_blocking(move || shared.snapshots.forget(replica)).await {
-                tracing::debug!(%error, "the node ended while it removed snapshots");
-            }
-            buried
         }
     }
 

@@ -45,7 +45,7 @@ pub struct ReplicaActor {
     shard: ShardId,
     replica: ReplicaId,
     incarnation: Incarnation,
-    group: Group<Ticket>,
+    pub(super) group: Group<Ticket>,
     shared: Arc<Shared>,
     sink: Arc<HubSink>,
     supervisor: Addr<Supervisor>,
@@ -536,11 +536,7 @@ impl Handler<Transfer> for ReplicaActor {
             })?,
             None => self.heir().ok_or(Refusal::Unavailable("no other replica is in reach".into()))?,
         };
-        if self.group.lacks_state(to) {
-            return Err(Refusal::Unavailable(
-                format!("replica {to} has lost its state, and fetches it from this one").into(),
-            ));
-        }
+        self.group.check_successor(to)?;
         self.group.transfer(to);
         self.queue_pump(ctx);
         Ok(())

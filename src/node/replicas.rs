@@ -32,7 +32,7 @@ pub struct Slot {
     failures: u32,
     /// It is being read from disk and started, or soon will be.
     opening: bool,
-    /// It is stopped for a while, to be switched to a snapshot.
+    /// It is stopped for a while: to be switched to a snapshot, or to go on alone, or maybe for good.
     installing: bool,
     /// The last start of it that is known to have ended.
     ended: Incarnation,
@@ -108,6 +108,14 @@ pub struct Orders {
     pub remove: Vec<ReplicaId>,
 }
 
+/// Whether a replica's own record says that it is a member, by a conf version that comes after `conf`.
+///
+/// What the map doesn't know of yet may have been ordered by a leader of the metadata shard that had been deposed.
+/// Such a replica may count in its group's quorums, so it has to stay whatever an older record says.
+pub(super) fn is_ahead(replica: ReplicaId, epoch: Epoch, members: &[Member], conf: u64) -> bool {
+    epoch.conf > conf && members.iter().any(|member| member.replica == replica)
+}
+
 /// The conf version of a group whose members were never changed.
 const FIRST_CONF: u64 = 1;
 
@@ -176,7 +184,8 @@ impl Replicas {
     ///
     /// A replica goes only if a record of its own shard says so that is newer than the one that ordered it.
     /// An old map doesn't name it yet, and what a node holds must not depend on whether it has read the
-    /// newest: what is removed never comes back.
+    /// newest: what is removed never comes back. Nor does one go whose own record is ahead of the shard's
+    /// ([`is_ahead`]), unless the shard is dropped.
     pub fn orders(&self, map: &ClusterMap, node: NodeId) -> Orders {
         let mut orders = Orders::default();
         for shard in map.shards.values().filter(|shard| !shard.dropped) {
@@ -191,7 +200,8 @@ impl Replicas {
             let record = &slot.record;
             map.shards.get(&record.shard).is_some_and(|shard| {
                 let ordered = shard.ordered().any(|member| member.replica == record.replica);
-                shard.dropped || !ordered && is_newer(shard, record)
+                let ahead = is_ahead(record.replica, record.epoch, &record.members, shard.epoch.conf);
+                shard.dropped || !ordered && is_newer(shard, record) && !ahead
             })
         };
         orders.remove.extend(self.slots.values().filter(goes).map(|slot| slot.record.replica));
@@ -224,6 +234,25 @@ impl Replicas {
     pub fn removed(&mut self, replica: ReplicaId) {
         self.slots.remove(&replica);
         self.tombstones.insert(replica);
+    }
+
+    /// A replica whose files were read is about to be started: which start of it that is. `None`: it isn't to be, for
+    /// it was removed meanwhile, or is stopped for its log to be changed, and what was read is old.
+    pub fn begin_start(&mut self, replica: ReplicaId) -> Option<Incarnation> {
+        let slot = self.slots.get_mut(&replica).filter(|slot| !slot.installing)?;
+        slot.incarnation += 1;
+        Some(slot.incarnation)
+    }
+
+    /// A replica is to be opened once more that couldn't be: its record. `None` if it was removed, or has been opened
+    /// or stopped since. Until it has been tried nothing else may be begun with its log.
+    pub fn begin_reopen(&mut self, replica: ReplicaId, incarnation: Incarnation) -> Option<ReplicaRecord> {
+        let failed = |slot: &&mut Slot| {
+            slot.incarnation == incarnation && matches!(slot.health, ReplicaHealth::Failed(_))
+        };
+        let slot = self.slots.get_mut(&replica).filter(failed)?;
+        slot.opening = true;
+        Some(slot.record.clone())
     }
 
     /// The attempt to start `incarnation` of `replica` has come to an end: it runs, and why its state is
@@ -335,8 +364,8 @@ impl Replicas {
 }
 
 impl Replicas {
-    /// A replica that was stopped ([`Replicas::begin_install`]) goes on alone, or as it was; its record, from which it
-    /// is to be opened. `None` if it was removed meanwhile.
+    /// A replica that was stopped ([`Replicas::begin_install`]) goes on, with these members in its record, or as it was;
+    /// its record, from which it is to be opened. `None` if it was removed meanwhile.
     pub fn end_recovery(
         &mut self,
         replica: ReplicaId,
@@ -367,7 +396,14 @@ impl Replicas {
                 record.shard, offer.shard
             )));
         }
-        if offer.epoch.range < record.epoch.range || offer.epoch.conf < record.epoch.conf {
+        // The record of a replica may be ahead of all states that were ever flushed, wherever: a change of members is
+        // recorded before it is in force. Whoever has lost its state takes one from before the change, and goes on from
+        // there by its log. From before an operator gave the others up it takes none.
+        let is_older = match slot.lost {
+            None => offer.epoch.conf < record.epoch.conf,
+            Some(_) => offer.epoch.generation() < record.epoch.generation(),
+        };
+        if offer.epoch.range < record.epoch.range || is_older {
             return Err(SnapshotAnswer::Refused(format!(
                 "replica {replica} knows of {:?}, the snapshot is of {:?}",
                 record.epoch, offer.epoch
@@ -387,7 +423,7 @@ impl Replicas {
         self.slots.get(&replica).is_some_and(|slot| slot.lost.is_some())
     }
 
-    /// A replica is to be stopped and switched to a snapshot: its shard and the start of it that ends.
+    /// A replica is to be stopped, for instance to be switched to a snapshot: its shard and the start of it that ends.
     /// From here on its end is no crash. Inside an error: what to answer.
     pub fn begin_install(&mut self, replica: ReplicaId) -> Result<(ShardId, Incarnation), SnapshotAnswer> {
         let slot = self.slots.get_mut(&replica).ok_or_else(busy)?;

@@ -265,6 +265,72 @@ fn snapshots_are_for_replicas_of_this_node_that_are_not_just_being_opened() {
 }
 
 #[test]
+fn who_has_lost_its_state_takes_one_from_before_the_last_change_of_members() {
+    let mut replicas = Replicas::default();
+    let at = |conf| Epoch { range: 1, conf };
+    replicas.created(&replicas.orders(&map(false), NodeId(2)).create);
+    replicas.get_mut(ReplicaId(9)).unwrap().record.epoch = at((1 << 32) + 5);
+    let start = |replicas: &mut Replicas, lost: Option<String>| {
+        let incarnation = replicas.begin_start(ReplicaId(9)).unwrap();
+        replicas.started(ReplicaId(9), incarnation, Ok(lost));
+    };
+    let judge = |replicas: &Replicas, conf| replicas.judge(&SnapshotOffer { epoch: at(conf), ..offer() });
+    start(&mut replicas, Some("gone".into()));
+    assert_eq!(judge(&replicas, (1 << 32) + 4), Ok(1), "its log tells of the change");
+    assert!(refused(judge(&replicas, 7)), "an operator had it go on without those");
+    let range = Epoch { range: 0, conf: (1 << 32) + 5 };
+    assert!(refused(replicas.judge(&SnapshotOffer { epoch: range, ..offer() })));
+    start(&mut replicas, None);
+    assert!(refused(judge(&replicas, (1 << 32) + 4)), "it has applied the change");
+}
+
+#[test]
+fn nothing_is_begun_with_a_log_that_is_being_read() {
+    let mut replicas = Replicas::default();
+    replicas.created(&replicas.orders(&map(false), NodeId(2)).create);
+    let replica = ReplicaId(9);
+    let first = replicas.begin_start(replica).unwrap();
+    replicas.started(replica, first, Err("no descriptors".into()));
+    // Between two attempts nobody reads it.
+    assert!(replicas.begin_install(replica).is_ok());
+    assert_eq!(replicas.begin_start(replica), None, "it is another log by now");
+    assert_eq!(replicas.begin_reopen(replica, first), None, "it is opened when that is done");
+    assert!(replicas.end_install(replica, None).is_some());
+    let second = replicas.begin_start(replica).unwrap();
+    replicas.started(replica, second, Err("no descriptors".into()));
+    assert_eq!(replicas.begin_reopen(replica, first), None, "old news");
+    assert!(replicas.begin_reopen(replica, second).is_some());
+    assert_eq!(replicas.begin_install(replica), Err(busy()));
+    assert_eq!(replicas.judge(&offer()), Err(busy()));
+    let third = replicas.begin_start(replica).unwrap();
+    assert_eq!(replicas.started(replica, third, Ok(None)), Started::Serving { failures: 2 });
+    assert!(replicas.begin_install(replica).is_ok());
+    replicas.removed(replica);
+    assert_eq!((replicas.begin_start(replica), replicas.begin_reopen(replica, third)), (None, None));
+}
+
+#[test]
+fn whom_its_group_counts_on_stays_until_the_map_has_caught_up() {
+    use MemberRole::{Learner, Voter};
+    let mut replicas = Replicas::default();
+    let coming = changed(5, |shard| shard.moving = moving(vec![member(12, 3, Learner)]));
+    replicas.created(&replicas.orders(&coming, NodeId(3)).create);
+    let removed = |replicas: &Replicas, conf, dropped| {
+        let map = changed(6, |shard| (shard.epoch.conf, shard.dropped) = (conf, dropped));
+        replicas.orders(&map, NodeId(3)).remove
+    };
+    assert_eq!(removed(&replicas, 4, false), [ReplicaId(12)]);
+    let record = &mut replicas.get_mut(ReplicaId(12)).unwrap().record;
+    (record.epoch.conf, record.members) = (5, vec![member(9, 2, Voter), member(12, 3, Voter)]);
+    assert_eq!(removed(&replicas, 4, false), []);
+    assert_eq!(removed(&replicas, 5, false), [ReplicaId(12)]);
+    assert_eq!(removed(&replicas, 4, true), [ReplicaId(12)]);
+    // A record that doesn't name it says nothing for it.
+    replicas.get_mut(ReplicaId(12)).unwrap().record.members.pop();
+    assert_eq!(removed(&replicas, 4, false), [ReplicaId(12)]);
+}
+
+#[test]
 fn an_installation_ends_one_start_and_the_record_names_the_next_generation() {
     let mut replicas = Replicas::default();
     replicas.created(&replicas.orders(&map(false), NodeId(2)).create);

@@ -75,6 +75,8 @@ pub struct Supervisor {
     pub(super) hooks: super::hooks::Hooks,
     saving_map: bool,
     map_unsaved: bool,
+    /// What the map orders will be looked at once more.
+    obeys_again: bool,
     pub(super) fatal: Fatal,
     _guard: FatalGuard,
 }
@@ -134,6 +136,7 @@ impl Supervisor {
             hooks: Default::default(),
             saving_map: false,
             map_unsaved: false,
+            obeys_again: false,
             _guard: fatal.guard("the supervisor"),
             fatal,
         }
@@ -192,14 +195,40 @@ impl Supervisor {
     }
 
     fn obey(&mut self, orders: Orders, ctx: &mut Context<Self>) {
+        let map = self.shared.router.map();
         for replica in orders.remove {
-            let removal = self.remove(replica);
-            // One that can't be recorded is told there, and tried again at the next start.
-            ctx.spawn(fut::wrap_future(removal).map(|_, _, _| ()));
+            let slot = self.replicas.get_mut(replica);
+            let shard = slot.and_then(|slot| map.shards.get(&slot.record.shard));
+            match shard.filter(|shard| !shard.dropped) {
+                Some(shard) => {
+                    if !self.remove_unordered(replica, shard.epoch.conf, ctx) {
+                        self.obey_again(ctx);
+                    }
+                }
+                None => {
+                    let removal = self.remove(replica);
+                    // One that can't be recorded is told there, and tried again at the next start.
+                    ctx.spawn(fut::wrap_future(removal).map(|_, _, _| ()));
+                }
+            }
         }
         if !orders.create.is_empty() {
             self.create(orders.create, ctx);
         }
+    }
+
+    /// Something can't be done now that the map orders.
+    fn obey_again(&mut self, ctx: &mut Context<Self>) {
+        if std::mem::replace(&mut self.obeys_again, true) {
+            return;
+        }
+        ctx.run_later(Duration::from_millis(limits::DISK_WATCH_MS), |act, ctx| {
+            act.obeys_again = false;
+            if !act.stopping && !act.leaving {
+                let orders = act.replicas.orders(&act.shared.router.map(), act.site.node);
+                act.obey(orders, ctx);
+            }
+        });
     }
 
     /// Records new replicas in the catalogue, durably, before any of them starts.

@@ -1,10 +1,11 @@
 //! The supervisor and its hubs over stores in memory.
 
 use super::*;
+use crate::ids::Epoch;
 use crate::node::survey::TakeSurvey;
 use crate::node::test_node::{PATIENCE, TestNode, record};
 use crate::placement::map::{MapDelta, Member, MemberRole, ShardRecord};
-use crate::storage::log::ReplicaPhase;
+use crate::storage::log::{LogWrite, RecordedMembership, ReplicaPhase};
 
 /// The record of shard 1, at a version of the map, with a replica on some node.
 fn shard_on(node: u64, replica: u64, changed_at: u64) -> MapDelta {
@@ -76,8 +77,7 @@ async fn a_replica_that_is_replaced_goes_and_a_map_of_before_it_ends_nothing() {
     assert_eq!(node.supervisor.send(TakeSurvey).await.expect("a survey").held, survey.held);
 
     node.supervisor.send(MapNews(shard_on(2, 7, 6))).await.expect("taken");
-    let held = node.supervisor.send(TakeSurvey).await.expect("a survey").held;
-    assert_eq!(held, [(ShardId(2), ReplicaId(2))]);
+    node.holds(&[2]).await;
     let phase = || {
         let catalogue = node.shared.log.catalogue().expect("a catalogue");
         catalogue.iter().find(|r| r.replica == ReplicaId(1)).expect("it is remembered").phase
@@ -89,9 +89,67 @@ async fn a_replica_that_is_replaced_goes_and_a_map_of_before_it_ends_nothing() {
     }
     // It doesn't come back, whatever a map says; another one may.
     node.supervisor.send(MapNews(shard_on(1, 1, 7))).await.expect("taken");
-    assert_eq!(node.supervisor.send(TakeSurvey).await.expect("a survey").held, held);
+    node.holds(&[2]).await;
     node.supervisor.send(MapNews(shard_on(1, 8, 8))).await.expect("taken");
-    assert_eq!(node.supervisor.send(TakeSurvey).await.expect("a survey").held.len(), 2);
+    node.holds(&[2, 8]).await;
     node.serves(8, 1).await;
+    node.stop().await;
+}
+
+/// Whom the map doesn't order any more may count in its group all the same, by an order that came late.
+#[actix::test]
+async fn a_replica_whose_record_is_ahead_of_the_map_is_not_buried() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let node = TestNode::ordered_at(dir.path(), 5);
+    node.supervisor.do_send(OpenAll);
+    node.serves(1, 1).await;
+    node.serves(2, 1).await;
+    let begun = Instant::now();
+    while node.supervisor.send(TakeSurvey).await.expect("a survey").led.len() < 2 {
+        assert!(begun.elapsed() < PATIENCE, "each leads its group");
+        actix::clock::sleep(Duration::from_millis(10)).await;
+    }
+    // Its members have changed since the node read the catalogue.
+    let replica = ReplicaId(1);
+    node.shared.log_writer.run(Box::new(move |log| {
+        let state = log.load(replica).expect("its log");
+        let (index, epoch) = (state.hard_state.commit, Epoch { range: 1, conf: 3 });
+        let membership = Some(RecordedMembership { index, epoch, members: record(1).members });
+        let hard_state = Some(state.hard_state);
+        log.write(&[LogWrite { replica, entries: Vec::new(), hard_state, membership }]).expect("written");
+    }));
+    let without_it = |conf, changed_at| {
+        let mut delta = shard_on(2, 7, changed_at);
+        delta.shards[0].epoch.conf = conf;
+        MapNews(delta)
+    };
+    let phase = || {
+        let catalogue = node.shared.log.catalogue().expect("a catalogue");
+        catalogue.iter().find(|r| r.replica == replica).expect("it is remembered").phase
+    };
+    node.supervisor.send(without_it(2, 6)).await.expect("taken");
+    node.serves(1, 2).await;
+    assert_eq!(phase(), ReplicaPhase::Active);
+    // It isn't even stopped any more.
+    node.supervisor.send(without_it(2, 7)).await.expect("taken");
+    assert_eq!(node.report(1).await.group.map(|group| group.incarnation), Some(2));
+    // The map knows better by now.
+    node.supervisor.send(without_it(3, 8)).await.expect("taken");
+    node.holds(&[2]).await;
+    assert_ne!(phase(), ReplicaPhase::Active);
+    node.stop().await;
+}
+
+/// A dropped shard's replicas go whatever they say.
+#[actix::test]
+async fn a_replica_of_a_dropped_shard_is_buried_though_its_record_is_ahead() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let node = TestNode::ordered_at(dir.path(), 5);
+    node.supervisor.do_send(OpenAll);
+    node.serves(1, 1).await;
+    let mut delta = shard_on(2, 7, 6);
+    (delta.shards[0].dropped, delta.shards[0].epoch.conf) = (true, 0);
+    node.supervisor.send(MapNews(delta)).await.expect("taken");
+    node.holds(&[2]).await;
     node.stop().await;
 }

@@ -6,12 +6,12 @@ use actix::prelude::*;
 use futures_util::future::join_all;
 
 use super::handle::{NodeHandle, ReplicaHealth};
-use super::messages::AskStatus;
+use super::replica::ReplicaActor;
 use super::supervisor::Supervisor;
 use crate::balance::facts::{ShardReport, SickReplica, Survey};
 use crate::codec::survey::{Order, Ordered};
 use crate::failpoints::failpoint;
-use crate::group::types::{Operation, Output};
+use crate::group::types::{GroupStatus, Operation, Output};
 use crate::limits;
 use crate::refusal::Refusal;
 
@@ -19,6 +19,20 @@ use crate::refusal::Refusal;
 #[derive(Message)]
 #[rtype(result = "Survey")]
 pub struct TakeSurvey;
+
+/// Supervisor → replica: how is the group, if it is led here, and its members can be told? Until a majority of the voters
+/// knows of them they can't: who isn't among them any more may have to vote once more
+/// ([`Group::members_are_known`](crate::group::driver::Group::members_are_known)).
+#[derive(Message)]
+#[rtype(result = "Option<GroupStatus>")]
+struct AskLed;
+
+impl Handler<AskLed> for ReplicaActor {
+    type Result = Option<GroupStatus>;
+    fn handle(&mut self, _: AskLed, _: &mut Context<Self>) -> Option<GroupStatus> {
+        (self.group.leads() && self.group.members_are_known()).then(|| self.group.status())
+    }
+}
 
 impl Handler<TakeSurvey> for Supervisor {
     type Result = ResponseFuture<Survey>;
@@ -45,9 +59,9 @@ impl Handler<TakeSurvey> for Supervisor {
         }
         let asked = asked.into_iter().map(|(shard, replica, counted, addr)| async move {
             let patience = Duration::from_millis(limits::STATUS_MS_MAX);
-            let status = tokio::time::timeout(patience, addr.send(AskStatus)).await.ok()?.ok()?;
-            // Led when it was asked: what it knows as a follower is no report.
-            (status.role == raft::StateRole::Leader).then_some(ShardReport {
+            // What it knows as a follower is no report.
+            let status = tokio::time::timeout(patience, addr.send(AskLed)).await.ok()?.ok()??;
+            Some(ShardReport {
                 shard,
                 leader: replica,
                 term: status.term,

@@ -185,6 +185,21 @@ impl TestNode {
         self.until(replica, "serving", wanted).await;
     }
 
+    /// Waits until these are the replicas that it holds.
+    pub async fn holds(&self, replicas: &[u64]) {
+        let begun = Instant::now();
+        loop {
+            let reports = self.supervisor.send(Report).await.expect("a report");
+            let mut held: Vec<u64> = reports.replicas.iter().map(|report| report.replica.0).collect();
+            held.sort_unstable();
+            if held == replicas {
+                return;
+            }
+            assert!(begun.elapsed() < PATIENCE, "{held:?}, not {replicas:?}");
+            actix::clock::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
     /// Ends all replicas.
     pub async fn stop(self) {
         self.supervisor.send(StopAll).await.expect("stopped");

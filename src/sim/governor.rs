@@ -17,7 +17,7 @@ use super::network::Fate;
 use super::operator::{Request, exchanged};
 use super::planted::Planted;
 use super::report::{Shown, note};
-use super::shell::NodeEvent;
+use super::shell::{NodeEvent, Replica};
 use super::world::{Event, World};
 use crate::balance::facts::{Action, ShardReport, SickReplica, Survey};
 use crate::balance::reconciler::Reconciler;
@@ -260,7 +260,8 @@ impl World {
                 survey.sick.push(SickReplica { shard: record.shard, replica: record.replica, why });
             }
         }
-        for (leader, replica) in node.replicas().filter(|(_, replica)| replica.group.leads()) {
+        let may_tell = |replica: &Replica| replica.group.leads() && replica.group.members_are_known();
+        for (leader, replica) in node.replicas().filter(|(_, replica)| may_tell(replica)) {
             let status = replica.group.status();
             survey.led.push(ShardReport {
                 shard: replica.shard,

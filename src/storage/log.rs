@@ -172,6 +172,12 @@ impl Install {
                 self.generation, record.generation
             ));
         }
+        if self.epoch.generation() < record.epoch.generation() {
+            return refuse(format!(
+                "the replica has gone on alone under {:?}, the snapshot is of {:?}, from before that",
+                record.epoch, self.epoch
+            ));
+        }
         if self.leader_term < term {
             return refuse(format!("no leader of term {} has an entry of term {term}", self.leader_term));
         }
@@ -268,7 +274,9 @@ pub trait LogStore: Send + Sync + 'static {
     ///
     /// [`StorageError::Inconsistent`], and nothing is written, if the replica isn't behind the
     /// snapshot (it has that very entry, or has committed or compacted as far): acknowledged entries
-    /// are never dropped. The caller has stopped the replica and made sure that no write of it is
+    /// are never dropped. The same if the snapshot is of an earlier generation of conf versions than the
+    /// replica's record: it was on its way when an operator had the replica go on alone, and would undo
+    /// that. The caller has stopped the replica and made sure that no write of it is
     /// queued.
     ///
     /// With [`Install::state_lost`] the replica needn't be behind: if its log holds the snapshot's very
