@@ -153,6 +153,13 @@ pub(super) fn begin(
                         .ok_or_else(|| format!("{}, and no other node can take a replica", want.why))?,
                 );
             }
+            // What there is too much of goes in the same change: with one voter less than an odd number the
+            // shard would stand fewer losses on the way than before and after, and might not get so far at all
+            // if others are silent, which go first.
+            let left = led.voters().count() + adds.len() - removes.len();
+            if adds.is_empty() && left > wanted {
+                removes.extend(superfluous(view, loads, led, &removes, left - wanted));
+            }
             (adds, removes)
         }
         Kind::Grow(count) => {
@@ -168,7 +175,7 @@ pub(super) fn begin(
             }
             (adds, Vec::new())
         }
-        Kind::Shrink(count) => (Vec::new(), superfluous(view, loads, led, *count)),
+        Kind::Shrink(count) => (Vec::new(), superfluous(view, loads, led, &[], *count)),
         Kind::Target(target) => {
             let adds: Vec<NodeId> =
                 target.nodes.iter().filter(|node| !staying.contains(node)).copied().collect();
@@ -200,9 +207,10 @@ fn anew(view: &View, record: &ShardRecord, led: Led, lost: &[Member]) -> Option<
 }
 
 /// The voters that a shard with too many should lose: such as don't answer first, then such as share a failure
-/// domain with another, then those on the fullest nodes; the leader last.
-fn superfluous(view: &View, loads: &Loads, led: Led, count: usize) -> Vec<ReplicaId> {
-    let mut voters: Vec<Member> = led.voters().filter(|m| m.role == MemberRole::Voter).copied().collect();
+/// domain with another, then those on the fullest nodes; the leader last. `going` are about to go anyway.
+fn superfluous(view: &View, loads: &Loads, led: Led, going: &[ReplicaId], count: usize) -> Vec<ReplicaId> {
+    let stay = led.voters().filter(|m| m.role == MemberRole::Voter && !going.contains(&m.replica));
+    let mut voters: Vec<Member> = stay.copied().collect();
     let mut gone = Vec::new();
     while gone.len() < count && voters.len() > 1 {
         let domain = |member: &Member| view.map.nodes.get(&member.node).map(Domain::of);

@@ -73,8 +73,13 @@ impl<T> Group<T> {
     /// Voters other than this one that hold everything committed, state included, and stay, best first: whom to
     /// hand leadership to.
     pub fn successors(&self) -> Vec<ReplicaId> {
+        self.others(|replica| self.may_succeed(replica))
+    }
+
+    /// Others than this one that answer, and that `may`, those that have most of the log first.
+    fn others(&self, may: impl Fn(ReplicaId) -> bool) -> Vec<ReplicaId> {
         let mut others: Vec<_> = (self.raft.raft.prs().iter())
-            .filter(|&(&id, _)| id != self.replica.0 && self.may_succeed(ReplicaId(id)))
+            .filter(|&(&id, _)| id != self.replica.0 && may(ReplicaId(id)))
             .filter(|&(&id, _)| self.catch_up.is_active(ReplicaId(id), self.ticks))
             .map(|(&id, progress)| (std::cmp::Reverse(progress.matched), id))
             .collect();
@@ -82,8 +87,8 @@ impl<T> Group<T> {
         others.into_iter().map(|(_, id)| ReplicaId(id)).collect()
     }
 
-    /// As a leader without a state: hands leadership to a voter that has one, and the whole log. As one that leaves
-    /// the group: to one that stays. If it doesn't take it, another has its turn when raft has given that up.
+    /// As a leader without a state: hands leadership to a voter that has one, and the whole log; to one that stays, if
+    /// there is any. As one that leaves the group: to one that stays. If it doesn't take it, another has its turn when raft has given that up.
     pub(super) fn give_way(&mut self) {
         let raft = &self.raft.raft;
         let leaves = self.role() == Some(MemberRole::Outgoing);
@@ -98,6 +103,12 @@ impl<T> Group<T> {
         let mut fit = self.successors();
         if self.state_lost {
             fit.retain(|heir| self.matched(*heir) == last);
+            if fit.is_empty() {
+                // Nobody has a state who stays. One who leaves can give it to them, and then gives way itself.
+                let leaves = |replica| self.role_of(replica) == Some(MemberRole::Outgoing);
+                fit = self.others(|replica| leaves(replica) && !self.lacks_state(replica));
+                fit.retain(|heir| self.matched(*heir) == last);
+            }
         } else {
             // What it lacks it gets on the way.
             let near = self.followers();
@@ -106,7 +117,7 @@ impl<T> Group<T> {
         let turn = self.ticks / limits::ELECTION_TICKS_MIN as u64;
         if let Some(heir) = turn.checked_rem(fit.len() as u64).and_then(|turn| fit.get(turn as usize)) {
             self.gives_way_at = self.ticks + limits::GIVE_WAY_TICKS;
-            self.transfer(*heir);
+            self.raft.transfer_leader(heir.0);
         }
     }
 

@@ -3,6 +3,7 @@
 use super::*;
 use crate::codec::messages::check;
 use crate::group::election;
+use crate::storage::state::conf_state_of;
 use raft::StateRole;
 
 const TRUNCATED: Position = Position { index: 7, term: 6 };
@@ -10,11 +11,19 @@ const LAST: Position = Position { index: 9, term: 6 };
 
 /// Replica 3 in term 6, whose log begins after [`TRUNCATED`] and ends with [`LAST`], all of it committed.
 fn lost() -> Follower {
+    lost_among([MemberRole::Voter; 3])
+}
+
+/// The same, where replicas 1 to 3 have these roles.
+fn lost_among(roles: [MemberRole; 3]) -> Follower {
     let mut follower = Follower::new();
     follower.step(append(1, 6, GROUP_START, &[6, 6, 6, 6], LAST.index, 1));
     follower.persist();
     let Follower { group, log, .. } = follower;
-    let header = StateHeader { applied: TRUNCATED, ..group.state().header().clone() };
+    let with = |(member, role)| Member { role, ..member };
+    let members: Vec<Member> = members(&[1, 2, 3]).into_iter().zip(roles).map(with).collect();
+    let conf_state = conf_state_of(&members);
+    let header = StateHeader { applied: TRUNCATED, conf_state, members, ..group.state().header().clone() };
     log.compact(ReplicaId(3), TRUNCATED).unwrap();
     let state = ReplicaState::at(Arc::new(MemoryEngine::new()), ReplicaId(3), 1, header);
     let found = log.load(ReplicaId(3)).unwrap();
@@ -129,7 +138,11 @@ fn it_begins_no_election_before_all_others_and_takes_no_leadership() {
 
 /// Replica 3, elected after all the others were silent, with its first entry on disk.
 fn lost_leader() -> Follower {
-    let mut follower = lost();
+    lost_leader_among([MemberRole::Voter; 3])
+}
+
+fn lost_leader_among(roles: [MemberRole; 3]) -> Follower {
+    let mut follower = lost_among(roles);
     follower.step(heartbeat(6, LAST.index));
     for _ in 0..limits::ELECTION_TICKS_MAX + election::LOST_TICKS {
         follower.group.tick();
@@ -181,6 +194,27 @@ fn it_leads_where_nobody_else_does_and_gives_way_to_the_first_that_has_a_state_a
     leader.pump();
     let handed = leader.take(MessageType::MsgTimeoutNow);
     assert_eq!(handed.iter().map(|message| message.to).collect::<Vec<_>>(), [2]);
+}
+
+#[test]
+fn where_nobody_stays_who_has_a_state_it_gives_way_to_one_who_leaves() {
+    let handed = |role, lost: &[u64]| {
+        let mut leader = lost_leader_among([role, MemberRole::Outgoing, MemberRole::Voter]);
+        for from in [1, 2] {
+            let least = if lost.contains(&from) { 5 } else { 0 };
+            let answer = message(MessageType::MsgHeartbeatResponse, from, 7);
+            leader.step(Message { request_snapshot: least, ..answer });
+            let acknowledged = message(MessageType::MsgAppendResponse, from, 7);
+            leader.step(Message { index: LAST.index + 1, ..acknowledged });
+        }
+        leader.group.tick();
+        leader.pump();
+        leader.take(MessageType::MsgTimeoutNow).iter().map(|message| message.to).collect::<Vec<_>>()
+    };
+    assert_eq!(handed(MemberRole::Voter, &[]), [1]);
+    assert_eq!(handed(MemberRole::Voter, &[1]), [2]);
+    assert_eq!(handed(MemberRole::Outgoing, &[1]), [2]);
+    assert!(handed(MemberRole::Voter, &[1, 2]).is_empty());
 }
 
 #[test]

@@ -14,6 +14,7 @@ use crate::group::driver::Group;
 use crate::group::open::GroupOptions;
 use crate::ids::{Incarnation, Index, METADATA_SHARD, NodeId, ReplicaId, Term};
 use crate::limits;
+use crate::placement::map::Member;
 use crate::refusal::Refusal;
 use crate::storage::StorageError;
 use crate::storage::engine::Engine;
@@ -80,7 +81,13 @@ impl World {
             let StateHeader { epoch, members, .. } = group.state().header();
             // A state that was never flushed begins with the members of the record.
             let known = if group.status().recovering { group.status().committed } else { 0 };
-            truth.members.compare(shard, replica_id, (flushed.index, known), epoch.conf, members)?;
+            // So it does with a change that nobody has applied yet: it is recorded before that.
+            let proposed = self.proposed.get(&shard).into_iter().flatten();
+            let recorded = |(index, change): &(Index, Vec<Member>)| *index <= known && change == members;
+            let is_new = truth.members.newest().is_some_and(|newest| newest.conf + 1 == epoch.conf);
+            if !(is_new && proposed.into_iter().any(recorded)) {
+                truth.members.compare(shard, replica_id, (flushed.index, known), epoch.conf, members)?;
+            }
         }
         if let Some(process) = &mut node.process {
             let replica = Replica {

@@ -13,6 +13,7 @@ use super::report::note;
 use super::shell::{Node, NodeEvent};
 use super::world::{Event, World};
 use crate::ids::{Index, NodeId, ReplicaId, ShardId};
+use crate::node::replicas::Replicas;
 use crate::placement::map::{Member, MemberRole};
 use crate::storage::StorageError;
 use crate::storage::engine_memory::CrashLoss;
@@ -37,6 +38,15 @@ pub(super) enum RemoveEvent {
 
 fn failed(error: StorageError) -> Violation {
     Violation::new("disk", error.to_string())
+}
+
+impl Node {
+    /// Whether a replica is still to go now that nothing of it is under way: its last write may have said that it is a
+    /// member by a change which the map doesn't know of yet.
+    fn is_to_go(&self, replica: ReplicaId) -> Result<bool, StorageError> {
+        let catalogue = self.disk.log.catalogue()?;
+        Ok(Replicas::new(catalogue).orders(&self.map, self.id).remove.contains(&replica))
+    }
 }
 
 impl World {
@@ -85,6 +95,7 @@ impl World {
     }
 
     pub(super) fn on_remove(&mut self, id: NodeId, event: RemoveEvent) -> Result<(), Violation> {
+        let governed = self.is_governed();
         let Some(node) = self.nodes.get_mut(&id) else { return Ok(()) };
         let Some(number) = node.process_number() else { return Ok(()) };
         match event {
@@ -104,6 +115,13 @@ impl World {
             RemoveEvent::Tombstone(_, replica, bare) => {
                 if node.disk.is_busy_with(replica) {
                     self.remove_later(id, event);
+                } else if governed && !bare && !node.is_to_go(replica).map_err(failed)? {
+                    node.removing.remove(&replica);
+                    node.switching.remove(&replica);
+                    node.reload_records().map_err(failed)?;
+                    note!(self.trace, "{} node {} keeps replica {}", self.clock.now, id, replica);
+                    self.count("replicas kept");
+                    return self.open(id, replica);
                 } else if self.options.planted.is(Planted::TombstoneLate) && !bare {
                     node.disk.destroy(replica).map_err(failed)?;
                     let event = RemoveEvent::Tombstone(number, replica, true);

@@ -454,6 +454,14 @@ impl World {
         });
         plan.cancelling = (plan.cancelling || gives_up || dead || crowded) && !joined && !adds.is_empty();
         plan.cancelling |= plan.waited > PATIENCE && !joined && !adds.is_empty();
+        if joined {
+            // Where a part has come for good, such are left out. Requests to add them are refused: those for
+            // these members, since there would be two on a node, those for others as out of date.
+            let members = plan.members.clone();
+            let added = |add: &Member| members.iter().any(|member| member.replica == add.replica);
+            let crowded = |add: &Member| members.iter().any(|member| member.node == add.node);
+            plan.adds.retain(|add| added(add) || !crowded(add));
+        }
         let conf = plan.conf;
         if plan.cancelling {
             let fenced = plan.fenced.is_some_and(|fenced| fenced <= conf);
@@ -502,7 +510,9 @@ impl World {
             let Some(plan) = self.operator.plans.get_mut(&shard) else { return };
             plan.waited += 1;
             if plan.waited > PATIENCE {
-                match promote.is_empty() {
+                // Once some of those that come are voters, by a change that made no sense, nothing can be given
+                // up. All are members by now, so no late request adds any: the next move removes the others.
+                match promote.is_empty() || joined {
                     true => plan.end(),
                     false => plan.cancelling = true,
                 }
