@@ -1,4 +1,4 @@
-//! Administration of a cluster: the map, reports of nodes, databases, leadership; in [`cluster`], what
+//! Administration of a cluster: the map, reports of nodes, databases, leadership; in `cluster`, what
 //! operators decide.
 
 pub mod answers;

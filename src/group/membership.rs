@@ -8,7 +8,7 @@
 //!
 //! *What an entry says.* Its context names all members after it, with their roles, and the conf version that it
 //! follows on ([`crate::codec::membership`]). The roles say everything: the configuration that raft counts by, and
-//! what raft is told of the change ([`steps`]), are made of them, and what raft makes of it is held against
+//! what raft is told of the change (`steps`), are made of them, and what raft makes of it is held against
 //! them. raft's own encoding of a change lies in the entry's data for its checks at the leader, and is never read.
 //!
 //! *One at a time.* A change is proposed only when the one before is in force at the leader, so the conf version

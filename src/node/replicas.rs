@@ -185,7 +185,7 @@ impl Replicas {
     /// A replica goes only if a record of its own shard says so that is newer than the one that ordered it.
     /// An old map doesn't name it yet, and what a node holds must not depend on whether it has read the
     /// newest: what is removed never comes back. Nor does one go whose own record is ahead of the shard's
-    /// ([`is_ahead`]), unless the shard is dropped.
+    /// (`is_ahead`), unless the shard is dropped.
     pub fn orders(&self, map: &ClusterMap, node: NodeId) -> Orders {
         let mut orders = Orders::default();
         for shard in map.shards.values().filter(|shard| !shard.dropped) {

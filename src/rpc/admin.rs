@@ -1,7 +1,7 @@
 //! The service `Admin`.
 //!
-//! - Here: reports, databases, leadership. - [`cluster`]: nodes, replica counts, settings. - [`rebalance`]: plans, and what
-//!   becomes of them. - [`recover`]: shards whose majority is gone. - [`survey`]: what all nodes tell. - [`answers`]: the
+//! - Here: reports, databases, leadership. - `cluster`: nodes, replica counts, settings. - `rebalance`: plans, and what
+//!   becomes of them. - `recover`: shards whose majority is gone. - `survey`: what all nodes tell. - `answers`: the
 //!   program's types in protocol form.
 
 mod answers;
