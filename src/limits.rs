@@ -203,7 +203,7 @@ pub const LOG_STALL_MS: u64 = 1_000;
 pub const DISK_FULL_WAIT_MS: u64 = 250;
 /// Time for a pull of the cluster map from a peer, in milliseconds.
 pub const MAP_PULL_MS_MAX: u64 = 3_000;
-/// Time between saves of the cluster map, in milliseconds: a start without the metadata shard would miss what
+/// Time between saves of the cluster map while shards move, in milliseconds: a start without the metadata shard would miss what
 /// changed after the last.
 pub const MAP_SAVE_MS: u64 = 200;
 /// Time between surveys of all nodes by the one that leads the metadata shard, in milliseconds.

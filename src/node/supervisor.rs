@@ -317,21 +317,28 @@ impl Supervisor {
             let dir = data_dir.lock().unwrap_or_else(PoisonError::into_inner);
             dir.save_map(&map_cache::encode(&map))
         });
-        ctx.spawn(fut::wrap_future(save).map(|saved, _, ctx: &mut Context<Self>| {
+        ctx.spawn(fut::wrap_future(save).map(|saved, act: &mut Self, ctx| {
             match saved {
                 Ok(Ok(())) => {}
                 // The metadata shard has it; only a start without that would miss the newest map.
                 Ok(Err(error)) => tracing::warn!(%error, "saving the cluster map"),
                 Err(error) => tracing::warn!(%error, "saving the cluster map"),
             }
-            // While shards move, the map changes many times a second.
-            ctx.run_later(Duration::from_millis(limits::MAP_SAVE_MS), |act: &mut Self, ctx| {
-                act.saving_map = false;
-                if act.map_unsaved {
-                    act.save_map(ctx);
-                }
-            });
+            act.map_saved(ctx);
         }));
+    }
+
+    fn map_saved(&mut self, ctx: &mut Context<Self>) {
+        // While shards move, the map changes many times a second. Else it is saved at once: a node that starts
+        // from an old one would know nothing of a new database until it has heard of it.
+        let moves = self.shared.router.map().shards.values().any(|shard| shard.moving.is_some());
+        let pause = if moves { Duration::from_millis(limits::MAP_SAVE_MS) } else { Duration::ZERO };
+        ctx.run_later(pause, |act: &mut Self, ctx| {
+            act.saving_map = false;
+            if act.map_unsaved {
+                act.save_map(ctx);
+            }
+        });
     }
 
     fn heartbeat(&self) {
