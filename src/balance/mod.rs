@@ -9,8 +9,8 @@
 //!
 //! - [`facts`]: what nodes tell, and what is asked of them. [`reconciler`]: one round of it all.
 //! - `ears`: what was heard and for how long nothing was; `view`: what of it counts in one step.
-//! - `moves`: the next step of a move under way. `wants`: which move to begin. `even`: load and leaders spread
-//!   anew. `pace`: how often a step is repeated.
+//! - `moves`: the next step of a move under way. `wants`: which move to begin. `departures`: who goes with it, and
+//!   in which order. `even`: load and leaders spread anew. `pace`: how often a step is repeated.
 //!
 //! *The order of things.* A shard's move is one change of members, whatever is behind it: newcomers are added
 //! as learners, catch up, and take the place of those that go in one joint change. In every round, first the
@@ -23,6 +23,7 @@
 //! told in [`reconciler::Reconciler::stuck`] instead. No silence counts in which the reconciler itself stood
 //! still. No report rolls back what a later one has told.
 
+mod departures;
 mod ears;
 mod even;
 pub mod facts;

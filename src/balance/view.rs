@@ -96,6 +96,11 @@ impl<'a> View<'a> {
         self.nodes.get(&node).is_some_and(|node| node.fit)
     }
 
+    /// Whether a node is to be emptied, and stays otherwise.
+    pub fn drains(&self, node: NodeId) -> bool {
+        self.nodes.get(&node).is_some_and(|node| node.standing == Standing::Draining)
+    }
+
     /// Nodes that can't get replicas now although the map would allow it.
     pub fn unfit(&self) -> BTreeSet<NodeId> {
         self.nodes.iter().filter(|(_, node)| !node.fit).map(|(id, _)| *id).collect()

@@ -1,9 +1,10 @@
 //! What a shard without a move under way needs: other members, or another leader.
 
+use super::departures;
 use super::view::{Led, View};
 use crate::ids::{METADATA_SHARD, NodeId, ReplicaId};
-use crate::placement::loads::{Domain, Loads, metadata_voters};
-use crate::placement::map::{Member, MemberRole, MoveCause, ShardRecord, ShardTarget, Standing};
+use crate::placement::loads::{Loads, metadata_voters};
+use crate::placement::map::{Member, MoveCause, ShardRecord, ShardTarget, Standing};
 
 /// How pressing something is; the first comes first.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -29,7 +30,7 @@ pub(super) struct Want {
 
 #[derive(Debug)]
 pub(super) enum Kind {
-    /// These go, and others come for them as far as the shard needs them.
+    /// These go, [in this order](departures::in_order), and others come for them as far as the shard needs them.
     Replace(Vec<Member>),
     /// So many come.
     Grow(usize),
@@ -73,16 +74,16 @@ pub(super) fn wanted(view: &View, record: &ShardRecord) -> usize {
 /// What the shard needs most, if anything.
 pub(super) fn want(view: &View, record: &ShardRecord, led: Led) -> Option<Want> {
     let voters: Vec<&Member> = led.voters().collect();
-    let lost: Vec<(Member, String)> =
-        voters.iter().filter_map(|m| Some((**m, view.lost(record.id, m)?))).collect();
-    if let Some((_, why)) = lost.first() {
+    let lost: Vec<Member> =
+        voters.iter().filter(|m| view.lost(record.id, m).is_some()).map(|m| **m).collect();
+    let lost = departures::in_order(led, lost);
+    if let Some(why) = lost.first().and_then(|first| view.lost(record.id, first)) {
         let answer = voters.iter().filter(|m| led.active(m.replica)).count();
         let spare = answer.saturating_sub(voters.len() / 2 + 1);
-        let why = why.clone();
-        let kind = Kind::Replace(lost.into_iter().map(|(member, _)| member).collect());
-        return Some(Want { urgency: Urgency::Repair(spare), kind, why });
+        return Some(Want { urgency: Urgency::Repair(spare), kind: Kind::Replace(lost), why });
     }
-    let draining: Vec<Member> = voters.iter().filter(|m| drains(view, m.node)).map(|m| **m).collect();
+    let draining: Vec<Member> = voters.iter().filter(|m| view.drains(m.node)).map(|m| **m).collect();
+    let draining = departures::in_order(led, draining);
     if let Some(first) = draining.first() {
         let why = format!("node {} is to be emptied", first.node);
         return Some(Want { urgency: Urgency::Drain, kind: Kind::Replace(draining), why });
@@ -102,10 +103,6 @@ pub(super) fn want(view: &View, record: &ShardRecord, led: Led) -> Option<Want> 
     })?;
     let why = "a plan wants it elsewhere".into();
     Some(Want { urgency: Urgency::Target, kind: Kind::Target(target.clone()), why })
-}
-
-fn drains(view: &View, node: NodeId) -> bool {
-    view.nodes.get(&node).is_some_and(|node| node.standing == Standing::Draining)
 }
 
 /// Turns a want into a move. `Err` says why there is none for now.
@@ -143,31 +140,23 @@ pub(super) fn begin(
         Kind::Replace(lost) => {
             staying.retain(|node| lost.iter().all(|m| m.node != *node));
             let needed = wanted.saturating_sub(staying.len()).min(lost.len());
-            let surplus = lost.len() - needed;
             let adds = add(&mut staying, needed);
-            let mut removes: Vec<ReplicaId> =
-                lost.iter().take(surplus + adds.len()).map(|member| member.replica).collect();
+            let mut removes = departures::with_successors(view, loads, led, lost, adds.len(), wanted);
             if removes.is_empty() {
-                removes.push(
-                    anew(view, record, led, lost)
-                        .ok_or_else(|| format!("{}, and no other node can take a replica", want.why))?,
-                );
-            }
-            // What there is too much of goes in the same change: with one voter less than an odd number the
-            // shard would stand fewer losses on the way than before and after, and might not get so far at all
-            // if others are silent, which go first.
-            let left = led.voters().count() + adds.len() - removes.len();
-            if adds.is_empty() && left > wanted {
-                removes.extend(superfluous(view, loads, led, &removes, left - wanted));
+                let alone = departures::alone(view, record, led, lost);
+                let alone =
+                    alone.ok_or_else(|| format!("{}, and no other node can take a replica", want.why));
+                removes.push(alone?);
             }
             (adds, removes)
         }
         Kind::Grow(count) => {
             let present = staying.len();
             let mut adds = add(&mut staying, *count);
-            // An even number on the way stands no more losses than one fewer.
-            let odd = |adds: usize| !(present + adds).is_multiple_of(2);
-            if adds.len() < *count && !odd(adds.len()) {
+            // An even number on the way stands no more losses than one fewer, and every decision needs one more node.
+            // Two are worth it all the same: of the only copy there is none left if its disk fails.
+            let then = present + adds.len();
+            if adds.len() < *count && then.is_multiple_of(2) && then > 2 {
                 adds.pop();
             }
             if adds.is_empty() {
@@ -175,7 +164,7 @@ pub(super) fn begin(
             }
             (adds, Vec::new())
         }
-        Kind::Shrink(count) => (Vec::new(), superfluous(view, loads, led, &[], *count)),
+        Kind::Shrink(count) => (Vec::new(), departures::superfluous(view, loads, led, &[], *count)),
         Kind::Target(target) => {
             let adds: Vec<NodeId> =
                 target.nodes.iter().filter(|node| !staying.contains(node)).copied().collect();
@@ -190,40 +179,4 @@ pub(super) fn begin(
         return Err(format!("{}, but only {why}", want.why));
     }
     Ok(Begin { adds, removes, cause })
-}
-
-/// A lost replica for which there is no other node, but which can be made anew on its own: it goes first, and
-/// the shard, which then has too few, gets another. With it sick all the others were needed too, so nothing
-/// is risked.
-fn anew(view: &View, record: &ShardRecord, led: Led, lost: &[Member]) -> Option<ReplicaId> {
-    let sick =
-        |member: &&Member| view.fit(member.node) && view.sick.contains_key(&(record.id, member.replica));
-    let others = |replica| led.voters().filter(move |m| m.replica != replica);
-    let sick = lost.iter().find(sick)?.replica;
-    let (all, active) = (others(sick).count(), others(sick).filter(|m| led.active(m.replica)).count());
-    // Without it the shard can stand no fewer losses than with it, since it doesn't answer.
-    let whole = all >= 2 && active > all / 2;
-    whole.then_some(sick)
-}
-
-/// The voters that a shard with too many should lose: such as don't answer first, then such as share a failure
-/// domain with another, then those on the fullest nodes; the leader last. `going` are about to go anyway.
-fn superfluous(view: &View, loads: &Loads, led: Led, going: &[ReplicaId], count: usize) -> Vec<ReplicaId> {
-    let stay = led.voters().filter(|m| m.role == MemberRole::Voter && !going.contains(&m.replica));
-    let mut voters: Vec<Member> = stay.copied().collect();
-    let mut gone = Vec::new();
-    while gone.len() < count && voters.len() > 1 {
-        let domain = |member: &Member| view.map.nodes.get(&member.node).map(Domain::of);
-        let rank = |(at, member): (usize, &Member)| {
-            let leads = member.replica == led.report.leader;
-            let answers = led.active(member.replica);
-            let near = voters.iter().filter(|other| domain(other) == domain(member)).count();
-            let weight = view.map.nodes.get(&member.node).map_or(1, |node| u64::from(node.weight.max(1)));
-            let load = (u64::from(loads.held(member.node)) << 32) / weight;
-            (!leads, !answers, near, load, at)
-        };
-        let Some((.., at)) = voters.iter().enumerate().map(rank).max() else { break };
-        gone.push(voters.remove(at).replica);
-    }
-    gone
 }

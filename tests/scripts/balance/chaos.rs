@@ -59,6 +59,24 @@ fn event() -> impl Strategy<Value = Event> {
     ]
 }
 
+/// What makes voters useless, or too many, and little else: sick ones beside such as were given up, are gone, are to
+/// be emptied, or are more than are wanted.
+fn affliction() -> impl Strategy<Value = Event> {
+    prop_oneof![
+        6 => (0..2_usize, 0..7_usize).prop_map(|(shard, node)| Event::Sicken(shard, node)),
+        3 => (0..7_usize).prop_map(Event::Leave),
+        2 => (0..7_usize).prop_map(Event::Drain),
+        1 => (0..7_usize).prop_map(Event::Stay),
+        2 => (0..7_usize).prop_map(Event::Kill),
+        1 => (0..7_usize).prop_map(Event::Start),
+        1 => (0..7_usize).prop_map(Event::Burn),
+        1 => Just(Event::Join(0)),
+        3 => (1..6_u32).prop_map(Event::Replicas),
+        1 => Just(Event::NewReconciler),
+        3 => (1..90_u64).prop_map(Event::Wait),
+    ]
+}
+
 const ZONES: [&str; 3] = ["a", "b", "c"];
 
 struct Chaos {
@@ -237,6 +255,10 @@ impl Chaos {
             METADATA_SHARD => metadata_voters(takers.len()),
             _ => self.model.map.databases[&shard.database].replicas as usize,
         };
+        if wanted > 1 && takers.len() > 1 {
+            let copies = shard.members.iter().filter(|member| takers.contains(&member.node)).count();
+            prop_assert!(copies > 1, "there is one copy of {:?}, with {:?} there: {:?}", shard, takers, why);
+        }
         if takers.len() < wanted || takers.len() < 3 {
             return Ok(());
         }
@@ -257,6 +279,20 @@ proptest! {
         zones: bool, events in prop::collection::vec(event(), 1..40),
     ) {
         let mut chaos = Chaos::new(nodes, replicas, shards, zones);
+        for event in &events {
+            chaos.happen(event)?;
+        }
+        chaos.heal()?;
+        chaos.check()?;
+    }
+
+    #[test]
+    fn chaos_of_sick_and_leaving_voters_ends_with_all_of_them_replaced(
+        nodes in 3..7_usize, replicas in 1..6_usize, shards in 1..3_u32,
+        events in prop::collection::vec(affliction(), 1..14),
+    ) {
+        let replicas = u32::try_from(replicas.min(nodes)).unwrap();
+        let mut chaos = Chaos::new(nodes, replicas, shards, false);
         for event in &events {
             chaos.happen(event)?;
         }
