@@ -95,3 +95,6 @@ pub(super) fn superfluous(
     }
     gone
 }
+
+#[cfg(test)]
+mod tests;

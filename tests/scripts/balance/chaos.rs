@@ -63,17 +63,16 @@ fn event() -> impl Strategy<Value = Event> {
 /// be emptied, or are more than are wanted.
 fn affliction() -> impl Strategy<Value = Event> {
     prop_oneof![
-        6 => (0..2_usize, 0..7_usize).prop_map(|(shard, node)| Event::Sicken(shard, node)),
-        3 => (0..7_usize).prop_map(Event::Leave),
-        2 => (0..7_usize).prop_map(Event::Drain),
-        1 => (0..7_usize).prop_map(Event::Stay),
-        2 => (0..7_usize).prop_map(Event::Kill),
-        1 => (0..7_usize).prop_map(Event::Start),
-        1 => (0..7_usize).prop_map(Event::Burn),
+        8 => (0..2_usize, 0..6_usize).prop_map(|(shard, node)| Event::Sicken(shard, node)),
+        4 => (0..6_usize).prop_map(Event::Leave),
+        4 => (1..6_u32).prop_map(Event::Replicas),
+        1 => (0..6_usize).prop_map(Event::Drain),
+        1 => (0..6_usize).prop_map(Event::Kill),
+        1 => (0..6_usize).prop_map(Event::Start),
+        1 => (0..6_usize).prop_map(Event::Burn),
         1 => Just(Event::Join(0)),
-        3 => (1..6_u32).prop_map(Event::Replicas),
         1 => Just(Event::NewReconciler),
-        3 => (1..90_u64).prop_map(Event::Wait),
+        2 => (1..90_u64).prop_map(Event::Wait),
     ]
 }
 
@@ -114,6 +113,12 @@ impl Chaos {
     }
 
     fn happen(&mut self, event: &Event) -> Result<(), TestCaseError> {
+        self.strike(event)?;
+        self.run(1)
+    }
+
+    /// What happens, before anybody can do anything about it.
+    fn strike(&mut self, event: &Event) -> Result<(), TestCaseError> {
         let standing = |node, standing| MetaCommand::SetStanding { node, standing };
         match *event {
             Event::Kill(at) => self.model.kill(self.node(at)),
@@ -182,7 +187,7 @@ impl Chaos {
             Event::Lose(actions) => self.model.lose = actions,
             Event::Wait(seconds) => self.run(seconds)?,
         }
-        self.run(1)
+        Ok(())
     }
 
     /// All that may come back does, and nothing goes wrong any more.
@@ -259,7 +264,7 @@ impl Chaos {
             let copies = shard.members.iter().filter(|member| takers.contains(&member.node)).count();
             prop_assert!(copies > 1, "there is one copy of {:?}, with {:?} there: {:?}", shard, takers, why);
         }
-        if takers.len() < wanted || takers.len() < 3 {
+        if takers.len() < wanted || (id == METADATA_SHARD && takers.len() < 3) {
             return Ok(());
         }
         let nodes: BTreeSet<NodeId> = shard.members.iter().map(|member| member.node).collect();
@@ -288,13 +293,12 @@ proptest! {
 
     #[test]
     fn chaos_of_sick_and_leaving_voters_ends_with_all_of_them_replaced(
-        nodes in 3..7_usize, replicas in 1..6_usize, shards in 1..3_u32,
-        events in prop::collection::vec(affliction(), 1..14),
+        nodes in 3..6_usize, fewer in 0..3_u32, events in prop::collection::vec(affliction(), 1..12),
     ) {
-        let replicas = u32::try_from(replicas.min(nodes)).unwrap();
-        let mut chaos = Chaos::new(nodes, replicas, shards, false);
+        let replicas = u32::try_from(nodes).unwrap() - fewer;
+        let mut chaos = Chaos::new(nodes, replicas, 1, false);
         for event in &events {
-            chaos.happen(event)?;
+            chaos.strike(event)?;
         }
         chaos.heal()?;
         chaos.check()?;
