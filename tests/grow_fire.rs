@@ -138,35 +138,78 @@ async fn a_metadata_leader_that_dies_between_the_steps_of_a_move_is_followed_by_
     let load = Load::start(std::slice::from_ref(&database), 4);
     load.progress(50).await;
     for (round, (point, skip)) in STEPS.into_iter().enumerate() {
-        for node in 0..4 {
-            arm(&client, &cluster, node, &format!("panic:reconciler/{point}:skip={skip}:times=1")).await;
-        }
-        let begun = Instant::now();
-        let dead = loop {
-            if let Some((dead, ended)) = (0..4).find_map(|node| Some((node, cluster.ended(node)?))) {
-                assert_eq!(ended.code(), Some(70), "{}", cluster.log(dead));
-                break dead;
-            }
-            if client.map().await.is_ok_and(|map| !moving(&map)) {
-                stir(&client, &cluster, round % 4).await;
-                tokio::time::sleep(Duration::from_millis(500)).await;
-            }
-            assert!(begun.elapsed() < PATIENCE, "nobody came to {point}\n{}", picture(&cluster));
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        };
-        let log = cluster.log(dead);
-        assert!(log.contains(&format!("injected panic at reconciler/{point}")), "{log}");
-        println!("{point}, {skip} later: node {} after {:?}", dead + 1, begun.elapsed());
-        cluster.spawn(dead);
-        cluster.wait_ready(dead);
+        a_node_dies_at(&client, &mut cluster, round, &format!("reconciler/{point}"), skip).await;
     }
+    ends_whole(&client, cluster, load, &database).await;
+    client.close().await;
+}
+
+/// Has moves go on until one of four nodes comes to `point`, `skip` times later than the first time, and dies there;
+/// then it runs again, and no rule is left.
+async fn a_node_dies_at(client: &Client, cluster: &mut Cluster, round: usize, point: &str, skip: u32) {
     for node in 0..4 {
-        arm(&client, &cluster, node, "").await;
+        arm(client, cluster, node, &format!("panic:{point}:skip={skip}:times=1")).await;
     }
+    let begun = Instant::now();
+    let (first, status) = loop {
+        if let Some(ended) = (0..4).find_map(|node| Some((node, cluster.ended(node)?))) {
+            break ended;
+        }
+        if client.map().await.is_ok_and(|map| !moving(&map)) {
+            stir(client, cluster, round % 4).await;
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+        assert!(begun.elapsed() < PATIENCE, "nobody came to {point}\n{}", picture(cluster));
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    };
+    println!("{point}, {skip} later: node {} after {:?}", first + 1, begun.elapsed());
+    let mut dead = vec![(first, status)];
+    for node in (0..4).filter(|node| *node != first) {
+        // Another may have come there meanwhile.
+        if client.inject(&cluster.nodes[node].client, METADATA_SHARD, "arm=").await.is_err() {
+            dead.push((node, cluster.wait_exit(node, PATIENCE)));
+        }
+    }
+    for (node, status) in dead {
+        let log = cluster.log(node);
+        assert_eq!(status.code(), Some(70), "{log}");
+        assert!(log.contains(&format!("injected panic at {point}")), "{log}");
+        cluster.spawn(node);
+        cluster.wait_ready(node);
+    }
+}
+
+/// Every node is a member again, and nothing that was under way, or was counted, is lost.
+async fn ends_whole(client: &Client, cluster: Cluster, load: Load, database: &Database) {
     if client.map().await.expect("the map").nodes.values().any(|node| node.standing != Standing::Member) {
-        stir(&client, &cluster, 0).await;
+        stir(client, &cluster, 0).await;
     }
-    assert_whole(&client, &cluster, load, &database, 3).await;
+    assert_whole(client, &cluster, load, database, 3).await;
+}
+
+/// Where a node is struck that an order came to, or a new replica, and how often it comes there before.
+const PARTS: [(&str, u32); 6] = [
+    ("order/received", 0),
+    ("supervisor/newcomer.created", 0),
+    ("order/carried-out", 0),
+    ("order/carried-out", 1),
+    ("order/received", 1),
+    ("supervisor/newcomer.created", 1),
+];
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_dies_at_an_order_or_with_a_new_replica_takes_its_part_of_the_move_up_again() {
+    let _room = ROOM.acquire().await.expect("it isn't closed");
+    let (mut cluster, client) = started(4).await;
+    let database = cluster.database(&client, "db", 3, 2).await.with_timeout(DEADLINE);
+    Rest { metadata: 3, ..Rest::default() }.reached(&client, &cluster, SETTLE).await;
+    set(&client, PolicyChange::MovesAtATime(1)).await;
+    let load = Load::start(std::slice::from_ref(&database), 4);
+    load.progress(50).await;
+    for (round, (point, skip)) in PARTS.into_iter().enumerate() {
+        a_node_dies_at(&client, &mut cluster, round, point, skip).await;
+    }
+    ends_whole(&client, cluster, load, &database).await;
     client.close().await;
 }
 

@@ -17,7 +17,8 @@
 //!   who changes the members of shards; or `governor`, the metadata shard with its reconciler and the maps of
 //!   nodes, and `administrator`, who decides about nodes, numbers of replicas and load.
 //! - [`planted`]: bugs put in on purpose.
-//! - [`workload`] and [`history`]: clients, and what they were told. [`checks`]: what must hold.
+//! - [`workload`], `clients` and [`history`]: what clients ask for, how often they try, and what they were told.
+//!   [`checks`]: what must hold.
 //!
 //! Not simulated: how the stores notice bytes that are torn or rotten, and a log that loses what it has
 //! acknowledged (the suites of the storage test those on files), the codec and the transport beneath
@@ -28,6 +29,7 @@
 
 mod administrator;
 pub mod checks;
+mod clients;
 mod dice;
 pub mod disk;
 pub mod faults;
