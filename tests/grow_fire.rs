@@ -194,7 +194,7 @@ const PARTS: [(&str, u32); 6] = [
     ("order/carried-out", 0),
     ("order/carried-out", 1),
     ("order/received", 1),
-    ("supervisor/newcomer.created", 1),
+    ("supervisor/newcomer.created", 0),
 ];
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
