@@ -348,20 +348,24 @@ fn one_of_three_nodes_is_left_and_goes_on() {
     assert!(version.as_u64() > Some(1 << 32), "{version}");
     ask(&cluster, &home, &["admin", "settings", "set", "placement.replace_after", "1h"]).ok();
 
-    // It outlives a restart, and grows again once there are nodes for three replicas.
+    // It outlives a restart, and grows again: with one more node there is a second copy of everything.
     cluster.kill(2);
     cluster.spawn(2);
     cluster.wait_ready(2);
     assert_eq!(ask(&cluster, &home, &["get", "db", "a"]).ok().text(), "4");
-    let ports = PORTS.read().unwrap_or_else(|poisoned| poisoned.into_inner());
-    cluster.join();
-    cluster.join();
-    drop(ports);
-    let three = |status: &Value| {
-        let shards = list(&list(status, "databases")[0], "shards");
-        shards
-            .iter()
-            .all(|shard| list(shard, "replicas").iter().filter(|r| r["state"] == "serving").count() == 3)
+    let serve = |copies: usize| {
+        move |status: &Value| {
+            let shards = list(&list(status, "databases")[0], "shards").iter().chain([&status["metadata"]]);
+            let serving = |shard| list(shard, "replicas").iter().filter(|r| r["state"] == "serving").count();
+            shards.map(serving).all(|serving| serving == copies)
+        }
     };
-    until(&cluster, &home, &["status", "db", "--json"], "three replicas of each shard", three);
+    for copies in [2, 3] {
+        let ports = PORTS.read().unwrap_or_else(|poisoned| poisoned.into_inner());
+        cluster.join();
+        drop(ports);
+        let what = format!("{copies} replicas of each shard");
+        until(&cluster, &home, &["status", "--json"], &what, serve(copies));
+        assert_eq!(ask(&cluster, &home, &["mget", "db", "a", "b", "c"]).ok().text(), "a\t4\nb\t2\nc\t3\n");
+    }
 }
