@@ -43,7 +43,8 @@ pub struct Known {
     pub leaders: BTreeMap<ShardId, NodeId>,
     /// Keys and bytes.
     pub sizes: BTreeMap<ShardId, ShardSize>,
-    /// Nodes that can't get anything now: gone, or their disk is full. What they hold stays where it is.
+    /// Nodes that can't get anything now: gone, or their disk is full. What they hold stays where it is; those that
+    /// hold nothing have no share, and their failure domains no part, until they are fit again.
     pub unfit: BTreeSet<NodeId>,
     /// Nodes that won't answer again, for another runs at their address by now: what they hold goes.
     pub taken_over: BTreeSet<NodeId>,

@@ -142,6 +142,15 @@ impl Cluster {
         self.nodes.push(Node { config, data, client, peer, child: None });
     }
 
+    /// One more line in the section `node` of a node's settings, for its next start.
+    pub fn amend(&self, node: usize, line: &str) {
+        let config = &self.nodes[node].config;
+        let text = std::fs::read_to_string(config).expect("its settings");
+        assert_eq!(text.matches("\n[client]\n").count(), 1, "{text}");
+        let amended = text.replace("\n[client]\n", &format!("\n{line}\n[client]\n"));
+        std::fs::write(config, amended).expect("writing settings");
+    }
+
     /// Starts a node, without waiting.
     pub fn spawn(&mut self, node: usize) {
         self.start(node, &[], "");

@@ -1,6 +1,6 @@
 //! Nodes and shards by their place in tables, and what is where while a plan is made.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::Known;
 use crate::ids::{METADATA_SHARD, NodeId, ShardId};
@@ -50,6 +50,19 @@ pub(super) struct Board {
     places: HashMap<NodeId, usize>,
 }
 
+/// Nodes that can't get anything now and hold nothing, since it was replaced: they count as if they weren't there.
+/// Else a share would be kept for them that the others have to take, and a place in each shard for their failure
+/// domain, though the others are as far apart as they can be.
+fn absent(map: &ClusterMap, known: &Known) -> HashSet<NodeId> {
+    let mut absent: HashSet<NodeId> = known.unfit.iter().copied().collect();
+    if !absent.is_empty() {
+        for member in map.shards.values().filter(|shard| !shard.dropped).flat_map(settled) {
+            absent.remove(&member.node);
+        }
+    }
+    absent
+}
+
 impl Board {
     pub fn new(map: &ClusterMap, known: &Known) -> Board {
         let mut board = Board {
@@ -59,12 +72,13 @@ impl Board {
             held: vec![0; map.nodes.len()],
             places: HashMap::with_capacity(map.nodes.len()),
         };
+        let absent = absent(map, known);
         let mut domains = BTreeMap::new();
         for record in map.nodes.values() {
             let next = domains.len();
             let domain = *domains.entry(Domain::of(record)).or_insert(next);
             let takes = record.standing.takes_replicas() && !known.taken_over.contains(&record.id);
-            let weight = if takes { record.weight } else { 0 };
+            let weight = if takes && !absent.contains(&record.id) { record.weight } else { 0 };
             let frozen = weight > 0 && known.unfit.contains(&record.id);
             board.places.insert(record.id, board.nodes.len());
             board.nodes.push(Spot { id: record.id, weight, domain, frozen });

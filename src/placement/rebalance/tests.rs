@@ -251,6 +251,43 @@ fn what_is_unfit_or_moving_stays_where_it_is() {
 }
 
 #[test]
+fn a_zone_that_is_gone_has_no_share_until_it_is_back() {
+    let mut map = cluster(["a", "b", "c"].into_iter().cycle().take(6).map(|zone| (zone, 100)));
+    let gone: BTreeSet<NodeId> = [NodeId(3), NodeId(6)].into();
+    // As repairs left it: two replicas of each shard in one zone, as there are but two; the first nodes have the most.
+    let on = |nodes: [u64; 3]| nodes.map(NodeId).to_vec();
+    let repaired = [[1, 2, 4], [1, 2, 5], [1, 2, 4], [1, 2, 5], [1, 2, 4], [1, 2, 5]];
+    add_database(&mut map, repaired.into_iter().map(on).collect());
+    let known = Known { unfit: gone.clone(), ..Known::default() };
+    assert!(is_uneven(&map, &known, false));
+    let plan = plan_rebalance(&map, &known, false);
+    assert!(plan.total.moves > 0 && plan.total.moves == plan.minimum, "{plan:?}");
+    apply(&mut map, &plan);
+    let held = |map: &ClusterMap, node| loads(map)[&NodeId(node)].0;
+    let held_by = |map: &ClusterMap, nodes: [u64; 4]| nodes.map(|node| held(map, node));
+    assert!(held_by(&map, [1, 2, 4, 5]).iter().all(|held| (4..=5).contains(held)), "{:?}", loads(&map));
+    assert!(gone.iter().all(|node| held(&map, node.0) == 0), "{:?}", loads(&map));
+    assert!(!is_uneven(&map, &known, false), "there is nothing left to do");
+    // One that still holds something has its share, and its zone its part.
+    let mut holds = map.clone();
+    holds.shards.values_mut().next().unwrap().members =
+        [1, 2, 3].map(|n| member(ShardId(1), NodeId(n))).to_vec();
+    let still = plan_rebalance(&holds, &known, false);
+    let moved = still.targets.iter().find(|target| target.shard == ShardId(1));
+    assert!(moved.is_none_or(|target| target.nodes.contains(&NodeId(3))), "{still:?}");
+    // Back, it gets one replica of each shard.
+    assert!(is_uneven(&map, &Known::default(), false));
+    let plan = plan_rebalance(&map, &Known::default(), false);
+    apply(&mut map, &plan);
+    for shard in map.shards.values() {
+        let zones: BTreeSet<&str> =
+            shard.members.iter().map(|member| map.nodes[&member.node].zone.as_str()).collect();
+        assert_eq!(zones.len(), 3, "{shard:?}");
+    }
+    assert_eq!((held(&map, 3), held(&map, 6)), (3, 3));
+}
+
+#[test]
 fn a_node_of_weight_nothing_is_emptied_and_leaders_alone_can_move() {
     let mut map = cluster([("", 100); 5]);
     create(&mut map, 3, 30);
