@@ -226,6 +226,8 @@ pub const COUNT_STEP_BYTES: usize = 256 * KIB;
 pub const COUNT_SHARE: u32 = 8;
 /// Ticks for which a replica keeps its state still at a mark until somebody asks for its digest.
 pub const VIEW_TICKS: u64 = 50;
+/// Time between looks whether a replica's state is flushed up to a mark, in milliseconds.
+pub const VIEW_POLL_MS: u64 = 10;
 /// Shards of a database whose replicas are compared at a time.
 pub const VERIFIED_MAX: usize = 4;
 /// Attempts at comparing the replicas of a shard that go on too fast for it.

@@ -620,6 +620,7 @@ impl Handler<Inject> for ReplicaActor {
             // A node that puts up with it.
             "keep-leading" => self.shared.disk.keep_leading(),
             "free-bytes" => self.shared.disk.pretend(None),
+            other if other.starts_with("alter=") => self.alter(&other["alter=".len()..]),
             other => match other.split_once('=').map(|(fault, number)| (fault, number.parse())) {
                 Some(("log-stall", Ok(ms))) => self.stall_log(ms),
                 Some(("free-bytes", Ok(free))) => self.shared.disk.pretend(Some(free)),
@@ -631,6 +632,15 @@ impl Handler<Inject> for ReplicaActor {
 
 #[cfg(feature = "test-hooks")]
 impl ReplicaActor {
+    /// Damage that no sum of the disk shows: a value in the engine is another one.
+    fn alter(&self, key: &str) {
+        match self.group.state().alter(key.as_bytes()) {
+            Ok(true) => {}
+            Ok(false) => tracing::warn!(key, "the engine doesn't have the key that is to be altered"),
+            Err(error) => tracing::warn!(key, %error, "altering a value"),
+        }
+    }
+
     fn stall_log(&self, ms: u64) {
         let stall = std::time::Duration::from_millis(ms);
         self.shared.log_writer.run(Box::new(move |_| std::thread::sleep(stall)));
