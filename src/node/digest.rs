@@ -121,10 +121,8 @@ impl NodeHandle {
         let timeout = Duration::from_millis(u64::from(request.timeout_ms) * 19 / 20);
         let deadline = Instant::now() + timeout.min(Duration::from_millis(limits::VERIFY_MS_MAX));
         let gone = |_| unavailable("the replica is being rebuilt after a crash");
-        let gone_on = |what: String| Refusal::Busy {
-            what: what.into(),
-            retry_after_ms: limits::BUSY_RETRY_MS,
-        };
+        let gone_on =
+            |what: String| Refusal::Busy { what: what.into(), retry_after_ms: limits::BUSY_RETRY_MS };
         let (replica, digest) = loop {
             let asked = self.replica(request.shard)?.send(AskDigest(request.index)).await;
             match asked.map_err(gone)? {
@@ -142,7 +140,9 @@ impl NodeHandle {
             Ok(Ok(Err(DigestError::GoneOn))) => Err(gone_on(format!("replica {replica} has gone on"))),
             Ok(Ok(Err(error @ DigestError::Storage(_)))) => {
                 tracing::error!(%replica, %error, "taking the digest of a replica");
-                Err(unavailable(format!("the state of replica {replica} can't be read; see the log of its node")))
+                Err(unavailable(format!(
+                    "the state of replica {replica} can't be read; see the log of its node"
+                )))
             }
             Ok(Ok(Err(DigestError::Stopping)) | Err(_)) => Err(unavailable("the node is stopping")),
             Err(_) => Err(unavailable(format!("reading the state of replica {replica} takes longer"))),
@@ -161,9 +161,11 @@ impl NodeHandle {
         match PeerClient::call(address, self.hello(), request, timeout).await {
             Ok(PeerResponse::Refused(refusal)) => Err(refusal),
             Ok(answer) => Ok(answer),
-            Err(error @ (CallError::Unreachable { .. } | CallError::Refused { .. } | CallError::Timeout { .. })) => {
-                Err(unavailable(error.to_string()))
-            }
+            Err(
+                error @ (CallError::Unreachable { .. }
+                | CallError::Refused { .. }
+                | CallError::Timeout { .. }),
+            ) => Err(unavailable(error.to_string())),
             // So ends a node of an earlier version a conversation that it doesn't understand.
             Err(error @ CallError::Failed { .. }) => {
                 Err(unavailable(format!("{error}; the node may be older than this one")))

@@ -54,6 +54,8 @@ pub mod survey;
 mod test_node;
 pub mod ticker;
 pub mod ticket;
+#[cfg(test)]
+mod view_tests;
 
 use std::net::TcpListener;
 

@@ -632,15 +632,6 @@ impl Handler<Inject> for ReplicaActor {
 
 #[cfg(feature = "test-hooks")]
 impl ReplicaActor {
-    /// Damage that no sum of the disk shows: a value in the engine is another one.
-    fn alter(&self, key: &str) {
-        match self.group.state().alter(key.as_bytes()) {
-            Ok(true) => {}
-            Ok(false) => tracing::warn!(key, "the engine doesn't have the key that is to be altered"),
-            Err(error) => tracing::warn!(key, %error, "altering a value"),
-        }
-    }
-
     fn stall_log(&self, ms: u64) {
         let stall = std::time::Duration::from_millis(ms);
         self.shared.log_writer.run(Box::new(move |_| std::thread::sleep(stall)));

@@ -219,14 +219,19 @@ mod tests {
         assert_eq!((digest.index, digest.keys, digest.bytes), (GROUP_START.index + 5, 1, 2));
         assert_eq!(other.digest(1), digest, "step by step");
         // Whatever differs is seen, in its own part.
-        other.apply(|state| drop(state.sessions().touch(session, 5)));
+        other.apply(|state| {
+            state.sessions().touch(session, 5);
+        });
         other.flush();
         let used = other.digest(usize::MAX);
         assert!(used.data == digest.data && used.sessions != digest.sessions, "{used:?}, {digest:?}");
         one.apply(|state| state.put(b"a", Bytes::from_static(b"4")));
         one.flush();
         let written = one.digest(usize::MAX);
-        assert!(written.data != digest.data && written.sessions == digest.sessions, "{written:?}, {digest:?}");
+        assert!(
+            written.data != digest.data && written.sessions == digest.sessions,
+            "{written:?}, {digest:?}"
+        );
     }
 
     #[test]

@@ -3,8 +3,8 @@
 use serde_json::json;
 
 use super::args::{DatabaseCommand, SetReplicasArgs, TransferLeaderArgs};
-use super::wait::{Progress, wait};
 use super::verify::verify;
+use super::wait::{Progress, wait};
 use super::{change_failed, node};
 use crate::cli::context::{Context, with_session};
 use crate::cli::data::after_effect;

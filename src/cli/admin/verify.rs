@@ -76,7 +76,9 @@ impl Checked {
         };
         let missing = check.replicas.iter().filter_map(|one| match &one.state {
             CheckedState::Digest(_) => None,
-            CheckedState::GoneOn(why) | CheckedState::Missing(why) => Some(format!("node {}: {why}", one.node)),
+            CheckedState::GoneOn(why) | CheckedState::Missing(why) => {
+                Some(format!("node {}: {why}", one.node))
+            }
         });
         missing.collect::<Vec<_>>().join("; ")
     }
@@ -225,7 +227,12 @@ fn shard_text(checked: &Checked) -> String {
         for (digest, nodes) in alike.values() {
             let on = match outcome {
                 Outcome::Different => {
-                    format!("\n  data {}, sessions {}, node {}", hash(digest.data), hash(digest.sessions), nodes.join(", "))
+                    format!(
+                        "\n  data {}, sessions {}, node {}",
+                        hash(digest.data),
+                        hash(digest.sessions),
+                        nodes.join(", ")
+                    )
                 }
                 _ => String::new(),
             };
@@ -260,8 +267,12 @@ mod tests {
             role: MemberRole::Voter,
             state,
         });
-        let check =
-            ShardCheck { shard: ShardId(shard), index: 77, leader: ReplicaId(11), replicas: replicas.collect() };
+        let check = ShardCheck {
+            shard: ShardId(shard),
+            index: 77,
+            leader: ReplicaId(11),
+            replicas: replicas.collect(),
+        };
         Checked { shard: ShardId(shard), check: Ok(check) }
     }
 
@@ -292,16 +303,25 @@ mod tests {
             ]
         );
         let json = json_of("db", outcome, &all);
-        assert_eq!((&json["result"], &json["shards"][1]["result"]), (&json!("different"), &json!("different")));
+        assert_eq!(
+            (&json["result"], &json["shards"][1]["result"]),
+            (&json!("different"), &json!("different"))
+        );
         assert_eq!(json["shards"][2]["replicas"][1]["why"], json!("no answer"));
-        assert_eq!(json["shards"][3], json!({
-            "shard": 7, "result": "undecided", "index": null, "replicas": [], "why": "no leader",
-        }));
-        assert_eq!(json["shards"][0]["replicas"][0], json!({
-            "node": 1, "replica": 11, "role": "voter", "leader": true,
-            "data": "00000000000000000000000000000001", "sessions": "00000000000000000000000000000005",
-            "keys": 1, "bytes": 2048, "why": null,
-        }));
+        assert_eq!(
+            json["shards"][3],
+            json!({
+                "shard": 7, "result": "undecided", "index": null, "replicas": [], "why": "no leader",
+            })
+        );
+        assert_eq!(
+            json["shards"][0]["replicas"][0],
+            json!({
+                "node": 1, "replica": 11, "role": "voter", "leader": true,
+                "data": "00000000000000000000000000000001", "sessions": "00000000000000000000000000000005",
+                "keys": 1, "bytes": 2048, "why": null,
+            })
+        );
     }
 
     #[test]
@@ -309,7 +329,10 @@ mod tests {
         let gone_on = checked(4, vec![told(1), CheckedState::GoneOn("it has gone on".into())]);
         assert!(gone_on.has_gone_on());
         assert_eq!((gone_on.outcome(), gone_on.outcome().exit()), (Outcome::Undecided, Exit::Unavailable));
-        assert!(text_of(Outcome::Undecided, &[gone_on]).ends_with("1 shard undecided; try again, or with --wait, once all nodes answer"));
+        assert!(
+            text_of(Outcome::Undecided, &[gone_on])
+                .ends_with("1 shard undecided; try again, or with --wait, once all nodes answer")
+        );
         let missing = checked(4, vec![told(1), CheckedState::Missing("no answer".into())]);
         assert!(!missing.has_gone_on());
     }

@@ -234,8 +234,11 @@ impl Client {
     /// Has each replica of a shard tell what its state is at one entry of the log, once, and while the shard
     /// is written to. See `verifyShard` in `admin.capnp`; [`ShardCheck::verdict`] says what it shows.
     pub async fn verify_shard(&self, shard: ShardId, timeout: Duration) -> Result<ShardCheck, ClientError> {
-        let question =
-            question!(verify_shard_request, |request, _terms| { request.set_shard(shard.0) }, read_check_result);
+        let question = question!(
+            verify_shard_request,
+            |request, _terms| { request.set_shard(shard.0) },
+            read_check_result
+        );
         self.ask(Kind::Read, timeout, question).await
     }
 

@@ -85,3 +85,15 @@ impl Handler<AskDigest> for ReplicaActor {
         })
     }
 }
+
+#[cfg(feature = "test-hooks")]
+impl ReplicaActor {
+    /// Damage that no sum of the disk shows: a value in the engine is another one.
+    pub(super) fn alter(&self, key: &str) {
+        match self.group.state().alter(key.as_bytes()) {
+            Ok(true) => {}
+            Ok(false) => tracing::warn!(key, "the engine doesn't have the key that is to be altered"),
+            Err(error) => tracing::warn!(key, %error, "altering a value"),
+        }
+    }
+}

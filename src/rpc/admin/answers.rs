@@ -163,10 +163,10 @@ mod tests {
     use crate::client::admin::answers::{
         Verdict, read_check_result, read_plan_result, read_recovery_result, read_status_result,
     };
-    use crate::storage::digest::StateDigest;
     use crate::ids::{NodeId, ReplicaId, ShardId};
     use crate::placement::map::{MemberRole, RebalanceState};
     use crate::placement::rebalance::Totals;
+    use crate::storage::digest::StateDigest;
 
     #[test]
     fn plans_survive_the_wire() {
