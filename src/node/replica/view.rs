@@ -92,8 +92,8 @@ impl ReplicaActor {
     pub(super) fn alter(&self, key: &str) {
         match self.group.state().alter(key.as_bytes()) {
             Ok(true) => {}
-            Ok(false) => tracing::warn!(key, "the engine doesn't have the key that is to be altered"),
-            Err(error) => tracing::warn!(key, %error, "altering a value"),
+            Ok(false) => tracing::warn!(key, "injected alteration: the engine doesn't have the key"),
+            Err(error) => tracing::warn!(key, %error, "injected alteration"),
         }
     }
 }
