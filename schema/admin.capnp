@@ -60,6 +60,42 @@ interface Admin {
   # For a shard whose majority is gone for good: has it go on with the replica on `node` alone. Writes that
   # only the others had are lost, acknowledged ones too. Refused while a majority answers. Without
   # `acceptDataLoss` it changes nothing and tells what would be kept. Returns when the replica leads.
+
+  verifyShard @14 (shard :UInt64, timeoutMs :UInt32) -> (result :CheckResult);
+  # Has each replica of a shard tell what its state is at one and the same entry of the log, while the shard
+  # is written to. Digests that differ mean replicas that differ. A replica whose state can't be had in time, or
+  # has gone on, is named with the reason. Changes nothing but that the shard's log has an empty entry more, and
+  # each replica's memory is flushed to disk. Reads all of the shard on each of its nodes.
+}
+
+struct CheckResult {
+  union {
+    check @0 :ShardCheck;
+    error @1 :Types.Error;   # the shard has no leader, or there is no such shard
+  }
+}
+
+struct ShardCheck {
+  shard @0 :UInt64;          # ShardId
+  index @1 :UInt64;          # log index of the last entry in all the states
+  leader @2 :UInt64;         # ReplicaId that led then
+  replicas @3 :List(CheckedReplica);   # all members
+}
+
+struct CheckedReplica {
+  node @0 :UInt64;           # NodeId
+  replica @1 :UInt64;        # ReplicaId
+  role @2 :Types.MemberRole;
+  union {
+    digest :group {
+      data @3 :Data;         # 16 bytes: xxh3-128 over keys and values, with their versions
+      sessions @4 :Data;     # 16 bytes: xxh3-128 over sessions, revision counter and log time
+      keys @5 :UInt64;
+      bytes @6 :UInt64;      # of keys and values
+    }
+    goneOn @7 :Text;         # it was written to so fast that its state is another by now: ask anew; for a person
+    missing @8 :Text;        # why there is none; for a person
+  }
 }
 
 struct ChangeResult {

@@ -110,6 +110,8 @@ struct PeerRequest {
     meta @6 :Data;           # a command for the metadata shard, passed to its leader (store.capnp MetaCommand)
     survey @7 :Void;         # what do you hold and lead, and how is it?
     order @8 :Order;         # for a leader on the receiver
+    mark @9 :UInt64;         # ShardId: for its leader on the receiver: put a mark into its log
+    digest @10 :DigestRequest;   # of a replica on the receiver
   }
 }
 
@@ -126,7 +128,31 @@ struct PeerResponse {
     survey @8 :Survey;       # how it is
     pending @10 :UInt64;     # join: it is known under this NodeId, and waits for an operator's word
     done @9 :Void;           # order: a change of members is committed and in force, another replica leads
+    marked @11 :Marked;      # the mark is committed, and applied by the leader
+    digest @12 :ReplicaDigest;   # what the replica's state is
   }
+}
+
+struct Marked {
+  # An entry that changes nothing. Every replica that applies it can tell what its state is at it, for a while.
+  index @0 :UInt64;          # log index of the mark
+  leader @1 :UInt64;         # ReplicaId
+  members @2 :List(Types.MemberRecord);   # as the leader has applied them
+}
+
+struct DigestRequest {
+  shard @0 :UInt64;          # ShardId
+  index @1 :UInt64;          # log index of a mark
+  timeoutMs @2 :UInt32;      # milliseconds that the asker waits
+}
+
+struct ReplicaDigest {
+  replica @0 :UInt64;        # ReplicaId
+  index @1 :UInt64;          # log index of the last entry in the state; that of the mark
+  data @2 :Data;             # 16 bytes: xxh3-128 over keys and values; the high byte first
+  sessions @3 :Data;         # 16 bytes: xxh3-128 over sessions, revision counter and log time, likewise
+  keys @4 :UInt64;
+  bytes @5 :UInt64;          # of keys and values
 }
 
 struct Order {

@@ -224,6 +224,16 @@ pub const COUNT_STEP_PAIRS: usize = 256;
 pub const COUNT_STEP_BYTES: usize = 256 * KIB;
 /// Counting takes one part in so many of the read thread's time.
 pub const COUNT_SHARE: u32 = 8;
+/// Ticks for which a replica keeps its state still at a mark until somebody asks for its digest.
+pub const VIEW_TICKS: u64 = 50;
+/// Time between looks whether a replica's state is flushed up to a mark, in milliseconds.
+pub const VIEW_POLL_MS: u64 = 10;
+/// Shards of a database whose replicas are compared at a time.
+pub const VERIFIED_MAX: usize = 4;
+/// Attempts at comparing the replicas of a shard that go on too fast for it.
+pub const VERIFY_ATTEMPTS_MAX: usize = 5;
+/// Time for comparing the replicas of a shard once, unless the caller has less, in milliseconds.
+pub const VERIFY_MS_MAX: u64 = 120_000;
 /// Time between a heartbeat of a node and the moment from which it isn't taken for alive any more, where
 /// another process claims to be it, in milliseconds.
 pub const ALIVE_MS: u64 = 3 * NODE_HEARTBEAT_MS;

@@ -326,6 +326,7 @@ fn bounds() -> Vec<(&'static str, u64)> {
         THREAD_ARRIVING_BYTES_MAX,
         ARRIVING_WHOLE_MS,
         ARRIVING_WINDOW_MS,
+        VERIFY_ATTEMPTS_MAX,
     ]
 }
 

@@ -5,9 +5,11 @@
 //! - [`peer`]: frames of the peer port. - [`messages`]: the raft messages in them, and their rules.
 //! - [`snapshot`]: what goes over the lane of snapshots.
 //! - [`survey`]: what nodes report to the reconciler, and what it orders.
+//! - [`digest`]: marks in logs, and digests of states there.
 //! - [`hello`]: the first frame each way on a peer connection.
 //! - [`refusal`]: [`crate::refusal::Refusal`] and `Error`. - [`varint`]: numbers in few bytes.
 
+pub mod digest;
 pub mod hello;
 pub mod membership;
 pub mod messages;

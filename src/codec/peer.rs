@@ -9,6 +9,10 @@ use capnp::message::{HeapAllocator, Reader, ReaderOptions};
 use capnp::serialize::{self, BufferSegments};
 
 use crate::balance::facts::Survey;
+use crate::codec::digest::{
+    DigestRequest, Marked, ReplicaDigest, read_digest, read_digest_request, read_marked, write_digest,
+    write_digest_request, write_marked,
+};
 use crate::codec::messages::{self, check, read_message, write_message};
 use crate::codec::meta::{decode_command, decode_reply, encode_command, encode_reply};
 use crate::codec::records::{
@@ -21,7 +25,7 @@ use crate::codec::survey::{
     Order, read_node as read_member, read_order, read_survey, write_order, write_survey,
 };
 use crate::codec::{CodecError, GroupMessage};
-use crate::ids::{ClusterId, NodeId};
+use crate::ids::{ClusterId, NodeId, ShardId};
 use crate::limits::{FRAME_ENTRIES_MAX, FRAME_MESSAGES_MAX, NESTING_MAX};
 use crate::machine::command::{MetaCommand, MetaReply};
 use crate::placement::map::{MapDelta, NodeRecord, ShardRecord, Standing};
@@ -85,6 +89,10 @@ pub enum PeerRequest {
     Survey,
     /// Something for the leader of a shard, if that is you.
     Order(Order),
+    /// Put a mark into the log of a shard, if you lead it.
+    Mark(ShardId),
+    /// What is the state of your replica of a shard, at a mark?
+    Digest(DigestRequest),
 }
 
 /// The answer to a [`PeerRequest`].
@@ -115,6 +123,10 @@ pub enum PeerResponse {
     Pending(NodeId),
     /// To `Order`: the change is committed and in force, or leadership has moved.
     Done,
+    /// To `Mark`: it is applied.
+    Marked(Marked),
+    /// To `Digest`.
+    Digest(ReplicaDigest),
 }
 
 /// The first content of a cluster, alike for all its first voters.
@@ -318,6 +330,8 @@ fn write_request(request: &PeerRequest, mut to: peer_request::Builder<'_>) {
         PeerRequest::Meta(command) => to.set_meta(&encode_command(command)),
         PeerRequest::Survey => to.set_survey(()),
         PeerRequest::Order(order) => write_order(order, to.init_order()),
+        PeerRequest::Mark(shard) => to.set_mark(shard.0),
+        PeerRequest::Digest(request) => write_digest_request(*request, to.init_digest()),
     }
 }
 
@@ -340,6 +354,8 @@ fn read_request(from: peer_request::Reader<'_>) -> Result<PeerRequest, CodecErro
         peer_request::Meta(command) => PeerRequest::Meta(decode_command(command?)?),
         peer_request::Survey(()) => PeerRequest::Survey,
         peer_request::Order(order) => PeerRequest::Order(read_order(order?)?),
+        peer_request::Mark(shard) => PeerRequest::Mark(ShardId(shard)),
+        peer_request::Digest(request) => PeerRequest::Digest(read_digest_request(request?)),
     })
 }
 
@@ -368,6 +384,8 @@ fn write_response(response: &PeerResponse, mut to: peer_response::Builder<'_>) {
         PeerResponse::Survey(survey) => write_survey(survey, to.init_survey()),
         PeerResponse::Pending(node) => to.set_pending(node.0),
         PeerResponse::Done => to.set_done(()),
+        PeerResponse::Marked(marked) => write_marked(marked, to.init_marked()),
+        PeerResponse::Digest(digest) => write_digest(digest, to.init_digest()),
     }
 }
 
@@ -389,6 +407,8 @@ fn read_response(from: peer_response::Reader<'_>) -> Result<PeerResponse, CodecE
         peer_response::Survey(survey) => PeerResponse::Survey(read_survey(survey?)?),
         peer_response::Pending(node) => PeerResponse::Pending(read_member(node)?),
         peer_response::Done(()) => PeerResponse::Done,
+        peer_response::Marked(marked) => PeerResponse::Marked(read_marked(marked?)?),
+        peer_response::Digest(digest) => PeerResponse::Digest(read_digest(digest?)?),
     })
 }
 

@@ -169,7 +169,7 @@ fn read_report(from: shard_report::Reader<'_>) -> Result<ShardReport, CodecError
 }
 
 /// A replica id that must name a replica.
-fn read_replica(replica: u64) -> Result<ReplicaId, CodecError> {
+pub(super) fn read_replica(replica: u64) -> Result<ReplicaId, CodecError> {
     match replica {
         0 => Err(malformed("ReplicaId", "0 names no replica")),
         replica => Ok(ReplicaId(replica)),

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use raft::eraftpb::{Entry, EntryType};
 
 use super::driver::{Group, GroupError};
+use super::marks::is_mark;
 use super::types::{Effects, Output};
 use crate::failpoints::failpoint;
 use crate::ids::{Index, Position};
@@ -55,7 +56,10 @@ impl<T> Group<T> {
             if self.state_lost {
                 continue;
             }
-            self.apply_entry(entry)?;
+            if self.apply_entry(entry)? {
+                // The shell is to see the state as it is here.
+                break;
+            }
             if self.state.engine_reads() - reads_before >= limits::APPLY_PASS_READS {
                 break;
             }
@@ -75,7 +79,8 @@ impl<T> Group<T> {
         self.applying
     }
 
-    fn apply_entry(&mut self, entry: Entry) -> Result<(), GroupError> {
+    /// Applies an entry; true: it was a mark.
+    fn apply_entry(&mut self, entry: Entry) -> Result<bool, GroupError> {
         let position = Position { index: entry.index, term: entry.term };
         self.applying = Some(position.index);
         failpoint!(ApplyBefore, self.replica, &entry.data, why => {
@@ -90,7 +95,8 @@ impl<T> Group<T> {
             .into());
         }
         let mut replies = Vec::new();
-        // An empty entry is a new leader's first.
+        // An empty entry is a new leader's first, or a mark.
+        let is_mark = is_mark(&entry);
         if !entry.data.is_empty() {
             let entry = decode_entry(&entry.data).map_err(ApplyError::Format)?;
             replies = self.machine.apply_entry(&entry, &mut self.state)?;
@@ -100,7 +106,11 @@ impl<T> Group<T> {
         self.applying = None;
         failpoint!(ApplyAfter, self.replica);
         let decided = self.proposals.decide(position);
-        if !decided.applied.is_empty() && decided.applied.len() != replies.len() {
+        if is_mark {
+            self.marked = Some(position.index);
+            let marked = || Ok(Output::Marked(position.index));
+            self.done.extend(decided.applied.into_iter().map(|token| (token, marked())));
+        } else if !decided.applied.is_empty() && decided.applied.len() != replies.len() {
             // Not the entry that was proposed here, though it is of the term in which this replica led: so a
             // peer lies, and what became of the proposal nobody can tell.
             tracing::error!(shard = %self.shard, index = position.index, term = position.term, "an entry is another's than its leader's");
@@ -110,7 +120,7 @@ impl<T> Group<T> {
             self.done.extend(decided.applied.into_iter().zip(replies.into_iter().map(conclude)));
         }
         self.done.extend(decided.superseded.into_iter().map(|t| (t, Err(Refusal::Superseded))));
-        Ok(())
+        Ok(is_mark)
     }
 
     /// Answers reads whose index is applied: at once if memory knows the key, else by the shell.

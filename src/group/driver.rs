@@ -75,6 +75,10 @@ pub struct Group<T> {
     pub(super) queued: Queue<T, TaggedCommand>,
     /// Changes of members not yet proposed, with the conf version that each was asked for.
     pub(super) changes: Vec<(T, u64, MembershipChange)>,
+    /// Callers of marks not yet proposed.
+    pub(super) marks: Vec<T>,
+    /// The mark that was applied in this pump.
+    pub(super) marked: Option<Index>,
     pub(super) proposals: Proposals<T>,
     pub(super) reads: Reads<(T, Query)>,
     pub(super) unpersisted: VecDeque<Unpersisted>,
@@ -226,6 +230,7 @@ impl<T> Group<T> {
             }
             Operation::Query(query) => self.reads.push((token, query)),
             Operation::Change { conf, change } => self.changes.push((token, conf, change)),
+            Operation::Mark => self.marks.push(token),
         }
     }
 
@@ -237,9 +242,7 @@ impl<T> Group<T> {
             Some(refusal)
         } else if !self.leads() {
             Some(self.not_leader())
-        } else if self.queued.len() + self.changes.len() + self.proposals.len() + self.reads.len()
-            >= limits::REPLICA_PENDING_MAX
-        {
+        } else if self.waiting() >= limits::REPLICA_PENDING_MAX {
             Some(busy("operations of the shard"))
         } else if self.queued.bytes() >= limits::UNCOMMITTED_BYTES_MAX {
             Some(busy("bytes of the shard's commands"))
@@ -250,11 +253,18 @@ impl<T> Group<T> {
         }
     }
 
+    /// How many operations have been submitted and haven't ended.
+    fn waiting(&self) -> usize {
+        let unproposed = self.queued.len() + self.changes.len() + self.marks.len();
+        unproposed + self.proposals.len() + self.reads.len()
+    }
+
     /// Ends the operations that wait to be started and whose caller is `gone`: nobody would hear of
     /// them, and they would only keep those waiting who are still there.
     pub fn discard(&mut self, gone: impl Fn(&T) -> bool) {
         let mut dead = self.queued.discard(&gone);
         dead.extend(self.changes.extract_if(.., |(token, ..)| gone(token)).map(|(token, ..)| token));
+        dead.extend(self.marks.extract_if(.., |token| gone(token)));
         dead.extend(self.reads.discard(|(token, _)| gone(token)).into_iter().map(|(token, _)| token));
         self.done.extend(dead.into_iter().map(|token| (token, Err(Refusal::Deadline))));
     }
@@ -314,6 +324,8 @@ impl<T> Group<T> {
         );
         let changes = self.changes.drain(..);
         done.extend(changes.map(|(token, ..)| (token, Err(Refusal::Unavailable(reason.into())))));
+        let marks = self.marks.drain(..);
+        done.extend(marks.map(|token| (token, Err(Refusal::Unavailable(reason.into())))));
         done.extend(
             self.reads
                 .drain()
@@ -330,6 +342,7 @@ impl<T> Group<T> {
     pub fn at_rest(&self) -> bool {
         self.queued.is_empty()
             && self.changes.is_empty()
+            && self.marks.is_empty()
             && self.done.is_empty()
             && self.messages.is_empty()
             && self.reads.is_empty()
@@ -342,6 +355,7 @@ impl<T> Group<T> {
     pub fn pump(&mut self) -> Result<Effects<T>, GroupError> {
         self.propose_queued();
         self.propose_changes();
+        self.propose_mark();
         self.start_read_round();
         let mut effects = Effects {
             messages: Vec::new(),
@@ -351,6 +365,7 @@ impl<T> Group<T> {
             fetch: None,
             snapshot: None,
             leader: None,
+            marked: None,
             more: false,
         };
         let mut committed = Vec::new();
@@ -372,6 +387,7 @@ impl<T> Group<T> {
         effects.snapshot = self.want_snapshot();
         self.route_messages(&mut effects);
         effects.done = std::mem::take(&mut self.done);
+        effects.marked = self.marked.take();
         effects.more = self.raft.has_ready() || (!self.holds_apply() && self.handed > self.done_to());
         Ok(effects)
     }

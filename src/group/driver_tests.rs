@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use raft::StateRole;
 use raft::eraftpb::{ConfState, Entry, Message, MessageType};
 
@@ -38,6 +39,10 @@ struct Follower {
     sent: Vec<Message>,
     /// Snapshots that were asked of the shell.
     wanted: Vec<SnapshotWanted>,
+    /// Marks that were told, each with what was applied then.
+    marked: Vec<(Index, Index)>,
+    /// What ended.
+    done: Vec<(u64, Result<Output, Refusal>)>,
 }
 
 fn members(voters: &[u64]) -> Vec<Member> {
@@ -71,7 +76,8 @@ impl Follower {
     }
 
     fn with(group: Group<u64>, log: Arc<MemoryLog>) -> Follower {
-        Follower { group, log, writes: VecDeque::new(), sent: Vec::new(), wanted: Vec::new() }
+        let (sent, wanted) = (Vec::new(), Vec::new());
+        Follower { group, log, writes: VecDeque::new(), sent, wanted, marked: Vec::new(), done: Vec::new() }
     }
 
     /// The replica as its log tells, with nothing of the state on disk.
@@ -122,6 +128,8 @@ impl Follower {
             self.writes.extend(effects.write);
             self.sent.extend(effects.messages.into_iter().map(|(_, message)| message.message));
             self.wanted.extend(effects.snapshot);
+            self.marked.extend(effects.marked.map(|index| (index, self.applied())));
+            self.done.extend(effects.done);
             if !effects.more {
                 return;
             }
@@ -204,6 +212,50 @@ fn a_group_of_one_voter_follows_nobody() {
     alone.group.campaign().unwrap();
     alone.pump();
     assert!(alone.group.leads());
+}
+
+#[test]
+fn at_a_mark_the_shell_sees_the_state_as_it_is_there() {
+    let mut alone = Follower::among(&[3]);
+    alone.group.campaign().unwrap();
+    alone.pump();
+    let first = GROUP_START.index + 1;
+    // Two share one mark; a command follows before it is durable.
+    alone.group.submit(Operation::Mark, 1);
+    alone.group.submit(Operation::Mark, 2);
+    alone.pump();
+    let delete = KvCommand::Delete { key: "k".into() };
+    alone.group.submit(Operation::Command { command: Command::Kv(delete), session: None }, 3);
+    alone.pump();
+    assert_eq!(alone.done, []);
+    while !alone.writes.is_empty() {
+        alone.persist();
+    }
+    let mark = first + 1;
+    assert_eq!(alone.marked, [(mark, mark)], "nothing behind it is applied when it is told");
+    assert_eq!(alone.applied(), mark + 1, "and then the rest is");
+    let ends: Vec<_> = alone.done.iter().map(|(token, end)| (*token, end.as_ref().ok())).collect();
+    assert_eq!(ends[..2], [(1, Some(&Output::Marked(mark))), (2, Some(&Output::Marked(mark)))]);
+    assert!(matches!(ends[2..], [(3, Some(Output::Reply(_)))]), "{ends:?}");
+    assert!(alone.group.at_rest());
+}
+
+#[test]
+fn a_follower_knows_a_mark_and_proposes_none() {
+    let mut follower = Follower::new();
+    let mut message = append(1, 6, GROUP_START, &[6, 6, 6], 8, 1);
+    let entry = &mut message.entries[1];
+    (entry.data, entry.context) = (Bytes::new(), Bytes::from_static(b"mark"));
+    follower.step(message);
+    while !follower.writes.is_empty() {
+        follower.persist();
+    }
+    assert_eq!((follower.marked.clone(), follower.applied()), (vec![(7, 7)], 8));
+    assert_eq!(follower.group.state().header().revision, 2, "two puts, and nothing else");
+    follower.group.submit(Operation::Mark, 1);
+    follower.pump();
+    let refused = Refusal::NotLeader { shard: ShardId(1), leader: Some(NodeId(1)) };
+    assert_eq!(follower.done, [(1, Err(refused))]);
 }
 
 /// Replica 3 as the leader of the first term.

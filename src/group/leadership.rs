@@ -140,12 +140,12 @@ impl<T> Group<T> {
             self.catch_up.reset();
             effects.leader = Some(now);
         }
-        let waiting = !self.queued.is_empty() || !self.reads.is_empty();
+        let waiting = !self.queued.is_empty() || !self.marks.is_empty() || !self.reads.is_empty();
         if !now.local && waiting {
             let refusal = self.not_leader();
-            let queued = self.queued.drain();
+            let queued = self.queued.drain().into_iter().chain(std::mem::take(&mut self.marks));
             let reads = self.reads.drain().into_iter().map(|(token, _)| token);
-            self.done.extend(queued.into_iter().chain(reads).map(|token| (token, Err(refusal.clone()))));
+            self.done.extend(queued.chain(reads).map(|token| (token, Err(refusal.clone()))));
         }
     }
 

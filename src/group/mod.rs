@@ -8,7 +8,7 @@
 //! ```text
 //!   submit, step, tick, on_persisted, on_fetched      (only enqueue)
 //!                      │
-//!                    pump ──► Effects { messages, write, done, reads, fetch, snapshot, leader, more }
+//!                    pump ──► Effects { messages, write, done, reads, fetch, snapshot, leader, marked, more }
 //! ```
 //!
 //! What the shell owes the group:
@@ -41,6 +41,7 @@ mod followers;
 mod leadership;
 pub mod log;
 pub mod lost;
+mod marks;
 pub mod membership;
 mod messages;
 pub mod open;

@@ -136,6 +136,8 @@ impl<T> Group<T> {
             state,
             queued: Queue::new(),
             changes: Vec::new(),
+            marks: Vec::new(),
+            marked: None,
             proposals: Proposals::new(),
             reads: Reads::new(options.incarnation),
             unpersisted: VecDeque::new(),

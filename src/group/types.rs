@@ -27,6 +27,9 @@ pub enum Operation {
         /// What to change.
         change: MembershipChange,
     },
+    /// A mark in the log, which changes nothing: where it is applied the shell of each replica can keep what the
+    /// state is there ([`Effects::marked`]).
+    Mark,
 }
 
 /// A change of a group's members. A joint change, once begun, is ended by the group itself.
@@ -56,6 +59,8 @@ pub enum Output {
     /// Of a change of members: committed and in force, under this conf version. After
     /// [`MembershipChange::Exchange`] the joint change has begun; it ends by itself.
     Changed(u64),
+    /// Of a mark: it is committed and applied, at this index.
+    Marked(Index),
 }
 
 /// Everything that came out of one pass over a group.
@@ -77,6 +82,8 @@ pub struct Effects<T> {
     pub snapshot: Option<SnapshotWanted>,
     /// Leadership as it is now, if it changed.
     pub leader: Option<LeaderChange>,
+    /// A mark was applied, at this index, and nothing behind it: until the next pump the state is as it is there.
+    pub marked: Option<Index>,
     /// True if committed entries are left for a further pass.
     pub more: bool,
 }

@@ -47,7 +47,7 @@ fn hold() -> (Held, impl FnOnce() + Send) {
 
 impl TestNode {
     /// A node whose first replica leads and holds `before`.
-    async fn leading(dir: &std::path::Path) -> TestNode {
+    pub(super) async fn leading(dir: &std::path::Path) -> TestNode {
         let node = TestNode::new(dir);
         node.supervisor.do_send(OpenAll);
         node.serves(1, 1).await;
@@ -72,7 +72,7 @@ impl TestNode {
         self.until(1, "leading", leads).await;
     }
 
-    fn submit(&self, operation: Operation) -> oneshot::Receiver<Results> {
+    pub(super) fn submit(&self, operation: Operation) -> oneshot::Receiver<Results> {
         let (reply, results) = oneshot::channel();
         let addr = self.shared.router.replica(ShardId(1)).expect("it runs");
         addr.do_send(Submit { range_version: 1, operations: vec![operation], reply, admitted: None });
@@ -114,7 +114,7 @@ impl TestNode {
     }
 }
 
-fn put(key: &str, value: &str) -> Operation {
+pub(super) fn put(key: &str, value: &str) -> Operation {
     let (key, value) = (key.to_owned().into(), value.to_owned().into());
     Operation::Command { command: Command::Kv(KvCommand::Put { key, value }), session: None }
 }

@@ -14,6 +14,7 @@ use super::load::Admitted;
 use super::messages::Inject;
 use super::messages::{AskStatus, Report, Reported, Submit, Transfer};
 use super::reconciler::{Balance, BalanceStatus};
+use super::replica::ReplicaActor;
 use super::router::Router;
 use super::supervisor::Supervisor;
 use crate::codec::peer::{PeerRequest, PeerResponse};
@@ -181,6 +182,11 @@ impl NodeHandle {
 
     pub(super) fn supervisor(&self) -> Result<&Addr<Supervisor>, Refusal> {
         self.member().map(|member| &member.supervisor)
+    }
+
+    /// The mailbox of this node's replica of a shard.
+    pub(super) fn replica(&self, shard: ShardId) -> Result<Addr<ReplicaActor>, Refusal> {
+        self.member()?.router.replica(shard)
     }
 
     /// This node's id; 0 while it isn't a member.

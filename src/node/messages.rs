@@ -11,11 +11,13 @@ use tokio::sync::oneshot;
 use super::handle::ReplicaReport;
 use super::intake::Arrived;
 use super::load::Admitted;
+use super::snapshots::worker::DigestError;
 use super::ticket::Results;
 use crate::group::types::{GroupStatus, LeaderChange, Operation};
 use crate::ids::{Incarnation, Index, NodeId, Position, ReplicaId, ShardId};
 use crate::placement::map::{ClusterMap, MapDelta};
 use crate::refusal::Refusal;
+use crate::storage::digest::StateDigest;
 use crate::storage::flush::FlushStep;
 use crate::storage::state::StateReader;
 
@@ -135,6 +137,23 @@ pub struct AskStatus;
 #[derive(Message)]
 #[rtype(result = "StateReader")]
 pub struct CountPage(pub Bytes);
+
+/// Service → replica: a digest of the state as it is at the mark of this index.
+#[derive(Message)]
+#[rtype(result = "Digesting")]
+pub struct AskDigest(pub Index);
+
+/// How a digest is that was asked for. The texts are for a person.
+pub enum Digesting {
+    /// The state isn't there yet, or not on disk: to be asked again.
+    Coming(String),
+    /// It is being taken of this replica; what comes of it.
+    Begun(ReplicaId, oneshot::Receiver<Result<StateDigest, DigestError>>),
+    /// The replica has gone on: there may be one at another mark.
+    GoneOn(String),
+    /// There is none, nor will be.
+    Never(String),
+}
 
 /// Supervisor → replica: answer everybody and end.
 #[derive(Message)]

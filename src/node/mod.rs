@@ -16,6 +16,7 @@
 
 pub mod claims;
 pub mod counting;
+mod digest;
 pub mod disk;
 pub mod fatal;
 #[cfg(test)]
@@ -53,6 +54,8 @@ pub mod survey;
 mod test_node;
 pub mod ticker;
 pub mod ticket;
+#[cfg(test)]
+mod view_tests;
 
 use std::net::TcpListener;
 

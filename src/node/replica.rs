@@ -5,6 +5,7 @@
 //! actor alone: the guard it owns tells the supervisor, which rebuilds the replica from disk.
 
 mod disk;
+mod view;
 
 use std::ops::Bound;
 use std::sync::Arc;
@@ -33,6 +34,7 @@ use crate::refusal::Refusal;
 use crate::storage::StorageError;
 use crate::storage::flush::FlushStep;
 use crate::storage::log::LogStore;
+use crate::storage::state::Frozen;
 use crate::telemetry::metrics as names;
 
 /// Replica → itself: the mailbox is drained, do the work.
@@ -55,6 +57,10 @@ pub struct ReplicaActor {
     /// The last state that is durable.
     flushed: Position,
     flushing: bool,
+    /// What is flushed after that.
+    flush_waiting: Option<Arc<Frozen>>,
+    /// A state that is kept still for its digest.
+    hold: Option<view::Hold>,
     /// The map last told to the supervisor, and the revision at which that was; of the metadata replica.
     map: Arc<ClusterMap>,
     map_revision: Option<u64>,
@@ -138,6 +144,8 @@ impl ReplicaActor {
             pump_queued: false,
             flushed,
             flushing: false,
+            flush_waiting: None,
+            hold: None,
             map: Arc::default(),
             map_revision: None,
             ticks: 0,
@@ -161,7 +169,7 @@ impl ReplicaActor {
         };
         self.carry_out(effects, ctx);
         self.account_memory();
-        if self.memory.active() > self.shared.memory.replica_limit() {
+        if self.memory.active() > self.shared.memory.replica_limit() && self.hold.is_none() {
             self.freeze();
         }
         if self.shard == METADATA_SHARD {
@@ -170,7 +178,7 @@ impl ReplicaActor {
     }
 
     fn carry_out(&mut self, effects: Effects<Ticket>, ctx: &mut Context<Self>) {
-        let Effects { messages, write, done, reads, fetch, snapshot, leader, more } = effects;
+        let Effects { messages, write, done, reads, fetch, snapshot, leader, marked, more } = effects;
         // Messages of this pass are those that may leave before the write below.
         if !messages.is_empty() {
             self.shared.network.send(by_node(messages));
@@ -191,6 +199,9 @@ impl ReplicaActor {
                 metrics::counter!(names::REFUSALS, "reason" => refusal.kind()).increment(1);
             }
             ticket.finish(result);
+        }
+        if let Some(index) = marked {
+            self.keep_still(index);
         }
         self.read_elsewhere(reads);
         if let Some(fetch) = fetch {
@@ -289,15 +300,19 @@ impl ReplicaActor {
         failpoint!(FreezeBefore, self.replica);
         if let Some(frozen) = self.group.freeze() {
             failpoint!(FreezeMiddle, self.replica);
-            self.flushing = true;
-            self.account_memory();
-            self.shared.flusher.submit(FlushJob {
-                incarnation: self.incarnation,
-                frozen,
-                done: self.sink.clone(),
-            });
+            self.flush(frozen);
             failpoint!(FreezeAfter, self.replica);
         }
+    }
+
+    fn flush(&mut self, frozen: Arc<Frozen>) {
+        self.flushing = true;
+        self.account_memory();
+        self.shared.flusher.submit(FlushJob {
+            incarnation: self.incarnation,
+            frozen,
+            done: self.sink.clone(),
+        });
     }
 
     /// Drops log entries that are in the durable state here and on disk at every replica.
@@ -430,6 +445,7 @@ impl Handler<Tick> for ReplicaActor {
         self.ticks += 1;
         self.group.tick();
         self.group.discard(Ticket::abandoned);
+        self.let_go();
         self.campaign_eagerly(ctx);
         self.make_way_now_and_then();
         if self.ticks.is_multiple_of(limits::COMPACT_TICKS) {
@@ -463,8 +479,12 @@ impl Handler<Flushed> for ReplicaActor {
             FlushStep::Absorbed => {
                 failpoint!(FlushAbsorbed, self.replica);
                 self.group.release(flushed.position.index);
+                self.flushed_to(flushed.position.index);
                 self.flushing = false;
                 self.account_memory();
+                if let Some(next) = self.flush_waiting.take() {
+                    self.flush(next);
+                }
             }
         }
     }
@@ -475,6 +495,9 @@ impl Handler<Freeze> for ReplicaActor {
     fn handle(&mut self, freeze: Freeze, _: &mut Context<Self>) {
         if freeze.for_log {
             self.group.press_log();
+        }
+        if !self.flushing {
+            self.hold = None;
         }
         self.freeze();
     }
@@ -597,6 +620,7 @@ impl Handler<Inject> for ReplicaActor {
             // A node that puts up with it.
             "keep-leading" => self.shared.disk.keep_leading(),
             "free-bytes" => self.shared.disk.pretend(None),
+            other if other.starts_with("alter=") => self.alter(&other["alter=".len()..]),
             other => match other.split_once('=').map(|(fault, number)| (fault, number.parse())) {
                 Some(("log-stall", Ok(ms))) => self.stall_log(ms),
                 Some(("free-bytes", Ok(free))) => self.shared.disk.pretend(Some(free)),

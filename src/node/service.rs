@@ -141,6 +141,15 @@ impl Asked {
                 let timeout = Duration::from_millis(limits::ORDER_MS_MAX);
                 self.handle.order(order, timeout).await.map(|()| PeerResponse::Done)
             }
+            PeerRequest::Mark(shard) => {
+                self.of_a_member(named, from)?;
+                let timeout = Duration::from_millis(limits::ORDER_MS_MAX);
+                self.handle.mark_here(shard, timeout).await.map(PeerResponse::Marked)
+            }
+            PeerRequest::Digest(request) => {
+                self.of_a_member(named, from)?;
+                self.handle.digest_here(request).await.map(PeerResponse::Digest)
+            }
         }
     }
 
@@ -182,7 +191,7 @@ impl Asked {
         }
     }
 
-    /// What only the reconciler asks, which runs on a node of the cluster.
+    /// What only the reconciler and the services of nodes ask, which run on nodes of the cluster.
     fn of_a_member(&self, named: Option<ClusterId>, from: NodeId) -> Result<(), Refusal> {
         self.of_this_cluster(named)?;
         match self.handle.map().nodes.get(&from).map(|record| record.standing) {

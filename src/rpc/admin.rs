@@ -1,14 +1,15 @@
 //! The service `Admin`.
 //!
 //! - Here: reports, databases, leadership. - `cluster`: nodes, replica counts, settings. - `rebalance`: plans, and what
-//!   becomes of them. - `recover`: shards whose majority is gone. - `survey`: what all nodes tell. - `answers`: the
-//!   program's types in protocol form.
+//!   becomes of them. - `recover`: shards whose majority is gone. - `verify`: whether replicas are equal. - `survey`: what all nodes tell.
+//!   - `answers`: the program's types in protocol form.
 
 mod answers;
 mod cluster;
 mod rebalance;
 mod recover;
 mod survey;
+mod verify;
 
 pub use cluster::check_setting;
 
@@ -277,6 +278,21 @@ impl admin::Server for Admin {
             Err(refusal) => Err(refusal),
         };
         answers::write_recovery(recovered, results.get().init_result());
+        Ok(())
+    }
+
+    async fn verify_shard(
+        self: Rc<Self>,
+        params: admin::VerifyShardParams,
+        mut results: admin::VerifyShardResults,
+    ) -> Result<(), capnp::Error> {
+        let request = params.get()?;
+        let (shard, within) = (ShardId(request.get_shard()), timeout(request.get_timeout_ms()));
+        let check = match self.service.load.enter(1, 0) {
+            Ok(_guard) => self.verify(shard, within).await,
+            Err(refusal) => Err(refusal),
+        };
+        answers::write_check(check, results.get().init_result());
         Ok(())
     }
 }

@@ -120,7 +120,8 @@ pub fn from_group(output: Output) -> Result<OperationResult, Refusal> {
         }),
         Output::Answer(Answer::Page { .. })
         | Output::Reply(Reply::Meta(_) | Reply::Session(_))
-        | Output::Changed(_) => Err(Refusal::Unknown("the replica answered another question".into())),
+        | Output::Changed(_)
+        | Output::Marked(_) => Err(Refusal::Unknown("the replica answered another question".into())),
     }
 }
 

@@ -150,7 +150,8 @@ impl Collections {
     }
 }
 
-fn header(
+/// Where the state of a generation stands in the engine; `None` if it holds none.
+pub(super) fn header(
     engine: &dyn Engine,
     replica: ReplicaId,
     generation: u32,

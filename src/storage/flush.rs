@@ -28,7 +28,7 @@ use std::collections::btree_map::Entry;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::collect::{Collected, Collection, Collections};
+use super::collect::{self, Collected, Collection, Collections};
 use super::engine::{Engine, Mutation};
 use super::merge;
 use super::redo::{self, Record, RedoReader, RedoWriter, Section};
@@ -208,6 +208,17 @@ impl Flusher {
     pub fn end_collection(&mut self, collection: &Collection) -> Result<Collected, StorageError> {
         self.check_usable()?;
         self.collections.end(&*self.engine, collection)
+    }
+
+    /// Where the state of a generation stands that the engine holds, as between any two flushes; `None` if it
+    /// holds none. As long as this is the same, nothing was written to it.
+    pub fn header(
+        &mut self,
+        replica: ReplicaId,
+        generation: u32,
+    ) -> Result<Option<StateHeader>, StorageError> {
+        self.check_usable()?;
+        collect::header(&*self.engine, replica, generation)
     }
 
     fn check_usable(&self) -> Result<(), StorageError> {

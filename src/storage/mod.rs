@@ -10,6 +10,7 @@
 //!   damage is seen that it doesn't see itself. [`aside`]: what becomes of a damaged state.
 //! - [`snapshot`]: a shard's state as a file ([`snapshot_file`]), exact at one index; [`snapshot_dir`]: where
 //!   these files are; [`collect`]: what flushes leave for them; [`generations`]: what they are loaded into.
+//! - [`digest`]: what a state is, in a few bytes, for comparing replicas.
 //! - [`keys`]: the layout of state keys. [`identity`]: who owns a data directory.
 //!
 //! What is assumed of the disk: data is safe once `fdatasync` on its file (and, for a new or renamed
@@ -19,6 +20,7 @@
 pub mod aside;
 mod atomic_file;
 pub mod collect;
+pub mod digest;
 pub mod engine;
 pub mod engine_memory;
 pub mod engine_sled;

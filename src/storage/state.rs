@@ -289,6 +289,27 @@ impl ReplicaState {
     }
 }
 
+#[cfg(feature = "test-hooks")]
+impl ReplicaState {
+    /// Test hook: changes the last byte of a value in the engine, behind everybody's back. False: the engine
+    /// doesn't have the key.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub fn alter(&self, key: &[u8]) -> Result<bool, StorageError> {
+        let key = keys::user_key(self.replica, self.generation, key);
+        let Some(mut value) = self.engine.get(&key)?.map(Vec::from) else {
+            return Ok(false);
+        };
+        let Some(last) = value.last_mut() else {
+            return Ok(false);
+        };
+        *last ^= 1;
+        self.engine.write(&[(key, Some(value.into()))])?;
+        Ok(true)
+    }
+}
+
 impl StateView for ReplicaState {
     fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StorageError> {
         match self.lookup(key) {

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use pontoon::client::admin::answers::Verdict;
 use pontoon::client::{Client, ScanOptions, Versioned};
 use pontoon::ids::{METADATA_SHARD, NodeId, ReplicaId, ShardId};
 use pontoon::machine::command::PolicyChange;
@@ -198,8 +199,14 @@ pub fn picture(cluster: &Cluster) -> String {
     picture
 }
 
-/// Has each replica of each shard of a database lead in turn: what they hold is the same. Nobody writes.
+/// What the replicas of a database and of the metadata shard hold is the same, as their digests tell; and as a client
+/// reads it when each replica of each shard leads in turn. Nobody writes.
 pub async fn assert_equal_content(client: &Client, name: &str) {
+    let map = client.map().await.expect("the map");
+    let shards = &map.database(name).expect("the database").shards;
+    for shard in shards.iter().chain([&METADATA_SHARD]) {
+        assert_equal_digests(client, *shard).await;
+    }
     // Leaders are not to be spread meanwhile.
     set(client, PolicyChange::Automatic(false)).await;
     let map = client.map().await.expect("the map");
@@ -232,6 +239,21 @@ pub async fn assert_equal_content(client: &Client, name: &str) {
         }
     }
     set(client, PolicyChange::Automatic(true)).await;
+}
+
+/// Each replica of a shard tells the same, at the same entry of the log.
+pub async fn assert_equal_digests(client: &Client, shard: ShardId) {
+    let begun = Instant::now();
+    loop {
+        let check = client.verify_shard(shard, PATIENCE).await.expect("a check");
+        match check.verdict() {
+            Verdict::Equal => return,
+            // Flushes for other reasons, and nodes that are busy.
+            Verdict::GoneOn | Verdict::Unknown if begun.elapsed() < PATIENCE => {}
+            verdict => panic!("{verdict:?}: {check:#?}"),
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
 }
 
 async fn lead(client: &Client, map: &ClusterMap, shard: ShardId, node: NodeId) {

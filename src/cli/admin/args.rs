@@ -29,11 +29,11 @@ pub enum AdminCommand {
     Rebalance(RebalanceCommand),
     /// Have another replica lead a shard
     TransferLeader(TransferLeaderArgs),
-    /// Change a database while it is used
+    /// Change a database while it is used, compare its replicas
     #[command(
         subcommand,
         arg_required_else_help = true,
-        after_help = "Examples:\n  pontoon admin database set-replicas testDB 5"
+        after_help = "Examples:\n  pontoon admin database set-replicas testDB 5\n  pontoon admin database verify testDB"
     )]
     Database(DatabaseCommand),
     /// Show and change the settings of the cluster
@@ -245,6 +245,37 @@ pub struct TransferLeaderArgs {
 pub enum DatabaseCommand {
     /// Change how many replicas each shard has
     SetReplicas(SetReplicasArgs),
+    /// Compare the replicas of each shard, by all that they hold
+    Verify(VerifyArgs),
+}
+
+/// `admin database verify`
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  pontoon admin database verify testDB
+  pontoon admin database verify testDB --shard 5 --wait
+  pontoon admin database verify '(metadata)'
+
+Each replica of a shard tells a digest of its keys, values and sessions as they are at one and the
+same entry of the log; so they are compared while clients write, and what differs differs. All of
+the data is read on each node, one step at a time, which takes disk and processor; nothing is
+changed. Without --timeout it takes as long as that takes.
+
+A shard is undecided if a replica can't be asked, or was written to so fast that it had gone on,
+several times; those that told are equal then. --wait tries until it is decided, or until --timeout.
+
+Exit codes: 0 all equal; 1 replicas differ; 3 none differ, and a shard is undecided.")]
+pub struct VerifyArgs {
+    /// Database
+    #[arg(value_name = "DB")]
+    pub db: String,
+    /// This shard alone, by its number [default: all]
+    #[arg(long, value_name = "N", value_parser = shard_id)]
+    pub shard: Option<ShardId>,
+    /// Try until each shard is decided
+    #[arg(long)]
+    pub wait: bool,
 }
 
 /// `admin database set-replicas`

@@ -3,6 +3,7 @@
 use serde_json::json;
 
 use super::args::{DatabaseCommand, SetReplicasArgs, TransferLeaderArgs};
+use super::verify::verify;
 use super::wait::{Progress, wait};
 use super::{change_failed, node};
 use crate::cli::context::{Context, with_session};
@@ -17,6 +18,7 @@ use crate::placement::map::{ClusterMap, DatabaseRecord, MemberRole};
 pub fn database(context: &Context, command: &DatabaseCommand) -> Result<Exit, Failure> {
     match command {
         DatabaseCommand::SetReplicas(args) => set_replicas(context, args),
+        DatabaseCommand::Verify(args) => verify(context, args),
     }
 }
 

@@ -2,7 +2,7 @@
 //! becomes of the command.
 //!
 //! - [`args`]: the command line. [`wait`]: waiting for what the cluster does, with a bar.
-//! - [`node`], [`rebalance`], [`database`], [`settings`], [`recover`]: the commands.
+//! - [`node`], [`rebalance`], [`database`], [`verify`], [`settings`], [`recover`]: the commands.
 
 pub mod args;
 pub mod database;
@@ -10,6 +10,7 @@ pub mod node;
 pub mod rebalance;
 pub mod recover;
 pub mod settings;
+pub mod verify;
 pub mod wait;
 
 use super::context::Context;
@@ -30,6 +31,9 @@ pub fn admin(context: &Context, command: &AdminCommand) -> Result<Exit, Failure>
     }
 }
 
+/// The metadata shard has no database; so `pontoon status` calls it, and no database can be called so.
+const METADATA: &str = "(metadata)";
+
 /// The failure of a change, with what it was and how to find out if nobody knows.
 fn change_failed(what: &str, finds_out: &str, error: ClientError) -> Failure {
     match error {
@@ -47,7 +51,7 @@ fn shards_on(map: &ClusterMap, node: crate::ids::NodeId) -> Vec<(crate::ids::Sha
     let there = living.filter(|shard| shard.ordered().any(|member| member.node == node));
     let name = |shard: &crate::placement::map::ShardRecord| match map.databases.get(&shard.database) {
         Some(database) => database.name.clone(),
-        None => "(metadata)".to_owned(),
+        None => METADATA.to_owned(),
     };
     there.map(|shard| (shard.id, name(shard))).collect()
 }

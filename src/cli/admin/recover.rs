@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::args::RecoverArgs;
 use super::database::check_shard;
-use super::{change_failed, role_name};
+use super::{METADATA, change_failed, role_name};
 use crate::cli::context::{Context, with_session};
 use crate::cli::data::after_effect;
 use crate::cli::failure::{Exit, Failure};
@@ -17,9 +17,6 @@ use crate::cli::output;
 use crate::client::admin::answers::{Recovery, ShardCopy};
 use crate::ids::METADATA_SHARD;
 use crate::refusal::Outcome;
-
-/// The metadata shard has no database; so `pontoon status` calls it, and no database can be called so.
-const METADATA: &str = "(metadata)";
 
 /// `admin recover DB SHARD --from NODE`
 pub fn recover(context: &Context, args: &RecoverArgs) -> Result<Exit, Failure> {

@@ -1,17 +1,20 @@
-//! What nodes answer to operators: plans, how a rebalancing is, what is left of a shard.
+//! What nodes answer to operators: plans, how a rebalancing is, what is left of a shard, whether its replicas are
+//! equal.
 
 use crate::client::wire::read_stuck;
 use crate::codec::CodecError;
+use crate::codec::digest::read_hash;
 use crate::codec::records::{read_rebalance_state, read_role};
 use crate::codec::refusal::read_refusal;
-use crate::ids::{NodeId, ReplicaId, ShardId};
+use crate::ids::{Index, NodeId, ReplicaId, ShardId};
 use crate::placement::map::{MemberRole, RebalanceState};
 use crate::placement::rebalance::{MoveKind, PlannedMove, Totals};
 use crate::refusal::Refusal;
 use crate::schema::admin_capnp::{
-    self, change_result, plan, plan_result, planned_move, rebalance_result, rebalance_status, recovery,
-    recovery_result, shard_copy, undo_result,
+    self, change_result, check_result, checked_replica, plan, plan_result, planned_move, rebalance_result,
+    rebalance_status, recovery, recovery_result, shard_check, shard_copy, undo_result,
 };
+use crate::storage::digest::StateDigest;
 
 /// What a rebalancing would do.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -123,6 +126,83 @@ pub struct ShardCopy {
     pub keys: u64,
     /// Bytes of them and their values, likewise.
     pub bytes: u64,
+}
+
+/// What each replica of a shard is at one and the same entry of its log.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ShardCheck {
+    /// The shard.
+    pub shard: ShardId,
+    /// The last entry in all the states.
+    pub index: Index,
+    /// The replica that led then.
+    pub leader: ReplicaId,
+    /// All members.
+    pub replicas: Vec<CheckedReplica>,
+}
+
+/// One replica that was asked what its state is.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CheckedReplica {
+    /// Its node.
+    pub node: NodeId,
+    /// The replica.
+    pub replica: ReplicaId,
+    /// Its role.
+    pub role: MemberRole,
+    /// What it told.
+    pub state: CheckedState,
+}
+
+/// What a replica told of its state.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum CheckedState {
+    /// Its digest.
+    Digest(StateDigest),
+    /// Its state is another by now: to be asked anew. For a person.
+    GoneOn(String),
+    /// There is none, and why. For a person.
+    Missing(String),
+}
+
+impl CheckedReplica {
+    /// Its digest, if it told one.
+    pub fn digest(&self) -> Option<&StateDigest> {
+        match &self.state {
+            CheckedState::Digest(digest) => Some(digest),
+            CheckedState::GoneOn(_) | CheckedState::Missing(_) => None,
+        }
+    }
+}
+
+/// What comes of comparing the replicas of a shard.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Verdict {
+    /// All members have told the same.
+    Equal,
+    /// Two have told what differs.
+    Different,
+    /// Those who told are equal, and of others nothing is known, for they have gone on.
+    GoneOn,
+    /// Those who told are equal, and of others nothing is known.
+    Unknown,
+}
+
+impl ShardCheck {
+    /// What it shows. A difference is one whoever else is missing.
+    pub fn verdict(&self) -> Verdict {
+        let mut told = self.replicas.iter().filter_map(CheckedReplica::digest);
+        let first = told.next();
+        if told.any(|digest| Some(digest) != first) {
+            Verdict::Different
+        } else if self.replicas.iter().any(|one| matches!(one.state, CheckedState::Missing(_))) {
+            Verdict::Unknown
+        } else if self.replicas.iter().any(|one| matches!(one.state, CheckedState::GoneOn(_))) {
+            Verdict::GoneOn
+        } else {
+            Verdict::Equal
+        }
+    }
 }
 
 /// An answer, or why there is none.
@@ -240,6 +320,49 @@ fn read_copy(from: shard_copy::Reader<'_>) -> Result<ShardCopy, CodecError> {
         last_term: from.get_last_term(),
         keys: from.get_keys(),
         bytes: from.get_bytes(),
+    })
+}
+
+/// Reads what the replicas of a shard are.
+pub(crate) fn read_check_result(from: check_result::Reader<'_>) -> Answer<ShardCheck> {
+    Ok(match from.which().map_err(capnp::Error::from)? {
+        check_result::Check(check) => Ok(read_check(check?)?),
+        check_result::Error(error) => Err(read_refusal(error?)),
+    })
+}
+
+fn read_check(from: shard_check::Reader<'_>) -> Result<ShardCheck, CodecError> {
+    let index = from.get_index();
+    Ok(ShardCheck {
+        shard: ShardId(from.get_shard()),
+        index,
+        leader: ReplicaId(from.get_leader()),
+        replicas: (from.get_replicas()?.iter())
+            .map(|replica| read_checked(index, replica))
+            .collect::<Result<_, _>>()?,
+    })
+}
+
+fn read_checked(index: Index, from: checked_replica::Reader<'_>) -> Result<CheckedReplica, CodecError> {
+    let text = |from: capnp::Result<capnp::text::Reader<'_>>| -> Result<String, CodecError> {
+        Ok(from?.to_string().map_err(capnp::Error::from)?)
+    };
+    let state = match from.which().map_err(|_| newer("CheckedReplica"))? {
+        checked_replica::Digest(digest) => CheckedState::Digest(StateDigest {
+            index,
+            data: read_hash("CheckedReplica.data", digest.get_data()?)?,
+            sessions: read_hash("CheckedReplica.sessions", digest.get_sessions()?)?,
+            keys: digest.get_keys(),
+            bytes: digest.get_bytes(),
+        }),
+        checked_replica::GoneOn(why) => CheckedState::GoneOn(text(why)?),
+        checked_replica::Missing(why) => CheckedState::Missing(text(why)?),
+    };
+    Ok(CheckedReplica {
+        node: NodeId(from.get_node()),
+        replica: ReplicaId(from.get_replica()),
+        role: read_role(from.get_role())?,
+        state,
     })
 }
 

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use futures_util::future::LocalBoxFuture;
 
 use super::answers::{
-    Answer, RebalanceOrder, RebalancePlan, RebalanceStatus, Recovery, read_change, read_plan_result,
-    read_recovery_result, read_status_result, read_undo,
+    Answer, RebalanceOrder, RebalancePlan, RebalanceStatus, Recovery, ShardCheck, read_change,
+    read_check_result, read_plan_result, read_recovery_result, read_status_result, read_undo,
 };
 use super::{bounded, lost, patience};
 use crate::client::calls::{persist, told};
@@ -229,6 +229,17 @@ impl Client {
             driver.ask_someone(kind, deadline, at, question).await
         })
         .await
+    }
+
+    /// Has each replica of a shard tell what its state is at one entry of the log, once, and while the shard
+    /// is written to. See `verifyShard` in `admin.capnp`; [`ShardCheck::verdict`] says what it shows.
+    pub async fn verify_shard(&self, shard: ShardId, timeout: Duration) -> Result<ShardCheck, ClientError> {
+        let question = question!(
+            verify_shard_request,
+            |request, _terms| { request.set_shard(shard.0) },
+            read_check_result
+        );
+        self.ask(Kind::Read, timeout, question).await
     }
 
     async fn ask<T: Send + 'static>(

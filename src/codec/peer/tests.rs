@@ -1,6 +1,7 @@
 //! Frames survive the wire; damaged ones never panic.
 
 use super::*;
+use crate::codec::digest::tests::{any_digest, any_digest_request, any_marked};
 use crate::codec::messages::tests::any_message;
 use crate::codec::records::tests::{any_delta, any_id, any_node, any_shard};
 use crate::codec::snapshot::tests::any_snapshot_frame;
@@ -27,6 +28,8 @@ fn any_request() -> impl Strategy<Value = PeerRequest> {
         any_node().prop_map(|node| PeerRequest::Meta(MetaCommand::AddNode(node))),
         Just(PeerRequest::Survey),
         any_order().prop_map(PeerRequest::Order),
+        any::<u64>().prop_map(|shard| PeerRequest::Mark(ShardId(shard))),
+        any_digest_request().prop_map(PeerRequest::Digest),
     ]
 }
 
@@ -59,6 +62,8 @@ fn any_response() -> impl Strategy<Value = PeerResponse> {
         any_survey().prop_map(PeerResponse::Survey),
         any_member().prop_map(PeerResponse::Pending),
         Just(PeerResponse::Done),
+        any_marked().prop_map(PeerResponse::Marked),
+        any_digest().prop_map(PeerResponse::Digest),
     ]
 }
 

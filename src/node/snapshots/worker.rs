@@ -1,8 +1,8 @@
-//! The snapshot thread: makes snapshot files from the state of replicas, loads received ones, and
-//! removes generations of state that nobody uses any more.
+//! The snapshot thread: makes snapshot files from the state of replicas, loads received ones, takes
+//! digests of states, and removes generations of state that nobody uses any more.
 //!
 //! It works in short steps and gives each kind of work its turn: a file that is loaded doesn't wait
-//! until one is made, and what is only to be removed waits for both. Of each kind there is one task at
+//! until one is made, and what is only to be removed waits for all else. Of each kind there is one task at
 //! a time, first come, first served.
 //!
 //! *Which generations are safe to remove.* Those that are not the one of the replica's record, as the
@@ -26,6 +26,7 @@ use crate::ids::{Index, RandomId, ReplicaId, ShardId};
 use crate::limits::{SNAPSHOT_STEP_BYTES, SWEEP_STEP_KEYS};
 use crate::node::fatal::Fatal;
 use crate::node::flusher::FlushThread;
+use crate::storage::digest::{Digester, StateDigest};
 use crate::storage::engine::Engine;
 use crate::storage::flush::Flusher;
 use crate::storage::snapshot::{BuildStep, SnapshotBuilder, SnapshotCheck, SnapshotFile, SnapshotLoader};
@@ -84,8 +85,37 @@ pub enum LoadError {
     Local(StorageError),
 }
 
+/// A digest to be taken. Dropping the receiver of its result calls it off.
+pub struct TakeDigest {
+    /// The replica whose state it is.
+    pub replica: ReplicaId,
+    /// The generation of that state.
+    pub generation: u32,
+    /// The index of the state that is meant.
+    pub index: Index,
+    /// Dropped with the task: whoever holds a state still for it can tell by that.
+    pub reading: Arc<()>,
+    /// Where the digest goes; [`DigestError::GoneOn`] if it can't be had any more.
+    pub done: oneshot::Sender<Result<StateDigest, DigestError>>,
+}
+
+/// Why there is no digest.
+#[derive(Debug, thiserror::Error)]
+pub enum DigestError {
+    /// The state on disk is another by now, or not yet that one.
+    #[error("the state on disk isn't, or isn't any more, that of the index that is asked for")]
+    GoneOn,
+    /// The disk.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// The flush thread has ended.
+    #[error("the node is stopping")]
+    Stopping,
+}
+
 enum Task {
     Build(Build),
+    Digest(TakeDigest),
     Load(Load),
     Sweep(ReplicaId, u32),
 }
@@ -103,7 +133,7 @@ pub struct Tools {
 }
 
 /// See the module page. Bounded by its callers: one load for each transfer, one build for each replica
-/// that leads, one sweep for each replica.
+/// that leads, one sweep for each replica, one digest for each that an operator waits for.
 pub struct Worker {
     tasks: Mutex<Option<mpsc::Sender<Task>>>,
 }
@@ -117,8 +147,9 @@ impl Worker {
         let (tasks, queue) = mpsc::channel();
         let fatal = tools.fatal.clone();
         let thread = fatal.thread("pontoon-snapshot", "the snapshot thread", move || {
-            Work { tools, builds: VecDeque::new(), loads: VecDeque::new(), sweeps: VecDeque::new() }
-                .run(queue);
+            let (builds, loads) = (VecDeque::new(), VecDeque::new());
+            let (digests, sweeps) = (VecDeque::new(), VecDeque::new());
+            Work { tools, builds, loads, digests, sweeps }.run(queue);
         })?;
         Ok((Worker { tasks: Mutex::new(Some(tasks)) }, thread))
     }
@@ -126,6 +157,11 @@ impl Worker {
     /// Has a snapshot made.
     pub fn build(&self, build: Build) {
         self.send(Task::Build(build));
+    }
+
+    /// Has a digest taken.
+    pub fn digest(&self, digest: TakeDigest) {
+        self.send(Task::Digest(digest));
     }
 
     /// Has a snapshot loaded. Nothing reads the replica's older generations any more.
@@ -155,6 +191,7 @@ struct Work {
     tools: Tools,
     builds: VecDeque<(Build, Option<SnapshotBuilder>)>,
     loads: VecDeque<(Load, Stage)>,
+    digests: VecDeque<(TakeDigest, Option<Box<Digester>>)>,
     sweeps: VecDeque<Sweep>,
 }
 
@@ -197,12 +234,22 @@ impl Sweep {
     }
 }
 
+impl From<BuildError> for DigestError {
+    fn from(error: BuildError) -> DigestError {
+        match error {
+            BuildError::NotFlushed => DigestError::GoneOn,
+            BuildError::Storage(error) => DigestError::Storage(error),
+            BuildError::Stopping => DigestError::Stopping,
+        }
+    }
+}
+
 impl Work {
     /// Until nobody can ask for anything any more.
     fn run(mut self, queue: mpsc::Receiver<Task>) {
         loop {
-            let idle = self.builds.is_empty() && self.loads.is_empty() && self.sweeps.is_empty();
-            if idle {
+            let asked = self.builds.len() + self.loads.len() + self.digests.len();
+            if asked == 0 && self.sweeps.is_empty() {
                 match queue.recv() {
                     Ok(task) => self.take(task),
                     Err(mpsc::RecvError) => return,
@@ -217,7 +264,8 @@ impl Work {
             }
             self.step_load();
             self.step_build();
-            if self.builds.is_empty() && self.loads.is_empty() {
+            self.step_digest();
+            if self.builds.is_empty() && self.loads.is_empty() && self.digests.is_empty() {
                 self.step_sweep();
             }
         }
@@ -226,6 +274,7 @@ impl Work {
     fn take(&mut self, task: Task) {
         match task {
             Task::Build(build) => self.builds.push_back((build, None)),
+            Task::Digest(digest) => self.digests.push_back((digest, None)),
             Task::Load(load) => {
                 self.sweeps.retain(|sweep| sweep.replica != load.offer.to);
                 self.loads.push_back((load, Stage::Clearing(None)));
@@ -265,6 +314,27 @@ impl Work {
             && let Err(error) = self.tools.dir.remove(&file)
         {
             tracing::warn!(%error, "a snapshot that nobody waits for stays");
+        }
+    }
+
+    fn step_digest(&mut self) {
+        let Some((digest, digester)) = self.digests.front_mut() else {
+            return;
+        };
+        if digest.done.is_closed() {
+            tracing::debug!(replica = %digest.replica, "nobody waits for a digest any more");
+            self.digests.pop_front();
+            return;
+        }
+        let outcome = match step_digest(&self.tools, digest, digester) {
+            Ok(None) => return,
+            Ok(Some(taken)) => Ok(taken),
+            Err(error) => Err(error),
+        };
+        if let Some((digest, _)) = self.digests.pop_front()
+            && digest.done.send(outcome).is_err()
+        {
+            tracing::debug!(replica = %digest.replica, "nobody waits for a digest that was taken");
         }
     }
 
@@ -332,6 +402,29 @@ fn go_on_building(tools: &Tools, mut builder: SnapshotBuilder) -> Result<Progres
         }
         BuildStep::Complete(file) => Ok(Progress::Complete(file)),
     }
+}
+
+/// A digest counts only if the state on disk is that of the index that is meant, both when it is begun and
+/// when it is ended.
+fn step_digest(
+    tools: &Tools,
+    digest: &TakeDigest,
+    digester: &mut Option<Box<Digester>>,
+) -> Result<Option<StateDigest>, DigestError> {
+    let (replica, generation) = (digest.replica, digest.generation);
+    let Some(running) = digester else {
+        let header = between_flushes(tools, move |flusher| flusher.header(replica, generation))?
+            .filter(|header| header.applied.index == digest.index)
+            .ok_or(DigestError::GoneOn)?;
+        *digester = Some(Box::new(Digester::new(tools.engine.clone(), replica, generation, header)));
+        return Ok(None);
+    };
+    if !running.step(SNAPSHOT_STEP_BYTES)? {
+        return Ok(None);
+    }
+    let header = between_flushes(tools, move |flusher| flusher.header(replica, generation))?;
+    let taken = digester.take().and_then(|digester| digester.finish(header.as_ref()));
+    taken.map(Some).ok_or(DigestError::GoneOn)
 }
 
 /// Has the flush thread do something that must fall between two flushes, and waits for it.

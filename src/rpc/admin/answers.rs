@@ -1,14 +1,16 @@
 //! What operators are answered, in protocol form.
 
-use crate::client::admin::answers::{RebalanceStatus, Recovery, ShardCopy};
+use crate::client::admin::answers::{
+    CheckedReplica, CheckedState, RebalanceStatus, Recovery, ShardCheck, ShardCopy,
+};
 use crate::codec::records::{write_rebalance_state, write_role};
 use crate::codec::refusal::write_refusal;
 use crate::placement::rebalance::{MoveKind, Plan, PlannedMove};
 use crate::refusal::Refusal;
 use crate::rpc::wire::write_stuck;
 use crate::schema::admin_capnp::{
-    self, change_result, plan_result, planned_move, rebalance_result, recovery_result, shard_copy,
-    undo_result,
+    self, change_result, check_result, checked_replica, plan_result, planned_move, rebalance_result,
+    recovery_result, shard_copy, undo_result,
 };
 
 /// Writes the map version from which on a change holds.
@@ -121,13 +123,50 @@ fn write_copy(copy: &ShardCopy, mut to: shard_copy::Builder<'_>) {
     to.set_bytes(copy.bytes);
 }
 
+/// Writes what the replicas of a shard are.
+pub(super) fn write_check(result: Result<ShardCheck, Refusal>, to: check_result::Builder<'_>) {
+    let check = match result {
+        Ok(check) => check,
+        Err(refusal) => return write_refusal(&refusal, to.init_error()),
+    };
+    let mut to = to.init_check();
+    to.set_shard(check.shard.0);
+    to.set_index(check.index);
+    to.set_leader(check.leader.0);
+    let count = u32::try_from(check.replicas.len()).unwrap_or(u32::MAX);
+    let mut replicas = to.init_replicas(count);
+    for (at, one) in (0..count).zip(&check.replicas) {
+        write_checked(one, replicas.reborrow().get(at));
+    }
+}
+
+fn write_checked(one: &CheckedReplica, mut to: checked_replica::Builder<'_>) {
+    to.set_node(one.node.0);
+    to.set_replica(one.replica.0);
+    to.set_role(write_role(one.role));
+    match &one.state {
+        CheckedState::Digest(digest) => {
+            let mut to = to.init_digest();
+            to.set_data(&digest.data.to_be_bytes());
+            to.set_sessions(&digest.sessions.to_be_bytes());
+            to.set_keys(digest.keys);
+            to.set_bytes(digest.bytes);
+        }
+        CheckedState::GoneOn(why) => to.set_gone_on(why.as_str()),
+        CheckedState::Missing(why) => to.set_missing(why.as_str()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::client::admin::answers::{read_plan_result, read_recovery_result, read_status_result};
+    use crate::client::admin::answers::{
+        Verdict, read_check_result, read_plan_result, read_recovery_result, read_status_result,
+    };
     use crate::ids::{NodeId, ReplicaId, ShardId};
     use crate::placement::map::{MemberRole, RebalanceState};
     use crate::placement::rebalance::Totals;
+    use crate::storage::digest::StateDigest;
 
     #[test]
     fn plans_survive_the_wire() {
@@ -213,5 +252,50 @@ mod tests {
         write_recovery(Ok(recovery.clone()), message.init_root());
         let read = read_recovery_result(message.get_root_as_reader().unwrap()).unwrap();
         assert_eq!(read, Ok(recovery));
+    }
+
+    fn check(states: Vec<CheckedState>) -> ShardCheck {
+        let replicas = (1..).zip(states).map(|(node, state)| CheckedReplica {
+            node: NodeId(node),
+            replica: ReplicaId(10 + node),
+            role: MemberRole::Learner,
+            state,
+        });
+        ShardCheck { shard: ShardId(4), index: 77, leader: ReplicaId(11), replicas: replicas.collect() }
+    }
+
+    fn told(data: u128, sessions: u128) -> CheckedState {
+        CheckedState::Digest(StateDigest { index: 77, data, sessions, keys: 3, bytes: 9 })
+    }
+
+    #[test]
+    fn checks_survive_the_wire() {
+        let check = check(vec![
+            told(1 << 100, 5),
+            CheckedState::GoneOn("it has gone on".into()),
+            CheckedState::Missing("no answer".into()),
+        ]);
+        let mut message = capnp::message::Builder::new_default();
+        write_check(Ok(check.clone()), message.init_root());
+        let read = read_check_result(message.get_root_as_reader().unwrap()).unwrap();
+        assert_eq!(read, Ok(check));
+    }
+
+    #[test]
+    fn a_difference_is_one_whoever_is_missing_and_nothing_else_is() {
+        let gone_on = || CheckedState::GoneOn(String::new());
+        let missing = || CheckedState::Missing(String::new());
+        for (states, verdict) in [
+            (vec![told(1, 2), told(1, 2), told(1, 2)], Verdict::Equal),
+            (vec![told(1, 2)], Verdict::Equal),
+            (vec![told(1, 2), told(1, 2), told(3, 2)], Verdict::Different),
+            (vec![told(1, 2), told(1, 3), missing()], Verdict::Different),
+            (vec![gone_on(), told(1, 2), told(1, 3)], Verdict::Different),
+            (vec![told(1, 2), gone_on(), told(1, 2)], Verdict::GoneOn),
+            (vec![missing(), gone_on(), told(1, 2)], Verdict::Unknown),
+            (vec![missing(), missing()], Verdict::Unknown),
+        ] {
+            assert_eq!(check(states.clone()).verdict(), verdict, "{states:?}");
+        }
     }
 }

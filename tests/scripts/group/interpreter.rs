@@ -574,7 +574,7 @@ impl Groups {
     }
 
     fn carry_out(&mut self, id: u64, effects: Effects<u64>) -> Result<String, String> {
-        let Effects { messages, write, done, reads, fetch, snapshot, leader, more: _ } = effects;
+        let Effects { messages, write, done, reads, fetch, snapshot, leader, marked: _, more: _ } = effects;
         let mut lines = Vec::new();
         if let Some(change) = leader {
             let who = match change.leader {

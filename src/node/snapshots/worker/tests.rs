@@ -223,3 +223,31 @@ fn a_snapshot_that_nobody_waits_for_leaves_nothing() {
     let file = setting.make().unwrap();
     assert_eq!(snapshot_dir(setting.dir.path()).made().unwrap(), [file]);
 }
+
+#[test]
+fn a_digest_is_of_the_index_that_is_meant_or_there_is_none() {
+    let setting = setting();
+    let digest = |replica, generation, index| {
+        let (done, taken) = oneshot::channel();
+        let reading = Arc::new(());
+        setting.worker.digest(TakeDigest { replica, generation, index, reading, done });
+        taken.blocking_recv().unwrap()
+    };
+    let none = |taken| matches!(taken, Err(DigestError::GoneOn));
+    assert!(none(digest(MADE_OF, 1, POSITION.index)), "there is no state");
+    fill(&setting.engine, MADE_OF, 1, 3000);
+    let taken = digest(MADE_OF, 1, POSITION.index).unwrap();
+    assert_eq!((taken.index, taken.keys), (POSITION.index, 3000));
+    for index in [POSITION.index - 1, POSITION.index + 1] {
+        assert!(none(digest(MADE_OF, 1, index)), "{index}");
+    }
+    assert!(none(digest(MADE_OF, 2, POSITION.index)));
+    // The same content elsewhere is the same; another isn't.
+    let moved = content(&setting.engine, MADE_OF, 1)
+        .into_iter()
+        .map(|(local, value)| (keys::key_of_kind(LOADED_BY, 9, local[0], &local[1..]), Some(value)));
+    setting.engine.write(&moved.collect::<Vec<_>>()).unwrap();
+    assert_eq!(digest(LOADED_BY, 9, POSITION.index).unwrap(), taken);
+    setting.engine.write(&[(keys::user_key(LOADED_BY, 9, &[0; 4]), Some("x".into()))]).unwrap();
+    assert_ne!(digest(LOADED_BY, 9, POSITION.index).unwrap().data, taken.data);
+}
