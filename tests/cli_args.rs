@@ -147,7 +147,10 @@ fn mistakes_of_usage_end_with_2_and_touch_nothing() {
         &["get", "db", ""],
         &["cas", "db", "key", "new"],
         &["mset", "db", "a", "1", "b"],
+        &["mset", "db", "a"],
         &["mset", "db", "a", "1", "a", "2"],
+        &["mset", "db", "-a", "1"],
+        &["mget", "db", "a", "-b"],
         &["status", "--timeout", "0s"],
         &["status", "--cluster", "nowhere"],
         &["status", "--cluster", "h:99999"],
@@ -224,6 +227,34 @@ fn errors_in_json_are_one_object_on_stderr() {
     }
 }
 
+/// Whatever stands before them, and behind them: only `--` makes a value of an option.
+#[test]
+fn options_count_wherever_they_stand_in_a_list_of_keys() {
+    let temp = tempfile::tempdir().unwrap();
+    for (args, is_json) in [
+        (&["mget", "db", "a", "b", "--json", "--timeout", "2s"][..], true),
+        (&["mget", "db", "a", "--timeout=2s", "--json", "b"], true),
+        (&["mset", "db", "a", "1", "--timeout", "2s", "b", "2", "--json"], true),
+        (&["mset", "db", "a", "--json", "1"], true),
+        (&["mget", "--timeout", "2s", "db", "a", "--", "--json", "-b"], false),
+        (&["mset", "db", "--", "a", "--json"], false),
+    ] {
+        let output = pontoon(temp.path(), args);
+        assert_eq!(code(&output), 3, "{args:?}: {}", stderr(&output));
+        let object = serde_json::from_slice::<serde_json::Value>(&output.stderr);
+        assert_eq!(object.is_ok(), is_json, "{args:?}: {}", stderr(&output));
+    }
+    for args in
+        [&["mget", "db", "a", "b", "--timeout", "soon"][..], &["mset", "db", "a", "1", "--timeout", "soon"]]
+    {
+        let output = pontoon(temp.path(), args);
+        assert_eq!(code(&output), 2, "{args:?}: {}", stderr(&output));
+        assert!(stderr(&output).contains("--timeout"), "{args:?}: {}", stderr(&output));
+    }
+    let output = pontoon(temp.path(), &["mget", "db", "a", "-b"]);
+    assert!(stderr(&output).contains("'-- -b'"), "{}", stderr(&output));
+}
+
 #[test]
 fn without_a_cluster_every_client_command_ends_with_3_at_once() {
     let temp = tempfile::tempdir().unwrap();
@@ -234,7 +265,8 @@ fn without_a_cluster_every_client_command_ends_with_3_at_once() {
         &["get", "db", "-k"],
         &["delete", "db", "k"],
         &["cas", "db", "k", "--absent", "v"],
-        &["mset", "db", "-a", "-1"],
+        &["mset", "db", "a", "-1"],
+        &["mset", "db", "--", "-a", "-1"],
         &["mget", "db", "a"],
         &["scan", "db"],
         &["export", "db"],

@@ -316,13 +316,15 @@ pub struct CasArgs {
 Examples:
   pontoon mset testDB bob hello eve bye
 
-Each key is set for itself: after a failure some may be set. Options stand before DB.")]
+Each key is set for itself: after a failure some may be set. A key or value that begins with `-`, and is
+no number, stands behind `--`: it could be an option.")]
 pub struct MsetArgs {
     /// Database
     #[arg(value_name = "DB")]
     pub db: String,
-    /// Keys and values in turn; may begin with `-`
-    #[arg(value_name = "KEY VALUE", required = true, num_args = 2.., allow_hyphen_values = true)]
+    /// Keys and values in turn; behind `--` they may begin with `-`
+    // Without `allow_hyphen_values`: in a list it makes values of the command's own options.
+    #[arg(value_name = "KEY VALUE", required = true, num_args = 1.., allow_negative_numbers = true)]
     pub pairs: Vec<OsString>,
 }
 
@@ -334,13 +336,15 @@ Examples:
   pontoon mget --json testDB bob eve
 
 Prints KEY, a tab, VALUE; bytes that would break the line are escaped, unless with --json.
-Exit code 1: some key doesn't exist. Options stand before DB.")]
+Exit code 1: some key doesn't exist. A key that begins with `-`, and is no number, stands behind `--`: it
+could be an option.")]
 pub struct MgetArgs {
     /// Database
     #[arg(value_name = "DB")]
     pub db: String,
-    /// Keys; may begin with `-`
-    #[arg(value_name = "KEY", required = true, num_args = 1.., allow_hyphen_values = true)]
+    /// Keys; behind `--` they may begin with `-`
+    // Without `allow_hyphen_values`, as above.
+    #[arg(value_name = "KEY", required = true, num_args = 1.., allow_negative_numbers = true)]
     pub keys: Vec<OsString>,
 }
 

@@ -101,7 +101,7 @@ pub struct HelloRefusal {
 pub enum RefusalKind {
     /// Nothing: see the text.
     Other,
-    /// It was removed from the cluster.
+    /// It was removed from the cluster, or its record was lost: the cluster map tells.
     Removed,
     /// A process that is alive says that it is the same node.
     Duplicate,

@@ -16,9 +16,9 @@ use futures_util::future::join_all;
 
 use super::NodeError;
 use super::membership::Applicant;
-use crate::codec::hello::{HelloRefusal, PeerHello, RefusalKind};
+use crate::codec::hello::{HelloRefusal, Lane, PeerHello, RefusalKind};
 use crate::codec::peer::PeerRequest;
-use crate::ids::NodeId;
+use crate::ids::{NodeId, generation_of};
 use crate::limits;
 use crate::placement::map::{ClusterMap, Standing};
 use crate::transport::call::{CallError, HelloConfig, PeerClient};
@@ -45,7 +45,10 @@ impl Claims {
         if node == own.0 {
             return Err(duplicate(node));
         }
-        still_member(node, map)?;
+        // By requests one that was forgotten makes itself known again.
+        if hello.lane != Lane::Request || map.nodes.contains_key(&node) {
+            still_member(node, map)?;
+        }
         self.check(node, incarnation, Instant::now())
     }
 
@@ -86,6 +89,13 @@ fn still_member(node: NodeId, map: &ClusterMap) -> Result<(), HelloRefusal> {
         Some(Standing::Removed) => Err(HelloRefusal {
             kind: RefusalKind::Removed,
             text: format!("node {node} was removed from this cluster"),
+        }),
+        // It joined, and the metadata shard has lost that since: it has to hear of it.
+        None if generation_of(node.0) < generation_of(map.version) => Err(HelloRefusal {
+            kind: RefusalKind::Removed,
+            text: format!(
+                "node {node} isn't known in this cluster any more: the metadata shard has lost its record"
+            ),
         }),
         // One that isn't known here may have joined a moment ago.
         _ => Ok(()),
@@ -220,5 +230,20 @@ mod tests {
             assert_eq!(kind(claims.heard(NodeId(2), 1, &map)), removed);
             assert_eq!(kind(claims.judge(&hello(3, 1), (NodeId(1), 7), &map)), None, "not known here yet");
         }
+    }
+
+    #[test]
+    fn a_node_whose_record_was_lost_hears_of_it_and_can_make_itself_known_again() {
+        let (claims, mut map) = (Claims::default(), map(Standing::Member));
+        map.version = (1 << 32) + 4;
+        let judge =
+            |node, lane| kind(claims.judge(&PeerHello { lane, ..hello(node, 1) }, (NodeId(1), 7), &map));
+        for lane in [Lane::Control, Lane::Request] {
+            assert_eq!(judge(2, lane), None);
+            assert_eq!(judge((1 << 32) + 3, lane), None, "it has joined since");
+        }
+        assert_eq!(judge(3, Lane::Control), Some(RefusalKind::Removed));
+        assert_eq!(judge(3, Lane::Request), None);
+        assert_eq!(kind(claims.heard(NodeId(3), 1, &map)), Some(RefusalKind::Removed), "connected before");
     }
 }

@@ -39,9 +39,11 @@ use super::map_cache;
 use super::messages::MapNews;
 use super::supervisor::Supervisor;
 use crate::codec::peer::{Formation, Membership, PeerRequest, PeerResponse, ProbeAnswer};
-use crate::ids::{ClusterId, Epoch, METADATA_DATABASE, METADATA_SHARD, NodeId, RandomId, ReplicaId};
+use crate::ids::{
+    ClusterId, Epoch, METADATA_DATABASE, METADATA_SHARD, NodeId, RandomId, ReplicaId, generation_of,
+};
 use crate::limits;
-use crate::machine::command::{MetaCommand, MetaReply};
+use crate::machine::command::{MetaCommand, MetaRefusal, MetaReply};
 use crate::placement::map::{ClusterMap, MapDelta, Member, MemberRole, NodeRecord, ShardRecord};
 use crate::placement::ring::RingRange;
 use crate::refusal::Refusal;
@@ -493,13 +495,40 @@ pub async fn spread(map: Arc<ClusterMap>) {
 /// Tells the metadata shard of this node's addresses, zone and weight, once per start, however long it
 /// takes. The map at hand can't say whether that is news: it may be older than what the cluster has heard
 /// since. To tell what is known already changes nothing.
+///
+/// And again once per generation of the map: the metadata shard may have gone on without what it had heard, even
+/// that there is this node. It keeps its id then, under which replicas of shards are here.
 pub async fn keep_record(applicant: Arc<Applicant>, handle: NodeHandle, supervisor: Addr<Supervisor>) {
+    let mut obstacle = String::new();
+    let mut told = None;
     loop {
         let map = handle.map();
-        if map.version > 0 {
-            let command = MetaCommand::AddNode(applicant.record.clone());
-            match handle.meta(command, Duration::from_millis(limits::JOIN_MS_MAX)).await {
-                Ok(MetaReply::Node(_)) => return,
+        let generation = generation_of(map.version);
+        if map.version > 0 && told != Some(generation) {
+            let record = NodeRecord { id: handle.node(), ..applicant.record.clone() };
+            match handle.meta(MetaCommand::AddNode(record), Duration::from_millis(limits::JOIN_MS_MAX)).await
+            {
+                Ok(MetaReply::Node(node)) => {
+                    if generation > 0 && !map.nodes.contains_key(&node) {
+                        tracing::warn!(%node, "the metadata shard had lost the record of this node, and has it again");
+                    }
+                    told = Some(generation);
+                    obstacle.clear();
+                    continue;
+                }
+                Ok(MetaReply::Refused(MetaRefusal::NodeRemoved(_))) => {
+                    tracing::debug!("this node was removed: the cluster map will tell");
+                }
+                Ok(MetaReply::Refused(refusal)) => {
+                    let refused = refusal.to_string();
+                    if refused != obstacle {
+                        tracing::error!(
+                            "the cluster doesn't know this node any more as what it is: {refused}. To have this \
+                             machine join as a new node, start it with `--rejoin`"
+                        );
+                        obstacle = refused;
+                    }
+                }
                 Ok(other) => tracing::debug!(?other, "telling the cluster of this node's addresses"),
                 Err(error) => tracing::debug!(%error, "telling the cluster of this node's addresses"),
             }

@@ -155,6 +155,8 @@ impl Asked {
 
     /// Makes a node a member, or has it wait for an operator's word.
     async fn admit(&self, record: NodeRecord, timeout: Duration) -> Result<PeerResponse, Refusal> {
+        // Whoever asks to join has no id yet, whatever it says.
+        let record = NodeRecord { id: NodeId(0), ..record };
         // It asks again and again: only the first time that is anything for the log.
         let known = self.handle.map();
         let known = known.nodes.values().find(|known| known.store_id == record.store_id);

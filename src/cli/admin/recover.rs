@@ -184,12 +184,54 @@ fn text_of(recovery: &Recovery) -> String {
             if copy.answers { output::size(copy.bytes) } else { "-".into() },
         ]);
     }
-    let last = kept(recovery).map_or(0, |copy| copy.last);
     format!(
-        "shard {} of {}\n{table}\nkept: its entries up to {last}. Lost: what only the others had, those that are \
-         gone and those that are given up, also writes that were acknowledged; nobody can tell which",
-        recovery.shard, recovery.database
+        "shard {} of {}, as its replicas are now:\n{table}\n{}",
+        recovery.shard,
+        recovery.database,
+        consequences(recovery)
     )
+}
+
+/// What would be kept and lost, in sentences.
+fn consequences(recovery: &Recovery) -> String {
+    let (node, last, term) =
+        kept(recovery).map_or((0, 0, 0), |copy| (copy.node.0, copy.last, copy.last_term));
+    let others = |is: fn(&ShardCopy) -> bool| {
+        let others = recovery.copies.iter().filter(|copy| copy.replica != recovery.keep);
+        let nodes = others.filter(|copy| is(copy)).map(|copy| copy.node.to_string());
+        nodes.collect::<Vec<_>>().join(", ")
+    };
+    let (there, lost) = (others(|copy| copy.serves), others(|copy| !copy.serves));
+    let mut text = format!(
+        "the replica on node {node} would go on alone, with all that it has: entries up to {last} of term {term}"
+    );
+    if !lost.is_empty() {
+        text.push_str(&format!(
+            "\nlost: what only the replicas that are gone or unusable had (of nodes {lost}), also writes that were \
+             acknowledged; nobody can tell whether there were any, or which"
+        ));
+    }
+    if !there.is_empty() {
+        // Who wins an election against another has all that was committed and is there (Raft §5.4.1).
+        text.push_str(&format!(
+            "\ngiven up, though they are there: the replicas of nodes {there}; what they have of acknowledged writes, \
+             node {node} has too"
+        ));
+    }
+    if recovery.shard == METADATA_SHARD {
+        text.push_str(
+            "\nthis shard holds the cluster map: what was decided since that replica last heard of it is lost. Databases \
+             made since aren't served any more, those dropped since are listed again without their data, and settings, \
+             drains and removals are as they were; nodes that joined since make themselves known again. Versions of \
+             the map and new ids go on far above all that were in use",
+        );
+    } else {
+        text.push_str(
+            "\nversions of keys that are written from then on are far above all before; more replicas are added by \
+             themselves while there are nodes for them",
+        );
+    }
+    text
 }
 
 fn refuse(context: &Context, recovery: &Recovery) -> Result<Exit, Failure> {
@@ -208,8 +250,8 @@ fn refuse(context: &Context, recovery: &Recovery) -> Result<Exit, Failure> {
     } else {
         output::line(text_of(recovery))?;
         output::note(
-            "nothing was changed. If the others are gone for good, the same command with --accept-data-loss does it; if \
-             any of their nodes can be brought back, do that instead",
+            "nothing was changed. If a node that is gone can be brought back with its disk, do that instead. If not, the \
+             same command with --accept-data-loss does it",
         );
     }
     Ok(if recovery.done { Exit::Done } else { Exit::Negative })
@@ -223,8 +265,16 @@ fn done(context: &Context, recovery: &Recovery, report: &Path) -> Result<Exit, F
         after_effect(output::json(&object))?;
     } else {
         let node = kept(recovery).map_or(0, |copy| copy.node.0);
+        // What else there is to do, in the order in which it has to be done.
+        let next = match recovery.shard {
+            METADATA_SHARD => {
+                "; next, the other shards that have lost their majority, which `pontoon status` shows, then `pontoon admin \
+                 node remove ID --dead` for each node that is gone"
+            }
+            _ => "",
+        };
         after_effect(output::line(format!(
-            "shard {} of {} goes on with the replica on node {node}; what was kept and lost is in {}",
+            "shard {} of {} goes on with the replica on node {node}; which replicas were kept and given up is in {}{next}",
             recovery.shard,
             recovery.database,
             report.display()
@@ -276,9 +326,28 @@ mod tests {
         assert_eq!((&object["gone"][0]["node"], &object["given_up"][0]["node"]), (&3.into(), &2.into()));
         assert_eq!((&object["shard"], &object["database"]), (&7.into(), &"demo".into()));
         let text = text_of(&recovery());
-        for part in ["goes on", "gone", "entries up to 40", "given up", "acknowledged"] {
+        for part in [
+            "goes on",
+            "gone",
+            "node 1 would go on",
+            "entries up to 40 of term 3",
+            "of nodes 2, 3",
+            "acknowledged",
+        ] {
             assert!(text.contains(part), "{part}: {text}");
         }
+        assert!(!text.contains("given up, though") && !text.contains("cluster map"), "{text}");
+        let text = text_of(&given_up);
+        for part in
+            ["of nodes 3)", "given up, though they are there: the replicas of nodes 2;", "node 1 has too"]
+        {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        let text = text_of(&Recovery { shard: METADATA_SHARD, database: METADATA.into(), ..recovery() });
+        assert!(
+            text.contains("joined since make themselves known") && !text.contains("versions of keys"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::records::{self, Counters};
 use super::{Stop, fixed, formed, not_allowed};
-use crate::ids::{ClusterId, METADATA_SHARD, NodeId, ShardId};
+use crate::ids::{ClusterId, METADATA_SHARD, NodeId, ShardId, generation_of};
 use crate::machine::command::{MetaRefusal, MetaReply};
 use crate::placement::map::{MemberRole, NodeRecord, PolicyRecord, ShardRecord, Standing};
 use crate::storage::{StateBatch, StateView};
@@ -86,23 +86,42 @@ fn check_formation(nodes: &[NodeRecord], metadata: &ShardRecord) -> Result<(), M
     Ok(())
 }
 
-/// The record's `id` and standing are not looked at: the store id says whether the node is known, and what is
-/// decided about a node only [`set_standing`] changes. A removed one isn't taken back.
+/// The record's standing is not looked at: the store id says whether the node is known, and what is decided about a
+/// node only [`set_standing`] changes. A removed one isn't taken back.
+///
+/// Nor is its `id`, but for one thing: this shard may have gone on with less than it had told, and then a node has an id
+/// of which it has no record. Whoever says so keeps the id: replicas of shards are on the node under it.
 pub(super) fn add_node(record: &NodeRecord, state: &mut dyn StateBatch) -> Result<MetaReply, Stop> {
     let mut counters = formed(state)?;
     let nodes: Vec<NodeRecord> = records::all(state)?;
-    let known = nodes.into_iter().find(|n| n.store_id == record.store_id);
+    // Before that each id that was given out has its record.
+    let has_lost_some = generation_of(state.revision()) > 0;
+    let own = Some(record.id).filter(|id| has_lost_some && *id != NodeId(0));
+    let known = nodes.iter().find(|n| n.store_id == record.store_id);
     let mut record = record.clone();
     if let Some(known) = known {
         if known.standing == Standing::Removed {
             return Err(Stop::Refused(MetaRefusal::NodeRemoved(known.id)));
         }
+        if let Some(own) = own.filter(|own| *own != known.id) {
+            return not_allowed(format!("the node is node {} here, not {own}", known.id));
+        }
         record.id = known.id;
         record.standing = known.standing;
         record.changed_at = known.changed_at;
-        if record == known {
+        if record == *known {
             return Ok(MetaReply::Node(known.id));
         }
+        record.changed_at = state.next_revision();
+    } else if let Some(own) = own {
+        if nodes.iter().any(|node| node.id == own) {
+            return not_allowed(format!("node {own} is another one here"));
+        }
+        if own.0 >= counters.next_node {
+            return not_allowed(format!("there never was a node {own}"));
+        }
+        // It was one, or it would have no id of its own.
+        record.standing = Standing::Member;
         record.changed_at = state.next_revision();
     } else {
         let policy: PolicyRecord = records::load_single(state)?;

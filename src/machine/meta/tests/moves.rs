@@ -285,3 +285,41 @@ fn a_metadata_shard_that_goes_on_alone_takes_nothing_back() {
     assert_eq!(run(&stranger, &mut state), MetaReply::Done(2 << 32));
     assert_eq!(members(0, &state), [(2, 2, Voter)]);
 }
+
+/// Replicas are on a node under its id, whatever has become of its record.
+#[test]
+fn a_node_whose_record_was_lost_keeps_its_id() {
+    let mut state = five();
+    run(&create("db", 3, 1, &state), &mut state);
+    let behind = state.clone();
+    assert_eq!(run(&MetaCommand::AddNode(node(6)), &mut state), MetaReply::Node(NodeId(6)));
+    let (mut state, known) = (behind, cluster_map(&state).unwrap());
+    assert!(known.nodes.contains_key(&NodeId(6)));
+    let recover = MetaCommand::RecoverShard { shard: METADATA_SHARD, keep: ReplicaId(2), conf: 1 << 32 };
+    run(&recover, &mut state);
+    // The shard has moved to it since, and says so: that can't be believed of a node that isn't there.
+    let mut members = shard(1, &state).members;
+    members[2] = Member { replica: ReplicaId(9), node: NodeId(6), role: Voter };
+    let observe = MetaCommand::ObserveShard { shard: ShardId(1), conf: 7, members };
+    assert!(refused(&observe, &mut state).contains("node 6 is no member"));
+    run(&MetaCommand::SetPolicy(crate::machine::command::PolicyChange::ApproveJoins(true)), &mut state);
+    let back = MetaCommand::AddNode(NodeRecord { standing: Standing::Pending, ..node(6) });
+    assert_eq!(run(&back, &mut state), MetaReply::Node(NodeId(6)));
+    let version = state.revision;
+    assert_eq!(run(&back, &mut state), MetaReply::Node(NodeId(6)));
+    assert_eq!(state.revision, version, "once");
+    assert_eq!(cluster_map(&state).unwrap().nodes[&NodeId(6)].standing, Standing::Member);
+    assert!(matches!(run(&observe, &mut state), MetaReply::Done(_)));
+    assert!(shard(1, &state).member_on(NodeId(6)).is_some());
+    // Nobody takes the id of another, one that was never given out, or a second one.
+    for (wrong, why) in [
+        (NodeRecord { store_id: id(60), ..node(6) }, "node 6 is another one here"),
+        (NodeRecord { id: NodeId(2 << 32), ..node(7) }, "there never was a node"),
+        (NodeRecord { id: NodeId(7), ..node(6) }, "the node is node 6 here, not 7"),
+    ] {
+        assert!(refused(&MetaCommand::AddNode(wrong.clone()), &mut state).contains(why), "{wrong:?}");
+    }
+    // Who has none yet gets a new one.
+    let fresh = NodeRecord { id: NodeId(0), ..node(8) };
+    assert_eq!(run(&MetaCommand::AddNode(fresh), &mut state), MetaReply::Node(NodeId((1 << 32) + 6)));
+}

@@ -1,0 +1,172 @@
+//! Orders whose answers are lost, while the metadata shard's leader dies: given once, and told rightly.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use pontoon::client::options::ClientOptions;
+use pontoon::client::{Client, ClientError};
+use pontoon::ids::METADATA_SHARD;
+use pontoon::machine::command::PolicyChange;
+use pontoon::placement::map::{ClusterMap, Standing};
+
+use crate::cluster::{Cluster, Options, free_ports};
+use crate::replies::{Replies, Way};
+use crate::rest::{PATIENCE, Rest, leader, living, set, until};
+use crate::{ROOM, SETTLE, eventually};
+
+/// For an order of which several attempts are lost.
+const LONG: Duration = Duration::from_secs(40);
+
+/// What an order has changed: the version of each record that tells.
+fn stamps(map: &ClusterMap) -> (u64, u64, BTreeMap<u64, u64>, BTreeMap<u64, u64>) {
+    (
+        map.policy.changed_at,
+        map.rebalance.plan,
+        map.nodes.values().map(|node| (node.id.0, node.changed_at)).collect(),
+        map.databases.values().map(|database| (database.id.0, database.changed_at)).collect(),
+    )
+}
+
+/// Gives an order none of whose answers comes back, until it is seen to be done; then the leader that decided it dies.
+async fn in_doubt<F: Future<Output = Result<u64, ClientError>> + Send + 'static>(
+    cluster: &mut Cluster,
+    replies: &Replies,
+    what: &str,
+    order: impl FnOnce(Client) -> F,
+    done: impl FnMut(&ClusterMap) -> bool,
+) {
+    let giver = Client::connect_with(ClientOptions::new(replies.addresses())).await.expect("connecting");
+    // It has its connections before, and none of them tells anything any more. New ones do.
+    for node in (0..cluster.nodes.len()).filter(|node| cluster.runs(*node)) {
+        giver.node_report(&replies.addresses()[node], PATIENCE).await.expect("a report");
+    }
+    let begun = Instant::now();
+    replies.mute(Way::Replies, false);
+    let given = tokio::spawn(order(giver.clone()));
+    let watcher = Client::connect_with(ClientOptions::new(replies.addresses())).await.expect("connecting");
+    let seen = until(&watcher, cluster, what, done).await;
+    let early = given.is_finished();
+    let dies = leader(&watcher, cluster, METADATA_SHARD).await;
+    cluster.kill(dies);
+    let told = given.await.expect("no panic").unwrap_or_else(|error| panic!("{what}: {error}"));
+    let took = begun.elapsed();
+    cluster.spawn(dies);
+    cluster.wait_ready(dies);
+    let map = watcher.map().await.expect("the map");
+    assert!(told <= map.version, "{what}: done at {told}, the map is at {}", map.version);
+    assert_eq!(stamps(&map), stamps(&seen), "{what}: it was done twice");
+    // At once, it would have been by an answer to the first attempt.
+    assert!(took > Duration::from_millis(500), "{what}: it was answered");
+    println!("{what}: at {told}, seen at {}; repeated before the leader died: {early}", seen.version);
+    giver.close().await;
+    watcher.close().await;
+}
+
+/// Runs a command that repeats what was done already: that is success.
+fn repeats(cluster: &Cluster, args: &[&str], says: &str) {
+    let output = cluster.run(args);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(output.status.code(), Some(0), "{args:?}: {text}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(text.contains(says), "{args:?}: {text}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn orders_whose_answers_are_lost_are_given_once() {
+    let _room = ROOM.acquire().await.expect("it isn't closed");
+    let mut cluster = Cluster::prepared(4, &free_ports(8), Options::default());
+    let replies = Replies::new(&cluster.addresses(), 7);
+    for (node, address) in replies.addresses().iter().enumerate() {
+        let config = &cluster.nodes[node].config;
+        let text = std::fs::read_to_string(config).expect("its settings");
+        let text = text.replace("[peer]\n", &format!("advertise = \"{address}\"\n[peer]\n"));
+        std::fs::write(config, text).expect("written");
+        cluster.spawn(node);
+    }
+    cluster.wait_all_ready();
+    let client = Client::connect_with(ClientOptions::new(replies.addresses())).await.expect("connecting");
+    set(&client, PolicyChange::Automatic(false)).await;
+    let created = client.create_database("db", 1, 4, PATIENCE).await;
+    created.expect("created");
+    let rest = Rest { metadata: 3, ..Rest::default() };
+    rest.reached(&client, &cluster, SETTLE).await;
+    let map = client.map().await.expect("the map");
+    // One that is no voter of the metadata shard: those die.
+    let held = |node| map.shards[&METADATA_SHARD].member_on(node).is_some();
+    let node = *map.nodes.keys().find(|node| !held(**node)).expect("four nodes, three voters");
+    assert_eq!(node.0, 4, "the first three are voters");
+    let name = node.to_string();
+    client.close().await;
+
+    in_doubt(
+        &mut cluster,
+        &replies,
+        "a setting",
+        async |client: Client| client.change_setting(PolicyChange::MovesAtATime(3), LONG).await,
+        |map| map.policy.moves_at_a_time == 3,
+    )
+    .await;
+    repeats(&cluster, &["admin", "settings", "set", "placement.moves_at_a_time", "3"], "3");
+    in_doubt(
+        &mut cluster,
+        &replies,
+        "another number of replicas",
+        async |client: Client| client.set_replicas("db", 3, LONG).await,
+        |map| map.database("db").expect("it").replicas == 3,
+    )
+    .await;
+    repeats(&cluster, &["admin", "database", "set-replicas", "db", "3"], "3 replicas");
+    in_doubt(
+        &mut cluster,
+        &replies,
+        "a drain",
+        async move |client: Client| client.set_standing(node, Standing::Draining, LONG).await,
+        |map| map.nodes[&node].standing == Standing::Draining,
+    )
+    .await;
+    repeats(&cluster, &["admin", "node", "drain", &name, "--wait"], "is empty");
+    in_doubt(
+        &mut cluster,
+        &replies,
+        "the end of a drain",
+        async move |client: Client| client.set_standing(node, Standing::Member, LONG).await,
+        |map| map.nodes[&node].standing == Standing::Member,
+    )
+    .await;
+    repeats(&cluster, &["admin", "node", "drain", &name, "--cancel"], "takes replicas again");
+    let client = Client::connect_with(ClientOptions::new(replies.addresses())).await.expect("connecting");
+    // Who has restarted is looked at anew, and a plan of before is stale then.
+    let mut last = None;
+    let plan = eventually("there is something to move", async || {
+        let plan = client.plan_rebalance(false, PATIENCE).await.map_err(|error| error.to_string())?;
+        let same = last.replace(plan.id) == Some(plan.id);
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        if plan.total.moves > 0 && same { Ok(plan.id) } else { Err(format!("{plan:?}")) }
+    })
+    .await;
+    client.close().await;
+    in_doubt(
+        &mut cluster,
+        &replies,
+        "a rebalancing",
+        async move |client: Client| client.start_rebalance(plan, LONG).await,
+        |map| map.rebalance.plan == plan,
+    )
+    .await;
+    let plan = format!("{plan:016x}");
+    repeats(&cluster, &["admin", "rebalance", "start", &plan, "--wait"], "is done");
+    repeats(&cluster, &["admin", "node", "drain", &name, "--wait"], "is empty");
+    in_doubt(
+        &mut cluster,
+        &replies,
+        "a removal",
+        async move |client: Client| client.set_standing(node, Standing::Removed, LONG).await,
+        |map| map.nodes[&node].standing == Standing::Removed,
+    )
+    .await;
+    repeats(&cluster, &["admin", "node", "remove", &name], "removed already");
+    cluster.wait_exit(3, PATIENCE);
+    let client = Client::connect_with(ClientOptions::new(replies.addresses())).await.expect("connecting");
+    let map = Rest { metadata: 3, ..Rest::default() }.reached(&client, &cluster, SETTLE).await;
+    assert!(living(&map).all(|shard| shard.ordered().all(|member| member.node != node)));
+    client.close().await;
+}
