@@ -276,6 +276,7 @@ async fn two_nodes_exchange_messages_in_order() {
             incarnation: 1,
             map_version: 5,
             disk_full: false,
+            map_age_ms: None,
         });
         until("everything", || {
             two.seen.messages.borrow().len() == sent.len()
@@ -342,6 +343,7 @@ async fn garbage_costs_one_connection() {
             incarnation: 1,
             map_version: 0,
             disk_full: false,
+            map_age_ms: None,
         });
         let request = PeerFrame::Request(1, PeerRequest::Probe);
         for bytes in [bad_crc, oversized, not_capnp, good(&stranger), good(&request)] {
