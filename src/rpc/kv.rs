@@ -510,3 +510,26 @@ fn text(from: capnp::text::Reader<'_>) -> Result<String, capnp::Error> {
 fn unreadable(error: crate::codec::CodecError) -> capnp::Error {
     capnp::Error::failed(error.to_string())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn news_are_told_at_most_once_a_second_and_not_to_all_at_one_moment() {
+        let ms = Duration::from_millis;
+        let now = Instant::now() + ms(10 * MAP_NEWS_MS);
+        assert_eq!(due(now, None, true, 7), now, "it is behind alone");
+        assert_eq!(due(now, None, false, 7), now + ms(7));
+        assert_eq!(due(now, None, false, u64::MAX) - now, ms(u64::MAX % (MAP_NEWS_JITTER_MS + 1)));
+        // The one before was a moment ago: the next comes when a second has passed, whether or not more has come.
+        let last = now - ms(100);
+        for is_old in [false, true] {
+            assert_eq!(due(now, Some(last), is_old, 0), last + ms(MAP_NEWS_MS));
+            assert_eq!(due(now, Some(last), is_old, 9), last + ms(MAP_NEWS_MS + 9));
+        }
+        let last = now - ms(MAP_NEWS_MS);
+        assert_eq!(due(now, Some(last), true, 9), now);
+        assert_eq!(due(now, Some(last), false, 9), now + ms(9));
+    }
+}
