@@ -31,8 +31,10 @@ struct Welcome {
 interface Kv {
   # Dropping this capability frees nothing but itself; calls under way are still answered.
 
-  map @0 (since :UInt64) -> (delta :Types.MapDelta);
-  # The cluster map as this node knows it: what changed after version `since` (0: everything).
+  map @0 (since :UInt64) -> (delta :Types.MapDelta, cutOff :Bool);
+  # The cluster map as this node knows it: what changed after version `since` (0: everything). `cutOff`: the
+  # node hasn't heard from the metadata shard since it started, or for 5 s. Others may know more: that it
+  # doesn't know of a database says nothing then.
 
   batch @1 (request :BatchRequest) -> (response :BatchResponse);
   # Operations on one shard, sent to the node that leads it. They are independent of each other:
@@ -50,10 +52,12 @@ interface Kv {
   # is tried again until then. A write whose outcome can't be known is not: the answer is an
   # `unknownOutcome` error.
 
-  watchMap @7 (since :UInt64, timeoutMs :UInt32) -> (delta :Types.MapDelta);
+  watchMap @7 (since :UInt64, timeoutMs :UInt32) -> (delta :Types.MapDelta, cutOff :Bool);
   # As `map`, but the answer waits until the node knows a version above `since`; after `timeoutMs` it
   # comes all the same, with nothing new. 0 means the node's default (30,000); at most 60,000. At most 4
-  # wait on a connection; a further one fails with an exception of the kind `overloaded`.
+  # wait on a connection; a further one fails with an exception of the kind `overloaded`. A connection has such
+  # an answer at most every second, with all that has changed by then. A node that is, or becomes, `cutOff`
+  # says so within about a second: wait at another one.
 }
 
 struct Expect {

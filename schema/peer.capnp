@@ -53,6 +53,8 @@ struct NodeHeartbeat {
   incarnation @1 :UInt64;    # which start of its process
   mapVersion @2 :UInt64;     # version of the cluster map the sender holds
   diskFull @3 :Bool;         # its disk has less free than its reserve: it should not lead
+  mapAge @4 :UInt32;         # 1 and the milliseconds since that map was known to be what the metadata shard's
+                             # leader has; 0: never since the sender started
 }
 
 struct RaftEntry {

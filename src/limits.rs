@@ -206,6 +206,9 @@ pub const MAP_PULL_MS_MAX: u64 = 3_000;
 /// Time between saves of the cluster map while shards move, in milliseconds: a start without the metadata shard would miss what
 /// changed after the last.
 pub const MAP_SAVE_MS: u64 = 200;
+/// A node that hasn't heard from the metadata shard for so long says that it is cut off, in milliseconds: others may know
+/// of changes that it hasn't heard of.
+pub const MAP_STALE_MS: u64 = 5_000;
 /// Time between surveys of all nodes by the one that leads the metadata shard, in milliseconds.
 pub const SURVEY_MS: u64 = 1_000;
 /// Time between a step that was done and the next survey, in milliseconds.
@@ -431,6 +434,16 @@ pub const MAP_WATCHES_MAX: usize = 4;
 pub const MAP_WATCH_DEFAULT_MS: u64 = 30_000;
 /// Longest time that such a call waits, in milliseconds; a longer one is cut to it.
 pub const MAP_WATCH_MS_MAX: u64 = 60_000;
+/// Least time between two answers to such calls on a connection, in milliseconds: while shards move, what has
+/// changed meanwhile comes together.
+pub const MAP_NEWS_MS: u64 = 1_000;
+/// Such an answer is held back for a random time up to this, in milliseconds: all who wait are woken by the same change,
+/// and neither the node nor what they do then should meet it at one moment.
+pub const MAP_NEWS_JITTER_MS: u64 = 250;
+/// Answers with news of one version of the map that a thread keeps, for others that had the same version before.
+pub const MAP_NEWS_KEPT: usize = 16;
+/// A node that is cut off lets such a call wait no longer than this, in milliseconds, nor any that comes then less.
+pub const MAP_CUT_OFF_MS: u64 = 1_000;
 /// Client library: it begins to wait for newer maps so long after it has the first, in milliseconds: who only
 /// wants one thing done has gone by then.
 pub const MAP_WATCH_AFTER_MS: u64 = 1_000;
@@ -446,6 +459,9 @@ pub const MAP_WATCH_PAUSE_MS: u64 = 100;
 pub const MAP_POLL_MS: u64 = 10_000;
 /// Client library: longest pause after all nodes have failed to tell of the map, in milliseconds.
 pub const MAP_WATCH_BACKOFF_MS_MAX: u64 = 5_000;
+/// Client library: a connection that has had no call but for the map for so long is closed when the client goes to wait
+/// for maps elsewhere, in milliseconds; one that never had another is then closed at once.
+pub const CONNECTION_IDLE_MS: u64 = 300_000;
 /// Client library: nodes asked at once for the cluster map where one that hasn't heard isn't to be believed.
 pub const MAP_ASKED_MAX: usize = 8;
 /// Client library: nodes of which an error tells what they said; further ones are counted.
@@ -548,6 +564,9 @@ const _: () = assert!(CLOSE_MS_MAX < 1_000);
 const _: () = assert!(SILENCE_MS_MAX + SIGN_MS_MAX <= ELECTION_TICKS_MIN as u64 * TICK_MS);
 const _: () = assert!(SILENCE_MS_MAX + SIGN_MS_MAX < ATTEMPT_MS_MAX);
 const _: () = assert!(STAGGER_MS < DIAL_SLOW_MS && DIAL_SLOW_MS < DIAL_MS_MAX);
+// A vote, and the next heartbeat, come well before a node says that it is cut off.
+const _: () = assert!(MAP_STALE_MS >= 2 * ELECTION_TICKS_MAX as u64 * TICK_MS + 2 * NODE_HEARTBEAT_MS);
+const _: () = assert!(MAP_NEWS_MS + MAP_NEWS_JITTER_MS < MAP_WATCH_MS && MAP_CUT_OFF_MS < MAP_WATCH_MS);
 const _: () = assert!(MAP_WATCH_MS <= MAP_WATCH_DEFAULT_MS && MAP_WATCH_DEFAULT_MS <= MAP_WATCH_MS_MAX);
 const _: () = assert!(CLIENT_DRAIN_MS_MAX < STOP_MS_MAX);
 // All probes are sent before the connection is closed.

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use cluster::Cluster;
-use pontoon::client::{Database, Versioned};
+use pontoon::client::{Client, ClientError, Database, NotApplied, Versioned};
 
 /// Writers that put increasing numbers under keys of their own until told to stop. What was
 /// acknowledged last under each key is returned: the store must hold at least that.
@@ -208,5 +208,42 @@ async fn more_data_than_memory_is_taken_within_bounds() {
         let found = database.get(format!("key-{number}")).await.expect("a read").expect("there");
         assert_eq!((found.value.len(), found.value[0]), (size, (number % at_once) as u8), "key-{number}");
     }
+    client.close().await;
+}
+
+#[tokio::test]
+async fn a_node_with_an_old_map_is_not_certain_of_a_database_before_it_has_heard() {
+    // The last has no replica of the metadata shard.
+    let mut cluster = Cluster::new(4);
+    cluster.wait_all_ready();
+    let client = cluster.client().await;
+    let map = cluster.nodes[3].data.join("map");
+    // Before it is ready it may not have joined, and is told the rest of the map then.
+    let begun = Instant::now();
+    while client.map().await.expect("a map").nodes.len() < 4 {
+        assert!(begun.elapsed() < Duration::from_secs(30));
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let old = std::fs::read(&map).expect("a saved map");
+    cluster.database(&client, "late", 3, 1).await.put("k", "v").await.expect("a write");
+    client.close().await;
+    (0..4).for_each(|node| cluster.kill(node));
+    std::fs::write(&map, old).expect("the map of before");
+
+    cluster.spawn(3);
+    cluster.wait_ready(3);
+    let client = Client::connect([cluster.nodes[3].client.clone()]).await.expect("a client");
+    let late = client.database("late").with_timeout(Duration::from_secs(2));
+    let error = late.get("k").await.expect_err("nobody can know");
+    assert!(matches!(error, ClientError::NotApplied(NotApplied::Unavailable { .. })), "{error:?}");
+    assert!(error.to_string().contains("metadata shard"), "{error}");
+    (0..3).for_each(|node| cluster.spawn(node));
+    (0..3).for_each(|node| drop(cluster.wait_ready(node)));
+    let late = late.with_timeout(Duration::from_secs(30));
+    assert_eq!(late.get("k").await.expect("known").expect("there").value, "v");
+    // Now it has heard, and is believed.
+    let none = client.database("none").with_timeout(Duration::from_secs(30));
+    let error = none.get("k").await.expect_err("there is none");
+    assert_eq!(error, ClientError::NotApplied(NotApplied::UnknownDatabase("none".into())));
     client.close().await;
 }

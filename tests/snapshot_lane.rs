@@ -409,7 +409,13 @@ async fn a_wrong_step_costs_the_connection_and_no_byte_that_came_before() {
             chunk(0, SNAPSHOT_CHUNK_BYTES),
             chunk(SNAPSHOT_CHUNK_BYTES as u64, BLOCK - SNAPSHOT_CHUNK_BYTES),
         ];
-        let heartbeat = NodeHeartbeat { node: NodeId(2), incarnation: 1, map_version: 0, disk_full: false };
+        let heartbeat = NodeHeartbeat {
+            node: NodeId(2),
+            incarnation: 1,
+            map_version: 0,
+            disk_full: false,
+            map_age_ms: None,
+        };
         let mut garbled = chunk(block, 100);
         *garbled.last_mut().unwrap() ^= 1;
         let wrong = [

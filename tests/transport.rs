@@ -16,7 +16,7 @@ use pontoon::codec::snapshot::{SnapshotAnswer, SnapshotOffer};
 use pontoon::ids::{ClusterId, Epoch, NodeId, ShardId};
 use pontoon::placement::map::MapDelta;
 use pontoon::transport::Timings;
-use pontoon::transport::call::{CallError, HelloConfig, PeerClient};
+use pontoon::transport::call::{CallError, HelloConfig, PeerClient, PeerLine};
 use pontoon::transport::foreign::refusal_for_peer;
 use pontoon::transport::frame::{self, FrameReader};
 use pontoon::transport::handshake::{self, Identity};
@@ -276,6 +276,7 @@ async fn two_nodes_exchange_messages_in_order() {
             incarnation: 1,
             map_version: 5,
             disk_full: false,
+            map_age_ms: None,
         });
         until("everything", || {
             two.seen.messages.borrow().len() == sent.len()
@@ -342,6 +343,7 @@ async fn garbage_costs_one_connection() {
             incarnation: 1,
             map_version: 0,
             disk_full: false,
+            map_age_ms: None,
         });
         let request = PeerFrame::Request(1, PeerRequest::Probe);
         for bytes in [bad_crc, oversized, not_capnp, good(&stranger), good(&request)] {
@@ -563,6 +565,26 @@ async fn calls_are_answered_also_before_there_is_a_cluster() {
         drop(free);
         let answer = PeerClient::call(&nobody, config, PeerRequest::Probe, long).await;
         assert!(matches!(answer, Err(CallError::Unreachable { .. })));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_line_takes_one_question_after_another_and_ends_with_an_error() {
+    local(async {
+        let one = node(1).await;
+        let address = one.address.to_string();
+        let config = HelloConfig { cluster_id: None, node: NodeId(0), incarnation: 3 };
+        let long = Duration::from_secs(5);
+        let mut line = PeerLine::open(&address, config, long).await.expect("open");
+        for since in 0..3 {
+            let (again, answer) = line.ask(PeerRequest::Map { since }, long).await.expect("answered");
+            assert!(matches!(answer, PeerResponse::Map(map) if map.since == since));
+            line = again;
+        }
+        // This one is answered late: after that nobody knows which answer comes next.
+        let late = line.ask(PeerRequest::Probe, Duration::from_millis(2)).await;
+        assert!(matches!(late, Err(CallError::Timeout { .. })));
     })
     .await;
 }

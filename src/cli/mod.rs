@@ -35,6 +35,7 @@ pub mod stop;
 pub mod transfer;
 pub mod trial;
 pub mod verify;
+pub mod watching;
 
 use std::ffi::OsString;
 

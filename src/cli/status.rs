@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use serde_json::{Value, json};
-use tokio::time::MissedTickBehavior;
 
 use super::args::{RouteArgs, StatusArgs};
 use super::context::{Context, Session, block_on, with_session};
@@ -14,7 +13,7 @@ use super::encoding::{self, Record};
 use super::failure::{Exit, Failure};
 use super::output;
 use super::overview::Overview;
-use super::signals::Signals;
+use super::watching::watch;
 use crate::client::options::ClientOptions;
 use crate::client::{Client, ClientError, NotApplied};
 use crate::ids::{METADATA_DATABASE, NodeId};
@@ -90,7 +89,11 @@ pub(super) fn unknown_database(map: &ClusterMap, name: &str) -> Failure {
 /// `status [DB] [--watch TIME]`
 pub fn status(context: &Context, args: &StatusArgs) -> Result<Exit, Failure> {
     if let Some(interval) = args.watch {
-        return watch(context, args.db.as_deref(), interval);
+        let db = args.db.as_deref();
+        let look = async |session: &Session| {
+            bounded(session, look(&session.client, db, patience(session.timeout()))).await
+        };
+        return watch(context, interval, look, |seen| print(context, seen), exit_of);
     }
     let seen = with_session(context, async |session| {
         let patience = patience(session.remaining());
@@ -106,50 +109,6 @@ fn exit_of(seen: &Overview) -> Exit {
 
 fn print(context: &Context, seen: &Overview) -> Result<(), Failure> {
     if context.json() { output::json(&seen.json()) } else { output::bytes(seen.text().as_bytes()) }
-}
-
-/// Shows the status again and again. What goes wrong in between is told and doesn't end it.
-fn watch(context: &Context, db: Option<&str>, interval: Duration) -> Result<Exit, Failure> {
-    let signals = Signals::listen(None)?;
-    block_on(async {
-        let Some(session) = until_signal(&signals, context.connect()).await.transpose()? else {
-            return Ok(Exit::Done);
-        };
-        let mut exit = Exit::Done;
-        let watching = async {
-            // The looks themselves take time.
-            let mut ticks = tokio::time::interval(interval);
-            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            loop {
-                ticks.tick().await;
-                match bounded(&session, look(&session.client, db, patience(session.timeout()))).await {
-                    Ok(seen) => {
-                        exit = exit_of(&seen);
-                        if !context.json() && output::on_terminal() {
-                            // Home, and clear what is below: no flicker.
-                            output::bytes(b"\x1b[H\x1b[J")?;
-                        }
-                        print(context, &seen)?;
-                    }
-                    Err(failure) => {
-                        exit = failure.exit;
-                        output::failure(context.json(), &failure);
-                    }
-                }
-            }
-        };
-        let ended: Option<Result<std::convert::Infallible, Failure>> = until_signal(&signals, watching).await;
-        session.client.close().await;
-        match ended {
-            Some(Err(failure)) => Err(failure),
-            Some(Ok(never)) => match never {},
-            None => Ok(exit),
-        }
-    })
-}
-
-async fn until_signal<T>(signals: &Signals, future: impl Future<Output = T>) -> Option<T> {
-    super::serve::until_stopped(signals, future).await
 }
 
 /// A look that takes longer than the command's deadline is a cluster that doesn't answer.

@@ -25,7 +25,8 @@ use super::retry::Failure;
 use super::silence::{self, Signs, Verdict};
 use crate::ids::{ClusterId, NodeId, RandomId};
 use crate::limits::{
-    DIAL_BACKOFF_MS_MAX, DIAL_MS_MAX, DIAL_SLOW_MS, NODES_TOLD_MAX, RETRY_MS_MIN, SILENCE_MS_MAX,
+    CONNECTION_IDLE_MS, DIAL_BACKOFF_MS_MAX, DIAL_MS_MAX, DIAL_SLOW_MS, NODES_TOLD_MAX, RETRY_MS_MIN,
+    SILENCE_MS_MAX,
 };
 use crate::refusal::Refusal;
 use crate::schema::{admin_capnp::admin, kv_capnp::gate, kv_capnp::kv};
@@ -107,6 +108,8 @@ pub struct Connection {
     asked: Cell<Option<Instant>>,
     /// Bytes of the calls under way.
     owed: Cell<usize>,
+    /// When the last call began that wasn't for the map alone.
+    used: Cell<Option<Instant>>,
     broken: Rc<Cell<bool>>,
     _tasks: Tasks,
 }
@@ -124,8 +127,14 @@ impl Connection {
 
     /// A call that sends `bytes` begins, for as long as the watch lives.
     pub fn watch(self: &Rc<Connection>, bytes: usize) -> Watch {
+        self.used.set(Some(Instant::now()));
         self.owed.set(self.owed.get() + bytes);
         Watch { connection: self.clone(), began: Instant::now(), bytes }
+    }
+
+    /// The same for a call that asks for the map. Any node would do for that, so it is no reason to keep the connection.
+    pub fn watch_aside(self: &Rc<Connection>) -> Watch {
+        Watch { connection: self.clone(), began: Instant::now(), bytes: 0 }
     }
 
     /// Asks the node something that it answers by itself, and nothing if all is as we know it.
@@ -334,6 +343,15 @@ impl Pool {
         }
     }
 
+    /// Closes connections that nobody holds and that are of no use but to ask for the map, which any of the others is
+    /// too: those that have had no other call within [`CONNECTION_IDLE_MS`].
+    pub fn close_idle(&self, now: Instant) {
+        let idle = Duration::from_millis(CONNECTION_IDLE_MS);
+        let lately = |used: Instant| now.saturating_duration_since(used) < idle;
+        let is_kept = |c: &Rc<Connection>| Rc::strong_count(c) > 1 || c.used.get().is_some_and(lately);
+        self.slots.borrow_mut().retain(|_, slot| !matches!(slot, Slot::Ready(c) if !is_kept(c)));
+    }
+
     /// Has the next call dial anew instead of using `connection`. Calls under way on it go on.
     pub fn discard(&self, connection: &Rc<Connection>) {
         self.slots
@@ -397,6 +415,7 @@ async fn dial(address: &str) -> Result<Connection, Obstacle> {
         line,
         asked: Cell::default(),
         owed: Cell::default(),
+        used: Cell::default(),
         broken,
         _tasks: tasks,
     })

@@ -3,14 +3,16 @@
 //! ```text
 //!   first map ── a moment ──► a node ──┬─► news: taken over; again
 //!                               ▲      ├─► nothing new: again, some times; then another node
+//!                               │      ├─► it is cut off itself: a pause, then another node
 //!                               │      ├─► it is an old one, where no call can wait: asked now, and later
 //!                               │      └─► it fails, or the cluster has given it up ─┐
 //!                               └──────────── the next; after the last a pause ──────┘
 //! ```
 //!
 //! So a client that does nothing, and meets no error, knows where the cluster is when all nodes that it began
-//! with are gone. It changes nodes now and then because one that is cut off has nothing new either. A
-//! client inside a node shares the node's map and needs none of this.
+//! with are gone. It changes nodes when one says that it is cut off from the metadata shard, and now and then
+//! anyway: an older one doesn't say so, and has nothing new either. Where it has been it leaves no connection, unless there
+//! is other use for it. A client inside a node shares the node's map and needs none of this.
 
 use std::collections::HashSet;
 use std::rc::{Rc, Weak};
@@ -40,14 +42,21 @@ pub(super) async fn follow(driver: Weak<Driver>, mapped: Rc<Notify>) {
     while let Some(places) = driver.upgrade().map(|driver| driver.places()) {
         let mut followed = false;
         for address in places {
-            match stay(&driver, &address).await {
+            let left = stay(&driver, &address).await;
+            if let Some(driver) = driver.upgrade() {
+                driver.pool.close_idle(Instant::now());
+            }
+            match left {
                 Stay::Over => return,
                 Stay::Left => followed = true,
-                Stay::Failed(why) => tracing::debug!(%why, "following the cluster map"),
+                // If all are, the metadata shard has no leader: asking around doesn't help it.
+                Stay::CutOff => tracing::debug!(address, "following the cluster map: the node is cut off"),
+                Stay::Failed(why) => {
+                    tracing::debug!(%why, "following the cluster map");
+                    continue;
+                }
             }
-            if followed {
-                break;
-            }
+            break;
         }
         if followed {
             pause = PAUSE;
@@ -62,6 +71,8 @@ pub(super) async fn follow(driver: Weak<Driver>, mapped: Rc<Notify>) {
 enum Stay {
     /// It told what it knew; another may know more.
     Left,
+    /// It says that it doesn't hear from the metadata shard.
+    CutOff,
     /// It is of no use.
     Failed(Obstacle),
     /// The client has ended.
@@ -113,6 +124,7 @@ async fn stay(driver: &Weak<Driver>, address: &str) -> Stay {
                 return told(&format!("no word of the cluster map within {limit:?}"));
             }
         };
+        let cut_off = answer.get().is_ok_and(|answer| answer.get_cut_off());
         let delta = answer.get().and_then(|answer| answer.get_delta());
         let delta =
             match delta.map_err(|e| e.to_string()).and_then(|d| read_delta(d).map_err(|e| e.to_string())) {
@@ -131,6 +143,9 @@ async fn stay(driver: &Weak<Driver>, address: &str) -> Stay {
         } else {
             quiet += 1;
         }
+        if cut_off {
+            return Stay::CutOff;
+        }
         drop(driver);
         sleep(PAUSE).await;
     }
@@ -139,8 +154,9 @@ async fn stay(driver: &Weak<Driver>, address: &str) -> Stay {
 
 /// Asks a node that lets no call wait, and waits here instead.
 async fn poll(driver: Rc<Driver>, address: &str) -> Stay {
-    if let Err(why) = driver.ask_node(address).await {
-        return Stay::Failed(why);
+    match driver.ask_node(address).await {
+        Ok(_) => {}
+        Err(why) => return Stay::Failed(why),
     }
     driver.prune();
     driver.release();

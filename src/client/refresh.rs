@@ -67,6 +67,28 @@ pub(super) enum Ask {
     All,
 }
 
+/// What the answers are worth if they don't name what was looked for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Word {
+    /// There is no such thing.
+    Certain,
+    /// All who answered are cut off from the metadata shard: others may know of it.
+    Unsure,
+}
+
+impl Word {
+    /// Why an operation on `database` fails, which nobody who answered has named.
+    pub fn absent(self, database: &str) -> Failure {
+        match self {
+            Word::Certain => Failure::Refused(Refusal::UnknownDatabase(database.to_owned())),
+            Word::Unsure => Failure::NotSent(format!(
+                "no node that answers has heard from the metadata shard, and whether there is a database \
+                 `{database}` isn't known without that"
+            )),
+        }
+    }
+}
+
 impl Driver {
     /// Has the map refreshed in the background, not too often.
     pub fn refresh_soon(self: &Rc<Driver>) {
@@ -106,11 +128,8 @@ impl Driver {
             }
             let failure = match &asked {
                 Err(failure) => failure.clone(),
-                Ok(()) if known => Failure::NotSent("no shard of the map owns the key's position".into()),
-                Ok(()) => {
-                    let name = ticket.database.to_string();
-                    Failure::Refused(Refusal::UnknownDatabase(name))
-                }
+                Ok(_) if known => Failure::NotSent("no shard of the map owns the key's position".into()),
+                Ok(word) => word.absent(&ticket.database),
             };
             failures.push((ticket, failure));
         }
@@ -136,35 +155,36 @@ impl Driver {
     }
 
     /// Asks nodes for the map: the ones known, the metadata shard's first, then the seeds; for at most
-    /// `limit`. The error tells what they said.
-    pub async fn ask_map(self: &Rc<Driver>, need: Ask, limit: Duration) -> Result<(), Failure> {
+    /// `limit`. What their answers are worth; the error tells what they said.
+    pub async fn ask_map(self: &Rc<Driver>, need: Ask, limit: Duration) -> Result<Word, Failure> {
         self.adopt();
         let addresses = self.addresses();
         let at_once = if need == Ask::One { 1 } else { MAP_ASKED_MAX };
         let asked = addresses.iter().map(|address| async move { (address, self.ask_node(address).await) });
         let mut race = Race::new(asked, at_once);
-        let (mut obstacles, mut answered) = (Obstacles::default(), false);
+        let (mut obstacles, mut answered) = (Obstacles::default(), None);
         let mut silent: BTreeSet<&String> = addresses.iter().collect();
         let mut until = tokio::time::Instant::now() + limit;
         loop {
             match tokio::time::timeout_at(until, race.next()).await {
-                Ok(Some((_, Ok(())))) => {
+                Ok(Some((_, Ok(word)))) => {
                     self.release();
                     if need == Ask::One {
-                        return Ok(());
+                        return Ok(word);
                     }
-                    if !answered {
+                    if answered.is_none() {
                         // Once one has answered, a hung one isn't waited for.
                         until = until.min(tokio::time::Instant::now() + SECOND_OPINION);
                         race.close();
                     }
-                    answered = true;
+                    // One who knows is enough.
+                    answered = answered.filter(|before| *before == Word::Certain).or(Some(word));
                 }
                 Ok(Some((address, Err(obstacle)))) => {
                     silent.remove(address);
                     obstacles.add(&obstacle);
                 }
-                Ok(None) | Err(_) if answered => return Ok(()),
+                Ok(None) | Err(_) if let Some(word) = answered => return Ok(word),
                 Ok(None) => return Err(obstacles.failure()),
                 Err(_) => {
                     let silence = |address| Obstacle::from(format!("{address}: no answer"));
@@ -199,15 +219,15 @@ impl Driver {
         first.into_iter().chain(others).chain(last).map(str::to_owned).collect()
     }
 
-    /// Asks one node for the map and takes over what it tells.
-    pub(super) async fn ask_node(self: &Rc<Driver>, address: &str) -> Result<(), Obstacle> {
+    /// Asks one node for the map and takes over what it tells; what its answer is worth.
+    pub(super) async fn ask_node(self: &Rc<Driver>, address: &str) -> Result<Word, Obstacle> {
         let connection = self.pool.get(address, true).await?;
         let since = self.routing.borrow().map().version;
         let mut request = connection.kv.map_request();
         request.get().set_since(since);
         let limit = Duration::from_millis(ATTEMPT_MS_MAX);
         let began = Instant::now();
-        let watch = connection.watch(0);
+        let watch = connection.watch_aside();
         let answer = watch.answer(request.send().promise);
         let answer = match tokio::time::timeout(limit, answer).await {
             Ok(Some(answer)) => answer,
@@ -218,13 +238,15 @@ impl Driver {
         };
         let told = |error: &dyn std::fmt::Display| Obstacle::from(format!("{address}: {error}"));
         let answer = answer.map_err(|e| told(&e))?;
-        let delta = answer.get().and_then(|a| a.get_delta());
-        let delta = delta.map_err(|e| told(&e))?;
+        let answer = answer.get().map_err(|e| told(&e))?;
+        let word = if answer.get_cut_off() { Word::Unsure } else { Word::Certain };
+        let delta = answer.get_delta().map_err(|e| told(&e))?;
         let delta = read_delta(delta).map_err(|e| told(&e))?;
         if delta.version == 0 {
             return Err(told(&"the node isn't a member of a cluster yet"));
         }
-        Ok(self.learn(delta, address)?)
+        self.learn(delta, address)?;
+        Ok(word)
     }
 
     /// Takes over what the node at `address` tells of the map.

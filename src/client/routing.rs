@@ -10,12 +10,12 @@
 //! get one by the move under way, and that belong to the cluster still. Among them a learner is asked
 //! only if another replica names it as the leader, which it may be by now, or if there is no voter to ask.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::trouble::Troubles;
-use crate::ids::{ClusterId, NodeId, ShardId};
+use crate::ids::{ClusterId, DatabaseId, NodeId, ShardId};
 use crate::placement::map::{ClusterMap, MapDelta, Member, ShardRecord, Standing, is_quorum};
 use crate::placement::ring;
 
@@ -46,12 +46,19 @@ pub struct Target {
     pub address: String,
 }
 
+/// The shards of a database, in the order of their ranges.
+#[derive(PartialEq, Eq, Debug)]
+struct Routes {
+    database: DatabaseId,
+    routes: Vec<Route>,
+}
+
 /// The cache.
 #[derive(Default)]
 pub struct Routing {
     map: Arc<ClusterMap>,
     /// Living databases by name; derived from the map.
-    names: HashMap<String, Vec<Route>>,
+    names: HashMap<String, Routes>,
     /// Where the leader of a shard is believed to be.
     leaders: HashMap<ShardId, NodeId>,
     /// When a node last failed to answer.
@@ -73,8 +80,23 @@ impl Routing {
         if known != ClusterId::default() && delta.cluster_id != known {
             return Err(delta.cluster_id);
         }
+        if delta.since == 0 {
+            if Arc::make_mut(&mut self.map).merge(delta) {
+                self.index();
+            }
+            return Ok(());
+        }
+        // While shards move there are many of these, each about a few shards, whose ranges stay.
+        let databases = self.rerouted(&delta);
+        let shards: Vec<ShardId> = delta.shards.iter().map(|shard| shard.id).collect();
+        let any_node = !delta.nodes.is_empty();
         if Arc::make_mut(&mut self.map).merge(delta) {
-            self.index();
+            self.reindex(&databases);
+            if any_node {
+                self.forget_the_gone();
+            } else {
+                shards.into_iter().for_each(|shard| self.forget_gone_from(shard));
+            }
         }
         Ok(())
     }
@@ -89,7 +111,30 @@ impl Routing {
 
     fn index(&mut self) {
         self.names.clear();
-        for database in self.map.databases.values().filter(|d| !d.dropped) {
+        let all = self.map.databases.keys().copied().collect();
+        self.reindex(&all);
+        self.forget_the_gone();
+    }
+
+    /// The databases whose routes may be others after `delta`: they change themselves, or their shards' ranges do.
+    fn rerouted(&self, delta: &MapDelta) -> BTreeSet<DatabaseId> {
+        let is_same = |shard: &&ShardRecord| {
+            let have = self.map.shards.get(&shard.id);
+            have.is_some_and(|have| (have.range, have.epoch.range) == (shard.range, shard.epoch.range))
+        };
+        let shards = delta.shards.iter().filter(|shard| !is_same(shard)).map(|shard| shard.database);
+        delta.databases.iter().map(|database| database.id).chain(shards).collect()
+    }
+
+    /// Derives the routes of these databases anew.
+    fn reindex(&mut self, databases: &BTreeSet<DatabaseId>) {
+        if databases.is_empty() {
+            return;
+        }
+        // First, for another may have the name of one that is gone.
+        self.names.retain(|_, routes| !databases.contains(&routes.database));
+        let named = databases.iter().filter_map(|id| self.map.databases.get(id));
+        for database in named.filter(|d| !d.dropped) {
             let mut routes = Vec::with_capacity(database.shards.len());
             // A shard that the map lacks leaves a hole, which `route` reports as no route.
             for shard in database.shards.iter().filter_map(|id| self.map.shards.get(id)) {
@@ -99,17 +144,28 @@ impl Routing {
                     end: shard.range.end,
                 });
             }
-            self.names.insert(database.name.clone(), routes);
+            self.names.insert(database.name.clone(), Routes { database: database.id, routes });
         }
+    }
+
+    /// Forgets what is known of nodes and replicas that the map doesn't have any more.
+    fn forget_the_gone(&mut self) {
         let map = &self.map;
-        // One that has no vote yet was named by somebody who knew more than the map, and has to be again.
-        self.leaders.retain(|shard, node| {
-            let record = map.shards.get(shard).filter(|s| !s.dropped);
-            record.and_then(|s| s.member_on(*node)).is_some_and(|m| m.role.votes()) && serves(map, *node)
-        });
+        self.leaders.retain(|shard, node| leads_under(map, *shard, *node));
         self.failed.retain(|node, _| map.nodes.contains_key(node));
         self.troubles.retain(|shard| map.shards.get(&shard).is_some_and(|s| !s.dropped));
         self.quarantined.retain(|(shard, _), _| map.shards.get(shard).is_some_and(|s| !s.dropped));
+    }
+
+    /// The same for one shard, while the nodes are what they were.
+    fn forget_gone_from(&mut self, shard: ShardId) {
+        if self.leaders.get(&shard).is_some_and(|node| !leads_under(&self.map, shard, *node)) {
+            self.leaders.remove(&shard);
+        }
+        if self.map.shards.get(&shard).is_none_or(|s| s.dropped) {
+            self.troubles.over(shard);
+            self.quarantined.retain(|(of, _), _| *of != shard);
+        }
     }
 
     /// Whether the map has a database of this name.
@@ -124,7 +180,7 @@ impl Routing {
 
     /// The shard of `database` that owns a position of the ring.
     pub fn route_at(&self, database: &str, position: u64) -> Option<Route> {
-        let routes = self.names.get(database)?;
+        let routes = &self.names.get(database)?.routes;
         let route = *routes.get(routes.partition_point(|r| r.end < position))?;
         let shard = self.map.shards.get(&route.shard)?;
         (shard.range.contains(position) && !shard.dropped).then_some(route)
@@ -289,6 +345,13 @@ impl Routing {
             self.leaders.insert(shard, *next);
         }
     }
+}
+
+/// Whether a leader of `shard` may be remembered on `node`. One that has no vote yet was named by somebody who knew more
+/// than the map, and has to be again.
+fn leads_under(map: &ClusterMap, shard: ShardId, node: NodeId) -> bool {
+    let record = map.shards.get(&shard).filter(|shard| !shard.dropped);
+    record.and_then(|shard| shard.member_on(node)).is_some_and(|m| m.role.votes()) && serves(map, node)
 }
 
 /// Whether a shard has a replica on `node`, or gets one.

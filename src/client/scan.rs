@@ -12,7 +12,6 @@ use super::retry::{Failure, Kind};
 use super::ticket::Deadline;
 use super::{ClientError, Database, Versioned, closed, wire};
 use crate::limits::{ATTEMPT_MS_MAX, KEY_BYTES_MAX, SCAN_PAIRS_MAX};
-use crate::refusal::Refusal;
 
 /// What to scan.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -104,13 +103,12 @@ async fn page(
             driver.adopt();
             let route = driver.routing.borrow().route_at(database, position);
             let Some(route) = route else {
-                driver.ask_map(Ask::All, left).await?;
+                let word = driver.ask_map(Ask::All, left).await?;
                 if driver.routing.borrow().knows(database) {
                     let why = "the map has just come".to_owned();
                     return Err(Failure::NotSent(why));
                 }
-                let refusal = Refusal::UnknownDatabase(database.to_owned());
-                return Err(Failure::Refused(refusal));
+                return Err(word.absent(database));
             };
             let patience = left.min(Duration::from_millis(ATTEMPT_MS_MAX));
             let page = driver.scan_page(route.shard, route.range_version, request, patience).await?;

@@ -60,6 +60,9 @@ pub struct NodeHeartbeat {
     pub map_version: u64,
     /// Its disk has less free than its reserve: it should not lead.
     pub disk_full: bool,
+    /// Milliseconds since that map was known to be what the metadata shard's leader has, if it ever was since
+    /// the sender started. Less than [`u32::MAX`].
+    pub map_age_ms: Option<u32>,
 }
 
 /// A question between nodes.
@@ -176,6 +179,7 @@ pub fn encode(frame: &PeerFrame, out: &mut Vec<u8>) -> Result<(), CodecError> {
             to.set_incarnation(heartbeat.incarnation);
             to.set_map_version(heartbeat.map_version);
             to.set_disk_full(heartbeat.disk_full);
+            to.set_map_age(heartbeat.map_age_ms.map_or(0, |age| age.saturating_add(1)));
         }),
         PeerFrame::Request(id, request) => write(out, 1024, |to| {
             let mut to = to.init_request();
@@ -302,6 +306,7 @@ fn read_heartbeat(from: node_heartbeat::Reader<'_>) -> Result<NodeHeartbeat, Cod
         incarnation: from.get_incarnation(),
         map_version: from.get_map_version(),
         disk_full: from.get_disk_full(),
+        map_age_ms: from.get_map_age().checked_sub(1),
     })
 }
 

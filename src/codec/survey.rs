@@ -24,12 +24,17 @@ pub struct Order {
 pub enum Ordered {
     /// Change the members.
     Change {
-        /// The conf version that is known; refused with another one.
+        /// The conf version that is known; refused with another one. That is all that an order needs so as to do no harm
+        /// however late it comes, from whichever leader of the metadata shard: conf versions never come again, and no
+        /// move ends, done or rolled back, before the shard's has grown past every one at which a step of it can have
+        /// been ordered. One that is rolled back before its first step has it raised for nothing, as a fence. So a
+        /// late order belongs to a move that is under way still, or is refused.
         conf: u64,
         /// What to change.
         change: MembershipChange,
     },
-    /// Hand leadership to the replica on this node.
+    /// Hand leadership to the replica on this node. Late, it moves a leader once more; whoever may lead then is
+    /// for the group to say.
     Transfer(NodeId),
 }
 

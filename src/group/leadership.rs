@@ -19,6 +19,12 @@ impl<T> Group<T> {
         self.raft.raft.state == StateRole::Leader
     }
 
+    /// Whether this replica leads, and has applied an entry of its own term: then it has applied whatever was acknowledged
+    /// before it led (Raft dissertation, §6.4).
+    pub fn is_up_to_date(&self) -> bool {
+        self.leads() && self.state.header().applied.term == self.raft.raft.term
+    }
+
     /// Begins an election now, rather than after a timeout; for a new group's first leader.
     pub fn campaign(&mut self) -> Result<(), GroupError> {
         // raft-rs would let who has no vote stand all the same.

@@ -226,6 +226,18 @@ impl NodeHandle {
         }
     }
 
+    /// Whether others may know more of the map than this node: see [`Hearing`](super::hearing::Hearing).
+    pub fn is_cut_off(&self) -> bool {
+        self.inner.member.get().is_none_or(|member| member.router.hearing().is_cut_off())
+    }
+
+    /// Waits until that is so.
+    pub async fn cut_off(&self) {
+        if let Some(member) = self.inner.member.get() {
+            member.router.hearing().cut_off().await;
+        }
+    }
+
     /// Hands operations to this node's replica of `shard`, if `range_version` is the one in force,
     /// and waits for their ends. An outer refusal holds for all of them and means none was started.
     /// When `timeout` passes first, the outcome of each write is unknown.

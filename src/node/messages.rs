@@ -2,6 +2,7 @@
 //! the receiver's mailbox is full.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use actix::prelude::*;
 use bytes::Bytes;
@@ -206,6 +207,17 @@ pub struct MapApplied(pub Arc<ClusterMap>);
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct MapNews(pub MapDelta);
+
+/// The metadata replica or peer connections → supervisor: a map of this version was all that the metadata shard's leader
+/// knew, at this time.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct MapConfirmed {
+    /// The version.
+    pub version: u64,
+    /// When.
+    pub at: Instant,
+}
 
 /// Service → supervisor: report all replicas.
 #[derive(Message)]

@@ -23,6 +23,7 @@ pub mod fatal;
 mod fence_tests;
 pub mod flusher;
 pub mod handle;
+pub mod hearing;
 #[cfg(feature = "test-hooks")]
 mod hooks;
 pub mod hub;

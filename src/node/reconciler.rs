@@ -12,7 +12,7 @@
 //! happens off the arbiter, which the metadata replica needs for its heartbeats. Two of these may be at work for a moment while leadership moves. That does no
 //! harm: each command and each order names the conf version that it is about.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -32,7 +32,7 @@ use crate::machine::command::{MetaCommand, MetaReply};
 use crate::placement::map::{ClusterMap, MemberRole, NodeRecord, Standing};
 use crate::refusal::Refusal;
 use crate::telemetry::metrics as names;
-use crate::transport::call::PeerClient;
+use crate::transport::call::{PeerClient, PeerLine};
 
 mod choice;
 
@@ -169,8 +169,10 @@ struct Shell {
     /// What has come while it decides.
     news: Vec<News>,
     steps: FuturesUnordered<LocalBoxFuture<'static, Step>>,
-    surveys: FuturesUnordered<LocalBoxFuture<'static, (NodeId, Result<Survey, String>)>>,
+    surveys: FuturesUnordered<LocalBoxFuture<'static, (NodeId, Result<Surveyed, String>)>>,
     asked: HashSet<NodeId>,
+    /// Connections to nodes that have answered the last survey, while this node leads.
+    lines: HashMap<NodeId, PeerLine>,
     actions: FuturesUnordered<LocalBoxFuture<'static, (Action, Outcome)>>,
     /// Those that are under way.
     at_work: Vec<Action>,
@@ -189,6 +191,7 @@ impl Shell {
             steps: FuturesUnordered::new(),
             surveys: FuturesUnordered::new(),
             asked: HashSet::new(),
+            lines: HashMap::new(),
             actions: FuturesUnordered::new(),
             at_work: Vec::new(),
             snapshot_bytes: BTreeMap::new(),
@@ -205,6 +208,7 @@ impl Shell {
             );
             self.surveys.clear();
             self.asked.clear();
+            self.lines.clear();
             self.snapshot_bytes.clear();
             self.handle.balance_cell().show(None);
         }
@@ -222,16 +226,21 @@ impl Shell {
         for record in map.nodes.values().filter(|record| is_asked(record)) {
             if self.asked.insert(record.id) {
                 let (handle, node, address) = (self.handle.clone(), record.id, record.peer_address.clone());
-                self.surveys.push(Box::pin(async move { (node, survey(&handle, node, &address).await) }));
+                let line = self.lines.remove(&node).filter(|line| line.address() == address);
+                self.surveys
+                    .push(Box::pin(async move { (node, survey(&handle, node, &address, line).await) }));
             }
         }
+        // Those of nodes that don't belong to the cluster any more.
+        self.lines.retain(|node, _| map.nodes.get(node).is_some_and(is_asked));
     }
 
-    fn heard(&mut self, node: NodeId, answer: Result<Survey, String>) {
+    fn heard(&mut self, node: NodeId, answer: Result<Surveyed, String>) {
         self.asked.remove(&node);
         let now = self.now_ms();
         match answer {
-            Ok(survey) => {
+            Ok(Surveyed { survey, line }) => {
+                self.lines.extend(line.map(|line| (node, line)));
                 self.snapshot_bytes.insert(node, survey.snapshot_bytes);
                 self.tell(News::Heard(now, survey));
             }
@@ -351,20 +360,47 @@ fn is_asked(record: &NodeRecord) -> bool {
     !matches!(record.standing, Standing::Pending | Standing::Removed)
 }
 
-async fn survey(handle: &NodeHandle, node: NodeId, address: &str) -> Result<Survey, String> {
+/// What a node has told, and the connection for the next time; none to this node itself.
+struct Surveyed {
+    survey: Survey,
+    line: Option<PeerLine>,
+}
+
+/// Asks a node how it is, on the connection `line` if there is one that leads there and still stands.
+async fn survey(
+    handle: &NodeHandle,
+    node: NodeId,
+    address: &str,
+    line: Option<PeerLine>,
+) -> Result<Surveyed, String> {
     let patience = Duration::from_millis(limits::SURVEY_MS_MAX);
-    if node == handle.node() {
-        let own = tokio::time::timeout(patience, handle.survey()).await;
-        return own.map_err(|_| "it took too long".to_owned())?.map_err(|refusal| refusal.to_string());
-    }
-    match PeerClient::call(address, handle.hello(), PeerRequest::Survey, patience).await {
-        // Another may run at its address by now.
-        Ok(PeerResponse::Survey(survey)) if survey.node == node => Ok(survey),
-        Ok(PeerResponse::Survey(survey)) => Err(format!("node {} answers at {address}", survey.node)),
-        Ok(PeerResponse::Refused(refusal)) => Err(refusal.to_string()),
-        Ok(_) => Err("it gave an answer to another question".into()),
-        Err(error) => Err(error.to_string()),
-    }
+    let asked = async {
+        if node == handle.node() {
+            let survey = handle.survey().await.map_err(|refusal| refusal.to_string())?;
+            return Ok(Surveyed { survey, line: None });
+        }
+        let answered = match line {
+            Some(line) => line.ask(PeerRequest::Survey, patience).await.ok(),
+            None => None,
+        };
+        let (line, response) = match answered {
+            Some(answered) => answered,
+            // The node may have been started anew, or have closed it; nothing comes of asking twice.
+            None => {
+                let line = PeerLine::open(address, handle.hello(), patience).await;
+                let asked = line.map_err(|error| error.to_string())?.ask(PeerRequest::Survey, patience).await;
+                asked.map_err(|error| error.to_string())?
+            }
+        };
+        match response {
+            // Another may run at its address by now.
+            PeerResponse::Survey(survey) if survey.node == node => Ok(Surveyed { survey, line: Some(line) }),
+            PeerResponse::Survey(survey) => Err(format!("node {} answers at {address}", survey.node)),
+            PeerResponse::Refused(refusal) => Err(refusal.to_string()),
+            _ => Err("it gave an answer to another question".into()),
+        }
+    };
+    tokio::time::timeout(patience, asked).await.unwrap_or_else(|_| Err("it took too long".to_owned()))
 }
 
 async fn carry_out(handle: &NodeHandle, map: &ClusterMap, action: &Action) -> Outcome {

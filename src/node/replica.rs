@@ -9,6 +9,7 @@ mod view;
 
 use std::ops::Bound;
 use std::sync::Arc;
+use std::time::Instant;
 
 use actix::prelude::*;
 
@@ -363,6 +364,16 @@ impl ReplicaActor {
             Err(error) => self.fail(error.to_string(), ctx),
         }
     }
+
+    /// Tells the supervisor, if this replica leads the metadata shard, that there is no newer map than the one told last.
+    /// An older leader has given up by itself, or is about to.
+    fn confirm_map(&self) {
+        let all_known =
+            self.shard == METADATA_SHARD && self.group.is_up_to_date() && !self.group.state_lost();
+        if all_known && self.map.version > 0 {
+            self.supervisor.do_send(MapConfirmed { version: self.map.version, at: Instant::now() });
+        }
+    }
 }
 
 /// Messages grouped by receiver, each receiver's in order.
@@ -448,6 +459,7 @@ impl Handler<Tick> for ReplicaActor {
         self.let_go();
         self.campaign_eagerly(ctx);
         self.make_way_now_and_then();
+        self.confirm_map();
         if self.ticks.is_multiple_of(limits::COMPACT_TICKS) {
             self.compact();
         }

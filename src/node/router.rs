@@ -9,6 +9,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
 use super::handle::ReplicaHealth;
+use super::hearing::Hearing;
 use super::replica::ReplicaActor;
 use crate::ids::{ReplicaId, ShardId};
 use crate::placement::map::ClusterMap;
@@ -29,13 +30,25 @@ pub struct Router {
     map: ArcSwap<ClusterMap>,
     /// Version of the map, for those who wait for a newer one.
     news: watch::Sender<u64>,
+    /// How fresh the map is.
+    hearing: Hearing,
 }
 
 impl Router {
     /// A router without replicas.
     pub fn new(map: ClusterMap) -> Router {
         let news = watch::Sender::new(map.version);
-        Router { routes: ArcSwap::default(), map: ArcSwap::from_pointee(map), news }
+        Router {
+            routes: ArcSwap::default(),
+            map: ArcSwap::from_pointee(map),
+            news,
+            hearing: Hearing::default(),
+        }
+    }
+
+    /// How fresh the map is.
+    pub fn hearing(&self) -> &Hearing {
+        &self.hearing
     }
 
     /// The cluster map as this node knows it.

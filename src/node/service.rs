@@ -14,7 +14,7 @@ use super::handle::NodeHandle;
 use super::hub::{Deliver, Hub, hub_of};
 use super::intake::Intake;
 use super::membership::Applicant;
-use super::messages::MapNews;
+use super::messages::{MapConfirmed, MapNews};
 use super::shared::Shared;
 use super::snapshots::install;
 use super::supervisor::Supervisor;
@@ -267,7 +267,14 @@ impl PeerHandler for Arc<PeerService> {
         self.claims.heard(heartbeat.node, heartbeat.incarnation, &self.asked.handle.map())?;
         to.disk.heard(heartbeat.node, heartbeat.disk_full);
         let map = self.asked.handle.map();
-        if heartbeat.map_version <= map.version || self.pulling.swap(true, Ordering::Relaxed) {
+        let age = heartbeat.map_age_ms.map(|age| Duration::from_millis(age.into()));
+        let confirmed = age.and_then(|age| Instant::now().checked_sub(age));
+        let confirmed = confirmed.map(|at| MapConfirmed { version: heartbeat.map_version, at });
+        if heartbeat.map_version <= map.version {
+            confirmed.into_iter().for_each(|confirmed| to.supervisor.do_send(confirmed));
+            return Ok(());
+        }
+        if self.pulling.swap(true, Ordering::Relaxed) {
             return Ok(());
         }
         let pulling = self.pulling.clone();
@@ -278,7 +285,10 @@ impl PeerHandler for Arc<PeerService> {
                 let request = PeerRequest::Map { since: map.version };
                 let timeout = Duration::from_millis(limits::MAP_PULL_MS_MAX);
                 match PeerClient::call(&node.peer_address, hello, request, timeout).await {
-                    Ok(PeerResponse::Map(delta)) => supervisor.do_send(MapNews(delta)),
+                    Ok(PeerResponse::Map(delta)) => {
+                        supervisor.do_send(MapNews(delta));
+                        confirmed.into_iter().for_each(|confirmed| supervisor.do_send(confirmed));
+                    }
                     Ok(other) => tracing::debug!(?other, "pulling the cluster map"),
                     Err(error) => tracing::debug!(%error, "pulling the cluster map"),
                 }

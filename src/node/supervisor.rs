@@ -347,6 +347,7 @@ impl Supervisor {
             incarnation: self.site.incarnation,
             map_version: self.shared.router.map().version,
             disk_full: self.shared.disk.is_full(),
+            map_age_ms: self.shared.router.hearing().age_ms(Instant::now()),
         });
     }
 
@@ -393,6 +394,7 @@ impl Actor for Supervisor {
         ctx.set_mailbox_capacity(limits::HUB_MAILBOX_MAX);
         let period = Duration::from_millis(limits::NODE_HEARTBEAT_MS);
         ticker::every(ctx, period, |supervisor, ctx| {
+            supervisor.shared.router.hearing().look(Instant::now());
             supervisor.heartbeat();
             supervisor.count_next(ctx);
         });
@@ -507,6 +509,18 @@ impl Handler<MapNews> for Supervisor {
         let mut map = ClusterMap::clone(&self.shared.router.map());
         if map.merge(news.0) {
             self.take_map(map, ctx);
+        }
+    }
+}
+
+impl Handler<MapConfirmed> for Supervisor {
+    type Result = ();
+    fn handle(&mut self, confirmed: MapConfirmed, _: &mut Context<Self>) {
+        // What brings the map comes before this: if it could not be taken, this node doesn't know that version.
+        let router = &self.shared.router;
+        if confirmed.version <= router.map().version && router.hearing().heard(confirmed.at, Instant::now()) {
+            // Others may wait for this word, as this node did.
+            self.heartbeat();
         }
     }
 }

@@ -11,13 +11,12 @@ use bytes::Bytes;
 use super::wire::{self, Room};
 use super::{SOFTWARE, Service, admin, timeout};
 use crate::client::{self, ClientError, OperationResult};
-use crate::codec::records::write_delta;
 use crate::codec::refusal::write_refusal;
 use crate::group::types::{Operation, Output};
 use crate::ids::{METADATA_SHARD, ShardId};
 use crate::limits::{
-    BATCH_OPERATIONS_MAX, KEY_BYTES_MAX, MAP_WATCH_DEFAULT_MS, MAP_WATCH_MS_MAX, MAP_WATCHES_MAX,
-    SCAN_PAIRS_MAX,
+    BATCH_OPERATIONS_MAX, KEY_BYTES_MAX, MAP_CUT_OFF_MS, MAP_NEWS_JITTER_MS, MAP_NEWS_MS,
+    MAP_WATCH_DEFAULT_MS, MAP_WATCH_MS_MAX, MAP_WATCHES_MAX, SCAN_PAIRS_MAX,
 };
 use crate::machine::command::{Answer, Query};
 use crate::node::load::Admitted;
@@ -67,7 +66,7 @@ impl gate::Server for Gate {
         welcome.set_node(node.node().0);
         welcome.set_software(SOFTWARE);
         let (service, backlog) = (self.service.clone(), self.backlog.clone());
-        let kv = Kv { service, backlog, watches: self.watches.clone() };
+        let kv = Kv { service, backlog, watches: self.watches.clone(), answered: Cell::default() };
         answer.set_kv(capnp_rpc::new_client(kv));
         let service = self.service.clone();
         answer.set_admin(capnp_rpc::new_client(admin::Admin::new(service)));
@@ -82,6 +81,19 @@ struct Kv {
     backlog: Rc<Backlog>,
     /// Its calls that wait for a newer map.
     watches: Rc<Cell<usize>>,
+    /// When the last such call was answered.
+    answered: Cell<Option<Instant>>,
+}
+
+/// When a call that waited for a newer map is answered, now that there is one: not soon after the `last` answer on that
+/// connection, so that changes which come one upon the other are told together, and not at the moment of all others.
+/// `is_old`: there was a newer one when it came; then it is alone with that, and isn't held back for the others.
+fn due(now: Instant, last: Option<Instant>, is_old: bool, dice: u64) -> Instant {
+    let next = last.map(|last| last + Duration::from_millis(MAP_NEWS_MS)).filter(|next| *next > now);
+    if next.is_none() && is_old {
+        return now;
+    }
+    next.unwrap_or(now) + Duration::from_millis(dice % (MAP_NEWS_JITTER_MS + 1))
 }
 
 /// A call that waits for a newer map, until its end, however that comes.
@@ -122,8 +134,11 @@ impl kv::Server for Kv {
         mut results: kv::MapResults,
     ) -> Result<(), capnp::Error> {
         let since = params.get()?.get_since();
-        let delta = self.service.node.map().delta(since);
-        write_delta(&delta, results.get().init_delta());
+        let node = &self.service.node;
+        let news = self.service.news.since(&node.map(), since);
+        let mut answer = results.get();
+        answer.set_delta(news.get()?)?;
+        answer.set_cut_off(node.is_cut_off());
         Ok(())
     }
 
@@ -144,11 +159,26 @@ impl kv::Server for Kv {
             )));
         };
         let node = &self.service.node;
-        let map = match tokio::time::timeout(within, node.map_after(since)).await {
-            Ok(map) => map,
-            Err(_) => node.map(),
+        let until = Instant::now() + within;
+        let is_old = node.map().version > since;
+        let cut_off = async {
+            tokio::time::sleep(Duration::from_millis(MAP_CUT_OFF_MS)).await;
+            node.cut_off().await;
         };
-        write_delta(&self.service.news.delta(&map, since), results.get().init_delta());
+        tokio::select! {
+            _ = node.map_after(since) => {
+                let due = due(Instant::now(), self.answered.get(), is_old, rand::random());
+                tokio::time::sleep_until(due.min(until).into()).await;
+            }
+            () = cut_off => {}
+            () = tokio::time::sleep_until(until.into()) => {}
+        }
+        self.answered.set(Some(Instant::now()));
+        // Whatever has come meanwhile goes along.
+        let news = self.service.news.since(&node.map(), since);
+        let mut answer = results.get();
+        answer.set_delta(news.get()?)?;
+        answer.set_cut_off(node.is_cut_off());
         Ok(())
     }
 
@@ -479,4 +509,27 @@ fn text(from: capnp::text::Reader<'_>) -> Result<String, capnp::Error> {
 
 fn unreadable(error: crate::codec::CodecError) -> capnp::Error {
     capnp::Error::failed(error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn news_are_told_at_most_once_a_second_and_not_to_all_at_one_moment() {
+        let ms = Duration::from_millis;
+        let now = Instant::now() + ms(10 * MAP_NEWS_MS);
+        assert_eq!(due(now, None, true, 7), now, "it is behind alone");
+        assert_eq!(due(now, None, false, 7), now + ms(7));
+        assert_eq!(due(now, None, false, u64::MAX) - now, ms(u64::MAX % (MAP_NEWS_JITTER_MS + 1)));
+        // The one before was a moment ago: the next comes when a second has passed, whether or not more has come.
+        let last = now - ms(100);
+        for is_old in [false, true] {
+            assert_eq!(due(now, Some(last), is_old, 0), last + ms(MAP_NEWS_MS));
+            assert_eq!(due(now, Some(last), is_old, 9), last + ms(MAP_NEWS_MS + 9));
+        }
+        let last = now - ms(MAP_NEWS_MS);
+        assert_eq!(due(now, Some(last), true, 9), now);
+        assert_eq!(due(now, Some(last), false, 9), now + ms(9));
+    }
 }

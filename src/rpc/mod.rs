@@ -1,6 +1,7 @@
 //! Cap'n Proto services for clients: the client port of a node.
 //!
-//! - [`kv`]: data. - [`admin`]: administration. - [`wire`]: the program's types in protocol form.
+//! - [`kv`]: data. - [`admin`]: administration. - [`wire`]: the program's types in protocol form. - `news`: what is
+//!   told of the cluster map.
 //!
 //! The services are thin: they check limits, hand operations to the node, and write down what comes
 //! back. Plain calls by key are carried to the shard's leader by the client library, one hop.
@@ -20,9 +21,10 @@
 
 pub mod admin;
 pub mod kv;
+mod news;
 pub mod wire;
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::io;
 use std::pin::pin;
 use std::rc::Rc;
@@ -35,6 +37,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::{JoinSet, spawn_local};
 
+use self::news::News;
 use crate::client::local::LocalClient;
 use crate::limits::{
     ARRIVING_WINDOW_MS, CLIENT_CONNECTIONS_MAX, CLIENT_DRAIN_MS_MAX, CLIENT_LISTEN_QUEUE,
@@ -43,7 +46,6 @@ use crate::limits::{
 };
 use crate::node::handle::NodeHandle;
 use crate::node::load::{self, Admitted};
-use crate::placement::map::{ClusterMap, MapDelta};
 use crate::refusal::Refusal;
 use crate::schema::kv_capnp::gate;
 use crate::transport::arrival::Arrivals;
@@ -69,27 +71,6 @@ pub(crate) struct Service {
     pub(crate) arrivals: Rc<Arrivals>,
     /// What those are told who wait for a newer map.
     pub(crate) news: News,
-}
-
-/// The last news of the map. All who waited for them hear the same, and picking them out of a great map is
-/// most of the work.
-#[derive(Default)]
-pub(crate) struct News(RefCell<Option<Rc<MapDelta>>>);
-
-impl News {
-    /// What has changed in `map` after version `since`.
-    pub(crate) fn delta(&self, map: &ClusterMap, since: u64) -> Rc<MapDelta> {
-        let last = self.0.borrow().clone();
-        let same = |last: &Rc<MapDelta>| {
-            (last.cluster_id, last.since, last.version) == (map.cluster_id, since, map.version)
-        };
-        if let Some(last) = last.filter(same) {
-            return last;
-        }
-        let delta = Rc::new(map.delta(since));
-        *self.0.borrow_mut() = Some(delta.clone());
-        delta
-    }
 }
 
 /// Serves clients on `listener` until `shutdown` ends: then accepts nothing more, refuses new calls,

@@ -1,5 +1,6 @@
 //! One request to a node, one answer, on a connection of its own: formation, join, map pulls. These are
-//! rare; a pool of connections would be more to go wrong than it saves.
+//! rare; a pool of connections would be more to go wrong than it saves. Whoever asks the same node every second keeps a
+//! [`PeerLine`] to it.
 
 use std::io;
 use std::time::Duration;
@@ -77,15 +78,88 @@ impl PeerClient {
         timeout: Duration,
     ) -> Result<PeerResponse, CallError> {
         let exchange = async {
-            let stream = connect(address, timeout).await?;
-            exchange(stream, hello, request).await.map_err(|error| match error {
-                TransportError::Refused(reason) => CallError::Refused { address: address.to_owned(), reason },
-                source => CallError::Failed { address: address.to_owned(), source },
-            })
+            let line = PeerLine::open(address, hello, timeout).await?;
+            // The time is kept around it all.
+            line.ask(request, timeout).await
         };
-        tokio::time::timeout(timeout, exchange)
-            .await
-            .unwrap_or_else(|_| Err(CallError::Timeout { address: address.to_owned(), timeout }))
+        let answer = tokio::time::timeout(timeout, exchange).await;
+        let (_, answer) =
+            answer.unwrap_or_else(|_| Err(CallError::Timeout { address: address.to_owned(), timeout }))?;
+        Ok(answer)
+    }
+}
+
+/// A connection to a node that is asked again and again: one question at a time. The node closes it when nothing
+/// is asked for [`PEER_IDLE_MS_MAX`](crate::limits::PEER_IDLE_MS_MAX); whoever keeps one has to expect that.
+pub struct PeerLine {
+    address: String,
+    stream: TcpStream,
+    reader: frame::FrameReader,
+    /// Questions so far: the last one's number.
+    asked: u64,
+}
+
+impl PeerLine {
+    /// A connection to whoever listens at `address` (HOST:PORT, resolved now), within `limit` and as long again for
+    /// the handshake.
+    ///
+    /// # Errors
+    /// Nobody is there, or the node doesn't want to talk to this one.
+    pub async fn open(address: &str, hello: HelloConfig, limit: Duration) -> Result<PeerLine, CallError> {
+        let mut stream = connect(address, limit).await?;
+        let hello = PeerHello {
+            protocol: ProtocolRange::OURS,
+            cluster_id: hello.cluster_id,
+            from_node: hello.node,
+            to_node: NodeId(0),
+            lane: Lane::Request,
+            incarnation: hello.incarnation,
+        };
+        let dialled = timeout(Timings::default().connect, handshake::dial(&mut stream, &hello)).await;
+        let dialled = dialled.unwrap_or(Err(TransportError::Timeout("the handshake")));
+        let (_, mut reader) = dialled.map_err(|error| failed(address, error))?;
+        reader.set_max(FRAME_BYTES_MAX);
+        Ok(PeerLine { address: address.to_owned(), stream, reader, asked: 0 })
+    }
+
+    /// Where it leads.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Asks, and waits for the answer for `limit`. An answer that came after that would be taken for the next one's, so
+    /// the connection ends with any error.
+    ///
+    /// # Errors
+    /// There is no answer; the request may have been carried out.
+    pub async fn ask(
+        mut self,
+        request: PeerRequest,
+        limit: Duration,
+    ) -> Result<(PeerLine, PeerResponse), CallError> {
+        match timeout(limit, self.exchange(request)).await {
+            Ok(Ok(response)) => Ok((self, response)),
+            Ok(Err(error)) => Err(failed(&self.address, error)),
+            Err(_) => Err(CallError::Timeout { address: self.address, timeout: limit }),
+        }
+    }
+
+    async fn exchange(&mut self, request: PeerRequest) -> Result<PeerResponse, TransportError> {
+        self.asked += 1;
+        let mut out = Vec::new();
+        frame::append(&mut out, |out| encode(&PeerFrame::Request(self.asked, request), out))?;
+        write(&mut self.stream, &out, Timings::default().idle).await?;
+        match decode(self.reader.read(&mut self.stream).await?)? {
+            PeerFrame::Response(id, response) if id == self.asked => Ok(response),
+            _ => Err(TransportError::Protocol("something else than the answer came back".into())),
+        }
+    }
+}
+
+fn failed(address: &str, error: TransportError) -> CallError {
+    match error {
+        TransportError::Refused(reason) => CallError::Refused { address: address.to_owned(), reason },
+        source => CallError::Failed { address: address.to_owned(), source },
     }
 }
 
@@ -99,33 +173,4 @@ async fn connect(address: &str, limit: Duration) -> Result<TcpStream, CallError>
         };
         CallError::Unreachable { address: address.to_owned(), source }
     })
-}
-
-async fn exchange(
-    mut stream: TcpStream,
-    hello: HelloConfig,
-    request: PeerRequest,
-) -> Result<PeerResponse, TransportError> {
-    /// The connection carries one request, so its number is as good as any.
-    const ID: u64 = 1;
-    let timings = Timings::default();
-    let hello = PeerHello {
-        protocol: ProtocolRange::OURS,
-        cluster_id: hello.cluster_id,
-        from_node: hello.node,
-        to_node: NodeId(0),
-        lane: Lane::Request,
-        incarnation: hello.incarnation,
-    };
-    let (_, mut reader) = timeout(timings.connect, handshake::dial(&mut stream, &hello))
-        .await
-        .map_err(|_| TransportError::Timeout("the handshake"))??;
-    let mut out = Vec::new();
-    frame::append(&mut out, |out| encode(&PeerFrame::Request(ID, request), out))?;
-    write(&mut stream, &out, timings.idle).await?;
-    reader.set_max(FRAME_BYTES_MAX);
-    match decode(reader.read(&mut stream).await?)? {
-        PeerFrame::Response(ID, response) => Ok(response),
-        _ => Err(TransportError::Protocol("something else than the answer came back".into())),
-    }
 }

@@ -189,6 +189,7 @@ mod tests {
                 incarnation: 1,
                 map_version,
                 disk_full: false,
+                map_age_ms: None,
             });
         }
         let batch = outbox.take(1024);

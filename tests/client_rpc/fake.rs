@@ -79,6 +79,10 @@ struct Shared {
     drops: Vec<u64>,
     /// Nodes that know of no call that waits for a newer map.
     old: BTreeSet<u64>,
+    /// Nodes that say that they don't hear from the metadata shard.
+    cut_off: BTreeSet<u64>,
+    /// Connections that are open, by node.
+    open: HashMap<u64, usize>,
     /// Calls for the map, by node: those that wait, and those that don't.
     map_calls: HashMap<u64, (usize, usize)>,
     /// By shard and session: what its commands came to.
@@ -226,6 +230,21 @@ impl Fakes {
         self.shared.lock().unwrap().old.insert(node);
     }
 
+    /// `node` says from now on whether it is cut off from the metadata shard.
+    pub fn is_cut_off(&self, node: u64, cut_off: bool) {
+        let shared = &mut self.shared.lock().unwrap().cut_off;
+        if cut_off {
+            shared.insert(node)
+        } else {
+            shared.remove(&node)
+        };
+    }
+
+    /// Connections to `node` that are open.
+    pub fn open(&self, node: u64) -> usize {
+        self.shared.lock().unwrap().open.get(&node).copied().unwrap_or_default()
+    }
+
     /// Calls for the map that came to `node`: those that wait for news, and those that don't.
     pub fn map_calls(&self, node: u64) -> (usize, usize) {
         let shared = self.shared.lock().unwrap();
@@ -254,11 +273,14 @@ async fn listen(listener: std::net::TcpListener, node: u64, shared: Arc<Mutex<Sh
         let gate: gate::Client = new_client(fake);
         let system = RpcSystem::new(Box::new(network), Some(gate.client));
         let flusher = spawn_local(flusher);
+        *shared.lock().unwrap().open.entry(node).or_default() += 1;
+        let shared = shared.clone();
         spawn_local(async move {
             tokio::select! {
                 _ = system => (),
                 () = gone.notified() => flusher.abort(),
             }
+            *shared.lock().unwrap().open.entry(node).or_default() -= 1;
         });
     }
 }
@@ -351,6 +373,7 @@ impl kv::Server for Fake {
         let mut shared = self.shared.lock().unwrap();
         shared.map_calls.entry(self.node).or_default().1 += 1;
         let delta = shared.map.delta(params.get()?.get_since());
+        results.get().set_cut_off(shared.cut_off.contains(&self.node));
         write_delta(&delta, results.get().init_delta());
         Ok(())
     }
@@ -370,8 +393,12 @@ impl kv::Server for Fake {
         }
         let until = tokio::time::Instant::now() + Duration::from_millis(ms.into());
         loop {
-            let map = self.shared.lock().unwrap().map.clone();
-            if map.version > since || tokio::time::Instant::now() >= until {
+            let (map, cut_off) = {
+                let shared = self.shared.lock().unwrap();
+                (shared.map.clone(), shared.cut_off.contains(&self.node))
+            };
+            if cut_off || map.version > since || tokio::time::Instant::now() >= until {
+                results.get().set_cut_off(cut_off);
                 write_delta(&map.delta(since), results.get().init_delta());
                 return Ok(());
             }

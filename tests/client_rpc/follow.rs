@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use pontoon::client::Client;
+use pontoon::client::{Client, ClientError, NotApplied, ScanOptions};
 use pontoon::ids::NodeId;
 use pontoon::placement::map::{ClusterMap, Standing};
 
@@ -126,5 +126,48 @@ async fn learners_and_removed_nodes_are_not_asked() {
     fakes.next(3, Act::NotLeader(Some(1)));
     db.put(key("a"), key("2")).await.unwrap();
     assert_eq!(fakes.calls(1).len(), 1);
+    client.close().await;
+}
+
+#[tokio::test]
+async fn a_client_leaves_nodes_that_are_cut_off_and_keeps_no_connection_to_them() {
+    let fakes = Fakes::start(4, 1);
+    (1..=3).for_each(|node| fakes.is_cut_off(node, true));
+    // The first serves its data too.
+    let (client, db) = connect(&fakes).await;
+    db.put(key("a"), key("1")).await.unwrap();
+    until("it waits at the only node that hears anything", || fakes.map_calls(4).0 > 0).await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(fakes.map_calls(4).0, 1, "and stays there");
+    until("the others are closed", || (1..=4).map(|node| fakes.open(node)).eq([1, 0, 0, 1])).await;
+    // Where all are, it asks ever less often.
+    fakes.is_cut_off(4, true);
+    let calls = || (1..=4).map(|node| fakes.map_calls(node).0).sum::<usize>();
+    let before = calls();
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert!((2..=8).contains(&(calls() - before)), "{} calls", calls() - before);
+    (1..=4).for_each(|node| fakes.is_cut_off(node, false));
+    let before = calls();
+    until("it waits again", || calls() > before).await;
+    db.put(key("a"), key("2")).await.unwrap();
+    client.close().await;
+}
+
+#[tokio::test]
+async fn only_a_node_that_hears_can_say_that_there_is_no_such_database() {
+    let fakes = Fakes::start(3, 1);
+    (1..=3).for_each(|node| fakes.is_cut_off(node, true));
+    let (client, _db) = connect(&fakes).await;
+    let later = client.database("later");
+    let patient = later.clone().with_timeout(Duration::from_millis(500));
+    let error = patient.get(key("a")).await.unwrap_err();
+    assert!(matches!(error, ClientError::NotApplied(NotApplied::Unavailable { .. })), "{error:?}");
+    assert!(error.to_string().contains("metadata shard"), "{error}");
+    let error = patient.scan(ScanOptions::default()).next_page().await.unwrap_err();
+    assert!(error.to_string().contains("metadata shard"), "{error}");
+    // One of them is enough.
+    fakes.is_cut_off(2, false);
+    let refused = later.get(key("a")).await.unwrap_err();
+    assert_eq!(refused, ClientError::NotApplied(NotApplied::UnknownDatabase("later".into())));
     client.close().await;
 }

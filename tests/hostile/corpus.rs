@@ -172,8 +172,13 @@ fn payloads((cluster, node): (ClusterId, NodeId), shard: &ShardRecord) -> Vec<(L
         }
     });
     let messages: Vec<GroupMessage> = messages.collect();
-    let heartbeat =
-        NodeHeartbeat { node: other(node), incarnation: 99, map_version: u64::MAX, disk_full: false };
+    let heartbeat = NodeHeartbeat {
+        node: other(node),
+        incarnation: 99,
+        map_version: u64::MAX,
+        disk_full: false,
+        map_age_ms: None,
+    };
     let claim = PeerRequest::Claim(ClusterId::random());
     let lanes = [Lane::Control, Lane::Append];
     let raft = messages.iter().map(|message| PeerFrame::Raft(vec![message.clone()]));

@@ -3,19 +3,17 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use tokio::time::MissedTickBehavior;
 
 use super::args::{PlanArgs, RebalanceCommand, RebalanceStatusArgs, StartArgs, WaitArgs};
 use super::wait::{Progress, wait};
 use super::{change_failed, node};
-use crate::cli::context::{Context, Session, block_on, with_session};
+use crate::cli::context::{Context, Session, with_session};
 use crate::cli::data::after_effect;
 use crate::cli::failure::{Exit, Failure};
 use crate::cli::output;
 use crate::cli::overview::ShardView;
-use crate::cli::serve::until_stopped;
-use crate::cli::signals::Signals;
 use crate::cli::status::{REPORT_TIMEOUT, Reports};
+use crate::cli::watching::watch;
 use crate::client::admin::answers::{RebalanceOrder, RebalancePlan, RebalanceStatus};
 use crate::client::{ClientError, NotApplied};
 use crate::ids::ShardId;
@@ -427,55 +425,17 @@ fn print(context: &Context, status: &RebalanceStatus) -> Result<(), Failure> {
 
 fn status(context: &Context, args: &RebalanceStatusArgs) -> Result<Exit, Failure> {
     if let Some(interval) = args.watch {
-        return watch(context, interval);
+        let look = async |session: &Session| {
+            let status = session.client.rebalance_status(session.timeout()).await;
+            status.map_err(Failure::from)
+        };
+        return watch(context, interval, look, |status| print(context, status), exit_of);
     }
     let status = with_session(context, async |session| {
         Ok(session.client.rebalance_status(session.remaining()).await?)
     })?;
     print(context, &status)?;
     Ok(exit_of(&status))
-}
-
-/// Shows the status again and again. What goes wrong in between is told and doesn't end it.
-fn watch(context: &Context, interval: Duration) -> Result<Exit, Failure> {
-    let signals = Signals::listen(None)?;
-    block_on(async {
-        let Some(session) = until_stopped(&signals, context.connect()).await.transpose()? else {
-            return Ok(Exit::Done);
-        };
-        let mut exit = Exit::Done;
-        let watching = async {
-            // The looks themselves take time.
-            let mut ticks = tokio::time::interval(interval);
-            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            loop {
-                ticks.tick().await;
-                match session.client.rebalance_status(session.timeout()).await {
-                    Ok(status) => {
-                        exit = exit_of(&status);
-                        if !context.json() && output::on_terminal() {
-                            // Home, and clear what is below: no flicker.
-                            output::bytes(b"\x1b[H\x1b[J")?;
-                        }
-                        print(context, &status)?;
-                    }
-                    Err(error) => {
-                        let failure = Failure::from(error);
-                        exit = failure.exit;
-                        output::failure(context.json(), &failure);
-                    }
-                }
-            }
-        };
-        let ended: Option<Result<std::convert::Infallible, Failure>> =
-            until_stopped(&signals, watching).await;
-        session.client.close().await;
-        match ended {
-            Some(Err(failure)) => Err(failure),
-            Some(Ok(never)) => match never {},
-            None => Ok(exit),
-        }
-    })
 }
 
 fn control(context: &Context, order: RebalanceOrder, args: Option<&WaitArgs>) -> Result<Exit, Failure> {

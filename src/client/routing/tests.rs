@@ -375,3 +375,85 @@ proptest! {
         }
     }
 }
+
+/// What is derived from the map.
+fn derived(routing: &Routing) -> (Vec<(&String, &Routes)>, Vec<(&ShardId, &NodeId)>) {
+    let (mut names, mut leaders): (Vec<_>, Vec<_>) =
+        (routing.names.iter().collect(), routing.leaders.iter().collect());
+    names.sort_by_key(|(name, _)| *name);
+    leaders.sort();
+    (names, leaders)
+}
+
+/// A random change of a map with three databases of four shards each; a few have names of others that are dropped.
+fn change(map: &mut ClusterMap, (what, of, how): (u8, u64, u64)) {
+    map.version += 1;
+    let version = map.version;
+    let database = 1 + of % 3;
+    match what % 5 {
+        0 => {
+            let shards = (0..4).map(|n| ShardId(database * 4 + n)).collect();
+            let (id, name) = (DatabaseId(database), format!("db{}", how % 2));
+            let dropped = how % 3 == 0;
+            // No two living databases have one name.
+            let taken = map.databases.values().any(|d| !d.dropped && d.name == name && d.id != id);
+            let record = DatabaseRecord {
+                id,
+                name,
+                replicas: 3,
+                shards,
+                dropped: dropped || taken,
+                changed_at: version,
+            };
+            map.databases.insert(id, record);
+        }
+        1 | 2 => {
+            let quarter = u64::MAX / 4;
+            let n = of % 4;
+            let end = if n == 3 { u64::MAX } else { (n + 1) * quarter + how % 2 };
+            let mut record = shard(database * 4 + n, n * quarter, end, &[1 + how % 4, 1 + (how + 1) % 4]);
+            record.database = DatabaseId(database);
+            record.epoch = Epoch { range: 1 + how % 2, conf: version };
+            record.dropped = how % 7 == 0;
+            record.changed_at = version;
+            map.shards.insert(record.id, record);
+        }
+        3 => {
+            let mut record = node(1 + of % 4);
+            record.standing = if how % 2 == 0 { Standing::Member } else { Standing::Removed };
+            record.changed_at = version;
+            map.nodes.insert(record.id, record);
+        }
+        _ => map.version -= 1,
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_part_of_the_map_is_taken_over_as_the_whole_would_be(
+        changes in prop::collection::vec((any::<u8>(), any::<u64>(), any::<u64>()), 1..60),
+        leaders in prop::collection::vec((4..16_u64, 1..5_u64), 0..20),
+    ) {
+        let mut routing = Routing::default();
+        let mut map = ClusterMap { cluster_id: RandomId([7; 16]), version: 1, ..ClusterMap::default() };
+        (1..5).for_each(|id| drop(map.nodes.insert(NodeId(id), node(id))));
+        routing.learn(map.delta(0)).unwrap();
+        for (at, step) in changes.into_iter().enumerate() {
+            change(&mut map, step);
+            // Nobody leads a shard that is dropped.
+            if let Some((shard, node)) = leaders.get(at)
+                && routing.range_version(ShardId(*shard)).is_some()
+            {
+                routing.succeeded(ShardId(*shard), NodeId(*node));
+            }
+            // Some deltas tell of several changes.
+            if at % 3 != 0 {
+                let mut whole = Routing { leaders: routing.leaders.clone(), ..Routing::default() };
+                routing.learn(map.delta(routing.map.version)).unwrap();
+                whole.learn(map.delta(0)).unwrap();
+                prop_assert_eq!(&routing.map, &whole.map);
+                prop_assert_eq!(derived(&routing), derived(&whole));
+            }
+        }
+    }
+}

@@ -70,9 +70,9 @@ fn any_response() -> impl Strategy<Value = PeerResponse> {
 fn any_frame() -> impl Strategy<Value = PeerFrame> {
     prop_oneof![
         vec(any_message(), 0..8).prop_map(PeerFrame::Raft),
-        (any_member(), any::<u64>(), any::<u64>(), any::<bool>()).prop_map(
-            |(node, incarnation, map_version, disk_full)| {
-                PeerFrame::Heartbeat(NodeHeartbeat { node, incarnation, map_version, disk_full })
+        (any_member(), any::<u64>(), any::<u64>(), any::<bool>(), prop::option::of(0..u32::MAX)).prop_map(
+            |(node, incarnation, map_version, disk_full, map_age_ms)| {
+                PeerFrame::Heartbeat(NodeHeartbeat { node, incarnation, map_version, disk_full, map_age_ms })
             }
         ),
         (any::<u64>(), any_request()).prop_map(|(id, it)| PeerFrame::Request(id, it)),

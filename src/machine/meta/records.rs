@@ -58,28 +58,42 @@ impl Counters {
     }
 }
 
-/// A record with a table of its own.
-pub(super) trait Record: Sized {
-    /// First byte of its keys.
-    const TABLE: u8;
+/// What is kept as a message.
+pub(super) trait Stored: Sized {
     /// What it is, for messages.
     const NAME: &'static str;
 
-    fn id(&self) -> u64;
     fn changed_at(&self) -> u64;
     fn write(&self, message: &mut Builder<HeapAllocator>);
     fn read(message: &MessageReader<'_>) -> Result<Self, CodecError>;
+
+    /// The value under its key.
+    fn encode(&self) -> Bytes {
+        let mut message = Builder::new_default();
+        self.write(&mut message);
+        value::encode(self.changed_at(), &serialize::write_message_to_words(&message))
+    }
 }
 
-macro_rules! record {
-    ($type:ty, $table:literal, $name:literal, $write:ident, $read:ident) => {
-        impl Record for $type {
-            const TABLE: u8 = $table;
-            const NAME: &'static str = $name;
+/// A record with a table of its own.
+pub(super) trait Record: Stored {
+    /// First byte of its keys.
+    const TABLE: u8;
 
-            fn id(&self) -> u64 {
-                self.id.0
-            }
+    fn id(&self) -> u64;
+}
+
+/// A record of which there is one. Its default stands for it until it is first stored: what it says is part of
+/// the format, as far as applying a command looks at it.
+pub(super) trait Single: Stored + Default {
+    /// Its key.
+    const KEY: &'static [u8];
+}
+
+macro_rules! stored {
+    ($type:ty, $name:literal, $write:ident, $read:ident) => {
+        impl Stored for $type {
+            const NAME: &'static str = $name;
 
             fn changed_at(&self) -> u64 {
                 self.changed_at
@@ -92,6 +106,28 @@ macro_rules! record {
             fn read(message: &MessageReader<'_>) -> Result<Self, CodecError> {
                 records::$read(message.get_root()?)
             }
+        }
+    };
+}
+
+macro_rules! record {
+    ($type:ty, $table:literal, $name:literal, $write:ident, $read:ident) => {
+        stored!($type, $name, $write, $read);
+        impl Record for $type {
+            const TABLE: u8 = $table;
+
+            fn id(&self) -> u64 {
+                self.id.0
+            }
+        }
+    };
+}
+
+macro_rules! single {
+    ($type:ty, $key:literal, $name:literal, $write:ident, $read:ident) => {
+        stored!($type, $name, $write, $read);
+        impl Single for $type {
+            const KEY: &'static [u8] = $key;
         }
     };
 }
@@ -99,41 +135,6 @@ macro_rules! record {
 record!(NodeRecord, b'n', "node", write_node, read_node);
 record!(DatabaseRecord, b'd', "database", write_database, read_database);
 record!(ShardRecord, b's', "shard", write_shard, read_shard);
-
-/// A record of which there is one. Its default stands for it until it is first stored: what it says is part of
-/// the format, as far as applying a command looks at it.
-pub(super) trait Single: Sized + Default {
-    /// Its key.
-    const KEY: &'static [u8];
-    /// What it is, for messages.
-    const NAME: &'static str;
-
-    fn changed_at(&self) -> u64;
-    fn write(&self, message: &mut Builder<HeapAllocator>);
-    fn read(message: &MessageReader<'_>) -> Result<Self, CodecError>;
-}
-
-macro_rules! single {
-    ($type:ty, $key:literal, $name:literal, $write:ident, $read:ident) => {
-        impl Single for $type {
-            const KEY: &'static [u8] = $key;
-            const NAME: &'static str = $name;
-
-            fn changed_at(&self) -> u64 {
-                self.changed_at
-            }
-
-            fn write(&self, message: &mut Builder<HeapAllocator>) {
-                records::$write(self, message.init_root());
-            }
-
-            fn read(message: &MessageReader<'_>) -> Result<Self, CodecError> {
-                records::$read(message.get_root()?)
-            }
-        }
-    };
-}
-
 single!(PolicyRecord, b"p", "the policy", write_policy, read_policy);
 single!(RebalanceRecord, b"r", "the last rebalancing", write_rebalance, read_rebalance);
 
@@ -148,10 +149,7 @@ pub(super) fn load_single<S: Single>(state: &dyn StateView) -> Result<S, Storage
 
 /// Stores the one record of that kind.
 pub(super) fn save_single<S: Single>(record: &S, state: &mut dyn StateBatch) {
-    let mut message = Builder::new_default();
-    record.write(&mut message);
-    let bytes = serialize::write_message_to_words(&message);
-    state.put(S::KEY, value::encode(record.changed_at(), &bytes));
+    state.put(S::KEY, record.encode());
 }
 
 /// The record of that id.
@@ -162,10 +160,7 @@ pub(super) fn load<R: Record>(state: &dyn StateView, id: u64) -> Result<Option<R
 
 /// Stores a record under its id.
 pub(super) fn save<R: Record>(record: &R, state: &mut dyn StateBatch) {
-    let mut message = Builder::new_default();
-    record.write(&mut message);
-    let bytes = serialize::write_message_to_words(&message);
-    state.put(&key::<R>(record.id()), value::encode(record.changed_at(), &bytes));
+    state.put(&key::<R>(record.id()), record.encode());
 }
 
 /// All records of a kind, by id.
