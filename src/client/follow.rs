@@ -3,7 +3,7 @@
 //! ```text
 //!   first map ── a moment ──► a node ──┬─► news: taken over; again
 //!                               ▲      ├─► nothing new: again, some times; then another node
-//!                               │      ├─► it is cut off itself: a pause, then another node
+//!                               │      ├─► it is cut off itself: the next; after the last a pause
 //!                               │      ├─► it is an old one, where no call can wait: asked now, and later
 //!                               │      └─► it fails, or the cluster has given it up ─┐
 //!                               └──────────── the next; after the last a pause ──────┘
@@ -49,8 +49,12 @@ pub(super) async fn follow(driver: Weak<Driver>, mapped: Rc<Notify>) {
             match left {
                 Stay::Over => return,
                 Stay::Left => followed = true,
-                // If all are, the metadata shard has no leader: asking around doesn't help it.
-                Stay::CutOff => tracing::debug!(address, "following the cluster map: the node is cut off"),
+                // The next may not be. If all are, the metadata shard has no leader, and a longer pause follows.
+                Stay::CutOff => {
+                    tracing::debug!(address, "following the cluster map: the node is cut off");
+                    sleep(PAUSE).await;
+                    continue;
+                }
                 Stay::Failed(why) => {
                     tracing::debug!(%why, "following the cluster map");
                     continue;
