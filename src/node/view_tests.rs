@@ -58,7 +58,6 @@ async fn what_is_written_behind_a_mark_is_not_in_its_digest() {
     }
     let digest = node.digest(mark).await;
     assert_eq!((digest.index, digest.keys), (mark, 3));
-    assert_eq!(node.digest(mark).await, digest, "as often as it is asked for");
     assert!(matches!(node.ask(mark + 1000).await, Digesting::Coming(_)), "nobody has applied that yet");
 
     // Memory comes first.
@@ -77,7 +76,8 @@ async fn a_state_for_which_nobody_asks_is_let_go() {
     let dir = tempfile::tempdir().expect("a directory");
     let node = TestNode::leading(dir.path()).await;
     let mark = node.mark().await;
-    for _ in 1..limits::VIEW_TICKS {
+    // The node ticks by itself, too.
+    for _ in 0..limits::VIEW_TICKS / 2 {
         node.replica().send(Tick).await.expect("it runs");
     }
     node.digest(mark).await;
