@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use actix::prelude::*;
 use futures_util::future::join_all;
+use raft::eraftpb::EntryType;
 use tokio::sync::{oneshot, watch};
 
 use super::handle::NodeHandle;
@@ -25,10 +26,11 @@ use super::shared::Shared;
 use super::supervisor::Supervisor;
 use super::{NodeError, map_cache};
 use crate::codec::hello::RefusalKind;
+use crate::codec::membership;
 use crate::failpoints::failpoint;
 use crate::ids::{ClusterId, Incarnation, NodeId, ReplicaId, ShardId, StoreId};
 use crate::limits;
-use crate::placement::map::{ClusterMap, Standing};
+use crate::placement::map::{ClusterMap, Member, Standing};
 use crate::storage::StorageError;
 use crate::storage::log::{LogStore, RecordedMembership, ReplicaPhase, ReplicaRecord};
 use crate::transport::network::OnRefused;
@@ -57,15 +59,14 @@ enum Burial {
     Failed,
 }
 
-/// Makes a replica a tombstone, unless its record is ahead of conf version `conf` ([`is_ahead`]); nothing of it may be
-/// queued any more. Without a conf version it goes whatever it says.
+/// Makes a replica a tombstone, unless its group counts on it ([`counts`]); nothing of it may be queued any more. Without
+/// a conf version it goes whatever it says.
 fn bury(log: &dyn LogStore, replica: ReplicaId, conf: Option<u64>) -> Result<Burial, StorageError> {
     if let Some(conf) = conf {
         let record = log.catalogue()?.into_iter().find(|record| record.replica == replica);
-        let ahead = |record: &ReplicaRecord| {
-            record.phase == ReplicaPhase::Active && is_ahead(replica, record.epoch, &record.members, conf)
-        };
-        if let Some(record) = record.filter(ahead) {
+        if let Some(record) = record.filter(|record| record.phase == ReplicaPhase::Active)
+            && counts(log, &record, conf)?
+        {
             return Ok(Burial::Kept(record.membership()));
         }
     }
@@ -73,6 +74,38 @@ fn bury(log: &dyn LogStore, replica: ReplicaId, conf: Option<u64>) -> Result<Bur
     let removed = log.remove(&[replica]);
     failpoint!(LogRemoveAfter, replica);
     removed.map(|()| Burial::Done)
+}
+
+/// Whether a replica may count in its group's quorums by a conf version that comes after `conf`: its record says so
+/// ([`is_ahead`]), or its log does, in an entry that isn't in force here yet. A newcomer acknowledges the entry that makes it
+/// a voter before it applies it, and its record doesn't name it until then; the leader may have it in force by
+/// then. The record is all that is looked at where it names the replica: then so does every map from which that was
+/// learnt, or a later one that knows better.
+fn counts(log: &dyn LogStore, record: &ReplicaRecord, conf: u64) -> Result<bool, StorageError> {
+    let replica = record.replica;
+    let names = |members: &[Member]| members.iter().any(|member| member.replica == replica);
+    if names(&record.members) {
+        return Ok(is_ahead(replica, record.epoch, &record.members, conf));
+    }
+    let state = log.load(replica)?;
+    let mut next = state.membership.index.max(state.truncated.index) + 1;
+    while next <= state.last {
+        let entries = log.entries(replica, next, state.last + 1, limits::APPEND_TARGET_BYTES)?;
+        let Some(last) = entries.last() else {
+            break;
+        };
+        next = last.index + 1;
+        let changes = entries.iter().filter(|entry| entry.get_entry_type() == EntryType::EntryConfChangeV2);
+        for change in changes {
+            // What can't be read can't be ruled out.
+            let counts = membership::decode(&change.context)
+                .map_or(true, |change| change.conf + 1 > conf && names(&change.members));
+            if counts {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
 }
 
 /// Stops a start of a replica, and buries it, if that is still right when nothing of it is under way any more.
@@ -289,7 +322,45 @@ impl Refusals {
 mod tests {
     use super::*;
     use crate::ids::RandomId;
-    use crate::placement::map::NodeRecord;
+    use raft::eraftpb::{Entry, HardState};
+
+    use crate::codec::membership::MembershipEntry;
+    use crate::ids::Epoch;
+    use crate::node::test_node::record;
+    use crate::placement::map::{MemberRole, NodeRecord};
+    use crate::storage::log::LogWrite;
+    use crate::storage::log_memory::MemoryLog;
+
+    /// A newcomer with a snapshot of conf version 4, and the change to 5 in its log, which it hasn't applied.
+    #[test]
+    fn a_newcomer_whose_log_makes_it_a_voter_is_not_buried() {
+        let replica = ReplicaId(9);
+        let member = |id, role| Member { replica: ReplicaId(id), node: NodeId(id), role };
+        let epoch = Epoch { range: 1, conf: 4 };
+        let old = vec![member(1, MemberRole::Voter)];
+        let newcomer = ReplicaRecord { epoch, members: old, ordered_at: 7, ..record(9) };
+        let change = |members| MembershipEntry { conf: 4, members };
+        let buried = |context: Vec<u8>, conf| {
+            let log = MemoryLog::new();
+            log.create(std::slice::from_ref(&newcomer)).unwrap();
+            let first = log.load(replica).unwrap().last + 1;
+            let put = Entry { index: first, term: 6, data: vec![1; 9].into(), ..Entry::default() };
+            let entry_type = EntryType::EntryConfChangeV2;
+            let change =
+                Entry { index: first + 1, term: 6, entry_type, context: context.into(), ..Entry::default() };
+            let hard_state = Some(HardState { term: 6, ..HardState::default() });
+            let write = LogWrite { replica, entries: vec![put, change], hard_state, membership: None };
+            log.write(&[write]).unwrap();
+            matches!(bury(&log, replica, conf).unwrap(), Burial::Done)
+        };
+        let joins =
+            membership::encode(&change(vec![member(1, MemberRole::Voter), member(9, MemberRole::Incoming)]));
+        assert!(!buried(joins.clone(), Some(4)), "the map doesn't know of it yet");
+        assert!(buried(joins.clone(), Some(5)), "the map knows better");
+        assert!(buried(joins, None), "its shard is dropped");
+        assert!(buried(membership::encode(&change(vec![member(1, MemberRole::Voter)])), Some(4)));
+        assert!(!buried(b"damaged".to_vec(), Some(4)));
+    }
 
     #[test]
     fn only_a_record_of_this_very_directory_counts() {

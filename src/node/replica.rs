@@ -5,6 +5,9 @@
 //! actor alone: the guard it owns tells the supervisor, which rebuilds the replica from disk.
 
 mod disk;
+mod guard;
+#[cfg(feature = "test-hooks")]
+mod hooks;
 mod view;
 
 use std::ops::Bound;
@@ -13,6 +16,7 @@ use std::time::Instant;
 
 use actix::prelude::*;
 
+use self::guard::Guard;
 use super::flusher::FlushJob;
 use super::hub::HubSink;
 use super::log_writer::WriteTask;
@@ -73,38 +77,6 @@ pub struct ReplicaActor {
     eager_ticks: u64,
 }
 
-/// Tells the supervisor of a replica's end, whatever the way.
-struct Guard {
-    replica: ReplicaId,
-    incarnation: Incarnation,
-    supervisor: Addr<Supervisor>,
-    reason: Option<String>,
-    /// The entry that was being applied.
-    applying: Option<Index>,
-    ordered: bool,
-}
-
-impl Drop for Guard {
-    fn drop(&mut self) {
-        if self.ordered {
-            return;
-        }
-        let reason = match self.reason.take() {
-            Some(reason) => reason,
-            None if std::thread::panicking() => super::panics::last().unwrap_or_else(|| "panicked".into()),
-            None => "its thread ended".into(),
-        };
-        // Never full by bound: a replica ends once per incarnation. If the supervisor is gone, so is
-        // the node.
-        self.supervisor.do_send(ReplicaDown {
-            replica: self.replica,
-            incarnation: self.incarnation,
-            reason,
-            applying: self.applying,
-        });
-    }
-}
-
 impl Drop for ReplicaActor {
     fn drop(&mut self) {
         // Its guard follows, and tells.
@@ -123,14 +95,7 @@ impl ReplicaActor {
         sink: Arc<HubSink>,
         supervisor: Addr<Supervisor>,
     ) -> ReplicaActor {
-        let guard = Guard {
-            replica,
-            incarnation,
-            supervisor: supervisor.clone(),
-            reason: None,
-            applying: None,
-            ordered: false,
-        };
+        let guard = Guard::new(replica, incarnation, supervisor.clone());
         let flushed = group.state().header().applied;
         ReplicaActor {
             shard,
@@ -608,44 +573,5 @@ impl Handler<Fail> for ReplicaActor {
     type Result = ();
     fn handle(&mut self, fail: Fail, ctx: &mut Context<Self>) {
         self.fail(fail.0, ctx);
-    }
-}
-
-#[cfg(feature = "test-hooks")]
-impl Handler<Inject> for ReplicaActor {
-    type Result = ();
-    fn handle(&mut self, inject: Inject, ctx: &mut Context<Self>) {
-        match inject.0.as_str() {
-            "panic" => panic!("injected panic"),
-            "error" => self.fail("injected error".into(), ctx),
-            "open-error" => {
-                // Six attempts: about three seconds.
-                let fail = super::hooks::FailOpens { replica: self.replica, times: 6 };
-                self.supervisor.do_send(fail);
-                self.fail("injected error".into(), ctx);
-            }
-            "log-writer-panic" => {
-                self.shared.log_writer.run(Box::new(|_| panic!("injected panic of the log writer")));
-            }
-            // A disk that takes its time.
-            "log-stall" => self.stall_log(3_000),
-            // A node that puts up with it.
-            "keep-leading" => self.shared.disk.keep_leading(),
-            "free-bytes" => self.shared.disk.pretend(None),
-            other if other.starts_with("alter=") => self.alter(&other["alter=".len()..]),
-            other => match other.split_once('=').map(|(fault, number)| (fault, number.parse())) {
-                Some(("log-stall", Ok(ms))) => self.stall_log(ms),
-                Some(("free-bytes", Ok(free))) => self.shared.disk.pretend(Some(free)),
-                _ => tracing::warn!(fault = other, "unknown fault"),
-            },
-        }
-    }
-}
-
-#[cfg(feature = "test-hooks")]
-impl ReplicaActor {
-    fn stall_log(&self, ms: u64) {
-        let stall = std::time::Duration::from_millis(ms);
-        self.shared.log_writer.run(Box::new(move |_| std::thread::sleep(stall)));
     }
 }
