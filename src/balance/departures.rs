@@ -79,7 +79,7 @@ pub(super) fn superfluous(
     let stay = led.voters().filter(|m| m.role == MemberRole::Voter && !going.contains(&m.replica));
     let mut voters: Vec<Member> = stay.copied().collect();
     let mut gone = Vec::new();
-    while gone.len() < count && voters.len() > 1 {
+    while gone.len() < count {
         let domain = |member: &Member| view.map.nodes.get(&member.node).map(Domain::of);
         let rank = |(at, member): (usize, &Member)| {
             let leads = member.replica == led.report.leader;
