@@ -234,7 +234,7 @@ fn a_snapshot_that_nobody_waits_for_leaves_nothing() {
 #[test]
 fn the_thread_writes_no_faster_than_it_is_allowed_to() {
     let setting = setting();
-    fill(&setting.engine, MADE_OF, 1, 2_000);
+    fill(&setting.engine, MADE_OF, 1, 4_000);
     setting.worker.limit(1 << 20);
     let begun = Instant::now();
     let file = setting.make().unwrap();
