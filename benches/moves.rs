@@ -153,6 +153,16 @@ impl Cluster {
         self.nodes.push(Node { client, peer, keeper });
     }
 
+    /// What the nodes have logged last, for one who wonders why a round takes so long.
+    fn print_logs(&self) {
+        for number in 1..=self.nodes.len() {
+            let log = self.dir.path().join(format!("n{number}.log"));
+            let text = std::fs::read_to_string(log).unwrap_or_default();
+            let lines: Vec<&str> = text.lines().collect();
+            eprintln!("node {number}:\n{}", lines[lines.len().saturating_sub(8)..].join("\n"));
+        }
+    }
+
     fn addresses(&self) -> Vec<String> {
         self.nodes.iter().map(|node| node.client.clone()).collect()
     }
@@ -516,6 +526,9 @@ fn main() {
             _ = terminated.recv() => true,
         }
     });
+    if stopped {
+        cluster.print_logs();
+    }
     // Not by `exit`, before the nodes are gone.
     drop(cluster);
     if stopped {

@@ -347,6 +347,9 @@ pub const SNAPSHOT_CHUNK_BYTES: usize = 256 * KIB;
 pub const SNAPSHOT_FRAME_BYTES_MAX: usize = SNAPSHOT_CHUNK_BYTES + 4 * KIB;
 /// Time without sending of which the allowance is saved up for a burst, in milliseconds.
 pub const SNAPSHOT_BURST_MS: u64 = 100;
+/// A node makes and loads so many times the bytes of snapshots in a second that it may send: a transfer passes two
+/// disks, one after the other, and together they are to take no longer than the way between them.
+pub const SNAPSHOT_DISK_FACTOR: u64 = 2;
 /// Snapshots that a node sends at a time; more wait.
 pub const SNAPSHOTS_SENT_MAX: usize = 4;
 /// Snapshots that a node receives at a time; offers of more are `busy`.

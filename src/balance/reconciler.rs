@@ -355,7 +355,9 @@ impl<'a> Round<'a> {
         };
         // A snapshot counts when it has been taken over as a whole, and others are sent beside it.
         let others = u64::from(policy.moves_at_a_time.saturating_mul(limits::REPAIR_MOVES_FACTOR));
-        let copying_ms = growth.bytes.saturating_mul(others).saturating_mul(1000) / rate.max(1);
+        // To make it and to load it takes as long again as to send it.
+        let copied = growth.bytes.saturating_mul(2).saturating_mul(others);
+        let copying_ms = copied.saturating_mul(1000) / rate.max(1);
         now_ms.saturating_sub(growth.since_ms) >= copying_ms.saturating_add(limits::CATCH_UP_STILL_MS)
     }
 

@@ -281,8 +281,8 @@ impl Assembly {
         let intake = Arc::new(Intake::new(log_writer.queued_bytes()));
         let (flusher, fatal) = (Arc::new(flusher), self.fatal.clone());
         let (engine, dir) = (stores.engine.clone(), stores.snapshots);
-        let tools = worker::Tools { dir, engine, flusher: flusher.clone(), fatal };
         let bytes_per_second = self.settings.snapshot.bytes_per_second;
+        let tools = worker::Tools { dir, engine, flusher: flusher.clone(), fatal, bytes_per_second };
         let origin = outgoing::Origin {
             cluster_id: cluster,
             node,

@@ -182,7 +182,7 @@ impl Supervisor {
         let own = map.nodes.get(&self.site.node).map(|own| own.standing);
         let drains = matches!(own, Some(Standing::Draining | Standing::Leaving));
         self.shared.draining.store(drains, Ordering::Relaxed);
-        self.shared.snapshots.outgoing.limit(map.policy.bytes_per_second);
+        self.shared.snapshots.limit(map.policy.bytes_per_second);
         self.shared.network.set_peers(&peers);
         self.shared.router.set_map(map);
         self.heartbeat();

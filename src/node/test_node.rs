@@ -95,6 +95,7 @@ impl TestNode {
             engine: engine.clone(),
             flusher: flusher.clone(),
             fatal: fatal.clone(),
+            bytes_per_second: 1 << 20,
         };
         let origin = outgoing::Origin {
             cluster_id: RandomId([1; 16]),

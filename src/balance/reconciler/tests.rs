@@ -383,7 +383,7 @@ fn a_newcomer_that_comes_no_further_is_given_up() {
     assert_eq!(rolled_back(2 * still, 0, |_| (5, true)), Some(still));
     assert_eq!(rolled_back(4 * still, 0, |second| (second / 300, true)), None, "slow is not still");
     // What there is to copy takes its time, as the policy has it.
-    assert_eq!(rolled_back(2 * still, 100 << 20, |_| (5, true)), Some(still + 200));
+    assert_eq!(rolled_back(2 * still, 100 << 20, |_| (5, true)), Some(still + 400));
 }
 
 #[test]

@@ -377,12 +377,8 @@ proptest! {
 }
 
 /// What is derived from the map.
-fn derived(routing: &Routing) -> (Vec<(&String, &Routes)>, Vec<(&ShardId, &NodeId)>) {
-    let (mut names, mut leaders): (Vec<_>, Vec<_>) =
-        (routing.names.iter().collect(), routing.leaders.iter().collect());
-    names.sort_by_key(|(name, _)| *name);
-    leaders.sort();
-    (names, leaders)
+fn derived(routing: &Routing) -> (BTreeMap<&String, &Routes>, BTreeMap<&ShardId, &NodeId>) {
+    (routing.names.iter().collect(), routing.leaders.iter().collect())
 }
 
 /// A random change of a map with three databases of four shards each; a few have names of others that are dropped.

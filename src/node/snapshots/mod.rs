@@ -61,6 +61,13 @@ impl Snapshots {
         Ok((Snapshots { inbox, outgoing, worker }, [working, sending]))
     }
 
+    /// From now on the cluster allows each node to send so many bytes a second, and to make and load in
+    /// proportion; 0: any number. The node's own limit holds beside it.
+    pub fn limit(&self, bytes_per_second: u64) {
+        self.outgoing.limit(bytes_per_second);
+        self.worker.limit(bytes_per_second);
+    }
+
     /// Takes no more work; the threads end after their present steps.
     pub fn close(&self) {
         self.outgoing.close();

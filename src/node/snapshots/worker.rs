@@ -5,6 +5,10 @@
 //! until one is made, and what is only to be removed waits for all else. Of each kind there is one task at
 //! a time, first come, first served.
 //!
+//! *Nobody waits behind it*, though it wants the same disk and the same cores as the writes of all shards:
+//! what it writes in a second is bounded, as what is sent is, and after each step it rests for at least as
+//! long as the step took. So where others work too, and a step takes longer, it does less.
+//!
 //! *Which generations are safe to remove.* Those that are not the one of the replica's record, as the
 //! caller tells, while nothing of that replica is being loaded: a load begins by removing them
 //! itself, and calls off what was asked for before; the caller asks anew when the load has led to
@@ -14,16 +18,17 @@
 use std::collections::VecDeque;
 use std::io;
 use std::path::PathBuf;
-use std::sync::mpsc::{self, TryRecvError};
+use std::sync::mpsc::{self, RecvTimeoutError, TryRecvError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use tokio::sync::oneshot;
 
 use crate::codec::snapshot::SnapshotOffer;
 use crate::failpoints::failpoint;
 use crate::ids::{Index, RandomId, ReplicaId, ShardId};
-use crate::limits::{SNAPSHOT_STEP_BYTES, SWEEP_STEP_KEYS};
+use crate::limits::{SNAPSHOT_DISK_FACTOR, SNAPSHOT_STEP_BYTES, SWEEP_STEP_KEYS};
 use crate::node::fatal::Fatal;
 use crate::node::flusher::FlushThread;
 use crate::storage::digest::{Digester, StateDigest};
@@ -33,6 +38,7 @@ use crate::storage::snapshot::{BuildStep, SnapshotBuilder, SnapshotCheck, Snapsh
 use crate::storage::snapshot_dir::SnapshotDir;
 use crate::storage::snapshot_file::{Origin, Summary};
 use crate::storage::{StorageError, generations};
+use crate::transport::snapshot::throttle::Throttle;
 
 /// A snapshot to make. Dropping the receiver of its result calls it off.
 pub struct Build {
@@ -130,12 +136,15 @@ pub struct Tools {
     pub flusher: Arc<FlushThread>,
     /// Raised if the state can't be synced.
     pub fatal: Fatal,
+    /// Bytes per second that the node may send in snapshots; it may make and load [`SNAPSHOT_DISK_FACTOR`] times as many.
+    pub bytes_per_second: u64,
 }
 
 /// See the module page. Bounded by its callers: one load for each transfer, one build for each replica
 /// that leads, one sweep for each replica, one digest for each that an operator waits for.
 pub struct Worker {
     tasks: Mutex<Option<mpsc::Sender<Task>>>,
+    throttle: Arc<Throttle>,
 }
 
 impl Worker {
@@ -146,12 +155,19 @@ impl Worker {
     pub fn start(tools: Tools) -> io::Result<(Worker, JoinHandle<()>)> {
         let (tasks, queue) = mpsc::channel();
         let fatal = tools.fatal.clone();
+        let throttle = Arc::new(Throttle::new(on_disk(tools.bytes_per_second)));
+        let shared = throttle.clone();
         let thread = fatal.thread("pontoon-snapshot", "the snapshot thread", move || {
-            let (builds, loads) = (VecDeque::new(), VecDeque::new());
-            let (digests, sweeps) = (VecDeque::new(), VecDeque::new());
-            Work { tools, builds, loads, digests, sweeps }.run(queue);
+            let (builds, loads, digests, sweeps) = Default::default();
+            Work { tools, throttle: shared, builds, loads, digests, sweeps }.run(queue);
         })?;
-        Ok((Worker { tasks: Mutex::new(Some(tasks)) }, thread))
+        Ok((Worker { tasks: Mutex::new(Some(tasks)), throttle }, thread))
+    }
+
+    /// From now on the cluster allows each node to send so many bytes a second; 0: any number. The node's own
+    /// limit holds beside it.
+    pub fn limit(&self, bytes_per_second: u64) {
+        self.throttle.limit(on_disk(bytes_per_second));
     }
 
     /// Has a snapshot made.
@@ -187,8 +203,14 @@ impl Worker {
     }
 }
 
+/// What may be made or loaded in a second where so much may be sent.
+fn on_disk(bytes_per_second: u64) -> u64 {
+    bytes_per_second.saturating_mul(SNAPSHOT_DISK_FACTOR)
+}
+
 struct Work {
     tools: Tools,
+    throttle: Arc<Throttle>,
     builds: VecDeque<(Build, Option<SnapshotBuilder>)>,
     loads: VecDeque<(Load, Stage)>,
     digests: VecDeque<(TakeDigest, Option<Box<Digester>>)>,
@@ -262,11 +284,31 @@ impl Work {
                     Err(TryRecvError::Disconnected) => return,
                 }
             }
-            self.step_load();
-            self.step_build();
+            let begun = Instant::now();
+            let bytes = self.step_load() + self.step_build();
             self.step_digest();
             if self.builds.is_empty() && self.loads.is_empty() && self.digests.is_empty() {
                 self.step_sweep();
+            }
+            let now = Instant::now();
+            let rest = self.throttle.take(bytes, now).max(now - begun);
+            if !self.rest(&queue, now + rest) {
+                return;
+            }
+        }
+    }
+
+    /// Does nothing until then but hear what else is asked for; false if nobody can ask any more.
+    fn rest(&mut self, queue: &mpsc::Receiver<Task>, until: Instant) -> bool {
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return true;
+            }
+            match queue.recv_timeout(left) {
+                Ok(task) => self.take(task),
+                Err(RecvTimeoutError::Timeout) => return true,
+                Err(RecvTimeoutError::Disconnected) => return false,
             }
         }
     }
@@ -288,26 +330,33 @@ impl Work {
         }
     }
 
-    fn step_build(&mut self) {
+    /// Returns how many bytes it has written.
+    fn step_build(&mut self) -> usize {
         let Some((build, builder)) = self.builds.front_mut() else {
-            return;
+            return 0;
         };
         if build.done.is_closed() {
             tracing::debug!(replica = %build.replica, "nobody waits for a snapshot any more");
             self.builds.pop_front();
-            return;
+            return 0;
         }
+        let before = builder.as_ref().map_or(0, SnapshotBuilder::bytes);
         let result = match builder.take() {
             None => begin_build(&self.tools, build).map(Progress::Begun),
             Some(builder) => go_on_building(&self.tools, builder),
         };
-        let outcome = match result {
+        let written = |now: u64| usize::try_from(now.saturating_sub(before)).unwrap_or(usize::MAX);
+        let (outcome, bytes) = match result {
             Ok(Progress::Begun(begun)) => {
+                let bytes = written(begun.bytes());
                 *builder = Some(begun);
-                return;
+                return bytes;
             }
-            Ok(Progress::Complete(file)) => Ok(file),
-            Err(error) => Err(error),
+            Ok(Progress::Complete(file)) => {
+                let bytes = written(file.bytes);
+                (Ok(file), bytes)
+            }
+            Err(error) => (Err(error), 0),
         };
         if let Some((build, _)) = self.builds.pop_front()
             && let Err(Ok(file)) = build.done.send(outcome)
@@ -315,6 +364,7 @@ impl Work {
         {
             tracing::warn!(%error, "a snapshot that nobody waits for stays");
         }
+        bytes
     }
 
     fn step_digest(&mut self) {
@@ -338,12 +388,15 @@ impl Work {
         }
     }
 
-    fn step_load(&mut self) {
+    /// Returns how many bytes it has written, about.
+    fn step_load(&mut self) -> usize {
         let Some((load, stage)) = self.loads.front_mut() else {
-            return;
+            return 0;
         };
+        // To check costs no writing, and is quick.
+        let bytes = if matches!(stage, Stage::Loading(_)) { SNAPSHOT_STEP_BYTES } else { 0 };
         let outcome = match step_load(&self.tools, load, stage) {
-            Ok(None) => return,
+            Ok(None) => return bytes,
             Ok(Some(summary)) => Ok(summary),
             Err(error) => {
                 if let LoadError::Local(error @ StorageError::SyncFailed { .. }) = &error {
@@ -357,6 +410,7 @@ impl Work {
         {
             tracing::debug!(replica = %load.offer.to, "nobody waits for a loaded snapshot");
         }
+        bytes
     }
 
     fn step_sweep(&mut self) {

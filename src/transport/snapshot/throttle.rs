@@ -1,4 +1,4 @@
-//! A bound on bytes per second, shared by all transfers of a node.
+//! A bound on bytes per second, shared by all transfers of a node, or by all that is done for them on its disk.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -35,12 +35,17 @@ impl Throttle {
 
     /// Returns when `bytes` may be sent.
     pub async fn pass(&self, bytes: usize) {
-        let wait = self.bucket.lock().unwrap_or_else(PoisonError::into_inner).take(bytes, Instant::now());
+        let wait = self.take(bytes, Instant::now());
         if !wait.is_zero() {
             tokio::time::sleep(wait).await;
         }
         self.passed.fetch_add(bytes as u64, Ordering::Relaxed);
         metrics::counter!(names::SNAPSHOT_SENT_BYTES).increment(bytes as u64);
+    }
+
+    /// Takes `bytes`, for who waits by other means: for how long. They don't count as passed.
+    pub fn take(&self, bytes: usize, now: Instant) -> Duration {
+        self.bucket.lock().unwrap_or_else(PoisonError::into_inner).take(bytes, now)
     }
 
     /// Bytes that have passed.

@@ -2,12 +2,14 @@
 
 use std::ops::Bound;
 use std::path::Path;
+use std::time::Duration;
 
 use bytes::Bytes;
 use raft::eraftpb::ConfState;
 
 use super::*;
 use crate::ids::{Epoch, Position};
+use crate::limits::SNAPSHOT_BURST_MS;
 use crate::storage::engine::Mutation;
 use crate::storage::engine_memory::MemoryEngine;
 use crate::storage::keys;
@@ -48,8 +50,13 @@ fn setting() -> Setting {
     let flusher = Flusher::open(dir.path().join("redo"), engine.clone()).unwrap();
     let (flusher, flushing) = FlushThread::start(flusher, fatal.clone()).unwrap();
     let flusher = Arc::new(flusher);
-    let tools =
-        Tools { dir: snapshot_dir(dir.path()), engine: engine.clone(), flusher: flusher.clone(), fatal };
+    let tools = Tools {
+        dir: snapshot_dir(dir.path()),
+        engine: engine.clone(),
+        flusher: flusher.clone(),
+        fatal,
+        bytes_per_second: u64::MAX,
+    };
     let (worker, working) = Worker::start(tools).unwrap();
     Setting { dir, engine, flusher, worker, threads: vec![working, flushing] }
 }
@@ -250,4 +257,32 @@ fn a_digest_is_of_the_index_that_is_meant_or_there_is_none() {
     assert_eq!(digest(LOADED_BY, 9, POSITION.index).unwrap(), taken);
     setting.engine.write(&[(keys::user_key(LOADED_BY, 9, &[0; 4]), Some("x".into()))]).unwrap();
     assert_ne!(digest(LOADED_BY, 9, POSITION.index).unwrap().data, taken.data);
+}
+
+#[test]
+fn the_thread_writes_no_faster_than_it_is_allowed_to() {
+    let setting = setting();
+    fill(&setting.engine, MADE_OF, 1, 4_000);
+    setting.worker.limit(1 << 20);
+    let begun = Instant::now();
+    let file = setting.make().unwrap();
+    assert!(file.bytes > 1 << 20, "{}", file.bytes);
+    setting.load(&file.path, setting.offer(&file)).unwrap();
+    // Made and loaded, at twice that, but for a burst and the last step of each, after which nobody waits.
+    let free = (1 << 21) as u64 * SNAPSHOT_BURST_MS / 1000 + 2 * SNAPSHOT_STEP_BYTES as u64;
+    let least = Duration::from_secs_f64((2 * file.bytes - free) as f64 / (1 << 21) as f64);
+    assert!(begun.elapsed() >= least, "{:?}, at least {least:?}", begun.elapsed());
+}
+
+#[test]
+fn the_thread_ends_although_it_rests() {
+    let setting = setting();
+    fill(&setting.engine, MADE_OF, 1, 2_000);
+    setting.worker.limit(1);
+    let (done, made) = oneshot::channel();
+    setting.worker.build(Build { shard: SHARD, replica: MADE_OF, generation: 1, least: 0, done });
+    std::thread::sleep(Duration::from_millis(50));
+    // Hours before the thread would go on by itself.
+    drop(setting);
+    assert!(made.blocking_recv().is_err());
 }
