@@ -30,7 +30,7 @@ use crate::codec::GroupMessage;
 use crate::failpoints::failpoint;
 use crate::group::driver::Group;
 use crate::group::types::{Effects, Fetch, SnapshotWanted};
-use crate::ids::{Incarnation, Index, METADATA_SHARD, NodeId, Position, ReplicaId, ShardId};
+use crate::ids::{Incarnation, METADATA_SHARD, NodeId, Position, ReplicaId, ShardId};
 use crate::limits;
 use crate::machine::command::Query;
 use crate::machine::{kv, meta};
