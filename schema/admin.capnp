@@ -61,11 +61,12 @@ interface Admin {
   # only the others had are lost, acknowledged ones too. Refused while a majority answers. Without
   # `acceptDataLoss` it changes nothing and tells what would be kept. Returns when the replica leads.
 
-  verifyShard @14 (shard :UInt64, timeoutMs :UInt32) -> (result :CheckResult);
+  verifyShard @14 (shard :UInt64, timeoutMs :UInt32, since :UInt64) -> (result :CheckResult);
   # Has each replica of a shard tell what its state is at one and the same entry of the log, while the shard
   # is written to. Digests that differ mean replicas that differ. A replica whose state can't be had in time, or
   # has gone on, is named with the reason. Changes nothing but that the shard's log has an empty entry more, and
-  # each replica's memory is flushed to disk. Reads all of the shard on each of its nodes.
+  # each replica's memory is flushed to disk. Reads all of the shard on each of its nodes, which has to be
+  # done in the time given. That there is no such shard is said of a map of version `since` or later alone.
 }
 
 struct CheckResult {

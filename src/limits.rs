@@ -231,12 +231,21 @@ pub const COUNT_SHARE: u32 = 8;
 pub const VIEW_TICKS: u64 = 50;
 /// Time between looks whether a replica's state is flushed up to a mark, in milliseconds.
 pub const VIEW_POLL_MS: u64 = 10;
-/// Shards of a database whose replicas are compared at a time.
-pub const VERIFIED_MAX: usize = 4;
+/// Time for a replica to apply a shard's log up to a mark, or to come back if it isn't there, in milliseconds. That
+/// long it is waited for; what takes longer isn't over in a moment, and holds up those that wait with it.
+pub const VIEW_MS_MAX: u64 = 20_000;
+/// Time for a mark to come into the log of a shard, in milliseconds: for a leader to be elected, and found.
+pub const MARK_MS_MAX: u64 = 10_000;
+/// Nodes that are asked in turn to find the leader of a shard whose replicas are to be compared.
+pub const MARKERS_MAX: usize = 3;
+/// Time between looks whether a node that takes a digest is there still, in milliseconds.
+pub const VERIFY_LOOK_MS: u64 = 5_000;
+/// Looks in vain, one after the other, after which a node that takes a digest isn't waited for any more.
+pub const VERIFY_LOOKS_MAX: usize = 3;
 /// Attempts at comparing the replicas of a shard that go on too fast for it.
 pub const VERIFY_ATTEMPTS_MAX: usize = 5;
 /// Time for comparing the replicas of a shard once, unless the caller has less, in milliseconds.
-pub const VERIFY_MS_MAX: u64 = 120_000;
+pub const VERIFY_MS_MAX: u64 = TIMEOUT_MAX_MS;
 /// Time between a heartbeat of a node and the moment from which it isn't taken for alive any more, where
 /// another process claims to be it, in milliseconds.
 pub const ALIVE_MS: u64 = 3 * NODE_HEARTBEAT_MS;

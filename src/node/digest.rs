@@ -13,7 +13,13 @@ use crate::limits;
 use crate::placement::map::ClusterMap;
 use crate::refusal::Refusal;
 use crate::storage::digest::StateDigest;
-use crate::transport::call::{CallError, PeerClient};
+use crate::transport::call::{CallError, PeerClient, PeerLine};
+
+/// What is left of the time that an asker waits, so that it hears why there is no answer: a twentieth is kept back, or
+/// a second.
+pub fn heard_within(asker_waits: Duration) -> Duration {
+    asker_waits - (asker_waits / 20).min(Duration::from_secs(1))
+}
 
 fn unavailable(why: impl Into<String>) -> Refusal {
     Refusal::Unavailable(why.into().into())
@@ -23,7 +29,7 @@ impl NodeHandle {
     /// Puts a mark into the log of a shard, wherever that is led. May be repeated: it changes nothing.
     ///
     /// # Errors
-    /// There is no such shard, or it has no leader within `timeout`.
+    /// [`Refusal::Refused`]: the map that this node has names no such shard. Or it has no leader within `timeout`.
     pub async fn mark(&self, shard: ShardId, timeout: Duration) -> Result<Marked, Refusal> {
         let deadline = Instant::now() + timeout;
         let (mut hint, mut last) = (Some(self.node()), None);
@@ -83,7 +89,8 @@ impl NodeHandle {
         Ok(Marked { index, leader, members: status.members })
     }
 
-    /// The digest of the replica on `node` at a mark.
+    /// The digest of the replica on `node` at a mark. To read a replica takes as long as it takes: it is waited for while
+    /// the node is there.
     ///
     /// # Errors
     /// [`Refusal::Busy`]: the replica has gone on; another mark may bring more luck. All else: why there is none.
@@ -97,7 +104,13 @@ impl NodeHandle {
             self.digest_here(request).await?
         } else {
             let timeout = Duration::from_millis(request.timeout_ms.into());
-            match self.ask(&self.map(), node, PeerRequest::Digest(request), timeout).await? {
+            let map = self.map();
+            let asked = self.ask(&map, node, PeerRequest::Digest(request), timeout);
+            let answer = tokio::select! {
+                answer = asked => answer?,
+                gone = self.gone(&map, node) => return Err(gone),
+            };
+            match answer {
                 PeerResponse::Digest(answer) => answer,
                 _ => return Err(unavailable(format!("node {node} answered another question"))),
             }
@@ -117,23 +130,34 @@ impl NodeHandle {
     /// # Errors
     /// As [`NodeHandle::digest`].
     pub async fn digest_here(&self, request: DigestRequest) -> Result<ReplicaDigest, Refusal> {
-        // A little less than the asker waits, so that it hears why there is none.
-        let timeout = Duration::from_millis(u64::from(request.timeout_ms) * 19 / 20);
-        let deadline = Instant::now() + timeout.min(Duration::from_millis(limits::VERIFY_MS_MAX));
-        let gone = |_| unavailable("the replica is being rebuilt after a crash");
+        let asker_waits = Duration::from_millis(request.timeout_ms.into());
+        let timeout = heard_within(asker_waits.min(Duration::from_millis(limits::VERIFY_MS_MAX)));
+        let deadline = Instant::now() + timeout;
+        let there_by = deadline.min(Instant::now() + Duration::from_millis(limits::VIEW_MS_MAX));
         let gone_on =
             |what: String| Refusal::Busy { what: what.into(), retry_after_ms: limits::BUSY_RETRY_MS };
         let (replica, digest) = loop {
-            let asked = self.replica(request.shard)?.send(AskDigest(request.index)).await;
-            match asked.map_err(gone)? {
+            let asked = match self.replica(request.shard) {
+                Ok(addr) => addr.send(AskDigest(request.index)).await,
+                // This node may hear later of a new shard than the one that leads it, or opens its replica just now.
+                Err(refusal @ (Refusal::StaleRoute { .. } | Refusal::Unavailable(_))) => {
+                    Ok(Digesting::Behind(refusal.to_string()))
+                }
+                Err(refusal) => return Err(refusal),
+            };
+            // It has ended, and is rebuilt.
+            let asked = asked.unwrap_or_else(|_| Digesting::Behind("the replica has ended".into()));
+            let (why, until) = match asked {
                 Digesting::Begun(replica, digest) => break (replica, digest),
                 Digesting::GoneOn(what) => return Err(gone_on(what)),
                 Digesting::Never(why) => return Err(unavailable(why)),
-                Digesting::Coming(why) if Instant::now() >= deadline => return Err(unavailable(why)),
-                Digesting::Coming(_) => {
-                    tokio::time::sleep(Duration::from_millis(limits::VIEW_POLL_MS)).await;
-                }
+                Digesting::Behind(why) => (why, there_by),
+                Digesting::Coming(why) => (why, deadline),
+            };
+            if Instant::now() >= until {
+                return Err(unavailable(why));
             }
+            tokio::time::sleep(Duration::from_millis(limits::VIEW_POLL_MS)).await;
         };
         match tokio::time::timeout_at(deadline.into(), digest).await {
             Ok(Ok(Ok(digest))) => Ok(ReplicaDigest { replica, digest }),
@@ -146,6 +170,29 @@ impl NodeHandle {
             }
             Ok(Ok(Err(DigestError::Stopping)) | Err(_)) => Err(unavailable("the node is stopping")),
             Err(_) => Err(unavailable(format!("reading the state of replica {replica} takes longer"))),
+        }
+    }
+
+    /// Comes to an end once a node has given no sign of life several times: it hangs, or is cut off, and the connection on
+    /// which an answer is awaited doesn't tell.
+    async fn gone(&self, map: &ClusterMap, node: NodeId) -> Refusal {
+        let mut failed = 0;
+        loop {
+            tokio::time::sleep(Duration::from_millis(limits::VERIFY_LOOK_MS)).await;
+            let Some(record) = map.nodes.get(&node) else {
+                return unavailable(format!("node {node} isn't known"));
+            };
+            // A welcome is enough: so much of it works that a connection gets through to its threads.
+            let limit = Duration::from_millis(limits::VERIFY_LOOK_MS);
+            match PeerLine::open(&record.peer_address, self.hello(), limit).await {
+                Ok(_) | Err(CallError::Refused { .. }) => failed = 0,
+                Err(error) => {
+                    failed += 1;
+                    if failed == limits::VERIFY_LOOKS_MAX {
+                        return unavailable(format!("node {node} gives no sign of life any more: {error}"));
+                    }
+                }
+            }
         }
     }
 
@@ -171,5 +218,20 @@ impl NodeHandle {
                 Err(unavailable(format!("{error}; the node may be older than this one")))
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nearly_all_of_the_time_is_left_for_reading() {
+        // What a client is given, an operator's node of that, and the node that reads.
+        let told = Duration::from_millis(limits::VERIFY_MS_MAX) * 9 / 10;
+        let reading = heard_within(heard_within(told));
+        assert!(reading >= Duration::from_secs(538), "{reading:?}");
+        let short = heard_within(Duration::from_millis(100));
+        assert_eq!(short, Duration::from_millis(95));
     }
 }

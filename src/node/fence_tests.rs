@@ -32,11 +32,11 @@ const REPLICA: ReplicaId = ReplicaId(1);
 const MOMENT: Duration = Duration::from_millis(400);
 
 /// A shared thread that does nothing until this is dropped.
-struct Held {
+pub(super) struct Held {
     _release: mpsc::Sender<()>,
 }
 
-fn hold() -> (Held, impl FnOnce() + Send) {
+pub(super) fn hold() -> (Held, impl FnOnce() + Send) {
     let (release, held) = mpsc::channel::<()>();
     let wait = move || {
         // Fails when the other end is dropped, which is the release.

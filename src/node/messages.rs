@@ -146,7 +146,9 @@ pub struct AskDigest(pub Index);
 
 /// How a digest is that was asked for. The texts are for a person.
 pub enum Digesting {
-    /// The state isn't there yet, or not on disk: to be asked again.
+    /// The state isn't there yet: to be asked again. Whether the replica ever gets there isn't known.
+    Behind(String),
+    /// The state is there, and about to be on disk: to be asked again.
     Coming(String),
     /// It is being taken of this replica; what comes of it.
     Begun(ReplicaId, oneshot::Receiver<Result<StateDigest, DigestError>>),

@@ -16,7 +16,7 @@
 
 pub mod claims;
 pub mod counting;
-mod digest;
+pub mod digest;
 pub mod disk;
 pub mod fatal;
 #[cfg(test)]

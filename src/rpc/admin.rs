@@ -288,8 +288,9 @@ impl admin::Server for Admin {
     ) -> Result<(), capnp::Error> {
         let request = params.get()?;
         let (shard, within) = (ShardId(request.get_shard()), timeout(request.get_timeout_ms()));
+        let since = request.get_since();
         let check = match self.service.load.enter(1, 0) {
-            Ok(_guard) => self.verify(shard, within).await,
+            Ok(_guard) => self.verify(shard, since, within).await,
             Err(refusal) => Err(refusal),
         };
         answers::write_check(check, results.get().init_result());

@@ -259,11 +259,17 @@ Examples:
 
 Each replica of a shard tells a digest of its keys, values and sessions as they are at one and the
 same entry of the log; so they are compared while clients write, and what differs differs. All of
-the data is read on each node, one step at a time, which takes disk and processor; nothing is
-changed. Without --timeout it takes as long as that takes.
+the data is read on each node, one shard after the other, which takes disk and processor; nothing is
+changed. Without --timeout it takes as long as that takes, but a replica that takes more than 9
+minutes to be read can't be compared.
+
+A node that meets damage while it reads ends with exit code 70, as it would whoever reads: its next
+start puts that right. Damage on several nodes may end several at once. So run this while all nodes
+are up, where ended ones are started again; --shard N limits it to the nodes of one shard.
 
 A shard is undecided if a replica can't be asked, or was written to so fast that it had gone on,
-several times; those that told are equal then. --wait tries until it is decided, or until --timeout.
+several times; those that told are equal then. --wait tries those, after all others, until they are
+decided, there is no point, or --timeout; and no longer once replicas of any shard differ.
 
 Exit codes: 0 all equal; 1 replicas differ; 3 none differ, and a shard is undecided.")]
 pub struct VerifyArgs {
@@ -273,7 +279,7 @@ pub struct VerifyArgs {
     /// This shard alone, by its number [default: all]
     #[arg(long, value_name = "N", value_parser = shard_id)]
     pub shard: Option<ShardId>,
-    /// Try until each shard is decided
+    /// Try until each shard is decided, or one differs
     #[arg(long)]
     pub wait: bool,
 }

@@ -1,31 +1,56 @@
 //! `admin database verify`: whether the replicas of each shard are equal.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use futures_util::stream::{self, StreamExt};
 use serde_json::{Value, json};
 
 use super::args::VerifyArgs;
 use super::database::check_shard;
 use super::{METADATA, role_name};
-use crate::cli::context::{Context, Session, with_session};
+use crate::cli::context::{Context, with_session};
 use crate::cli::failure::{Exit, Failure};
 use crate::cli::output;
 use crate::cli::status::unknown_database;
 use crate::client::admin::answers::{CheckedReplica, CheckedState, ShardCheck, Verdict};
+use crate::client::{ClientError, NotApplied};
 use crate::ids::{METADATA_SHARD, ShardId};
-use crate::limits::{VERIFIED_MAX, VERIFY_ATTEMPTS_MAX, VERIFY_MS_MAX};
+use crate::limits::{VERIFY_ATTEMPTS_MAX, VERIFY_MS_MAX};
 use crate::placement::map::ClusterMap;
+use crate::refusal::Refusal;
 use crate::storage::digest::StateDigest;
 
 /// Pause between two attempts at a shard that isn't decided.
 const PAUSE: Duration = Duration::from_millis(500);
 
-/// What became of one shard: a check, or why there was none at all.
+/// Why there is no check of a shard at all.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct NoCheck {
+    why: String,
+    /// It won't be otherwise later.
+    is_final: bool,
+}
+
+impl From<ClientError> for NoCheck {
+    fn from(error: ClientError) -> NoCheck {
+        let is_final = match &error {
+            ClientError::Invalid(_) | ClientError::NotApplied(NotApplied::UnknownDatabase(_)) => true,
+            ClientError::NotApplied(NotApplied::Closed) => true,
+            // With more nodes up a quarantined shard has a leader again.
+            ClientError::NotApplied(NotApplied::Refused(
+                Refusal::ShardQuarantined(_) | Refusal::Deadline,
+            )) => false,
+            ClientError::NotApplied(NotApplied::Refused(refusal)) => !refusal.retryable(),
+            ClientError::NotApplied(NotApplied::Unavailable { .. }) | ClientError::Unknown(_) => false,
+        };
+        NoCheck { why: error.to_string(), is_final }
+    }
+}
+
+/// What became of one shard.
 struct Checked {
     shard: ShardId,
-    check: Result<ShardCheck, String>,
+    check: Result<ShardCheck, NoCheck>,
 }
 
 /// What is said of a shard, or of all.
@@ -63,16 +88,23 @@ impl Checked {
         }
     }
 
-    /// Another attempt at once may bring more luck.
+    /// Another attempt at once may bring more luck, whoever else can't be asked.
     fn has_gone_on(&self) -> bool {
-        self.check.as_ref().is_ok_and(|check| check.verdict() == Verdict::GoneOn)
+        let gone_on = |one: &CheckedReplica| matches!(one.state, CheckedState::GoneOn(_));
+        self.outcome() == Outcome::Undecided
+            && self.check.as_ref().is_ok_and(|check| check.replicas.iter().any(gone_on))
+    }
+
+    /// It may be decided later.
+    fn is_open(&self) -> bool {
+        self.outcome() == Outcome::Undecided && !self.check.as_ref().is_err_and(|none| none.is_final)
     }
 
     /// Why it isn't decided.
     fn obstacles(&self) -> String {
         let check = match &self.check {
             Ok(check) => check,
-            Err(why) => return why.clone(),
+            Err(none) => return none.why.clone(),
         };
         let missing = check.replicas.iter().filter_map(|one| match &one.state {
             CheckedState::Digest(_) => None,
@@ -89,8 +121,16 @@ pub fn verify(context: &Context, args: &VerifyArgs) -> Result<Exit, Failure> {
     let checked = with_session(context, async |session| {
         let map = session.client.map().await?;
         let shards = shards(&map, args)?;
-        let each = shards.into_iter().map(|shard| check(context, session, args.wait, shard));
-        Ok(stream::iter(each).buffered(VERIFIED_MAX).collect::<Vec<_>>().await)
+        let terms = Terms {
+            wait: args.wait,
+            limit: context.global.timeout.map(|_| Instant::now() + session.remaining()),
+            pause: PAUSE,
+        };
+        let ask = async |shard, within| {
+            let check = session.client.verify_shard(shard, within).await.map_err(NoCheck::from);
+            Checked { shard, check }
+        };
+        Ok(check_all(terms, &shards, ask, output::note).await)
     })?;
     let outcome = checked.iter().map(Checked::outcome).max().unwrap_or(Outcome::Equal);
     match context.json() {
@@ -114,30 +154,74 @@ fn shards(map: &ClusterMap, args: &VerifyArgs) -> Result<Vec<ShardId>, Failure> 
     }
 }
 
-/// Checks a shard until it is decided, or there is no point in going on.
-async fn check(context: &Context, session: &Session, wait: bool, shard: ShardId) -> Checked {
-    let limited = context.global.timeout.is_some();
-    let longest = Duration::from_millis(VERIFY_MS_MAX);
-    let (mut attempts, mut told) = (0, None);
-    loop {
-        let left = if limited { session.remaining().min(longest) } else { longest };
-        let check = session.client.verify_shard(shard, left).await.map_err(|error| error.to_string());
-        let checked = Checked { shard, check };
-        attempts += 1;
-        let again = wait || (checked.has_gone_on() && attempts < VERIFY_ATTEMPTS_MAX);
-        let over = limited && session.remaining() <= PAUSE;
-        if checked.outcome() != Outcome::Undecided || !again || over {
-            return checked;
-        }
-        if wait {
-            let why = checked.obstacles();
-            if told.as_ref() != Some(&why) {
-                output::note(format!("waiting: shard {shard}: {}", output::printable(why.as_bytes())));
-                told = Some(why);
-            }
-        }
-        tokio::time::sleep(PAUSE).await;
+/// How long shards are asked about.
+#[derive(Clone, Copy)]
+struct Terms {
+    /// Until all are decided.
+    wait: bool,
+    /// No longer than this.
+    limit: Option<Instant>,
+    /// Between two attempts at a shard.
+    pause: Duration,
+}
+
+impl Terms {
+    /// There is no time for another attempt.
+    fn are_over(self) -> bool {
+        self.limit.is_some_and(|limit| Instant::now() + self.pause >= limit)
     }
+
+    /// Time for an attempt at one shard if so many follow it: one of which nothing is to be had leaves them some.
+    fn share(self, following: usize) -> Duration {
+        let left = self.limit.map(|limit| limit.saturating_duration_since(Instant::now()));
+        let share = left.map(|left| if following > 0 { left / 2 } else { left });
+        let longest = Duration::from_millis(VERIFY_MS_MAX);
+        // Never nothing: that an attempt has no time it says by itself.
+        share.unwrap_or(longest).clamp(Duration::from_millis(1), longest)
+    }
+}
+
+/// Checks one shard after the other, for a node reads one replica at a time, and keeps still what waits to be read.
+/// Only then those are waited for that aren't decided: none of them hides a difference in another. Where there
+/// is a difference, nothing is waited for any more.
+async fn check_all(
+    terms: Terms,
+    shards: &[ShardId],
+    ask: impl AsyncFn(ShardId, Duration) -> Checked,
+    mut tell: impl FnMut(String),
+) -> Vec<Checked> {
+    let mut all: Vec<Checked> = Vec::with_capacity(shards.len());
+    for (following, shard) in (0..shards.len()).rev().zip(shards) {
+        let mut attempts = 1;
+        let mut checked = ask(*shard, terms.share(following)).await;
+        while checked.has_gone_on() && attempts < VERIFY_ATTEMPTS_MAX && !terms.are_over() {
+            tokio::time::sleep(terms.pause).await;
+            checked = ask(*shard, terms.share(following)).await;
+            attempts += 1;
+        }
+        all.push(checked);
+    }
+    let mut told: BTreeMap<ShardId, String> = BTreeMap::new();
+    while terms.wait {
+        let open: Vec<usize> = (0..all.len()).filter(|at| all[*at].is_open()).collect();
+        for (following, at) in (0..open.len()).rev().zip(&open) {
+            if terms.are_over() || all.iter().any(|one| one.outcome() == Outcome::Different) {
+                return all;
+            }
+            let shard = all[*at].shard;
+            let why = all[*at].obstacles();
+            if told.get(&shard) != Some(&why) {
+                tell(format!("waiting: shard {shard}: {}", output::printable(why.as_bytes())));
+                told.insert(shard, why);
+            }
+            tokio::time::sleep(terms.pause).await;
+            all[*at] = ask(shard, terms.share(following)).await;
+        }
+        if open.is_empty() {
+            break;
+        }
+    }
+    all
 }
 
 /// 128 bits as 32 hexadecimal digits.
@@ -170,7 +254,9 @@ fn json_of(name: &str, outcome: Outcome, checked: &[Checked]) -> Value {
                 let replicas: Vec<_> = check.replicas.iter().map(|one| replica(check, one)).collect();
                 json!({"shard": id, "result": result, "index": check.index, "replicas": replicas, "why": null})
             }
-            Err(why) => json!({"shard": id, "result": result, "index": null, "replicas": [], "why": why}),
+            Err(none) => {
+                json!({"shard": id, "result": result, "index": null, "replicas": [], "why": none.why})
+            }
         }
     };
     let shards: Vec<_> = checked.iter().map(shard).collect();
@@ -252,6 +338,8 @@ fn shard_text(checked: &Checked) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
+
     use super::*;
     use crate::ids::{NodeId, ReplicaId};
     use crate::placement::map::MemberRole;
@@ -276,14 +364,119 @@ mod tests {
         Checked { shard: ShardId(shard), check: Ok(check) }
     }
 
+    fn none(shard: u64, why: &str, is_final: bool) -> Checked {
+        Checked { shard: ShardId(shard), check: Err(NoCheck { why: why.into(), is_final }) }
+    }
+
+    fn missing(shard: u64) -> Checked {
+        checked(shard, vec![told(1), CheckedState::Missing("no answer".into())])
+    }
+
+    fn gone_on(shard: u64) -> Checked {
+        checked(shard, vec![told(1), CheckedState::GoneOn("it has gone on".into())])
+    }
+
+    fn equal(shard: u64) -> Checked {
+        checked(shard, vec![told(1), told(1)])
+    }
+
+    /// Asks about shards 1 to 3, `wait` or not, where `answer` is told the shard and how many were asked before. The
+    /// outcomes, which shards were asked in turn, and how much was said of waiting.
+    fn asked(
+        wait: bool,
+        limit: Option<Duration>,
+        answer: impl Fn(u64, usize) -> Checked,
+    ) -> (Vec<Outcome>, Vec<u64>, usize) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        let (asked, mut notes) = (RefCell::new(Vec::new()), 0);
+        let limit = limit.map(|limit| Instant::now() + limit);
+        let terms = Terms { wait, limit, pause: Duration::from_millis(1) };
+        let ask = async |shard: ShardId, _| {
+            let before = asked.borrow().len();
+            asked.borrow_mut().push(shard.0);
+            answer(shard.0, before)
+        };
+        let shards = [1, 2, 3].map(ShardId);
+        let all = check_all(terms, &shards, ask, |_| notes += 1);
+        let bounded = async { tokio::time::timeout(Duration::from_secs(20), all).await };
+        let all = runtime.block_on(bounded).expect("it ends by itself");
+        (all.iter().map(Checked::outcome).collect(), asked.into_inner(), notes)
+    }
+
+    #[test]
+    fn one_that_is_waited_for_hides_no_difference() {
+        use Outcome::{Different, Equal, Undecided};
+        let found = asked(true, None, |shard, _| match shard {
+            1 => missing(1),
+            2 => checked(2, vec![told(1), told(2)]),
+            _ => equal(3),
+        });
+        assert_eq!(found, (vec![Undecided, Different, Equal], vec![1, 2, 3], 0));
+        // One that comes to light while others are waited for, too.
+        let found = asked(true, None, |shard, before| match (shard, before) {
+            (3, 5..) => checked(3, vec![told(1), told(2)]),
+            (2, _) => equal(2),
+            (shard, _) => missing(shard),
+        });
+        assert_eq!(found, (vec![Undecided, Equal, Different], vec![1, 2, 3, 1, 3, 1, 3], 2));
+    }
+
+    #[test]
+    fn what_is_decided_is_not_asked_again_and_what_is_final_not_waited_for() {
+        use Outcome::{Equal, Undecided};
+        let answer = |shard, before| match shard {
+            1 if before < 4 => missing(1),
+            3 => none(3, "there is no shard 3", true),
+            shard => equal(shard),
+        };
+        assert_eq!(asked(true, None, answer), (vec![Equal, Equal, Undecided], vec![1, 2, 3, 1, 1], 1));
+        assert_eq!(asked(false, None, answer), (vec![Undecided, Equal, Undecided], vec![1, 2, 3], 0));
+        // Until the time is over.
+        let (outcomes, shards, notes) =
+            asked(true, Some(Duration::from_millis(50)), |shard, _| missing(shard));
+        assert_eq!((outcomes, &shards[..3]), (vec![Undecided; 3], &[1, 2, 3][..]));
+        assert!(notes <= 3, "{notes}");
+    }
+
+    #[test]
+    fn what_has_gone_on_is_tried_several_times() {
+        let (outcomes, shards, _) = asked(false, None, |shard, _| match shard {
+            2 => gone_on(2),
+            shard => equal(shard),
+        });
+        assert_eq!(outcomes, [Outcome::Equal, Outcome::Undecided, Outcome::Equal]);
+        let tried = shards.iter().filter(|shard| **shard == 2).count();
+        assert_eq!((tried, shards.len()), (VERIFY_ATTEMPTS_MAX, 2 + VERIFY_ATTEMPTS_MAX));
+    }
+
+    #[test]
+    fn a_shard_has_all_the_time_there_is_unless_others_follow() {
+        let pause = Duration::from_millis(1);
+        let longest = Duration::from_millis(VERIFY_MS_MAX);
+        let terms = Terms { wait: false, limit: None, pause };
+        assert_eq!((terms.share(0), terms.share(7)), (longest, longest));
+        let terms = Terms { limit: Some(Instant::now() + Duration::from_secs(100)), ..terms };
+        let about = |share: Duration, seconds| share.as_secs().abs_diff(seconds) <= 1;
+        assert!(about(terms.share(0), 100) && about(terms.share(1), 50) && !terms.are_over());
+        let terms = Terms { limit: Some(Instant::now()), ..terms };
+        assert!(!terms.share(3).is_zero() && terms.are_over());
+    }
+
+    #[test]
+    fn what_is_refused_for_good_is_told_from_what_passes() {
+        let refused = |refusal| NoCheck::from(ClientError::NotApplied(NotApplied::Refused(refusal))).is_final;
+        assert!(refused(Refusal::Refused("there is no shard 3".into())));
+        assert!(!refused(Refusal::Unavailable("no leader".into())));
+        assert!(!refused(Refusal::ShardQuarantined("it crashes".into())));
+        let last = "no answer".to_owned();
+        let unavailable = NotApplied::Unavailable { within: Duration::ZERO, last };
+        assert!(!NoCheck::from(ClientError::NotApplied(unavailable)).is_final);
+    }
+
     #[test]
     fn replicas_that_differ_are_named_with_what_they_are() {
-        let all = [
-            checked(4, vec![told(1), told(1)]),
-            checked(5, vec![told(1), told(2), told(1)]),
-            checked(6, vec![told(1), CheckedState::Missing("no answer".into())]),
-            Checked { shard: ShardId(7), check: Err("no leader".into()) },
-        ];
+        let all =
+            [equal(4), checked(5, vec![told(1), told(2), told(1)]), missing(6), none(7, "no leader", false)];
         let outcome = all.iter().map(Checked::outcome).max().unwrap();
         assert_eq!((outcome, outcome.exit()), (Outcome::Different, Exit::Negative));
         let text = text_of(outcome, &all);
@@ -326,14 +519,18 @@ mod tests {
 
     #[test]
     fn undecided_is_neither_equal_nor_different() {
-        let gone_on = checked(4, vec![told(1), CheckedState::GoneOn("it has gone on".into())]);
+        let gone_on = gone_on(4);
         assert!(gone_on.has_gone_on());
         assert_eq!((gone_on.outcome(), gone_on.outcome().exit()), (Outcome::Undecided, Exit::Unavailable));
         assert!(
             text_of(Outcome::Undecided, &[gone_on])
                 .ends_with("1 shard undecided; try again, or with --wait, once all nodes answer")
         );
-        let missing = checked(4, vec![told(1), CheckedState::Missing("no answer".into())]);
-        assert!(!missing.has_gone_on());
+        assert!(!missing(4).has_gone_on() && missing(4).is_open());
+        // That one is out of reach doesn't keep the others from being compared.
+        let states = vec![told(1), CheckedState::GoneOn("on".into()), CheckedState::Missing("no".into())];
+        assert!(checked(4, states).has_gone_on());
+        let differ = vec![told(1), told(2), CheckedState::GoneOn("on".into())];
+        assert!(!checked(4, differ).has_gone_on());
     }
 }

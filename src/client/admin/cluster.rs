@@ -19,15 +19,16 @@ use super::{bounded, lost, patience};
 use crate::client::calls::{persist, told};
 use crate::client::driver::Driver;
 use crate::client::refresh::Ask;
-use crate::client::retry::{Failure, Kind};
+use crate::client::retry::{Failure, Kind, give_up};
 use crate::client::ticket::Deadline;
 use crate::client::{Client, ClientError, closed};
 use crate::codec::CodecError;
 use crate::codec::records::write_standing;
 use crate::ids::{METADATA_SHARD, NodeId, ShardId};
-use crate::limits::META_RETRY_MS;
+use crate::limits::{MARKERS_MAX, META_RETRY_MS};
 use crate::machine::command::PolicyChange;
 use crate::placement::map::Standing;
+use crate::refusal::Refusal;
 use crate::schema::admin_capnp::{self, admin};
 
 /// What goes with every request.
@@ -226,20 +227,52 @@ impl Client {
                 METADATA_SHARD => driver.address_of(node),
                 _ => None,
             };
-            driver.ask_someone(kind, deadline, at, question).await
+            driver.ask_someone(kind, deadline, patience, at, question).await
         })
         .await
     }
 
     /// Has each replica of a shard tell what its state is at one entry of the log, once, and while the shard
-    /// is written to. See `verifyShard` in `admin.capnp`; [`ShardCheck::verdict`] says what it shows.
+    /// is written to. See `verifyShard` in `admin.capnp`; [`ShardCheck::verdict`] says what it shows. Each replica has to
+    /// be read within nine tenths of `timeout`, of which no more than [`VERIFY_MS_MAX`](crate::limits::VERIFY_MS_MAX) counts.
+    ///
+    /// # Errors
+    /// [`NotApplied::Refused`](crate::client::NotApplied::Refused) with a refusal that isn't retryable: there is no such
+    /// shard, or the node that was asked is too old for this. All else: the shard has no leader now, or nobody answers.
     pub async fn verify_shard(&self, shard: ShardId, timeout: Duration) -> Result<ShardCheck, ClientError> {
         let question = question!(
             verify_shard_request,
-            |request, _terms| { request.set_shard(shard.0) },
+            |request, terms| {
+                request.set_shard(shard.0);
+                request.set_since(terms.since);
+            },
             read_check_result
         );
-        self.ask(Kind::Read, timeout, question).await
+        // A node that is cut off finds no leader where another does. What several say is so: the shard has none.
+        let asked = Cell::new(0);
+        let question: Question<Result<ShardCheck, Refusal>> = Box::new(move |admin, terms| {
+            asked.set(asked.get() + 1);
+            let (answer, is_last) = (question(admin, terms), asked.get() >= MARKERS_MAX);
+            Box::pin(async move {
+                Ok(match answer.await {
+                    Ok(Err(refusal)) if is_last => Ok(Err(refusal)),
+                    Ok(answer) => answer.map(Ok),
+                    Err(CodecError::Capnp(error)) if error.kind == capnp::ErrorKind::Unimplemented => {
+                        let why =
+                            "the node that was asked is of an older version, which can't compare replicas";
+                        Err(Refusal::Refused(why.into()))
+                    }
+                    Err(error) => return Err(error),
+                })
+            })
+        });
+        let deadline = bounded(timeout);
+        self.run(closed(), move |driver| async move {
+            // All of the time: half of it isn't enough for a shard that takes more than half of it to be read.
+            let asked = driver.ask_someone(Kind::Read, deadline, |left| left, None, question).await?;
+            asked.map_err(|refusal| give_up(false, Failure::Refused(refusal), deadline.within))
+        })
+        .await
     }
 
     async fn ask<T: Send + 'static>(
@@ -272,18 +305,20 @@ impl Driver {
         deadline: Deadline,
         question: Question<T>,
     ) -> Result<T, ClientError> {
-        self.ask_someone(kind, deadline, None, question).await
+        self.ask_someone(kind, deadline, patience, None, question).await
     }
 
     fn address_of(&self, node: NodeId) -> Option<String> {
         self.routing.borrow().map().nodes.get(&node).map(|record| record.client_address.clone())
     }
 
-    /// Asks the node at this address, or any, until there is an answer.
+    /// Asks the node at this address, or any, until there is an answer. `patience` is the time for an attempt, of what is
+    /// left.
     async fn ask_someone<T>(
         self: &Rc<Driver>,
         kind: Kind,
         deadline: Deadline,
+        patience: fn(Duration) -> Duration,
         at: Option<String>,
         question: Question<T>,
     ) -> Result<T, ClientError> {

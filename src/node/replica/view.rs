@@ -4,6 +4,10 @@
 //! the state as it was there, whatever is applied since: so for a while nothing more is frozen, unless memory or
 //! log call for it. Whoever takes the digest finds out by itself whether the engine has gone on
 //! ([`crate::storage::digest`]): this helps it to succeed, and isn't needed for it to be right.
+//!
+//! One state is kept at a time. While somebody waits for it or reads it, a later mark is passed over: who put that
+//! hears that the replica has gone on, and tries again. Two who compare the same shard so come one after the other; if
+//! the later mark won, neither would come to an end.
 
 use std::sync::{Arc, Weak};
 
@@ -23,13 +27,25 @@ pub(super) struct Hold {
     is_flushed: bool,
     /// The tick from which it is let go, unless somebody reads it.
     until: u64,
+    /// Somebody has asked for it while it was being flushed.
+    is_awaited: bool,
     /// Alive while somebody reads it, or waits to.
     reading: Weak<()>,
+}
+
+impl Hold {
+    /// Somebody reads it, or has it queued to be read.
+    fn is_read(&self) -> bool {
+        self.reading.strong_count() > 0
+    }
 }
 
 impl ReplicaActor {
     /// A mark was applied, and nothing behind it.
     pub(super) fn keep_still(&mut self, index: Index) {
+        if self.hold.as_ref().is_some_and(|hold| hold.is_awaited || hold.is_read()) {
+            return;
+        }
         // Those that are re-applied after a start were for others. And one flush may wait for another, no more.
         if self.group.recovering() || self.flush_waiting.is_some() {
             return;
@@ -38,7 +54,7 @@ impl ReplicaActor {
             return;
         };
         let until = self.ticks + limits::VIEW_TICKS;
-        self.hold = Some(Hold { index, is_flushed: false, until, reading: Weak::new() });
+        self.hold = Some(Hold { index, is_flushed: false, until, is_awaited: false, reading: Weak::new() });
         if self.flushing {
             self.account_memory();
             self.flush_waiting = Some(frozen);
@@ -57,7 +73,7 @@ impl ReplicaActor {
     /// Lets a state go for which nobody has asked in time, or which was read.
     pub(super) fn let_go(&mut self) {
         let ticks = self.ticks;
-        self.hold.take_if(|hold| ticks >= hold.until && hold.reading.strong_count() == 0);
+        self.hold.take_if(|hold| ticks >= hold.until && !hold.is_read());
     }
 }
 
@@ -69,19 +85,28 @@ impl Handler<AskDigest> for ReplicaActor {
             return MessageResult(Digesting::Never(format!("replica {replica} has lost its state")));
         }
         let applied = self.group.state().header().applied.index;
+        let other = self.hold.as_ref().map(|hold| hold.index).filter(|held| *held != index);
         MessageResult(match self.hold.as_mut().filter(|hold| hold.index == index) {
             Some(hold) if hold.is_flushed => {
                 let (reading, (done, digest)) = (Arc::new(()), oneshot::channel());
                 (hold.reading, hold.until) = (Arc::downgrade(&reading), self.ticks);
+                hold.is_awaited = false;
                 let generation = self.group.state().reader().generation;
                 self.shared.snapshots.worker.digest(TakeDigest { replica, generation, index, reading, done });
                 Digesting::Begun(replica, digest)
             }
-            Some(_) => Digesting::Coming(format!("replica {replica} is being flushed")),
-            None if applied < index => {
-                Digesting::Coming(format!("replica {replica} has applied {applied} of {index} entries"))
+            Some(hold) => {
+                // A flush takes as long as it takes. Who asks again and again still finds the state after it.
+                (hold.until, hold.is_awaited) = (self.ticks + limits::VIEW_TICKS, true);
+                Digesting::Coming(format!("replica {replica} is being flushed"))
             }
-            None => Digesting::GoneOn(format!("replica {replica} has gone on")),
+            None if applied < index => {
+                Digesting::Behind(format!("replica {replica} has applied {applied} of {index} entries"))
+            }
+            None => Digesting::GoneOn(match other {
+                Some(other) => format!("replica {replica} is being compared at entry {other} for another"),
+                None => format!("replica {replica} has gone on"),
+            }),
         })
     }
 }

@@ -381,10 +381,12 @@ impl Work {
             Ok(Some(taken)) => Ok(taken),
             Err(error) => Err(error),
         };
-        if let Some((digest, _)) = self.digests.pop_front()
-            && digest.done.send(outcome).is_err()
-        {
-            tracing::debug!(replica = %digest.replica, "nobody waits for a digest that was taken");
+        if let Some((TakeDigest { replica, reading, done, .. }, _)) = self.digests.pop_front() {
+            // Before it is told: who hears of it may put another mark at once.
+            drop(reading);
+            if done.send(outcome).is_err() {
+                tracing::debug!(%replica, "nobody waits for a digest that was taken");
+            }
         }
     }
 

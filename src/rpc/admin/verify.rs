@@ -8,15 +8,28 @@ use super::Admin;
 use crate::client::admin::answers::{CheckedReplica, CheckedState, ShardCheck};
 use crate::codec::digest::DigestRequest;
 use crate::ids::ShardId;
+use crate::limits::MARK_MS_MAX;
+use crate::node::digest::heard_within;
 use crate::refusal::Refusal;
 
 impl Admin {
     /// Has the leader put a mark into the log, and each member tell what its state is there; once. Who can't is named.
-    /// A little is left of the time, so that what is known is told rather than that time ran out.
-    pub(super) async fn verify(&self, shard: ShardId, within: Duration) -> Result<ShardCheck, Refusal> {
+    /// A little is left of the time, so that what is known is told rather than that time ran out. That there is no such
+    /// shard is believed of a cluster map of version `since`, or a later one.
+    ///
+    /// All members read at the same time. One after the other, the last would keep its state still, and what is written
+    /// meanwhile in memory, for as long as all the others read.
+    pub(super) async fn verify(
+        &self,
+        shard: ShardId,
+        since: u64,
+        within: Duration,
+    ) -> Result<ShardCheck, Refusal> {
         let node = &self.service.node;
-        let deadline = Instant::now() + within * 9 / 10;
-        let marked = node.mark(shard, within / 2).await?;
+        let deadline = Instant::now() + heard_within(within);
+        let marked_by = Instant::now() + (within / 2).min(Duration::from_millis(MARK_MS_MAX));
+        self.caught_up(since, marked_by).await?;
+        let marked = node.mark(shard, marked_by.saturating_duration_since(Instant::now())).await?;
         let left = deadline.saturating_duration_since(Instant::now());
         let timeout_ms = u32::try_from(left.as_millis()).unwrap_or(u32::MAX);
         let request = DigestRequest { shard, index: marked.index, timeout_ms };
