@@ -328,6 +328,7 @@ fn bounds() -> Vec<(&'static str, u64)> {
         ARRIVING_WHOLE_MS,
         ARRIVING_WINDOW_MS,
         VERIFY_ATTEMPTS_MAX,
+        VERIFY_MS_MAX,
     ]
 }
 
