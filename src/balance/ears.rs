@@ -30,7 +30,7 @@ pub(super) struct Ears {
     silence: BTreeMap<NodeId, u64>,
     /// Who answered since the last step.
     answered: BTreeSet<NodeId>,
-    /// Since when replicas are sick, and why.
+    /// Since when replicas on nodes that answer are sick, and why.
     sick: BTreeMap<(NodeId, ShardId, ReplicaId), (u64, String)>,
     /// Since when replicas that should be on an answering node aren't.
     missing: BTreeMap<(ShardId, ReplicaId), u64>,
@@ -74,11 +74,13 @@ impl Ears {
         self.answered.clear();
         self.surveys.retain(|node, _| map.nodes.contains_key(node));
         self.described.retain(|shard, _| map.shards.get(shard).is_none_or(|record| !record.dropped));
-        self.look_for_missing(now_ms, map);
+        let answering: BTreeSet<NodeId> = self.fresh(now_ms).map(|survey| survey.node).collect();
+        // A node that is silent may only have been stopped for a while: what it said before that counts no more.
+        self.sick.retain(|(node, ..), _| answering.contains(node));
+        self.look_for_missing(now_ms, map, &answering);
     }
 
-    fn look_for_missing(&mut self, now_ms: u64, map: &ClusterMap) {
-        let answering: BTreeSet<NodeId> = self.fresh(now_ms).map(|survey| survey.node).collect();
+    fn look_for_missing(&mut self, now_ms: u64, map: &ClusterMap, answering: &BTreeSet<NodeId>) {
         let held: HashSet<(ShardId, ReplicaId)> =
             self.fresh(now_ms).flat_map(|survey| survey.held.iter().copied()).collect();
         let mut missing = BTreeMap::new();

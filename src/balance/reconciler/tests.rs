@@ -208,6 +208,22 @@ fn who_is_sick_for_a_moment_only_is_left_alone() {
     }
 }
 
+/// A node whose replica was sick when it was stopped isn't given up any sooner than others.
+#[test]
+fn who_was_sick_before_its_node_was_stopped_is_waited_for() {
+    let map = map(4);
+    let mut reconciler = Reconciler::new();
+    for second in 0..300_u64 {
+        let now_ms = 1000 * second;
+        hear(&mut reconciler, now_ms, &map, 1, if second < 20 { &[] } else { &[2] });
+        if second < 20 {
+            let sick = SickReplica { shard: SHARD, replica: ReplicaId(20), why: "crashed".into() };
+            reconciler.heard(now_ms, Survey { sick: vec![sick], ..survey(&map, 2, Vec::new()) });
+        }
+        assert_eq!(reconciler.step(now_ms, &map), [], "second {second}");
+    }
+}
+
 /// The moves that were begun, and when, in seconds.
 fn begun(actions: &[(u64, Action)]) -> Vec<(u64, ShardId)> {
     let begin = |(second, action): &(u64, Action)| match action {
