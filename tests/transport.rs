@@ -10,6 +10,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
 use pontoon::codec::GroupMessage;
+use pontoon::codec::digest::DigestRequest;
 use pontoon::codec::hello::{HelloRefusal, Lane, PeerHello, PeerWelcome, ProtocolRange};
 use pontoon::codec::peer::{NodeHeartbeat, PeerFrame, PeerRequest, PeerResponse, encode};
 use pontoon::codec::snapshot::{SnapshotAnswer, SnapshotOffer};
@@ -51,6 +52,8 @@ struct Recorder {
     hellos: Cell<usize>,
     /// Requests being answered, and the most there were.
     requests: Rc<Cell<(usize, usize)>>,
+    /// Has an owner more for each digest that is being taken.
+    digests: Rc<()>,
 }
 
 impl Recorder {
@@ -61,6 +64,7 @@ impl Recorder {
             heartbeats: RefCell::default(),
             hellos: Cell::default(),
             requests: Rc::default(),
+            digests: Rc::default(),
         })
     }
 }
@@ -87,6 +91,13 @@ impl PeerHandler for Recorder {
     }
 
     fn request(&self, _: &PeerHello, request: PeerRequest) -> LocalBoxFuture<'static, PeerResponse> {
+        if matches!(request, PeerRequest::Digest(_)) {
+            let digest = self.digests.clone();
+            return Box::pin(async move {
+                let _taken = digest;
+                std::future::pending().await
+            });
+        }
         let requests = self.requests.clone();
         let (now, most) = requests.get();
         requests.set((now + 1, most.max(now + 1)));
@@ -565,6 +576,34 @@ async fn calls_are_answered_also_before_there_is_a_cluster() {
         drop(free);
         let answer = PeerClient::call(&nobody, config, PeerRequest::Probe, long).await;
         assert!(matches!(answer, Err(CallError::Unreachable { .. })));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_digest_for_which_nobody_waits_any_more_is_not_taken() {
+    local(async {
+        let one = node(1).await;
+        let address = one.address.to_string();
+        let config = HelloConfig { cluster_id: None, node: NodeId(0), incarnation: 3 };
+        let request = DigestRequest { shard: ShardId(1), index: 5, timeout_ms: 600_000 };
+        let owners = || Rc::strong_count(&one.seen.digests);
+        let idle = owners();
+        let call = spawn_local(async move {
+            let long = Duration::from_secs(600);
+            PeerClient::call(&address, config, PeerRequest::Digest(request), long).await
+        });
+        let begun = Instant::now();
+        while owners() == idle {
+            assert!(begun.elapsed() < Duration::from_secs(10), "it isn't begun");
+            sleep(Duration::from_millis(5)).await;
+        }
+        call.abort();
+        let ended = Instant::now();
+        while owners() > idle {
+            assert!(ended.elapsed() < Duration::from_secs(10), "it is taken for nobody");
+            sleep(Duration::from_millis(5)).await;
+        }
     })
     .await;
 }

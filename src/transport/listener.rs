@@ -16,7 +16,7 @@ use futures_util::stream::FuturesUnordered;
 use metrics::{counter, gauge};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, info, warn};
@@ -321,6 +321,9 @@ async fn answer(
     let (mut input, mut output) = stream.split();
     let mut pending = FuturesUnordered::new();
     let mut open = true;
+    // Dropped when the other side hangs up.
+    let (line, hung_up) = watch::channel(());
+    let mut line = Some(line);
     loop {
         while pending.len() < PEER_REQUESTS_MAX {
             let Some(payload) = reader.take()? else {
@@ -330,8 +333,15 @@ async fn answer(
             let PeerFrame::Request(id, request) = decode(payload)? else {
                 return Err(TransportError::Protocol("not a request on lane request".into()));
             };
-            let response = handler.request(hello, request);
-            pending.push(async move { (id, response.await) });
+            // To read a replica is for the asker's sake alone, and takes minutes.
+            let is_for_asker = matches!(request, PeerRequest::Digest(_));
+            let (response, mut hung_up) = (handler.request(hello, request), hung_up.clone());
+            pending.push(async move {
+                tokio::select! {
+                    response = response => (id, response),
+                    _ = hung_up.changed(), if is_for_asker => (id, PeerResponse::Refused(Refusal::Deadline)),
+                }
+            });
         }
         if !open && pending.is_empty() {
             return Ok(());
@@ -347,6 +357,9 @@ async fn answer(
             }
             read = reader.fill(&mut input), if open && pending.len() < PEER_REQUESTS_MAX => {
                 open = read? > 0;
+                if !open {
+                    line.take();
+                }
             }
             () = sleep(timings.idle), if pending.is_empty() => {
                 return Err(TransportError::Timeout("the next request"));

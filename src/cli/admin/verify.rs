@@ -202,8 +202,11 @@ async fn check_all(
         all.push(checked);
     }
     let mut told: BTreeMap<ShardId, String> = BTreeMap::new();
-    while terms.wait {
+    loop {
         let open: Vec<usize> = (0..all.len()).filter(|at| all[*at].is_open()).collect();
+        if !terms.wait || open.is_empty() {
+            return all;
+        }
         for (following, at) in (0..open.len()).rev().zip(&open) {
             if terms.are_over() || all.iter().any(|one| one.outcome() == Outcome::Different) {
                 return all;
@@ -217,11 +220,7 @@ async fn check_all(
             tokio::time::sleep(terms.pause).await;
             all[*at] = ask(shard, terms.share(following)).await;
         }
-        if open.is_empty() {
-            break;
-        }
     }
-    all
 }
 
 /// 128 bits as 32 hexadecimal digits.
