@@ -169,6 +169,9 @@ pub const LAST_ANSWERS_MS: u64 = 20;
 /// Time a stopping node gives to operations in flight, which the next leader may still commit, in
 /// milliseconds.
 pub const IN_FLIGHT_MS_MAX: u64 = 1_000;
+/// Longest time after which a node repeats what the cluster refuses it, in milliseconds; the first is
+/// [`NODE_HEARTBEAT_MS`], and it doubles with each refusal.
+pub const REFUSED_MS_MAX: u64 = 30_000;
 /// Time between attempts to become a member, in milliseconds.
 pub const MEMBERSHIP_RETRY_MS: u64 = 200;
 /// Time for one attempt to reach the metadata leader, in milliseconds.

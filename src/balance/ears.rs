@@ -100,6 +100,16 @@ impl Ears {
         self.surveys.values().filter(fresh).map(|heard| &heard.survey)
     }
 
+    /// Nodes that hold replicas of living shards, and of which: as those tell that answer.
+    pub fn held(&self, now_ms: u64, map: &ClusterMap) -> impl Iterator<Item = (NodeId, ShardId)> {
+        let living = |shard: &ShardId| map.shards.get(shard).is_some_and(|record| !record.dropped);
+        let held = move |survey: &Survey| {
+            let shards = survey.held.iter().map(|(shard, _)| *shard).filter(living);
+            shards.map(|shard| (survey.node, shard)).collect::<Vec<_>>()
+        };
+        self.fresh(now_ms).flat_map(held)
+    }
+
     /// What is known now.
     pub fn view<'a>(&'a self, now_ms: u64, map: &'a ClusterMap) -> View<'a> {
         let long = |since: u64| now_ms.saturating_sub(since) >= limits::SICK_MS;

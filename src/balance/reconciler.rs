@@ -362,7 +362,10 @@ impl<'a> Round<'a> {
     }
 
     /// A node that was given up and on which nothing is any more is removed: whoever gave it up may have been
-    /// interrupted.
+    /// interrupted. That is for good, and the map alone may know too little: it may not have followed yet, or have been
+    /// recovered from an old replica. So each shard has to have told who its members are since this reconciler began, by a
+    /// leader that is no older than the map; and a node that answers must hold nothing. One that is dead can't tell
+    /// what it holds: of it only the shards do.
     fn end_leaving(&mut self) {
         let map = self.view.map;
         let leaving = map.nodes.values().filter(|node| node.standing == Standing::Leaving);
@@ -370,12 +373,36 @@ impl<'a> Round<'a> {
         if empty.is_empty() {
             return;
         }
+        let mut untold = Vec::new();
         for shard in map.shards.values().filter(|shard| !shard.dropped) {
-            let said = self.ears.described(shard.id).map_or(&[][..], |described| &described.members);
+            let described = self.ears.described(shard.id);
+            let said = described.map_or(&[][..], |described| &described.members);
             for member in shard.ordered().chain(said) {
                 empty.remove(&member.node);
             }
+            if described.is_none_or(|described| described.conf < shard.epoch.conf) {
+                untold.push(shard.id);
+            }
         }
+        // What isn't a member any more its node removes by itself, and then tells no longer.
+        for (node, shard) in self.ears.held(self.now_ms(), map) {
+            if empty.remove(&node) {
+                let why = || format!("node {node}, which was given up, holds a replica of it");
+                self.stuck.entry(shard).or_insert_with(why);
+            }
+        }
+        let Some(first) = empty.first().filter(|_| !untold.is_empty()) else {
+            return self.remove_first(&empty);
+        };
+        for shard in untold {
+            let why = self.stuck.entry(shard).or_insert_with(|| "no leader is known".into());
+            why.push_str(&format!(
+                "; node {first}, which was given up, isn't removed before a leader has told who is a member"
+            ));
+        }
+    }
+
+    fn remove_first(&mut self, empty: &BTreeSet<NodeId>) {
         if let Some(node) = empty.first() {
             self.act(Action::Meta(MetaCommand::SetStanding { node: *node, standing: Standing::Removed }));
         }

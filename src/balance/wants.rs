@@ -142,6 +142,7 @@ pub(super) fn begin(
             let needed = wanted.saturating_sub(staying.len()).min(lost.len());
             let adds = add(&mut staying, needed);
             let mut removes = departures::with_successors(view, loads, led, lost, adds.len(), wanted);
+            // Then none are too many either: one that doesn't answer and stays is never why nobody goes.
             if removes.is_empty() {
                 let alone = departures::alone(view, record, led, lost);
                 let alone =

@@ -24,11 +24,17 @@ pub struct Order {
 pub enum Ordered {
     /// Change the members.
     Change {
-        /// The conf version that is known; refused with another one. That is all that an order needs so as to do no harm
-        /// however late it comes, from whichever leader of the metadata shard: conf versions never come again, and no
-        /// move ends, done or rolled back, before the shard's has grown past every one at which a step of it can have
-        /// been ordered. One that is rolled back before its first step has it raised for nothing, as a fence. So a
-        /// late order belongs to a move that is under way still, or is refused.
+        /// The conf version that is known; refused with another one. Conf versions never come again, and no move ends,
+        /// done or rolled back, before the shard's has grown past every one at which the leader of the metadata shard
+        /// that ends it, or one before, had ordered a step; one that is rolled back before its first step has it raised
+        /// for nothing, as a fence. So an order that was merely long on its way belongs to a move that is under way
+        /// still, or is refused.
+        ///
+        /// Not so one of a deposed leader that hasn't noticed yet: for a second or two it goes on with a map in which
+        /// the move isn't called off, and may learn the conf version after the fence from a survey of its own. The
+        /// learners that it then orders are added although the move has ended. That does no harm: the shard is the
+        /// truth, the map follows it, a replica whose record is ahead of the map isn't buried, and the next step of the
+        /// reconciler has the strays removed.
         conf: u64,
         /// What to change.
         change: MembershipChange,

@@ -228,7 +228,7 @@ impl NodeHandle {
 
     /// Whether others may know more of the map than this node: see [`Hearing`](super::hearing::Hearing).
     pub fn is_cut_off(&self) -> bool {
-        self.inner.member.get().is_none_or(|member| member.router.hearing().is_cut_off())
+        self.inner.member.get().is_none_or(|member| member.router.hearing().is_cut_off(Instant::now()))
     }
 
     /// Waits until that is so.

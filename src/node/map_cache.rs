@@ -49,7 +49,8 @@ pub fn of_own_replica(
     if map.cluster_id == cluster {
         return Ok(Some(map));
     }
-    if !record.members.iter().all(|member| member.node == own.id) {
+    // A newcomer has no members at all until it has a snapshot: the voters of its group are others.
+    if record.members.is_empty() || !record.members.iter().all(|member| member.node == own.id) {
         return Ok(None);
     }
     let metadata = ShardRecord {
@@ -93,4 +94,52 @@ pub fn decode(mut bytes: &[u8]) -> Result<ClusterMap, CodecError> {
     let mut map = ClusterMap::default();
     map.merge(read_delta(message.get_root()?)?);
     Ok(map)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::{NodeId, RandomId};
+    use crate::machine::MachineKind;
+    use crate::node::test_node::record;
+    use crate::placement::map::{Member, Standing};
+    use crate::storage::engine_memory::MemoryEngine;
+    use crate::storage::log::ReplicaRecord;
+    use crate::storage::log_memory::MemoryLog;
+
+    #[test]
+    fn only_the_voter_of_a_group_of_one_begins_with_a_map_of_itself() {
+        let own = NodeRecord {
+            id: NodeId(1),
+            label: String::new(),
+            client_address: String::new(),
+            peer_address: String::new(),
+            zone: String::new(),
+            weight: 100,
+            store_id: RandomId::default(),
+            standing: Standing::Member,
+            changed_at: 0,
+        };
+        let cluster = RandomId([7; 16]);
+        let begins = |members: Vec<Member>| {
+            let metadata = ReplicaRecord {
+                shard: METADATA_SHARD,
+                database: METADATA_DATABASE,
+                machine: MachineKind::Metadata,
+                members,
+                ..record(1)
+            };
+            let log = MemoryLog::new();
+            log.create(&[metadata]).unwrap();
+            let engine: Arc<dyn Engine> = Arc::new(MemoryEngine::new());
+            of_own_replica(&log, &engine, cluster, own.clone()).unwrap()
+        };
+        let alone = record(1).members;
+        let map = begins(alone.clone()).expect("nobody else is needed");
+        assert_eq!((map.cluster_id, map.version, map.nodes.len()), (cluster, 0, 1));
+        let other = Member { node: NodeId(2), ..alone[0] };
+        assert_eq!(begins(vec![alone[0], other]), None);
+        // Ordered to take a replica, and no snapshot has come yet.
+        assert_eq!(begins(Vec::new()), None);
+    }
 }

@@ -27,7 +27,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use actix::Addr;
 use futures_util::future::join_all;
@@ -37,6 +37,7 @@ use super::NodeError;
 use super::handle::NodeHandle;
 use super::map_cache;
 use super::messages::MapNews;
+use super::patience::Patience;
 use super::supervisor::Supervisor;
 use crate::codec::peer::{Formation, Membership, PeerRequest, PeerResponse, ProbeAnswer};
 use crate::ids::{
@@ -497,14 +498,15 @@ pub async fn spread(map: Arc<ClusterMap>) {
 /// since. To tell what is known already changes nothing.
 ///
 /// And again once per generation of the map: the metadata shard may have gone on without what it had heard, even
-/// that there is this node. It keeps its id then, under which replicas of shards are here.
+/// that there is this node. It keeps its id then, under which replicas of shards are here. Where that is refused, the
+/// cluster takes the node for another, and is asked ever more seldom.
 pub async fn keep_record(applicant: Arc<Applicant>, handle: NodeHandle, supervisor: Addr<Supervisor>) {
     let mut obstacle = String::new();
-    let mut told = None;
+    let (mut told, mut patience) = (None, Patience::default());
     loop {
         let map = handle.map();
         let generation = generation_of(map.version);
-        if map.version > 0 && told != Some(generation) {
+        if map.version > 0 && told != Some(generation) && patience.is_over(generation, Instant::now()) {
             let record = NodeRecord { id: handle.node(), ..applicant.record.clone() };
             match handle.meta(MetaCommand::AddNode(record), Duration::from_millis(limits::JOIN_MS_MAX)).await
             {
@@ -518,8 +520,10 @@ pub async fn keep_record(applicant: Arc<Applicant>, handle: NodeHandle, supervis
                 }
                 Ok(MetaReply::Refused(MetaRefusal::NodeRemoved(_))) => {
                     tracing::debug!("this node was removed: the cluster map will tell");
+                    patience.refused(generation, Instant::now());
                 }
                 Ok(MetaReply::Refused(refusal)) => {
+                    patience.refused(generation, Instant::now());
                     let refused = refusal.to_string();
                     if refused != obstacle {
                         tracing::error!(

@@ -36,6 +36,7 @@ pub mod messages;
 pub mod open;
 mod opening;
 pub mod panics;
+mod patience;
 pub mod reader;
 pub mod reconciler;
 mod recover;

@@ -8,7 +8,7 @@
 
 use std::collections::HashSet;
 use std::sync::{Arc, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use actix::prelude::*;
 use futures_util::future::join_all;
@@ -19,6 +19,7 @@ use super::handle::NodeHandle;
 use super::hub::Forget;
 use super::membership::ask_for_map_at;
 use super::messages::{MapNews, StopReplica};
+use super::patience::Patience;
 use super::replica::ReplicaActor;
 use super::replicas::is_ahead;
 use super::router::Route;
@@ -28,7 +29,7 @@ use super::{NodeError, map_cache};
 use crate::codec::hello::RefusalKind;
 use crate::codec::membership;
 use crate::failpoints::failpoint;
-use crate::ids::{ClusterId, Incarnation, NodeId, ReplicaId, ShardId, StoreId};
+use crate::ids::{ClusterId, Incarnation, NodeId, ReplicaId, ShardId, StoreId, generation_of};
 use crate::limits;
 use crate::placement::map::{ClusterMap, Member, Standing};
 use crate::storage::StorageError;
@@ -301,9 +302,12 @@ impl Refusals {
         })
     }
 
-    /// Asks those who refuse, one at a time, for as long as it is polled.
+    /// Asks those who refuse, one at a time, for as long as it is polled; ever more seldom while what they answer
+    /// doesn't say so of this directory: then another has its number.
     pub async fn follow(self, cluster: ClusterId, handle: NodeHandle, supervisor: Addr<Supervisor>) {
         let mut refused = self.0.subscribe();
+        let mut patience = Patience::default();
+        let generation = || generation_of(handle.map().version);
         while refused.changed().await.is_ok() {
             let node = *refused.borrow_and_update();
             let map = handle.map();
@@ -313,7 +317,10 @@ impl Refusals {
                     Err(error) => tracing::debug!(error, "asking whether this node was removed"),
                 }
             }
-            tokio::time::sleep(Duration::from_millis(limits::NODE_HEARTBEAT_MS)).await;
+            patience.refused(generation(), Instant::now());
+            while !patience.is_over(generation(), Instant::now()) {
+                tokio::time::sleep(Duration::from_millis(limits::NODE_HEARTBEAT_MS)).await;
+            }
         }
     }
 }

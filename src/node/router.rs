@@ -3,13 +3,14 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use actix::Addr;
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
 use super::handle::ReplicaHealth;
-use super::hearing::Hearing;
+use super::hearing::{self, Hearing};
 use super::replica::ReplicaActor;
 use crate::ids::{ReplicaId, ShardId};
 use crate::placement::map::ClusterMap;
@@ -49,6 +50,12 @@ impl Router {
     /// How fresh the map is.
     pub fn hearing(&self) -> &Hearing {
         &self.hearing
+    }
+
+    /// A map of this version was all that was known at the time `at`. Returns whether that ends the time in which this node
+    /// was cut off.
+    pub fn confirmed(&self, version: u64, at: Instant) -> bool {
+        hearing::knows(self.map.load().version, version) && self.hearing.heard(at, Instant::now())
     }
 
     /// The cluster map as this node knows it.

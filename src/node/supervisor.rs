@@ -517,8 +517,7 @@ impl Handler<MapConfirmed> for Supervisor {
     type Result = ();
     fn handle(&mut self, confirmed: MapConfirmed, _: &mut Context<Self>) {
         // What brings the map comes before this: if it could not be taken, this node doesn't know that version.
-        let router = &self.shared.router;
-        if confirmed.version <= router.map().version && router.hearing().heard(confirmed.at, Instant::now()) {
+        if self.shared.router.confirmed(confirmed.version, confirmed.at) {
             // Others may wait for this word, as this node did.
             self.heartbeat();
         }

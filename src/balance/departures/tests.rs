@@ -198,6 +198,11 @@ impl Patient {
         let useless =
             |member: &Member| matches!(self.nodes[&member.node], Dead | Gone) || self.is_sick(member);
         assert!(!voters.len().is_multiple_of(2) || !voters.iter().any(useless), "{voters:?}: {stuck:?}");
+        if stuck.as_ref().is_some_and(|why| why.ends_with("no other node can take a replica")) {
+            let free =
+                |node: &NodeId| self.nodes[node] == Well && voters.iter().all(|member| member.node != *node);
+            assert!(!self.nodes.keys().any(free), "what is in the way is another thing: {voters:?}");
+        }
         if voters.iter().any(|member| self.nodes[&member.node] == Silent) {
             // It comes back, or is lost some day.
             return;
@@ -265,4 +270,13 @@ fn a_shard_in_which_two_are_rotten_and_one_is_given_up_is_mended_on_the_nodes_th
         nodes.push(patient.voters().iter().map(|member| member.node.0).collect::<Vec<_>>());
     }
     assert_eq!(nodes, [vec![1, 2, 3, 5], vec![1, 2, 3, 4], vec![1, 3, 4, 5]]);
+}
+
+#[test]
+fn where_one_is_enough_a_silent_one_goes_beside_one_that_is_to_be_emptied() {
+    let mut patient = Patient::new(&[Draining, Draining, Silent], 0, 1);
+    assert_eq!(patient.step(), Ok(true));
+    assert_eq!(patient.voters().iter().map(|member| member.node.0).collect::<Vec<_>>(), [1]);
+    let why = patient.step().expect_err("there is no node for it");
+    assert_eq!(why, "node 1 is to be emptied, and no other node can take a replica");
 }

@@ -449,3 +449,51 @@ fn who_was_given_up_and_holds_nothing_is_removed() {
     reconciler.heard(2000, survey(&map, 1, vec![report(1, 7, 7, &members)]));
     assert!(reconciler.step(2000, &map).contains(&removed(4)));
 }
+
+/// The map may have been recovered from an old replica: what it doesn't place may be there all the same.
+#[test]
+fn who_was_given_up_stays_until_each_shard_has_told_and_while_it_holds_something() {
+    let mut map = map(5);
+    let untold = ShardId(2);
+    map.shards.insert(untold, ShardRecord { id: untold, ..map.shards[&SHARD].clone() });
+    map.nodes.get_mut(&NodeId(4)).unwrap().standing = Standing::Leaving;
+    let command = MetaCommand::SetStanding { node: NodeId(4), standing: Standing::Removed };
+    let removed = Action::Meta(command);
+    let members = map.shards[&SHARD].members.clone();
+    let led =
+        |conf| vec![report(1, 7, 5, &members), ShardReport { shard: untold, ..report(1, 7, conf, &members) }];
+    let why = |reconciler: &Reconciler, shard| {
+        reconciler
+            .stuck()
+            .into_iter()
+            .find(|(stuck, _)| *stuck == shard)
+            .map(|(_, why)| why)
+            .unwrap_or_default()
+    };
+    let mut reconciler = Reconciler::new();
+    // A shard without a leader, one whose leader is older than the map, then one that is led.
+    reconciler.heard(0, survey(&map, 1, led(5)[..1].to_vec()));
+    assert!(!reconciler.step(0, &map).contains(&removed));
+    assert!(why(&reconciler, untold).contains("node 4, which was given up"), "{}", why(&reconciler, untold));
+    reconciler.heard(1000, survey(&map, 1, led(4)));
+    assert!(!reconciler.step(1000, &map).contains(&removed));
+    assert!(why(&reconciler, untold).contains("node 4, which was given up"));
+    reconciler.heard(2000, survey(&map, 1, led(5)));
+    assert!(reconciler.step(2000, &map).contains(&removed), "a dead node tells nothing");
+    assert_eq!(why(&reconciler, untold), "");
+
+    // It is back, and holds what the map knows nothing of: until it doesn't, or falls silent.
+    let holds = |shard| Survey { held: vec![(shard, ReplicaId(77))], ..survey(&map, 4, Vec::new()) };
+    let is_removed = |held: Survey, now: u64| {
+        let mut reconciler = Reconciler::new();
+        reconciler.heard(0, held);
+        reconciler.heard(now, survey(&map, 1, led(5)));
+        let is_removed = reconciler.step(now, &map).contains(&removed);
+        assert_eq!(why(&reconciler, SHARD).is_empty(), is_removed);
+        is_removed
+    };
+    assert!(!is_removed(holds(SHARD), 0));
+    assert!(is_removed(holds(SHARD), limits::SURVEY_FRESH_MS + 1));
+    assert!(is_removed(survey(&map, 4, Vec::new()), 0));
+    assert!(is_removed(holds(ShardId(99)), 0), "of a shard that there isn't");
+}

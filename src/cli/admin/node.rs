@@ -7,7 +7,7 @@ use raft::StateRole;
 use serde_json::{Value, json};
 
 use super::args::{NodeAddArgs, NodeCommand, NodeDrainArgs, NodeListArgs, NodeRemoveArgs};
-use super::wait::{Pace, Progress, rest, wait};
+use super::wait::{Pace, Progress, wait};
 use super::{change_failed, shards_on};
 use crate::cli::context::{Context, Session, with_session};
 use crate::cli::data::after_effect;
@@ -403,15 +403,23 @@ async fn give_up(session: &Session, map: &ClusterMap, node: &NodeRecord) -> Resu
     decide(session, node, Standing::Leaving, session.remaining()).await
 }
 
-/// Waits until nothing of a node that was given up is left, and ends its membership.
+/// Waits until nothing of a node that was given up is left, and the cluster has removed it.
 async fn bury(context: &Context, session: &Session, node: &NodeRecord) -> Result<(), Failure> {
-    empty(context, session, node, &format!("replacing what node {} ({}) held", node.id, node.label)).await?;
+    let what = format!("replacing what node {} ({}) held", node.id, node.label);
+    empty(context, session, node, &what).await?;
     let map = session.client.map().await?;
     match find(&map, node.id)?.standing {
-        // The cluster has made the step by itself.
         Standing::Removed => Ok(()),
-        _ => decide(session, node, Standing::Removed, rest(context, session)).await,
+        // Taken back when it held nothing any more.
+        standing => Err(called_off(&what, standing)),
     }
+}
+
+fn called_off(what: &str, standing: Standing) -> Failure {
+    Failure::negative(
+        "called_off",
+        format!("{what} was called off: it is {} by now", standing_name(standing)),
+    )
 }
 
 /// What a node that is to be emptied still has.
@@ -481,7 +489,10 @@ async fn what_is_left(session: &Session, node: NodeId) -> Result<Left, Failure> 
     let shards = shards_on(&map, node);
     let told = reports.values().flatten();
     Ok(Left {
-        obstacle: obstacle(&reports, |shard| shards.iter().any(|(held, _)| *held == shard)),
+        // Of one that holds nothing any more any shard may be in the way.
+        obstacle: obstacle(&reports, |shard| {
+            shards.is_empty() || shards.iter().any(|(held, _)| *held == shard)
+        }),
         leaders: report.map(leads),
         bytes: report.map(holds),
         rate: None,
@@ -504,7 +515,7 @@ fn sent_since(before: &BTreeMap<NodeId, u64>, after: &BTreeMap<NodeId, u64>) -> 
     after.iter().filter_map(|(node, sent)| Some(sent.saturating_sub(*before.get(node)?))).sum()
 }
 
-/// Waits until the map places nothing on a node any more.
+/// Waits until the map places nothing on a node any more; of one that was given up, until it is removed.
 async fn empty(context: &Context, session: &Session, node: &NodeRecord, what: &str) -> Result<(), Failure> {
     let mut most = 0;
     let (mut sent, mut before, mut pace) = (0_u64, BTreeMap::new(), Pace::default());
@@ -523,10 +534,11 @@ async fn empty(context: &Context, session: &Session, node: &NodeRecord, what: &s
 /// How far it is with a node that had so many replicas.
 fn progress(left: &Left, most: usize, what: &str) -> Progress {
     let end = if left.shards.is_empty() {
-        Some(Ok(()))
+        // One that was given up the cluster removes itself, as soon as all shards have told that nothing of them is
+        // there: the map alone may know too little for a step that is for good.
+        (left.standing != Standing::Leaving).then_some(Ok(()))
     } else if !matches!(left.standing, Standing::Draining | Standing::Leaving) {
-        let why = format!("{what} was called off: it is {} by now", standing_name(left.standing));
-        Some(Err(Failure::negative("called_off", why)))
+        Some(Err(called_off(what, left.standing)))
     } else if left.leaders.unwrap_or(0) == 0 {
         // Leadership can go even where replicas can't.
         let failed = |why| Err(Failure::negative("stuck", format!("{what} stands still: {why}")));

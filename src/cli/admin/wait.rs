@@ -178,15 +178,6 @@ pub async fn wait(
     ended
 }
 
-/// The time for what follows on a wait: the rest of `--timeout`, or, where the wait took as long as it took, as
-/// much as a command has.
-pub fn rest(context: &Context, session: &Session) -> Duration {
-    match context.global.timeout {
-        Some(_) => session.remaining(),
-        None => session.timeout(),
-    }
-}
-
 /// A bar, with everything else beside it.
 fn bar() -> ProgressBar {
     let bar = ProgressBar::new(0);

@@ -167,4 +167,6 @@ fn a_wait_for_an_empty_node_ends_as_the_emptying_does() {
     let left = Left { standing: Ordinary, ..left };
     assert_eq!(code(&left), Some(Some("called_off")), "somebody has cancelled it");
     assert_eq!(code(&Left { standing: Removed, ..Left::default() }), Some(None), "nothing is left");
+    let given_up = Left { standing: Leaving, ..Left::default() };
+    assert_eq!(code(&given_up), None, "the cluster knows when it may be removed");
 }
