@@ -16,7 +16,6 @@ use crate::cli::status::unknown_database;
 use crate::client::admin::answers::{CheckedReplica, CheckedState, ShardCheck, Verdict};
 use crate::ids::{METADATA_SHARD, ShardId};
 use crate::limits::{VERIFIED_MAX, VERIFY_ATTEMPTS_MAX, VERIFY_MS_MAX};
-use crate::placement::map::ClusterMap;
 use crate::storage::digest::StateDigest;
 
 /// Pause between two attempts at a shard that isn't decided.
@@ -87,8 +86,7 @@ impl Checked {
 /// `admin database verify DB`
 pub fn verify(context: &Context, args: &VerifyArgs) -> Result<Exit, Failure> {
     let checked = with_session(context, async |session| {
-        let map = session.client.map().await?;
-        let shards = shards(&map, args)?;
+        let shards = shards(session, args).await?;
         let each = shards.into_iter().map(|shard| check(context, session, args.wait, shard));
         Ok(stream::iter(each).buffered(VERIFIED_MAX).collect::<Vec<_>>().await)
     })?;
@@ -101,15 +99,16 @@ pub fn verify(context: &Context, args: &VerifyArgs) -> Result<Exit, Failure> {
 }
 
 /// The shards that are meant.
-fn shards(map: &ClusterMap, args: &VerifyArgs) -> Result<Vec<ShardId>, Failure> {
+async fn shards(session: &Session, args: &VerifyArgs) -> Result<Vec<ShardId>, Failure> {
     if args.db == METADATA && args.shard.is_none_or(|shard| shard == METADATA_SHARD) {
         return Ok(vec![METADATA_SHARD]);
     }
+    let map = session.client.map_naming(&args.db).await?;
     match args.shard {
-        Some(shard) => check_shard(map, &args.db, shard).map(|()| vec![shard]),
+        Some(shard) => check_shard(&map, &args.db, shard).map(|()| vec![shard]),
         None => match map.database(&args.db) {
             Some(database) => Ok(database.shards.clone()),
-            None => Err(unknown_database(map, &args.db)),
+            None => Err(unknown_database(&map, &args.db)),
         },
     }
 }
