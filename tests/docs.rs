@@ -287,6 +287,7 @@ fn bounds() -> Vec<(&'static str, u64)> {
         BATCH_OPERATIONS_MAX,
         ANSWER_BYTES_MAX,
         SCAN_PAIRS_MAX,
+        MAP_NEWS_MS,
         MAP_WATCH_MS_MAX,
         MAP_WATCHES_MAX,
         SCAN_BYTES_MAX,

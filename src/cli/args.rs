@@ -316,8 +316,8 @@ pub struct CasArgs {
 Examples:
   pontoon mset testDB bob hello eve bye
 
-Each key is set for itself: after a failure some may be set. A key or value that begins with `-`, and is
-no number, stands behind `--`: it could be an option.")]
+Each key is set for itself: after a failure some may be set. A key or value that begins with `-`,
+and is no number, stands behind `--`: it could be an option.")]
 pub struct MsetArgs {
     /// Database
     #[arg(value_name = "DB")]
@@ -336,8 +336,8 @@ Examples:
   pontoon mget --json testDB bob eve
 
 Prints KEY, a tab, VALUE; bytes that would break the line are escaped, unless with --json.
-Exit code 1: some key doesn't exist. A key that begins with `-`, and is no number, stands behind `--`: it
-could be an option.")]
+Exit code 1: some key doesn't exist. A key that begins with `-`, and is no number, stands behind
+`--`: it could be an option.")]
 pub struct MgetArgs {
     /// Database
     #[arg(value_name = "DB")]
