@@ -18,7 +18,7 @@ use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
@@ -54,8 +54,9 @@ const SAMPLE: Duration = Duration::from_secs(1);
 const MIB: f64 = (1 << 20) as f64;
 
 /// A node ends with whoever holds the other end of its keeper's input, however that one ends, and its data with it.
-const KEEPER: &str =
-    r#""$0" serve --config "$1" & node=$!; read -r word; kill -KILL $node; wait $node; rm -rf "$2""#;
+/// The keeper itself doesn't hold the node's output: that ends with the node, even one that is never ready.
+const KEEPER: &str = r#""$0" serve --config "$1" & node=$!; exec >/dev/null; read -r word
+kill -KILL $node; wait $node; rm -rf "$2""#;
 
 #[derive(Parser)]
 struct Options {
@@ -108,7 +109,7 @@ impl Cluster {
     }
 
     /// Starts `count` nodes: the first ones form a cluster, later ones join it. Returns when they are ready.
-    fn start(&mut self, count: usize) {
+    async fn start(&mut self, count: usize) {
         let ports = free_ports(2 * count);
         let address = |port: &u16| format!("127.0.0.1:{port}");
         let mut peers: Vec<String> = self.nodes.iter().map(|node| node.peer.clone()).collect();
@@ -120,11 +121,14 @@ impl Cluster {
         for (client, peer) in ports[..count].iter().zip(&ports[count..]) {
             self.start_one(address(client), address(peer), &format!("{word} = {peers:?}"));
         }
-        for node in &mut self.nodes[before..] {
-            let mut line = String::new();
-            let output = node.keeper.stdout.take().expect("read once");
-            BufReader::new(output).read_line(&mut line).expect("its output");
-            assert!(line.starts_with("ready "), "a node said {line:?}");
+        let until = Instant::now() + PATIENCE;
+        for at in before..self.nodes.len() {
+            let output = self.nodes[at].keeper.stdout.take().expect("read once");
+            let line = first_line(output, until).await;
+            if !line.as_ref().is_ok_and(|line| line.starts_with("ready ")) {
+                self.print_logs();
+                panic!("node {} isn't ready: {line:?}", at + 1);
+            }
         }
     }
 
@@ -178,6 +182,23 @@ impl Drop for Cluster {
                 eprintln!("a node's end: {error}");
             }
         }
+    }
+}
+
+/// The first line of a node's output, or of nothing where it has ended. On a thread of its own: who is told to stop
+/// meanwhile isn't to wait for it.
+async fn first_line(output: ChildStdout, until: Instant) -> Result<String, String> {
+    let (told, line) = tokio::sync::oneshot::channel();
+    std::thread::spawn(move || {
+        let mut line = String::new();
+        let read = BufReader::new(output).read_line(&mut line);
+        // Nobody waits for it any more once the time is over.
+        told.send(read.map(|_| line)).ok();
+    });
+    match tokio::time::timeout_at(until.into(), line).await {
+        Ok(Ok(line)) => line.map_err(|error| error.to_string()),
+        Ok(Err(_)) => Err("its output can't be read".into()),
+        Err(_) => Err(format!("it says nothing within {PATIENCE:?}")),
     }
 }
 
@@ -467,7 +488,7 @@ fn print_machine(options: &Options) {
 
 async fn run(options: &Options, cluster: &mut Cluster) {
     print_machine(options);
-    cluster.start(FIRST);
+    cluster.start(FIRST).await;
     let client = Client::connect_with(ClientOptions::new(cluster.addresses())).await.expect("connecting");
     client.change_setting(PolicyChange::Automatic(false), PATIENCE).await.expect("a setting");
     let mut shards = BTreeMap::new();
@@ -476,7 +497,7 @@ async fn run(options: &Options, cluster: &mut Cluster) {
         let map = client.map().await.expect("the map");
         shards.insert(name, map.database(name).expect("just made").shards.clone());
     }
-    cluster.start(NODES - FIRST);
+    cluster.start(NODES - FIRST).await;
     let great = client.database("great").with_timeout(PATIENCE);
     let begun = Instant::now();
     fill(&great, (options.size << 20).div_ceil(GREAT_VALUE_BYTES) as u64, GREAT_VALUE_BYTES, FILL).await;

@@ -22,7 +22,7 @@ use counters::{Load, assert_exact};
 use journal::Journal;
 use pontoon::client::Client;
 use pontoon::client::options::ClientOptions;
-use pontoon::ids::{METADATA_SHARD, NodeId, ReplicaId, ShardId, StoreId};
+use pontoon::ids::{METADATA_SHARD, NodeId, ReplicaId, StoreId};
 use pontoon::machine::command::PolicyChange;
 use pontoon::node::handle::NodeReport;
 use pontoon::placement::map::{ClusterMap, ShardRecord};
@@ -328,17 +328,20 @@ fn with_state(data: &Path, store: StoreId) -> BTreeSet<ReplicaId> {
     replicas
 }
 
-/// The greatest term that any of these nodes is in, of each shard.
-async fn terms(client: &Client, cluster: &Cluster, nodes: &[usize]) -> BTreeMap<ShardId, u64> {
-    let mut terms = BTreeMap::new();
-    for node in nodes {
-        for replica in report(client, cluster, *node).await.replicas {
-            let term = replica.group.map_or(0, |group| group.term);
-            let most: &mut u64 = terms.entry(replica.shard).or_default();
-            *most = term.max(*most);
-        }
-    }
-    terms
+/// What the raft library says of elections, in the nodes' logs.
+const ELECTIONS: &str = "[log]\nlevel = \"info,pontoon::raft=debug\"";
+
+/// Lines of a node's log from `begin` on in which one of these replicas, which should be gone, gets a vote, or has another
+/// go on to its term. That it asks and is refused, or ignored, is no harm; nor are elections that others hold.
+fn disturbed(log: &str, begin: usize, gone: &BTreeSet<ReplicaId>) -> Vec<String> {
+    let harm: Vec<String> = gone
+        .iter()
+        .flat_map(|gone| {
+            [format!(" cast vote for {gone} "), format!("received a message with higher term from {gone} ")]
+        })
+        .collect();
+    let lines = log[begin..].lines().filter(|line| harm.iter().any(|harm| line.contains(harm.as_str())));
+    lines.map(str::to_owned).collect()
 }
 
 /// What `pontoon admin node list` tells of a node.
@@ -352,7 +355,8 @@ fn listed(cluster: &Cluster, node: NodeId) -> Value {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_is_back_when_it_was_replaced_cleans_up_disturbs_nobody_and_gets_others() {
     let _room = ROOM.acquire().await.expect("it isn't closed");
-    let mut cluster = Cluster::new(4);
+    let options = Options { extra: ELECTIONS.into(), ..Options::default() };
+    let mut cluster = Cluster::with(4, &free_ports(8), options);
     cluster.wait_all_ready();
     let client = cluster.client().await;
     let filled = cluster.database(&client, "filled", 3, 4).await;
@@ -371,6 +375,10 @@ async fn a_node_that_is_back_when_it_was_replaced_cleans_up_disturbs_nobody_and_
     let journal = Journal::start(&used, 4, 256, Duration::from_millis(5));
     journal.progress(50).await;
     cluster.kill(at);
+    let replicas = |map: &ClusterMap| -> BTreeSet<_> {
+        living(map).filter_map(|shard| Some(shard.member_on(away)?.replica)).collect()
+    };
+    let gone = replicas(&before);
     until_empty(&client, &cluster, &[away]).await;
     // Nothing is to move but by what it does itself.
     set(&client, PolicyChange::Automatic(false)).await;
@@ -378,14 +386,18 @@ async fn a_node_that_is_back_when_it_was_replaced_cleans_up_disturbs_nobody_and_
     let told = listed(&cluster, away);
     assert_eq!((&told["up"], &told["replicas"]), (&false.into(), &0.into()), "{told}");
 
-    let quiet = terms(&client, &cluster, &others).await;
+    let logs: Vec<usize> = others.iter().map(|node| cluster.whole_log(*node).len()).collect();
     cluster.spawn(at);
     cluster.wait_ready(at);
     // It learns that it should hold nothing, and holds nothing.
     let map = rest.reached(&client, &cluster, SETTLE).await;
     assert_eq!(held(&map, away), 0);
     journal.progress(100).await;
-    assert_eq!(terms(&client, &cluster, &others).await, quiet, "its old replicas were heard");
+    for (node, begin) in others.iter().zip(logs) {
+        let log = cluster.whole_log(*node);
+        assert!(log[..begin].contains(" cast vote for "), "they tell of elections");
+        assert_eq!(disturbed(&log, begin, &gone), [""; 0], "its old replicas were heard by node {node}");
+    }
     let own = listed(&cluster, away);
     assert_eq!((&own["state"], &own["up"]), (&"ready".into(), &true.into()), "{own}");
     assert_eq!(
@@ -405,10 +417,7 @@ async fn a_node_that_is_back_when_it_was_replaced_cleans_up_disturbs_nobody_and_
     let after = Rest { even: true, ..rest }.reached(&client, &cluster, SETTLE).await;
     assert!(held(&after, away) > 0);
     // They have other numbers than before: those never come back.
-    let replicas = |map: &ClusterMap| -> BTreeSet<_> {
-        living(map).filter_map(|shard| Some(shard.member_on(away)?.replica)).collect()
-    };
-    assert!(replicas(&before).is_disjoint(&replicas(&after)));
+    assert!(gone.is_disjoint(&replicas(&after)));
     journal.progress(50).await;
     journal.stop().await.assert_kept(&used).await;
     filling.assert_kept(&filled).await;

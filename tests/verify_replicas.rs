@@ -21,9 +21,13 @@ use pontoon::ids::{METADATA_SHARD, NodeId, ShardId};
 use pontoon::placement::map::Standing;
 use rest::{PATIENCE, Rest, id, leader, living, until};
 use serde_json::{Value, json};
+use tokio::sync::Semaphore;
 
 /// For a cluster to come to rest after nodes came or went.
 const SETTLE: Duration = Duration::from_secs(60);
+
+/// Clusters that run at the same time: each has a handful of processes.
+static ROOM: Semaphore = Semaphore::const_new(2);
 
 async fn started(nodes: usize) -> (Cluster, Client) {
     let mut cluster = Cluster::new(nodes);
@@ -66,6 +70,7 @@ fn assert_all_equal(told: &(Value, i32), replicas: usize) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn replicas_are_equal_while_they_are_written_to_and_their_members_change() {
+    let _room = ROOM.acquire().await.expect("it isn't closed");
     let (mut cluster, client) = started(3).await;
     let exact = cluster.database(&client, "exact", 3, 4).await;
     let noted = cluster.database(&client, "noted", 3, 2).await;
@@ -122,6 +127,7 @@ async fn replicas_are_equal_while_they_are_written_to_and_their_members_change()
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replica_with_another_value_is_found_and_replaced() {
+    let _room = ROOM.acquire().await.expect("it isn't closed");
     let (mut cluster, client) = started(3).await;
     let database = cluster.database(&client, "db", 3, 4).await;
     for key in 0..50 {
@@ -200,6 +206,7 @@ async fn a_new_database_is_verified_at_once_and_by_two_at_a_time() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_cannot_be_asked_is_undecided_and_not_different() {
+    let _room = ROOM.acquire().await.expect("it isn't closed");
     let (mut cluster, client) = started(3).await;
     let database = cluster.database(&client, "db", 3, 1).await;
     database.put("k", "v").await.expect("a write");

@@ -71,7 +71,7 @@ async fn run(
     let name = match &args.db {
         Some(name) => name.clone(),
         None => {
-            let map = first.client.map().await?;
+            let map = first.client.map_naming(DATABASE).await?;
             // One that is there is used as it is.
             if map.database(DATABASE).is_none() {
                 let replicas = map.nodes.len().clamp(1, REPLICAS_MAX) as u32;

@@ -44,7 +44,10 @@ pub fn databases(map: &ClusterMap) -> impl Iterator<Item = &DatabaseRecord> {
 /// Looks at the whole cluster, or at one database with the nodes, which have `patience` to tell of
 /// themselves.
 pub async fn look(client: &Client, db: Option<&str>, patience: Duration) -> Result<Overview, Failure> {
-    let map = client.map().await?;
+    let map = match db {
+        Some(db) => client.map_naming(db).await?,
+        None => client.map().await?,
+    };
     if let Some(db) = db
         && map.database(db).is_none()
     {
@@ -127,7 +130,7 @@ pub fn route(context: &Context, args: RouteArgs) -> Result<Exit, Failure> {
     let key = encoding::key(args.key)?;
     let (map, reports) = with_session(context, async |session| {
         bounded(session, async {
-            let map = session.client.map().await?;
+            let map = session.client.map_naming(&args.db).await?;
             let members: Vec<NodeId> = map
                 .database(&args.db)
                 .and_then(|db| map.shard_at(db, ring::position(&key)))

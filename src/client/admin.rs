@@ -14,7 +14,7 @@ use super::connection::{Connection, Obstacle, Obstacles};
 use super::driver::Driver;
 use super::dropping::Dropping;
 use super::race::Race;
-use super::refresh::Ask;
+use super::refresh::{Ask, Word, unsure};
 use super::retry::{Failure, Kind};
 use super::ticket::Deadline;
 use super::{Client, ClientError, NotApplied, closed, wire};
@@ -89,8 +89,15 @@ impl Client {
     pub async fn drop_database(&self, name: &str, timeout: Duration) -> Result<(), ClientError> {
         let (name, deadline) = (name.to_owned(), bounded(timeout));
         self.run(lost(), move |driver| async move {
-            let (plan, turn) = (RefCell::new(Dropping::new(name)), Cell::new(0));
-            let (plan, turn) = (&plan, &turn);
+            let mut plan = Dropping::new(name);
+            // First by itself: whatever becomes of that, nothing was sent that could be in doubt.
+            let database = persist(Kind::Read, deadline, |left| {
+                let (driver, name) = (driver.clone(), plan.name().to_owned());
+                async move { driver.resolve(&name, left).await }
+            });
+            let database = database.await?;
+            plan.resolve(database);
+            let (plan, turn) = (&RefCell::new(plan), &Cell::new(0));
             let dropped = persist(Kind::Repeatable, deadline, |left| {
                 let driver = driver.clone();
                 async move {
@@ -133,16 +140,15 @@ impl Client {
     ) -> Result<(), ClientError> {
         let deadline = bounded(timeout);
         self.run(lost(), move |driver| async move {
+            // By itself: whatever becomes of that, nothing was sent that could be in doubt.
+            let known = persist(Kind::Read, deadline, |left| {
+                let driver = driver.clone();
+                async move { driver.knows_shard(shard, left).await }
+            });
+            known.await?;
             let moved = persist(Kind::Repeatable, deadline, |left| {
                 let driver = driver.clone();
                 async move {
-                    if driver.routing.borrow().range_version(shard).is_none() {
-                        driver.ask_map(Ask::All, left).await?;
-                        if driver.routing.borrow().range_version(shard).is_none() {
-                            let text = format!("there is no shard {shard}");
-                            return Err(Failure::Refused(Refusal::Refused(text)));
-                        }
-                    }
                     let (target, connection) = driver.leader(shard).await?;
                     let mut call = connection.admin.transfer_leader_request();
                     let mut request = call.get();
@@ -190,6 +196,35 @@ impl Client {
             .await
         })
         .await
+    }
+
+    /// The cluster map, freshly asked of as many nodes as it takes to find in it what `is_there` looks for, or to say for
+    /// certain that it isn't: who is cut off from the metadata shard can't. Fails as unavailable, with `what`, if no other
+    /// node answers.
+    pub async fn map_with(
+        &self,
+        what: impl Into<String>,
+        is_there: impl Fn(&ClusterMap) -> bool + Send + 'static,
+    ) -> Result<Arc<ClusterMap>, ClientError> {
+        let (what, deadline) = (what.into(), bounded(self.shared.options.timeout));
+        self.run(closed(), move |driver| async move {
+            let (what, find) = (&what, &|map: &ClusterMap| is_there(map).then_some(()));
+            persist(Kind::Read, deadline, |left| {
+                let driver = driver.clone();
+                async move {
+                    driver.look_up(what, left, find).await?;
+                    Ok(driver.routing.borrow().map().clone())
+                }
+            })
+            .await
+        })
+        .await
+    }
+
+    /// The same for a database.
+    pub async fn map_naming(&self, database: &str) -> Result<Arc<ClusterMap>, ClientError> {
+        let name = database.to_owned();
+        self.map_with(format!("a database `{name}`"), move |map| map.database(&name).is_some()).await
     }
 
     /// A map that a node answered with just now.
@@ -249,19 +284,47 @@ impl Driver {
             .unwrap_or_else(|_| Err(format!("{address}: no answer within {:.0?}", deadline.within)))
     }
 
-    /// The living database of that name, as a node says that is asked now.
+    /// The living database of that name, as a node says that is asked now. None: there is certainly none.
     async fn resolve(self: &Rc<Driver>, name: &str, left: Duration) -> Result<Option<DatabaseId>, Failure> {
-        let find = || self.routing.borrow().map().database(name).map(|record| record.id);
+        let find = |map: &ClusterMap| map.database(name).map(|record| record.id);
+        self.look_up(&format!("a database `{name}`"), left, &find).await
+    }
+
+    /// Fails if there is no such shard, by the map in the cache or one that nodes answer with now.
+    async fn knows_shard(self: &Rc<Driver>, shard: ShardId, left: Duration) -> Result<(), Failure> {
+        let known = || self.routing.borrow().range_version(shard).is_some();
+        if known() {
+            return Ok(());
+        }
+        match self.ask_map(Ask::All, left - left / 20).await? {
+            _ if known() => Ok(()),
+            Word::Certain => Err(Failure::Refused(Refusal::Refused(format!("there is no shard {shard}")))),
+            Word::Unsure => Err(unsure(&format!("a shard {shard}"))),
+        }
+    }
+
+    /// What `find` has of the map that nodes answer with now. None: there is certainly no such thing. `what` is for a
+    /// person, where nobody can say.
+    async fn look_up<T>(
+        self: &Rc<Driver>,
+        what: &str,
+        left: Duration,
+        find: &impl Fn(&ClusterMap) -> Option<T>,
+    ) -> Result<Option<T>, Failure> {
+        let find = || find(self.routing.borrow().map());
         // A little less, so that what the nodes said is told rather than that time ran out.
         let until = Instant::now() + (left - left / 20);
         let left = || until.saturating_duration_since(Instant::now());
         self.ask_map(Ask::One, left()).await?;
-        if let Some(id) = find() {
-            return Ok(Some(id));
+        if let Some(found) = find() {
+            return Ok(Some(found));
         }
-        // One that hasn't heard of it isn't to be believed.
-        self.ask_map(Ask::All, left()).await?;
-        Ok(find())
+        // One that hasn't heard of it isn't to be believed, nor are all of them where none hears anything.
+        let word = self.ask_map(Ask::All, left()).await?;
+        match (find(), word) {
+            (None, Word::Unsure) => Err(unsure(what)),
+            (found, _) => Ok(found),
+        }
     }
 
     /// A connection to any node of the cluster, the metadata shard's first, and beginning with another

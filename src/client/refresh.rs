@@ -81,12 +81,16 @@ impl Word {
     pub fn absent(self, database: &str) -> Failure {
         match self {
             Word::Certain => Failure::Refused(Refusal::UnknownDatabase(database.to_owned())),
-            Word::Unsure => Failure::NotSent(format!(
-                "no node that answers has heard from the metadata shard, and whether there is a database \
-                 `{database}` isn't known without that"
-            )),
+            Word::Unsure => unsure(&format!("a database `{database}`")),
         }
     }
+}
+
+/// Why a call fails for now that asks for a thing which only nodes without news don't know.
+pub(super) fn unsure(thing: &str) -> Failure {
+    Failure::NotSent(format!(
+        "no node that answers has heard from the metadata shard, and whether there is {thing} isn't known without that"
+    ))
 }
 
 impl Driver {

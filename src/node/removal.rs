@@ -56,12 +56,16 @@ enum Burial {
     Done,
     /// Its own record is ahead of the one that it was to go for: its group counts on it.
     Kept(RecordedMembership),
-    /// The log couldn't be written. The replica isn't started again; the next start of the node tries anew.
+    /// The log couldn't be written, or not be read, so that nobody knows whether the group counts on it. There is no
+    /// tombstone, and its files stay. It doesn't run any more, so it promises nothing to anybody, and what it has promised
+    /// stays on disk; the node's next start tries anew, and each after that, for as long as its log is damaged. The node's log
+    /// tells each time, as an error.
     Failed,
 }
 
 /// Makes a replica a tombstone, unless its group counts on it ([`counts`]); nothing of it may be queued any more. Without
-/// a conf version it goes whatever it says.
+/// a conf version it goes whatever it says. One whose log would have to be read for that, and can't be, is left as it is:
+/// who may be counted on must not be forgotten.
 fn bury(log: &dyn LogStore, replica: ReplicaId, conf: Option<u64>) -> Result<Burial, StorageError> {
     if let Some(conf) = conf {
         let record = log.catalogue()?.into_iter().find(|record| record.replica == replica);
@@ -131,7 +135,10 @@ async fn end(
     let (done, buried) = oneshot::channel();
     shared.log_writer.run(Box::new(move |log| {
         let burial = bury(log, replica, conf).unwrap_or_else(|error| {
-            tracing::error!(%replica, %error, "recording a tombstone");
+            tracing::error!(
+                %replica, %error,
+                "a replica that isn't to be here can't be removed; it is stopped, and the node's next start tries again"
+            );
             Burial::Failed
         });
         if matches!(burial, Burial::Done) {
@@ -367,6 +374,29 @@ mod tests {
         assert!(buried(joins, None), "its shard is dropped");
         assert!(buried(membership::encode(&change(vec![member(1, MemberRole::Voter)])), Some(4)));
         assert!(!buried(b"damaged".to_vec(), Some(4)));
+    }
+
+    #[test]
+    fn a_replica_whose_log_cannot_be_read_is_not_buried_where_it_would_tell() {
+        let replica = ReplicaId(9);
+        let member = |id| Member { replica: ReplicaId(id), node: NodeId(id), role: MemberRole::Voter };
+        let attempt = |members: Vec<Member>, conf| {
+            let log = MemoryLog::new();
+            let epoch = Epoch { range: 1, conf: 4 };
+            log.create(&[ReplicaRecord { epoch, members, ordered_at: 7, ..record(9) }]).unwrap();
+            log.damage(replica);
+            let buried = bury(&log, replica, conf);
+            (buried, log.catalogue().unwrap()[0].phase)
+        };
+        let newcomer = attempt(vec![member(1)], Some(4));
+        assert!(matches!(newcomer, (Err(StorageError::Damaged { .. }), ReplicaPhase::Active)));
+        // Here its record says that it went with an earlier change, or nobody counts on anybody.
+        for (members, conf) in [(vec![member(1), member(9)], Some(4)), (vec![member(1)], None)] {
+            assert!(
+                matches!(attempt(members, conf), (Ok(Burial::Done), ReplicaPhase::Tombstone)),
+                "{conf:?}"
+            );
+        }
     }
 
     #[test]

@@ -5,8 +5,7 @@
 //! simulation decides by having it fail. Deterministic: no clock, no randomness, ordered maps.
 //! A clone is an independent copy, as of a disk.
 
-use std::collections::BTreeMap;
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -44,6 +43,8 @@ struct Content {
     fail: Option<(u64, FailedWrite)>,
     /// A write failed: nothing works until [`MemoryLog::crash`].
     failed: bool,
+    /// Replicas whose logs a test has damaged.
+    damaged: BTreeSet<ReplicaId>,
 }
 
 #[derive(Clone)]
@@ -81,6 +82,11 @@ impl MemoryLog {
         content.failed = false;
     }
 
+    /// From now on a replica's log can't be read; it can still be written and removed.
+    pub fn damage(&self, replica: ReplicaId) {
+        self.lock().damaged.insert(replica);
+    }
+
     /// Durable operations so far.
     pub fn writes(&self) -> u64 {
         self.lock().writes
@@ -95,6 +101,17 @@ impl MemoryLog {
 impl Content {
     fn log(&self, replica: ReplicaId) -> Result<&ReplicaLog, StorageError> {
         self.logs.get(&replica).ok_or_else(|| unknown(replica))
+    }
+
+    /// The same for whoever reads it.
+    fn readable(&self, replica: ReplicaId) -> Result<&ReplicaLog, StorageError> {
+        if self.damaged.contains(&replica) {
+            return Err(StorageError::Damaged {
+                what: format!("the log of replica {replica}"),
+                detail: "a test asked for it".into(),
+            });
+        }
+        self.log(replica)
     }
 
     /// Counts one durable operation and carries it out, unless it is the one that should fail.
@@ -228,7 +245,7 @@ impl LogStore for MemoryLog {
 
     fn load(&self, replica: ReplicaId) -> Result<LogState, StorageError> {
         let content = self.lock();
-        let log = content.log(replica)?;
+        let log = content.readable(replica)?;
         let first = log.extent.truncated.index + 1;
         Ok(LogState {
             hard_state: log.hard_state.clone(),
@@ -249,7 +266,7 @@ impl LogStore for MemoryLog {
         max_bytes: usize,
     ) -> Result<Vec<Entry>, StorageError> {
         let content = self.lock();
-        let log = content.log(replica)?;
+        let log = content.readable(replica)?;
         let truncated = log.extent.truncated.index;
         if low <= truncated {
             return Err(StorageError::Compacted(truncated));

@@ -81,6 +81,8 @@ struct Shared {
     old: BTreeSet<u64>,
     /// Nodes that say that they don't hear from the metadata shard.
     cut_off: BTreeSet<u64>,
+    /// Nodes that have heard of nothing since, and the map from then.
+    behind: HashMap<u64, ClusterMap>,
     /// Connections that are open, by node.
     open: HashMap<u64, usize>,
     /// Calls for the map, by node: those that wait, and those that don't.
@@ -240,6 +242,14 @@ impl Fakes {
         };
     }
 
+    /// `node` is cut off, and hears of no change of the map from now on.
+    pub fn stays_behind(&self, node: u64) {
+        self.is_cut_off(node, true);
+        let mut shared = self.shared.lock().unwrap();
+        let map = shared.map.clone();
+        shared.behind.insert(node, map);
+    }
+
     /// Connections to `node` that are open.
     pub fn open(&self, node: u64) -> usize {
         self.shared.lock().unwrap().open.get(&node).copied().unwrap_or_default()
@@ -372,7 +382,8 @@ impl kv::Server for Fake {
     ) -> Result<(), capnp::Error> {
         let mut shared = self.shared.lock().unwrap();
         shared.map_calls.entry(self.node).or_default().1 += 1;
-        let delta = shared.map.delta(params.get()?.get_since());
+        let map = shared.behind.get(&self.node).unwrap_or(&shared.map);
+        let delta = map.delta(params.get()?.get_since());
         results.get().set_cut_off(shared.cut_off.contains(&self.node));
         write_delta(&delta, results.get().init_delta());
         Ok(())

@@ -2,9 +2,10 @@
 
 use std::time::{Duration, Instant};
 
+use pontoon::client::options::ClientOptions;
 use pontoon::client::{Client, ClientError, NotApplied, ScanOptions};
-use pontoon::ids::NodeId;
-use pontoon::placement::map::{ClusterMap, Standing};
+use pontoon::ids::{DatabaseId, METADATA_DATABASE, METADATA_SHARD, NodeId, ShardId};
+use pontoon::placement::map::{ClusterMap, DatabaseRecord, NodeRecord, Standing};
 
 use super::fake::{Act, Fakes};
 use super::{connect, key};
@@ -177,4 +178,91 @@ async fn only_a_node_that_hears_can_say_that_there_is_no_such_database() {
     let refused = later.get(key("a")).await.unwrap_err();
     assert_eq!(refused, ClientError::NotApplied(NotApplied::UnknownDatabase("later".into())));
     client.close().await;
+}
+
+#[tokio::test]
+async fn only_a_node_that_hears_can_say_that_there_is_nothing_to_change() {
+    let fakes = Fakes::start(3, 1);
+    (1..=3).for_each(|node| fakes.is_cut_off(node, true));
+    let short = Duration::from_millis(500);
+    let options = ClientOptions { timeout: short, ..ClientOptions::new([fakes.address(1)]) };
+    let client = Client::connect_with(options).await.unwrap();
+    let lead = || client.transfer_leader(ShardId(99), NodeId(1), short);
+    let refuse = || client.drop_database("later", short);
+    let errors = [
+        lead().await.unwrap_err(),
+        refuse().await.unwrap_err(),
+        client.map_naming("later").await.unwrap_err(),
+    ];
+    for error in errors {
+        // Mostly with the reason: the last attempt may end with the time.
+        assert!(matches!(error, ClientError::NotApplied(NotApplied::Unavailable { .. })), "{error:?}");
+    }
+    assert!(client.map_naming("db").await.is_ok(), "whoever has it needn't hear of more");
+    // One of them is enough.
+    fakes.is_cut_off(2, false);
+    let error = lead().await.unwrap_err();
+    assert!(matches!(&error, ClientError::NotApplied(NotApplied::Refused(_))), "{error:?}");
+    assert!(error.to_string().contains("there is no shard 99"), "{error}");
+    let unknown = ClientError::NotApplied(NotApplied::UnknownDatabase("later".into()));
+    assert_eq!(refuse().await.unwrap_err(), unknown);
+    assert!(client.map_naming("later").await.unwrap().database("later").is_none());
+    client.close().await;
+}
+
+/// What a command tells, which knows the address of the first node, and its exit code.
+async fn command(fakes: &Fakes, args: &[&str]) -> (String, Option<i32>) {
+    let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_pontoon"));
+    command.args(args).args(["--cluster", &fakes.address(1), "--timeout", "1s"]).kill_on_drop(true);
+    let output = command.stdin(std::process::Stdio::null()).output().await.unwrap();
+    (String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned(), output.status.code())
+}
+
+#[tokio::test]
+async fn a_command_believes_no_node_without_news_that_something_is_not_there() {
+    let fakes = Fakes::start(2, 1);
+    // The first is always asked first.
+    fakes.change_map(|map| {
+        let mut metadata = map.shards[&ShardId(1)].clone();
+        (metadata.id, metadata.database) = (METADATA_SHARD, METADATA_DATABASE);
+        metadata.members.truncate(1);
+        map.shards.insert(metadata.id, metadata);
+    });
+    (1..=2).for_each(|node| fakes.is_old(node));
+    fakes.stays_behind(1);
+    fakes.change_map(|map| {
+        map.version += 1;
+        let changed_at = map.version;
+        let later = map.databases[&DatabaseId(1)].clone();
+        let later = DatabaseRecord { id: DatabaseId(2), name: "later".into(), changed_at, ..later };
+        map.databases.insert(later.id, later);
+        let third = map.nodes[&NodeId(2)].clone();
+        map.nodes.insert(NodeId(3), NodeRecord { id: NodeId(3), changed_at, ..third });
+    });
+    let (told, code) = command(&fakes, &["route", "later", "k", "--json"]).await;
+    assert_eq!(code, Some(0), "{told}");
+    let (told, code) = command(&fakes, &["admin", "transfer-leader", "later", "7", "1"]).await;
+    assert!(code == Some(1) && told.contains("`later` has no shard 7; it has 1"), "{told}");
+    // These nodes can't be asked to decide anything, which is another matter.
+    let (told, _) = command(&fakes, &["admin", "node", "drain", "3"]).await;
+    assert!(!told.contains("there is no node"), "{told}");
+
+    let nothing = [
+        &["status", "nothing"][..],
+        &["route", "nothing", "k"],
+        &["admin", "database", "verify", "nothing"],
+        &["admin", "database", "set-replicas", "nothing", "1"],
+        &["admin", "transfer-leader", "nothing", "7", "1"],
+        &["admin", "node", "drain", "9"],
+        &["admin", "node", "add", "192.0.2.1:7101"],
+    ];
+    for args in nothing {
+        let (told, code) = command(&fakes, args).await;
+        assert_eq!(code, Some(1), "{args:?}: {told}");
+    }
+    fakes.is_cut_off(2, true);
+    for args in nothing {
+        let (told, code) = command(&fakes, args).await;
+        assert_eq!(code, Some(3), "{args:?}: {told}");
+    }
 }

@@ -3,8 +3,10 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use pontoon::client::options::ClientOptions;
@@ -20,11 +22,49 @@ pub fn run(args: &[&str]) -> Output {
     pontoon().args(args).stdin(Stdio::null()).output().expect("running pontoon")
 }
 
-/// Ports of 127.0.0.1 that were free a moment ago.
+/// Ports that the processes of these tests share out among themselves: below those that the system gives to whoever asks
+/// for any, such as a connection of a node.
+const PORTS: Range<u16> = 10_240..32_640;
+/// Ports that a process takes at a time.
+const BLOCK: u16 = 64;
+
+/// For a node to become ready.
+const READY: Duration = Duration::from_secs(60);
+
+/// Some ports, for one process.
+struct Block {
+    /// On the first of them, for as long as the process runs: then it is nobody else's.
+    _claim: TcpListener,
+    left: Range<u16>,
+}
+
+impl Block {
+    fn claim() -> Block {
+        let blocks = u32::from((PORTS.end - PORTS.start) / BLOCK);
+        // Not all begin at the same.
+        let claims = (0..blocks).map(|n| PORTS.start + ((std::process::id() + n) % blocks) as u16 * BLOCK);
+        let mut claimed = claims.filter_map(|first| {
+            let claim = TcpListener::bind(("127.0.0.1", first)).ok()?;
+            Some(Block { _claim: claim, left: first + 1..first + BLOCK })
+        });
+        claimed.next().expect("free ports")
+    }
+}
+
+/// Ports of 127.0.0.1 that are free, and that no other process of these tests is given.
 pub fn free_ports(count: usize) -> Vec<u16> {
-    let listeners: Vec<_> =
-        (0..count).map(|_| TcpListener::bind("127.0.0.1:0").expect("a free port")).collect();
-    listeners.iter().map(|l| l.local_addr().expect("an address").port()).collect()
+    static BLOCKS: Mutex<Vec<Block>> = Mutex::new(Vec::new());
+    let mut blocks = BLOCKS.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut ports = Vec::new();
+    while ports.len() < count {
+        match blocks.last_mut().and_then(|block| block.left.next()) {
+            Some(port) if TcpListener::bind(("127.0.0.1", port)).is_ok() => ports.push(port),
+            // A stranger's.
+            Some(_) => {}
+            None => blocks.push(Block::claim()),
+        }
+    }
+    ports
 }
 
 /// Asks an HTTP port of 127.0.0.1: the status and the body.
@@ -187,30 +227,43 @@ impl Cluster {
         node.child = Some(child);
     }
 
-    /// Waits until a node that was just started prints its ready line; returns it.
+    /// Waits until a node that was just started prints its ready line; returns it. Panics where it, or another that isn't
+    /// ready yet, ends instead: without that one, this one may wait for ever.
     pub fn wait_ready(&mut self, node: usize) -> String {
-        let log = self.nodes[node].config.with_extension("log");
+        let (line, begun) = (self.first_line(node), Instant::now());
+        loop {
+            match line.recv_timeout(Duration::from_millis(100)) {
+                Ok(Ok(line)) if line.starts_with("ready ") => return line,
+                Ok(told) => panic!("node {node} said {told:?}; its log:\n{}", self.log(node)),
+                Err(_) => assert!(begun.elapsed() < READY, "node {node} isn't ready: {}", self.log(node)),
+            }
+            for other in 0..self.nodes.len() {
+                let child = self.nodes[other].child.as_mut().filter(|child| child.stdout.is_some());
+                if let Some(status) = child.and_then(|child| child.try_wait().expect("its state")) {
+                    panic!("node {other} has ended, {status}, unready; its log:\n{}", self.log(other));
+                }
+            }
+        }
+    }
+
+    /// What a node that was just started prints first; nothing, if it ends before. Read on a thread of its own.
+    fn first_line(&mut self, node: usize) -> mpsc::Receiver<std::io::Result<String>> {
         let child = self.nodes[node].child.as_mut().expect("running");
         let stdout = child.stdout.take().expect("its ready line is read once");
-        let mut line = String::new();
-        BufReader::new(stdout).read_line(&mut line).expect("reading its output");
-        assert!(line.starts_with("ready "), "node {node} said {line:?}; its log:\n{}", tail(&log));
+        let (told, line) = mpsc::channel();
+        std::thread::spawn(move || {
+            let mut line = String::new();
+            let read = BufReader::new(stdout).read_line(&mut line);
+            // Killed meanwhile: nobody waits for it any more.
+            told.send(read.map(|_| line)).ok();
+        });
         line
     }
 
     /// Waits until a node that was just started prints its ready line (`None`), or exits: with which code.
     /// Panics after `within`.
     pub fn ready_or_exit(&mut self, node: usize, within: Duration) -> Option<Option<i32>> {
-        let child = self.nodes[node].child.as_mut().expect("running");
-        let stdout = child.stdout.take().expect("its ready line is read once");
-        let (told, line) = std::sync::mpsc::channel();
-        std::thread::spawn(move || {
-            let mut line = String::new();
-            // Killed meanwhile: nobody waits for it any more.
-            let read = BufReader::new(stdout).read_line(&mut line);
-            told.send(read.map(|_| line)).ok();
-        });
-        match line.recv_timeout(within) {
+        match self.first_line(node).recv_timeout(within) {
             Ok(line) if line.as_ref().is_ok_and(|line| line.starts_with("ready ")) => None,
             Ok(_) => Some(self.wait_exit(node, within).code()),
             Err(_) => panic!("node {node} is neither ready nor gone; its log:\n{}", self.log(node)),

@@ -25,7 +25,7 @@ pub fn database(context: &Context, command: &DatabaseCommand) -> Result<Exit, Fa
 fn set_replicas(context: &Context, args: &SetReplicasArgs) -> Result<Exit, Failure> {
     let (name, replicas) = (args.db.as_str(), args.replicas);
     let (before, shards) = with_session(context, async |session| {
-        let map = session.client.map().await?;
+        let map = session.client.map_naming(name).await?;
         let before = map.database(name).ok_or_else(|| unknown_database(&map, name))?.clone();
         let set = session.client.set_replicas(name, replicas, session.remaining()).await;
         set.map_err(|error| {
@@ -35,7 +35,7 @@ fn set_replicas(context: &Context, args: &SetReplicasArgs) -> Result<Exit, Failu
         let what = format!("giving each shard of `{name}` {}", output::count(replicas, "replica"));
         let done = format!("`{name}` should have {} from now on", output::count(replicas, "replica"));
         wait(context, session, &what, async || {
-            let map = session.client.map().await?;
+            let map = session.client.map_naming(name).await?;
             let database = map.database(name).ok_or_else(|| unknown_database(&map, name))?;
             let mut progress = progress(&map, database, replicas);
             if progress.end.is_none() {
@@ -88,7 +88,7 @@ fn progress(map: &ClusterMap, database: &DatabaseRecord, replicas: u32) -> Progr
 /// `admin transfer-leader DB SHARD NODE`
 pub fn transfer_leader(context: &Context, args: &TransferLeaderArgs) -> Result<Exit, Failure> {
     with_session(context, async |session| {
-        let map = session.client.map().await?;
+        let map = session.client.map_naming(&args.db).await?;
         check_shard(&map, &args.db, args.shard)?;
         let moved = session.client.transfer_leader(args.shard, args.node, session.remaining()).await;
         moved.map_err(|error| {

@@ -1,6 +1,7 @@
 //! `admin node ...`: the nodes of the cluster, and what is decided about them.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use raft::StateRole;
@@ -180,6 +181,12 @@ fn list(context: &Context, args: &NodeListArgs) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
+/// A map with that node, unless there is certainly none of that number.
+async fn map_with(session: &Session, node: NodeId) -> Result<Arc<ClusterMap>, Failure> {
+    let is_there = move |map: &ClusterMap| map.nodes.contains_key(&node);
+    Ok(session.client.map_with(format!("a node {node}"), is_there).await?)
+}
+
 /// The record of a node.
 fn find(map: &ClusterMap, node: NodeId) -> Result<&NodeRecord, Failure> {
     map.nodes.get(&node).ok_or_else(|| {
@@ -207,7 +214,9 @@ async fn decide(
 
 fn add(context: &Context, args: &NodeAddArgs) -> Result<Exit, Failure> {
     let (node, was) = with_session(context, async |session| {
-        let map = session.client.map().await?;
+        let address = args.address.clone();
+        let what = format!("a node at {address}");
+        let map = session.client.map_with(what, move |map| at_address(map, &address).is_ok()).await?;
         let node = at_address(&map, &args.address)?;
         match node.standing {
             Standing::Pending => decide(session, node, Standing::Member, session.remaining()).await?,
@@ -246,7 +255,7 @@ fn at_address<'a>(map: &'a ClusterMap, address: &str) -> Result<&'a NodeRecord, 
 
 fn cancel_drain(context: &Context, args: &NodeDrainArgs) -> Result<Exit, Failure> {
     let node = with_session(context, async |session| {
-        let map = session.client.map().await?;
+        let map = map_with(session, args.node).await?;
         let node = find(&map, args.node)?;
         match node.standing {
             // Also one that was given up: what is left of it is kept then.
@@ -273,7 +282,7 @@ fn cancel_drain(context: &Context, args: &NodeDrainArgs) -> Result<Exit, Failure
 
 fn drain(context: &Context, args: &NodeDrainArgs) -> Result<Exit, Failure> {
     let (node, left) = with_session(context, async |session| {
-        let map = session.client.map().await?;
+        let map = map_with(session, args.node).await?;
         let node = find(&map, args.node)?;
         match node.standing {
             Standing::Draining => {}
@@ -336,7 +345,7 @@ async fn emptied(
 
 fn remove(context: &Context, args: &NodeRemoveArgs) -> Result<Exit, Failure> {
     let (node, removed) = with_session(context, async |session| {
-        let map = session.client.map().await?;
+        let map = map_with(session, args.node).await?;
         let node = find(&map, args.node)?;
         if node.standing == Standing::Removed {
             return Ok((node.clone(), false));

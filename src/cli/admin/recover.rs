@@ -21,8 +21,8 @@ use crate::refusal::Outcome;
 /// `admin recover DB SHARD --from NODE`
 pub fn recover(context: &Context, args: &RecoverArgs) -> Result<Exit, Failure> {
     let (recovery, report) = with_session(context, async |session| {
-        let map = session.client.map().await?;
         if args.db != METADATA || args.shard != METADATA_SHARD {
+            let map = session.client.map_naming(&args.db).await?;
             check_shard(&map, &args.db, args.shard)?;
         }
         let ask = async |accepted| {

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::args::VerifyArgs;
 use super::database::check_shard;
 use super::{METADATA, role_name};
-use crate::cli::context::{Context, with_session};
+use crate::cli::context::{Context, Session, with_session};
 use crate::cli::failure::{Exit, Failure};
 use crate::cli::output;
 use crate::cli::status::unknown_database;
@@ -16,7 +16,6 @@ use crate::client::admin::answers::{CheckedReplica, CheckedState, ShardCheck, Ve
 use crate::client::{ClientError, NotApplied};
 use crate::ids::{METADATA_SHARD, ShardId};
 use crate::limits::{VERIFY_ATTEMPTS_MAX, VERIFY_MS_MAX};
-use crate::placement::map::ClusterMap;
 use crate::refusal::Refusal;
 use crate::storage::digest::StateDigest;
 
@@ -119,8 +118,7 @@ impl Checked {
 /// `admin database verify DB`
 pub fn verify(context: &Context, args: &VerifyArgs) -> Result<Exit, Failure> {
     let checked = with_session(context, async |session| {
-        let map = session.client.map().await?;
-        let shards = shards(&map, args)?;
+        let shards = shards(session, args).await?;
         let terms = Terms {
             wait: args.wait,
             limit: context.global.timeout.map(|_| Instant::now() + session.remaining()),
@@ -141,15 +139,16 @@ pub fn verify(context: &Context, args: &VerifyArgs) -> Result<Exit, Failure> {
 }
 
 /// The shards that are meant.
-fn shards(map: &ClusterMap, args: &VerifyArgs) -> Result<Vec<ShardId>, Failure> {
+async fn shards(session: &Session, args: &VerifyArgs) -> Result<Vec<ShardId>, Failure> {
     if args.db == METADATA && args.shard.is_none_or(|shard| shard == METADATA_SHARD) {
         return Ok(vec![METADATA_SHARD]);
     }
+    let map = session.client.map_naming(&args.db).await?;
     match args.shard {
-        Some(shard) => check_shard(map, &args.db, shard).map(|()| vec![shard]),
+        Some(shard) => check_shard(&map, &args.db, shard).map(|()| vec![shard]),
         None => match map.database(&args.db) {
             Some(database) => Ok(database.shards.clone()),
-            None => Err(unknown_database(map, &args.db)),
+            None => Err(unknown_database(&map, &args.db)),
         },
     }
 }
