@@ -170,9 +170,8 @@ async fn only_a_node_that_hears_can_say_that_there_is_no_such_database() {
     let patient = later.clone().with_timeout(Duration::from_millis(500));
     let error = patient.get(key("a")).await.unwrap_err();
     assert!(matches!(error, ClientError::NotApplied(NotApplied::Unavailable { .. })), "{error:?}");
-    assert!(error.to_string().contains("metadata shard"), "{error}");
     let error = patient.scan(ScanOptions::default()).next_page().await.unwrap_err();
-    assert!(error.to_string().contains("metadata shard"), "{error}");
+    assert!(matches!(error, ClientError::NotApplied(NotApplied::Unavailable { .. })), "{error:?}");
     // One of them is enough.
     fakes.is_cut_off(2, false);
     let refused = later.get(key("a")).await.unwrap_err();
