@@ -422,7 +422,9 @@ proptest! {
         }
         let plan = plan(&map);
         check(&map, &plan)?;
-        prop_assert!(f64::from(plan.total.moves) <= 1.15 * f64::from(plan.minimum));
+        // The least is counted node by node: with few moves and zones to keep, a chain of one more may be needed.
+        let most = (1.15 * f64::from(plan.minimum)).max(f64::from(plan.minimum + 1));
+        prop_assert!(f64::from(plan.total.moves) <= most, "{} of {}", plan.total.moves, plan.minimum);
         apply(&mut map, &plan);
         prop_assert!(!is_uneven(&map, &Known::default(), false));
     }
