@@ -367,7 +367,10 @@ pub const SNAPSHOTS_SENT_MAX: usize = 4;
 /// Snapshots that a node receives at a time; offers of more are `busy`.
 pub const SNAPSHOTS_RECEIVED_MAX: usize = 2;
 /// Bytes of a snapshot that are made, checked or loaded before other work gets its turn.
-pub const SNAPSHOT_STEP_BYTES: usize = 256 * KIB;
+pub const SNAPSHOT_STEP_BYTES: usize = 64 * KIB;
+/// Niceness of the snapshot thread: where all cores are wanted it gets about a tenth of what another thread
+/// gets. Not the greatest, since at times the flush thread waits for a lock of the state engine that it holds.
+pub const SNAPSHOT_NICE: i32 = 10;
 /// Keys of an old generation of a replica's state that are removed before other work gets its turn.
 pub const SWEEP_STEP_KEYS: usize = 1024;
 /// A snapshot file that was made is kept so long after its last use, for another follower or another

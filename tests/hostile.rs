@@ -123,8 +123,20 @@ async fn inputs_that_nobody_meant_change_nothing() {
         served += customer.await.expect("no call failed");
     }
     let counts: Vec<u64> = counts.iter().map(|count| count.load(Ordering::Relaxed)).collect();
-    let after: Vec<u64> = (0..3).map(|node| process::resident(cluster.pid(node))).collect();
-    println!("client, peer, http: {counts:?} inputs; {served} rounds served; memory {before:?} to {after:?}");
+    // Memtables of the ordinary load, and whatever an allocator keeps; it gives back within seconds.
+    let resident = || (0..3).map(|node| process::resident(cluster.pid(node))).collect::<Vec<u64>>();
+    let as_before =
+        |after: &[u64]| after.iter().zip(&before).all(|(after, before)| *after < before + (64 << 20));
+    let at_once = resident();
+    let mut after = at_once.clone();
+    let patience = Instant::now() + Duration::from_secs(20);
+    while !as_before(&after) && Instant::now() < patience {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        after = resident();
+    }
+    println!("client, peer, http: {counts:?} inputs; {served} rounds served");
+    println!("memory {before:?} before, {at_once:?} at the end, {after:?} then");
+    assert!(as_before(&after), "a node keeps memory: {before:?} before, {after:?} after");
     assert!(counts.iter().all(|count| *count >= 100), "too few to say anything: {counts:?}");
     assert!(served >= 50, "only {served} rounds of ordinary clients");
 
@@ -142,9 +154,5 @@ async fn inputs_that_nobody_meant_change_nothing() {
         }
     }
     assert!(malformed > 50.0, "only {malformed} of the peer inputs were refused for their form");
-    for (before, after) in before.iter().zip(&after) {
-        // Memtables of the ordinary load, and whatever an allocator keeps.
-        assert!(*after < before + (64 << 20), "a node grew from {before} to {after} bytes");
-    }
     client.close().await;
 }

@@ -7,7 +7,8 @@
 //!
 //! *Nobody waits behind it*, though it wants the same disk and the same cores as the writes of all shards:
 //! what it writes in a second is bounded, as what is sent is, and after each step it rests for at least as
-//! long as the step took. So where others work too, and a step takes longer, it does less.
+//! long as the step took. So where others work too, and a step takes longer, it does less. And where cores are
+//! wanted by others, they have them first: the thread is nice ([`SNAPSHOT_NICE`](crate::limits::SNAPSHOT_NICE)).
 //!
 //! *Which generations are safe to remove.* Those that are not the one of the replica's record, as the
 //! caller tells, while nothing of that replica is being loaded: a load begins by removing them
@@ -158,6 +159,7 @@ impl Worker {
         let throttle = Arc::new(Throttle::new(on_disk(tools.bytes_per_second)));
         let shared = throttle.clone();
         let thread = fatal.thread("pontoon-snapshot", "the snapshot thread", move || {
+            be_nice();
             let (builds, loads, digests, sweeps) = Default::default();
             Work { tools, throttle: shared, builds, loads, digests, sweeps }.run(queue);
         })?;
@@ -206,6 +208,17 @@ impl Worker {
 /// What may be made or loaded in a second where so much may be sent.
 fn on_disk(bytes_per_second: u64) -> u64 {
     bytes_per_second.saturating_mul(SNAPSHOT_DISK_FACTOR)
+}
+
+/// Lets other threads have the cores first. A system that doesn't allow that is no reason to make no snapshots.
+fn be_nice() {
+    // Linux keeps niceness by thread; elsewhere this would be the process's.
+    #[cfg(target_os = "linux")]
+    if let Err(error) =
+        rustix::process::setpriority_process(Some(rustix::thread::gettid()), crate::limits::SNAPSHOT_NICE)
+    {
+        tracing::warn!(%error, "the snapshot thread takes as much of the cores as any other: its niceness can't be set");
+    }
 }
 
 struct Work {

@@ -135,6 +135,26 @@ impl Setting {
     }
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn others_have_the_cores_first() {
+    let setting = setting();
+    fill(&setting.engine, MADE_OF, 1, 1);
+    setting.make().unwrap();
+    let mut found = 0;
+    for thread in std::fs::read_dir("/proc/self/task").unwrap() {
+        // Threads of other tests end at any time.
+        let Ok(text) = std::fs::read_to_string(thread.unwrap().path().join("stat")) else { continue };
+        let (name, rest) = text.rsplit_once(')').unwrap();
+        // The system keeps 15 letters of a name. proc(5) counts from the process id: niceness is the 19th.
+        let nice = rest.split_whitespace().nth(16).unwrap();
+        if name.ends_with("(pontoon-snapsho") {
+            found += u32::from(nice == crate::limits::SNAPSHOT_NICE.to_string());
+        }
+    }
+    assert!(found > 0, "no snapshot thread, or none that is nice");
+}
+
 #[test]
 fn what_is_made_of_one_replica_loads_into_the_next_generation_of_another() {
     let setting = setting();
