@@ -403,8 +403,10 @@ impl<'a> Round<'a> {
     }
 
     fn remove_first(&mut self, empty: &BTreeSet<NodeId>) {
-        if let Some(node) = empty.first() {
-            self.act(Action::Meta(MetaCommand::SetStanding { node: *node, standing: Standing::Removed }));
+        // It is for good: so not if somebody has taken the node back by then.
+        if let Some(record) = empty.first().and_then(|node| self.view.map.nodes.get(node)) {
+            let command = MetaCommand::SetStanding { node: record.id, standing: Standing::Removed };
+            self.act(Action::Meta(command.seen(record.changed_at)));
         }
     }
 

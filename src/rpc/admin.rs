@@ -134,9 +134,10 @@ impl admin::Server for Admin {
     ) -> Result<(), capnp::Error> {
         let request = params.get()?;
         let (node, within) = (NodeId(request.get_node()), timeout(request.get_timeout_ms()));
+        let seen = request.get_seen();
         let standing = read_standing(request.get_standing());
         let done = match (self.service.load.enter(1, 0), standing) {
-            (Ok(_guard), Ok(standing)) => self.stand(node, standing, within).await,
+            (Ok(_guard), Ok(standing)) => self.stand(node, standing, seen, within).await,
             (_, Err(error)) => Err(Refusal::Invalid(error.to_string())),
             (Err(refusal), _) => Err(refusal),
         };
@@ -166,10 +167,10 @@ impl admin::Server for Admin {
         mut results: admin::StartRebalanceResults,
     ) -> Result<(), capnp::Error> {
         let request = params.get()?;
-        let (plan, since) = (request.get_plan(), request.get_since());
+        let (plan, since, seen) = (request.get_plan(), request.get_since(), request.get_seen());
         let deadline = Instant::now() + timeout(request.get_timeout_ms());
         let started = match self.service.load.enter(1, 0) {
-            Ok(_guard) => self.start(plan, since, deadline).await,
+            Ok(_guard) => self.start(plan, since, seen, deadline).await,
             Err(refusal) => Err(refusal),
         };
         answers::write_change(started, results.get().init_result());
@@ -198,7 +199,7 @@ impl admin::Server for Admin {
         mut results: admin::ControlRebalanceResults,
     ) -> Result<(), capnp::Error> {
         let request = params.get()?;
-        let plan = request.get_plan();
+        let (plan, seen) = (request.get_plan(), request.get_seen());
         let order = match request.get_order() {
             Ok(admin_capnp::RebalanceOrder::Pause) => Ok(RebalanceOrder::Pause),
             Ok(admin_capnp::RebalanceOrder::Resume) => Ok(RebalanceOrder::Resume),
@@ -207,7 +208,7 @@ impl admin::Server for Admin {
         };
         let deadline = Instant::now() + timeout(request.get_timeout_ms());
         let done = match (self.service.load.enter(1, 0), order) {
-            (Ok(_guard), Ok(order)) => self.control(plan, order, deadline).await,
+            (Ok(_guard), Ok(order)) => self.control(plan, order, seen, deadline).await,
             (Err(refusal), _) | (_, Err(refusal)) => Err(refusal),
         };
         answers::write_change(done, results.get().init_result());
@@ -220,10 +221,10 @@ impl admin::Server for Admin {
         mut results: admin::UndoRebalanceResults,
     ) -> Result<(), capnp::Error> {
         let request = params.get()?;
-        let (plan, since) = (request.get_plan(), request.get_since());
+        let (plan, since, seen) = (request.get_plan(), request.get_since(), request.get_seen());
         let deadline = Instant::now() + timeout(request.get_timeout_ms());
         let begun = match self.service.load.enter(1, 0) {
-            Ok(_guard) => self.undo(plan, since, deadline).await,
+            Ok(_guard) => self.undo(plan, since, seen, deadline).await,
             Err(refusal) => Err(refusal),
         };
         answers::write_undo(begun, results.get().init_result());
@@ -237,11 +238,11 @@ impl admin::Server for Admin {
     ) -> Result<(), capnp::Error> {
         let request = params.get()?;
         let name = request.get_database()?.to_string()?;
-        let replicas = request.get_replicas();
+        let (replicas, seen) = (request.get_replicas(), request.get_seen());
         let deadline = Instant::now() + timeout(request.get_timeout_ms());
         drop(params);
         let done = match self.service.load.enter(1, 0) {
-            Ok(_guard) => self.replicate(name, replicas, deadline).await,
+            Ok(_guard) => self.replicate(name, replicas, seen, deadline).await,
             Err(refusal) => Err(refusal),
         };
         answers::write_change(done, results.get().init_result());
@@ -255,9 +256,9 @@ impl admin::Server for Admin {
     ) -> Result<(), capnp::Error> {
         let request = params.get()?;
         let change = cluster::read_setting(request.get_setting()?);
-        let within = timeout(request.get_timeout_ms());
+        let (seen, within) = (request.get_seen(), timeout(request.get_timeout_ms()));
         let done = match (self.service.load.enter(1, 0), change) {
-            (Ok(_guard), Ok(change)) => self.change(change, within).await,
+            (Ok(_guard), Ok(change)) => self.change(change, seen, within).await,
             (Err(refusal), _) | (_, Err(refusal)) => Err(refusal),
         };
         answers::write_change(done, results.get().init_result());

@@ -18,15 +18,17 @@ impl Admin {
         &self,
         node: NodeId,
         standing: Standing,
+        seen: u64,
         within: Duration,
     ) -> Result<u64, Refusal> {
-        self.decide(MetaCommand::SetStanding { node, standing }, within).await
+        self.decide(MetaCommand::SetStanding { node, standing }.seen(seen), within).await
     }
 
     pub(super) async fn replicate(
         &self,
         name: String,
         replicas: u32,
+        seen: u64,
         deadline: Instant,
     ) -> Result<u64, Refusal> {
         if !(1..=REPLICAS_MAX).contains(&replicas) {
@@ -39,12 +41,17 @@ impl Admin {
             enough_nodes(&map, replicas, |node| reports.is_up(node))?;
         }
         let left = deadline.saturating_duration_since(Instant::now());
-        self.decide(MetaCommand::SetReplicas { name, replicas }, left).await
+        self.decide(MetaCommand::SetReplicas { name, replicas }.seen(seen), left).await
     }
 
-    pub(super) async fn change(&self, change: PolicyChange, within: Duration) -> Result<u64, Refusal> {
+    pub(super) async fn change(
+        &self,
+        change: PolicyChange,
+        seen: u64,
+        within: Duration,
+    ) -> Result<u64, Refusal> {
         check_setting(change).map_err(Refusal::Invalid)?;
-        self.decide(MetaCommand::SetPolicy(change), within).await
+        self.decide(MetaCommand::SetPolicy(change).seen(seen), within).await
     }
 }
 
