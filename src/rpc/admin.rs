@@ -28,7 +28,7 @@ use crate::limits::{DROP_SETTLE_MS_MAX, NAME_BYTES_MAX, PLAN_SETTLE_MS_MAX, REPL
 use crate::machine::command::{MetaCommand, MetaRefusal, MetaReply};
 use crate::node::handle::NodeReport;
 use crate::placement::map::{ClusterMap, DatabaseRecord, ShardRecord, Standing};
-use crate::placement::plan::{PlanError, PlannedShard, plan_database};
+use crate::placement::plan::{PlanError, PlannedShard, plan_among, plan_database};
 use crate::refusal::Refusal;
 use crate::schema::admin_capnp::{self, admin, database_result, void_result};
 
@@ -308,6 +308,8 @@ impl Admin {
         deadline: Instant,
     ) -> Result<(DatabaseRecord, bool), Refusal> {
         check_numbers(&name, replicas, shards)?;
+        // What of the nodes is up is told by who proposes it: the plan travels in the command, and whoever applies it
+        // looks at the plan and the map alone.
         let command = MetaCommand::CreateDatabase {
             shards: self.placement(&name, replicas, shards, deadline).await?,
             name,
@@ -319,8 +321,9 @@ impl Admin {
         Ok((record, created))
     }
 
-    /// A placement for a new database. A node that has just started may not have heard of others that joined
-    /// before: that there are too few is believed only after a while.
+    /// A placement for a new database, on nodes that answer as far as they suffice. A node that has just started may
+    /// not have heard of others that joined before, and others may be starting: that there are too few is believed
+    /// only after a while.
     async fn placement(
         &self,
         name: &str,
@@ -334,9 +337,19 @@ impl Admin {
             if map.version == 0 {
                 return Err(Refusal::Unavailable("starting".into()));
             }
-            match plan_database(&map, name, replicas, shards) {
+            // Of one that is there already the plan is not looked at: it exists, whoever is up.
+            let plan = match map.database(name) {
+                Some(_) => plan_database(&map, name, replicas, shards),
+                None => {
+                    let reports = self.survey(&map, deadline).await;
+                    plan_among(&map, name, replicas, shards, |node| reports.is_up(node))
+                }
+            };
+            match plan {
                 Ok(plan) => return Ok(plan),
-                Err(PlanError::TooFewNodes { .. }) if Instant::now() + LEADER_POLL.1 < until => {
+                Err(PlanError::TooFewNodes { .. } | PlanError::TooFewUp { .. })
+                    if Instant::now() + LEADER_POLL.1 < until =>
+                {
                     tokio::time::sleep(LEADER_POLL.1).await;
                 }
                 Err(error) => return Err(Refusal::Refused(why_no_plan(&map, &error))),
@@ -524,6 +537,12 @@ fn why_no_plan(map: &ClusterMap, error: &PlanError) -> String {
         Standing::Member | Standing::Removed => None,
     });
     let told: Vec<String> = told.take(PASSED_OVER_NAMED).collect();
+    if let PlanError::TooFewUp { down, .. } = error {
+        return format!(
+            "{error} ({})",
+            cluster::unanswered(down.iter().filter_map(|node| map.nodes.get(node)))
+        );
+    }
     match (error, told.as_slice()) {
         (PlanError::TooFewNodes { .. }, [_, ..]) => format!("{error} ({})", told.join(", ")),
         _ => error.to_string(),

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::Admin;
+use super::{Admin, PASSED_OVER_NAMED};
 use crate::ids::NodeId;
 use crate::limits::{
     BYTES_PER_SECOND_MAX, BYTES_PER_SECOND_MIN, MOVES_AT_A_TIME_MAX, REPLACE_AFTER_MS_MAX,
@@ -69,10 +69,16 @@ fn enough_nodes(map: &ClusterMap, replicas: u32, is_up: impl Fn(NodeId) -> bool)
     let mut text =
         format!("{replicas} replicas need as many nodes that are up and take replicas, not {}", up.len());
     if !down.is_empty() {
-        let names: Vec<_> = down.iter().take(5).map(|node| format!("{} ({})", node.id, node.label)).collect();
-        text.push_str(&format!("; no answer from node {}", names.join(", ")));
+        text.push_str(&format!("; {}", unanswered(down)));
     }
     Err(Refusal::Refused(text))
+}
+
+/// Names nodes that don't answer, the first few.
+pub(super) fn unanswered<'a>(nodes: impl IntoIterator<Item = &'a NodeRecord>) -> String {
+    let named = nodes.into_iter().take(PASSED_OVER_NAMED);
+    let names: Vec<_> = named.map(|node| format!("{} ({})", node.id, node.label)).collect();
+    format!("no answer from node {}", names.join(", "))
 }
 
 /// Reads a change of a setting.
