@@ -204,9 +204,11 @@ impl<'a> Round<'a> {
             }
         }
         wants.sort_by_key(|(record, _, want): &(&ShardRecord, Led, Want)| (want.urgency, record.id));
-        // What a shard wants may have to wait; that doesn't stand in the way of even load of the others.
+        // What a shard wants may have to wait, or it can want nothing since nobody leads it; that doesn't stand in the
+        // way of even load of the others.
         let first = wants.iter().filter(|(_, _, want)| want.urgency != Urgency::Target);
         known.fixed = first.map(|(record, ..)| record.id).collect();
+        known.fixed.extend(self.unserved());
         let quiet = moving == 0;
         let begun = self.begin(&wants, moving, known);
         self.control_rebalance();
