@@ -4,6 +4,12 @@
 using Types = import "types.capnp";
 
 interface Admin {
+  # Orders of operators (`setStanding`, `setReplicas`, `changeSetting`, `startRebalance`, `controlRebalance`,
+  # `undoRebalance`) carry `seen`, the version of the cluster map by which they were decided. An order about a
+  # record that has changed since is refused as `changed`, unless it is as ordered already; so one that arrives
+  # late, or again, never undoes a newer one. Repeat a request only with the `seen` of the first. 0: not told; then
+  # the node tries once, and a request whose outcome is unknown must not be repeated.
+
   nodeStatus @0 () -> (status :NodeStatus);
   # What this node knows of itself and its replicas; answered without asking anybody else.
 
@@ -23,7 +29,7 @@ interface Admin {
   inject @4 (shard :UInt64, fault :Text) -> (result :VoidResult);
   # Test hook: makes this node's replica of `shard` fail in the named way. A plain build refuses.
 
-  setStanding @5 (node :UInt64, standing :Types.Standing, timeoutMs :UInt32) -> (result :ChangeResult);
+  setStanding @5 (node :UInt64, standing :Types.Standing, timeoutMs :UInt32, seen :UInt64) -> (result :ChangeResult);
   # Decides about a node. `member` lets a pending one in, ends a drain, and takes `leaving` back; `draining`
   # has it give away what it leads and holds; `leaving` gives up one that is gone for good: what it held is
   # replaced without it. `removed` ends its membership, for ever: refused, naming shards, while the map places
@@ -32,7 +38,7 @@ interface Admin {
   planRebalance @6 (leadersOnly :Bool, since :UInt64, timeoutMs :UInt32) -> (result :PlanResult);
   # What a rebalancing would do now. Changes nothing. `since`: not by a map older than this version.
 
-  startRebalance @7 (plan :UInt64, since :UInt64, timeoutMs :UInt32) -> (result :ChangeResult);
+  startRebalance @7 (plan :UInt64, since :UInt64, timeoutMs :UInt32, seen :UInt64) -> (result :ChangeResult);
   # Begins the plan of this id, if the cluster is still as it was when the plan was made: refused if another
   # one would be made now. The last one that began, if it runs still or has come to its end: done. Returns at
   # once, not when the moves are done.
@@ -41,19 +47,19 @@ interface Admin {
   # How the last rebalancing is. Takes most of a second while anything moves: nodes are asked twice, for the
   # rate.
 
-  controlRebalance @9 (plan :UInt64, order :RebalanceOrder, timeoutMs :UInt32) -> (result :ChangeResult);
+  controlRebalance @9 (plan :UInt64, order :RebalanceOrder, timeoutMs :UInt32, seen :UInt64) -> (result :ChangeResult);
   # Pauses, resumes or cancels the rebalancing of this plan. Moves under way end when it is paused; when it
   # is cancelled they end or are rolled back, whichever is nearer.
 
-  undoRebalance @10 (plan :UInt64, since :UInt64, timeoutMs :UInt32) -> (result :UndoResult);
+  undoRebalance @10 (plan :UInt64, since :UInt64, timeoutMs :UInt32, seen :UInt64) -> (result :UndoResult);
   # Begins a rebalancing back to where each shard was before that of this plan, which must be the last and
   # have ended. Refused, with the reason, if it can't be had. If the last one is the way back from it: done.
 
-  setReplicas @11 (database :Text, replicas :UInt32, timeoutMs :UInt32) -> (result :ChangeResult);
+  setReplicas @11 (database :Text, replicas :UInt32, timeoutMs :UInt32, seen :UInt64) -> (result :ChangeResult);
   # How many voters each shard of a database should have from now on. Refused above the number of nodes
   # that are up. Returns at once; the map tells when each shard has them.
 
-  changeSetting @12 (setting :Setting, timeoutMs :UInt32) -> (result :ChangeResult);
+  changeSetting @12 (setting :Setting, timeoutMs :UInt32, seen :UInt64) -> (result :ChangeResult);
   # Changes one setting of the cluster. `MapDelta.policy` has them all.
 
   recoverShard @13 (shard :UInt64, node :UInt64, acceptDataLoss :Bool, timeoutMs :UInt32) -> (result :RecoveryResult);

@@ -126,6 +126,10 @@ struct MetaCommand {
       keep @35 :UInt64;      # ReplicaId
       conf @36 :UInt64;      # the shard's epoch.conf from then on, greater than any that it had
     }
+    order :group {           # an operator's command that counts only if its record is as its giver knew it
+      seen @38 :UInt64;      # the map version that its giver knew
+      what @39 :MetaCommand; # setStanding, setPolicy, setReplicas, beginRebalance or controlRebalance
+    }
   }
 }
 
@@ -194,5 +198,9 @@ struct MetaRefusal {
     }
     nodeRemoved @14 :UInt64; # addNode, setStanding: this NodeId was, and that is for good
     notAllowed @15 :Text;    # another rule, in words
+    changed :group {         # order: the record has changed since its giver looked
+      what @16 :Text;        # which
+      version @17 :UInt64;   # of the map, at which it did
+    }
   }
 }

@@ -178,5 +178,9 @@ struct Error {
     sessionExpired @19 :Void;   # the shard doesn't have the command's session (any more)
     staleCommand @20 :Void;  # the session has acknowledged the command's result, which is forgotten
     diskFull @21 :Void;      # too little disk space is left for new values; deletes and reads go on
+    changed :group {         # what the order is about has changed since its giver looked
+      what @22 :Text;        # for a person
+      version @23 :UInt64;   # of the map, at which it did
+    }
   }
 }

@@ -72,6 +72,16 @@ pub enum Refusal {
     /// The metadata shard refused a change of the cluster; it will refuse it again.
     #[error("{0}")]
     Refused(String),
+    /// What an order is about has changed since its giver looked: the order counts no more, however often it comes.
+    #[error(
+        "{what} has changed meanwhile, at map version {version}; look at it, and give the order again if it holds still"
+    )]
+    Changed {
+        /// What has.
+        what: String,
+        /// The map version at which it did.
+        version: u64,
+    },
     /// The shard doesn't have the command's session: it was never opened there, or not used for its
     /// lifetime. Whether an earlier attempt under it took effect can't be told any more.
     #[error(
@@ -132,6 +142,7 @@ impl Refusal {
             | Refusal::Deadline
             | Refusal::UnknownDatabase(_)
             | Refusal::Refused(_)
+            | Refusal::Changed { .. }
             | Refusal::ShardQuarantined(_)
             | Refusal::SessionExpired
             | Refusal::StaleCommand => false,
@@ -155,6 +166,7 @@ impl Refusal {
             Refusal::Deadline => "deadline",
             Refusal::UnknownDatabase(_) => "unknown_database",
             Refusal::Refused(_) => "refused",
+            Refusal::Changed { .. } => "changed",
             Refusal::SessionExpired => "session_expired",
             Refusal::StaleCommand => "stale_command",
             Refusal::DiskFull(_) => "disk_full",

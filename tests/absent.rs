@@ -427,3 +427,51 @@ async fn a_node_that_is_back_when_it_was_replaced_cleans_up_disturbs_nobody_and_
     }
     client.close().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_database_is_placed_on_nodes_that_are_up() {
+    let _room = ROOM.acquire().await.expect("it isn't closed");
+    let mut cluster = Cluster::with(4, &free_ports(8), Options::default());
+    let client = cluster.client().await;
+    set(&client, PolicyChange::Automatic(false)).await;
+    let mut ids = Vec::new();
+    for node in 0..4 {
+        ids.push(id(&client, &cluster, node).await);
+    }
+    let holders = async |name: &str| -> Vec<BTreeSet<NodeId>> {
+        let map = client.map_naming(name).await.expect("the map");
+        let shards = &map.database(name).expect("it").shards;
+        let nodes = |shard: &ShardRecord| shard.members.iter().map(|member| member.node).collect();
+        shards.iter().map(|shard| nodes(&map.shards[shard])).collect()
+    };
+    // It hangs: that it doesn't answer is all that is known of it.
+    cluster.signal(3, Signal::STOP);
+    for (name, replicas) in [("lone", 1), ("three", 3)] {
+        let database = cluster.database(&client, name, replicas, 8).await;
+        let journal = Journal::start(&database, 4, 256, Duration::from_millis(5));
+        journal.progress(40).await;
+        journal.stop().await.assert_kept(&database).await;
+        for nodes in holders(name).await {
+            assert!(nodes.len() == replicas as usize && !nodes.contains(&ids[3]), "{name}: {nodes:?}");
+        }
+    }
+    // Four are needed, and three are a majority of them.
+    let database = cluster.database(&client, "four", 4, 8).await;
+    let journal = Journal::start(&database, 4, 256, Duration::from_millis(5));
+    journal.progress(40).await;
+    assert!(holders("four").await.iter().all(|nodes| nodes.len() == 4));
+    journal.stop().await.assert_kept(&database).await;
+    // Two wouldn't be one.
+    cluster.kill(2);
+    let refused = cluster.run(&["db", "create", "more", "4", "8"]);
+    let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(1), "{text}");
+    for node in [2, 3] {
+        assert!(text.contains(&format!("{} (", ids[node])), "{text}");
+    }
+    cluster.signal(3, Signal::CONT);
+    cluster.spawn(2);
+    cluster.wait_ready(2);
+    cluster.database(&client, "more", 4, 8).await;
+    client.close().await;
+}

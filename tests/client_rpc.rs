@@ -16,7 +16,7 @@ use pontoon::client::{
 };
 use pontoon::ids::{DatabaseId, METADATA_SHARD, NodeId};
 use pontoon::machine::command::Expect;
-use pontoon::placement::map::ShardRecord;
+use pontoon::placement::map::{ShardRecord, Standing};
 
 fn key(text: &str) -> Bytes {
     Bytes::copy_from_slice(text.as_bytes())
@@ -643,5 +643,36 @@ async fn a_drop_in_doubt_leaves_a_newer_database_of_the_name_alone() {
     client.drop_database("db", Duration::from_secs(5)).await.expect("dropped by the first attempt");
     assert_eq!(fakes.drops(), [1, 1]);
     fakes.change_map(|map| assert!(!map.databases[&DatabaseId(2)].dropped));
+    client.close().await;
+}
+
+#[tokio::test]
+async fn an_order_in_doubt_leaves_a_newer_one_alone() {
+    let fakes = Fakes::start(2, 1);
+    let (client, _) = connect(&fakes).await;
+    fakes.next(1, Act::ApplyAndDrop);
+    fakes.next(2, Act::ApplyAndDrop);
+    let given = client.set_standing(NodeId(2), Standing::Draining, Duration::from_secs(5)).await;
+    // It was carried out once; whether, the second answer doesn't tell.
+    let Err(ClientError::Unknown(why)) = given else { panic!("{given:?}") };
+    assert!(why.to_string().contains("has changed meanwhile"), "{why}");
+    let orders = fakes.orders();
+    assert!(matches!(orders[..], [first, second] if first == second && first > 0), "{orders:?}");
+    fakes.change_map(|map| assert_eq!(map.nodes[&NodeId(2)].standing, Standing::Member));
+    client.close().await;
+}
+
+#[tokio::test]
+async fn an_order_by_an_old_map_is_given_anew_by_the_one_of_now() {
+    let fakes = Fakes::start(2, 1);
+    let (client, _) = connect(&fakes).await;
+    fakes.change_map(|map| {
+        map.version += 5;
+        map.nodes.get_mut(&NodeId(2)).unwrap().changed_at = map.version;
+    });
+    let given = client.set_standing(NodeId(2), Standing::Draining, Duration::from_secs(5)).await;
+    let version = given.expect("by the map of now");
+    assert_eq!(fakes.orders().last(), Some(&(version - 1)));
+    fakes.change_map(|map| assert_eq!(map.nodes[&NodeId(2)].standing, Standing::Draining));
     client.close().await;
 }

@@ -1,4 +1,8 @@
 //! Load and leaders spread anew when all is quiet, and the state of the rebalancing under way.
+//!
+//! A shard that nobody leads can't be moved, and how long that lasts nobody knows: it is left where it is, and what
+//! else there is to spread doesn't wait for it. Moves add replicas, or exchange them with a majority of old and new
+//! ones at hand, so they are no less safe while another shard is in need; what is in need itself comes before them.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,7 +12,7 @@ use super::wants;
 use crate::ids::{NodeId, ShardId};
 use crate::limits;
 use crate::machine::command::MetaCommand;
-use crate::placement::map::{MemberRole, MoveCause, RebalanceState, ShardRecord, Standing};
+use crate::placement::map::{MemberRole, MoveCause, PolicyRecord, RebalanceState, ShardRecord, Standing};
 use crate::placement::rebalance::{Known, MoveKind, is_uneven, plan_rebalance};
 
 /// What a round leaves for the next.
@@ -25,6 +29,15 @@ pub(super) struct Memory {
     spreading: bool,
     /// The rebalancing whose replicas are in place, and since when.
     in_place: Option<(u64, u64)>,
+    /// Living shards that nobody is known to lead, each since when.
+    unserved: BTreeMap<ShardId, u64>,
+}
+
+impl Memory {
+    /// For how long nobody has been known to lead the shard, in milliseconds; 0: somebody is.
+    fn unserved_ms(&self, shard: ShardId, now_ms: u64) -> u64 {
+        self.unserved.get(&shard).map_or(0, |since_ms| now_ms.saturating_sub(*since_ms))
+    }
 }
 
 /// How far the leadership of a shard is whose replicas are where the plan wants them.
@@ -39,18 +52,39 @@ enum Handover {
 }
 
 impl Round<'_> {
+    /// Looks which shards nobody leads. To be called once in a step, before all else here; returns them.
+    pub(super) fn unserved(&mut self) -> impl Iterator<Item = ShardId> {
+        let now_ms = self.now_ms();
+        let (shards, leaders) = (&self.view.map.shards, &self.view.leaders);
+        let unled = |id: &ShardId| shards.get(id).is_some_and(|s| !s.dropped) && !leaders.contains_key(id);
+        let unserved = &mut self.memory.even.unserved;
+        unserved.retain(|id, _| unled(id));
+        for id in shards.keys().filter(|id| unled(id)) {
+            unserved.entry(*id).or_insert(now_ms);
+        }
+        unserved.keys().copied()
+    }
+
     /// Ends the rebalancing once nothing is left of it, and gives it up if it can't end.
     pub(super) fn control_rebalance(&mut self) {
         let map = self.view.map;
         let last = &map.rebalance;
         let mut left = false;
         let mut impossible = None;
+        // Of what is left: one that nobody leads for long, and whether there is any other.
+        let (mut unled, mut others) = (None, false);
         let mut handovers = Vec::new();
         let mut led_elsewhere = false;
         for shard in map.shards.values().filter(|shard| !shard.dropped) {
-            left |= shard.moving.as_ref().is_some_and(|moving| moving.cause == MoveCause::Rebalance);
-            if shard.target.is_some() {
+            let moves = shard.moving.as_ref().is_some_and(|moving| moving.cause == MoveCause::Rebalance);
+            if moves || shard.target.is_some() {
                 left = true;
+                match self.memory.even.unserved_ms(shard.id, self.now_ms()) >= limits::SICK_MS {
+                    true => unled = unled.or(Some(shard.id)),
+                    false => others = true,
+                }
+            }
+            if shard.target.is_some() {
                 impossible = impossible.or_else(|| self.impossible(shard));
             } else if shard.previous.as_ref().is_some_and(|previous| previous.plan == last.plan) {
                 let handover = self.handover(shard);
@@ -59,6 +93,12 @@ impl Round<'_> {
                     handovers.push((shard.id, from, to));
                 }
             }
+        }
+        // It would hold up every other rebalancing, for as long as that shard is in need.
+        if let Some(shard) = unled.filter(|_| !others) {
+            impossible.get_or_insert_with(|| {
+                format!("shard {shard}, which is to move, has had no leader for {} s", limits::SICK_MS / 1000)
+            });
         }
         let plan = last.plan;
         let control = |state, reason| Action::Meta(MetaCommand::ControlRebalance { plan, state, reason });
@@ -144,6 +184,10 @@ pub(super) fn spread(round: &mut Round, known: &Known) {
     }
     let now_ms = round.now_ms();
     let memory = &mut round.memory.even;
+    // They may be about to elect one.
+    if memory.unserved.values().any(|since_ms| now_ms < since_ms + limits::SETTLE_MS) {
+        return;
+    }
     let soon = memory.looked_ms.is_some_and(|looked| now_ms < looked + limits::EVEN_LOOK_MS);
     if soon && !memory.spreading {
         return;
@@ -190,7 +234,8 @@ fn is_kept(round: &Round) -> bool {
     last.state == RebalanceState::Idle && by_hand && newest < last.changed_at
 }
 
-/// Whether the nodes have been the same for long enough, each either alive or gone for good.
+/// Whether the nodes have been the same for long enough, each either alive or gone: for good, as the policy has it, or
+/// for so long that a cluster whose policy nobody has changed would count on it.
 fn settled(round: &mut Round) -> bool {
     let now_ms = round.now_ms();
     let view = &round.view;
@@ -203,7 +248,8 @@ fn settled(round: &mut Round) -> bool {
     let waits = view
         .nodes
         .values()
-        .any(|node| node.standing == Standing::Member && !node.alive && node.lost.is_none());
+        .filter(|node| node.standing == Standing::Member && !node.alive && node.lost.is_none())
+        .any(|node| node.silent_ms < PolicyRecord::default().replace_after_ms);
     let memory = &mut round.memory.even;
     if memory.nodes != nodes || waits {
         memory.nodes = nodes;

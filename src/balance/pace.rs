@@ -74,7 +74,8 @@ fn place(action: &Action) -> (Option<ShardId>, Lane) {
             | MetaCommand::CancelMove { shard, .. }
             | MetaCommand::EndMove { shard, .. },
         ) => (Some(*shard), Lane::Wish),
-        Action::Meta(MetaCommand::SetStanding { .. }) => (None, Lane::Standing),
+        // Of orders the reconciler gives one kind.
+        Action::Meta(MetaCommand::SetStanding { .. } | MetaCommand::Order { .. }) => (None, Lane::Standing),
         Action::Meta(_) => (None, Lane::Wish),
     }
 }

@@ -204,9 +204,11 @@ impl<'a> Round<'a> {
             }
         }
         wants.sort_by_key(|(record, _, want): &(&ShardRecord, Led, Want)| (want.urgency, record.id));
-        // What a shard wants may have to wait; that doesn't stand in the way of even load of the others.
+        // What a shard wants may have to wait, or it can want nothing since nobody leads it; that doesn't stand in the
+        // way of even load of the others.
         let first = wants.iter().filter(|(_, _, want)| want.urgency != Urgency::Target);
         known.fixed = first.map(|(record, ..)| record.id).collect();
+        known.fixed.extend(self.unserved());
         let quiet = moving == 0;
         let begun = self.begin(&wants, moving, known);
         self.control_rebalance();
@@ -403,8 +405,10 @@ impl<'a> Round<'a> {
     }
 
     fn remove_first(&mut self, empty: &BTreeSet<NodeId>) {
-        if let Some(node) = empty.first() {
-            self.act(Action::Meta(MetaCommand::SetStanding { node: *node, standing: Standing::Removed }));
+        // It is for good: so not if somebody has taken the node back by then.
+        if let Some(record) = empty.first().and_then(|node| self.view.map.nodes.get(node)) {
+            let command = MetaCommand::SetStanding { node: record.id, standing: Standing::Removed };
+            self.act(Action::Meta(command.seen(record.changed_at)));
         }
     }
 

@@ -146,6 +146,7 @@ impl From<ClientError> for Failure {
                              those to try again"
                         ))
                     },
+                    Refusal::Changed { .. } => Failure::negative("changed", refusal.to_string()),
                     _ => Failure::negative("refused", refusal.to_string()),
                 },
                 // Still refused for a passing reason when the time was over.
@@ -194,6 +195,7 @@ mod tests {
             (ClientError::Invalid("empty key".into()), 2, "invalid"),
             (ClientError::NotApplied(NotApplied::UnknownDatabase("x".into())), 1, "unknown_database"),
             (refused(Refusal::Invalid("no".into())), 1, "refused"),
+            (refused(Refusal::Changed { what: "node 3".into(), version: 9 }), 1, "changed"),
             (refused(Refusal::Deadline), 3, "unavailable"),
             (refused(Refusal::ShardQuarantined("poison".into())), 3, "quarantined"),
             (refused(busy), 3, "unavailable"),

@@ -29,6 +29,7 @@ mod follow;
 mod lanes;
 pub(crate) mod local;
 pub mod options;
+mod order;
 mod race;
 mod refresh;
 pub mod retry;

@@ -34,7 +34,11 @@ pub(crate) type MessageReader<'a> = capnp::message::Reader<serialize::BufferSegm
 /// The bytes of a metadata command.
 pub fn encode_command(command: &MetaCommand) -> Vec<u8> {
     let mut message = Builder::new_default();
-    let root = message.init_root::<meta_command::Builder<'_>>();
+    write_command(command, message.init_root());
+    serialize::write_message_to_words(&message)
+}
+
+fn write_command(command: &MetaCommand, root: meta_command::Builder<'_>) {
     match command {
         MetaCommand::Form { cluster_id, nodes, metadata } => {
             let mut form = root.init_form();
@@ -136,80 +140,97 @@ pub fn encode_command(command: &MetaCommand) -> Vec<u8> {
             recover.set_keep(keep.0);
             recover.set_conf(*conf);
         }
+        MetaCommand::Order { seen, command } => {
+            let mut order = root.init_order();
+            order.set_seen(*seen);
+            write_command(command, order.init_what());
+        }
     }
-    serialize::write_message_to_words(&message)
 }
 
 /// Reads a metadata command. Errors: not a message, longer or shorter than it says, an unknown kind of
 /// command, or a malformed field. A command this version doesn't know is an error, never skipped.
 pub fn decode_command(bytes: &[u8]) -> Result<MetaCommand, CodecError> {
-    read_message("MetaCommand", bytes, |message| {
-        match message.get_root::<meta_command::Reader<'_>>()?.which() {
-            Ok(meta_command::Form(form)) => Ok(MetaCommand::Form {
-                cluster_id: read_id("clusterId", form.get_cluster_id()?)?,
-                nodes: read_nodes(form.get_nodes()?)?,
-                metadata: Box::new(read_shard(form.get_metadata()?)?),
-            }),
-            Ok(meta_command::AddNode(record)) => Ok(MetaCommand::AddNode(read_node(record?)?)),
-            Ok(meta_command::CreateDatabase(create)) => Ok(MetaCommand::CreateDatabase {
-                name: read_text(create.get_name()?)?,
-                replicas: create.get_replicas(),
-                shards: create.get_shards()?.iter().map(read_planned).collect::<Result<_, _>>()?,
-            }),
-            Ok(meta_command::DropDatabase(name)) => {
-                Ok(MetaCommand::DropDatabase { name: read_text(name?)?, id: None })
-            }
-            Ok(meta_command::DropDatabaseId(drop)) => Ok(MetaCommand::DropDatabase {
-                name: read_text(drop.get_name()?)?,
-                id: Some(DatabaseId(drop.get_id())),
-            }),
-            Ok(meta_command::ObserveShard(observe)) => Ok(MetaCommand::ObserveShard {
-                shard: ShardId(observe.get_shard()),
-                conf: observe.get_conf(),
-                members: read_members(observe.get_members()?)?,
-            }),
-            Ok(meta_command::BeginMove(begin)) => Ok(MetaCommand::BeginMove {
-                shard: ShardId(begin.get_shard()),
-                conf: begin.get_conf(),
-                adds: read_node_ids(begin.get_adds()?),
-                removes: begin.get_removes()?.iter().map(ReplicaId).collect(),
-                cause: read_cause(begin.get_cause())?,
-            }),
-            Ok(meta_command::CancelMove(cancel)) => {
-                Ok(MetaCommand::CancelMove { shard: ShardId(cancel.get_shard()), id: cancel.get_move() })
-            }
-            Ok(meta_command::EndMove(end)) => {
-                Ok(MetaCommand::EndMove { shard: ShardId(end.get_shard()), id: end.get_move() })
-            }
-            Ok(meta_command::SetStanding(set)) => Ok(MetaCommand::SetStanding {
-                node: NodeId(set.get_node()),
-                standing: read_standing(set.get_standing())?,
-            }),
-            Ok(meta_command::SetPolicy(change)) => Ok(MetaCommand::SetPolicy(read_policy_change(change?)?)),
-            Ok(meta_command::BeginRebalance(begin)) => Ok(MetaCommand::BeginRebalance {
-                plan: begin.get_plan(),
-                undoes: begin.get_undoes(),
-                targets: begin.get_targets()?.iter().map(read_planned_target).collect::<Result<_, _>>()?,
-                moves: begin.get_moves(),
-                bytes: begin.get_bytes(),
-            }),
-            Ok(meta_command::ControlRebalance(control)) => Ok(MetaCommand::ControlRebalance {
-                plan: control.get_plan(),
-                state: read_rebalance_state(control.get_state())?,
-                reason: read_text(control.get_reason()?)?,
-            }),
-            Ok(meta_command::SetReplicas(set)) => Ok(MetaCommand::SetReplicas {
-                name: read_text(set.get_name()?)?,
-                replicas: set.get_replicas(),
-            }),
-            Ok(meta_command::RecoverShard(recover)) => Ok(MetaCommand::RecoverShard {
-                shard: ShardId(recover.get_shard()),
-                keep: ReplicaId(recover.get_keep()),
-                conf: recover.get_conf(),
-            }),
-            Err(unknown) => Err(malformed("MetaCommand", unknown.to_string())),
+    read_message("MetaCommand", bytes, |message| read_command(message.get_root()?))
+}
+
+fn read_command(from: meta_command::Reader<'_>) -> Result<MetaCommand, CodecError> {
+    match from.which() {
+        Ok(meta_command::Form(form)) => Ok(MetaCommand::Form {
+            cluster_id: read_id("clusterId", form.get_cluster_id()?)?,
+            nodes: read_nodes(form.get_nodes()?)?,
+            metadata: Box::new(read_shard(form.get_metadata()?)?),
+        }),
+        Ok(meta_command::AddNode(record)) => Ok(MetaCommand::AddNode(read_node(record?)?)),
+        Ok(meta_command::CreateDatabase(create)) => Ok(MetaCommand::CreateDatabase {
+            name: read_text(create.get_name()?)?,
+            replicas: create.get_replicas(),
+            shards: create.get_shards()?.iter().map(read_planned).collect::<Result<_, _>>()?,
+        }),
+        Ok(meta_command::DropDatabase(name)) => {
+            Ok(MetaCommand::DropDatabase { name: read_text(name?)?, id: None })
         }
-    })
+        Ok(meta_command::DropDatabaseId(drop)) => Ok(MetaCommand::DropDatabase {
+            name: read_text(drop.get_name()?)?,
+            id: Some(DatabaseId(drop.get_id())),
+        }),
+        Ok(meta_command::ObserveShard(observe)) => Ok(MetaCommand::ObserveShard {
+            shard: ShardId(observe.get_shard()),
+            conf: observe.get_conf(),
+            members: read_members(observe.get_members()?)?,
+        }),
+        Ok(meta_command::BeginMove(begin)) => Ok(MetaCommand::BeginMove {
+            shard: ShardId(begin.get_shard()),
+            conf: begin.get_conf(),
+            adds: read_node_ids(begin.get_adds()?),
+            removes: begin.get_removes()?.iter().map(ReplicaId).collect(),
+            cause: read_cause(begin.get_cause())?,
+        }),
+        Ok(meta_command::CancelMove(cancel)) => {
+            Ok(MetaCommand::CancelMove { shard: ShardId(cancel.get_shard()), id: cancel.get_move() })
+        }
+        Ok(meta_command::EndMove(end)) => {
+            Ok(MetaCommand::EndMove { shard: ShardId(end.get_shard()), id: end.get_move() })
+        }
+        Ok(meta_command::SetStanding(set)) => Ok(MetaCommand::SetStanding {
+            node: NodeId(set.get_node()),
+            standing: read_standing(set.get_standing())?,
+        }),
+        Ok(meta_command::SetPolicy(change)) => Ok(MetaCommand::SetPolicy(read_policy_change(change?)?)),
+        Ok(meta_command::BeginRebalance(begin)) => Ok(MetaCommand::BeginRebalance {
+            plan: begin.get_plan(),
+            undoes: begin.get_undoes(),
+            targets: begin.get_targets()?.iter().map(read_planned_target).collect::<Result<_, _>>()?,
+            moves: begin.get_moves(),
+            bytes: begin.get_bytes(),
+        }),
+        Ok(meta_command::ControlRebalance(control)) => Ok(MetaCommand::ControlRebalance {
+            plan: control.get_plan(),
+            state: read_rebalance_state(control.get_state())?,
+            reason: read_text(control.get_reason()?)?,
+        }),
+        Ok(meta_command::SetReplicas(set)) => {
+            Ok(MetaCommand::SetReplicas { name: read_text(set.get_name()?)?, replicas: set.get_replicas() })
+        }
+        Ok(meta_command::RecoverShard(recover)) => Ok(MetaCommand::RecoverShard {
+            shard: ShardId(recover.get_shard()),
+            keep: ReplicaId(recover.get_keep()),
+            conf: recover.get_conf(),
+        }),
+        Ok(meta_command::Order(order)) => {
+            let command = order.get_what()?;
+            // Before it is read: orders don't nest.
+            if let Ok(meta_command::Order(_)) = command.which() {
+                return Err(malformed("MetaCommand", "an order of an order"));
+            }
+            let command = Box::new(read_command(command)?);
+            match command.is_order() {
+                true => Ok(MetaCommand::Order { seen: order.get_seen(), command }),
+                false => Err(malformed("MetaCommand", "a command as an order that can be none")),
+            }
+        }
+        Err(unknown) => Err(malformed("MetaCommand", unknown.to_string())),
+    }
 }
 
 /// The bytes of a metadata reply.
@@ -310,6 +331,11 @@ fn write_meta_refusal(refusal: &MetaRefusal, mut to: meta_refusal::Builder<'_>) 
         }
         MetaRefusal::NodeRemoved(node) => to.set_node_removed(node.0),
         MetaRefusal::NotAllowed(why) => to.set_not_allowed(why.as_str()),
+        MetaRefusal::Changed { what, version } => {
+            let mut changed = to.init_changed();
+            changed.set_what(what.as_str());
+            changed.set_version(*version);
+        }
         MetaRefusal::Other(_) => to.set_other(()),
     }
 }
@@ -337,6 +363,9 @@ fn read_meta_refusal(from: meta_refusal::Reader<'_>, text: String) -> Result<Met
         },
         Ok(meta_refusal::NodeRemoved(node)) => MetaRefusal::NodeRemoved(NodeId(node)),
         Ok(meta_refusal::NotAllowed(why)) => MetaRefusal::NotAllowed(read_text(why?)?),
+        Ok(meta_refusal::Changed(changed)) => {
+            MetaRefusal::Changed { what: read_text(changed.get_what()?)?, version: changed.get_version() }
+        }
         Ok(meta_refusal::Other(())) | Err(_) => MetaRefusal::Other(text),
     })
 }
@@ -377,6 +406,13 @@ pub(crate) mod tests {
     use proptest::prelude::*;
 
     pub(crate) fn any_command() -> impl Strategy<Value = MetaCommand> {
+        (any_plain_command(), any::<u64>()).prop_map(|(command, seen)| match command.is_order() {
+            true if seen % 2 == 1 => command.seen(seen),
+            _ => command,
+        })
+    }
+
+    fn any_plain_command() -> impl Strategy<Value = MetaCommand> {
         let planned = (any_range(), prop::collection::vec(any::<u64>().prop_map(NodeId), 0..5))
             .prop_map(|(range, nodes)| PlannedShard { range, nodes });
         prop_oneof![
@@ -475,6 +511,7 @@ pub(crate) mod tests {
                 }),
             any::<u64>().prop_map(|node| MetaRefusal::NodeRemoved(NodeId(node))),
             ".{0,20}".prop_map(MetaRefusal::NotAllowed),
+            (".{0,20}", any::<u64>()).prop_map(|(what, version)| MetaRefusal::Changed { what, version }),
             ".{0,20}".prop_map(MetaRefusal::Other),
         ]
     }

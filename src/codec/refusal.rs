@@ -43,6 +43,11 @@ pub fn write_refusal(refusal: &Refusal, mut to: error::Builder<'_>) {
         Refusal::Deadline => to.set_deadline(()),
         Refusal::UnknownDatabase(name) => to.set_unknown_database(name.as_str()),
         Refusal::Refused(_) => to.set_refused(()),
+        Refusal::Changed { what, version } => {
+            let mut changed = to.init_changed();
+            changed.set_what(what.as_str());
+            changed.set_version(*version);
+        }
         Refusal::SessionExpired => to.set_session_expired(()),
         Refusal::StaleCommand => to.set_stale_command(()),
         Refusal::DiskFull(_) => to.set_disk_full(()),
@@ -103,6 +108,10 @@ fn read_member(from: error::Reader<'_>, message: &str) -> Option<Refusal> {
         }
         error::Quarantined(()) => Refusal::ShardQuarantined(inner(message, SHARD_QUARANTINED).into_owned()),
         error::Refused(()) => Refusal::Refused(message.to_owned()),
+        error::Changed(changed) => Refusal::Changed {
+            what: read_text(changed.get_what().ok()?).ok()?,
+            version: changed.get_version(),
+        },
         error::Deadline(()) => Refusal::Deadline,
         error::SessionExpired(()) => Refusal::SessionExpired,
         error::StaleCommand(()) => Refusal::StaleCommand,
@@ -148,6 +157,7 @@ mod tests {
             Just(Refusal::StaleCommand),
             ".{0,40}".prop_map(Refusal::UnknownDatabase),
             ".{0,40}".prop_map(Refusal::Refused),
+            (".{0,40}", any::<u64>()).prop_map(|(what, version)| Refusal::Changed { what, version }),
             (outcome, any::<bool>(), any::<u32>(), ".{0,40}").prop_map(
                 |(outcome, retryable, retry_after_ms, message)| Refusal::Other {
                     outcome,

@@ -421,9 +421,7 @@ impl<T> Group<T> {
             match self.raft.propose(Vec::new(), data) {
                 Ok(()) => {
                     metrics::counter!(names::PROPOSALS).increment(tokens.len() as u64);
-                    let position =
-                        Position { index: self.raft.raft.raft_log.last_index(), term: self.raft.raft.term };
-                    self.proposals.insert(position, tokens);
+                    self.proposals.insert(self.last_proposed(), tokens);
                 }
                 // Dropped before it entered the log: leadership is moving, or too much is uncommitted.
                 Err(_) => {
@@ -433,6 +431,11 @@ impl<T> Group<T> {
                 }
             }
         }
+    }
+
+    /// Where the entry stands that this leader has just proposed: nobody else appends to its log in its term.
+    pub(super) fn last_proposed(&self) -> Position {
+        Position { index: self.raft.raft.raft_log.last_index(), term: self.raft.raft.term }
     }
 
     fn start_read_round(&mut self) {

@@ -7,7 +7,6 @@
 use raft::eraftpb::{Entry, EntryType};
 
 use super::driver::{Group, busy};
-use crate::ids::Position;
 
 /// The context of a mark.
 const MARK: &[u8] = b"mark";
@@ -26,9 +25,7 @@ impl<T> Group<T> {
         let tokens = std::mem::take(&mut self.marks);
         match self.raft.propose(MARK.to_vec(), Vec::new()) {
             Ok(()) => {
-                let position =
-                    Position { index: self.raft.raft.raft_log.last_index(), term: self.raft.raft.term };
-                self.proposals.insert(position, tokens);
+                self.proposals.insert(self.last_proposed(), tokens);
             }
             // Dropped before it entered the log: leadership is moving.
             Err(_) => {

@@ -199,6 +199,50 @@ pub enum MetaCommand {
         /// The conf version.
         conf: u64,
     },
+    /// A decision of somebody who knew the map of a version: it counts only if its record hasn't changed since, or
+    /// is so already. However late it comes, and how often, it never undoes a newer one.
+    Order {
+        /// That version.
+        seen: u64,
+        /// What is decided: one of [`MetaCommand::is_order`].
+        command: Box<MetaCommand>,
+    },
+}
+
+impl MetaCommand {
+    /// Whether it is a decision about one record, which another decision may follow: repeated late, it would undo
+    /// that. So it is given as an [`MetaCommand::Order`], or, by itself, once.
+    pub fn is_order(&self) -> bool {
+        matches!(
+            self,
+            MetaCommand::SetStanding { .. }
+                | MetaCommand::SetPolicy(_)
+                | MetaCommand::SetReplicas { .. }
+                | MetaCommand::BeginRebalance { .. }
+                | MetaCommand::ControlRebalance { .. }
+        )
+    }
+
+    /// As [`Command::size`].
+    fn size(&self) -> usize {
+        match self {
+            MetaCommand::CreateDatabase { shards, .. } => 256 + shards.len() * 128,
+            MetaCommand::BeginRebalance { targets, .. } => 256 + targets.len() * 128,
+            MetaCommand::Form { nodes, .. } => 1024 + nodes.len() * 1024,
+            MetaCommand::ControlRebalance { reason, .. } => 256 + reason.len(),
+            MetaCommand::Order { command, .. } => 64 + command.size(),
+            _ => 1024,
+        }
+    }
+
+    /// The command as a decision of somebody who knew map version `seen`; 0: as it is.
+    ///
+    /// # Panics
+    /// If it is none that [can be](MetaCommand::is_order).
+    pub fn seen(self, seen: u64) -> MetaCommand {
+        assert!(self.is_order(), "{self:?} is no order");
+        if seen == 0 { self } else { MetaCommand::Order { seen, command: Box::new(self) } }
+    }
 }
 
 /// One setting of the cluster; see [`crate::placement::map::PolicyRecord`].
@@ -290,9 +334,21 @@ pub enum MetaRefusal {
     /// Another rule of the map, in words.
     #[error("{0}")]
     NotAllowed(String),
+    /// Order: its record has changed since its giver looked.
+    #[error("{}", changed(.what, .version))]
+    Changed {
+        /// What has.
+        what: String,
+        /// The map version at which it did.
+        version: u64,
+    },
     /// A rule of a newer version of the program, in its words. Never made here, only read.
     #[error("{0}")]
     Other(String),
+}
+
+fn changed(what: &str, version: &u64) -> String {
+    Refusal::Changed { what: what.to_owned(), version: *version }.to_string()
 }
 
 fn list(shards: &[ShardId]) -> String {
@@ -303,6 +359,7 @@ impl From<MetaRefusal> for Refusal {
     fn from(refusal: MetaRefusal) -> Refusal {
         match refusal {
             MetaRefusal::UnknownDatabase(name) => Refusal::UnknownDatabase(name),
+            MetaRefusal::Changed { what, version } => Refusal::Changed { what, version },
             other => Refusal::Refused(other.to_string()),
         }
     }
@@ -468,11 +525,7 @@ impl Command {
                 let expected = if let Expect::Value(value) = expect { value.len() } else { 0 };
                 24 + key.len() + value.len() + expected
             }
-            Command::Meta(MetaCommand::CreateDatabase { shards, .. }) => 256 + shards.len() * 128,
-            Command::Meta(MetaCommand::BeginRebalance { targets, .. }) => 256 + targets.len() * 128,
-            Command::Meta(MetaCommand::Form { nodes, .. }) => 1024 + nodes.len() * 1024,
-            Command::Meta(MetaCommand::ControlRebalance { reason, .. }) => 256 + reason.len(),
-            Command::Meta(_) => 1024,
+            Command::Meta(command) => command.size(),
         }
     }
 }

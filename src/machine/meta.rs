@@ -18,6 +18,11 @@
 //! any other. So each rule that the map relies on is checked when a command is applied, however well it was
 //! checked before; [`check::check_map`] and [`check::check_change`] say what holds of every map, and from one
 //! to the next.
+//!
+//! *Orders.* A decision of operators may be on its way for long, and be sent again while its answer is in doubt:
+//! minutes later it may meet a record that somebody has decided about anew. So it says which map its giver knew
+//! ([`MetaCommand::Order`]), and counts only for a record that hasn't changed since. One that has been carried
+//! out finds the record as it wants it, or changed: it is never carried out twice.
 
 use super::ApplyError;
 use super::command::{MetaCommand, MetaRefusal, MetaReply};
@@ -70,6 +75,28 @@ enum Stop {
     Failed(StorageError),
 }
 
+/// What the giver of a command knew of the record that it is about.
+#[derive(Clone, Copy)]
+enum Known {
+    /// Whatever there is.
+    Any,
+    /// The map of this version.
+    At(u64),
+}
+
+impl Known {
+    /// Refuses a command about `what`, which changed at a version of the map that its giver didn't know. Asked once
+    /// it is certain that the command would change the record: one that is as it should be is success.
+    fn check(self, what: impl FnOnce() -> String, changed_at: u64) -> Result<(), MetaRefusal> {
+        match self {
+            Known::At(seen) if changed_at > seen => {
+                Err(MetaRefusal::Changed { what: what(), version: changed_at })
+            }
+            Known::Any | Known::At(_) => Ok(()),
+        }
+    }
+}
+
 impl From<StorageError> for Stop {
     fn from(error: StorageError) -> Stop {
         Stop::Failed(error)
@@ -85,14 +112,38 @@ impl From<MetaRefusal> for Stop {
 /// Applies one command. A command that is refused has changed nothing.
 pub fn apply(command: &MetaCommand, state: &mut dyn StateBatch) -> Result<MetaReply, ApplyError> {
     let reply = match command {
+        MetaCommand::Order { seen, command } => order(*seen, command, state),
+        command => execute(command, Known::Any, state),
+    };
+    match reply {
+        Ok(reply) => Ok(reply),
+        Err(Stop::Refused(refusal)) => Ok(MetaReply::Refused(refusal)),
+        Err(Stop::Failed(error)) => Err(error.into()),
+    }
+}
+
+fn order(seen: u64, command: &MetaCommand, state: &mut dyn StateBatch) -> Result<MetaReply, Stop> {
+    formed(state)?;
+    if !command.is_order() {
+        return not_allowed("a command can't be an order that is about no single record");
+    }
+    // It would count whatever has changed until then.
+    if !(1..=state.revision()).contains(&seen) {
+        return not_allowed(format!("there is no map of version {seen} yet that an order could go by"));
+    }
+    execute(command, Known::At(seen), state)
+}
+
+fn execute(command: &MetaCommand, known: Known, state: &mut dyn StateBatch) -> Result<MetaReply, Stop> {
+    match command {
         MetaCommand::Form { cluster_id, nodes, metadata } => nodes::form(*cluster_id, nodes, metadata, state),
         MetaCommand::AddNode(record) => nodes::add_node(record, state),
-        MetaCommand::SetStanding { node, standing } => nodes::set_standing(*node, *standing, state),
+        MetaCommand::SetStanding { node, standing } => nodes::set_standing(*node, *standing, known, state),
         MetaCommand::CreateDatabase { name, replicas, shards } => {
             databases::create(name, *replicas, shards, state)
         }
         MetaCommand::DropDatabase { name, id } => databases::drop(name, *id, state),
-        MetaCommand::SetReplicas { name, replicas } => databases::set_replicas(name, *replicas, state),
+        MetaCommand::SetReplicas { name, replicas } => databases::set_replicas(name, *replicas, known, state),
         MetaCommand::ObserveShard { shard, conf, members } => moves::observe(*shard, *conf, members, state),
         MetaCommand::BeginMove { shard, conf, adds, removes, cause } => {
             moves::begin(*shard, *conf, adds, removes, *cause, state)
@@ -100,18 +151,14 @@ pub fn apply(command: &MetaCommand, state: &mut dyn StateBatch) -> Result<MetaRe
         MetaCommand::CancelMove { shard, id } => moves::cancel(*shard, *id, state),
         MetaCommand::EndMove { shard, id } => moves::end(*shard, *id, state),
         MetaCommand::RecoverShard { shard, keep, conf } => moves::recover(*shard, *keep, *conf, state),
-        MetaCommand::SetPolicy(change) => policy::set(*change, state),
+        MetaCommand::SetPolicy(change) => policy::set(*change, known, state),
         MetaCommand::BeginRebalance { plan, undoes, targets, moves, bytes } => {
-            rebalance::begin(*plan, *undoes, targets, *moves, *bytes, state)
+            rebalance::begin(*plan, *undoes, targets, *moves, *bytes, known, state)
         }
         MetaCommand::ControlRebalance { plan, state: wanted, reason } => {
-            rebalance::control(*plan, *wanted, reason, state)
+            rebalance::control(*plan, *wanted, reason, known, state)
         }
-    };
-    match reply {
-        Ok(reply) => Ok(reply),
-        Err(Stop::Refused(refusal)) => Ok(MetaReply::Refused(refusal)),
-        Err(Stop::Failed(error)) => Err(error.into()),
+        MetaCommand::Order { .. } => not_allowed("an order of an order"),
     }
 }
 

@@ -1,11 +1,12 @@
 //! The flush thread: gathers frozen memtables of all replicas and makes them durable in one round,
-//! one redo file and one sync for many; removes the state of dropped replicas in between, and does
-//! there what must not fall into a flush.
+//! one redo file and one sync for many; removes the state of dropped replicas in between, a batch at a time so
+//! that no flush waits for all of a great one, and does there what must not fall into a flush.
 //!
 //! A flush that finds the disk full is tried again now and then, with what has come meanwhile: it has
 //! left nothing behind, and the log has all of it. The memtables stay in memory until then, so that
 //! soon the node pauses applying.
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,6 +18,7 @@ use tokio::sync::oneshot;
 use super::fatal::Fatal;
 use crate::ids::{Incarnation, Position, ReplicaId};
 use crate::limits;
+use crate::storage::StorageError;
 use crate::storage::flush::{FlushStep, Flusher};
 use crate::storage::state::Frozen;
 use crate::telemetry::metrics as names;
@@ -77,7 +79,8 @@ impl FlushThread {
         self.send(Work::Run(job));
     }
 
-    /// Removes all state of replicas that are tombstones, then tells so, on the thread.
+    /// Removes all state of replicas that are tombstones, then tells so, on the thread. What the thread hasn't come
+    /// to when the node stops is left: the tombstones stay, and the next start hands it over again.
     pub fn destroy(&self, replicas: Vec<ReplicaId>, done: Destroyed) {
         if !replicas.is_empty() {
             self.send(Work::Destroy(replicas, done));
@@ -105,31 +108,76 @@ impl FlushThread {
     }
 }
 
+/// Replicas whose state is being removed.
+#[derive(Default)]
+struct Removals {
+    /// Of those that are next, something may be left.
+    left: VecDeque<ReplicaId>,
+    /// Who hears of their end.
+    told: Vec<(Vec<ReplicaId>, Destroyed)>,
+}
+
+impl Removals {
+    fn begin(&mut self, flusher: &mut Flusher, replicas: Vec<ReplicaId>, done: Destroyed) {
+        replicas.iter().for_each(|replica| flusher.begin_destroy(*replica));
+        self.left.extend(&replicas);
+        self.told.push((replicas, done));
+    }
+
+    fn are_done(&self) -> bool {
+        self.told.is_empty()
+    }
+
+    /// Removes some more.
+    fn step(&mut self, flusher: &mut Flusher) -> Result<(), StorageError> {
+        if let Some(replica) = self.left.front()
+            && flusher.destroy_step(*replica)?
+        {
+            self.left.pop_front();
+        }
+        if self.left.is_empty() && !self.are_done() {
+            // One sync, however many: at the start of a node that may be all that were ever removed.
+            flusher.end_destroy()?;
+            for (replicas, done) in self.told.drain(..) {
+                done(&replicas);
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes all that is left up to this replica's, if that is among them.
+    fn finish(&mut self, flusher: &mut Flusher, replica: ReplicaId) -> Result<(), StorageError> {
+        while self.told.iter().any(|(replicas, _)| replicas.contains(&replica)) {
+            self.step(flusher)?;
+        }
+        Ok(())
+    }
+}
+
 fn run(mut flusher: Flusher, queue: mpsc::Receiver<Work>, fatal: Fatal) {
     // Those that found the disk full.
     let mut flushes: Vec<FlushJob> = Vec::new();
+    let mut removals = Removals::default();
     loop {
-        let first = match flushes.is_empty() {
-            true => queue.recv().ok(),
-            false => match queue.recv_timeout(Duration::from_millis(limits::DISK_FULL_WAIT_MS)) {
-                Err(RecvTimeoutError::Timeout) => None,
-                // The node stops; the log has what isn't flushed.
-                Err(RecvTimeoutError::Disconnected) => return,
-                Ok(work) => Some(work),
-            },
+        let next = match (removals.are_done(), flushes.is_empty()) {
+            (true, true) => queue.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            (true, false) => queue.recv_timeout(Duration::from_millis(limits::DISK_FULL_WAIT_MS)),
+            (false, _) => queue.recv_timeout(Duration::ZERO),
         };
-        if first.is_none() && flushes.is_empty() {
-            return;
-        }
+        let first = match next {
+            Ok(work) => Some(work),
+            Err(RecvTimeoutError::Timeout) => None,
+            // The node stops; the log has what isn't flushed, and tombstones tell what isn't removed.
+            Err(RecvTimeoutError::Disconnected) => return,
+        };
         let waited = !flushes.is_empty();
-        let mut destroy = Vec::new();
         let mut jobs = Vec::new();
         let mut barriers = Vec::new();
         for work in first.into_iter().chain(queue.try_iter()) {
             match work {
                 Work::Flush(job) => flushes.push(job),
                 Work::Run(job) => jobs.push(job),
-                Work::Destroy(replicas, done) => destroy.push((replicas, done)),
+                Work::Destroy(replicas, done) => removals.begin(&mut flusher, replicas, done),
                 Work::Barrier(replica, done) => barriers.push((replica, done)),
             }
         }
@@ -150,21 +198,18 @@ fn run(mut flusher: Flusher, queue: mpsc::Receiver<Work>, fatal: Fatal) {
                 return;
             }
         }
-        if !destroy.is_empty() {
-            // One sync, however many: at the start of a node that may be all that were ever removed.
-            let all: Vec<_> = destroy.iter().flat_map(|(all, _)| all).copied().collect();
-            if let Err(error) = flusher.destroy(&all) {
-                fatal.raise(format!("removing state from disk: {error}"));
-                return;
-            }
-        }
-        for (replicas, done) in destroy {
-            done(&replicas);
+        if let Err(error) = removals.step(&mut flusher) {
+            fatal.raise(format!("removing state from disk: {error}"));
+            return;
         }
         for job in jobs {
             job(&mut flusher);
         }
         for (replica, done) in barriers {
+            if let Err(error) = removals.finish(&mut flusher, replica) {
+                fatal.raise(format!("removing state from disk: {error}"));
+                return;
+            }
             // Frozen by an incarnation that has ended; nothing of it is on disk.
             flushes.retain(|job| job.frozen.replica != replica);
             if done.send(()).is_err() {
@@ -174,7 +219,7 @@ fn run(mut flusher: Flusher, queue: mpsc::Receiver<Work>, fatal: Fatal) {
     }
 }
 
-fn flush(flusher: &mut Flusher, jobs: &[FlushJob]) -> Result<(), crate::storage::StorageError> {
+fn flush(flusher: &mut Flusher, jobs: &[FlushJob]) -> Result<(), StorageError> {
     if jobs.is_empty() {
         return Ok(());
     }
@@ -205,9 +250,11 @@ mod tests {
 
     use super::*;
     use crate::ids::{Epoch, GROUP_START};
-    use crate::storage::StorageError;
+    use crate::limits::FLUSH_BATCH_KEYS;
+    use crate::storage::engine::{Engine, Mutation};
     use crate::storage::engine_memory::MemoryEngine;
     use crate::storage::flush::FlushPoint;
+    use crate::storage::keys;
     use crate::storage::state::{ReplicaState, StateHeader};
     use crate::storage::{StateBatch, StateView};
 
@@ -297,5 +344,52 @@ mod tests {
         thread.submit(FlushJob { incarnation: 1, frozen: frozen(&engine, 1), done });
         thread.close();
         joined.join().unwrap();
+    }
+
+    /// Writes `count` keys of a replica into the engine.
+    fn fill(engine: &MemoryEngine, replica: ReplicaId, count: u32) {
+        let (from, _) = keys::replica_range(replica);
+        let batch: Vec<Mutation> = (0..count)
+            .map(|at| ([&from[..], &at.to_be_bytes()].concat(), Some(bytes::Bytes::from_static(b"v"))))
+            .collect();
+        engine.write(&batch).unwrap();
+    }
+
+    fn held(engine: &MemoryEngine, replica: ReplicaId) -> usize {
+        let (from, to) = keys::replica_range(replica);
+        let mut held = 0;
+        let mut count = |_: &[u8]| {
+            held += 1;
+            true
+        };
+        engine.scan_keys(std::ops::Bound::Included(&from), &to, &mut count).unwrap();
+        held
+    }
+
+    #[test]
+    fn a_flush_waits_for_no_more_than_a_batch_of_a_great_removal() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = Arc::new(MemoryEngine::new());
+        let mut flusher = Flusher::open(dir.path().join("redo"), engine.clone()).unwrap();
+        let (great, small) = (ReplicaId(7), ReplicaId(8));
+        fill(&engine, great, 10 * FLUSH_BATCH_KEYS as u32);
+        fill(&engine, small, 3);
+        let (told, ends) = mpsc::channel();
+        let mut removals = Removals::default();
+        removals.begin(
+            &mut flusher,
+            vec![great, small],
+            Box::new(move |all| told.send(all.to_vec()).unwrap()),
+        );
+        removals.step(&mut flusher).unwrap();
+        assert_eq!(held(&engine, great), 9 * FLUSH_BATCH_KEYS, "one batch");
+        assert!(ends.try_recv().is_err() && !removals.are_done());
+        // Nobody who waits for another replica waits for this one; who waits for one of them does.
+        removals.finish(&mut flusher, ReplicaId(9)).unwrap();
+        assert_eq!(held(&engine, great), 9 * FLUSH_BATCH_KEYS);
+        removals.finish(&mut flusher, small).unwrap();
+        assert_eq!((held(&engine, great), held(&engine, small)), (0, 0));
+        assert_eq!(ends.try_recv(), Ok(vec![great, small]));
+        assert!(removals.are_done());
     }
 }

@@ -300,8 +300,8 @@ impl NodeHandle {
     }
 
     /// Has the metadata shard's leader, wherever it is, execute a command. Retried until `timeout`:
-    /// the metadata commands are made for that, but for a drop by name, which ends at the first attempt
-    /// that is in doubt. A refusal in the metadata shard's words means that the command had no effect;
+    /// the metadata commands are made for that, but for a drop by name and a decision that doesn't say by which map it
+    /// was made ([`MetaCommand::is_order`]), which end at the first attempt that is in doubt. A refusal in the metadata shard's words means that the command had no effect;
     /// where an earlier attempt may have had one, the outcome is unknown.
     pub async fn meta(&self, command: MetaCommand, timeout: Duration) -> Result<MetaReply, Refusal> {
         let deadline = Instant::now() + timeout;
@@ -453,8 +453,9 @@ struct MetaAttempts {
 impl MetaAttempts {
     /// No attempt at `command` yet.
     fn at(command: &MetaCommand) -> MetaAttempts {
-        // Repeated, it would hit whichever database has got the name meanwhile.
-        let once = matches!(command, MetaCommand::DropDatabase { id: None, .. });
+        // Repeated, it would hit whichever database has got the name meanwhile, or undo what was decided meanwhile.
+        let by_name = matches!(command, MetaCommand::DropDatabase { id: None, .. });
+        let once = by_name || command.is_order();
         MetaAttempts { once, ..MetaAttempts::default() }
     }
 
@@ -551,6 +552,16 @@ mod tests {
         assert_eq!(by_name.end(lost()), Some(lost()));
         let mut by_id = MetaAttempts::at(&drop(Some(DatabaseId(5))));
         assert_eq!(by_id.end(lost()), None, "the same one is meant");
+    }
+
+    #[test]
+    fn a_decision_is_repeated_only_if_it_says_by_which_map_it_was_made() {
+        let lost = || Err(Refusal::Unknown("the connection was lost".into()));
+        let decision = |seen| MetaCommand::SetReplicas { name: "app".into(), replicas: 3 }.seen(seen);
+        assert_eq!(MetaAttempts::at(&decision(0)).end(lost()), Some(lost()));
+        let mut order = MetaAttempts::at(&decision(7));
+        assert_eq!(order.end(lost()), None, "it counts once");
+        assert_eq!(order.end(Ok(MetaReply::Done(9))), Some(Ok(MetaReply::Done(9))));
     }
 
     #[test]

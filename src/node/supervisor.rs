@@ -15,13 +15,13 @@ use tokio::sync::watch;
 
 use super::counting::Counts;
 use super::fatal::{Fatal, FatalGuard};
-use super::handle::{ReplicaHealth, ReplicaReport};
+use super::handle::ReplicaHealth;
 use super::hub::{FailReplica, Forget, Hub, hub_of};
 use super::map_cache;
 use super::messages::*;
 use super::removal::{self, destroy};
 use super::replica::ReplicaActor;
-use super::replicas::{Crash, Orders, Readiness, Replicas, Slot, Started, Verdict};
+use super::replicas::{Crash, Orders, Readiness, Replicas, Started, Verdict};
 use super::router::Route;
 use super::shared::Shared;
 use super::ticker;
@@ -36,6 +36,8 @@ use crate::storage::engine::Engine;
 use crate::storage::identity::DataDir;
 use crate::storage::log::ReplicaRecord;
 use crate::telemetry::metrics as names;
+
+mod report;
 
 /// What a node is and where it keeps things.
 pub struct Site {
@@ -521,46 +523,6 @@ impl Handler<MapConfirmed> for Supervisor {
             // Others may wait for this word, as this node did.
             self.heartbeat();
         }
-    }
-}
-
-impl Handler<Report> for Supervisor {
-    type Result = ResponseFuture<Reported>;
-    fn handle(&mut self, _: Report, _: &mut Context<Self>) -> Self::Result {
-        let asked = self.replicas.iter().map(|slot: &Slot| {
-            let addr = self.addrs.get(&slot.record.replica).cloned();
-            let receives = self.shared.snapshots.inbox.receives(slot.record.replica);
-            let counted = self.counts.of(slot.record.replica);
-            let mut report = ReplicaReport {
-                shard: slot.record.shard,
-                replica: slot.record.replica,
-                health: slot.health.clone(),
-                group: None,
-                restarts: slot.restarts,
-                keys: counted.keys,
-                bytes: counted.bytes,
-            };
-            async move {
-                if let Some(addr) = addr
-                    && let Ok(status) = addr.send(AskStatus).await
-                {
-                    if status.recovering {
-                        report.health = ReplicaHealth::Recovering;
-                    } else if receives && status.state_lost.is_none() {
-                        report.health = ReplicaHealth::Installing;
-                    }
-                    report.group = Some(status);
-                }
-                report
-            }
-        });
-        let asked: Vec<_> = asked.collect();
-        let snapshot_bytes = self.shared.snapshots.outgoing.sent_bytes();
-        Box::pin(async move {
-            let mut replicas = futures_util::future::join_all(asked).await;
-            replicas.sort_by_key(|r| r.shard);
-            Reported { replicas, snapshot_bytes }
-        })
     }
 }
 

@@ -17,15 +17,19 @@
 //!    are spread by weight: the lowest of its nodes, counting what each should lead already; then leaderships
 //!    are handed on along chains of shards (augmenting paths) until no chain evens them out further.
 //!
+//! *Nodes that are down.* Who plans may have heard which nodes are up ([`plan_among`]). Nothing is placed on the
+//! others while those suffice. If they don't, each shard is on all of them, and on as few others as it takes, as
+//! long as a majority of it is up from the beginning: who preferably leads is up then too.
+//!
 //! A node without a zone is a zone of its own. A node of weight 0 takes no replicas, nor does one that is no
 //! ordinary member, or at whose address another runs by now. Nothing here depends on a clock, on chance or on
-//! the machine: equal maps give equal plans.
+//! the machine: equal maps, and equal nodes that are up, give equal plans.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 
 use super::loads::settled;
-use super::map::ClusterMap;
+use super::map::{ClusterMap, NodeRecord};
 use super::rendezvous;
 use super::ring::{self, RingRange};
 use crate::ids::NodeId;
@@ -53,6 +57,19 @@ pub enum PlanError {
         /// Nodes there are, without those of weight 0.
         nodes: usize,
     },
+    /// So few nodes are up that a shard would begin without a majority.
+    #[error(
+        "{replicas} replicas need {majority} nodes that are up, not {up}: start those that are down or ask for fewer replicas",
+        majority = majority(*.replicas)
+    )]
+    TooFewUp {
+        /// Replicas asked for.
+        replicas: u32,
+        /// Nodes that are up, without those of weight 0.
+        up: usize,
+        /// Those that aren't.
+        down: Vec<NodeId>,
+    },
     /// A database has at least one shard and one replica.
     #[error("a database needs at least one replica and one shard")]
     Empty,
@@ -66,10 +83,62 @@ pub fn plan_database(
     replicas: u32,
     shards: u32,
 ) -> Result<Vec<PlannedShard>, PlanError> {
+    plan_among(map, name, replicas, shards, |_| true)
+}
+
+/// The same as far as the nodes suffice that are up; see the module page.
+pub fn plan_among(
+    map: &ClusterMap,
+    name: &str,
+    replicas: u32,
+    shards: u32,
+    is_up: impl Fn(NodeId) -> bool,
+) -> Result<Vec<PlannedShard>, PlanError> {
     if replicas == 0 || shards == 0 {
         return Err(PlanError::Empty);
     }
-    let mut planner = Planner::new(map, replicas, shards)?;
+    let replaced = map.replaced();
+    let takes = |node: &&NodeRecord| {
+        node.standing.takes_replicas() && node.weight > 0 && !replaced.contains(&node.id)
+    };
+    let (up, down): (Vec<_>, Vec<_>) = map.nodes.values().filter(takes).partition(|node| is_up(node.id));
+    let live = u32::try_from(up.len()).unwrap_or(u32::MAX);
+    if up.len() + down.len() < replicas as usize {
+        return Err(PlanError::TooFewNodes { replicas, nodes: up.len() + down.len() });
+    }
+    if live >= replicas {
+        return Ok(plan(map, &up, name, replicas, shards));
+    }
+    if live < majority(replicas) {
+        let down = down.into_iter().map(|node| node.id).collect();
+        return Err(PlanError::TooFewUp { replicas, up: up.len(), down });
+    }
+    // Each shard is on all that are up. Of the others those that share no zone with them come first.
+    let missing = replicas - live;
+    let apart = |node: &&NodeRecord| node.zone.is_empty() || up.iter().all(|live| live.zone != node.zone);
+    let (apart, beside): (Vec<_>, Vec<_>) = down.into_iter().partition(apart);
+    let others = if apart.len() >= missing as usize { apart } else { [apart, beside].concat() };
+    let mut planned = plan(map, &up, name, live, shards);
+    for (shard, more) in planned.iter_mut().zip(plan(map, &others, name, missing, shards)) {
+        shard.nodes.extend(more.nodes);
+    }
+    Ok(planned)
+}
+
+/// So many of that many replicas commit.
+fn majority(replicas: u32) -> u32 {
+    replicas / 2 + 1
+}
+
+/// The plan over these nodes, which are as many as there are replicas to a shard, or more.
+fn plan(
+    map: &ClusterMap,
+    nodes: &[&NodeRecord],
+    name: &str,
+    replicas: u32,
+    shards: u32,
+) -> Vec<PlannedShard> {
+    let mut planner = Planner::new(map, nodes, replicas, shards);
     let ranges = ring::equal_ranges(shards);
     let mut chosen: Vec<Vec<usize>> = (0..shards)
         .rev()
@@ -77,14 +146,14 @@ pub fn plan_database(
         .map(|(later, range)| planner.choose(rendezvous::shard_key(name, range.start), later))
         .collect();
     planner.spread_leaders(&mut chosen);
-    Ok(ranges
+    ranges
         .into_iter()
         .zip(chosen)
         .map(|(range, nodes)| PlannedShard {
             range,
             nodes: nodes.into_iter().map(|at| planner.nodes[at].id).collect(),
         })
-        .collect())
+        .collect()
 }
 
 /// A node that takes replicas. Nodes and zones are named by their place in the planner's tables.
@@ -112,15 +181,11 @@ struct Planner {
 }
 
 impl Planner {
-    fn new(map: &ClusterMap, replicas: u32, shards: u32) -> Result<Planner, PlanError> {
+    fn new(map: &ClusterMap, able: &[&NodeRecord], replicas: u32, shards: u32) -> Planner {
         let mut zone_names = BTreeMap::new();
         let mut nodes: Vec<Candidate> = Vec::new();
         let mut places = BTreeMap::new();
-        let replaced = map.replaced();
-        for record in map.nodes.values() {
-            if !record.standing.takes_replicas() || record.weight == 0 || replaced.contains(&record.id) {
-                continue;
-            }
+        for record in able {
             let own = (record.zone.is_empty()).then_some(record.id);
             let next = zone_names.len();
             places.insert(record.id, nodes.len());
@@ -133,9 +198,7 @@ impl Planner {
                 quota: 0,
             });
         }
-        if nodes.len() < replicas as usize {
-            return Err(PlanError::TooFewNodes { replicas, nodes: nodes.len() });
-        }
+        debug_assert!(nodes.len() >= replicas as usize, "{} nodes for {replicas} replicas", nodes.len());
         for shard in map.shards.values().filter(|s| !s.dropped) {
             for (at, member) in settled(shard).enumerate() {
                 if let Some(place) = places.get(&member.node) {
@@ -153,7 +216,7 @@ impl Planner {
         let uniform = nodes.iter().all(|node| node.weight == nodes[0].weight);
         let mut planner = Planner { zones: vec![0; sizes.len()], nodes, zone_most, replicas, uniform };
         planner.deal_quotas(shards);
-        Ok(planner)
+        planner
     }
 
     /// Step 1.

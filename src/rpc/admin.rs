@@ -28,7 +28,7 @@ use crate::limits::{DROP_SETTLE_MS_MAX, NAME_BYTES_MAX, PLAN_SETTLE_MS_MAX, REPL
 use crate::machine::command::{MetaCommand, MetaRefusal, MetaReply};
 use crate::node::handle::NodeReport;
 use crate::placement::map::{ClusterMap, DatabaseRecord, ShardRecord, Standing};
-use crate::placement::plan::{PlanError, PlannedShard, plan_database};
+use crate::placement::plan::{PlanError, PlannedShard, plan_among, plan_database};
 use crate::refusal::Refusal;
 use crate::schema::admin_capnp::{self, admin, database_result, void_result};
 
@@ -134,9 +134,10 @@ impl admin::Server for Admin {
     ) -> Result<(), capnp::Error> {
         let request = params.get()?;
         let (node, within) = (NodeId(request.get_node()), timeout(request.get_timeout_ms()));
+        let seen = request.get_seen();
         let standing = read_standing(request.get_standing());
         let done = match (self.service.load.enter(1, 0), standing) {
-            (Ok(_guard), Ok(standing)) => self.stand(node, standing, within).await,
+            (Ok(_guard), Ok(standing)) => self.stand(node, standing, seen, within).await,
             (_, Err(error)) => Err(Refusal::Invalid(error.to_string())),
             (Err(refusal), _) => Err(refusal),
         };
@@ -166,10 +167,10 @@ impl admin::Server for Admin {
         mut results: admin::StartRebalanceResults,
     ) -> Result<(), capnp::Error> {
         let request = params.get()?;
-        let (plan, since) = (request.get_plan(), request.get_since());
+        let (plan, since, seen) = (request.get_plan(), request.get_since(), request.get_seen());
         let deadline = Instant::now() + timeout(request.get_timeout_ms());
         let started = match self.service.load.enter(1, 0) {
-            Ok(_guard) => self.start(plan, since, deadline).await,
+            Ok(_guard) => self.start(plan, since, seen, deadline).await,
             Err(refusal) => Err(refusal),
         };
         answers::write_change(started, results.get().init_result());
@@ -198,7 +199,7 @@ impl admin::Server for Admin {
         mut results: admin::ControlRebalanceResults,
     ) -> Result<(), capnp::Error> {
         let request = params.get()?;
-        let plan = request.get_plan();
+        let (plan, seen) = (request.get_plan(), request.get_seen());
         let order = match request.get_order() {
             Ok(admin_capnp::RebalanceOrder::Pause) => Ok(RebalanceOrder::Pause),
             Ok(admin_capnp::RebalanceOrder::Resume) => Ok(RebalanceOrder::Resume),
@@ -207,7 +208,7 @@ impl admin::Server for Admin {
         };
         let deadline = Instant::now() + timeout(request.get_timeout_ms());
         let done = match (self.service.load.enter(1, 0), order) {
-            (Ok(_guard), Ok(order)) => self.control(plan, order, deadline).await,
+            (Ok(_guard), Ok(order)) => self.control(plan, order, seen, deadline).await,
             (Err(refusal), _) | (_, Err(refusal)) => Err(refusal),
         };
         answers::write_change(done, results.get().init_result());
@@ -220,10 +221,10 @@ impl admin::Server for Admin {
         mut results: admin::UndoRebalanceResults,
     ) -> Result<(), capnp::Error> {
         let request = params.get()?;
-        let (plan, since) = (request.get_plan(), request.get_since());
+        let (plan, since, seen) = (request.get_plan(), request.get_since(), request.get_seen());
         let deadline = Instant::now() + timeout(request.get_timeout_ms());
         let begun = match self.service.load.enter(1, 0) {
-            Ok(_guard) => self.undo(plan, since, deadline).await,
+            Ok(_guard) => self.undo(plan, since, seen, deadline).await,
             Err(refusal) => Err(refusal),
         };
         answers::write_undo(begun, results.get().init_result());
@@ -237,11 +238,11 @@ impl admin::Server for Admin {
     ) -> Result<(), capnp::Error> {
         let request = params.get()?;
         let name = request.get_database()?.to_string()?;
-        let replicas = request.get_replicas();
+        let (replicas, seen) = (request.get_replicas(), request.get_seen());
         let deadline = Instant::now() + timeout(request.get_timeout_ms());
         drop(params);
         let done = match self.service.load.enter(1, 0) {
-            Ok(_guard) => self.replicate(name, replicas, deadline).await,
+            Ok(_guard) => self.replicate(name, replicas, seen, deadline).await,
             Err(refusal) => Err(refusal),
         };
         answers::write_change(done, results.get().init_result());
@@ -255,9 +256,9 @@ impl admin::Server for Admin {
     ) -> Result<(), capnp::Error> {
         let request = params.get()?;
         let change = cluster::read_setting(request.get_setting()?);
-        let within = timeout(request.get_timeout_ms());
+        let (seen, within) = (request.get_seen(), timeout(request.get_timeout_ms()));
         let done = match (self.service.load.enter(1, 0), change) {
-            (Ok(_guard), Ok(change)) => self.change(change, within).await,
+            (Ok(_guard), Ok(change)) => self.change(change, seen, within).await,
             (Err(refusal), _) | (_, Err(refusal)) => Err(refusal),
         };
         answers::write_change(done, results.get().init_result());
@@ -307,6 +308,8 @@ impl Admin {
         deadline: Instant,
     ) -> Result<(DatabaseRecord, bool), Refusal> {
         check_numbers(&name, replicas, shards)?;
+        // What of the nodes is up is told by who proposes it: the plan travels in the command, and whoever applies it
+        // looks at the plan and the map alone.
         let command = MetaCommand::CreateDatabase {
             shards: self.placement(&name, replicas, shards, deadline).await?,
             name,
@@ -318,8 +321,9 @@ impl Admin {
         Ok((record, created))
     }
 
-    /// A placement for a new database. A node that has just started may not have heard of others that joined
-    /// before: that there are too few is believed only after a while.
+    /// A placement for a new database, on nodes that answer as far as they suffice. A node that has just started may
+    /// not have heard of others that joined before, and others may be starting: that there are too few is believed
+    /// only after a while.
     async fn placement(
         &self,
         name: &str,
@@ -333,9 +337,19 @@ impl Admin {
             if map.version == 0 {
                 return Err(Refusal::Unavailable("starting".into()));
             }
-            match plan_database(&map, name, replicas, shards) {
+            // Of one that is there already the plan is not looked at: it exists, whoever is up.
+            let plan = match map.database(name) {
+                Some(_) => plan_database(&map, name, replicas, shards),
+                None => {
+                    let reports = self.survey(&map, deadline).await;
+                    plan_among(&map, name, replicas, shards, |node| reports.is_up(node))
+                }
+            };
+            match plan {
                 Ok(plan) => return Ok(plan),
-                Err(PlanError::TooFewNodes { .. }) if Instant::now() + LEADER_POLL.1 < until => {
+                Err(PlanError::TooFewNodes { .. } | PlanError::TooFewUp { .. })
+                    if Instant::now() + LEADER_POLL.1 < until =>
+                {
                     tokio::time::sleep(LEADER_POLL.1).await;
                 }
                 Err(error) => return Err(Refusal::Refused(why_no_plan(&map, &error))),
@@ -523,6 +537,12 @@ fn why_no_plan(map: &ClusterMap, error: &PlanError) -> String {
         Standing::Member | Standing::Removed => None,
     });
     let told: Vec<String> = told.take(PASSED_OVER_NAMED).collect();
+    if let PlanError::TooFewUp { down, .. } = error {
+        return format!(
+            "{error} ({})",
+            cluster::unanswered(down.iter().filter_map(|node| map.nodes.get(node)))
+        );
+    }
     match (error, told.as_slice()) {
         (PlanError::TooFewNodes { .. }, [_, ..]) => format!("{error} ({})", told.join(", ")),
         _ => error.to_string(),

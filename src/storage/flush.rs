@@ -165,28 +165,40 @@ impl Flusher {
     /// all. The caller has recorded before that they are gone: a crash leaves a part, to be removed by
     /// calling again.
     pub fn destroy(&mut self, replicas: &[ReplicaId]) -> Result<(), StorageError> {
-        self.check_usable()?;
         for replica in replicas {
-            self.remove_all(*replica)?;
+            self.begin_destroy(*replica);
+            while !self.destroy_step(*replica)? {}
         }
-        self.engine.sync()
+        self.end_destroy()
     }
 
-    fn remove_all(&mut self, replica: ReplicaId) -> Result<(), StorageError> {
+    /// The state of a replica is about to be removed: no collection of its writes can come to a good end.
+    pub fn begin_destroy(&mut self, replica: ReplicaId) {
         self.collections.fail(replica, "the replica is removed");
-        let (mut from, to) = keys::replica_range(replica);
-        loop {
-            let mut batch: Vec<Mutation> = Vec::with_capacity(FLUSH_BATCH_KEYS);
-            self.engine.scan_keys(std::ops::Bound::Included(&from), &to, &mut |key| {
-                batch.push((key.to_vec(), None));
-                batch.len() < FLUSH_BATCH_KEYS
-            })?;
-            let Some((last, _)) = batch.last() else { break };
-            from.clone_from(last);
-            self.engine.write(&batch)?;
-            self.at(FlushPoint::BatchWritten)?;
+    }
+
+    /// Removes a batch of the state of a replica, of all its generations, not yet durably. True: nothing of it is left.
+    pub fn destroy_step(&mut self, replica: ReplicaId) -> Result<bool, StorageError> {
+        self.check_usable()?;
+        // From the beginning each time: what was there is gone.
+        let (from, to) = keys::replica_range(replica);
+        let mut batch: Vec<Mutation> = Vec::with_capacity(FLUSH_BATCH_KEYS);
+        self.engine.scan_keys(std::ops::Bound::Included(&from), &to, &mut |key| {
+            batch.push((key.to_vec(), None));
+            batch.len() < FLUSH_BATCH_KEYS
+        })?;
+        if batch.is_empty() {
+            return Ok(true);
         }
-        Ok(())
+        self.engine.write(&batch)?;
+        self.at(FlushPoint::BatchWritten)?;
+        Ok(false)
+    }
+
+    /// Makes durable what was removed since. Only then may anybody record that it is gone.
+    pub fn end_destroy(&mut self) -> Result<(), StorageError> {
+        self.check_usable()?;
+        self.engine.sync()
     }
 
     /// Begins to keep the redo files of the flushes to come that hold writes of this generation, as

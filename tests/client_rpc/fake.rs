@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use capnp_rpc::rpc_twoparty_capnp::Side;
 use capnp_rpc::{RpcSystem, new_client, twoparty};
-use pontoon::codec::records::{write_database, write_delta};
+use pontoon::codec::records::{read_standing, write_database, write_delta};
 use pontoon::codec::refusal::write_refusal;
 use pontoon::ids::{DatabaseId, Epoch, NodeId, RandomId, ReplicaId, ShardId};
 use pontoon::placement::map::{
@@ -77,6 +77,7 @@ struct Shared {
     tags: Vec<Tags>,
     /// Ids that databases were to be dropped by.
     drops: Vec<u64>,
+    orders: Vec<u64>,
     /// Nodes that know of no call that waits for a newer map.
     old: BTreeSet<u64>,
     /// Nodes that say that they don't hear from the metadata shard.
@@ -227,6 +228,11 @@ impl Fakes {
         self.shared.lock().unwrap().drops.clone()
     }
 
+    /// By which map version each order about a node was given.
+    pub fn orders(&self) -> Vec<u64> {
+        self.shared.lock().unwrap().orders.clone()
+    }
+
     /// `node` is one of an older version, where no call can wait for a newer map.
     pub fn is_old(&self, node: u64) {
         self.shared.lock().unwrap().old.insert(node);
@@ -335,6 +341,44 @@ impl gate::Server for Fake {
 }
 
 impl admin::Server for Fake {
+    async fn set_standing(
+        self: Rc<Self>,
+        params: admin::SetStandingParams,
+        mut results: admin::SetStandingResults,
+    ) -> Result<(), capnp::Error> {
+        let act = self.act();
+        let request = params.get()?;
+        let (node, seen) = (NodeId(request.get_node()), request.get_seen());
+        let standing = read_standing(request.get_standing()).unwrap();
+        {
+            let mut shared = self.shared.lock().unwrap();
+            shared.orders.push(seen);
+            let mut version = shared.map.version;
+            let record = shared.map.nodes.get_mut(&node).unwrap();
+            if record.standing != standing {
+                if record.changed_at > seen {
+                    let refusal = Refusal::Changed { what: "the node".into(), version: record.changed_at };
+                    write_refusal(&refusal, results.get().init_result().init_error());
+                    return Ok(());
+                }
+                version += 1;
+                (record.standing, record.changed_at) = (standing, version);
+            }
+            results.get().init_result().set_version(version);
+            if let Act::ApplyAndDrop = act {
+                // Before anybody asks again, somebody else takes it back.
+                version += 1;
+                (record.standing, record.changed_at) = (Standing::Member, version);
+            }
+            shared.map.version = version;
+        }
+        if let Act::ApplyAndDrop = act {
+            self.drop.notify_one();
+            std::future::pending::<()>().await;
+        }
+        Ok(())
+    }
+
     async fn drop_database(
         self: Rc<Self>,
         params: admin::DropDatabaseParams,

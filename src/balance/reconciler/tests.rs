@@ -432,9 +432,10 @@ fn who_was_given_up_and_holds_nothing_is_removed() {
     for node in [4, 5] {
         map.nodes.get_mut(&NodeId(node)).unwrap().standing = Standing::Leaving;
     }
+    let seen = map.nodes[&NodeId(4)].changed_at;
     let removed = |node| {
         let command = MetaCommand::SetStanding { node: NodeId(node), standing: Standing::Removed };
-        Action::Meta(command)
+        Action::Meta(command.seen(seen))
     };
     let mut reconciler = Reconciler::new();
     // What the shard says of its members the map has yet to follow.
@@ -458,7 +459,7 @@ fn who_was_given_up_stays_until_each_shard_has_told_and_while_it_holds_something
     map.shards.insert(untold, ShardRecord { id: untold, ..map.shards[&SHARD].clone() });
     map.nodes.get_mut(&NodeId(4)).unwrap().standing = Standing::Leaving;
     let command = MetaCommand::SetStanding { node: NodeId(4), standing: Standing::Removed };
-    let removed = Action::Meta(command);
+    let removed = Action::Meta(command.seen(map.nodes[&NodeId(4)].changed_at));
     let members = map.shards[&SHARD].members.clone();
     let led =
         |conf| vec![report(1, 7, 5, &members), ShardReport { shard: untold, ..report(1, 7, conf, &members) }];

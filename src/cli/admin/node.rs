@@ -4,21 +4,21 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use raft::StateRole;
 use serde_json::{Value, json};
 
-use super::args::{NodeAddArgs, NodeCommand, NodeDrainArgs, NodeListArgs, NodeRemoveArgs};
+use super::args::{NodeAddArgs, NodeCommand, NodeDrainArgs, NodeRemoveArgs};
 use super::wait::{Pace, Progress, wait};
 use super::{change_failed, shards_on};
 use crate::cli::context::{Context, Session, with_session};
 use crate::cli::data::after_effect;
 use crate::cli::failure::{Exit, Failure};
 use crate::cli::output;
-use crate::cli::overview::{phase_name, standing_name};
+use crate::cli::overview::standing_name;
 use crate::cli::status::{REPORT_TIMEOUT, Reports, ask};
 use crate::ids::{METADATA_SHARD, NodeId, ShardId};
-use crate::node::handle::{NodeReport, ReplicaHealth};
 use crate::placement::map::{ClusterMap, NodeRecord, Standing};
+
+mod list;
 
 /// So many shards are named; of more, how many there are.
 const NAMED: usize = 10;
@@ -32,7 +32,7 @@ const LIST: &str = "`pontoon admin node list` tells";
 /// `admin node ...`
 pub fn node(context: &Context, command: &NodeCommand) -> Result<Exit, Failure> {
     match command {
-        NodeCommand::List(args) => list(context, args),
+        NodeCommand::List(args) => list::list(context, args),
         NodeCommand::Add(args) => add(context, args),
         NodeCommand::Drain(args) if args.cancel => cancel_drain(context, args),
         NodeCommand::Drain(args) => drain(context, args),
@@ -40,145 +40,10 @@ pub fn node(context: &Context, command: &NodeCommand) -> Result<Exit, Failure> {
     }
 }
 
-/// A node in the list.
-#[derive(Clone, PartialEq, Debug)]
-struct Row {
-    id: NodeId,
-    label: String,
-    address: String,
-    peer_address: String,
-    zone: String,
-    weight: u32,
-    standing: Standing,
-    /// `ready`, `read-only`, `starting`, `stopping`, `unreachable`, `replaced` (another runs at its address), or `removed`.
-    state: &'static str,
-    /// Shards of which the map places a replica here.
-    replicas: usize,
-    /// Shards that it leads, as it says; `None`: it doesn't answer.
-    leaders: Option<usize>,
-    /// Bytes of its replicas, as it last counted them, likewise.
-    bytes: Option<u64>,
-    /// Bytes in its directory, likewise.
-    disk_bytes: Option<u64>,
-}
-
-/// Map and reports, put together: all nodes, or those that were not removed.
-fn rows(map: &ClusterMap, reports: &Reports, all: bool) -> Vec<Row> {
-    let mut held: BTreeMap<NodeId, usize> = BTreeMap::new();
-    for shard in map.shards.values().filter(|shard| !shard.dropped) {
-        for member in shard.ordered() {
-            *held.entry(member.node).or_default() += 1;
-        }
-    }
-    let replaced = map.replaced();
-    let shown = map.nodes.values().filter(|node| all || node.standing != Standing::Removed);
-    let row = |node: &NodeRecord| {
-        let report = match reports.get(&node.id) {
-            Some(Ok(report)) if report.node == node.id || report.node == NodeId(0) => Some(report),
-            _ => None,
-        };
-        Row {
-            id: node.id,
-            label: node.label.clone(),
-            address: node.client_address.clone(),
-            peer_address: node.peer_address.clone(),
-            zone: node.zone.clone(),
-            weight: node.weight,
-            standing: node.standing,
-            state: match report {
-                _ if node.standing == Standing::Removed => "removed",
-                _ if replaced.contains(&node.id) => "replaced",
-                Some(report) => phase_name(report.phase),
-                None => "unreachable",
-            },
-            replicas: held.get(&node.id).copied().unwrap_or(0),
-            leaders: report.map(leads),
-            bytes: report.map(holds),
-            disk_bytes: report.map(|report| report.disk_bytes),
-        }
-    };
-    shown.map(row).collect()
-}
-
-/// Shards that a node leads, with a state.
-fn leads(report: &NodeReport) -> usize {
-    let leads = report.replicas.iter().filter(|replica| {
-        let whole = !matches!(replica.health, ReplicaHealth::Refetching(_));
-        whole && replica.group.as_ref().is_some_and(|group| group.role == StateRole::Leader)
-    });
-    leads.count()
-}
-
-/// Bytes of keys and values that a node holds, as it last counted.
-fn holds(report: &NodeReport) -> u64 {
-    report.replicas.iter().fold(0, |bytes, replica| bytes.saturating_add(replica.bytes))
-}
-
-impl Row {
-    fn is_up(&self) -> bool {
-        !matches!(self.state, "unreachable" | "replaced" | "removed")
-    }
-
-    fn json(&self) -> Value {
-        json!({
-            "id": self.id.0,
-            "label": self.label,
-            "address": self.address,
-            "peer_address": self.peer_address,
-            "zone": self.zone,
-            "weight": self.weight,
-            "standing": standing_name(self.standing),
-            "state": self.state,
-            "up": self.is_up(),
-            "replicas": self.replicas,
-            "leaders": self.leaders,
-            "bytes": self.bytes,
-            "disk_bytes": self.disk_bytes,
-        })
-    }
-}
-
-fn table(rows: &[Row]) -> String {
-    let mut table = output::table(&[
-        "node", "label", "address", "peer", "zone", "weight", "standing", "state", "leaders", "replicas",
-        "disk",
-    ]);
-    for row in rows {
-        table.add_row([
-            row.id.to_string(),
-            row.label.clone(),
-            row.address.clone(),
-            row.peer_address.clone(),
-            if row.zone.is_empty() { "-".into() } else { row.zone.clone() },
-            row.weight.to_string(),
-            standing_name(row.standing).to_owned(),
-            row.state.to_owned(),
-            row.leaders.map_or("-".into(), |leaders| leaders.to_string()),
-            row.replicas.to_string(),
-            row.disk_bytes.map_or("-".into(), output::size),
-        ]);
-    }
-    table.to_string()
-}
-
 /// All nodes of the map are asked at once; those that were removed aren't.
 pub(super) async fn reports(session: &Session, map: &ClusterMap, patience: Duration) -> Reports {
     let there = map.nodes.values().filter(|node| node.standing != Standing::Removed).map(|node| node.id);
     ask(&session.client, map, there, patience).await
-}
-
-fn list(context: &Context, args: &NodeListArgs) -> Result<Exit, Failure> {
-    let rows = with_session(context, async |session| {
-        let map = session.client.map().await?;
-        let reports = reports(session, &map, REPORT_TIMEOUT.min(session.remaining() / 2)).await;
-        Ok(rows(&map, &reports, args.all))
-    })?;
-    if context.json() {
-        output::json(&json!({"nodes": rows.iter().map(Row::json).collect::<Value>()}))?;
-    } else {
-        output::line(table(&rows))?;
-    }
-    Ok(Exit::Done)
 }
 
 /// A map with that node, unless there is certainly none of that number.
@@ -502,8 +367,8 @@ async fn what_is_left(session: &Session, node: NodeId) -> Result<Left, Failure> 
         obstacle: obstacle(&reports, |shard| {
             shards.is_empty() || shards.iter().any(|(held, _)| *held == shard)
         }),
-        leaders: report.map(leads),
-        bytes: report.map(holds),
+        leaders: report.map(list::leads),
+        bytes: report.map(list::holds),
         rate: None,
         sent: told.map(|report| (report.node, report.snapshot_bytes)).collect(),
         stuck: stuck(&map, node),

@@ -1,11 +1,12 @@
 //! What operators decide: about nodes, replicas, where shards are, settings of the cluster. Any node takes
-//! these. Each may be repeated, and is until the deadline: a decision that is made twice is made once.
+//! these. Each may be repeated, and is until the deadline: a decision that is made twice is made once, and none
+//! undoes a later one, as [`Order`] has it.
 //!
 //! A change tells the version of the cluster map from which on it holds. The client has that map before it
 //! returns, if it can be had, and tells its version with what it asks later: so nobody who waits for the
 //! consequences of a change is answered by a node that hasn't heard of it.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -17,7 +18,9 @@ use super::answers::{
 };
 use super::{bounded, lost, patience};
 use crate::client::calls::{persist, told};
+use crate::client::connection::Connection;
 use crate::client::driver::Driver;
+use crate::client::order::Order;
 use crate::client::refresh::Ask;
 use crate::client::retry::{Failure, Kind, give_up};
 use crate::client::ticket::Deadline;
@@ -38,6 +41,8 @@ struct Terms {
     timeout_ms: u32,
     /// A node whose map is older than this version waits until it has it.
     since: u64,
+    /// The version of the map by which an order is given; 0 for what is none.
+    seen: u64,
 }
 
 /// Asks one node, once.
@@ -69,9 +74,10 @@ impl Client {
     ) -> Result<u64, ClientError> {
         let question = question!(
             set_standing_request,
-            |request, _terms| {
+            |request, terms| {
                 request.set_node(node.0);
                 request.set_standing(write_standing(standing));
+                request.set_seen(terms.seen);
             },
             read_change
         );
@@ -89,8 +95,9 @@ impl Client {
         let database = database.to_owned();
         let question = question!(
             set_replicas_request,
-            |request, _terms| {
+            |request, terms| {
                 request.set_database(database.as_str());
+                request.set_seen(terms.seen);
                 request.set_replicas(replicas);
             },
             read_change
@@ -102,7 +109,8 @@ impl Client {
     pub async fn change_setting(&self, change: PolicyChange, timeout: Duration) -> Result<u64, ClientError> {
         let question = question!(
             change_setting_request,
-            |request, _terms| {
+            |request, terms| {
+                request.set_seen(terms.seen);
                 let mut setting = request.init_setting();
                 match change {
                     PolicyChange::ReplaceAfterMs(ms) => setting.set_replace_after_ms(ms),
@@ -141,6 +149,7 @@ impl Client {
             start_rebalance_request,
             |request, terms| {
                 request.set_plan(plan);
+                request.set_seen(terms.seen);
                 request.set_since(terms.since);
             },
             read_change
@@ -172,8 +181,9 @@ impl Client {
         };
         let question = question!(
             control_rebalance_request,
-            |request, _terms| {
+            |request, terms| {
                 request.set_plan(plan);
+                request.set_seen(terms.seen);
                 request.set_order(order);
             },
             read_change
@@ -188,13 +198,14 @@ impl Client {
             undo_rebalance_request,
             |request, terms| {
                 request.set_plan(plan);
+                request.set_seen(terms.seen);
                 request.set_since(terms.since);
             },
             read_undo
         );
         let deadline = bounded(timeout);
         self.run(lost(), move |driver| async move {
-            let (plan, version) = driver.ask_anyone(Kind::Repeatable, deadline, question).await?;
+            let (plan, version) = driver.order(deadline, question).await?;
             driver.catch_up(version, deadline.left(Instant::now())).await;
             Ok(plan)
         })
@@ -286,10 +297,11 @@ impl Client {
         self.run(lost, move |driver| async move { driver.ask_anyone(kind, deadline, question).await }).await
     }
 
+    /// Gives an order whose answer is the version of the map from which on it holds.
     async fn change(&self, timeout: Duration, question: Question<u64>) -> Result<u64, ClientError> {
         let deadline = bounded(timeout);
         self.run(lost(), move |driver| async move {
-            let version = driver.ask_anyone(Kind::Repeatable, deadline, question).await?;
+            let version = driver.order(deadline, question).await?;
             driver.catch_up(version, deadline.left(Instant::now())).await;
             Ok(version)
         })
@@ -332,15 +344,65 @@ impl Driver {
                 }
                 None => self.any_node(turn).await?,
             };
-            let since = self.routing.borrow().map().version;
-            let terms = Terms { timeout_ms: told(patience), since };
-            let asked = question(&connection.admin, terms);
-            // What can't be read is an answer of which nothing is known.
-            let asked = async { asked.await.map_err(unreadable) };
-            let answer = self.heard(&address, &connection, patience, asked).await?;
-            answer.map_err(Failure::Refused)
+            self.ask_once(&address, &connection, patience, 0, question).await
         })
         .await
+    }
+
+    /// Gives an order to one node after the other until one has it carried out: by the map that this client has, which
+    /// it follows.
+    async fn order<T>(
+        self: &Rc<Driver>,
+        deadline: Deadline,
+        question: Question<T>,
+    ) -> Result<T, ClientError> {
+        let (order, turn, question) = (&RefCell::new(Order::default()), &Cell::new(0), &question);
+        // First by itself: whatever becomes of that, nothing was sent that could be in doubt.
+        persist(Kind::Read, deadline, |left| self.settle(order, left)).await?;
+        persist(Kind::Repeatable, deadline, |left| async move {
+            self.settle(order, left).await?;
+            let patience = patience(left);
+            let (address, connection) = self.any_node(turn).await?;
+            let (seen, before) = order.borrow_mut().begin();
+            let end = self.ask_once(&address, &connection, patience, seen, question).await;
+            order.borrow_mut().end(before, end)
+        })
+        .await
+    }
+
+    /// Settles by which map an order is given, if it isn't.
+    async fn settle(self: &Rc<Driver>, order: &RefCell<Order>, left: Duration) -> Result<(), Failure> {
+        let Some(least) = order.borrow().wants() else {
+            return Ok(());
+        };
+        let version = || self.routing.borrow().map().version;
+        if version() < least {
+            // A little less, so that what the nodes said is told rather than that time ran out.
+            self.ask_map(Ask::One, left - left / 20).await?;
+        }
+        if version() < least {
+            return Err(Failure::NotSent(format!("no node has told the cluster map of version {least} yet")));
+        }
+        order.borrow_mut().settle(version());
+        Ok(())
+    }
+
+    /// Asks the node behind `connection`, once.
+    async fn ask_once<T>(
+        &self,
+        address: &str,
+        connection: &Rc<Connection>,
+        patience: Duration,
+        seen: u64,
+        question: &Question<T>,
+    ) -> Result<T, Failure> {
+        let since = self.routing.borrow().map().version;
+        let terms = Terms { timeout_ms: told(patience), since, seen };
+        let asked = question(&connection.admin, terms);
+        // What can't be read is an answer of which nothing is known.
+        let asked = async { asked.await.map_err(unreadable) };
+        let answer = self.heard(address, connection, patience, asked).await?;
+        answer.map_err(Failure::Refused)
     }
 
     /// Waits until this client has the cluster map of `version`, or the time is over: it is known well enough

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{Stop, fixed, formed, nodes, records};
+use super::{Known, Stop, fixed, formed, nodes, records};
 use crate::ids::{DatabaseId, Epoch, ReplicaId, ShardId};
 use crate::machine::command::{MetaRefusal, MetaReply};
 use crate::placement::map::{DatabaseRecord, Member, MemberRole, ShardRecord};
@@ -147,7 +147,12 @@ pub(super) fn drop(
 }
 
 /// What the shards have is not changed here: whoever looks after them begins moves until they have as many.
-pub(super) fn set_replicas(name: &str, replicas: u32, state: &mut dyn StateBatch) -> Result<MetaReply, Stop> {
+pub(super) fn set_replicas(
+    name: &str,
+    replicas: u32,
+    known: Known,
+    state: &mut dyn StateBatch,
+) -> Result<MetaReply, Stop> {
     formed(state)?;
     check_replicas(replicas)?;
     let Some(record) = records::load_by_name(state, name)? else {
@@ -156,6 +161,8 @@ pub(super) fn set_replicas(name: &str, replicas: u32, state: &mut dyn StateBatch
     if record.replicas == replicas {
         return Ok(MetaReply::Done(state.revision()));
     }
+    // Another of the name, too: it was made later.
+    known.check(|| format!("database `{name}`"), record.changed_at)?;
     let changed_at = state.next_revision();
     records::save(&DatabaseRecord { replicas, changed_at, ..record }, state);
     Ok(MetaReply::Done(changed_at))

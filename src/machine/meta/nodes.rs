@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::records::{self, Counters};
-use super::{Stop, fixed, formed, not_allowed};
+use super::{Known, Stop, fixed, formed, not_allowed};
 use crate::ids::{ClusterId, METADATA_SHARD, NodeId, ShardId, generation_of};
 use crate::machine::command::{MetaRefusal, MetaReply};
 use crate::placement::map::{MemberRole, NodeRecord, PolicyRecord, ShardRecord, Standing};
@@ -146,6 +146,7 @@ pub(super) fn add_node(record: &NodeRecord, state: &mut dyn StateBatch) -> Resul
 pub(super) fn set_standing(
     node: NodeId,
     standing: Standing,
+    known: Known,
     state: &mut dyn StateBatch,
 ) -> Result<MetaReply, Stop> {
     use Standing::{Draining, Leaving, Member, Pending, Removed};
@@ -153,15 +154,19 @@ pub(super) fn set_standing(
     let Some(record) = records::load::<NodeRecord>(state, node.0)? else {
         return Err(Stop::Refused(MetaRefusal::UnknownNode(node)));
     };
+    if record.standing == standing {
+        return Ok(MetaReply::Done(state.revision()));
+    }
+    known.check(|| format!("node {node}"), record.changed_at)?;
     match (record.standing, standing) {
-        (now, wanted) if now == wanted => return Ok(MetaReply::Done(state.revision())),
         (Removed, _) => return Err(Stop::Refused(MetaRefusal::NodeRemoved(node))),
         (_, Removed) => check_unused(node, state)?,
         (_, Pending) => return not_allowed(format!("node {node} has been accepted already")),
         (Pending, Draining | Leaving) => {
             return not_allowed(format!("node {node} waits to be accepted: accept it, or remove it"));
         }
-        (Pending, Member) | (Member | Draining | Leaving, Member | Draining | Leaving) => {}
+        (Pending | Member | Draining | Leaving, Member)
+        | (Member | Draining | Leaving, Draining | Leaving) => {}
     }
     let changed_at = state.next_revision();
     records::save(&NodeRecord { standing, changed_at, ..record }, state);

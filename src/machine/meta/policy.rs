@@ -1,11 +1,11 @@
 //! What operators set for the cluster as a whole.
 
-use super::{Stop, fixed, formed, not_allowed, records};
+use super::{Known, Stop, fixed, formed, not_allowed, records};
 use crate::machine::command::{MetaReply, PolicyChange};
 use crate::placement::map::PolicyRecord;
 use crate::storage::StateBatch;
 
-pub(super) fn set(change: PolicyChange, state: &mut dyn StateBatch) -> Result<MetaReply, Stop> {
+pub(super) fn set(change: PolicyChange, known: Known, state: &mut dyn StateBatch) -> Result<MetaReply, Stop> {
     formed(state)?;
     let before: PolicyRecord = records::load_single(state)?;
     let mut policy = before;
@@ -25,6 +25,7 @@ pub(super) fn set(change: PolicyChange, state: &mut dyn StateBatch) -> Result<Me
     if policy == before {
         return Ok(MetaReply::Done(state.revision()));
     }
+    known.check(|| "the settings of the cluster".into(), before.changed_at)?;
     policy.changed_at = state.next_revision();
     records::save_single(&policy, state);
     Ok(MetaReply::Done(policy.changed_at))

@@ -15,11 +15,14 @@
 
 use std::collections::BTreeSet;
 
-use super::{Stop, fixed, formed, nodes, not_allowed, records, stale};
+use super::{Known, Stop, fixed, formed, nodes, not_allowed, records, stale};
 use crate::ids::NodeId;
 use crate::machine::command::{MetaReply, PlannedTarget};
 use crate::placement::map::{MoveCause, RebalanceRecord, RebalanceState, ShardRecord, ShardTarget};
 use crate::storage::{StateBatch, StateView};
+
+/// What an order of operators is about, in words.
+const THE_REBALANCING: &str = "the rebalancing";
 
 /// Begins a rebalancing. Whoever repeats the command finds it under way; one that takes another back, also when
 /// it has ended.
@@ -29,6 +32,7 @@ pub(super) fn begin(
     targets: &[PlannedTarget],
     moves: u32,
     bytes: u64,
+    known: Known,
     state: &mut dyn StateBatch,
 ) -> Result<MetaReply, Stop> {
     formed(state)?;
@@ -38,6 +42,7 @@ pub(super) fn begin(
     if last.plan == plan && (under_way || undone) {
         return Ok(MetaReply::Done(state.revision()));
     }
+    known.check(|| THE_REBALANCING.into(), last.changed_at)?;
     if undoes != 0 && last.plan != undoes {
         return stale("the rebalancing to take back");
     }
@@ -118,6 +123,7 @@ pub(super) fn control(
     plan: u64,
     wanted: RebalanceState,
     reason: &str,
+    known: Known,
     state: &mut dyn StateBatch,
 ) -> Result<MetaReply, Stop> {
     use RebalanceState::{Cancelling, Failed, Idle, Paused, Running};
@@ -129,6 +135,7 @@ pub(super) fn control(
     if last.state == wanted {
         return Ok(MetaReply::Done(state.revision()));
     }
+    known.check(|| THE_REBALANCING.into(), last.changed_at)?;
     match (last.state, wanted) {
         (Idle | Failed, _) => return not_allowed("the rebalancing has ended"),
         (Cancelling, Running | Paused) => return not_allowed("the rebalancing is being cancelled"),

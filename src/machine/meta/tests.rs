@@ -14,6 +14,7 @@ use crate::placement::ring::RingRange;
 
 mod history;
 mod moves;
+mod orders;
 mod rebalancing;
 mod standings;
 

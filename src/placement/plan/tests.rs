@@ -101,6 +101,38 @@ fn too_few_nodes_and_nothing_are_refused() {
 }
 
 #[test]
+fn nothing_is_placed_on_who_is_down_while_the_others_suffice() {
+    let map = cluster([("a", 100), ("a", 100), ("b", 100), ("b", 100), ("c", 100)]);
+    let among = |replicas, up: &[u64]| {
+        plan_among(&map, "db", replicas, 8, |node| up.contains(&node.0))
+            .inspect(|plan| check_form(&map, plan, replicas))
+    };
+    let nodes = |plan: &[PlannedShard]| -> BTreeSet<u64> {
+        plan.iter().flat_map(|shard| shard.nodes.iter().map(|node| node.0)).collect()
+    };
+    assert_eq!(among(3, &[1, 2, 3, 4, 5]).unwrap(), plan_database(&map, "db", 3, 8).unwrap());
+    assert_eq!(nodes(&among(3, &[1, 2, 4]).unwrap()), [1, 2, 4].into());
+    assert_eq!(nodes(&among(1, &[2]).unwrap()), [2].into());
+    // One is missing: each shard has a majority, and a leader, of who is up. The zones of the others come first.
+    let plan = among(3, &[1, 3]).unwrap();
+    assert!(plan.iter().all(|shard| [1, 3].contains(&shard.nodes[0].0) && shard.nodes[2] == NodeId(5)));
+    let led = plan.iter().filter(|shard| shard.nodes[0] == NodeId(1)).count();
+    assert_eq!(led, 4, "{plan:?}");
+    let plan = among(5, &[1, 3, 5]).unwrap();
+    assert!(plan.iter().all(|shard| shard.nodes[3..].iter().all(|node| [2, 4].contains(&node.0))));
+    // No majority.
+    let error = among(3, &[4]).unwrap_err();
+    let down = [1, 2, 3, 5].map(NodeId).to_vec();
+    assert_eq!(error, PlanError::TooFewUp { replicas: 3, up: 1, down });
+    assert_eq!(
+        error.to_string(),
+        "3 replicas need 2 nodes that are up, not 1: start those that are down or ask for fewer replicas"
+    );
+    assert!(matches!(among(2, &[1]), Err(PlanError::TooFewUp { up: 1, .. })));
+    assert!(matches!(among(6, &[1]), Err(PlanError::TooFewNodes { nodes: 5, .. })));
+}
+
+#[test]
 fn a_zone_with_few_nodes_holds_one_replica_of_each_shard() {
     let map = cluster([("a", 100), ("b", 100), ("b", 100), ("b", 100), ("c", 100)]);
     for shard in plan_database(&map, "db", 3, 30).unwrap() {
@@ -215,7 +247,7 @@ proptest! {
     #[test]
     fn any_cluster_gets_a_sound_plan(
         nodes in prop::collection::vec(("[a-c]?", 0..4_u32), 1..12),
-        first in (1..4_u32, 1..20_u32), second in (1..8_u32, 1..40_u32),
+        first in (1..4_u32, 1..20_u32), second in (1..8_u32, 1..40_u32), down in any::<u16>(),
     ) {
         let mut map = cluster(nodes.iter().map(|(_, weight)| ("", *weight)));
         for (record, (zone, _)) in map.nodes.values_mut().zip(&nodes) {
@@ -223,6 +255,16 @@ proptest! {
         }
         let takers = nodes.iter().filter(|(_, weight)| *weight > 0).count();
         for (replicas, shards) in [first, second] {
+            let up = |node: NodeId| down >> node.0 & 1 == 0;
+            let ups = map.nodes.values().filter(|node| node.weight > 0 && up(node.id)).count();
+            let live = plan_among(&map, "db", replicas, shards, up);
+            let enough = takers >= replicas as usize && ups > replicas as usize / 2;
+            prop_assert_eq!(live.is_ok(), enough);
+            for shard in live.iter().flatten() {
+                let there = shard.nodes.iter().filter(|node| up(**node)).count();
+                prop_assert_eq!(there, ups.min(replicas as usize));
+                prop_assert!(up(shard.nodes[0]));
+            }
             let plan = plan_database(&map, "db", replicas, shards);
             prop_assert_eq!(plan.is_ok(), takers >= replicas as usize);
             if let Ok(plan) = plan {

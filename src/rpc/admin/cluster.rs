@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::Admin;
+use super::{Admin, PASSED_OVER_NAMED};
 use crate::ids::NodeId;
 use crate::limits::{
     BYTES_PER_SECOND_MAX, BYTES_PER_SECOND_MIN, MOVES_AT_A_TIME_MAX, REPLACE_AFTER_MS_MAX,
@@ -18,15 +18,17 @@ impl Admin {
         &self,
         node: NodeId,
         standing: Standing,
+        seen: u64,
         within: Duration,
     ) -> Result<u64, Refusal> {
-        self.decide(MetaCommand::SetStanding { node, standing }, within).await
+        self.decide(MetaCommand::SetStanding { node, standing }.seen(seen), within).await
     }
 
     pub(super) async fn replicate(
         &self,
         name: String,
         replicas: u32,
+        seen: u64,
         deadline: Instant,
     ) -> Result<u64, Refusal> {
         if !(1..=REPLICAS_MAX).contains(&replicas) {
@@ -39,12 +41,17 @@ impl Admin {
             enough_nodes(&map, replicas, |node| reports.is_up(node))?;
         }
         let left = deadline.saturating_duration_since(Instant::now());
-        self.decide(MetaCommand::SetReplicas { name, replicas }, left).await
+        self.decide(MetaCommand::SetReplicas { name, replicas }.seen(seen), left).await
     }
 
-    pub(super) async fn change(&self, change: PolicyChange, within: Duration) -> Result<u64, Refusal> {
+    pub(super) async fn change(
+        &self,
+        change: PolicyChange,
+        seen: u64,
+        within: Duration,
+    ) -> Result<u64, Refusal> {
         check_setting(change).map_err(Refusal::Invalid)?;
-        self.decide(MetaCommand::SetPolicy(change), within).await
+        self.decide(MetaCommand::SetPolicy(change).seen(seen), within).await
     }
 }
 
@@ -62,10 +69,16 @@ fn enough_nodes(map: &ClusterMap, replicas: u32, is_up: impl Fn(NodeId) -> bool)
     let mut text =
         format!("{replicas} replicas need as many nodes that are up and take replicas, not {}", up.len());
     if !down.is_empty() {
-        let names: Vec<_> = down.iter().take(5).map(|node| format!("{} ({})", node.id, node.label)).collect();
-        text.push_str(&format!("; no answer from node {}", names.join(", ")));
+        text.push_str(&format!("; {}", unanswered(down)));
     }
     Err(Refusal::Refused(text))
+}
+
+/// Names nodes that don't answer, the first few.
+pub(super) fn unanswered<'a>(nodes: impl IntoIterator<Item = &'a NodeRecord>) -> String {
+    let named = nodes.into_iter().take(PASSED_OVER_NAMED);
+    let names: Vec<_> = named.map(|node| format!("{} ({})", node.id, node.label)).collect();
+    format!("no answer from node {}", names.join(", "))
 }
 
 /// Reads a change of a setting.

@@ -29,7 +29,13 @@ impl Admin {
         off_thread(move || plan_rebalance(&map, &known, leaders_only)).await
     }
 
-    pub(super) async fn start(&self, plan: u64, since: u64, deadline: Instant) -> Result<u64, Refusal> {
+    pub(super) async fn start(
+        &self,
+        plan: u64,
+        since: u64,
+        seen: u64,
+        deadline: Instant,
+    ) -> Result<u64, Refusal> {
         let (map, known) = self.facts(since, deadline).await?;
         let last = map.rebalance.clone();
         if last.plan == plan && matches!(last.state, RebalanceState::Running | RebalanceState::Paused) {
@@ -53,10 +59,16 @@ impl Admin {
         if wanted.targets.is_empty() {
             return Ok(self.service.node.map().version);
         }
-        self.begin(wanted, 0, deadline).await
+        self.begin(wanted, 0, seen, deadline).await
     }
 
-    pub(super) async fn undo(&self, plan: u64, since: u64, deadline: Instant) -> Result<(u64, u64), Refusal> {
+    pub(super) async fn undo(
+        &self,
+        plan: u64,
+        since: u64,
+        seen: u64,
+        deadline: Instant,
+    ) -> Result<(u64, u64), Refusal> {
         let (map, known) = self.facts(since, deadline).await?;
         if let Some(way_back) = undone_already(&map, plan) {
             return Ok((way_back, map.version));
@@ -74,13 +86,14 @@ impl Admin {
             return Err(Refusal::Refused(text));
         }
         let id = way_back.id;
-        Ok((id, self.begin(way_back, plan, deadline).await?))
+        Ok((id, self.begin(way_back, plan, seen, deadline).await?))
     }
 
     pub(super) async fn control(
         &self,
         plan: u64,
         order: RebalanceOrder,
+        seen: u64,
         deadline: Instant,
     ) -> Result<u64, Refusal> {
         let map = self.service.node.map();
@@ -97,7 +110,7 @@ impl Admin {
             allowed(map.rebalance.state, order).map_err(|why| Refusal::Refused(why.into()))?;
         }
         let command = MetaCommand::ControlRebalance { plan, state, reason: reason.into() };
-        self.decide(command, left(deadline)).await
+        self.decide(command.seen(seen), left(deadline)).await
     }
 
     pub(super) async fn status(&self, since: u64, deadline: Instant) -> Result<RebalanceStatus, Refusal> {
@@ -131,7 +144,7 @@ impl Admin {
     }
 
     /// Begins a plan that takes back that of `undoes`, or, at 0, none.
-    async fn begin(&self, plan: Plan, undoes: u64, deadline: Instant) -> Result<u64, Refusal> {
+    async fn begin(&self, plan: Plan, undoes: u64, seen: u64, deadline: Instant) -> Result<u64, Refusal> {
         let command = MetaCommand::BeginRebalance {
             plan: plan.id,
             undoes,
@@ -139,7 +152,7 @@ impl Admin {
             moves: plan.total.moves,
             bytes: plan.total.bytes,
         };
-        self.decide(command, left(deadline)).await
+        self.decide(command.seen(seen), left(deadline)).await
     }
 }
 

@@ -27,6 +27,9 @@ fn too_few_nodes_are_told_with_those_passed_over() {
     let passed = "(node 2 waits to be accepted, node 3 is being drained, node 4 is leaving)";
     assert_eq!(why_no_plan(&map, &error), format!("{error} {passed}"));
     assert_eq!(why_no_plan(&map, &PlanError::Empty), PlanError::Empty.to_string());
+    map.nodes.get_mut(&NodeId(1)).unwrap().label = "n1".into();
+    let error = PlanError::TooFewUp { replicas: 1, up: 0, down: vec![NodeId(1)] };
+    assert_eq!(why_no_plan(&map, &error), format!("{error} (no answer from node 1 (n1))"));
 }
 
 #[test]

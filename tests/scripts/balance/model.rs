@@ -503,6 +503,7 @@ pub fn describe(action: &Action) -> String {
             MetaCommand::ControlRebalance { state, reason, .. } => {
                 format!("map: the rebalancing is {state:?} {reason}").trim_end().to_owned()
             }
+            MetaCommand::Order { command, .. } => format!("map: {command:?}"),
             other => format!("map: {other:?}"),
         },
     }

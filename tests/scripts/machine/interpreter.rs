@@ -24,6 +24,7 @@
 //! | `recover SHARD REPLICA CONF` | makes it the only one |
 //! | `rebalance PLAN SHARD@CONF:NODE,… … [moves=] [bytes=]` | gives shards targets |
 //! | `control PLAN STATE [reason=]` | what becomes of it |
+//! | `standing`, `replicas`, `policy`, `rebalance`, `control` with `seen=N` | the same as an order by the map of version N |
 //! | `map [since=N]` | the map, or what changed after version N |
 //!
 //! After every command the map is checked to be sound.

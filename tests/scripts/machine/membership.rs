@@ -10,6 +10,14 @@ use crate::script;
 
 /// The command of a line; none if it is of another kind.
 pub fn command(line: &script::Command) -> Result<Option<MetaCommand>, String> {
+    let command = plain_command(line)?;
+    Ok(match command {
+        Some(command) if command.is_order() => Some(command.seen(line.named_number("seen", 0)?)),
+        command => command,
+    })
+}
+
+fn plain_command(line: &script::Command) -> Result<Option<MetaCommand>, String> {
     Ok(Some(match line.name.as_str() {
         "standing" => MetaCommand::SetStanding {
             node: NodeId(line.number(0)?),

@@ -1,6 +1,7 @@
+use super::list::{rows, table};
 use super::*;
 use crate::ids::{DatabaseId, Epoch, ReplicaId, StoreId};
-use crate::node::handle::NodePhase;
+use crate::node::handle::{NodePhase, NodeReport};
 use crate::placement::map::{DatabaseRecord, Member, MemberRole, ShardRecord};
 use crate::placement::ring::RingRange;
 

@@ -10,10 +10,10 @@ use crate::placement::map::{MoveCause, RebalanceState};
 use MemberRole::{Incoming, Learner, Outgoing, Voter};
 
 /// Numbers that choose a command when the map is known that it meets.
-type Choice = (u8, [u8; 4]);
+pub(super) type Choice = (u8, [u8; 4]);
 
 /// A command for this map: often one that fits it, sometimes one of somebody who is mad or late.
-fn command((kind, [a, b, c, d]): Choice, map: &ClusterMap) -> Option<MetaCommand> {
+pub(super) fn command((kind, [a, b, c, d]): Choice, map: &ClusterMap) -> Option<MetaCommand> {
     let name = format!("db{}", a % 3);
     let number = usize::from(a) % map.shards.len();
     let (id, record) = map.shards.iter().nth(number).unwrap();
@@ -125,7 +125,7 @@ fn next(record: &ShardRecord) -> Vec<Member> {
     members
 }
 
-fn any_choice() -> impl Strategy<Value = Choice> {
+pub(super) fn any_choice() -> impl Strategy<Value = Choice> {
     (0..18_u8, any::<[u8; 4]>())
 }
 
