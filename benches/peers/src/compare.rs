@@ -5,7 +5,7 @@ use std::time::Duration;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::faults::{cold_start, gap};
+use crate::faults;
 use crate::load::{self, Figures, Load, Workload};
 use crate::machine;
 use crate::options::{Common, Compare};
@@ -70,7 +70,7 @@ async fn round(
     let peer = Peer::new(servers, common)?;
     let load_average = machine::load_average();
     let name = format!("round {number} of {}, {}", options.rounds, kind.name());
-    let cold_start = cold_start(&peer, servers).await?;
+    let cold_start = faults::cold_start(&peer, servers).await?;
     eprintln!("{name}: started in {:.0} ms; load average {load_average}", cold_start.as_secs_f64() * 1000.0);
     load::fill(&peer, options.keys, options.value_bytes).await?;
     let mut figures = Vec::new();
@@ -86,9 +86,11 @@ async fn round(
     let (resident_bytes, disk_bytes) = (servers.usage().resident_bytes, servers.disk_bytes());
     let (mut killed, mut stopped) = (None, None);
     if !options.no_faults {
-        killed = Some(gap(&peer, servers, Signal::KILL).await?);
-        stopped = Some(gap(&peer, servers, Signal::TERM).await?);
-        eprintln!("{name}: longest without a write, after a kill {killed:.3?}, after a stop {stopped:.3?}");
+        for (gap, signal) in [(&mut killed, Signal::KILL), (&mut stopped, Signal::TERM)] {
+            let longest = faults::gap(&peer, servers, signal).await?;
+            eprintln!("{name}: {longest:.3?} without a write after {signal:?} to a server that leads");
+            *gap = Some(longest);
+        }
     }
     peer.close().await;
     Ok(Round { kind, number, load_average, cold_start, figures, resident_bytes, disk_bytes, killed, stopped })

@@ -1,6 +1,6 @@
 //! Whether cost grows as it should: more keys, greater values, more time.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::compare::told;
 use crate::faults::cold_start;
@@ -43,14 +43,21 @@ pub async fn run(common: &Common, options: &Growth) -> Result<(), String> {
     // Where both lists say the same.
     let mut seen = std::collections::HashSet::new();
     sizes.retain(|size| seen.insert(*size));
-    let mut rows = Vec::new();
+    // What fails takes nothing with it: the rest may have taken half an hour.
+    let (mut rows, mut failed) = (Vec::new(), Vec::new());
     for (keys, value_bytes) in sizes {
         let mut servers = Servers::new(Kind::Pontoon, common)?;
-        let row = row(common, options, (keys, value_bytes), &mut servers).await;
-        rows.push(row.inspect_err(|_| servers.print_logs())?);
+        match row(common, options, (keys, value_bytes), &mut servers).await {
+            Ok(row) => rows.push(row),
+            Err(error) => {
+                servers.print_logs();
+                failed.push(format!("FAILED: {keys} keys, values of {value_bytes} bytes: {error}"));
+            }
+        }
     }
     println!("\nload average after: {}\n", machine::load_average());
     print_rows(options, &rows);
+    failed.iter().for_each(|failure| println!("{failure}"));
     let mut long = None;
     if options.minutes > 0 {
         let mut servers = Servers::new(Kind::Pontoon, common)?;
@@ -62,7 +69,13 @@ pub async fn run(common: &Common, options: &Growth) -> Result<(), String> {
         }
         long = Some(figures);
     }
-    let Some(path) = &common.json else { return Ok(()) };
+    if let Some(path) = &common.json {
+        report::write(path, &format!("{:#}\n", as_json(&about, &rows, long.as_ref())))?;
+    }
+    if failed.is_empty() { Ok(()) } else { Err(failed.join("\n")) }
+}
+
+fn as_json(about: &[(&'static str, String)], rows: &[Row], long: Option<&Figures>) -> Value {
     let rows = rows.iter().map(|row| {
         json!({
             "keys": row.keys,
@@ -73,12 +86,11 @@ pub async fn run(common: &Common, options: &Growth) -> Result<(), String> {
             "loads": row.figures.iter().map(report::figures_as_json).collect::<Vec<_>>(),
         })
     });
-    let all = json!({
-        "about": report::about_as_json(&about),
+    json!({
+        "about": report::about_as_json(about),
         "rows": rows.collect::<Vec<_>>(),
-        "long": long.as_ref().map(report::figures_as_json),
-    });
-    report::write(path, &format!("{all:#}\n"))
+        "long": long.map(report::figures_as_json),
+    })
 }
 
 async fn row(

@@ -18,10 +18,11 @@ const LATENCY_US_MAX: u64 = 600_000_000;
 /// Before it is counted.
 const WARM_UP: Duration = Duration::from_secs(1);
 
-/// Batches on the way, and bytes and keys of one, while the keys are written beforehand.
+/// Batches on the way, bytes and keys of one, and how often one is tried, while the keys are written beforehand.
 const FILL_CLIENTS: usize = 8;
 const FILL_BYTES: usize = 1 << 20;
 const FILL_KEYS: usize = 1_000;
+const FILL_ATTEMPTS: u32 = 5;
 
 /// What clients do.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -209,7 +210,15 @@ pub async fn fill(peer: &Peer, keys: u64, value_bytes: usize) -> Result<(), Stri
                 if pairs.is_empty() {
                     return Ok(());
                 }
-                session.put_all(pairs).await?;
+                // More arrives than the disk takes, so some of it may be refused for longer than a client waits.
+                let mut attempts = 1;
+                while let Err(error) = session.put_all(pairs.clone()).await {
+                    if attempts == FILL_ATTEMPTS {
+                        return Err(error);
+                    }
+                    eprintln!("writing keys beforehand, once more: {error}");
+                    attempts += 1;
+                }
             }
         });
     }

@@ -16,9 +16,10 @@ use crate::peer::Kind;
 pub const SERVERS: usize = 3;
 
 /// A server ends with whoever holds the other end of its keeper's input, however that one ends, and its data with it;
-/// a line there keeps the data. The first line that the keeper prints is the server's process id.
+/// a line there keeps the data. The first line that the keeper prints is the server's process id. Settings and log,
+/// named like the data, go with it, and the last one takes the directory of all.
 const KEEPER: &str = r#"log=$1 data=$2; shift 2; "$0" "$@" >>"$log" 2>&1 </dev/null & server=$!; echo "$server"
-exec >/dev/null; read -r word; kill -KILL "$server" 2>/dev/null; wait "$server"; [ -n "$word" ] || rm -rf "$data""#;
+exec >/dev/null 2>&1; read -r word; kill -KILL "$server"; wait "$server"; [ -n "$word" ] || { rm -rf "$data"*; rmdir "${data%/*}"; }"#;
 
 /// One server, and who keeps it.
 struct Server {
