@@ -86,9 +86,10 @@ async fn round(
     let (resident_bytes, disk_bytes) = (servers.usage().resident_bytes, servers.disk_bytes());
     let (mut killed, mut stopped) = (None, None);
     if !options.no_faults {
-        for (gap, signal) in [(&mut killed, Signal::KILL), (&mut stopped, Signal::TERM)] {
+        let ends = [("kill -9", Signal::KILL, &mut killed), ("SIGTERM", Signal::TERM, &mut stopped)];
+        for (said, signal, gap) in ends {
             let longest = faults::gap(&peer, servers, signal).await?;
-            eprintln!("{name}: {longest:.3?} without a write after {signal:?} to a server that leads");
+            eprintln!("{name}: {longest:.3?} without a write after {said} to a server that leads");
             *gap = Some(longest);
         }
     }
@@ -228,7 +229,7 @@ fn plot(about: &[(&'static str, String)], options: &Compare, kinds: &[Kind], rou
     }
     Plot {
         title: format!("{} B values, {} keys, three servers", options.value_bytes, options.keys),
-        about: report::in_one_line(about),
+        about: report::caption(about),
         x: ("clients".into(), Scale::Logarithmic),
         y: ("operations a second".into(), Scale::Logarithmic),
         lines,

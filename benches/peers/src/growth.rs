@@ -131,7 +131,7 @@ async fn long_run(common: &Common, options: &Growth, servers: &mut Servers) -> R
         seconds: options.minutes * 60,
     };
     let figures = load::run(&peer, servers, load).await?;
-    eprintln!("{} minutes, {keys} keys: {}", options.minutes, told(&figures));
+    eprintln!("{} min, {keys} keys: {}", options.minutes, told(&figures));
     peer.close().await;
     Ok(figures)
 }
@@ -199,7 +199,7 @@ fn plot(about: &[(&'static str, String)], figures: &Figures) -> Plot {
     let Load { clients, keys, value_bytes, .. } = figures.load;
     Plot {
         title: format!("Puts without a pause: {clients} clients, {keys} keys, {value_bytes} B values"),
-        about: report::in_one_line(about),
+        about: report::caption(about),
         x: ("minutes".into(), Scale::Linear),
         y: ("puts a second".into(), Scale::Linear),
         lines: vec![Line { name: "Pontoon put".into(), hue: 1, dashed: false, points: points.collect() }],

@@ -5,7 +5,7 @@ use std::fmt::Write;
 const WIDTH: f64 = 760.0;
 const HEIGHT: f64 = 430.0;
 /// Around the lines: left, top, right, bottom.
-const MARGINS: (f64, f64, f64, f64) = (80.0, 56.0, 150.0, 52.0);
+const MARGINS: (f64, f64, f64, f64) = (80.0, 70.0, 130.0, 52.0);
 
 /// Of etcd, of Pontoon, and of whatever else there is.
 const HUES: [&str; 4] = ["#c2571a", "#2070c0", "#2e8b57", "#8a4fbf"];
@@ -36,8 +36,8 @@ pub struct Line {
 pub struct Plot {
     /// Above it.
     pub title: String,
-    /// Below the title, small.
-    pub about: String,
+    /// Below the title, small, in two lines.
+    pub about: [String; 2],
     /// Across: what, and how.
     pub x: (String, Scale),
     /// Upwards, likewise.
@@ -51,25 +51,43 @@ struct Axis {
     scale: Scale,
     least: f64,
     most: f64,
+    ticks: Vec<f64>,
 }
 
 impl Axis {
+    /// An axis of round numbers that holds all of `values`.
     fn new(scale: Scale, values: impl Iterator<Item = f64>) -> Axis {
         let values: Vec<f64> =
             values.filter(|v| v.is_finite() && (*v > 0.0 || scale == Scale::Linear)).collect();
         let most = values.iter().copied().fold(1.0, f64::max);
-        match scale {
+        let (least, most, ticks) = match scale {
             Scale::Linear => {
                 let step = round_step(most);
-                Axis { scale, least: 0.0, most: (most / step).ceil() * step }
+                let steps = (most / step).ceil() as u32;
+                (0.0, f64::from(steps) * step, (0..=steps).map(|n| f64::from(n) * step).collect())
             }
             Scale::Logarithmic => {
                 let least = values.iter().copied().fold(most, f64::min);
-                // Whole powers of ten, but for an axis that is shorter than that.
-                let (low, high) = (10f64.powf(least.log10().floor()), 10f64.powf(most.log10().ceil()));
-                Axis { scale, least: low, most: high.max(low * 10.0) }
+                let low = least.log10().floor() as i32;
+                let high = (most.log10().ceil() as i32).max(low + 1);
+                let ticks: Vec<f64> = (low..=high).map(|power| 10f64.powi(power)).collect();
+                (10f64.powi(low), 10f64.powi(high), ticks)
             }
+        };
+        Axis { scale, least, most, ticks }
+    }
+
+    /// The same, but of equal factors it has the values themselves, which are few there.
+    fn across(scale: Scale, values: impl Iterator<Item = f64>) -> Axis {
+        if scale == Scale::Linear {
+            return Axis::new(scale, values);
         }
+        let mut ticks: Vec<f64> = values.filter(|value| *value > 0.0).collect();
+        ticks.sort_unstable_by(f64::total_cmp);
+        ticks.dedup();
+        let least = ticks.first().copied().unwrap_or(1.0);
+        let most = ticks.last().copied().unwrap_or(1.0).max(2.0 * least);
+        Axis { scale, least, most, ticks }
     }
 
     /// From 0 at the least to 1 at the most.
@@ -77,19 +95,6 @@ impl Axis {
         match self.scale {
             Scale::Linear => (value - self.least) / (self.most - self.least),
             Scale::Logarithmic => (value / self.least).ln() / (self.most / self.least).ln(),
-        }
-    }
-
-    fn ticks(&self) -> Vec<f64> {
-        match self.scale {
-            Scale::Linear => {
-                let step = round_step(self.most);
-                (0..).map(|n| f64::from(n) * step).take_while(|tick| *tick <= self.most * 1.0001).collect()
-            }
-            Scale::Logarithmic => {
-                let tens = std::iter::successors(Some(self.least), |tick| Some(tick * 10.0));
-                tens.take_while(|tick| *tick <= self.most * 1.0001).collect()
-            }
         }
     }
 }
@@ -105,7 +110,7 @@ impl Plot {
     /// The picture as text.
     pub fn svg(&self) -> String {
         let points = || self.lines.iter().flat_map(|line| &line.points);
-        let x = Axis::new(self.x.1, points().map(|point| point.0));
+        let x = Axis::across(self.x.1, points().map(|point| point.0));
         let y = Axis::new(self.y.1, points().map(|point| point.1));
         let (left, top, right, bottom) = MARGINS;
         let across = |value: f64| left + x.place(value) * (WIDTH - left - right);
@@ -124,15 +129,17 @@ impl Plot {
             .expect("writing to a string");
         };
         text(left, 22.0, "start", "font-size=\"15\"", &self.title);
-        text(left, 40.0, "start", "font-size=\"9\"", &self.about);
+        for (line, about) in (0..).map(f64::from).zip(&self.about) {
+            text(left, 40.0 + 13.0 * line, "start", "font-size=\"10\"", about);
+        }
         text((left + WIDTH - right) / 2.0, HEIGHT - 12.0, "middle", "", &self.x.0);
         let middle = (top + HEIGHT - bottom) / 2.0;
         text(18.0, middle, "middle", &format!("transform=\"rotate(-90 18 {middle})\""), &self.y.0);
-        for tick in x.ticks() {
-            text(across(tick), HEIGHT - bottom + 18.0, "middle", "", &shown(tick));
+        for tick in &x.ticks {
+            text(across(*tick), HEIGHT - bottom + 18.0, "middle", "", &shown(*tick));
         }
-        for tick in y.ticks() {
-            text(left - 8.0, up(tick) + 4.0, "end", "", &shown(tick));
+        for tick in &y.ticks {
+            text(left - 8.0, up(*tick) + 4.0, "end", "", &shown(*tick));
         }
         for (line, place) in self.lines.iter().zip(self.name_places(&up)) {
             let colour = format!("fill=\"{}\"", HUES[line.hue % HUES.len()]);
@@ -142,8 +149,8 @@ impl Plot {
             writeln!(svg, "<polyline points=\"{points}\" fill=\"none\" {more}/>")
                 .expect("writing to a string");
         };
-        for tick in y.ticks() {
-            let (height, end) = (up(tick), WIDTH - right);
+        for tick in &y.ticks {
+            let (height, end) = (up(*tick), WIDTH - right);
             let more = format!("stroke=\"{GREY}\" stroke-opacity=\"0.3\"");
             stroke(&format!("{left:.1},{height:.1} {end:.1},{height:.1}"), &more);
         }

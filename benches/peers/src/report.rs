@@ -60,10 +60,12 @@ pub fn print_about(about: &[(&'static str, String)]) {
     }
 }
 
-/// The same as a caption.
-pub fn in_one_line(about: &[(&'static str, String)]) -> String {
-    let wanted = about.iter().filter(|(name, _)| ["date", "machine", "etcd", "Pontoon"].contains(name));
-    wanted.map(|(_, what)| what.as_str()).collect::<Vec<_>>().join(" · ")
+/// The same as a caption: when and where, and of what.
+pub fn caption(about: &[(&'static str, String)]) -> [String; 2] {
+    [["date", "machine"], ["etcd", "Pontoon"]].map(|names| {
+        let wanted = about.iter().filter(|(name, _)| names.contains(name));
+        wanted.map(|(_, what)| what.as_str()).collect::<Vec<_>>().join(" · ")
+    })
 }
 
 /// The same for programs.
