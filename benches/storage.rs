@@ -1,4 +1,5 @@
-//! What state costs: applying to a memtable, flushing one into sled, and reading beside that.
+//! What state costs: applying to a memtable, by itself and by the machine that reads the entry and keeps its session,
+//! flushing one into sled, and reading beside that.
 //!
 //! `cargo bench --bench storage`. The directory is made under `PONTOON_BENCH_DIR`, or else under
 //! `target`: the temporary directory may lie in memory, where a sync costs nothing.
@@ -7,10 +8,15 @@ use std::hint::black_box;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use pontoon::ids::{Epoch, GROUP_START, Position, RandomId, ReplicaId};
+use pontoon::machine::MachineKind;
+use pontoon::machine::command::{Command, KvCommand};
+use pontoon::machine::entry::{decode_entry, encode_entry};
+use pontoon::machine::session::SessionTag;
 use pontoon::storage::StateBatch;
 use pontoon::storage::engine::Engine;
 use pontoon::storage::engine_sled::{SledEngine, SledOptions};
@@ -26,6 +32,8 @@ const KEYS: u64 = 100_000;
 const FLUSHED: u64 = 10_000;
 /// Keys written by one entry.
 const ENTRY_KEYS: u64 = 64;
+/// How long a session lives.
+const SESSION_MS: u32 = 600_000;
 
 /// One replica's state on sled, and who flushes it.
 struct Store {
@@ -58,6 +66,32 @@ impl Store {
             self.writes += 1;
             self.state.put(&key(self.writes), value.clone());
         }
+        let index = self.state.header().applied.index + 1;
+        self.state.set_applied(Position { index, term: GROUP_START.term });
+    }
+
+    /// The bytes of the entry that comes next, of puts of a session.
+    fn entry(&mut self, value: &Bytes) -> Bytes {
+        let first = self.writes + 1;
+        self.writes += ENTRY_KEYS;
+        let command = |sequence| {
+            let tag = SessionTag {
+                session: RandomId([1; 16]),
+                sequence,
+                acked_below: first,
+                open: Some(SESSION_MS),
+            };
+            (Command::Kv(KvCommand::Put { key: key(sequence).into(), value: value.clone() }), Some(tag))
+        };
+        let commands: Vec<_> = (first..first + ENTRY_KEYS).map(command).collect();
+        Bytes::from(encode_entry(&commands, 1))
+    }
+
+    /// Applies an entry as a replica does.
+    fn apply_entry(&mut self, bytes: &Bytes) {
+        let entry = decode_entry(bytes).unwrap();
+        let replies = MachineKind::Kv.apply_entry(&entry, &mut self.state).unwrap();
+        assert_eq!(black_box(replies).len(), ENTRY_KEYS as usize);
         let index = self.state.header().applied.index + 1;
         self.state.set_applied(Position { index, term: GROUP_START.term });
     }
@@ -109,6 +143,20 @@ fn state(criterion: &mut Criterion) {
     group.throughput(Throughput::Elements(ENTRY_KEYS));
     group.bench_function(format!("apply an entry of {ENTRY_KEYS} puts"), |b| {
         b.iter(|| store.apply(&value));
+    });
+    store.flush();
+    group.bench_function(format!("decode and apply an entry of {ENTRY_KEYS} puts of a session"), |b| {
+        // The entry is made beforehand; one whose commands were applied already would be answered from memory.
+        b.iter_custom(|rounds| {
+            let mut spent = Duration::ZERO;
+            for _ in 0..rounds {
+                let entry = store.entry(&value);
+                let begun = Instant::now();
+                store.apply_entry(&entry);
+                spent += begun.elapsed();
+            }
+            spent
+        });
     });
     store.flush();
     group.throughput(Throughput::Elements(FLUSHED));
