@@ -10,6 +10,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::admin::args::AdminCommand;
+use super::trace::args::TraceCommand;
 use crate::limits;
 use crate::sim::Faults;
 
@@ -123,6 +124,13 @@ pub enum Command {
         after_help = "Examples:\n  pontoon test leader-failure 3\n  pontoon test replication 4"
     )]
     Test(TestCommand),
+    /// Show where the time of one operation goes
+    #[command(
+        subcommand,
+        arg_required_else_help = true,
+        after_help = "Examples:\n  pontoon trace put testDB bob hello\n  pontoon trace get testDB bob --repeat 100\n\nThe stages are in the order in which they come, in microseconds; together they are the whole. No\nclocks of two machines are compared. What isn't known is `?`, or null with --json."
+    )]
+    Trace(TraceCommand),
     /// Measure operations per second and latency
     Bench(BenchArgs),
     /// Let simulated clusters live through faults, and check what must hold
@@ -521,9 +529,15 @@ pub enum Workload {
 Examples:
   pontoon bench --workload put --clients 64 --seconds 10
   pontoon bench testDB --workload get --clients 256 --seconds 10 --json
+  pontoon bench --workload put --explain
 
 Closed loop: each client has one call outstanding. Keys are uniform. Get and mixed first write all
-keys, untimed. Without DB: database `bench` with up to 3 replicas and 8 shards, made if missing.")]
+keys, untimed. Without DB: database `bench` with up to 3 replicas and 8 shards, made if missing.
+
+--explain asks each node for its counters before and after, sums them, and divides by the operations
+measured. It counts whatever the nodes do, for others too. Processor time, context switches, memory
+and system calls are those of the processes, as Linux counts them; of system calls only those that
+read and write (`/proc/PID/io`). Allocations aren't counted.")]
 pub struct BenchArgs {
     /// Database
     #[arg(value_name = "DB")]
@@ -552,6 +566,9 @@ pub struct BenchArgs {
     /// Client libraries (connection sets and threads) that share the clients
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub connections: u32,
+    /// Show what the nodes do for one operation: syncs, messages, system calls, processor time
+    #[arg(long)]
+    pub explain: bool,
 }
 
 /// `sim`

@@ -371,6 +371,7 @@ impl Supervisor {
             }],
             reply,
             admitted: None,
+            trace: None,
         };
         match self.shared.router.replica(METADATA_SHARD) {
             Ok(addr) => addr.do_send(submit),
