@@ -234,8 +234,7 @@ mod tests {
         write.begin(at(1_020));
         write.synced(at(1_200));
         follower.followed[0].write = Some((3, write));
-        for other in [acknowledgement(2, 6, false), acknowledgement(2, 9, true)] {
-            let mut other = other;
+        for mut other in [acknowledgement(2, 6, false), acknowledgement(2, 9, true)] {
             follower.ask_or_tell(&mut other, at(1_100));
             assert!(other.context.is_empty(), "{other:?} acknowledges no entry 7");
         }
