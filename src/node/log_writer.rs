@@ -541,10 +541,7 @@ fn write_batch(shared: &Shared, batch: Vec<WriteTask>) -> Result<bool, StorageEr
             Err(e) => return Err(e),
         }
     }
-    if !traced.is_empty() {
-        let synced = Instant::now();
-        traced.iter().for_each(|stamps| stamps.synced(synced));
-    }
+    traced.iter().for_each(|stamps| stamps.synced(Instant::now()));
     failpoint!(LogSyncAfter);
     if full {
         tracing::info!("there is space again: the raft log is written");

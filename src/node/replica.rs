@@ -138,10 +138,7 @@ impl ReplicaActor {
             Ok(effects) => effects,
             Err(error) => return self.fail(error.to_string(), ctx),
         };
-        let stamps = match self.traces.is_empty() {
-            true => None,
-            false => self.traces.pumped(&self.group, &mut effects, Instant::now()),
-        };
+        let stamps = self.traces.pumped(&self.group, &mut effects);
         self.carry_out(effects, stamps, ctx);
         self.account_memory();
         if self.memory.active() > self.shared.memory.replica_limit() && self.hold.is_none() {

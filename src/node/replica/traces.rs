@@ -107,11 +107,11 @@ impl Traces {
         &mut self,
         group: &Group<Ticket>,
         effects: &mut Effects<Ticket>,
-        now: Instant,
     ) -> Option<Arc<WriteStamps>> {
         if self.is_empty() {
             return None;
         }
+        let now = Instant::now();
         let stamps = effects.write.as_ref().map(|_| WriteStamps::queued(now));
         for led in self.led.iter_mut().filter(|led| led.entry.is_none()) {
             if let Some(at) = group.proposed_at(|ticket| ticket.is_of(&led.sheet)) {
