@@ -73,6 +73,21 @@ interface Admin {
   # has gone on, is named with the reason. Changes nothing but that the shard's log has an empty entry more, and
   # each replica's memory is flushed to disk. Reads all of the shard on each of its nodes, which has to be
   # done in the time given. That there is no such shard is said of a map of version `since` or later alone.
+
+  counters @15 () -> (counters :NodeCounters);
+  # What this node has counted since its process began, as its page `/metrics` shows it, and what the operating
+  # system has counted for its process. For `pontoon bench --explain`; names may come and go with versions.
+}
+
+struct NodeCounters {
+  node @0 :UInt64;           # NodeId
+  process @1 :UInt64;        # drawn when its process began. Nodes with the same one share it, and all that is counted
+  counters @2 :List(Counter);
+}
+
+struct Counter {
+  name @0 :Text;             # with its labels: `pontoon_raft_messages_total{kind="append"}`
+  value @1 :Float64;
 }
 
 struct CheckResult {

@@ -93,6 +93,7 @@ struct BatchRequest {
   openTtlMs @6 :UInt32;      # begin the session if the shard doesn't have it; it is forgotten when it wasn't used for
                              # so long, 10,000 to 6,000,000. 0: don't begin it
   ackedBelow @7 :UInt64;     # the sender will never again ask for a sequence below this; at most the least one here
+  trace @8 :Bool;            # the answer tells where the batch's time went
 }
 
 struct BatchResponse {
@@ -101,6 +102,44 @@ struct BatchResponse {
     error @1 :Types.Error;       # holds for every operation of the batch
   }
   route @2 :Types.MapDelta;  # with notLeader and staleRoute: the records that heal the sender's map
+  trace @3 :Trace;           # if it was asked for
+}
+
+struct Trace {
+  # Where the time of one batch went on the node that led its shard. All by the clock of that node, which only
+  # goes forward; what isn't known is not there.
+  stamps @0 :List(Stamp);
+  followers @1 :List(FollowerTrace);   # those that the entry was sent to
+}
+
+struct Stamp {
+  moment @0 :Moment;
+  us @1 :UInt32;             # microseconds since the call arrived
+}
+
+enum Moment {
+  # In the order in which they come; the first of several commands or entries. A read has no entry.
+  submitted @0;              # checked, and in the mailbox of the shard's replica
+  taken @1;                  # out of the mailbox
+  proposed @2;               # in an entry of the log
+  logBegun @3;               # the log writer begins the write that has the entry
+  logSynced @4;              # that write is on disk
+  logTold @5;                # the replica knows of it
+  decided @6;                # the last has come that was waited for: the disk, an answer of a follower, a read round
+  answered @7;               # applied, or read: the result of the last operation is there
+  done @8;                   # the answer is made
+  logQueued @9;              # the write waits for the log writer
+}
+
+struct FollowerTrace {
+  replica @0 :UInt64;        # ReplicaId
+  sentUs @1 :UInt32;         # microseconds since the call arrived: the entry leaves for the follower
+  answered @2 :Bool;         # its acknowledgement came in time for this answer; else the rest says nothing
+  answeredUs @3 :UInt32;     # microseconds since the call arrived
+  totalUs @4 :UInt32;        # microseconds by the follower's own clock, from the entry's arrival to its answer
+  logged @5 :Bool;           # the follower wrote the entry to its log within that, and knows how long it took
+  waitUs @6 :UInt32;         # of that: until its log writer began
+  syncUs @7 :UInt32;         # of that: the write and its sync
 }
 
 struct OpResult {

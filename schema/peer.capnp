@@ -82,7 +82,8 @@ struct RaftMessage {
   rejectHint @11 :UInt64;    # log index at which to try instead
   requestSnapshot @12 :UInt64;   # log index from which a snapshot is asked for; 0: none
   priority @13 :Int64;       # of a candidate
-  context @14 :Data;         # of a read round: incarnation and counter; of a vote: kind of campaign
+  context @14 :Data;         # of a read round: incarnation and counter; of a vote: kind of campaign; of an append
+                             # and its answer: what is traced (docs/protocol.md)
   entries @15 :List(RaftEntry);  # consecutive, in order
   snapshot @16 :SnapshotHeader;  # absent in all but snapshot messages
   safeIndex @17 :UInt64;     # from a leader: no replica of the group still needs an entry up to here

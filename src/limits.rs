@@ -15,6 +15,9 @@ pub const NAME_BYTES_MAX: usize = 64;
 pub const REPLICAS_MAX: u32 = 7;
 /// Members of a group at any time: as many voters as there can be, and one that comes for each.
 pub const MEMBERS_MAX: usize = 2 * REPLICAS_MAX as usize;
+
+/// Traced batches of one replica at a time, and entries whose times its leader wants; of more than that, less is known.
+pub const TRACES_MAX: usize = 64;
 /// Entries that a learner may lack and be made a voter: it has them a moment later.
 pub const CAUGHT_UP_ENTRIES_MAX: u64 = 1024;
 /// Bytes of entries that a learner may lack and be made a voter.

@@ -26,3 +26,5 @@ mod quick_start;
 mod report;
 #[path = "cli/status.rs"]
 mod status;
+#[path = "cli/trace.rs"]
+mod trace;

@@ -108,6 +108,9 @@ fn every_subcommand_has_examples() {
         "test",
         "test leader-failure",
         "test replication",
+        "trace",
+        "trace put",
+        "trace get",
         "bench",
         "completions",
     ] {
@@ -183,6 +186,8 @@ fn mistakes_of_usage_end_with_2_and_touch_nothing() {
         &["test", "leader-failure", "2"],
         &["-test", "leaderFailure", "1"],
         &["-test", "replicationTest", "8"],
+        &["trace", "put", "db", "k"],
+        &["trace", "get", "db", "k", "--repeat", "0"],
         &["bench", "--clients", "0"],
         &["bench", "--workload", "dance"],
         &["serve"],
@@ -295,6 +300,8 @@ fn without_a_cluster_every_client_command_ends_with_3_at_once() {
         &["admin", "settings", "get"],
         &["admin", "settings", "set", "placement.automatic", "off"],
         &["admin", "recover", "db", "1", "--from", "2"],
+        &["trace", "put", "db", "k", "v"],
+        &["trace", "get", "db", "k"],
         &["bench"],
     ] {
         let began = Instant::now();
@@ -603,6 +610,7 @@ const KNOWN: &[&str] = &[
     "create",
     "drop",
     "test",
+    "trace",
     "bench",
     "sim",
     "completions",

@@ -10,6 +10,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::admin::args::AdminCommand;
+use super::trace::args::TraceCommand;
 use crate::limits;
 pub use trials::{BenchArgs, PlacementArgs, SimArgs, SimCommand, TestArgs, TestCommand, Workload};
 
@@ -125,6 +126,13 @@ pub enum Command {
         after_help = "Examples:\n  pontoon test leader-failure 3\n  pontoon test replication 4"
     )]
     Test(TestCommand),
+    /// Show where the time of one operation goes
+    #[command(
+        subcommand,
+        arg_required_else_help = true,
+        after_help = "Examples:\n  pontoon trace put testDB bob hello\n  pontoon trace get testDB bob --repeat 100\n\nThe stages are in the order in which they come, in microseconds; together they are the whole. No\nclocks of two machines are compared. What isn't known is `?`, or null with --json."
+    )]
+    Trace(TraceCommand),
     /// Measure operations per second and latency
     Bench(BenchArgs),
     /// Let simulated clusters live through faults, and check what must hold

@@ -3,6 +3,8 @@
 //! Each client has one call outstanding. A call counts if it begins after the warm-up and before the
 //! end; those under way at the end are waited for and counted too, so that slow ones are not lost.
 
+mod explain;
+
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -15,6 +17,7 @@ use rand::rngs::SmallRng;
 use rand::{Rng, RngExt, SeedableRng};
 use serde_json::json;
 
+use self::explain::{Explained, Looks};
 use super::args::{BenchArgs, Workload};
 use super::context::{Context, Session, block_on};
 use super::failure::{Exit, Failure};
@@ -107,6 +110,16 @@ async fn run(
         let (value, tally) = (value.clone(), tally.clone());
         client(database, args, u64::from(number), value, warm, end, tally)
     });
+    let looks = match args.explain {
+        true => Some(Looks::at_nodes(&first.client, first.timeout()).await?),
+        false => None,
+    };
+    let begin = async {
+        if let Some(looks) = &looks {
+            tokio::time::sleep_until(warm.into()).await;
+            looks.begin().await;
+        }
+    };
     let show = async {
         let mut before = 0;
         loop {
@@ -128,13 +141,17 @@ async fn run(
         }
     };
     tokio::select! {
-        _ = join_all(clients) => {}
+        _ = async { tokio::join!(join_all(clients), begin) } => {}
         () = signals.stopped() => output::note("stopped early; these are the figures so far"),
         () = show => {}
     }
     bar.finish_and_clear();
+    let explained = match looks {
+        Some(looks) => Some(looks.end().await?),
+        None => None,
+    };
     let tally = tally.borrow();
-    report(context, args, &name, &tally, warm)
+    report(context, args, &name, &tally, warm, explained.as_ref())
 }
 
 /// One client: a call, its answer, the next call.
@@ -274,6 +291,7 @@ fn report(
     database: &str,
     tally: &Tally,
     warm: Instant,
+    explained: Option<&Explained>,
 ) -> Result<Exit, Failure> {
     let seconds = tally.last.map_or(0.0, |last| last.duration_since(warm).as_secs_f64());
     let ops_s = if seconds > 0.0 { tally.operations as f64 / seconds } else { 0.0 };
@@ -287,7 +305,7 @@ fn report(
         output::note(format!("{} errors; the first: {error}", tally.errors));
     }
     if context.json() {
-        output::json(&json!({
+        let mut object = json!({
             "workload": workload,
             "clients": args.clients,
             "ops_s": (ops_s * 10.0).round() / 10.0,
@@ -305,7 +323,11 @@ fn report(
             "value_bytes": args.value_bytes,
             "batch": args.batch,
             "connections": args.connections,
-        }))?;
+        });
+        if let Some(explained) = explained {
+            object["explain"] = explained.json(tally.operations);
+        }
+        output::json(&object)?;
     } else {
         let headings = ["workload", "clients", "ops/s", "p50", "p95", "p99", "p99.9", "max", "errors"];
         let mut table = output::table(&headings);
@@ -322,6 +344,9 @@ fn report(
             tally.errors.to_string(),
         ]);
         output::line(table.to_string())?;
+        if let Some(explained) = explained {
+            explained.print(tally.operations)?;
+        }
     }
     if tally.operations == 0 && tally.errors > 0 {
         return Ok(Exit::Unavailable);

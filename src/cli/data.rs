@@ -355,7 +355,10 @@ fn condition(condition: CasCondition) -> Result<Expect, Failure> {
 }
 
 /// The value from the command line, a file or stdin, checked before anybody is asked.
-fn read_value(argument: Option<std::ffi::OsString>, source: &ValueSource) -> Result<Bytes, Failure> {
+pub(super) fn read_value(
+    argument: Option<std::ffi::OsString>,
+    source: &ValueSource,
+) -> Result<Bytes, Failure> {
     if let Some(argument) = argument {
         return encoding::value(encoding::argument(argument));
     }

@@ -32,6 +32,7 @@ pub mod sim;
 pub mod sim_placement;
 pub mod status;
 pub mod stop;
+pub mod trace;
 pub mod transfer;
 pub mod trial;
 pub mod verify;
@@ -89,6 +90,7 @@ fn dispatch(context: &Context, command: Command) -> Result<Exit, Failure> {
         Command::Db(command) => db::db(context, &command),
         Command::Admin(command) => admin::admin(context, &command),
         Command::Test(command) => verify::test(context, &command),
+        Command::Trace(command) => trace::trace(context, command),
         Command::Bench(args) => bench::bench(context, &args),
         Command::Sim(args) => sim::sim(context, &args),
         Command::Completions(args) => completions::completions(&args),

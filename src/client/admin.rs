@@ -9,6 +9,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use capnp::capability::{Promise, Response};
+
 use super::calls::{persist, told};
 use super::connection::{Connection, Obstacle, Obstacles};
 use super::driver::Driver;
@@ -18,6 +20,7 @@ use super::refresh::{Ask, Word, unsure};
 use super::retry::{Failure, Kind};
 use super::ticket::Deadline;
 use super::{Client, ClientError, NotApplied, closed, wire};
+use crate::codec::CodecError;
 use crate::codec::records::{read_database, read_delta};
 use crate::codec::refusal::read_refusal;
 use crate::ids::{ClusterId, DatabaseId, NodeId, ShardId};
@@ -25,7 +28,8 @@ use crate::limits::{ATTEMPT_MS_MAX, META_ATTEMPT_MS, TIMEOUT_MAX_MS};
 use crate::node::handle::NodeReport;
 use crate::placement::map::{ClusterMap, DatabaseRecord};
 use crate::refusal::{Outcome, Refusal};
-use crate::schema::admin_capnp::{database_result, void_result};
+use crate::schema::admin_capnp::{admin, database_result, void_result};
+use crate::telemetry::counters::Counters;
 
 impl Client {
     /// What the node at `address` tells of itself and its replicas, asked of that node alone.
@@ -33,6 +37,20 @@ impl Client {
         let (address, deadline) = (address.to_owned(), bounded(timeout));
         self.run(closed(), move |driver| async move {
             let asked = driver.report_of(&address, deadline).await;
+            asked.map_err(|last| unavailable(deadline, last))
+        })
+        .await
+    }
+
+    /// What the node at `address` has counted since its process began, asked of that node alone.
+    pub async fn node_counters(&self, address: &str, timeout: Duration) -> Result<Counters, ClientError> {
+        let (address, deadline) = (address.to_owned(), bounded(timeout));
+        self.run(closed(), move |driver| async move {
+            let ask = |admin: &admin::Client| admin.counters_request().send().promise;
+            let read = |answer: Response<admin::counters_results::Owned>| {
+                wire::read_counters(answer.get()?.get_counters()?)
+            };
+            let asked = driver.answer_of(&address, deadline, ask, read).await;
             asked.map_err(|last| unavailable(deadline, last))
         })
         .await
@@ -252,13 +270,25 @@ impl Driver {
         address: &str,
         deadline: Deadline,
     ) -> Result<NodeReport, String> {
+        let ask = |admin: &admin::Client| admin.node_status_request().send().promise;
+        self.answer_of(address, deadline, ask, |answer| wire::read_report(answer.get()?.get_status()?)).await
+    }
+
+    /// Asks one node something that it answers by itself. The error is for a person.
+    async fn answer_of<A: capnp::traits::Pipelined + capnp::traits::Owned + Unpin + 'static, T>(
+        self: &Rc<Driver>,
+        address: &str,
+        deadline: Deadline,
+        ask: impl Fn(&admin::Client) -> Promise<Response<A>, capnp::Error>,
+        read: impl Fn(Response<A>) -> Result<T, CodecError>,
+    ) -> Result<T, String> {
         let asked = async {
             let mut fresh = false;
             loop {
                 let connection = self.pool.get(address, false).await;
                 let connection = connection.map_err(|e| e.to_string())?;
                 let (began, watch) = (Instant::now(), connection.watch(0));
-                let answer = watch.answer(connection.admin.node_status_request().send().promise);
+                let answer = watch.answer(ask(&connection.admin));
                 let answer = match tokio::time::timeout_at(deadline.at.into(), answer).await {
                     Ok(Some(answer)) => answer,
                     none => {
@@ -274,9 +304,7 @@ impl Driver {
                     }
                     answer => answer.map_err(|e| format!("{address}: {e}"))?,
                 };
-                let status = answer.get().and_then(|a| a.get_status());
-                let status = status.map_err(|e| format!("{address}: {e}"))?;
-                return wire::read_report(status).map_err(|e| format!("{address}: {e}"));
+                return read(answer).map_err(|e| format!("{address}: {e}"));
             }
         };
         tokio::time::timeout_at(deadline.at.into(), asked)

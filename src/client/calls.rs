@@ -382,7 +382,7 @@ impl Driver {
         refusal
     }
 
-    fn take_route(&self, route: capnp::Result<map_delta::Reader<'_>>, address: &str) {
+    pub(super) fn take_route(&self, route: capnp::Result<map_delta::Reader<'_>>, address: &str) {
         let learned = match route.map(read_delta) {
             Ok(Ok(delta)) => self.learn(delta, address),
             Ok(Err(error)) => Err(error.to_string()),

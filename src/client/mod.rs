@@ -12,7 +12,7 @@
 //!   means. These are sans-I/O.
 //! - `driver`: the tokio shell around them; `calls`, `refresh`, `connection`: what it sends and where; `follow`: how
 //!   it hears of new nodes and places while nothing fails;
-//!   `race`: several nodes of which any will do; `ticket`: an operation and its caller; `wire`: the protocol.
+//!   `traced`: one operation, and where its time went; `race`: several nodes of which any will do; `ticket`: an operation and its caller; `wire`: the protocol.
 //! - `local`: the same for use inside a node, on a thread that is there already.
 //!
 //! What it promises: every operation ends at its deadline at the latest, with a result or an error that
@@ -38,6 +38,7 @@ mod scan;
 mod session;
 mod silence;
 mod ticket;
+mod traced;
 mod trouble;
 pub(crate) mod wire;
 
@@ -55,6 +56,7 @@ use driver::{Driver, Job, Setup};
 use options::ClientOptions;
 pub use scan::{Scan, ScanOptions};
 use ticket::{Deadline, End};
+pub use traced::Traced;
 
 /// A value and the version that wrote it.
 pub use crate::machine::command::Versioned;

@@ -12,8 +12,11 @@ use crate::ids::{Epoch, NodeId, ReplicaId, ShardId};
 use crate::machine::command::{Expect, Versioned};
 use crate::node::handle::{NodePhase, NodeReport, ReplicaHealth, ReplicaReport};
 use crate::refusal::Refusal;
-use crate::schema::admin_capnp::{NodeState, ReplicaRole, ReplicaState, node_status, stuck_shard};
+use crate::schema::admin_capnp::{
+    NodeState, ReplicaRole, ReplicaState, node_counters, node_status, stuck_shard,
+};
 use crate::schema::kv_capnp::{batch_request, expect, op_result, operation, scan_response};
+use crate::telemetry::counters::Counters;
 
 /// Writes the session of a batch's commands.
 pub fn write_session(from: &Header, mut to: batch_request::Builder<'_>) {
@@ -105,6 +108,15 @@ pub fn read_page(from: scan_response::Reader<'_>) -> Result<Result<Page, Refusal
             Ok(Ok((pairs, page.get_more())))
         }
     }
+}
+
+/// Reads what a node has counted.
+pub fn read_counters(from: node_counters::Reader<'_>) -> Result<Counters, CodecError> {
+    let mut counters = Counters { process: from.get_process(), ..Counters::default() };
+    for counter in from.get_counters()?.iter() {
+        counters.values.insert(text(counter.get_name()?)?, counter.get_value());
+    }
+    Ok(counters)
 }
 
 /// Reads what a node tells of itself.

@@ -6,6 +6,7 @@
 //! - [`snapshot`]: what goes over the lane of snapshots.
 //! - [`survey`]: what nodes report to the reconciler, and what it orders.
 //! - [`digest`]: marks in logs, and digests of states there.
+//! - [`trace`]: where the time of one batch went.
 //! - [`hello`]: the first frame each way on a peer connection.
 //! - [`refusal`]: [`crate::refusal::Refusal`] and `Error`. - [`varint`]: numbers in few bytes.
 
@@ -19,6 +20,7 @@ pub mod records;
 pub mod refusal;
 pub mod snapshot;
 pub mod survey;
+pub mod trace;
 pub mod varint;
 
 use raft::eraftpb::Message;

@@ -15,7 +15,7 @@ use crate::machine::ApplyError;
 use crate::machine::command::{FormatError, Query, Reply, decode_entry};
 use crate::refusal::Refusal;
 use crate::storage::state::{Frozen, Lookup};
-use crate::telemetry::metrics as names;
+use crate::telemetry::hot::hot;
 
 impl<T> Group<T> {
     /// Applies committed entries: those just handed out if nothing waits, else from the log.
@@ -70,7 +70,7 @@ impl<T> Group<T> {
         }
         self.raft.advance_apply_to(last);
         self.raft.mut_store().trim_cache(last);
-        metrics::counter!(names::APPLY_ENTRIES).increment(count);
+        hot().applied.increment(count);
         Ok(())
     }
 
@@ -126,9 +126,10 @@ impl<T> Group<T> {
     /// Answers reads whose index is applied: at once if memory knows the key, else by the shell.
     pub(super) fn serve_reads(&mut self, effects: &mut Effects<T>) -> Result<(), GroupError> {
         let ready = self.reads.ready(self.applied());
-        if !ready.is_empty() {
-            metrics::counter!(names::READS).increment(ready.len() as u64);
+        if ready.is_empty() {
+            return Ok(());
         }
+        let (count, elsewhere) = (ready.len(), effects.reads.len());
         for (token, query) in ready {
             let in_memory = match &query {
                 Query::Get { key } => self.state.lookup(key) != Lookup::AskEngine,
@@ -141,6 +142,10 @@ impl<T> Group<T> {
                 effects.reads.push((token, query));
             }
         }
+        let elsewhere = effects.reads.len() - elsewhere;
+        hot().reads.increment(count as u64);
+        hot().reads_memory.increment((count - elsewhere) as u64);
+        hot().reads_engine.increment(elsewhere as u64);
         Ok(())
     }
 

@@ -29,7 +29,7 @@ use crate::refusal::Refusal;
 use crate::storage::StorageError;
 use crate::storage::log::LogWrite;
 use crate::storage::state::ReplicaState;
-use crate::telemetry::metrics as names;
+use crate::telemetry::hot::hot;
 
 /// Ticks after which proposals of a lost leadership are reported as unknown, if the log has not
 /// decided them: long enough for the next leader to be elected and to commit.
@@ -370,6 +370,7 @@ impl<T> Group<T> {
         };
         let mut committed = Vec::new();
         if self.raft.has_ready() {
+            hot().readies.increment(1);
             (effects.write, committed) = self.take_ready();
         }
         self.apply(committed)?;
@@ -420,7 +421,8 @@ impl<T> Group<T> {
             let data = encode_entry(&commands, stamp);
             match self.raft.propose(Vec::new(), data) {
                 Ok(()) => {
-                    metrics::counter!(names::PROPOSALS).increment(tokens.len() as u64);
+                    hot().proposals.increment(tokens.len() as u64);
+                    hot().entries_proposed.increment(1);
                     self.proposals.insert(self.last_proposed(), tokens);
                 }
                 // Dropped before it entered the log: leadership is moving, or too much is uncommitted.
@@ -545,6 +547,11 @@ impl<T> Group<T> {
     /// The replica on a node.
     pub fn replica_on(&self, node: NodeId) -> Option<ReplicaId> {
         self.state.header().members.iter().find(|m| m.node == node).map(|m| m.replica)
+    }
+
+    /// The entry that an operation is in whose token `which` is true of, until it is decided.
+    pub fn proposed_at(&self, which: impl Fn(&T) -> bool) -> Option<Position> {
+        self.proposals.position(which)
     }
 
     /// How the replica stands.

@@ -10,6 +10,7 @@ use super::types::Effects;
 use crate::codec::GroupMessage;
 use crate::ids::{Epoch, GROUP_START, NodeId, ReplicaId, Term};
 use crate::limits;
+use crate::telemetry::hot::hot;
 
 impl<T> Group<T> {
     /// What raft-rs would panic on, were it true, and what it would believe though it can't be.
@@ -137,6 +138,7 @@ impl<T> Group<T> {
             ask_along(&mut message, wanted_index);
             match self.node_of_any(to) {
                 Some(to) => {
+                    hot().message(message.get_msg_type()).increment(1);
                     let node = NodeId::default();
                     let message = GroupMessage { shard: self.shard, epoch, safe_index, message, node };
                     effects.messages.push((to, message));

@@ -49,6 +49,13 @@ impl<T> Proposals<T> {
         self.least_term = self.least_term.min(position.term);
     }
 
+    /// The entry of the last caller that `which` is true of.
+    pub fn position(&self, which: impl Fn(&T) -> bool) -> Option<Position> {
+        let mut waiting = self.waiting.iter().rev();
+        let (&(index, term), _) = waiting.find(|(_, callers)| callers.iter().any(&which))?;
+        Some(Position { index, term })
+    }
+
     /// The entry at `position` is applied.
     pub fn decide(&mut self, position: Position) -> Decided<T> {
         let mut decided = Decided { applied: Vec::new(), superseded: Vec::new() };
@@ -126,6 +133,8 @@ mod tests {
         let decided = proposals.decide(at(7, 2));
         assert_eq!((decided.applied, decided.superseded), (vec!['a', 'b'], vec![]));
         assert_eq!(proposals.len(), 1);
+        assert_eq!(proposals.position(|caller| *caller == 'c'), Some(at(8, 2)));
+        assert_eq!(proposals.position(|caller| *caller == 'a'), None, "it is decided");
     }
 
     #[test]

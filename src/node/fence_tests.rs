@@ -75,7 +75,13 @@ impl TestNode {
     pub(super) fn submit(&self, operation: Operation) -> oneshot::Receiver<Results> {
         let (reply, results) = oneshot::channel();
         let addr = self.shared.router.replica(ShardId(1)).expect("it runs");
-        addr.do_send(Submit { range_version: 1, operations: vec![operation], reply, admitted: None });
+        addr.do_send(Submit {
+            range_version: 1,
+            operations: vec![operation],
+            reply,
+            admitted: None,
+            trace: None,
+        });
         results
     }
 
@@ -270,6 +276,7 @@ async fn nothing_of_the_start_that_a_snapshot_ends_is_written_after_it() {
             membership: None,
         },
         done: std::sync::Arc::new(HubSink(late)),
+        stamps: None,
     }]);
     let (done, written) = oneshot::channel();
     shared.log_writer.run(Box::new(move |_| {

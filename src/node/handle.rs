@@ -17,7 +17,9 @@ use super::reconciler::{Balance, BalanceStatus};
 use super::replica::ReplicaActor;
 use super::router::Router;
 use super::supervisor::Supervisor;
+use super::trace::Sheet;
 use crate::codec::peer::{PeerRequest, PeerResponse};
+use crate::codec::trace::Moment;
 use crate::group::types::{GroupStatus, Operation, Output};
 use crate::ids::{METADATA_SHARD, NodeId, ReplicaId, ShardId};
 use crate::limits;
@@ -248,11 +250,11 @@ impl NodeHandle {
         operations: Vec<Operation>,
         timeout: Duration,
     ) -> Result<Vec<Result<Output, Refusal>>, Refusal> {
-        self.submit_admitted(shard, range_version, operations, timeout, None).await
+        self.submit_admitted(shard, range_version, operations, timeout, None, None).await
     }
 
     /// [`NodeHandle::submit`] of operations that count, as `admitted`, until they have really ended:
-    /// that may be after the return of this.
+    /// that may be after the return of this. Where their time goes is noted on `trace`.
     pub async fn submit_admitted(
         &self,
         shard: ShardId,
@@ -260,6 +262,7 @@ impl NodeHandle {
         operations: Vec<Operation>,
         timeout: Duration,
         admitted: Option<Arc<Admitted>>,
+        trace: Option<Arc<Sheet>>,
     ) -> Result<Vec<Result<Output, Refusal>>, Refusal> {
         let addr = self.member()?.router.replica(shard)?;
         if operations.is_empty() {
@@ -272,8 +275,11 @@ impl NodeHandle {
         }
         let (reply, results) = oneshot::channel();
         let writes: Vec<bool> = operations.iter().map(|o| !matches!(o, Operation::Query(_))).collect();
-        addr.try_send(Submit { range_version, operations, reply, admitted }).map_err(
-            |error| match error {
+        if let Some(trace) = &trace {
+            trace.stamp(Moment::Submitted, Instant::now());
+        }
+        addr.try_send(Submit { range_version, operations, reply, admitted, trace }).map_err(|error| {
+            match error {
                 SendError::Full(_) => Refusal::Busy {
                     what: "the shard's mailbox".into(),
                     retry_after_ms: limits::BUSY_RETRY_MS,
@@ -281,8 +287,8 @@ impl NodeHandle {
                 SendError::Closed(_) => {
                     Refusal::Unavailable("the replica is being rebuilt after a crash".into())
                 }
-            },
-        )?;
+            }
+        })?;
         match tokio::time::timeout(timeout, results).await {
             Ok(Ok(results)) => results,
             // The mailbox was dropped with the message in it: the replica crashed before it saw it.

@@ -14,10 +14,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
 
 use raft::eraftpb::{Entry, MessageType};
 
-use crate::codec::GroupMessage;
+use crate::codec::{GroupMessage, trace};
 use crate::limits;
 use crate::telemetry::metrics as names;
 
@@ -34,6 +35,8 @@ pub struct Arrived {
     messages: Vec<GroupMessage>,
     bytes: usize,
     waiting: Arc<AtomicUsize>,
+    /// When they arrived, if one of them is about a trace.
+    stamped: Option<Instant>,
 }
 
 impl Intake {
@@ -57,15 +60,16 @@ impl Intake {
             });
             metrics::counter!(names::APPENDS_DROPPED).increment((had - messages.len()) as u64);
         }
-        Arrived::new(messages, self.waiting.clone())
+        let traced = messages.iter().any(|message| trace::may_concern(&message.message));
+        Arrived::new(messages, self.waiting.clone(), traced.then(Instant::now))
     }
 }
 
 impl Arrived {
-    fn new(messages: Vec<GroupMessage>, waiting: Arc<AtomicUsize>) -> Arrived {
+    fn new(messages: Vec<GroupMessage>, waiting: Arc<AtomicUsize>, stamped: Option<Instant>) -> Arrived {
         let bytes = messages.iter().map(|message| size(&message.message.entries)).sum();
         waiting.fetch_add(bytes, Ordering::Relaxed);
-        Arrived { messages, bytes, waiting }
+        Arrived { messages, bytes, waiting, stamped }
     }
 
     /// Whether there are no messages.
@@ -79,7 +83,8 @@ impl Arrived {
         for message in self.messages.drain(..) {
             split[part(&message)].push(message);
         }
-        split.into_iter().map(|messages| Arrived::new(messages, self.waiting.clone())).collect()
+        let part = |messages| Arrived::new(messages, self.waiting.clone(), self.stamped);
+        split.into_iter().map(part).collect()
     }
 
     /// The messages apart by receiver, as far as neighbours are for the same one, with its number.
@@ -92,9 +97,14 @@ impl Arrived {
             while let Some(next) = messages.next_if(|m| m.message.to == to) {
                 run.push(next);
             }
-            runs.push((to, Arrived::new(run, self.waiting.clone())));
+            runs.push((to, Arrived::new(run, self.waiting.clone(), self.stamped)));
         }
         runs
+    }
+
+    /// When they arrived; known only if one of those that came with them is about a trace.
+    pub fn stamped(&self) -> Option<Instant> {
+        self.stamped
     }
 
     /// Takes the messages out; they count until this is dropped.

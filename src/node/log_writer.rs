@@ -38,13 +38,14 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
+use super::trace::WriteStamps;
 use crate::failpoints::failpoint;
 use crate::ids::{Incarnation, ReplicaId};
 use crate::limits;
 use crate::storage::StorageError;
 use crate::storage::log::{LogStore, LogWrite};
 use crate::storage::log_disk::panic_text;
-use crate::telemetry::metrics as names;
+use crate::telemetry::hot::hot;
 
 /// Told of what has become durable. One per arbiter: what crosses threads crosses in batches.
 pub trait PersistSink: Send + Sync {
@@ -64,6 +65,8 @@ pub struct WriteTask {
     pub write: LogWrite,
     /// Told when it is durable.
     pub done: Arc<dyn PersistSink>,
+    /// Where to note when it is begun and done, if anybody wants to know.
+    pub stamps: Option<Arc<WriteStamps>>,
 }
 
 /// Something to be done with the log between two batches.
@@ -507,12 +510,15 @@ type Name = (ReplicaId, Incarnation, u64);
 fn write_batch(shared: &Shared, batch: Vec<WriteTask>) -> Result<bool, StorageError> {
     let mut writes = Vec::with_capacity(batch.len());
     let mut names: Vec<(Name, Arc<dyn PersistSink>)> = Vec::with_capacity(batch.len());
+    let mut traced = Vec::new();
     for task in batch {
         let name = (task.write.replica, task.incarnation, task.number);
         writes.push(task.write);
         names.push((name, task.done));
+        traced.extend(task.stamps);
     }
     let begun = Instant::now();
+    traced.iter().for_each(|stamps| stamps.begin(begun));
     let mut full = false;
     failpoint!(LogSyncBefore);
     loop {
@@ -535,16 +541,16 @@ fn write_batch(shared: &Shared, batch: Vec<WriteTask>) -> Result<bool, StorageEr
             Err(e) => return Err(e),
         }
     }
+    traced.iter().for_each(|stamps| stamps.synced(Instant::now()));
     failpoint!(LogSyncAfter);
     if full {
         tracing::info!("there is space again: the raft log is written");
     }
-    metrics::histogram!(names::LOG_SYNC_SECONDS).record(begun.elapsed().as_secs_f64());
-    let entries = writes.iter().map(|w| w.entries.len() as u64).sum();
-    metrics::counter!(names::LOG_ENTRIES).increment(entries);
-    metrics::counter!(names::LOG_WRITES).increment(1);
+    hot().log_sync_seconds.record(begun.elapsed().as_secs_f64());
+    hot().log_entries.increment(writes.iter().map(|w| w.entries.len() as u64).sum());
+    hot().log_writes.increment(1);
     let bytes: usize = writes.iter().map(LogWrite::size).sum();
-    metrics::counter!(names::LOG_BYTES).increment(bytes as u64);
+    hot().log_bytes.increment(bytes as u64);
     // There are as many sinks as arbiters: a few.
     let mut told: Vec<(Arc<dyn PersistSink>, Vec<Name>)> = Vec::new();
     for (name, done) in names {

@@ -14,6 +14,7 @@ use super::intake::Arrived;
 use super::load::Admitted;
 use super::snapshots::worker::DigestError;
 use super::ticket::Results;
+use super::trace::Sheet;
 use crate::group::types::{GroupStatus, LeaderChange, Operation};
 use crate::ids::{Incarnation, Index, NodeId, Position, ReplicaId, ShardId};
 use crate::placement::map::{ClusterMap, MapDelta};
@@ -34,6 +35,8 @@ pub struct Submit {
     pub reply: oneshot::Sender<Results>,
     /// What they count for on this node, until they have ended; of a client's.
     pub admitted: Option<Arc<Admitted>>,
+    /// Where their time is noted, if anybody wants to know.
+    pub trace: Option<Arc<Sheet>>,
 }
 
 /// Hub → replica: messages of other replicas. Mailbox full: dropped, raft sends again.

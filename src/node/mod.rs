@@ -56,6 +56,7 @@ pub mod survey;
 mod test_node;
 pub mod ticker;
 pub mod ticket;
+pub mod trace;
 #[cfg(test)]
 mod view_tests;
 

@@ -201,7 +201,7 @@ mod tests {
         let query = Query::Get { key: "k".into() };
         let operations = vec![Operation::Query(query.clone()); count];
         let (reply, results) = oneshot::channel();
-        let tickets = tickets(&operations, reply, None);
+        let tickets = tickets(&operations, reply, None, None);
         let reads = tickets.into_iter().map(|ticket| (ticket, query.clone())).collect();
         (ReadJob { machine: MachineKind::Kv, reader: reader.clone(), reads }, results)
     }

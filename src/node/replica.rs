@@ -8,6 +8,7 @@ mod disk;
 mod guard;
 #[cfg(feature = "test-hooks")]
 mod hooks;
+mod traces;
 mod view;
 
 use std::ops::Bound;
@@ -17,6 +18,7 @@ use std::time::Instant;
 use actix::prelude::*;
 
 use self::guard::Guard;
+use self::traces::Traces;
 use super::flusher::FlushJob;
 use super::hub::HubSink;
 use super::log_writer::WriteTask;
@@ -26,7 +28,8 @@ use super::shared::{MemoryShare, Shared};
 use super::snapshots::outgoing::Order;
 use super::supervisor::Supervisor;
 use super::ticket::{Ticket, tickets};
-use crate::codec::GroupMessage;
+use super::trace::WriteStamps;
+use crate::codec::{GroupMessage, trace};
 use crate::failpoints::failpoint;
 use crate::group::driver::Group;
 use crate::group::types::{Effects, Fetch, SnapshotWanted};
@@ -72,6 +75,7 @@ pub struct ReplicaActor {
     ticks: u64,
     /// How the node's disk is, as last told.
     disk: DiskNews,
+    traces: Traces,
     /// Ticks for which a new group's preferred leader goes on campaigning: the other replicas may not
     /// have been created when it began.
     eager_ticks: u64,
@@ -116,6 +120,7 @@ impl ReplicaActor {
             map_revision: None,
             ticks: 0,
             disk: DiskNews::default(),
+            traces: Traces::default(),
             eager_ticks: 0,
         }
     }
@@ -129,11 +134,12 @@ impl ReplicaActor {
 
     fn pump(&mut self, ctx: &mut Context<Self>) {
         self.pump_queued = false;
-        let effects = match self.group.pump() {
+        let mut effects = match self.group.pump() {
             Ok(effects) => effects,
             Err(error) => return self.fail(error.to_string(), ctx),
         };
-        self.carry_out(effects, ctx);
+        let stamps = self.traces.pumped(&self.group, &mut effects);
+        self.carry_out(effects, stamps, ctx);
         self.account_memory();
         if self.memory.active() > self.shared.memory.replica_limit() && self.hold.is_none() {
             self.freeze();
@@ -143,7 +149,12 @@ impl ReplicaActor {
         }
     }
 
-    fn carry_out(&mut self, effects: Effects<Ticket>, ctx: &mut Context<Self>) {
+    fn carry_out(
+        &mut self,
+        effects: Effects<Ticket>,
+        stamps: Option<Arc<WriteStamps>>,
+        ctx: &mut Context<Self>,
+    ) {
         let Effects { messages, write, done, reads, fetch, snapshot, leader, marked, more } = effects;
         // Messages of this pass are those that may leave before the write below.
         if !messages.is_empty() {
@@ -156,6 +167,7 @@ impl ReplicaActor {
                 number: numbered.number,
                 write: numbered.write,
                 done: self.sink.clone(),
+                stamps,
             }]);
             failpoint!(WriteAfter, self.replica, why => return self.fail(why, ctx));
         }
@@ -387,7 +399,10 @@ impl Handler<Submit> for ReplicaActor {
             }
             return;
         }
-        let tickets = tickets(&submit.operations, submit.reply, submit.admitted);
+        if let Some(sheet) = &submit.trace {
+            self.traces.taken(sheet.clone(), Instant::now());
+        }
+        let tickets = tickets(&submit.operations, submit.reply, submit.admitted, submit.trace);
         let no_room = self.no_room();
         for (operation, ticket) in submit.operations.into_iter().zip(tickets) {
             match &no_room {
@@ -406,7 +421,10 @@ impl Handler<Step> for ReplicaActor {
     type Result = ();
     fn handle(&mut self, mut step: Step, ctx: &mut Context<Self>) {
         failpoint!(Step, self.replica, why => return self.fail(why, ctx));
-        for message in step.0.take() {
+        for mut message in step.0.take() {
+            if trace::may_concern(&message.message) || !self.traces.is_empty() {
+                self.traces.step(&mut message.message, step.0.stamped(), Instant::now());
+            }
             if let Err(error) = self.group.step(message) {
                 return self.fail(error.to_string(), ctx);
             }
@@ -439,6 +457,9 @@ impl Handler<Persisted> for ReplicaActor {
     type Result = ();
     fn handle(&mut self, persisted: Persisted, ctx: &mut Context<Self>) {
         failpoint!(Persisted, self.replica, why => return self.fail(why, ctx));
+        if !self.traces.is_empty() {
+            self.traces.persisted(persisted.0, Instant::now());
+        }
         self.group.on_persisted(persisted.0);
         self.queue_pump(ctx);
     }

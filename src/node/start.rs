@@ -79,6 +79,9 @@ async fn start_as(settings: Settings, listeners: Listeners, rejoins: bool) -> Re
     panics::install();
     #[cfg(feature = "test-hooks")]
     crate::failpoints::arm_from_environment().map_err(NodeError::Fatal)?;
+    if let Err(error) = telemetry::metrics::install() {
+        tracing::warn!(%error, "this node counts nothing");
+    }
     let fatal = Fatal::new();
     let handle = NodeHandle::new(settings.node.id.clone());
     let (data_dir, stores) = stores::open(&settings, handle.clone(), rejoins).await?;

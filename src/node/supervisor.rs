@@ -373,6 +373,7 @@ impl Supervisor {
             }],
             reply,
             admitted: None,
+            trace: None,
         };
         match self.shared.router.replica(METADATA_SHARD) {
             Ok(addr) => addr.do_send(submit),

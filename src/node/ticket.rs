@@ -5,10 +5,13 @@
 //! replica crashed, ends its operation too, so that every caller is always answered.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use tokio::sync::oneshot;
 
 use super::load::Admitted;
+use super::trace::Sheet;
+use crate::codec::trace::Moment;
 use crate::group::types::{Operation, Output};
 use crate::refusal::Refusal;
 
@@ -26,6 +29,8 @@ struct Batch {
     open: Mutex<Open>,
     /// What the batch counts for on its node, until the last of its operations has ended.
     _admitted: Option<Arc<Admitted>>,
+    /// Where its time goes, if anybody wants to know.
+    trace: Option<Arc<Sheet>>,
 }
 
 /// The place of one operation's result.
@@ -37,15 +42,17 @@ pub struct Ticket {
     ended: bool,
 }
 
-/// Tickets for `operations`, whose results go to `reply` together. `admitted` is what they count for.
+/// Tickets for `operations`, whose results go to `reply` together. `admitted` is what they count for, `trace` where
+/// their time is noted.
 pub fn tickets(
     operations: &[Operation],
     reply: oneshot::Sender<Results>,
     admitted: Option<Arc<Admitted>>,
+    trace: Option<Arc<Sheet>>,
 ) -> Vec<Ticket> {
     let count = operations.len();
     let open = Open { results: (0..count).map(|_| None).collect(), missing: count, reply: Some(reply) };
-    let batch = Arc::new(Batch { open: Mutex::new(open), _admitted: admitted });
+    let batch = Arc::new(Batch { open: Mutex::new(open), _admitted: admitted, trace });
     let tickets = operations.iter().zip(0..).map(|(operation, index)| Ticket {
         batch: batch.clone(),
         index,
@@ -67,8 +74,16 @@ impl Ticket {
         open.reply.as_ref().is_none_or(oneshot::Sender::is_closed)
     }
 
+    /// Whether it is of the batch that this is the sheet of.
+    pub fn is_of(&self, sheet: &Arc<Sheet>) -> bool {
+        self.batch.trace.as_ref().is_some_and(|trace| Arc::ptr_eq(trace, sheet))
+    }
+
     fn put(&mut self, result: Result<Output, Refusal>) {
         self.ended = true;
+        if let Some(trace) = &self.batch.trace {
+            trace.stamp_last(Moment::Answered, Instant::now());
+        }
         // The lock is held for a few moves that can't panic.
         let mut open = self.batch.open.lock().unwrap_or_else(PoisonError::into_inner);
         let place = &mut open.results[self.index as usize];
@@ -113,7 +128,7 @@ mod tests {
             Operation::Command { command: Command::Kv(KvCommand::Delete { key: "b".into() }), session: None },
         ];
         let (reply, mut results) = oneshot::channel();
-        let mut tickets = tickets(&operations, reply, None);
+        let mut tickets = tickets(&operations, reply, None, None);
         drop(tickets.pop());
         assert!(results.try_recv().is_err());
         let answer = Ok(Output::Answer(Answer::Value(None)));
@@ -128,7 +143,7 @@ mod tests {
         let admitted = load.admit(2, 10).ok().map(Arc::new);
         let operations = [(); 2].map(|()| Operation::Query(Query::Get { key: "a".into() }));
         let (reply, results) = oneshot::channel();
-        let mut tickets = tickets(&operations, reply, admitted);
+        let mut tickets = tickets(&operations, reply, admitted, None);
         assert!(!tickets[0].abandoned());
         drop(results);
         assert!(tickets[0].abandoned());

@@ -31,6 +31,7 @@ use crate::placement::map::{ClusterMap, DatabaseRecord, ShardRecord, Standing};
 use crate::placement::plan::{PlanError, PlannedShard, plan_among, plan_database};
 use crate::refusal::Refusal;
 use crate::schema::admin_capnp::{self, admin, database_result, void_result};
+use crate::telemetry::counters::Counters;
 
 /// Pause between two looks at who leads the shards of a new database; doubles up to the second.
 const LEADER_POLL: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(160));
@@ -295,6 +296,18 @@ impl admin::Server for Admin {
             Err(refusal) => Err(refusal),
         };
         answers::write_check(check, results.get().init_result());
+        Ok(())
+    }
+
+    async fn counters(
+        self: Rc<Self>,
+        _: admin::CountersParams,
+        mut results: admin::CountersResults,
+    ) -> Result<(), capnp::Error> {
+        let counters = tokio::task::spawn_blocking(Counters::read).await;
+        let counters =
+            counters.map_err(|error| capnp::Error::failed(format!("reading counters: {error}")))?;
+        answers::write_counters(self.service.node.node(), &counters, results.get().init_counters());
         Ok(())
     }
 }

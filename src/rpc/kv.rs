@@ -12,6 +12,7 @@ use super::wire::{self, Room};
 use super::{SOFTWARE, Service, admin, timeout};
 use crate::client::{self, ClientError, OperationResult};
 use crate::codec::refusal::write_refusal;
+use crate::codec::trace::write_trace;
 use crate::group::types::{Operation, Output};
 use crate::ids::{METADATA_SHARD, ShardId};
 use crate::limits::{
@@ -20,6 +21,7 @@ use crate::limits::{
 };
 use crate::machine::command::{Answer, Query};
 use crate::node::load::Admitted;
+use crate::node::trace::Sheet;
 use crate::placement::ring;
 use crate::refusal::{Outcome, Refusal};
 use crate::schema::kv_capnp::{batch_request, batch_response, gate, kv, op_result, scan_request};
@@ -188,7 +190,9 @@ impl kv::Server for Kv {
         mut results: kv::BatchResults,
     ) -> Result<(), capnp::Error> {
         let node = &self.service.node;
-        let batch = self.read_batch(params.get()?.get_request()?)?;
+        let request = params.get()?.get_request()?;
+        let sheet = request.get_trace().then(|| Sheet::begin(Instant::now()));
+        let batch = self.read_batch(request)?;
         // The request's memory is not needed while the operations run.
         drop(params);
         let mut response = results.get().init_response();
@@ -204,8 +208,8 @@ impl kv::Server for Kv {
             Ok(_guard) if batch.operations.is_empty() => Ok(Vec::new()),
             Ok(guard) => {
                 let (within, admitted) = (timeout(batch.timeout_ms), Some(guard.admitted()));
-                node.submit_admitted(batch.shard, batch.range_version, batch.operations, within, admitted)
-                    .await
+                let (shard, version, trace) = (batch.shard, batch.range_version, sheet.clone());
+                node.submit_admitted(shard, version, batch.operations, within, admitted, trace).await
             }
             Err(refusal) => Err(refusal),
         };
@@ -214,7 +218,10 @@ impl kv::Server for Kv {
                 let room = Room::on(&self.backlog);
                 let lost = write_ends(batch.refused, ends, room, response.reborrow());
                 if lost {
-                    wire::write_route(&node.map(), batch.shard, response.init_route());
+                    wire::write_route(&node.map(), batch.shard, response.reborrow().init_route());
+                }
+                if let Some(sheet) = sheet {
+                    write_trace(&sheet.end(Instant::now()), response.init_trace());
                 }
             }
             Err(refusal) => {
@@ -241,7 +248,7 @@ impl kv::Server for Kv {
         let answer = match (query, self.service.load.enter(1, 0)) {
             (Ok(query), Ok(guard)) => {
                 let (operations, admitted) = (vec![Operation::Query(query)], Some(guard.admitted()));
-                let ends = node.submit_admitted(shard, version, operations, within, admitted).await;
+                let ends = node.submit_admitted(shard, version, operations, within, admitted, None).await;
                 ends.and_then(|ends| ends.into_iter().next().unwrap_or(Err(NO_ANSWER)))
             }
             (Err(refusal), _) | (_, Err(refusal)) => Err(refusal),
@@ -427,7 +434,7 @@ impl Kv {
             (shard.id, shard.epoch.range)
         };
         let operations = vec![wire::to_group(operation.clone(), None)];
-        let ends = node.submit_admitted(shard, version, operations, within, Some(admitted)).await;
+        let ends = node.submit_admitted(shard, version, operations, within, Some(admitted), None).await;
         Some(ends.and_then(|ends| match ends.into_iter().next() {
             Some(Ok(output)) => wire::from_group(output),
             Some(Err(refusal)) => Err(refusal),

@@ -7,6 +7,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::StorageError;
+use crate::telemetry::hot::hot;
 
 /// Ending of files that are being written and don't count yet.
 pub(super) const UNFINISHED: &str = "tmp";
@@ -32,6 +33,7 @@ pub(super) fn create(path: &Path) -> Result<File, StorageError> {
 
 /// Makes the content of an unfinished file durable, then gives it its name, durably.
 pub(super) fn finish(file: &File, from: &Path, to: &Path) -> Result<(), StorageError> {
+    hot().state_syncs.increment(1);
     file.sync_data().map_err(sync_error(from))?;
     fs::rename(from, to).map_err(io_error("renaming", from))?;
     sync_parent(to)
@@ -55,6 +57,7 @@ pub(super) fn remove(path: &Path) -> Result<(), StorageError> {
 
 /// Makes the names in a directory durable.
 pub(super) fn sync_dir(path: &Path) -> Result<(), StorageError> {
+    hot().state_syncs.increment(1);
     File::open(path).and_then(|dir| dir.sync_all()).map_err(sync_error(path))
 }
 

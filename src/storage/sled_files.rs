@@ -24,6 +24,7 @@ use super::StorageError;
 use super::atomic_file::{self, io_error, sync_error};
 use super::identity::IdentityError;
 use crate::ids::StoreId;
+use crate::telemetry::hot::hot;
 
 const MARKER: &str = "UNSYNCED";
 const OWNER: &str = "OWNER";
@@ -93,6 +94,7 @@ impl SledFiles {
     /// Makes durable what sled has flushed.
     pub fn sync(&mut self) -> Result<(), StorageError> {
         let path = self.dir.join("db");
+        hot().state_syncs.increment(1);
         self.db.sync_data().map_err(sync_error(&path))?;
         self.sync_blobs()?;
         if self.marked {
@@ -150,7 +152,10 @@ impl SledFiles {
             if !self.synced_blobs.contains(&name) {
                 let path = dir.join(&name);
                 match File::open(&path) {
-                    Ok(file) => file.sync_all().map_err(sync_error(&path))?,
+                    Ok(file) => {
+                        hot().state_syncs.increment(1);
+                        file.sync_all().map_err(sync_error(&path))?;
+                    }
                     // sled removes blobs in the background.
                     Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                     Err(error) => return Err(io_error("opening", &path)(error)),

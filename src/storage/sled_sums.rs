@@ -37,6 +37,7 @@ use std::time::Duration;
 use super::atomic_file::{self, io_error, sync_error};
 use super::identity::IdentityError;
 use super::{StorageError, beside};
+use crate::telemetry::hot::hot;
 
 /// Ending of the file's name, after that of the store's directory.
 pub(super) const ENDING: &str = "sums";
@@ -167,6 +168,7 @@ impl SledSums {
             }
         }
         let bytes = self.store_bytes()?;
+        hot().state_syncs.increment(1);
         self.db.sync_data().map_err(sync_error(&self.db_path))?;
         self.seal_as(SEALED, bytes)
     }
@@ -181,6 +183,7 @@ impl SledSums {
         let record = record(kind, self.segments.len(), changes.into_iter());
         match &mut self.file {
             Some(file) if self.bytes + record.len() as u64 <= full => {
+                hot().state_syncs.increment(1);
                 let written = file.write_all(&record).map_err(io_error("writing", &self.path));
                 let written = written.and_then(|()| file.sync_data().map_err(sync_error(&self.path)));
                 self.bytes += record.len() as u64;

@@ -42,6 +42,7 @@ use super::state::StateHeader;
 use super::{StorageError, generations, keys};
 use crate::ids::{Index, ReplicaId};
 use crate::limits::SNAPSHOT_SYNC_BYTES;
+use crate::telemetry::hot::hot;
 
 const BUFFER_BYTES: usize = 256 * 1024;
 
@@ -434,6 +435,7 @@ impl Unfinished {
     /// Syncs it if much was written since the last time.
     fn pace(&mut self) -> Result<(), StorageError> {
         if self.unsynced >= SNAPSHOT_SYNC_BYTES {
+            hot().state_syncs.increment(1);
             self.file.sync_data().map_err(sync_error(&self.path))?;
             self.unsynced = 0;
         }

@@ -22,6 +22,7 @@ use super::snapshot::SnapshotFile;
 use super::{StorageError, snapshot_file};
 use crate::ids::{ReplicaId, ShardId, StreamId};
 use crate::limits::SNAPSHOT_SYNC_BYTES;
+use crate::telemetry::hot::hot;
 
 const COMPLETE: &str = "snap";
 const PARTIAL: &str = "part";
@@ -197,6 +198,7 @@ impl Partial {
         self.offset += data.len() as u64;
         self.unsynced += data.len() as u64;
         if self.unsynced >= SNAPSHOT_SYNC_BYTES {
+            hot().state_syncs.increment(1);
             self.file.sync_data().map_err(sync_error(&self.path))?;
             self.unsynced = 0;
         }

@@ -1,14 +1,18 @@
 //! Metrics: the names, in one table, and the recorder that renders them for Prometheus.
 //!
 //! The rest of the program uses the `metrics` macros with the names here, as
-//! `metrics::counter!(PROPOSALS).increment(1)`. Until [`install`] is called those do nothing and
+//! `metrics::counter!(REPLICA_RESTARTS).increment(1)`. Until [`install`] is called those do nothing and
 //! cost next to nothing. A process has one recorder, whatever the number of its nodes.
+//!
+//! A macro looks its counter up by name at each event, under a lock. What is counted for each operation,
+//! message or write is counted through the handles in [`super::hot`] instead.
 
 use std::sync::OnceLock;
 use std::time::Duration;
 
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
+use super::hot;
 use crate::version;
 
 /// What a metric counts.
@@ -56,6 +60,14 @@ metrics_table! {
         "Commands accepted by leaders on this node for the log.";
     READS = "pontoon_reads_total", Counter, [],
         "Linearizable reads accepted by leaders on this node.";
+    READS_SERVED = "pontoon_reads_served_total", Counter, ["source"],
+        "The same by where their value comes from: memory, or the state store by way of the read thread.";
+    ENTRIES_PROPOSED = "pontoon_entries_proposed_total", Counter, [],
+        "Log entries made by leaders on this node of the commands that waited; each holds one or many.";
+    READIES = "pontoon_readies_total", Counter, [],
+        "Passes over a replica in which raft had something to write, to send or to apply.";
+    RAFT_MESSAGES = "pontoon_raft_messages_total", Counter, ["kind"],
+        "Raft messages from replicas of this node to others, by kind.";
     REFUSALS = "pontoon_refusals_total", Counter, ["reason"],
         "Operations refused by replicas of this node, by reason.";
     LOG_SYNC_SECONDS = "pontoon_log_sync_seconds", Histogram, [],
@@ -64,8 +76,12 @@ metrics_table! {
         "Entries made durable in the raft log.";
     LOG_WRITES = "pontoon_log_writes_total", Counter, [],
         "Appends to the raft log, each of which gathers writes of many groups behind one sync.";
+    LOG_SYNCS = "pontoon_log_syncs_total", Counter, [],
+        "Syncs of the raft log's files: one for each append, and a few when a file is begun or rewritten.";
     LOG_BYTES = "pontoon_log_bytes_total", Counter, [],
         "Bytes made durable in the raft log, about.";
+    STATE_SYNCS = "pontoon_state_syncs_total", Counter, [],
+        "Syncs of files and directories other than the raft log's: redo files, the state store, snapshots.";
     LOG_QUEUE_BYTES = "pontoon_log_queue_bytes", Gauge, [],
         "Bytes of entries that wait on this node, for their replica or for the raft log's disk.";
     APPENDS_DROPPED = "pontoon_appends_dropped_total", Counter, [],
@@ -192,6 +208,7 @@ fn install_once() -> Result<PrometheusHandle, MetricsError> {
         .map_err(|error| MetricsError::Recorder(error.to_string()))?;
     metrics::set_global_recorder(recorder).map_err(|_| MetricsError::Taken)?;
     describe();
+    hot::bind();
     Ok(handle)
 }
 

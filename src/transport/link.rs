@@ -23,6 +23,7 @@ use super::{Timings, TransportError, frame, handshake};
 use crate::codec::hello::{Lane, PeerHello, ProtocolRange};
 use crate::codec::peer::{PeerFrame, encode, encode_raft};
 use crate::limits::FRAME_TARGET_BYTES;
+use crate::telemetry::hot::hot;
 use crate::telemetry::metrics as names;
 
 /// How a link is doing.
@@ -229,10 +230,10 @@ async fn drive(
             count_dropped(lane, "connection lost", messages);
             return Err(error);
         }
-        let lane = lane.name();
-        counter!(names::PEER_SENT_FRAMES, "lane" => lane).increment(frames);
-        counter!(names::PEER_SENT_MESSAGES, "lane" => lane).increment(messages as u64);
-        counter!(names::PEER_SENT_BYTES, "lane" => lane).increment(buffer.len() as u64);
+        let sent = hot().sent(lane.name());
+        sent.frames.increment(frames);
+        sent.messages.increment(messages as u64);
+        sent.bytes.increment(buffer.len() as u64);
         if buffer.capacity() > 4 * FRAME_TARGET_BYTES {
             buffer = Vec::new();
         }

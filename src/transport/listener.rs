@@ -33,6 +33,7 @@ use crate::codec::snapshot::{SnapshotAnswer, SnapshotOffer};
 use crate::ids::NodeId;
 use crate::limits::{FRAME_BYTES_MAX, PEER_CONNECTIONS_MAX, PEER_REQUESTS_MAX, REQUEST_FRAME_BYTES_MAX};
 use crate::refusal::Refusal;
+use crate::telemetry::hot::hot;
 use crate::telemetry::metrics as names;
 
 /// What a node does with what its peers send. Called on the thread of [`serve`]; must not block.
@@ -251,8 +252,7 @@ async fn receive(
         let frames = take_frames(&mut reader, hello, handler, &mut messages);
         // What came before a bad frame was good.
         if !messages.is_empty() {
-            let lane = hello.lane.name();
-            counter!(names::PEER_RECEIVED_MESSAGES, "lane" => lane).increment(messages.len() as u64);
+            hot().received(hello.lane.name()).messages.increment(messages.len() as u64);
             handler.raft(hello.from_node, messages);
         }
         frames?;
@@ -305,8 +305,9 @@ fn take_frames(
 
 /// Counts a frame of so many bytes.
 pub(super) fn received(lane: Lane, bytes: usize) {
-    counter!(names::PEER_RECEIVED_FRAMES, "lane" => lane.name()).increment(1);
-    counter!(names::PEER_RECEIVED_BYTES, "lane" => lane.name()).increment(bytes as u64);
+    let received = hot().received(lane.name());
+    received.frames.increment(1);
+    received.bytes.increment(bytes as u64);
 }
 
 /// The lane of requests.

@@ -166,7 +166,7 @@ impl Writer {
 
     fn submit(&self, number: u64, write: LogWrite) {
         let done = self.sink.clone();
-        self.writer.submit(vec![WriteTask { incarnation: 1, number, write, done }]);
+        self.writer.submit(vec![WriteTask { incarnation: 1, number, write, done, stamps: None }]);
     }
 }
 

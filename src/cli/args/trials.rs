@@ -49,9 +49,15 @@ pub enum Workload {
 Examples:
   pontoon bench --workload put --clients 64 --seconds 10
   pontoon bench testDB --workload get --clients 256 --seconds 10 --json
+  pontoon bench --workload put --explain
 
 Closed loop: each client has one call outstanding. Keys are uniform. Get and mixed first write all
-keys, untimed. Without DB: database `bench` with up to 3 replicas and 8 shards, made if missing.")]
+keys, untimed. Without DB: database `bench` with up to 3 replicas and 8 shards, made if missing.
+
+--explain asks each node for its counters before and after, sums them, and divides by the operations
+measured. It counts whatever the nodes do, for others too. Processor time, context switches, memory
+and system calls are those of the processes, as Linux counts them; of system calls only those that
+read and write (`/proc/PID/io`). Allocations aren't counted.")]
 pub struct BenchArgs {
     /// Database
     #[arg(value_name = "DB")]
@@ -80,6 +86,9 @@ pub struct BenchArgs {
     /// Client libraries (connection sets and threads) that share the clients
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub connections: u32,
+    /// Show what the nodes do for one operation: syncs, messages, system calls, processor time
+    #[arg(long)]
+    pub explain: bool,
 }
 
 /// `sim`

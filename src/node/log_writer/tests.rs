@@ -155,6 +155,7 @@ fn sized(
             membership: None,
         },
         done: done.clone(),
+        stamps: None,
     }
 }
 

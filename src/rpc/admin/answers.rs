@@ -5,13 +5,28 @@ use crate::client::admin::answers::{
 };
 use crate::codec::records::{write_rebalance_state, write_role};
 use crate::codec::refusal::write_refusal;
+use crate::ids::NodeId;
 use crate::placement::rebalance::{MoveKind, Plan, PlannedMove};
 use crate::refusal::Refusal;
 use crate::rpc::wire::write_stuck;
 use crate::schema::admin_capnp::{
-    self, change_result, check_result, checked_replica, plan_result, planned_move, rebalance_result,
-    recovery_result, shard_copy, undo_result,
+    self, change_result, check_result, checked_replica, node_counters, plan_result, planned_move,
+    rebalance_result, recovery_result, shard_copy, undo_result,
 };
+use crate::telemetry::counters::Counters;
+
+/// Writes what a node has counted.
+pub(super) fn write_counters(node: NodeId, counters: &Counters, mut to: node_counters::Builder<'_>) {
+    to.set_node(node.0);
+    to.set_process(counters.process);
+    let count = u32::try_from(counters.values.len()).unwrap_or(u32::MAX);
+    let mut list = to.init_counters(count);
+    for (at, (name, value)) in (0..count).zip(&counters.values) {
+        let mut counter = list.reborrow().get(at);
+        counter.set_name(name.as_str());
+        counter.set_value(*value);
+    }
+}
 
 /// Writes the map version from which on a change holds.
 pub(super) fn write_change(result: Result<u64, Refusal>, mut to: change_result::Builder<'_>) {

@@ -22,6 +22,7 @@ use super::check::{FILE_HEAD_BYTES, Listing, file_name, parse_name};
 use super::mark::{MarkFile, QUEUES, Reach, Span};
 use crate::ids::StoreId;
 use crate::storage::{StorageError, atomic_file};
+use crate::telemetry::hot::hot;
 
 /// What is known of the engine's files.
 pub struct Watch<F: FileSystem> {
@@ -360,6 +361,7 @@ impl<F: FileSystem> Handle for WatchedHandle<F> {
     fn sync(&self) -> io::Result<()> {
         // What is written meanwhile may not be covered.
         let written = self.id.and_then(|id| Some((id, self.watch.written(id)?)));
+        hot().log_syncs.increment(1);
         self.inner.sync()?;
         if let Some((id, end)) = written {
             self.watch.synced(id, end);

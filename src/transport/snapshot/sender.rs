@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use metrics::counter;
 use tokio::io::{AsyncRead, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -18,7 +17,7 @@ use crate::codec::hello::{Lane, PeerHello, ProtocolRange};
 use crate::codec::snapshot::{SnapshotAnswer, SnapshotFrame, SnapshotOffer};
 use crate::ids::{ClusterId, NodeId};
 use crate::limits::{SNAPSHOT_CHUNK_BYTES, SNAPSHOT_FRAME_BYTES_MAX};
-use crate::telemetry::metrics as names;
+use crate::telemetry::hot::hot;
 use crate::transport::frame::FrameReader;
 use crate::transport::link::open;
 use crate::transport::{Timings, TransportError, handshake};
@@ -211,8 +210,8 @@ async fn send_step(
     timings: &Timings,
 ) -> Result<(), TransportError> {
     let bytes = say(output, step, timings).await?;
-    let lane = Lane::Snapshot.name();
-    counter!(names::PEER_SENT_FRAMES, "lane" => lane).increment(1);
-    counter!(names::PEER_SENT_BYTES, "lane" => lane).increment(bytes as u64);
+    let sent = hot().sent(Lane::Snapshot.name());
+    sent.frames.increment(1);
+    sent.bytes.increment(bytes as u64);
     Ok(())
 }
