@@ -250,7 +250,7 @@ async fn what_nobody_waits_for_any_more_is_not_begun() {
     let admitted = Some(Arc::new(load.admit(2, 0).expect("nothing else")));
     let late = vec![put("late", "v"), get("late")];
     let impatient = Duration::from_millis(100);
-    let ends = handle.submit_admitted(shard, 1, late, impatient, admitted).await.expect("taken");
+    let ends = handle.submit_admitted(shard, 1, late, impatient, admitted, None).await.expect("taken");
     assert!(matches!(ends[0], Err(Refusal::Unknown(_))), "{ends:?}");
     assert!(begun.iter().all(|begun| !begun.is_finished()), "the disk stands still");
     eventually("they don't count any more", || load.operations() == 0).await;
