@@ -92,6 +92,10 @@ pub const COMPACT_TICKS: u64 = 50;
 pub const OUTBOX_BYTES_MAX: usize = 32 * MIB;
 /// Log writes are gathered into one append of the log engine up to this many bytes.
 pub const LOG_WRITE_TARGET_BYTES: usize = 2 * MIB;
+/// While more waits than that, no replica has more than one part of so many of it before all others had theirs.
+pub const LOG_WRITE_PARTS: usize = 8;
+/// Writes that others pass by at a time in the queue of the log writer; those behind wait with them.
+pub const LOG_PASSED_MAX: usize = 1024;
 /// Bytes of entries that may wait in a node for their replica or for the log writer. Above, appends of
 /// leaders are dropped, and raft sends them again. What a node's own leaders propose is bounded by
 /// each group's limits; the writer takes it still, since an arbiter must not block, and complains.
