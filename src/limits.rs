@@ -200,6 +200,9 @@ pub const DISK_FULL_RETRY_MS: u32 = 100;
 /// Ticks between attempts of a leader on a full disk to hand its leadership over. While one lasts, at
 /// most the least election timeout, the group takes no commands, so most of the time there is none.
 pub const MAKE_WAY_TICKS: u64 = 30;
+/// Ticks after which a replica that pauses applying for want of memory counts as held up: as a leader it hands over,
+/// and it takes no leadership. A flush takes less, unless the disk can't keep up.
+pub const HELD_UP_TICKS: u64 = 20;
 /// Time between two attempts of a leader that leaves its group to hand leadership over: twice as long as one takes at most,
 /// and no whole number of those, so that each voter has its turn.
 pub const GIVE_WAY_TICKS: u64 = 5 * ELECTION_TICKS_MIN as u64 / 2;
