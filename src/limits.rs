@@ -95,6 +95,10 @@ pub const COMPACT_TICKS: u64 = 50;
 pub const OUTBOX_BYTES_MAX: usize = 32 * MIB;
 /// Log writes are gathered into one append of the log engine up to this many bytes.
 pub const LOG_WRITE_TARGET_BYTES: usize = 2 * MIB;
+/// While more waits than that, no replica has more than one part of so many of it before all others had theirs.
+pub const LOG_WRITE_PARTS: usize = 8;
+/// Writes that others pass by at a time in the queue of the log writer; those behind wait with them.
+pub const LOG_PASSED_MAX: usize = 1024;
 /// Bytes of entries that may wait in a node for their replica or for the log writer. Above, appends of
 /// leaders are dropped, and raft sends them again. What a node's own leaders propose is bounded by
 /// each group's limits; the writer takes it still, since an arbiter must not block, and complains.
@@ -199,6 +203,9 @@ pub const DISK_FULL_RETRY_MS: u32 = 100;
 /// Ticks between attempts of a leader on a full disk to hand its leadership over. While one lasts, at
 /// most the least election timeout, the group takes no commands, so most of the time there is none.
 pub const MAKE_WAY_TICKS: u64 = 30;
+/// Ticks after which a replica that pauses applying for want of memory counts as held up: as a leader it hands over,
+/// and it takes no leadership. A flush takes less, unless the disk can't keep up.
+pub const HELD_UP_TICKS: u64 = 20;
 /// Time between two attempts of a leader that leaves its group to hand leadership over: twice as long as one takes at most,
 /// and no whole number of those, so that each voter has its turn.
 pub const GIVE_WAY_TICKS: u64 = 5 * ELECTION_TICKS_MIN as u64 / 2;

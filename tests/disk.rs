@@ -1,4 +1,4 @@
-//! Disks that are full or hang: a node keeps what room it has for what must go on, gives leadership to
+//! Disks that are full, hang, or fall behind: a node keeps what room it has for what must go on, gives leadership to
 //! those that are better off, and comes back by itself.
 
 #[path = "support/cluster.rs"]
@@ -11,12 +11,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use cluster::{Cluster, Options, free_ports};
 use local::{LocalCluster, PATIENCE, eventually};
 use pontoon::client::options::ClientOptions;
-use pontoon::client::{Client, ClientError, Database, NotApplied};
+use pontoon::client::{Client, ClientError, Database, NotApplied, Operation};
+use pontoon::group::types::GroupStatus;
 use pontoon::ids::ShardId;
 use pontoon::node::handle::NodePhase;
+use pontoon::settings::Settings;
 
 /// Has a node see so much free space, and waits until it does.
 async fn free_bytes(cluster: &LocalCluster, node: usize, shard: ShardId, fault: &str, full: bool) {
@@ -91,13 +94,17 @@ async fn a_full_node_gives_leadership_away_and_a_full_cluster_still_reads_and_de
     cluster.stop_all().await;
 }
 
-/// Writes one after the other, until stopped; the longest time between two that succeeded.
 fn write_on(database: &Database, stop: &Arc<AtomicBool>) -> tokio::task::JoinHandle<Duration> {
+    write_key(database, "k".into(), stop)
+}
+
+/// Writes one after the other, until stopped; the longest time between two that succeeded.
+fn write_key(database: &Database, key: String, stop: &Arc<AtomicBool>) -> tokio::task::JoinHandle<Duration> {
     let (database, stop) = (database.clone(), stop.clone());
     tokio::spawn(async move {
         let (mut longest, mut last) = (Duration::ZERO, Instant::now());
         while !stop.load(Ordering::Relaxed) {
-            database.put("k", "v").await.expect("no write fails within its deadline");
+            database.put(key.clone(), "v").await.expect("no write fails within its deadline");
             longest = longest.max(last.elapsed());
             last = Instant::now();
         }
@@ -138,6 +145,94 @@ async fn a_leader_whose_disk_hangs_hands_over() {
     let (gap, moved) = gap_of_a_stall(4_000, true).await;
     assert!(moved, "leadership stayed");
     assert!(gap < Duration::from_millis(3_500), "no write for {gap:?}");
+}
+
+/// Of all memtables of a node in the tests below: the least there can be.
+const MEMTABLE_BYTES: usize = 16 << 20;
+
+/// Three nodes with little memory.
+async fn with_little_memory() -> LocalCluster {
+    let alter = |settings: &mut Settings| settings.storage.memtable_bytes = MEMTABLE_BYTES as u64;
+    let cluster = LocalCluster::start_set(3, |peers| peers.to_vec(), alter).await;
+    cluster.wait_ready().await;
+    cluster
+}
+
+/// Writes so many bytes in values of 64 KiB.
+async fn fill(database: &Database, bytes: usize) {
+    let value = Bytes::from(vec![7; 64 << 10]);
+    let keys: Vec<String> = (0..bytes / value.len()).map(|key| format!("great-{key}")).collect();
+    for keys in keys.chunks(15) {
+        let puts = keys.iter().map(|key| Operation::Put(key.clone().into(), value.clone()));
+        for written in database.batch(puts.collect()).await {
+            written.expect("no write fails within its deadline");
+        }
+    }
+}
+
+/// How a node's replica of a shard stands.
+async fn standing(cluster: &LocalCluster, node: usize, shard: ShardId) -> GroupStatus {
+    let replicas = cluster.handle(node).report().await.replicas;
+    let here = replicas.into_iter().find(|replica| replica.shard == shard);
+    here.and_then(|replica| replica.group).expect("a replica that runs")
+}
+
+#[actix::test]
+async fn a_node_that_catches_up_one_shard_serves_its_others() {
+    let mut cluster = with_little_memory().await;
+    let client = cluster.client().await;
+    let (great, great_shard) = cluster.database(&client, "great", 3, 1).await;
+    let (small, small_shards) = cluster.database(&client, "small", 3, 4).await;
+    let leader = cluster.leader(great_shard[0]).await;
+    let behind = (leader + 1) % 3;
+    for shard in &small_shards {
+        cluster.leader(*shard).await;
+        let to = cluster.handle(behind).node();
+        client.transfer_leader(*shard, to, PATIENCE).await.expect("handed over");
+        until_leads(&cluster, *shard, "the node leads the small ones", |leader| leader == behind).await;
+    }
+    // From now on one flush takes longer than it takes to fill that node's memory twice.
+    let slow = cluster.handle(behind);
+    slow.inject(great_shard[0], "slow-flush=7000").await.expect("injected");
+    let stop = Arc::new(AtomicBool::new(false));
+    let writers: Vec<_> = (0..8).map(|number| write_key(&small, format!("k{number}"), &stop)).collect();
+    fill(&great, 2 * MEMTABLE_BYTES).await;
+    let (ahead, back) =
+        (standing(&cluster, leader, great_shard[0]).await, standing(&cluster, behind, great_shard[0]).await);
+    assert!(back.applied < ahead.applied, "the case is one: {} of {}", back.applied, ahead.applied);
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    for shard in &small_shards {
+        assert_eq!(cluster.leader(*shard).await, behind, "it leads still");
+    }
+    slow.inject(great_shard[0], "slow-flush").await.expect("injected");
+    stop.store(true, Ordering::Relaxed);
+    for writer in writers {
+        let gap = writer.await.expect("no write failed");
+        assert!(gap < Duration::from_millis(2_500), "no write for {gap:?}");
+    }
+    cluster.converge().await;
+    client.close().await;
+    cluster.stop_all().await;
+}
+
+#[actix::test]
+async fn a_leader_whose_state_store_takes_nothing_for_seconds_hands_over() {
+    let mut cluster = with_little_memory().await;
+    let client = cluster.client().await;
+    let (database, shards) = cluster.database(&client, "held", 3, 1).await;
+    let leader = cluster.leader(shards[0]).await;
+    cluster.handle(leader).inject(shards[0], "slow-flush=12000").await.expect("injected");
+    let stop = Arc::new(AtomicBool::new(false));
+    let writer = write_on(&database, &stop);
+    fill(&database, 2 * MEMTABLE_BYTES).await;
+    until_leads(&cluster, shards[0], "another leads", |now| now != leader).await;
+    stop.store(true, Ordering::Relaxed);
+    let gap = writer.await.expect("no write failed");
+    assert!(gap < Duration::from_secs(7), "no write for {gap:?}");
+    cluster.handle(leader).inject(shards[0], "slow-flush").await.expect("injected");
+    cluster.converge().await;
+    client.close().await;
+    cluster.stop_all().await;
 }
 
 /// Not a check: what a hand-over is worth, for whom it may concern.

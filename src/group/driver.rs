@@ -107,7 +107,8 @@ pub struct Group<T> {
     pub(super) strangers: BTreeMap<ReplicaId, NodeId>,
     /// The entry that is being applied; after a panic or an error, the one at fault.
     pub(super) applying: Option<Index>,
-    pub(super) apply_paused: bool,
+    /// The tick at which applying was paused, while it is: see [`super::pause`].
+    pub(super) paused_at: Option<u64>,
     /// See [`super::lost`].
     pub(super) state_lost: bool,
     pub(super) fetching: Option<GetEntriesContext>,
@@ -162,9 +163,10 @@ impl<T> Group<T> {
     }
 
     /// Gives up proposals of a lost leadership that the log hasn't decided in time. At once where the
-    /// log can't be written: it decides nothing then, and the next leader can be asked.
+    /// log can't be written, or has long not been applied: it decides nothing then, and the next leader can be asked.
     fn end_undecided(&mut self) {
-        let patience = if self.ambition == Ambition::None { 0 } else { UNDECIDED_TICKS_MAX };
+        let decides = self.ambition != Ambition::None && !self.is_held_up();
+        let patience = if decides { UNDECIDED_TICKS_MAX } else { 0 };
         if self.stepped_down.is_some_and(|at| self.ticks - at > patience) {
             self.stepped_down = None;
             // Elected again, it decides what is older itself, with its first entry; what it has
@@ -184,7 +186,7 @@ impl<T> Group<T> {
         if message.to != self.replica.0 || self.recovering() {
             return Ok(());
         }
-        if message.get_msg_type() == MessageType::MsgTimeoutNow && (self.stays_behind() || self.state_lost) {
+        if message.get_msg_type() == MessageType::MsgTimeoutNow && !self.takes_leadership() {
             return Ok(());
         }
         if self.is_of_those_given_up(message.get_msg_type(), epoch) {
@@ -246,7 +248,7 @@ impl<T> Group<T> {
             Some(busy("operations of the shard"))
         } else if self.queued.bytes() >= limits::UNCOMMITTED_BYTES_MAX {
             Some(busy("bytes of the shard's commands"))
-        } else if self.apply_paused {
+        } else if self.paused_at.is_some() {
             Some(busy("writes of the node on their way to its state store"))
         } else {
             None
@@ -309,11 +311,6 @@ impl<T> Group<T> {
     /// Messages to this replica can't be delivered at present.
     pub fn on_unreachable(&mut self, replica: ReplicaId) {
         self.raft.report_unreachable(replica.0);
-    }
-
-    /// Stops or resumes applying, because of memory. Committed entries stay in the log meanwhile.
-    pub fn pause_apply(&mut self, paused: bool) {
-        self.apply_paused = paused;
     }
 
     /// Ends everything that waits: the replica is going away.

@@ -428,3 +428,73 @@ fn a_replica_that_is_to_lead_last_waits_until_all_others_have_tried() {
         assert!(ticks.contains(&waited), "{ambition:?}: {waited}");
     }
 }
+
+#[test]
+fn a_replica_that_has_long_not_applied_takes_no_leadership_and_stands_last() {
+    let mut follower = Follower::new();
+    follower.step(append(1, 6, GROUP_START, &[6], 5, 10));
+    follower.persist();
+    let mut order = Message { from: 1, to: 3, term: 6, ..Message::default() };
+    order.set_msg_type(MessageType::MsgTimeoutNow);
+    follower.group.pause_apply(true);
+    let heartbeat = |follower: &mut Follower| follower.step(append(1, 6, GROUP_START, &[], 5, 0));
+    for _ in 0..limits::HELD_UP_TICKS {
+        assert_eq!(follower.group.held_up_ticks(), None);
+        heartbeat(&mut follower);
+        follower.group.tick();
+        // Told again, it doesn't begin anew.
+        follower.group.pause_apply(true);
+    }
+    assert_eq!(follower.group.held_up_ticks(), Some(0));
+    follower.step(order.clone());
+    assert_eq!(follower.group.status().role, StateRole::Follower, "the order is passed over");
+    let mut waited = 0;
+    while follower.group.status().role == StateRole::Follower {
+        follower.group.tick();
+        follower.pump();
+        waited += 1;
+    }
+    let last = limits::ELECTION_TICKS_MAX..=limits::ELECTION_TICKS_MAX + election::LAST_TICKS;
+    assert!(last.contains(&waited), "after {waited} ticks");
+
+    let mut follower = Follower::new();
+    follower.step(append(1, 6, GROUP_START, &[6], 5, 10));
+    follower.persist();
+    follower.group.pause_apply(true);
+    for _ in 0..2 * limits::HELD_UP_TICKS {
+        heartbeat(&mut follower);
+        follower.group.tick();
+    }
+    follower.group.pause_apply(false);
+    assert_eq!(follower.group.held_up_ticks(), None);
+    follower.step(order);
+    assert_eq!(follower.group.status().role, StateRole::Candidate, "it applies again");
+}
+
+#[test]
+fn a_pass_is_known_before_it_is_made() {
+    let mut follower = Follower::new();
+    assert_eq!(follower.group.next_pass_bytes(), 0);
+    follower.group.pause_apply(true);
+    let quarter = limits::APPLY_PASS_BYTES as usize / 4;
+    let sizes =
+        [(100, 100..500), (quarter, quarter..quarter + 1000), (quarter, 2 * quarter..2 * quarter + 1500)];
+    let mut after = GROUP_START;
+    for (bytes, pass) in sizes {
+        let before = follower.group.next_pass_bytes();
+        follower.step(append(1, 6, after, &[6], after.index + 1, bytes));
+        assert_eq!(follower.group.next_pass_bytes(), before, "what isn't durable isn't applied");
+        after = Position { index: after.index + 1, term: 6 };
+        follower.persist();
+        let adds = follower.group.next_pass_bytes();
+        assert!(pass.contains(&adds), "{adds} of {pass:?}");
+    }
+    // More than the cache holds.
+    follower.step(append(1, 6, after, &[6], after.index + 1, 3 * quarter));
+    follower.persist();
+    assert_eq!(follower.group.next_pass_bytes(), 4 * quarter);
+    follower.group.pause_apply(false);
+    follower.pump();
+    follower.pump();
+    assert_eq!((follower.group.next_pass_bytes(), follower.applied()), (0, GROUP_START.index + 4));
+}

@@ -181,6 +181,11 @@ impl<T> Group<T> {
         self.ambition == Ambition::None || self.backlogged() || self.awaits_its_log()
     }
 
+    /// Whether it takes leadership that is handed to it.
+    pub(super) fn takes_leadership(&self) -> bool {
+        !self.stays_behind() && !self.state_lost && !self.is_held_up()
+    }
+
     /// Whether this replica is the only voter, by a change of members, and entries of the leader before are on their
     /// way to its disk. raft-rs would have it lead at once, for want of anybody to ask, and takes it for granted
     /// that its log is durable.
@@ -207,7 +212,8 @@ impl<T> Group<T> {
         // Who stays behind gets one that its ticks don't reach.
         let late = match self.ambition {
             _ if self.state_lost => election::LOST_TICKS,
-            Ambition::Usual if !self.stays_behind() && self.role() != Some(MemberRole::Outgoing) => 0,
+            _ if self.stays_behind() || self.is_held_up() => election::LAST_TICKS,
+            Ambition::Usual if self.role() != Some(MemberRole::Outgoing) => 0,
             _ => election::LAST_TICKS,
         };
         if self.raft.raft.randomized_election_timeout() != self.timeout.1 + late {

@@ -158,6 +158,22 @@ impl GroupLog {
         self.appended_bytes - at
     }
 
+    /// Bytes of the entries in `[low, high)` that [`GroupLog::read`] returns for `max_bytes`; `max_bytes`, where they aren't
+    /// in memory.
+    pub fn pass_bytes(&self, low: Index, high: Index, max_bytes: usize) -> usize {
+        let Some(skip) = low.checked_sub(self.cache_first()) else { return max_bytes };
+        let (skip, count) = (skip as usize, high.saturating_sub(low) as usize);
+        let mut bytes = 0;
+        for entry in self.cache.iter().skip(skip).take(count) {
+            let with = bytes + entry_bytes(entry);
+            if bytes > 0 && with > max_bytes {
+                break;
+            }
+            bytes = with;
+        }
+        bytes
+    }
+
     fn truncate_suffix(&mut self, from: Index) {
         while self.cache.back().is_some_and(|e| e.index >= from) {
             if let Some(entry) = self.cache.pop_back() {

@@ -49,7 +49,7 @@ impl<T> Group<T> {
 
     /// Whether entries that are committed stay in the log for now, and aren't looked at.
     pub(super) fn holds_apply(&self) -> bool {
-        self.barrier.is_some() || (self.apply_paused && !self.state_lost)
+        self.barrier.is_some() || (self.paused_at.is_some() && !self.state_lost)
     }
 
     /// Up to where entries needn't be in memory any more: applied, or, without a state, looked through for changes

@@ -45,6 +45,7 @@ mod marks;
 pub mod membership;
 mod messages;
 pub mod open;
+mod pause;
 pub mod proposals;
 pub mod queue;
 pub mod reads;

@@ -153,7 +153,7 @@ impl<T> Group<T> {
             confs: BTreeMap::new(),
             strangers: BTreeMap::new(),
             applying: None,
-            apply_paused: false,
+            paused_at: None,
             state_lost: options.state_lost,
             fetching: None,
             ticks: 0,

@@ -1,6 +1,7 @@
 //! Test hooks of a node's actors and threads. A plain build has none of this.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use actix::prelude::*;
 
@@ -48,7 +49,16 @@ impl Handler<FailOpens> for Supervisor {
 
 /// Makes the steps of flushes points at which they can fail.
 pub(super) fn hooked(mut flusher: Flusher) -> Flusher {
-    flusher.set_hook(Box::new(|point| {
+    slow_down(&mut flusher, Duration::ZERO);
+    flusher
+}
+
+/// Has each flush take so much longer, before its redo file is synced.
+pub(super) fn slow_down(flusher: &mut Flusher, by: Duration) {
+    flusher.set_hook(Box::new(move |point| {
+        if point == FlushPoint::RedoWritten {
+            std::thread::sleep(by);
+        }
         let point = match point {
             FlushPoint::RedoWritten => Point::FlushRedoWritten,
             FlushPoint::RedoDurable => Point::FlushRedoDurable,
@@ -59,5 +69,4 @@ pub(super) fn hooked(mut flusher: Flusher) -> Flusher {
         at(point, None, &[]);
         Ok(())
     }));
-    flusher
 }

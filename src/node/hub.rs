@@ -15,7 +15,7 @@ use super::log_writer::PersistSink;
 use super::messages::*;
 use super::panics::contained;
 use super::replica::ReplicaActor;
-use super::shared::{Pressure, Shared};
+use super::shared::Shared;
 use super::supervisor::Supervisor;
 use super::ticker;
 use super::ticket::Ticket;
@@ -35,7 +35,8 @@ pub struct Hub {
     replicas: HashMap<ReplicaId, (Incarnation, Addr<ReplicaActor>)>,
     /// One for all replicas of this thread: the log and flush threads call it once per batch.
     sink: Option<Arc<HubSink>>,
-    paused: bool,
+    /// How often replicas were told of time or memory: who is first is another each time.
+    rounds: usize,
     disk: DiskNews,
     _guard: FatalGuard,
 }
@@ -108,31 +109,31 @@ impl Hub {
     /// A hub without replicas.
     pub fn new(shared: Arc<Shared>, fatal: Fatal) -> Hub {
         let _guard = fatal.guard("a hub");
-        Hub { shared, replicas: HashMap::new(), sink: None, paused: false, disk: DiskNews::default(), _guard }
+        Hub { shared, replicas: HashMap::new(), sink: None, rounds: 0, disk: DiskNews::default(), _guard }
     }
 
     fn tick(&mut self) {
-        let pressure = self.shared.memory.pressure();
-        let (active, frozen) = self.shared.memory.bytes();
+        let memory = &self.shared.memory;
+        let must_flush = memory.must_flush();
+        let (active, frozen) = memory.bytes();
         metrics::gauge!(names::MEMTABLE_BYTES).set((active + frozen) as f64);
-        metrics::gauge!(names::SESSIONS).set(self.shared.memory.sessions() as f64);
+        metrics::gauge!(names::PAUSED_REPLICAS).set(memory.paused() as f64);
+        metrics::gauge!(names::SESSIONS).set(memory.sessions() as f64);
         metrics::gauge!(names::LOG_QUEUE_BYTES).set(self.shared.intake.bytes() as f64);
         metrics::gauge!(names::CACHED_ENTRY_BYTES).set(self.shared.cached_entries.get() as f64);
-        let pause = pressure == Pressure::Pause;
         let disk = DiskNews {
             full: self.shared.disk.is_full(),
             stalled: self.shared.disk.stalls(self.shared.log_writer.under_way()),
             draining: self.shared.draining.load(Ordering::Relaxed),
         };
-        for (_, addr) in self.replicas.values() {
-            if pressure != Pressure::Low {
+        let news = disk != self.disk;
+        self.disk = disk;
+        for addr in self.in_turn() {
+            if must_flush {
                 // All of them: a flush covers all tables frozen in a round, at one sync.
                 addr.do_send(Freeze { for_log: false });
             }
-            if pause != self.paused {
-                addr.do_send(PauseApply(pause));
-            }
-            if disk != self.disk {
+            if news {
                 addr.do_send(disk);
             }
             // A full mailbox means that the replica is behind; another tick wouldn't help it.
@@ -140,8 +141,27 @@ impl Hub {
                 tracing::debug!("a replica missed a tick");
             }
         }
-        self.paused = pause;
-        self.disk = disk;
+    }
+
+    /// All replicas, from another one on each time: those that are told first take what memory there is.
+    fn in_turn(&mut self) -> impl Iterator<Item = &Addr<ReplicaActor>> {
+        self.rounds = self.rounds.wrapping_add(1);
+        let first = self.rounds % self.replicas.len().max(1);
+        let turn = self.replicas.values().skip(first).chain(self.replicas.values().take(first));
+        turn.map(|(_, addr)| addr)
+    }
+
+    /// Memory was freed: those that paused may go on.
+    fn tell_of_memory(&mut self) {
+        if self.shared.memory.paused() == 0 {
+            return;
+        }
+        for addr in self.in_turn() {
+            // Who is that busy looks for itself, or at the next tick.
+            if addr.try_send(MemoryFreed).is_err() {
+                tracing::trace!("a replica is too busy to be told of memory");
+            }
+        }
     }
 
     fn living(&self, replica: ReplicaId, incarnation: Incarnation) -> Option<&Addr<ReplicaActor>> {
@@ -181,9 +201,6 @@ impl Handler<StartReplica> for Hub {
             start.supervisor,
         );
         let addr = actor.start();
-        if self.paused {
-            addr.do_send(PauseApply(true));
-        }
         if self.disk != DiskNews::default() {
             addr.do_send(self.disk);
         }
@@ -239,11 +256,17 @@ impl Handler<PersistedBatch> for Hub {
 
 impl Handler<FlushedBatch> for Hub {
     type Result = ();
-    fn handle(&mut self, FlushedBatch(step, batch): FlushedBatch, _: &mut Context<Self>) {
+    fn handle(&mut self, FlushedBatch(step, batch): FlushedBatch, ctx: &mut Context<Self>) {
         for (replica, incarnation, position) in batch {
             if let Some(addr) = self.living(replica, incarnation) {
                 addr.do_send(Flushed { step, position });
             }
+        }
+        if step == FlushStep::Absorbed {
+            // When all of them have freed theirs. The first would take it all, flush by flush the same ones.
+            ctx.spawn(
+                fut::wrap_future(tokio::task::yield_now()).map(|(), hub: &mut Self, _| hub.tell_of_memory()),
+            );
         }
     }
 }

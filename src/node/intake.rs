@@ -4,13 +4,14 @@
 //! ```text
 //! peers ──admit──► hub ──► replica ──► log writer ──► disk
 //!          │   └──── counted here ──┘└─ by the writer ─┘
-//!          └ appends are dropped while both together are above LOG_QUEUE_BYTES_MAX
+//!          └ appends are dropped where both together would come to LOG_QUEUE_BYTES_MAX, great ones before
 //! ```
 //!
 //! A connection is read as fast as the network delivers, and a leader sends a follower that was away
 //! many appends before it waits for the first acknowledgement, in each of its groups. Raft is made
 //! for loss: the next append is refused, with a hint from where to go on, and leaders find the pace
-//! of the slowest part by that.
+//! of the slowest part by that. What is left of the room is shared as memory is ([`Sharing`]): appends of a megabyte, to
+//! replicas that catch up, leave some of it for the small ones of all others.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -18,6 +19,7 @@ use std::time::Instant;
 
 use raft::eraftpb::{Entry, MessageType};
 
+use super::memory::Sharing;
 use crate::codec::{GroupMessage, trace};
 use crate::limits;
 use crate::telemetry::metrics as names;
@@ -53,10 +55,17 @@ impl Intake {
     /// Takes messages in; appends of entries only if there is room for them.
     pub fn admit(&self, mut messages: Vec<GroupMessage>) -> Arrived {
         let had = messages.len();
-        if self.bytes() > limits::LOG_QUEUE_BYTES_MAX {
+        let mut bytes = self.bytes();
+        if bytes > limits::LOG_QUEUE_BYTES_MAX / 2 {
+            let room = Sharing::new(limits::LOG_QUEUE_BYTES_MAX);
             messages.retain(|message| {
                 let message = &message.message;
-                message.get_msg_type() != MessageType::MsgAppend || message.entries.is_empty()
+                let adds = size(&message.entries);
+                let admitted = message.get_msg_type() != MessageType::MsgAppend
+                    || message.entries.is_empty()
+                    || room.admits(bytes, 0, adds);
+                bytes += if admitted { adds } else { 0 };
+                admitted
             });
             metrics::counter!(names::APPENDS_DROPPED).increment((had - messages.len()) as u64);
         }
@@ -70,6 +79,11 @@ impl Arrived {
         let bytes = messages.iter().map(|message| size(&message.message.entries)).sum();
         waiting.fetch_add(bytes, Ordering::Relaxed);
         Arrived { messages, bytes, waiting, stamped }
+    }
+
+    /// Bytes of all entries in them.
+    pub fn bytes(&self) -> usize {
+        self.bytes
     }
 
     /// Whether there are no messages.
@@ -160,14 +174,19 @@ mod tests {
         assert_eq!(kinds(&mut first).len(), 3);
         assert_eq!(intake.bytes(), 42, "until the replica is done with them");
 
-        log.store(limits::LOG_QUEUE_BYTES_MAX - 42, Ordering::Relaxed);
+        log.store(limits::LOG_QUEUE_BYTES_MAX - (1 << 20), Ordering::Relaxed);
         let mut second = intake.admit(all());
-        assert_eq!(kinds(&mut second).len(), 3, "at the bound");
+        assert_eq!(kinds(&mut second).len(), 3, "there is room for small ones");
+        let great = || vec![message(MsgAppend, 1, 1 << 19), message(MsgHeartbeat, 1, 0)];
+        assert_eq!(kinds(&mut intake.admit(great())), [MsgHeartbeat], "they leave some for others");
+        log.store(limits::LOG_QUEUE_BYTES_MAX / 2, Ordering::Relaxed);
+        assert_eq!(kinds(&mut intake.admit(great())), [MsgAppend, MsgHeartbeat]);
+        log.store(limits::LOG_QUEUE_BYTES_MAX, Ordering::Relaxed);
         // One that carries nothing asks where this replica is: its answer is what leaders go by.
         assert_eq!(kinds(&mut intake.admit(all())), [MsgHeartbeat, MsgAppend]);
         drop((first, second));
-        assert_eq!(kinds(&mut intake.admit(all())).len(), 3);
         log.store(0, Ordering::Relaxed);
+        assert_eq!(kinds(&mut intake.admit(all())).len(), 3);
         assert_eq!(intake.bytes(), 0);
     }
 

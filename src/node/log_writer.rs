@@ -7,8 +7,10 @@
 //! ```
 //!
 //! While one batch is on its way to the disk the next one gathers, so the busier the node, the more
-//! writes share a sync. Everything is done in the order it was queued: a job sees all writes queued
-//! before it and none queued after.
+//! writes share a sync. What is of one replica, writes and jobs on its behalf, is done in the order it was queued;
+//! writes of different replicas may pass each other: while more waits than a batch takes, each replica gets its part of
+//! the next, so that nobody waits for all that one which catches up has queued. A job on nobody's behalf sees all
+//! writes queued before it and none queued after.
 //!
 //! A second thread purges the log every [`limits::LOG_PURGE_MS`], so that no write waits for the
 //! rewriting of old entries.
@@ -29,15 +31,17 @@
 //! once: what keeps it there is [`super::intake`], which asks for its bytes, for what leaders
 //! elsewhere send, and each group's own limits for what leaders here propose.
 
-use std::collections::{HashMap, VecDeque};
+mod queue;
+
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
+use self::queue::{Item, Phase, Queue, Work};
 use super::trace::WriteStamps;
 use crate::failpoints::failpoint;
 use crate::ids::{Incarnation, ReplicaId};
@@ -49,7 +53,7 @@ use crate::telemetry::hot::hot;
 
 /// Told of what has become durable. One per arbiter: what crosses threads crosses in batches.
 pub trait PersistSink: Send + Sync {
-    /// The tasks of one batch that named this sink are durable, in the order they were submitted:
+    /// The tasks of one batch that named this sink are durable, each replica's in the order they were submitted:
     /// replica, incarnation, number. Called on the log writer's thread: it must neither block nor
     /// panic.
     fn persisted(&self, batch: &[(ReplicaId, Incarnation, u64)]);
@@ -96,64 +100,6 @@ struct Shared {
     end: Condvar,
     on_refused: Mutex<Option<OnRefused>>,
     on_held_back: Mutex<Option<OnHeldBack>>,
-}
-
-#[derive(Default)]
-struct Queue {
-    items: VecDeque<Item>,
-    /// Changed under the lock alone, read without it.
-    bytes: Arc<AtomicUsize>,
-    /// `bytes` passed the limit and a warning said so.
-    warned: bool,
-    /// The writer waits on `wake`.
-    asleep: bool,
-    /// A batch or a job is out of the queue and not yet done.
-    busy: bool,
-    /// Fences that wait for that one.
-    fences: Vec<oneshot::Sender<()>>,
-    /// The last fenced incarnation of each replica: its tasks are dropped also when they come late.
-    fenced: HashMap<ReplicaId, Incarnation>,
-    phase: Phase,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Default)]
-enum Phase {
-    #[default]
-    Running,
-    /// Nothing more is accepted; what is queued will be done.
-    Stopping,
-    Stopped,
-    /// What is on disk is unknown.
-    Failed,
-}
-
-enum Item {
-    Write(WriteTask),
-    /// A job, and on behalf of whom, if it is.
-    Job(Option<(ReplicaId, Incarnation)>, LogJob),
-}
-
-impl Item {
-    fn size(&self) -> usize {
-        match self {
-            Item::Write(task) => task.write.size(),
-            Item::Job(..) => limits::LOG_JOB_BYTES,
-        }
-    }
-
-    /// The start of a replica that it is of.
-    fn owner(&self) -> Option<(ReplicaId, Incarnation)> {
-        match self {
-            Item::Write(task) => Some((task.write.replica, task.incarnation)),
-            Item::Job(owner, _) => *owner,
-        }
-    }
-}
-
-/// What the writer does next.
-enum Work {
-    Batch(Vec<WriteTask>),
-    Job(LogJob),
 }
 
 impl LogWriter {
@@ -244,13 +190,14 @@ impl LogWriter {
         self.shared.wake(queue);
     }
 
-    /// Queues a job. It runs on the writer's thread after everything queued before it; all writes
-    /// wait for it, so it must be short. Dropped unrun after the writer has stopped or failed.
+    /// Queues a job. It runs on the writer's thread after everything queued before it; all writes queued
+    /// later wait for it, so it must be short. Dropped unrun after the writer has stopped or failed.
     pub fn run(&self, job: LogJob) {
         self.queue_job(None, job);
     }
 
-    /// The same on behalf of one start of a replica: dropped like its writes once that is fenced. What it
+    /// The same on behalf of one start of a replica: it runs after what was queued before it of that replica, and is
+    /// dropped like its writes once that is fenced. What it
     /// holds must not come back here when it is dropped.
     pub fn run_for(&self, replica: ReplicaId, incarnation: Incarnation, job: LogJob) {
         self.queue_job(Some((replica, incarnation)), job);
@@ -390,74 +337,6 @@ impl Shared {
         self.wake(queue);
         drop((items, fences));
         (self.on_fatal)(reason);
-    }
-}
-
-impl Queue {
-    fn is_fenced(&self, item: &Item) -> bool {
-        let last = |(replica, incarnation)| Some(incarnation <= *self.fenced.get(&replica)?);
-        item.owner().and_then(last).unwrap_or(false)
-    }
-
-    /// Drops the tasks and jobs of all incarnations of `replica` up to `incarnation`, now and in future.
-    fn fence(&mut self, replica: ReplicaId, incarnation: Incarnation) {
-        let last = self.fenced.entry(replica).or_default();
-        *last = incarnation.max(*last);
-        let last = *last;
-        let bytes = &self.bytes;
-        self.items.retain(|item| {
-            let drop = item.owner().is_some_and(|(of, start)| of == replica && start <= last);
-            if drop {
-                bytes.fetch_sub(item.size(), Ordering::Relaxed);
-            }
-            !drop
-        });
-    }
-
-    /// Adds an item, unless its owner is fenced.
-    fn push(&mut self, item: Item) {
-        if self.is_fenced(&item) {
-            return;
-        }
-        let size = item.size();
-        let bytes = self.bytes.fetch_add(size, Ordering::Relaxed) + size;
-        self.items.push_back(item);
-        if bytes > limits::LOG_QUEUE_BYTES_MAX && !self.warned {
-            self.warned = true;
-            tracing::warn!(
-                bytes,
-                "more waits for the log than should: the disk is slow, or the groups' limits are too wide"
-            );
-        }
-    }
-
-    /// Takes a job, or writes up to the target size, but at least one.
-    fn take(&mut self) -> Option<Work> {
-        let first = self.items.pop_front()?;
-        let mut size = first.size();
-        let work = match first {
-            Item::Job(_, job) => Work::Job(job),
-            Item::Write(task) => {
-                let mut batch = vec![task];
-                while let Some(Item::Write(next)) = self.items.front() {
-                    let next = next.write.size();
-                    if size + next > limits::LOG_WRITE_TARGET_BYTES {
-                        break;
-                    }
-                    size += next;
-                    if let Some(Item::Write(task)) = self.items.pop_front() {
-                        batch.push(task);
-                    }
-                }
-                Work::Batch(batch)
-            }
-        };
-        let bytes = self.bytes.fetch_sub(size, Ordering::Relaxed) - size;
-        if bytes <= limits::LOG_QUEUE_BYTES_MAX / 2 {
-            self.warned = false;
-        }
-        self.busy = true;
-        Some(work)
     }
 }
 

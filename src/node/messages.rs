@@ -100,10 +100,11 @@ pub struct SnapshotDone {
     pub installed: bool,
 }
 
-/// Hub → replica: stop or resume applying, for memory.
+/// Hub → replica: a flush has freed memory, for whoever pauses for want of it. Mailbox full: dropped, the next tick
+/// finds out too.
 #[derive(Message)]
 #[rtype(result = "()")]
-pub struct PauseApply(pub bool);
+pub struct MemoryFreed;
 
 /// Hub → replica, on every change: how the node's disk is, and whether it is to lead at all.
 #[derive(Message, Clone, Copy, PartialEq, Eq, Debug, Default)]

@@ -32,6 +32,7 @@ pub mod load;
 pub mod log_writer;
 pub mod map_cache;
 pub mod membership;
+pub mod memory;
 pub mod messages;
 pub mod open;
 mod opening;

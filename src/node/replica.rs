@@ -8,6 +8,7 @@ mod disk;
 mod guard;
 #[cfg(feature = "test-hooks")]
 mod hooks;
+mod memory;
 mod traces;
 mod view;
 
@@ -19,12 +20,12 @@ use actix::prelude::*;
 
 use self::guard::Guard;
 use self::traces::Traces;
-use super::flusher::FlushJob;
 use super::hub::HubSink;
 use super::log_writer::WriteTask;
+use super::memory::MemoryShare;
 use super::messages::*;
 use super::reader::ReadJob;
-use super::shared::{MemoryShare, Shared};
+use super::shared::Shared;
 use super::snapshots::outgoing::Order;
 use super::supervisor::Supervisor;
 use super::ticket::{Ticket, tickets};
@@ -40,7 +41,6 @@ use crate::machine::{kv, meta};
 use crate::placement::map::ClusterMap;
 use crate::refusal::Refusal;
 use crate::storage::StorageError;
-use crate::storage::flush::FlushStep;
 use crate::storage::log::LogStore;
 use crate::storage::state::Frozen;
 use crate::telemetry::metrics as names;
@@ -61,6 +61,8 @@ pub struct ReplicaActor {
     supervisor: Addr<Supervisor>,
     guard: Guard,
     pump_queued: bool,
+    /// Bytes of entries that other replicas have sent since the last pump.
+    stepped_bytes: usize,
     memory: MemoryShare,
     /// The last state that is durable.
     flushed: Position,
@@ -112,6 +114,7 @@ impl ReplicaActor {
             supervisor,
             guard,
             pump_queued: false,
+            stepped_bytes: 0,
             flushed,
             flushing: false,
             flush_waiting: None,
@@ -134,6 +137,8 @@ impl ReplicaActor {
 
     fn pump(&mut self, ctx: &mut Context<Self>) {
         self.pump_queued = false;
+        self.stepped_bytes = 0;
+        self.mind_memory();
         let mut effects = match self.group.pump() {
             Ok(effects) => effects,
             Err(error) => return self.fail(error.to_string(), ctx),
@@ -141,9 +146,7 @@ impl ReplicaActor {
         let stamps = self.traces.pumped(&self.group, &mut effects);
         self.carry_out(effects, stamps, ctx);
         self.account_memory();
-        if self.memory.active() > self.shared.memory.replica_limit() && self.hold.is_none() {
-            self.freeze();
-        }
+        self.freeze_in_time();
         if self.shard == METADATA_SHARD {
             self.tell_map(ctx);
         }
@@ -265,34 +268,6 @@ impl ReplicaActor {
         ctx.stop();
     }
 
-    fn account_memory(&mut self) {
-        self.memory.set(self.group.state().memory_bytes());
-        self.memory.set_sessions(self.group.state().session_table().len());
-    }
-
-    /// Hands recent writes to the flush thread; one flush of a replica at a time.
-    fn freeze(&mut self) {
-        if self.flushing {
-            return;
-        }
-        failpoint!(FreezeBefore, self.replica);
-        if let Some(frozen) = self.group.freeze() {
-            failpoint!(FreezeMiddle, self.replica);
-            self.flush(frozen);
-            failpoint!(FreezeAfter, self.replica);
-        }
-    }
-
-    fn flush(&mut self, frozen: Arc<Frozen>) {
-        self.flushing = true;
-        self.account_memory();
-        self.shared.flusher.submit(FlushJob {
-            incarnation: self.incarnation,
-            frozen,
-            done: self.sink.clone(),
-        });
-    }
-
     /// Drops log entries that are in the durable state here and on disk at every replica.
     fn compact(&mut self) {
         if let Some(to) = self.group.compact(self.flushed) {
@@ -399,6 +374,8 @@ impl Handler<Submit> for ReplicaActor {
             }
             return;
         }
+        // What was so at the last pass may be so no more.
+        self.mind_memory();
         if let Some(sheet) = &submit.trace {
             self.traces.taken(sheet.clone(), Instant::now());
         }
@@ -421,6 +398,7 @@ impl Handler<Step> for ReplicaActor {
     type Result = ();
     fn handle(&mut self, mut step: Step, ctx: &mut Context<Self>) {
         failpoint!(Step, self.replica, why => return self.fail(why, ctx));
+        self.stepped_bytes += step.0.bytes();
         for mut message in step.0.take() {
             if trace::may_concern(&message.message) || !self.traces.is_empty() {
                 self.traces.step(&mut message.message, step.0.stamped(), Instant::now());
@@ -429,7 +407,12 @@ impl Handler<Step> for ReplicaActor {
                 return self.fail(error.to_string(), ctx);
             }
         }
-        self.queue_pump(ctx);
+        // What is written at once holds up all others' writes: not everything that a leader has sent meanwhile.
+        if self.stepped_bytes >= limits::LOG_WRITE_TARGET_BYTES {
+            self.pump(ctx);
+        } else {
+            self.queue_pump(ctx);
+        }
     }
 }
 
@@ -446,6 +429,7 @@ impl Handler<Tick> for ReplicaActor {
         if self.ticks.is_multiple_of(limits::COMPACT_TICKS) {
             self.compact();
         }
+        self.go_on(ctx);
         // With thousands of groups at rest, a pump after each tick would be most of what a node does.
         if !self.group.at_rest() {
             self.queue_pump(ctx);
@@ -465,42 +449,6 @@ impl Handler<Persisted> for ReplicaActor {
     }
 }
 
-impl Handler<Flushed> for ReplicaActor {
-    type Result = ();
-    fn handle(&mut self, flushed: Flushed, _: &mut Context<Self>) {
-        match flushed.step {
-            FlushStep::Logged => {
-                failpoint!(FlushLogged, self.replica);
-                self.flushed = flushed.position;
-                self.compact();
-            }
-            FlushStep::Absorbed => {
-                failpoint!(FlushAbsorbed, self.replica);
-                self.group.release(flushed.position.index);
-                self.flushed_to(flushed.position.index);
-                self.flushing = false;
-                self.account_memory();
-                if let Some(next) = self.flush_waiting.take() {
-                    self.flush(next);
-                }
-            }
-        }
-    }
-}
-
-impl Handler<Freeze> for ReplicaActor {
-    type Result = ();
-    fn handle(&mut self, freeze: Freeze, _: &mut Context<Self>) {
-        if freeze.for_log {
-            self.group.press_log();
-        }
-        if !self.flushing {
-            self.hold = None;
-        }
-        self.freeze();
-    }
-}
-
 impl Handler<SnapshotMade> for ReplicaActor {
     type Result = bool;
     fn handle(&mut self, made: SnapshotMade, _: &mut Context<Self>) -> bool {
@@ -514,14 +462,6 @@ impl Handler<SnapshotDone> for ReplicaActor {
     fn handle(&mut self, done: SnapshotDone, ctx: &mut Context<Self>) {
         failpoint!(SnapshotDone, self.replica);
         self.group.snapshot_done(done.to, done.installed);
-        self.queue_pump(ctx);
-    }
-}
-
-impl Handler<PauseApply> for ReplicaActor {
-    type Result = ();
-    fn handle(&mut self, pause: PauseApply, ctx: &mut Context<Self>) {
-        self.group.pause_apply(pause.0);
         self.queue_pump(ctx);
     }
 }

@@ -100,6 +100,8 @@ metrics_table! {
         "Time of one round that moves frozen memtables into the state store, in seconds.";
     MEMTABLE_BYTES = "pontoon_memtable_bytes", Gauge, [],
         "Memtables of all replicas on this node, in bytes.";
+    PAUSED_REPLICAS = "pontoon_paused_replicas", Gauge, [],
+        "Replicas on this node that hold so much of that memory that they apply nothing for now.";
     SESSIONS = "pontoon_sessions", Gauge, [],
         "Clients' sessions that the shards of this node remember, counted for each replica.";
     CACHED_ENTRY_BYTES = "pontoon_cached_entry_bytes", Gauge, [],

@@ -58,6 +58,15 @@ impl LocalCluster {
         count: usize,
         advertise: impl FnOnce(&[SocketAddr]) -> Vec<SocketAddr>,
     ) -> LocalCluster {
+        LocalCluster::start_set(count, advertise, |_| ()).await
+    }
+
+    /// The same with settings that `alter` has seen.
+    pub async fn start_set(
+        count: usize,
+        advertise: impl FnOnce(&[SocketAddr]) -> Vec<SocketAddr>,
+        alter: impl Fn(&mut Settings),
+    ) -> LocalCluster {
         let dir = tempfile::tempdir().expect("a directory");
         let ports: Vec<_> = (0..count).map(|_| (any_port(), any_port())).collect();
         let peers: Vec<_> = ports.iter().map(|(_, peer)| peer.local_addr().expect("an address")).collect();
@@ -70,6 +79,7 @@ impl LocalCluster {
             let mut settings =
                 Settings::for_local_node(dir.path().join(&label), &label, address, peers[i], initial.clone());
             settings.peer.advertise = initial[i].clone();
+            alter(&mut settings);
             let listeners = Listeners { client, peer, http: None };
             let node = node::start(settings.clone(), listeners).await.expect("starting");
             nodes.push(Local { settings, node: Some(node) });

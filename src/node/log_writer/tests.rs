@@ -399,3 +399,51 @@ fn a_purge_that_finds_damage_is_fatal() {
     let reason = setup.fatal.recv_timeout(LONG).unwrap();
     assert!(reason.contains("rotten"), "{reason}");
 }
+
+#[test]
+fn what_one_replica_has_queued_holds_up_no_other() {
+    let setup = setup(true);
+    let permit = setup.permit.as_ref().unwrap();
+    let (sink, heard) = sink();
+    let target = limits::LOG_WRITE_TARGET_BYTES;
+    setup.writer.submit(vec![task(4, 1, 1, &sink)]);
+    setup.begun.recv_timeout(LONG).unwrap();
+    // One that catches up, then two that write little; the second has a job behind what it writes, and then more.
+    let great = target / 2;
+    setup.writer.submit((1..=6).map(|number| sized(1, 1, number, great, &sink)).collect());
+    setup.writer.submit((1..=3).map(|number| task(2, 1, number, &sink)).collect());
+    setup.writer.submit(vec![task(3, 1, 1, &sink)]);
+    let (ran, order) = mpsc::channel();
+    let tell = ran.clone();
+    let job = move |log: &dyn LogStore| tell.send(log.load(ReplicaId(3)).unwrap().last).unwrap();
+    setup.writer.run_for(ReplicaId(3), 1, Box::new(job));
+    setup.writer.submit(vec![task(3, 1, 2, &sink)]);
+    // One on nobody's behalf: nothing passes by it.
+    setup
+        .writer
+        .run(Box::new(move |log: &dyn LogStore| ran.send(log.load(ReplicaId(1)).unwrap().last).unwrap()));
+    setup.writer.submit(vec![task(4, 1, 2, &sink)]);
+    for _ in 0..9 {
+        // More permits than there are batches do no harm.
+        permit.send(()).unwrap();
+    }
+    let mut batches = Vec::new();
+    while batches.iter().flatten().count() < 13 {
+        batches.push(heard.recv_timeout(LONG).unwrap());
+    }
+    let of = |replica: u64| {
+        let all = batches.iter().flatten().filter(move |(of, ..)| of.0 == replica);
+        all.map(|(_, _, number)| *number).collect::<Vec<_>>()
+    };
+    assert_eq!(of(1), [1, 2, 3, 4, 5, 6]);
+    assert_eq!((of(2), of(3), of(4)), (vec![1, 2, 3], vec![1, 2], vec![1, 2]));
+    let second = &batches[1];
+    for passed in [name(1, 1, 1), name(2, 1, 1), name(2, 1, 2), name(2, 1, 3), name(3, 1, 1)] {
+        assert!(second.contains(&passed), "{second:?}");
+    }
+    assert!(!second.contains(&name(3, 1, 2)), "it is behind a job of the same replica");
+    // The replica's log ends with what was queued before the job, and not with what came after.
+    assert_eq!(order.recv_timeout(LONG), Ok(6));
+    assert_eq!(order.recv_timeout(LONG), Ok(11));
+    assert_eq!(batches.last().expect("some").last(), Some(&name(4, 1, 2)));
+}

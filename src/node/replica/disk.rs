@@ -1,5 +1,6 @@
 //! What a replica does about its node's disk: refuses new values where there is no room for them, and
-//! sees to it that another replica leads while this one's disk is full or hangs, or its node is to be emptied.
+//! sees to it that another replica leads while this one's disk is full or hangs or falls behind, or its node is to be
+//! emptied.
 
 use actix::prelude::*;
 
@@ -45,13 +46,31 @@ impl ReplicaActor {
     pub(super) fn make_way_now_and_then(&mut self) {
         if (self.disk.full || self.disk.draining) && self.ticks.is_multiple_of(limits::MAKE_WAY_TICKS) {
             self.make_way();
+        } else {
+            self.make_way_while_held_up();
+        }
+    }
+
+    /// As one that can't apply for want of memory: hands leadership on, to another one each time it is tried. Who can't
+    /// either doesn't take it.
+    fn make_way_while_held_up(&mut self) {
+        let due = |ticks: &u64| ticks.is_multiple_of(limits::MAKE_WAY_TICKS);
+        let Some(ticks) = self.group.held_up_ticks().filter(due).filter(|_| self.group.leads()) else {
+            return;
+        };
+        let heirs = self.heirs_with_room();
+        let turn = (ticks / limits::MAKE_WAY_TICKS).checked_rem(heirs.len() as u64);
+        if let Some(heir) = turn.and_then(|turn| heirs.get(turn as usize)) {
+            let why = "the state store takes nothing more at present";
+            tracing::info!(shard = %self.shard, to = %heir, why, "handing leadership over");
+            self.group.transfer(*heir);
         }
     }
 
     /// Hands leadership, if this replica has it, to one whose node has room and stays.
     fn make_way(&mut self) {
         if self.group.leads()
-            && let Some(heir) = self.heir_with_room()
+            && let Some(&heir) = self.heirs_with_room().first()
         {
             let why = if self.disk.full { "the disk is full" } else { "the node is to be emptied" };
             tracing::info!(shard = %self.shard, to = %heir, why, "handing leadership over");
@@ -61,16 +80,16 @@ impl ReplicaActor {
 
     /// The best successor, of those whose nodes have room and stay if there are any.
     pub(super) fn heir(&self) -> Option<ReplicaId> {
-        self.heir_with_room().or_else(|| self.group.successors().first().copied())
+        self.heirs_with_room().first().or(self.group.successors().first()).copied()
     }
 
-    fn heir_with_room(&self) -> Option<ReplicaId> {
+    fn heirs_with_room(&self) -> Vec<ReplicaId> {
         let map = self.shared.router.map();
         let stays = |node: NodeId| map.nodes.get(&node).is_none_or(|record| record.standing.takes_replicas());
         let has_room = |heir: &ReplicaId| {
             self.group.node_of(*heir).is_none_or(|node| stays(node) && !self.shared.disk.is_full_on(node))
         };
-        self.group.successors().into_iter().find(has_room)
+        self.group.successors().into_iter().filter(has_room).collect()
     }
 }
 

@@ -1,5 +1,7 @@
 //! Faults that tests ask a running replica for. A plain build has none of them.
 
+use std::time::Duration;
+
 use actix::prelude::*;
 
 use super::ReplicaActor;
@@ -22,12 +24,15 @@ impl Handler<Inject> for ReplicaActor {
             }
             // A disk that takes its time.
             "log-stall" => self.stall_log(3_000),
+            // One that takes its time over each flush from now on.
+            "slow-flush" => self.slow_flushes(0),
             // A node that puts up with it.
             "keep-leading" => self.shared.disk.keep_leading(),
             "free-bytes" => self.shared.disk.pretend(None),
             other if other.starts_with("alter=") => self.alter(&other["alter=".len()..]),
             other => match other.split_once('=').map(|(fault, number)| (fault, number.parse())) {
                 Some(("log-stall", Ok(ms))) => self.stall_log(ms),
+                Some(("slow-flush", Ok(ms))) => self.slow_flushes(ms),
                 Some(("free-bytes", Ok(free))) => self.shared.disk.pretend(Some(free)),
                 _ => tracing::warn!(fault = other, "unknown fault"),
             },
@@ -36,8 +41,13 @@ impl Handler<Inject> for ReplicaActor {
 }
 
 impl ReplicaActor {
+    fn slow_flushes(&self, ms: u64) {
+        let by = Duration::from_millis(ms);
+        self.shared.flusher.run(Box::new(move |flusher| crate::node::hooks::slow_down(flusher, by)));
+    }
+
     fn stall_log(&self, ms: u64) {
-        let stall = std::time::Duration::from_millis(ms);
+        let stall = Duration::from_millis(ms);
         self.shared.log_writer.run(Box::new(move |_| std::thread::sleep(stall)));
     }
 }
