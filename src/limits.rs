@@ -103,6 +103,9 @@ pub const LOG_PURGE_MS: u64 = 10_000;
 
 /// A flush hands the state engine batches of at most so many keys, so that readers get their turn.
 pub const FLUSH_BATCH_KEYS: usize = 256;
+/// A flush tells of replicas that it is done with when their tables have this many bytes together, so that their
+/// memory is free before all others' is.
+pub const FLUSH_PART_BYTES: usize = MIB;
 /// A flush batch is closed at this many bytes of keys and values.
 pub const FLUSH_BATCH_BYTES: usize = 64 * KIB;
 

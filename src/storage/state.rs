@@ -64,7 +64,8 @@ impl Frozen {
         std::iter::once(header).chain(changes).collect()
     }
 
-    fn bytes(&self) -> usize {
+    /// Bytes of its tables, about.
+    pub fn bytes(&self) -> usize {
         self.table.bytes + self.sessions.bytes
     }
 }
