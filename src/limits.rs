@@ -138,6 +138,11 @@ pub const SCAN_BYTES_MAX: usize = MIB;
 pub const SCAN_READ_BYTES_MAX: usize = 4 * SCAN_BYTES_MAX;
 /// Reads that wait for the state store of a node; above, they are `Busy`.
 pub const READS_WAITING_MAX: usize = 16 * 1024;
+/// Longest value that is kept in memory because it was read, in bytes; a longer one is read from the state store
+/// each time, as it would take the place of too many.
+pub const LEARNED_BYTES_MAX: usize = 64 * KIB;
+/// Ticks after which a node that is short of memory forgets what it has read and nobody asks for.
+pub const KNOWN_AGE_TICKS: u64 = 100;
 /// For how many of those a page of a scan counts.
 pub const SCAN_WEIGHT: usize = 32;
 /// Ticks without an answer after which a follower counts as dead: less log is kept for it.

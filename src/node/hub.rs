@@ -115,6 +115,7 @@ impl Hub {
         let pressure = self.shared.memory.pressure();
         let (active, frozen) = self.shared.memory.bytes();
         metrics::gauge!(names::MEMTABLE_BYTES).set((active + frozen) as f64);
+        metrics::gauge!(names::KNOWN_BYTES).set(self.shared.memory.known() as f64);
         metrics::gauge!(names::SESSIONS).set(self.shared.memory.sessions() as f64);
         metrics::gauge!(names::LOG_QUEUE_BYTES).set(self.shared.intake.bytes() as f64);
         metrics::gauge!(names::CACHED_ENTRY_BYTES).set(self.shared.cached_entries.get() as f64);

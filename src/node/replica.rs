@@ -8,6 +8,7 @@ mod disk;
 mod guard;
 #[cfg(feature = "test-hooks")]
 mod hooks;
+mod reads;
 mod view;
 
 use std::ops::Bound;
@@ -21,7 +22,6 @@ use super::flusher::FlushJob;
 use super::hub::HubSink;
 use super::log_writer::WriteTask;
 use super::messages::*;
-use super::reader::ReadJob;
 use super::shared::{MemoryShare, Shared};
 use super::snapshots::outgoing::Order;
 use super::supervisor::Supervisor;
@@ -32,8 +32,7 @@ use crate::group::driver::Group;
 use crate::group::types::{Effects, Fetch, SnapshotWanted};
 use crate::ids::{Incarnation, METADATA_SHARD, NodeId, Position, ReplicaId, ShardId};
 use crate::limits;
-use crate::machine::command::Query;
-use crate::machine::{kv, meta};
+use crate::machine::meta;
 use crate::placement::map::ClusterMap;
 use crate::refusal::Refusal;
 use crate::storage::StorageError;
@@ -129,6 +128,7 @@ impl ReplicaActor {
 
     fn pump(&mut self, ctx: &mut Context<Self>) {
         self.pump_queued = false;
+        self.group.allow_known(self.shared.memory.room());
         let effects = match self.group.pump() {
             Ok(effects) => effects,
             Err(error) => return self.fail(error.to_string(), ctx),
@@ -169,7 +169,7 @@ impl ReplicaActor {
         if let Some(index) = marked {
             self.keep_still(index);
         }
-        self.read_elsewhere(reads);
+        self.read_elsewhere(reads, ctx);
         if let Some(fetch) = fetch {
             self.fetch(fetch, ctx);
         }
@@ -188,24 +188,6 @@ impl ReplicaActor {
             ctx.spawn(
                 fut::wrap_future(tokio::task::yield_now()).map(|(), act: &mut Self, ctx| act.queue_pump(ctx)),
             );
-        }
-    }
-
-    /// Queries that memory can't answer go to the read thread: gets together, a scan with its own
-    /// copy of what the active memtable adds to its page.
-    fn read_elsewhere(&mut self, mut reads: Vec<(Ticket, Query)>) {
-        let state = self.group.state();
-        let machine = self.group.machine();
-        for (ticket, query) in reads.extract_if(.., |(_, query)| matches!(query, Query::Scan { .. })) {
-            if let Query::Scan { prefix, after, .. } = &query {
-                // One more than fits a page tells whether there are more.
-                let reader =
-                    state.scan_reader(kv::scan_start(prefix, after), &[], limits::SCAN_PAIRS_MAX + 1);
-                self.shared.reader.submit(ReadJob { machine, reader, reads: vec![(ticket, query)] });
-            }
-        }
-        if !reads.is_empty() {
-            self.shared.reader.submit(ReadJob { machine, reader: state.reader(), reads });
         }
     }
 
@@ -255,6 +237,7 @@ impl ReplicaActor {
 
     fn account_memory(&mut self) {
         self.memory.set(self.group.state().memory_bytes());
+        self.memory.set_known(self.group.state().known_bytes());
         self.memory.set_sessions(self.group.state().session_table().len());
     }
 
@@ -422,6 +405,7 @@ impl Handler<Tick> for ReplicaActor {
         self.group.tick();
         self.group.discard(Ticket::abandoned);
         self.let_go();
+        self.make_room();
         self.campaign_eagerly(ctx);
         self.make_way_now_and_then();
         self.confirm_map();
@@ -455,6 +439,7 @@ impl Handler<Flushed> for ReplicaActor {
             }
             FlushStep::Absorbed => {
                 failpoint!(FlushAbsorbed, self.replica);
+                self.group.allow_known(self.shared.memory.room());
                 self.group.release(flushed.position.index);
                 self.flushed_to(flushed.position.index);
                 self.flushing = false;

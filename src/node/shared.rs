@@ -61,6 +61,7 @@ impl Shared {
 pub struct MemoryGauge {
     active: AtomicUsize,
     frozen: AtomicUsize,
+    known: AtomicUsize,
     sessions: AtomicUsize,
     limit: usize,
 }
@@ -69,13 +70,14 @@ pub struct MemoryGauge {
 pub struct MemoryShare {
     shared: Arc<Shared>,
     bytes: (usize, usize),
+    known: usize,
     sessions: usize,
 }
 
 impl MemoryShare {
     /// Of a replica without memtables.
     pub fn new(shared: Arc<Shared>) -> MemoryShare {
-        MemoryShare { shared, bytes: (0, 0), sessions: 0 }
+        MemoryShare { shared, bytes: (0, 0), known: 0, sessions: 0 }
     }
 
     /// The replica's memtables have so many bytes now, active and frozen.
@@ -83,6 +85,14 @@ impl MemoryShare {
         if bytes != self.bytes {
             self.shared.memory.update(self.bytes, bytes);
             self.bytes = bytes;
+        }
+    }
+
+    /// So many bytes are known of its engine now.
+    pub fn set_known(&mut self, known: usize) {
+        if known != self.known {
+            self.shared.memory.update_known(self.known, known);
+            self.known = known;
         }
     }
 
@@ -103,6 +113,7 @@ impl MemoryShare {
 impl Drop for MemoryShare {
     fn drop(&mut self) {
         self.shared.memory.update(self.bytes, (0, 0));
+        self.shared.memory.update_known(self.known, 0);
         self.shared.memory.update_sessions(self.sessions, 0);
     }
 }
@@ -122,7 +133,7 @@ impl MemoryGauge {
     /// A gauge with a bound in bytes.
     pub fn new(limit: usize) -> MemoryGauge {
         let zero = || AtomicUsize::new(0);
-        MemoryGauge { active: zero(), frozen: zero(), sessions: zero(), limit }
+        MemoryGauge { active: zero(), frozen: zero(), known: zero(), sessions: zero(), limit }
     }
 
     /// A replica's memtables went from `before` to `after` (active, frozen) bytes.
@@ -130,6 +141,28 @@ impl MemoryGauge {
         // Wrapping, so that one atomic add does both directions; the sums never go below zero.
         self.active.fetch_add(after.0.wrapping_sub(before.0), Ordering::Relaxed);
         self.frozen.fetch_add(after.1.wrapping_sub(before.1), Ordering::Relaxed);
+    }
+
+    /// What is known of a replica's engine went from `before` to `after` bytes.
+    pub fn update_known(&self, before: usize, after: usize) {
+        self.known.fetch_add(after.wrapping_sub(before), Ordering::Relaxed);
+    }
+
+    /// Bytes that are known of engines.
+    pub fn known(&self) -> usize {
+        self.known.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that memtables leave for what is known of engines, and that isn't used for it. They share a bound, and
+    /// memtables come first.
+    pub fn room(&self) -> usize {
+        let (active, frozen) = self.bytes();
+        self.limit.saturating_sub(active + frozen + self.known())
+    }
+
+    /// Whether there is hardly any such room.
+    pub fn is_tight(&self) -> bool {
+        self.room() < self.limit / 16
     }
 
     /// The sessions of a replica went from `before` to `after`.
@@ -183,6 +216,15 @@ mod tests {
         gauge.update((0, 30), (0, 0));
         gauge.update((75, 0), (0, 0));
         assert_eq!(gauge.bytes(), (0, 0));
+        assert_eq!(gauge.room(), 100);
+        gauge.update((0, 0), (40, 30));
+        gauge.update_known(0, 25);
+        assert_eq!((gauge.room(), gauge.is_tight(), gauge.pressure()), (5, true, Pressure::Low));
+        gauge.update((40, 30), (90, 0));
+        assert_eq!((gauge.room(), gauge.known()), (0, 25));
+        gauge.update_known(25, 0);
+        assert_eq!(gauge.room(), 10);
+        gauge.update((90, 0), (0, 0));
         gauge.update_sessions(0, 3);
         gauge.update_sessions(2, 1);
         assert_eq!(gauge.sessions(), 2);

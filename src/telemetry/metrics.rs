@@ -56,6 +56,8 @@ metrics_table! {
         "Commands accepted by leaders on this node for the log.";
     READS = "pontoon_reads_total", Counter, [],
         "Linearizable reads accepted by leaders on this node.";
+    ENGINE_READS = "pontoon_engine_reads_total", Counter, [],
+        "Of these, reads that memory could not answer: the state store was asked.";
     REFUSALS = "pontoon_refusals_total", Counter, ["reason"],
         "Operations refused by replicas of this node, by reason.";
     LOG_SYNC_SECONDS = "pontoon_log_sync_seconds", Histogram, [],
@@ -84,6 +86,8 @@ metrics_table! {
         "Time of one round that moves frozen memtables into the state store, in seconds.";
     MEMTABLE_BYTES = "pontoon_memtable_bytes", Gauge, [],
         "Memtables of all replicas on this node, in bytes.";
+    KNOWN_BYTES = "pontoon_known_bytes", Gauge, [],
+        "What is known of the state store on this node without asking it, in bytes: what memtables leave of their bound.";
     SESSIONS = "pontoon_sessions", Gauge, [],
         "Clients' sessions that the shards of this node remember, counted for each replica.";
     CACHED_ENTRY_BYTES = "pontoon_cached_entry_bytes", Gauge, [],
