@@ -154,10 +154,12 @@ impl MemoryGauge {
     }
 
     /// Bytes that memtables leave for what is known of engines, and that isn't used for it. They share a bound, and
-    /// memtables come first.
+    /// memtables come first; a half of it is enough to know, as a node that isn't written needn't be as large as
+    /// one that is.
     pub fn room(&self) -> usize {
         let (active, frozen) = self.bytes();
-        self.limit.saturating_sub(active + frozen + self.known())
+        let known = self.known();
+        self.limit.saturating_sub(active + frozen + known).min((self.limit / 2).saturating_sub(known))
     }
 
     /// Whether there is hardly any such room.
@@ -216,7 +218,7 @@ mod tests {
         gauge.update((0, 30), (0, 0));
         gauge.update((75, 0), (0, 0));
         assert_eq!(gauge.bytes(), (0, 0));
-        assert_eq!(gauge.room(), 100);
+        assert_eq!(gauge.room(), 50);
         gauge.update((0, 0), (40, 30));
         gauge.update_known(0, 25);
         assert_eq!((gauge.room(), gauge.is_tight(), gauge.pressure()), (5, true, Pressure::Low));
