@@ -110,6 +110,9 @@ pub const LOG_PURGE_MS: u64 = 10_000;
 
 /// A flush hands the state engine batches of at most so many keys, so that readers get their turn.
 pub const FLUSH_BATCH_KEYS: usize = 256;
+/// A flush tells of replicas that it is done with when their tables have this many bytes together, so that their
+/// memory is free before all others' is.
+pub const FLUSH_PART_BYTES: usize = MIB;
 /// A flush batch is closed at this many bytes of keys and values.
 pub const FLUSH_BATCH_BYTES: usize = 64 * KIB;
 
@@ -142,6 +145,11 @@ pub const SCAN_BYTES_MAX: usize = MIB;
 pub const SCAN_READ_BYTES_MAX: usize = 4 * SCAN_BYTES_MAX;
 /// Reads that wait for the state store of a node; above, they are `Busy`.
 pub const READS_WAITING_MAX: usize = 16 * 1024;
+/// Longest value that is kept in memory because it was read, in bytes; a longer one is read from the state store
+/// each time, as it would take the place of too many.
+pub const LEARNED_BYTES_MAX: usize = 64 * KIB;
+/// Ticks after which a node that is short of memory forgets what it has read and nobody asks for.
+pub const KNOWN_AGE_TICKS: u64 = 100;
 /// For how many of those a page of a scan counts.
 pub const SCAN_WEIGHT: usize = 32;
 /// Ticks without an answer after which a follower counts as dead: less log is kept for it.

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use raft::eraftpb::{Entry, EntryType};
 
 use super::driver::{Group, GroupError};
@@ -131,12 +132,10 @@ impl<T> Group<T> {
         }
         let (count, elsewhere) = (ready.len(), effects.reads.len());
         for (token, query) in ready {
-            let in_memory = match &query {
-                Query::Get { key } => self.state.lookup(key) != Lookup::AskEngine,
-                Query::Scan { .. } => false,
-            };
-            if in_memory {
-                let answer = self.machine.query(&query, &self.state)?;
+            if let Query::Get { key } = &query
+                && let Lookup::Known(stored) = self.state.recall(key)
+            {
+                let answer = self.machine.answer(key, stored.as_ref())?;
                 self.done.push((token, Ok(Output::Answer(answer))));
             } else {
                 effects.reads.push((token, query));
@@ -155,9 +154,26 @@ impl<T> Group<T> {
         if self.state_lost { None } else { self.state.freeze() }
     }
 
-    /// The engine has all that was frozen up to `index`: its memory is free.
+    /// The engine has all that was frozen up to `index`: its memory is free, or known of the engine.
     pub fn release(&mut self, index: Index) {
         self.state.release(index);
+    }
+
+    /// Says by how many bytes that may grow which is known of the engine, from here on.
+    pub fn allow_known(&mut self, room: usize) {
+        self.state.allow_known(room);
+    }
+
+    /// Forgets of the engine what wasn't asked for lately; called twice in a row, all of it.
+    pub fn forget_known(&mut self) {
+        self.state.forget_known();
+    }
+
+    /// Takes in what a reader of the state with this stamp was told by the engine.
+    pub fn learn(&mut self, stamp: u64, read: Vec<(Bytes, Option<Bytes>)>) {
+        for (key, value) in read {
+            self.state.learn(stamp, &key, value);
+        }
     }
 }
 

@@ -70,8 +70,12 @@ fn write(key: &[u8], value: &[u8], state: &mut dyn StateBatch) -> KvReply {
 
 /// The value of a key.
 pub fn get<S: StateView + ?Sized>(key: &[u8], state: &S) -> Result<Option<Versioned>, StorageError> {
-    let stored = state.get(key)?;
-    let read = stored.as_ref().map(value::decode).transpose();
+    read(key, state.get(key)?.as_ref())
+}
+
+/// The value of a key of which this is stored.
+pub fn read(key: &[u8], stored: Option<&Bytes>) -> Result<Option<Versioned>, StorageError> {
+    let read = stored.map(value::decode).transpose();
     read.map_err(|error| damaged(key, &error))
 }
 

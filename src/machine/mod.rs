@@ -15,6 +15,8 @@ pub mod meta;
 pub mod session;
 pub mod value;
 
+use bytes::Bytes;
+
 use crate::ids::generation_start;
 use crate::storage::{StateBatch, StateView, StorageError};
 use command::{Answer, Command, Query, Reply};
@@ -79,6 +81,14 @@ impl MachineKind {
             (MachineKind::Kv, Command::Kv(command)) => Ok(Reply::Kv(kv::apply(command, state)?)),
             (MachineKind::Metadata, Command::Meta(command)) => Ok(Reply::Meta(meta::apply(command, state)?)),
             _ => Err(command::FormatError::WrongMachine.into()),
+        }
+    }
+
+    /// Answers a get from what the state holds under its key.
+    pub fn answer(self, key: &[u8], stored: Option<&Bytes>) -> Result<Answer, ApplyError> {
+        match self {
+            MachineKind::Kv => Ok(Answer::Value(kv::read(key, stored)?)),
+            MachineKind::Metadata => Err(command::FormatError::WrongMachine.into()),
         }
     }
 

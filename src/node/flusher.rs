@@ -19,7 +19,7 @@ use super::fatal::Fatal;
 use crate::ids::{Incarnation, Position, ReplicaId};
 use crate::limits;
 use crate::storage::StorageError;
-use crate::storage::flush::{FlushStep, Flusher};
+use crate::storage::flush::{FlushStep, Flusher, Progress};
 use crate::storage::state::Frozen;
 use crate::telemetry::metrics as names;
 
@@ -33,7 +33,7 @@ pub struct FlushJob {
     pub done: Arc<dyn FlushSink>,
 }
 
-/// Where the progress of flushes goes; called once per step and round.
+/// Where the progress of flushes goes; called for some replicas at a time, once per step and replica.
 pub trait FlushSink: Send + Sync {
     /// The flushes of these replicas have come so far.
     fn flushed(&self, step: FlushStep, batch: Vec<(ReplicaId, Incarnation, Position)>);
@@ -225,9 +225,16 @@ fn flush(flusher: &mut Flusher, jobs: &[FlushJob]) -> Result<(), StorageError> {
     }
     let begun = Instant::now();
     let tables: Vec<_> = jobs.iter().map(|job| job.frozen.clone()).collect();
-    flusher.flush(&tables, &mut |step| {
+    flusher.flush_parts(&tables, &mut |so_far| {
+        let (step, parts) = match so_far {
+            Progress::Logged => (FlushStep::Logged, None),
+            Progress::Absorbed(parts) => (FlushStep::Absorbed, Some(parts)),
+        };
+        let concerns = |job: &&FlushJob| {
+            parts.is_none_or(|parts| parts.contains(&(job.frozen.replica, job.frozen.generation)))
+        };
         let mut told: Vec<(&Arc<dyn FlushSink>, Vec<_>)> = Vec::new();
-        for job in jobs {
+        for job in jobs.iter().filter(concerns) {
             let progress = (job.frozen.replica, job.incarnation, job.frozen.header.applied);
             match told.iter_mut().find(|(sink, _)| Arc::ptr_eq(sink, &job.done)) {
                 Some((_, batch)) => batch.push(progress),

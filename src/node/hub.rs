@@ -119,6 +119,7 @@ impl Hub {
         metrics::gauge!(names::MEMTABLE_BYTES).set((active + frozen) as f64);
         metrics::gauge!(names::PAUSED_REPLICAS).set(memory.paused() as f64);
         metrics::gauge!(names::SESSIONS).set(memory.sessions() as f64);
+        metrics::gauge!(names::KNOWN_BYTES).set(memory.known() as f64);
         metrics::gauge!(names::LOG_QUEUE_BYTES).set(self.shared.intake.bytes() as f64);
         metrics::gauge!(names::CACHED_ENTRY_BYTES).set(self.shared.cached_entries.get() as f64);
         let disk = DiskNews {

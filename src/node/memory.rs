@@ -56,17 +56,29 @@ impl Sharing {
         active > self.limit / 2
     }
 
+    /// What may be known of engines on top of what is: what `tables` leave, but half of the bound at most, as a node
+    /// that isn't written needn't be as large as one that is. Memtables come first: what is known never makes them pause.
+    pub fn room(&self, tables: usize, known: usize) -> usize {
+        self.limit.saturating_sub(tables.saturating_add(known)).min((self.limit / 2).saturating_sub(known))
+    }
+
+    /// Whether there is hardly any such room.
+    pub fn is_tight(&self, tables: usize, known: usize) -> bool {
+        self.room(tables, known) < self.limit / 16
+    }
+
     /// Bytes in the active table of one replica above which it is flushed by itself.
     pub fn replica_limit(&self) -> usize {
         self.limit / 4
     }
 }
 
-/// Bytes in memtables of all replicas of a node, against their bound; and their sessions, whose tables
-/// are bounded per shard.
+/// Bytes in memtables of all replicas of a node, against their bound, and what is known of their engine beside them;
+/// and their sessions, whose tables are bounded per shard.
 pub struct MemoryGauge {
     active: AtomicUsize,
     frozen: AtomicUsize,
+    known: AtomicUsize,
     sessions: AtomicUsize,
     paused: AtomicUsize,
     sharing: Sharing,
@@ -76,6 +88,7 @@ pub struct MemoryGauge {
 pub struct MemoryShare {
     shared: Arc<Shared>,
     bytes: (usize, usize),
+    known: usize,
     sessions: usize,
     paused: bool,
 }
@@ -83,7 +96,7 @@ pub struct MemoryShare {
 impl MemoryShare {
     /// Of a replica without memtables.
     pub fn new(shared: Arc<Shared>) -> MemoryShare {
-        MemoryShare { shared, bytes: (0, 0), sessions: 0, paused: false }
+        MemoryShare { shared, bytes: (0, 0), known: 0, sessions: 0, paused: false }
     }
 
     /// The replica's memtables have so many bytes now, active and frozen.
@@ -91,6 +104,14 @@ impl MemoryShare {
         if bytes != self.bytes {
             self.shared.memory.update(self.bytes, bytes);
             self.bytes = bytes;
+        }
+    }
+
+    /// So many bytes are known of its engine now.
+    pub fn set_known(&mut self, known: usize) {
+        if known != self.known {
+            self.shared.memory.update_known(self.known, known);
+            self.known = known;
         }
     }
 
@@ -130,6 +151,7 @@ impl MemoryShare {
 impl Drop for MemoryShare {
     fn drop(&mut self) {
         self.set((0, 0));
+        self.set_known(0);
         self.set_sessions(0);
         self.set_paused(false);
     }
@@ -142,6 +164,7 @@ impl MemoryGauge {
         MemoryGauge {
             active: zero(),
             frozen: zero(),
+            known: zero(),
             sessions: zero(),
             paused: zero(),
             sharing: Sharing::new(limit),
@@ -154,6 +177,10 @@ impl MemoryGauge {
         // A table that is being frozen counts twice rather than not at all.
         self.frozen.fetch_add(after.1.wrapping_sub(before.1), Ordering::Relaxed);
         self.active.fetch_add(after.0.wrapping_sub(before.0), Ordering::Relaxed);
+    }
+
+    fn update_known(&self, before: usize, after: usize) {
+        self.known.fetch_add(after.wrapping_sub(before), Ordering::Relaxed);
     }
 
     fn update_sessions(&self, before: usize, after: usize) {
@@ -183,6 +210,23 @@ impl MemoryGauge {
     pub fn admits(&self, own: usize, adds: usize) -> bool {
         let (active, frozen) = self.bytes();
         self.sharing.admits(active.wrapping_add(frozen), own, adds)
+    }
+
+    /// Bytes that are known of engines.
+    pub fn known(&self) -> usize {
+        self.known.load(Ordering::Relaxed)
+    }
+
+    /// See [`Sharing::room`].
+    pub fn room(&self) -> usize {
+        let (active, frozen) = self.bytes();
+        self.sharing.room(active.wrapping_add(frozen), self.known())
+    }
+
+    /// See [`Sharing::is_tight`].
+    pub fn is_tight(&self) -> bool {
+        let (active, frozen) = self.bytes();
+        self.sharing.is_tight(active.wrapping_add(frozen), self.known())
     }
 
     /// See [`Sharing::must_flush`].

@@ -23,6 +23,15 @@ fn a_gauge_follows_its_sums_both_ways() {
     gauge.update((0, 30), (0, 0));
     gauge.update((75, 0), (0, 0));
     assert_eq!(gauge.bytes(), (0, 0));
+    assert_eq!(gauge.room(), 50);
+    gauge.update((0, 0), (40, 30));
+    gauge.update_known(0, 25);
+    assert_eq!((gauge.room(), gauge.is_tight(), gauge.must_flush()), (5, true, false));
+    gauge.update((40, 30), (90, 0));
+    assert_eq!((gauge.room(), gauge.known()), (0, 25));
+    gauge.update_known(25, 0);
+    assert_eq!(gauge.room(), 10);
+    gauge.update((90, 0), (0, 0));
     gauge.update_sessions(0, 3);
     gauge.update_sessions(2, 1);
     assert_eq!(gauge.sessions(), 2);

@@ -55,6 +55,12 @@ pub struct Tick;
 #[rtype(result = "()")]
 pub struct Persisted(pub u64);
 
+/// Read thread → replica: what the state engine holds under these keys, if it stands where a reader with this
+/// stamp was made ([`StateReader::stamp`]). Mailbox full: dropped, and read again when it is asked for again.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Learned(pub u64, pub Vec<(Bytes, Option<Bytes>)>);
+
 /// Log reads → replica: the entries a lagging follower needs.
 #[derive(Message)]
 #[rtype(result = "()")]

@@ -10,17 +10,19 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 
+use actix::Recipient;
 use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use super::counting::{Page, count_page};
 use super::fatal::Fatal;
+use super::messages::Learned;
 use super::ticket::Ticket;
 use crate::failpoints::failpoint;
 use crate::group::types::Output;
 use crate::limits;
-use crate::machine::MachineKind;
 use crate::machine::command::Query;
+use crate::machine::{ApplyError, MachineKind};
 use crate::refusal::Refusal;
 use crate::storage::state::StateReader;
 use crate::telemetry::metrics as names;
@@ -33,6 +35,8 @@ pub struct ReadJob {
     pub reader: StateReader,
     /// The queries and who asks.
     pub reads: Vec<(Ticket, Query)>,
+    /// Who keeps what is read, so that it needn't be read again soon.
+    pub learns: Option<Recipient<Learned>>,
 }
 
 impl ReadJob {
@@ -43,6 +47,38 @@ impl ReadJob {
             Query::Scan { .. } => limits::SCAN_WEIGHT,
         };
         self.reads.iter().map(|(_, query)| weight(query)).sum()
+    }
+
+    /// Answers all of it.
+    fn answer(self) {
+        let ReadJob { machine, reader, reads, learns } = self;
+        let mut learned = Vec::new();
+        for (ticket, query) in reads {
+            if ticket.abandoned() {
+                ticket.finish(Err(Refusal::Deadline));
+                continue;
+            }
+            let answer = match &query {
+                Query::Get { key } => reader.get(key).map_err(ApplyError::from).and_then(|stored| {
+                    let answer = machine.answer(key, stored.as_ref());
+                    if learns.is_some() && stored.as_ref().map_or(0, Bytes::len) <= limits::LEARNED_BYTES_MAX
+                    {
+                        learned.push((key.clone(), stored));
+                    }
+                    answer
+                }),
+                Query::Scan { .. } => machine.query(&query, &reader),
+            };
+            ticket.finish(answer.map(Output::Answer).map_err(|error| {
+                tracing::error!(replica = %reader.replica, %error, "reading the state store");
+                Refusal::Unavailable("the node can't read its state store".into())
+            }));
+        }
+        if let Some(learns) = learns.filter(|_| !learned.is_empty())
+            && learns.try_send(Learned(reader.stamp(), learned)).is_err()
+        {
+            tracing::trace!("a replica is too busy to learn what was read for it");
+        }
     }
 }
 
@@ -90,18 +126,7 @@ impl ReadThread {
                 };
                 failpoint!(ReadEngine, job.reader.replica);
                 let weight = job.weight();
-                for (ticket, query) in job.reads {
-                    if ticket.abandoned() {
-                        ticket.finish(Err(Refusal::Deadline));
-                        continue;
-                    }
-                    let result =
-                        job.machine.query(&query, &job.reader).map(Output::Answer).map_err(|error| {
-                            tracing::error!(replica = %job.reader.replica, %error, "reading the state store");
-                            Refusal::Unavailable("the node can't read its state store".into())
-                        });
-                    ticket.finish(result);
-                }
+                job.answer();
                 done.fetch_sub(weight, Ordering::Relaxed);
             }
         })?;
@@ -203,7 +228,7 @@ mod tests {
         let (reply, results) = oneshot::channel();
         let tickets = tickets(&operations, reply, None, None);
         let reads = tickets.into_iter().map(|ticket| (ticket, query.clone())).collect();
-        (ReadJob { machine: MachineKind::Kv, reader: reader.clone(), reads }, results)
+        (ReadJob { machine: MachineKind::Kv, reader: reader.clone(), reads, learns: None }, results)
     }
 
     #[test]

@@ -9,6 +9,7 @@ mod guard;
 #[cfg(feature = "test-hooks")]
 mod hooks;
 mod memory;
+mod reads;
 mod traces;
 mod view;
 
@@ -24,7 +25,6 @@ use super::hub::HubSink;
 use super::log_writer::WriteTask;
 use super::memory::MemoryShare;
 use super::messages::*;
-use super::reader::ReadJob;
 use super::shared::Shared;
 use super::snapshots::outgoing::Order;
 use super::supervisor::Supervisor;
@@ -36,8 +36,7 @@ use crate::group::driver::Group;
 use crate::group::types::{Effects, Fetch, SnapshotWanted};
 use crate::ids::{Incarnation, METADATA_SHARD, NodeId, Position, ReplicaId, ShardId};
 use crate::limits;
-use crate::machine::command::Query;
-use crate::machine::{kv, meta};
+use crate::machine::meta;
 use crate::placement::map::ClusterMap;
 use crate::refusal::Refusal;
 use crate::storage::StorageError;
@@ -139,6 +138,7 @@ impl ReplicaActor {
         self.pump_queued = false;
         self.stepped_bytes = 0;
         self.mind_memory();
+        self.group.allow_known(self.shared.memory.room());
         let mut effects = match self.group.pump() {
             Ok(effects) => effects,
             Err(error) => return self.fail(error.to_string(), ctx),
@@ -184,7 +184,7 @@ impl ReplicaActor {
         if let Some(index) = marked {
             self.keep_still(index);
         }
-        self.read_elsewhere(reads);
+        self.read_elsewhere(reads, ctx);
         if let Some(fetch) = fetch {
             self.fetch(fetch, ctx);
         }
@@ -203,24 +203,6 @@ impl ReplicaActor {
             ctx.spawn(
                 fut::wrap_future(tokio::task::yield_now()).map(|(), act: &mut Self, ctx| act.queue_pump(ctx)),
             );
-        }
-    }
-
-    /// Queries that memory can't answer go to the read thread: gets together, a scan with its own
-    /// copy of what the active memtable adds to its page.
-    fn read_elsewhere(&mut self, mut reads: Vec<(Ticket, Query)>) {
-        let state = self.group.state();
-        let machine = self.group.machine();
-        for (ticket, query) in reads.extract_if(.., |(_, query)| matches!(query, Query::Scan { .. })) {
-            if let Query::Scan { prefix, after, .. } = &query {
-                // One more than fits a page tells whether there are more.
-                let reader =
-                    state.scan_reader(kv::scan_start(prefix, after), &[], limits::SCAN_PAIRS_MAX + 1);
-                self.shared.reader.submit(ReadJob { machine, reader, reads: vec![(ticket, query)] });
-            }
-        }
-        if !reads.is_empty() {
-            self.shared.reader.submit(ReadJob { machine, reader: state.reader(), reads });
         }
     }
 
@@ -423,6 +405,7 @@ impl Handler<Tick> for ReplicaActor {
         self.group.tick();
         self.group.discard(Ticket::abandoned);
         self.let_go();
+        self.make_room();
         self.campaign_eagerly(ctx);
         self.make_way_now_and_then();
         self.confirm_map();

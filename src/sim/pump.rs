@@ -29,6 +29,8 @@ impl World {
             return Ok(());
         };
         replica.pump_queued = false;
+        let known = replica.group.state().known_bytes();
+        replica.group.allow_known(self.options.known_bytes_max().saturating_sub(known));
         let members = &replica.group.state().header().members;
         let is_lone = members.iter().filter(|member| member.role.votes()).count() < 2;
         let (shard, incarnation) = (replica.shard, replica.incarnation);

@@ -360,11 +360,17 @@ impl World {
                 }
             }
             ReplicaEvent::Read(reader, reads) => {
+                let mut learned = Vec::new();
                 for (token, query) in reads {
                     self.count("engine reads");
                     let Some(node) = self.nodes.get_mut(&id) else { return Ok(()) };
                     node.disk.faulty.begin(node.unreadable && self.dice.chance(300));
                     let answer = MachineKind::Kv.query(&query, &*reader);
+                    if let (Query::Get { key }, Ok(_)) = (&query, &answer)
+                        && let Ok(stored) = reader.get(key)
+                    {
+                        learned.push((key.clone(), stored));
+                    }
                     node.disk.faulty.end();
                     let answer = match answer {
                         Ok(answer) => Ok(Output::Answer(answer)),
@@ -374,6 +380,9 @@ impl World {
                         }
                     };
                     self.answer(id, replica_id, token, answer)?;
+                }
+                if let Some(replica) = self.replica(id, replica_id) {
+                    replica.group.learn(reader.stamp(), learned);
                 }
                 return Ok(());
             }

@@ -92,6 +92,8 @@ struct Writer {
     next_chunks: u64,
     /// Whether any value is chunked: if none is, a write needn't look for the old one's.
     any_chunks: bool,
+    /// The record at hand: sled makes its own copy.
+    record: Vec<u8>,
     files: SledFiles,
     sums: SledSums,
 }
@@ -131,7 +133,13 @@ impl SledEngine {
             db,
             chunks,
             intents,
-            writer: Mutex::new(Writer { next_chunks, any_chunks: last.is_some(), files, sums }),
+            writer: Mutex::new(Writer {
+                next_chunks,
+                any_chunks: last.is_some(),
+                record: Vec::new(),
+                files,
+                sums,
+            }),
             broken: AtomicBool::new(false),
             on_damage: OnceLock::new(),
             created,
@@ -232,7 +240,10 @@ impl SledEngine {
         };
         match (value, new) {
             (Some(_), Some(at)) => self.run(|| self.db.insert(key, at.encode()))?,
-            (Some(value), None) => self.run(|| self.db.insert(key, Record::encode_inline(value)))?,
+            (Some(value), None) => {
+                Record::encode_inline(value, &mut writer.record);
+                self.run(|| self.db.insert(key, &writer.record[..]))?
+            }
             (None, _) => self.run(|| self.db.remove(key))?,
         };
         if let Some(old) = old {

@@ -10,8 +10,8 @@
 //! whole of it is written again from the redo file before anybody reads.
 //!
 //! Promises: when `Logged` is told, a crash can't take the state back behind the tables' headers, so
-//! the log may be compacted to there. When `Absorbed` is told, readers of the engine see all writes,
-//! so the tables' memory may be released. A file is removed only after its writes are durable in the
+//! the log may be compacted to there. When `Absorbed` is told of a replica, readers of the engine see all its
+//! writes, so its tables' memory may be released. A file is removed only after its writes are durable in the
 //! engine, and no second flush begins before that: so at most one finished file exists, and what it
 //! says is never older than what the engine holds. A flush that fails after `Logged` leaves its
 //! file; the flusher then refuses to go on, since a later flush could be undone by that file at the
@@ -23,8 +23,8 @@
 //! the file was made to is gone, and laying it over what is there would make a state that never was. And
 //! one that has begun what it hasn't completed has a redo file, or else that was lost.
 
-use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -35,7 +35,7 @@ use super::redo::{self, Record, RedoReader, RedoWriter, Section};
 use super::state::{Frozen, StateHeader};
 use super::{StorageError, atomic_file, keys};
 use crate::ids::{Index, ReplicaId};
-use crate::limits::{FLUSH_BATCH_BYTES, FLUSH_BATCH_KEYS};
+use crate::limits::{FLUSH_BATCH_BYTES, FLUSH_BATCH_KEYS, FLUSH_PART_BYTES};
 
 /// Steps of a flush that its caller wants to hear of.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -44,6 +44,15 @@ pub enum FlushStep {
     Logged,
     /// The engine holds all of them: their memory may be released.
     Absorbed,
+}
+
+/// How far a flush has come, see [`FlushStep`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Progress<'a> {
+    /// That step, of all tables.
+    Logged,
+    /// That step, of the tables of these replicas and generations. Told of each of them once.
+    Absorbed(&'a [(ReplicaId, u32)]),
 }
 
 /// Moments at which a [`FlushHook`] is asked.
@@ -123,19 +132,39 @@ impl Flusher {
         self.hook = Some(hook);
     }
 
-    /// Flushes `tables` (oldest first per replica) in one durable step and tells `progress` of each
-    /// stage. An error before `Logged` leaves everything as it was, and the flush may be tried again
-    /// (a full disk), unless it is [`StorageError::SyncFailed`]. After any other error the node must
-    /// stop; the next start completes the flush.
+    /// Flushes `tables` (oldest first per replica) like [`Flusher::flush_parts`] and tells `progress` of each
+    /// step when it is done for all of them.
     pub fn flush(
         &mut self,
         tables: &[Arc<Frozen>],
         progress: &mut dyn FnMut(FlushStep),
     ) -> Result<(), StorageError> {
+        let parts = tables.iter().map(|frozen| (frozen.replica, frozen.generation)).collect::<BTreeSet<_>>();
+        let mut left = parts.len();
+        self.flush_parts(tables, &mut |told| match told {
+            Progress::Logged => progress(FlushStep::Logged),
+            Progress::Absorbed(parts) => {
+                left -= parts.len();
+                if left == 0 {
+                    progress(FlushStep::Absorbed);
+                }
+            }
+        })
+    }
+
+    /// Flushes `tables` (oldest first per replica) in one durable step and tells `progress` of each
+    /// stage. An error before `Logged` leaves everything as it was, and the flush may be tried again
+    /// (a full disk), unless it is [`StorageError::SyncFailed`]. After any other error the node must
+    /// stop; the next start completes the flush.
+    pub fn flush_parts(
+        &mut self,
+        tables: &[Arc<Frozen>],
+        progress: &mut dyn FnMut(Progress<'_>),
+    ) -> Result<(), StorageError> {
         self.check_usable()?;
         if tables.is_empty() {
-            progress(FlushStep::Logged);
-            progress(FlushStep::Absorbed);
+            progress(Progress::Logged);
+            progress(Progress::Absorbed(&[]));
             return Ok(());
         }
         let sources = sources(tables, &*self.engine)?;
@@ -267,14 +296,16 @@ impl Flusher {
         &mut self,
         sources: &[Source<'_>],
         path: &Path,
-        progress: &mut dyn FnMut(FlushStep),
+        progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<(), StorageError> {
         self.at(FlushPoint::RedoDurable)?;
-        progress(FlushStep::Logged);
+        progress(Progress::Logged);
         let engine = self.engine.clone();
         let number = self.next_sequence - 1;
         Numbers { complete: number - 1, begun: number }.write(&*engine)?;
         let mut batch = Batch::new(&*engine);
+        // A node that waits for memory waits for the first of them, not for all.
+        let (mut absorbed, mut bytes) = (Vec::new(), 0);
         for source in sources {
             let Section { replica, generation, .. } = source.section;
             source.each(&mut |kind, key, value| {
@@ -286,8 +317,16 @@ impl Flusher {
             })?;
             batch.finish(&source.section)?;
             self.at(FlushPoint::BatchWritten)?;
+            absorbed.push((replica, generation));
+            bytes += source.tables.iter().map(|frozen| frozen.bytes()).sum::<usize>();
+            if bytes >= FLUSH_PART_BYTES {
+                progress(Progress::Absorbed(&std::mem::take(&mut absorbed)));
+                bytes = 0;
+            }
         }
-        progress(FlushStep::Absorbed);
+        if !absorbed.is_empty() {
+            progress(Progress::Absorbed(&absorbed));
+        }
         Numbers::complete(number).write(&*engine)?;
         self.at(FlushPoint::BatchWritten)?;
         self.engine.sync()?;

@@ -29,6 +29,32 @@ fn redo_files(dir: &Path) -> usize {
 }
 
 #[test]
+fn memory_of_a_replica_is_free_before_the_others_are_absorbed() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = Arc::new(MemoryEngine::new());
+    let mut flusher = Flusher::open(dir.path().join("redo"), engine.clone()).unwrap();
+    let great = "x".repeat(FLUSH_PART_BYTES);
+    let mut tables = Vec::new();
+    for (replica, value) in [(1, "small"), (2, &great), (3, "small"), (4, "small")] {
+        let mut state = open_state(&engine, replica);
+        apply(&mut state, 6, "k", Some(value));
+        tables.push(state.freeze().unwrap());
+    }
+    let mut told = Vec::new();
+    let has = |replica| engine.get(&keys::header_key(ReplicaId(replica), 0)).unwrap().is_some();
+    flusher
+        .flush_parts(&tables, &mut |progress| {
+            if let Progress::Absorbed(parts) = progress {
+                told.push(parts.iter().map(|(replica, _)| replica.0).collect::<Vec<_>>());
+                assert!(parts.iter().all(|(replica, _)| has(replica.0)), "{told:?}");
+                assert_eq!(has(4), told.len() == 2);
+            }
+        })
+        .unwrap();
+    assert_eq!(told, [vec![1, 2], vec![3, 4]]);
+}
+
+#[test]
 fn a_round_over_several_replicas_and_tables() {
     let dir = tempfile::tempdir().unwrap();
     let engine = Arc::new(MemoryEngine::new());

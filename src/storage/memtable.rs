@@ -35,6 +35,11 @@ impl Memtable {
         self.bytes += added;
     }
 
+    /// What a write of `value` to `key`, which isn't here, adds to the bytes.
+    pub fn cost(key: &[u8], value: Option<&Bytes>) -> usize {
+        ENTRY_OVERHEAD_BYTES + key.len() + value.map_or(0, Bytes::len)
+    }
+
     /// The newest write to `key`, if it is here: `Some(None)` for a removal.
     pub fn get(&self, key: &[u8]) -> Option<Option<Bytes>> {
         self.entries.get(key).cloned()

@@ -4,7 +4,7 @@
 //! - [`engine`]: the trait of the ordered key-value engine under the state; [`engine_sled`] and [`engine_memory`].
 //! - [`sessions`]: what one replica remembers of client sessions.
 //! - [`memtable`]: recent applied writes of one replica. [`state`]: one replica's state: memtables over the engine;
-//!   [`opened`]: as it is found at a start, whole or lost.
+//!   [`opened`]: as it is found at a start, whole or lost. `read_cache`: what is known of the engine without asking it.
 //! - [`flush`]: freezing memtables into redo files ([`redo`]) and the engine; recovery from redo files.
 //! - [`sled_files`], [`sled_record`], `sled_sums`: what sled's files need, how it stores a value, and how
 //!   damage is seen that it doesn't see itself. [`aside`]: what becomes of a damaged state.
@@ -35,6 +35,7 @@ pub mod log_memory;
 pub mod memtable;
 mod merge;
 pub mod opened;
+mod read_cache;
 pub mod redo;
 pub mod sessions;
 pub mod sled_files;

@@ -37,12 +37,11 @@ pub(super) struct ChunkRef {
 }
 
 impl Record {
-    /// The bytes of a record that holds its value.
-    pub fn encode_inline(value: &[u8]) -> Vec<u8> {
-        let mut record = Vec::with_capacity(1 + value.len());
+    /// Makes `record` the bytes of a record that holds its value.
+    pub fn encode_inline(value: &[u8], record: &mut Vec<u8>) {
+        record.clear();
         record.push(INLINE);
         record.extend_from_slice(value);
-        record
     }
 
     /// `None` for bytes that are no record.
@@ -114,7 +113,8 @@ mod tests {
     #[test]
     fn records_survive_their_bytes() {
         let value = Bytes::from_static(b"value");
-        let inline = Record::encode_inline(&value);
+        let mut inline = vec![7; 9];
+        Record::encode_inline(&value, &mut inline);
         assert_eq!(Record::decode(&inline), Some(Record::Inline(value)));
         let at = ChunkRef { id: 1 << 40, len: CHUNK_BYTES as u32 + 1, sum: 77 };
         let bytes = at.encode();

@@ -480,7 +480,9 @@ fn a_store_from_before_there_were_sums_gets_them() {
     let dir = home.path().join("state");
     let raw = sled::Config::new().path(&dir).flush_every_ms(None).open().unwrap();
     let format = crate::storage::keys::format_key();
-    raw.insert(format, Record::encode_inline(&1u32.to_be_bytes())).unwrap();
+    let mut record = Vec::new();
+    Record::encode_inline(&1u32.to_be_bytes(), &mut record);
+    raw.insert(format, record).unwrap();
     raw.flush().unwrap();
     drop(raw);
     fs::remove_file(home.path().join("state.sums")).unwrap();

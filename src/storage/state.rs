@@ -1,9 +1,9 @@
 //! One replica's state: an active memtable, frozen memtables on their way into the engine, and the
-//! engine, newest first.
+//! engine, newest first. Above the engine lies what is known of it without asking ([`super::read_cache`]).
 //!
 //! ```text
 //! put, delete ─► active ──freeze()──► frozen … frozen ──flush──► engine
-//! sessions ───────────────┘               └──release(index)──► forgotten
+//! sessions ───────────────┘               └──release(index)──► read cache ─► forgotten
 //! ```
 //!
 //! The session table is held in memory as a whole, beside the layers; at a freeze the records of sessions
@@ -27,6 +27,7 @@ use super::engine::{Engine, Mutation};
 pub use super::header::{StateHeader, conf_state_of};
 use super::memtable::Memtable;
 use super::merge::{self, Layer};
+use super::read_cache::ReadCache;
 use super::sessions::SessionTable;
 use super::{StateBatch, StateView, StorageError, keys};
 use crate::ids::{Epoch, Index, Position, ReplicaId};
@@ -42,7 +43,7 @@ pub struct Frozen {
     /// The header after the last write in `table`.
     pub header: StateHeader,
     /// The writes.
-    pub table: Memtable,
+    pub table: Arc<Memtable>,
     /// Records of the sessions that changed, by id.
     pub sessions: Memtable,
 }
@@ -50,7 +51,7 @@ pub struct Frozen {
 impl Frozen {
     /// Its parts, each with the kind of its keys; in the order of the engine's keys.
     pub fn parts(&self) -> [(u8, &Memtable); 2] {
-        [(keys::KIND_USER, &self.table), (keys::KIND_SESSION, &self.sessions)]
+        [(keys::KIND_USER, &*self.table), (keys::KIND_SESSION, &self.sessions)]
     }
 
     /// Everything in it as the engine gets it, sorted: the header first.
@@ -64,7 +65,8 @@ impl Frozen {
         std::iter::once(header).chain(changes).collect()
     }
 
-    fn bytes(&self) -> usize {
+    /// Bytes of its tables, about.
+    pub fn bytes(&self) -> usize {
         self.table.bytes + self.sessions.bytes
     }
 }
@@ -83,6 +85,7 @@ pub struct ReplicaState {
     sessions: SessionTable,
     /// Oldest first.
     frozen: Vec<Arc<Frozen>>,
+    known: ReadCache,
     engine: Arc<dyn Engine>,
     /// Keys that this state's owner had to ask the engine for.
     engine_reads: Cell<u64>,
@@ -103,6 +106,8 @@ pub struct StateReader {
     pub generation: u32,
     /// The shard's revision counter when the reader was made.
     revision: u64,
+    /// Which state of the engine it reads, or a later one.
+    stamp: u64,
     /// Copied from the active memtable for a scan.
     page: Option<PageCopy>,
 }
@@ -117,10 +122,10 @@ struct PageCopy {
     horizon: Option<Vec<u8>>,
 }
 
-/// What the memtables know of a key.
+/// What memory knows of a key.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Lookup {
-    /// Written or removed recently.
+    /// Written, removed or read recently.
     Known(Option<Bytes>),
     /// The engine must be asked, which may wait for the disk.
     AskEngine,
@@ -162,6 +167,7 @@ impl ReplicaState {
             within_entry: false,
             active: Memtable::default(),
             frozen: Vec::new(),
+            known: ReadCache::default(),
             engine,
             engine_reads: Cell::new(0),
         }
@@ -222,7 +228,7 @@ impl ReplicaState {
             replica: self.replica,
             generation: self.generation,
             header: self.header.clone(),
-            table: std::mem::take(&mut self.active),
+            table: Arc::new(std::mem::take(&mut self.active)),
             sessions: self.sessions.take_changes(),
         });
         self.frozen_to = self.header.applied.index;
@@ -230,9 +236,38 @@ impl ReplicaState {
         Some(frozen)
     }
 
-    /// The engine has every write of the frozen tables up to applied index `index`: forgets them.
+    /// The engine has every write of the frozen tables up to applied index `index`: forgets them, but for what
+    /// there is room to know of the engine.
     pub fn release(&mut self, index: Index) {
-        self.frozen.retain(|f| f.header.applied.index > index);
+        let absorbed = self.frozen.partition_point(|f| f.header.applied.index <= index);
+        for frozen in self.frozen.drain(..absorbed) {
+            self.known.absorb(frozen.table.clone());
+        }
+    }
+
+    /// Says by how many bytes that may grow which is known of the engine, from here on.
+    pub fn allow_known(&mut self, room: usize) {
+        self.known.allow(room);
+    }
+
+    /// Bytes by which what is known of the engine may still grow.
+    pub fn known_room(&self) -> usize {
+        self.known.room()
+    }
+
+    /// Bytes of what is known of the engine: nobody needs them.
+    pub fn known_bytes(&self) -> usize {
+        self.known.bytes()
+    }
+
+    /// Forgets of the engine what wasn't asked for lately; called twice in a row, all of it.
+    pub fn forget_known(&mut self) {
+        self.known.forget_older();
+    }
+
+    /// Takes in what a reader with this [`StateReader::stamp`] was told by the engine of `key`.
+    pub fn learn(&mut self, stamp: u64, key: &[u8], value: Option<Bytes>) {
+        self.known.learn(stamp, key, value);
     }
 
     /// How often [`StateView::get`] had to ask the engine, which may wait for the disk.
@@ -240,12 +275,19 @@ impl ReplicaState {
         self.engine_reads.get()
     }
 
-    /// What the memtables know of `key`, without touching the engine.
+    /// What memory knows of `key`, without touching the engine.
     pub fn lookup(&self, key: &[u8]) -> Lookup {
-        self.active
-            .get(key)
-            .or_else(|| lookup_frozen(&self.frozen, key))
-            .map_or(Lookup::AskEngine, Lookup::Known)
+        self.written(key).or_else(|| self.known.get(key)).map_or(Lookup::AskEngine, Lookup::Known)
+    }
+
+    /// Like [`ReplicaState::lookup`], for a client: what is asked for is known for longer.
+    pub fn recall(&mut self, key: &[u8]) -> Lookup {
+        self.written(key).or_else(|| self.known.recall(key)).map_or(Lookup::AskEngine, Lookup::Known)
+    }
+
+    /// What the memtables know of `key`.
+    fn written(&self, key: &[u8]) -> Option<Option<Bytes>> {
+        self.active.get(key).or_else(|| lookup_frozen(&self.frozen, key))
     }
 
     /// A handle for reading frozen tables and engine on another thread.
@@ -256,6 +298,7 @@ impl ReplicaState {
             replica: self.replica,
             generation: self.generation,
             revision: self.header.revision,
+            stamp: self.known.stamp(),
             page: None,
         }
     }
@@ -283,7 +326,7 @@ impl ReplicaState {
 
     fn layers<'a>(&'a self, from: Bound<&[u8]>) -> Vec<Layer<'a>> {
         std::iter::once(&self.active)
-            .chain(self.frozen.iter().rev().map(|f| &f.table))
+            .chain(self.frozen.iter().rev().map(|f| &*f.table))
             .map(|table| merge::layer(table, from, &[]))
             .collect()
     }
@@ -381,6 +424,11 @@ fn load_sessions(
 }
 
 impl StateReader {
+    /// Tells the state of which engine's state this reads ([`ReplicaState::learn`]).
+    pub fn stamp(&self) -> u64 {
+        self.stamp
+    }
+
     /// The value of `key`, which must not be in the active memtable ([`Lookup::AskEngine`]).
     pub fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StorageError> {
         if let Some(known) = lookup_frozen(&self.frozen, key) {
@@ -402,7 +450,7 @@ impl StateReader {
             return Err(misuse("a reader for single keys was asked to scan"));
         };
         let layers = std::iter::once(&page.recent)
-            .chain(self.frozen.iter().rev().map(|f| &f.table))
+            .chain(self.frozen.iter().rev().map(|f| &*f.table))
             .map(|table| merge::layer(table, from, &page.to))
             .collect();
         let range =

@@ -102,6 +102,8 @@ metrics_table! {
         "Memtables of all replicas on this node, in bytes.";
     PAUSED_REPLICAS = "pontoon_paused_replicas", Gauge, [],
         "Replicas on this node that hold so much of that memory that they apply nothing for now.";
+    KNOWN_BYTES = "pontoon_known_bytes", Gauge, [],
+        "What is known of the state store on this node without asking it, in bytes: what memtables leave of their bound.";
     SESSIONS = "pontoon_sessions", Gauge, [],
         "Clients' sessions that the shards of this node remember, counted for each replica.";
     CACHED_ENTRY_BYTES = "pontoon_cached_entry_bytes", Gauge, [],

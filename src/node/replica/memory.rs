@@ -40,6 +40,7 @@ impl ReplicaActor {
 
     pub(super) fn account_memory(&mut self) {
         self.memory.set(self.group.state().memory_bytes());
+        self.memory.set_known(self.group.state().known_bytes());
         self.memory.set_sessions(self.group.state().session_table().len());
     }
 
@@ -78,6 +79,7 @@ impl Handler<Flushed> for ReplicaActor {
             }
             FlushStep::Absorbed => {
                 failpoint!(FlushAbsorbed, self.replica);
+                self.group.allow_known(self.shared.memory.room());
                 self.group.release(flushed.position.index);
                 self.flushed_to(flushed.position.index);
                 self.flushing = false;
