@@ -10,6 +10,7 @@ use actix::prelude::*;
 
 use super::fatal::{Fatal, FatalGuard};
 use super::flusher::FlushSink;
+use super::gather::Gather;
 use super::intake::Arrived;
 use super::log_writer::PersistSink;
 use super::messages::*;
@@ -35,6 +36,8 @@ pub struct Hub {
     replicas: HashMap<ReplicaId, (Incarnation, Addr<ReplicaActor>)>,
     /// One for all replicas of this thread: the log and flush threads call it once per batch.
     sink: Option<Arc<HubSink>>,
+    /// What they write to the log.
+    gather: Gather,
     paused: bool,
     disk: DiskNews,
     _guard: FatalGuard,
@@ -108,7 +111,16 @@ impl Hub {
     /// A hub without replicas.
     pub fn new(shared: Arc<Shared>, fatal: Fatal) -> Hub {
         let _guard = fatal.guard("a hub");
-        Hub { shared, replicas: HashMap::new(), sink: None, paused: false, disk: DiskNews::default(), _guard }
+        let gather = Gather::new(shared.clone());
+        Hub {
+            shared,
+            gather,
+            replicas: HashMap::new(),
+            sink: None,
+            paused: false,
+            disk: DiskNews::default(),
+            _guard,
+        }
     }
 
     fn tick(&mut self) {
@@ -177,7 +189,7 @@ impl Handler<StartReplica> for Hub {
             incarnation,
             group,
             self.shared.clone(),
-            sink,
+            (sink, self.gather.clone()),
             start.supervisor,
         );
         let addr = actor.start();
