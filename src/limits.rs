@@ -69,6 +69,10 @@ pub const REPLICA_PENDING_MAX: usize = 16 * 1024;
 pub const READ_ROUNDS_MAX: usize = 1;
 /// Log writes of one group that are not yet durable, above which new commands wait to share an entry.
 pub const WRITES_IN_FLIGHT_MAX: usize = 4;
+/// While a log write of the group is under way its commands wait to share the next entry, until so many do.
+pub const PROPOSE_COMMANDS_MIN: usize = 128;
+/// The same in bytes of commands: where they are large, more writes under way carry more.
+pub const PROPOSE_BYTES_MIN: usize = 64 * KIB;
 /// Bytes of committed entries taken from raft in one pass, so that one group can't hold its thread.
 pub const APPLY_PASS_BYTES: u64 = MIB as u64;
 /// Bytes of log that a replica has yet to apply, above which it begins no election.
@@ -438,6 +442,12 @@ pub const PEER_IDLE_MS_MAX: u64 = 5_000;
 pub const COALESCE_BYTES_MAX: usize = MIB;
 /// Client library: calls under way for one shard; operations that arrive meanwhile share the next.
 pub const CALLS_PER_SHARD_MAX: usize = 4;
+/// Client library: operations that wait to share the next call while one to their shard is under way, until so many do.
+pub const CALL_OPERATIONS_MIN: usize = 128;
+/// The same in bytes of keys and values.
+pub const CALL_BYTES_MIN: usize = 64 * KIB;
+/// Client library: nor do they wait for a call that has been under way for longer than this, in milliseconds.
+pub const CALL_GATHER_MS: u64 = 5;
 /// Client library: longest attempt at one node, in milliseconds, so that a hung node is left for another.
 pub const ATTEMPT_MS_MAX: u64 = 2_000;
 /// Client library: bytes for which an attempt is given one further millisecond.

@@ -343,8 +343,9 @@ async fn deadlines_hold_and_say_what_is_known() {
         .map(|n| {
             let (long, brief) = (db.clone(), brief.clone());
             tokio::spawn(async move {
-                // One at a time fills the lane; the last ones have to wait.
-                tokio::time::sleep(Duration::from_millis(n)).await;
+                // One at a time, each not waiting long for the call before, fills the lane; the last ones have to wait.
+                let after = if n < 20 { 10 * n } else { 400 + n };
+                tokio::time::sleep(Duration::from_millis(after)).await;
                 let db = if n < 20 { long.with_timeout(Duration::from_secs(2)) } else { brief };
                 let begun = Instant::now();
                 (db.put(key("q"), key("1")).await, begun.elapsed(), n)

@@ -23,13 +23,13 @@ use tokio::task::spawn_local;
 use super::Operation;
 use super::connection::Pool;
 use super::follow::follow;
-use super::lanes::{Lanes, Next};
+use super::lanes::{LaneId, Lanes, Next};
 use super::refresh::Refresh;
 use super::retry::{self, Decision, Failure};
 use super::routing::Routing;
 use super::session::Moment;
 use super::ticket::{Deadline, End, Load, Parts, Reply, Ticket};
-use crate::ids::{SessionId, ShardId};
+use crate::ids::SessionId;
 use crate::limits::CLOSE_MS_MAX;
 use crate::placement::map::ClusterMap;
 use crate::refusal::Refusal;
@@ -101,8 +101,8 @@ pub(super) struct Driver {
     pub refresh: Refresh,
     pub load: Rc<Load>,
     lanes: RefCell<Lanes>,
-    /// Shards with new operations or a free call, some named twice; see [`Driver::flush`].
-    touched: RefCell<Vec<ShardId>>,
+    /// Lanes with new operations or a free call, some named twice; see [`Driver::flush`].
+    touched: RefCell<Vec<LaneId>>,
     /// Wakes the sweeper.
     queued: Rc<Notify>,
     /// Something of the map is known: it can be followed.
@@ -205,8 +205,8 @@ impl Driver {
         match route {
             Some(route) => {
                 ticket.range_version = route.range_version;
-                self.lanes.borrow_mut().push(route.shard, ticket);
-                self.touched.borrow_mut().push(route.shard);
+                let lane = self.lanes.borrow_mut().push(route.shard, ticket);
+                self.touched.borrow_mut().push(lane);
             }
             None => {
                 self.refresh.park(ticket);
@@ -227,12 +227,13 @@ impl Driver {
     pub fn flush(self: &Rc<Driver>) {
         let now = moment();
         loop {
-            let Some(shard) = self.touched.borrow_mut().pop() else {
+            let Some(lane) = self.touched.borrow_mut().pop() else {
                 return;
             };
+            let shard = lane.shard;
             loop {
                 let version = self.routing.borrow().range_version(shard);
-                let next = self.lanes.borrow_mut().next(shard, version, now, &mut SessionId::random);
+                let next = self.lanes.borrow_mut().next(lane, version, now, &mut SessionId::random);
                 let Next::Call { batch, stale } = next else {
                     // What had to wait may have to be answered before its turn comes.
                     self.queued.notify_one();
@@ -242,7 +243,7 @@ impl Driver {
                     self.enqueue(ticket);
                 }
                 if !batch.is_empty() {
-                    let call = LaneCall(self.clone(), shard);
+                    let call = LaneCall(self.clone(), lane);
                     spawn_local(async move {
                         let driver = call.0.clone();
                         driver.call(shard, batch).await;
@@ -320,7 +321,7 @@ impl Driver {
 }
 
 /// A call under way; at its end, however it comes, the lane may send the next at the next flush.
-struct LaneCall(Rc<Driver>, ShardId);
+struct LaneCall(Rc<Driver>, LaneId);
 
 impl Drop for LaneCall {
     fn drop(&mut self) {
@@ -342,7 +343,7 @@ async fn sweep(driver: Weak<Driver>, queued: Rc<Notify>) {
             let now = Instant::now();
             let waiting = driver.lanes.borrow_mut().expire(now) | driver.refresh.expire(now);
             // What they wait for may have ended without a call: given up between two attempts.
-            driver.touched.borrow_mut().extend(driver.lanes.borrow().held());
+            driver.touched.borrow_mut().extend(driver.lanes.borrow().held(moment()));
             driver.flush();
             if !waiting {
                 break;

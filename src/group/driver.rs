@@ -390,10 +390,26 @@ impl<T> Group<T> {
         Ok(effects)
     }
 
-    /// Makes entries of the queued commands. While the log writer is busy they wait a little, so
-    /// that many share an entry; a lone command goes at once.
+    /// Whether what is queued is to be proposed now. A lone command goes at once. While a write of this group is
+    /// under way the others wait for its end, and then share an entry, its messages and its syncs: nothing could
+    /// be applied here before that write is durable anyway. Where much waits, more writes are worth their cost.
+    fn is_time_to_propose(&self) -> bool {
+        let is_much = self.queued.len() >= limits::PROPOSE_COMMANDS_MIN
+            || self.queued.bytes() >= limits::PROPOSE_BYTES_MIN;
+        !self.queued.is_empty()
+            && match self.unpersisted.len() {
+                0 => true,
+                under_way => is_much && under_way < limits::WRITES_IN_FLIGHT_MAX,
+            }
+    }
+
+    /// Makes entries of the queued commands.
     fn propose_queued(&mut self) {
-        while !self.queued.is_empty() && self.unpersisted.len() < limits::WRITES_IN_FLIGHT_MAX {
+        if !self.is_time_to_propose() {
+            return;
+        }
+        // All of them: those beyond a full entry belong to the next at once.
+        while !self.queued.is_empty() {
             if !self.leads() {
                 break; // Answered by `follow_leadership`.
             }

@@ -119,6 +119,10 @@ impl<T> Group<T> {
             pre_vote: true,
             batch_append: true,
             max_uncommitted_size: limits::UNCOMMITTED_BYTES_MAX as u64,
+            // Followers hear of a commit with the next append, or the next heartbeat: telling them at once would
+            // double the messages of a write, and nobody waits for them to apply it. But for the metadata shard,
+            // whose followers' nodes take the map from it.
+            skip_bcast_commit: options.machine == MachineKind::Kv,
             max_committed_size_per_ready: limits::APPLY_PASS_BYTES,
             ..Config::default()
         };

@@ -10,6 +10,7 @@ use actix::prelude::*;
 
 use super::fatal::{Fatal, FatalGuard};
 use super::flusher::FlushSink;
+use super::gather::Gather;
 use super::intake::Arrived;
 use super::log_writer::PersistSink;
 use super::messages::*;
@@ -35,6 +36,8 @@ pub struct Hub {
     replicas: HashMap<ReplicaId, (Incarnation, Addr<ReplicaActor>)>,
     /// One for all replicas of this thread: the log and flush threads call it once per batch.
     sink: Option<Arc<HubSink>>,
+    /// What they write to the log.
+    gather: Gather,
     /// How often replicas were told of time or memory: who is first is another each time.
     rounds: usize,
     disk: DiskNews,
@@ -109,7 +112,16 @@ impl Hub {
     /// A hub without replicas.
     pub fn new(shared: Arc<Shared>, fatal: Fatal) -> Hub {
         let _guard = fatal.guard("a hub");
-        Hub { shared, replicas: HashMap::new(), sink: None, rounds: 0, disk: DiskNews::default(), _guard }
+        let gather = Gather::new(shared.clone());
+        Hub {
+            shared,
+            gather,
+            replicas: HashMap::new(),
+            sink: None,
+            rounds: 0,
+            disk: DiskNews::default(),
+            _guard,
+        }
     }
 
     fn tick(&mut self) {
@@ -198,7 +210,7 @@ impl Handler<StartReplica> for Hub {
             incarnation,
             group,
             self.shared.clone(),
-            sink,
+            (sink, self.gather.clone()),
             start.supervisor,
         );
         let addr = actor.start();

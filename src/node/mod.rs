@@ -22,6 +22,7 @@ pub mod fatal;
 #[cfg(test)]
 mod fence_tests;
 pub mod flusher;
+pub mod gather;
 pub mod handle;
 pub mod hearing;
 #[cfg(feature = "test-hooks")]

@@ -21,6 +21,7 @@ use actix::prelude::*;
 
 use self::guard::Guard;
 use self::traces::Traces;
+use super::gather::Gather;
 use super::hub::HubSink;
 use super::log_writer::WriteTask;
 use super::memory::MemoryShare;
@@ -57,6 +58,8 @@ pub struct ReplicaActor {
     pub(super) group: Group<Ticket>,
     shared: Arc<Shared>,
     sink: Arc<HubSink>,
+    /// To the log writer.
+    gather: Gather,
     supervisor: Addr<Supervisor>,
     guard: Guard,
     pump_queued: bool,
@@ -97,7 +100,7 @@ impl ReplicaActor {
         incarnation: Incarnation,
         group: Group<Ticket>,
         shared: Arc<Shared>,
-        sink: Arc<HubSink>,
+        (sink, gather): (Arc<HubSink>, Gather),
         supervisor: Addr<Supervisor>,
     ) -> ReplicaActor {
         let guard = Guard::new(replica, incarnation, supervisor.clone());
@@ -110,6 +113,7 @@ impl ReplicaActor {
             memory: MemoryShare::new(shared.clone()),
             shared,
             sink,
+            gather,
             supervisor,
             guard,
             pump_queued: false,
@@ -165,13 +169,13 @@ impl ReplicaActor {
         }
         if let Some(numbered) = write {
             failpoint!(WriteBefore, self.replica, why => return self.fail(why, ctx));
-            self.shared.log_writer.submit(vec![WriteTask {
+            self.gather.put(WriteTask {
                 incarnation: self.incarnation,
                 number: numbered.number,
                 write: numbered.write,
                 done: self.sink.clone(),
                 stamps,
-            }]);
+            });
             failpoint!(WriteAfter, self.replica, why => return self.fail(why, ctx));
         }
         failpoint!(Answer, self.replica, why => return self.fail(why, ctx));

@@ -170,7 +170,10 @@ impl Interpreter for Groups {
                 Ok(lines.collect())
             }
             "put" => {
-                let (key, value) = (line.word(1)?.to_vec().into(), line.word(2)?.to_vec().into());
+                let (key, mut value) = (line.word(1)?.to_vec().into(), line.word(2)?.to_vec());
+                let bytes: usize = line.named_number("bytes", 0)?;
+                value.resize(value.len().max(bytes), b'.');
+                let value = value.into();
                 let (command, session) = (Command::Kv(KvCommand::Put { key, value }), tag(line)?);
                 self.submit(line, Operation::Command { command, session })
             }
