@@ -138,7 +138,8 @@ impl<T> Group<T> {
             match self.node_of_any(to) {
                 Some(to) => {
                     let node = NodeId::default();
-                    let message = GroupMessage { shard: self.shard, epoch, safe_index, message, node };
+                    let sleep = self.word_for(&message);
+                    let message = GroupMessage { shard: self.shard, epoch, safe_index, message, node, sleep };
                     effects.messages.push((to, message));
                 }
                 None => {

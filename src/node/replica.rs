@@ -8,9 +8,11 @@ mod disk;
 mod guard;
 #[cfg(feature = "test-hooks")]
 mod hooks;
+mod rest;
 mod view;
 
 use std::ops::Bound;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -22,6 +24,7 @@ use super::hub::HubSink;
 use super::log_writer::WriteTask;
 use super::messages::*;
 use super::reader::ReadJob;
+use super::roster::Roster;
 use super::shared::{MemoryShare, Shared};
 use super::snapshots::outgoing::Order;
 use super::supervisor::Supervisor;
@@ -54,6 +57,11 @@ pub struct ReplicaActor {
     incarnation: Incarnation,
     pub(super) group: Group<Ticket>,
     shared: Arc<Shared>,
+    roster: Rc<Roster>,
+    /// While it is asleep as the roster has it: the tick at which it fell asleep.
+    asleep_since: Option<u64>,
+    /// The supervisor knows that it sleeps as a leader.
+    rests_as_leader: bool,
     sink: Arc<HubSink>,
     supervisor: Addr<Supervisor>,
     guard: Guard,
@@ -79,22 +87,23 @@ pub struct ReplicaActor {
 
 impl Drop for ReplicaActor {
     fn drop(&mut self) {
+        self.roster.leaves(self.replica, self.incarnation);
         // Its guard follows, and tells.
         self.guard.applying = self.group.applying();
     }
 }
 
 impl ReplicaActor {
-    /// An actor for a group that was just opened from disk.
+    /// An actor for a group that was just opened from disk, of this start of a replica of this shard.
     pub fn new(
-        shard: ShardId,
-        replica: ReplicaId,
-        incarnation: Incarnation,
+        (shard, replica, incarnation): (ShardId, ReplicaId, Incarnation),
         group: Group<Ticket>,
         shared: Arc<Shared>,
+        roster: Rc<Roster>,
         sink: Arc<HubSink>,
         supervisor: Addr<Supervisor>,
     ) -> ReplicaActor {
+        roster.wakes(replica, incarnation);
         let guard = Guard::new(replica, incarnation, supervisor.clone());
         let flushed = group.state().header().applied;
         ReplicaActor {
@@ -104,6 +113,9 @@ impl ReplicaActor {
             group,
             memory: MemoryShare::new(shared.clone()),
             shared,
+            roster,
+            asleep_since: None,
+            rests_as_leader: false,
             sink,
             supervisor,
             guard,
@@ -135,6 +147,7 @@ impl ReplicaActor {
         };
         self.carry_out(effects, ctx);
         self.account_memory();
+        self.settle();
         if self.memory.active() > self.shared.memory.replica_limit() && self.hold.is_none() {
             self.freeze();
         }
@@ -254,7 +267,12 @@ impl ReplicaActor {
     }
 
     fn account_memory(&mut self) {
+        let had = self.memory.active() > 0;
         self.memory.set(self.group.state().memory_bytes());
+        let has = self.memory.active() > 0;
+        if has != had {
+            self.roster.set_unflushed(self.replica, has);
+        }
         self.memory.set_sessions(self.group.state().session_table().len());
     }
 
@@ -387,6 +405,7 @@ impl Handler<Submit> for ReplicaActor {
             }
             return;
         }
+        self.rouse_for_a_request();
         let tickets = tickets(&submit.operations, submit.reply, submit.admitted);
         let no_room = self.no_room();
         for (operation, ticket) in submit.operations.into_iter().zip(tickets) {
@@ -407,10 +426,12 @@ impl Handler<Step> for ReplicaActor {
     fn handle(&mut self, mut step: Step, ctx: &mut Context<Self>) {
         failpoint!(Step, self.replica, why => return self.fail(why, ctx));
         for message in step.0.take() {
+            self.rouse_for(&message);
             if let Err(error) = self.group.step(message) {
                 return self.fail(error.to_string(), ctx);
             }
         }
+        self.settle();
         self.queue_pump(ctx);
     }
 }
@@ -418,7 +439,12 @@ impl Handler<Step> for ReplicaActor {
 impl Handler<Tick> for ReplicaActor {
     type Result = ();
     fn handle(&mut self, _: Tick, ctx: &mut Context<Self>) {
+        if self.asleep_since.is_some() {
+            // It fell asleep while this was in the mailbox.
+            return;
+        }
         self.ticks += 1;
+        self.group.keep_awake(self.hold.is_some());
         self.group.tick();
         self.group.discard(Ticket::abandoned);
         self.let_go();
@@ -428,6 +454,7 @@ impl Handler<Tick> for ReplicaActor {
         if self.ticks.is_multiple_of(limits::COMPACT_TICKS) {
             self.compact();
         }
+        self.settle();
         // With thousands of groups at rest, a pump after each tick would be most of what a node does.
         if !self.group.at_rest() {
             self.queue_pump(ctx);
@@ -518,6 +545,7 @@ impl Handler<PeerUnreachable> for ReplicaActor {
 impl Handler<Campaign> for ReplicaActor {
     type Result = ();
     fn handle(&mut self, _: Campaign, ctx: &mut Context<Self>) {
+        self.rouse();
         self.eager_ticks = limits::ELECTION_TICKS_MIN as u64 + 1;
         self.campaign_eagerly(ctx);
         self.queue_pump(ctx);
@@ -537,6 +565,7 @@ impl Handler<Transfer> for ReplicaActor {
             None => self.heir().ok_or(Refusal::Unavailable("no other replica is in reach".into()))?,
         };
         self.group.check_successor(to)?;
+        self.rouse();
         self.group.transfer(to);
         self.queue_pump(ctx);
         Ok(())
