@@ -55,6 +55,7 @@ struct NodeHeartbeat {
   diskFull @3 :Bool;         # its disk has less free than its reserve: it should not lead
   mapAge @4 :UInt32;         # 1 and the milliseconds since that map was known to be what the metadata shard's
                              # leader has; 0: never since the sender started
+  ended @5 :UInt64;          # replicas that have ended by themselves, since the sender started
 }
 
 struct RaftEntry {
@@ -87,6 +88,14 @@ struct RaftMessage {
   entries @15 :List(RaftEntry);  # consecutive, in order
   snapshot @16 :SnapshotHeader;  # absent in all but snapshot messages
   safeIndex @17 :UInt64;     # from a leader: no replica of the group still needs an entry up to here
+  sleep @18 :SleepWord;      # with a heartbeat: the group is to go to sleep; with the answer: agreed. Absent otherwise
+}
+
+struct SleepWord {
+  # While a group sleeps its leader sends no heartbeats: those of the leader's node stand for them, as long as they
+  # are of the same process.
+  process @0 :UInt64;        # incarnation of the leader's node
+  round @1 :UInt64;          # which attempt of the leader's it is
 }
 
 struct SnapshotHeader {

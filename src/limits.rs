@@ -181,7 +181,8 @@ pub const TERM_JUMP_MAX: u64 = 1 << 32;
 /// Greatest election timeout in ticks, exclusive.
 pub const ELECTION_TICKS_MAX: usize = 20;
 
-/// Time between heartbeats of a node to every other, in milliseconds.
+/// Longest time between heartbeats of a node to every other, in milliseconds. They come as often as those of a group
+/// would ([`HEARTBEAT_TICKS`]), for which they stand while it sleeps.
 pub const NODE_HEARTBEAT_MS: u64 = 500;
 /// Time a stopping node gives its connections to write their last answers, in milliseconds.
 pub const LAST_ANSWERS_MS: u64 = 20;
@@ -587,6 +588,7 @@ const _: () = assert!(IMPORT_BATCH_PAIRS <= BATCH_OPERATIONS_MAX);
 const _: () = assert!(LOG_PRESSED_TICKS * TICK_MS > LOG_PURGE_MS);
 // Check-quorum clears raft's own mark of who answered once per election timeout.
 const _: () = assert!(FOLLOWER_DEAD_TICKS > 2 * ELECTION_TICKS_MAX as u64);
+const _: () = assert!(HEARTBEAT_TICKS as u64 * TICK_MS <= NODE_HEARTBEAT_MS);
 const _: () = assert!(HEARTBEAT_TICKS * 2 < ELECTION_TICKS_MIN);
 const _: () = assert!(ELECTION_TICKS_MIN < ELECTION_TICKS_MAX);
 const _: () = assert!(MAKE_WAY_TICKS > 2 * ELECTION_TICKS_MIN as u64);

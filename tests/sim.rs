@@ -106,6 +106,9 @@ fn seeds_show_no_violation() {
         "decisions refused",
         "steps of the reconciler",
         "leaders moved",
+        "groups that fell asleep",
+        "wakes by a request",
+        "wakes by an alarm",
     ];
     for what in expected {
         assert!(totals.get(what).is_some_and(|count| *count > 0), "no {what}: {totals:?}");
@@ -121,7 +124,7 @@ fn seeds_that_once_failed_show_no_violation() {
         let later = Faults { membership: false, newcomers: false, node_loss: false, ..options.faults };
         let later = Faults { rebalancing: false, ..later };
         let faults = Faults { state_loss: false, boundaries: false, ..later };
-        let report = run(SimOptions { faults, ..options });
+        let report = run(SimOptions { faults, sleep_after: 0, ..options });
         assert_eq!(report.violation, None, "{bug}\n{report}");
     }
 }
@@ -129,7 +132,7 @@ fn seeds_that_once_failed_show_no_violation() {
 #[test]
 fn seeds_of_changing_members_that_once_failed_show_no_violation() {
     for (seed, bug) in MEMBER_REGRESSIONS {
-        let options = of_seed(*seed);
+        let options = SimOptions { sleep_after: 0, ..of_seed(*seed) };
         assert!(options.faults.membership || options.faults.rebalancing, "nobody changes members at {seed}");
         let report = run(options);
         assert_eq!(report.violation, None, "{bug}\n{report}");
@@ -256,6 +259,18 @@ const FIXED: Faults =
 const LOSSES: Faults = Faults { state_loss: true, transfers: true, ..CRASHES };
 const ENDS: Faults = Faults { replicas: true, slow_disks: true, transfers: true, ..CRASHES };
 
+/// What may happen while groups sleep.
+const NIGHT: Faults = Faults {
+    messages: true,
+    partitions: true,
+    half_open: true,
+    crashes: true,
+    pauses: true,
+    replicas: true,
+    node_loss: true,
+    ..Faults::NONE
+};
+
 const MOVES: Faults = Faults { membership: true, newcomers: true, partitions: true, transfers: true, ..ENDS };
 
 /// Under which faults a bug is looked for, how many seeds it may need, and by which checks it is seen: others
@@ -287,6 +302,8 @@ fn hunt(bug: Planted) -> (Faults, u64, &'static [&'static str]) {
         Planted::TombstoneLate => (MOVES, 100, &["open", "members"]),
         Planted::StaleReportTaken => (Faults { rebalancing: true, ..CRASHES }, 20, &["map"]),
         Planted::ReplicaIdReused => (MOVES, 20, &["members"]),
+        Planted::AgreementAssumed => (NIGHT, 60, &["sleep"]),
+        Planted::AlarmsUnheard => (NIGHT, 100, &["liveness"]),
         Planted::ChangeUnrecorded => {
             (MOVES, 500, &["quorum", "leaders", "logs", "state", "durable", "members"])
         }
@@ -296,6 +313,7 @@ fn hunt(bug: Planted) -> (Faults, u64, &'static [&'static str]) {
 /// The first seed at which a bug is seen, and the check that sees it.
 fn caught(bug: Planted) -> Option<(u64, &'static str)> {
     let (faults, seeds, among) = hunt(bug);
+    let sleeps = [Planted::AgreementAssumed, Planted::AlarmsUnheard].contains(&bug);
     let snapshots = [
         Planted::InstallUnsynced,
         Planted::SnapshotWithoutSessions,
@@ -312,6 +330,7 @@ fn caught(bug: Planted) -> Option<(u64, &'static str)> {
             shards: 3,
             replicas: 3,
             retention: if snapshots { 0 } else { u64::MAX },
+            sleep_after: if sleeps { 4 } else { 0 },
             faults,
             planted: Plant::of(bug),
             ..SimOptions::of_seed(seed)

@@ -415,6 +415,7 @@ async fn a_wrong_step_costs_the_connection_and_no_byte_that_came_before() {
             map_version: 0,
             disk_full: false,
             map_age_ms: None,
+            ended: 0,
         };
         let mut garbled = chunk(block, 100);
         *garbled.last_mut().unwrap() ^= 1;

@@ -216,6 +216,7 @@ fn beat(shard: u64, commit: u64) -> GroupMessage {
             ..Message::default()
         },
         node: NodeId::default(),
+        sleep: None,
     }
 }
 
@@ -288,6 +289,7 @@ async fn two_nodes_exchange_messages_in_order() {
             map_version: 5,
             disk_full: false,
             map_age_ms: None,
+            ended: 0,
         });
         until("everything", || {
             two.seen.messages.borrow().len() == sent.len()
@@ -355,6 +357,7 @@ async fn garbage_costs_one_connection() {
             map_version: 0,
             disk_full: false,
             map_age_ms: None,
+            ended: 0,
         });
         let request = PeerFrame::Request(1, PeerRequest::Probe);
         for bytes in [bad_crc, oversized, not_capnp, good(&stranger), good(&request)] {

@@ -18,7 +18,7 @@ use protobuf::ProtobufEnum;
 use raft::eraftpb::{Entry, EntryType, Message, MessageType, Snapshot};
 
 use super::records::malformed;
-use super::{CodecError, GroupMessage};
+use super::{CodecError, GroupMessage, SleepWord};
 use crate::ids::{Epoch, NodeId, ShardId};
 use crate::limits::{FRAME_ENTRIES_MAX, MESSAGE_ENTRIES_MAX, SNAPSHOT_MEMBERS_MAX};
 use crate::schema::peer_capnp::{raft_message, snapshot_header};
@@ -28,7 +28,9 @@ use crate::schema::peer_capnp::{raft_message, snapshot_header};
 pub const POSITION_MAX: u64 = u64::MAX >> 2;
 
 /// Words of a `RaftMessage` without what it points to, with its epoch.
-const MESSAGE_BYTES: usize = 8 * (13 + 4 + 2);
+const MESSAGE_BYTES: usize = 8 * (13 + 5 + 2);
+/// Bytes of a `SleepWord`.
+const SLEEP_BYTES: usize = 8 * 2;
 /// Bytes of a `RaftEntry` without what it points to.
 const ENTRY_BYTES: usize = 8 * (3 + 2);
 /// Bytes of a `SnapshotHeader` without its lists.
@@ -36,6 +38,7 @@ const SNAPSHOT_BYTES: usize = 8 * (4 + 4);
 
 /// Bytes a message takes in a frame; exact but for a few words.
 pub fn wire_size(message: &GroupMessage) -> usize {
+    let sleep = if message.sleep.is_some() { SLEEP_BYTES } else { 0 };
     let message = &message.message;
     let entries: usize =
         message.entries.iter().map(|e| ENTRY_BYTES + padded(e.data.len()) + padded(e.context.len())).sum();
@@ -47,7 +50,7 @@ pub fn wire_size(message: &GroupMessage) -> usize {
                 + state.voters_outgoing.len()
                 + state.learners_next.len())
     });
-    MESSAGE_BYTES + 8 + padded(message.context.len()) + entries + snapshot
+    MESSAGE_BYTES + 8 + padded(message.context.len()) + entries + snapshot + sleep
 }
 
 fn padded(bytes: usize) -> usize {
@@ -111,6 +114,9 @@ pub fn check(group_message: &GroupMessage) -> Result<(), CodecError> {
     }
     if m.has_snapshot() != (kind == MsgSnapshot) {
         return Err(wrong(format!("{kind:?} with or without a snapshot")));
+    }
+    if group_message.sleep.is_some() && !matches!(kind, MsgHeartbeat | MsgHeartbeatResponse) {
+        return Err(wrong(format!("{kind:?} with a word about sleep")));
     }
     match kind {
         MsgAppend => check_entries(m)?,
@@ -224,6 +230,11 @@ pub(super) fn write_message(from: &GroupMessage, mut to: raft_message::Builder<'
             }
         }
     }
+    if let Some(word) = from.sleep {
+        let mut sleep = to.reborrow().init_sleep();
+        sleep.set_process(word.process);
+        sleep.set_round(word.round);
+    }
     if let Some(snapshot) = m.snapshot.as_ref() {
         write_snapshot(snapshot, to.init_snapshot());
     }
@@ -295,12 +306,20 @@ pub(super) fn read_message(
     if from.has_snapshot() {
         m.set_snapshot(read_snapshot(from.get_snapshot()?)?);
     }
+    let sleep = match from.has_sleep() {
+        true => {
+            let word = from.get_sleep()?;
+            Some(SleepWord { process: word.get_process(), round: word.get_round() })
+        }
+        false => None,
+    };
     let message = GroupMessage {
         shard: ShardId(from.get_shard()),
         epoch: Epoch { range: epoch.get_range(), conf: epoch.get_conf() },
         safe_index: from.get_safe_index(),
         message: m,
         node: NodeId::default(),
+        sleep,
     };
     check(&message)?;
     Ok(message)

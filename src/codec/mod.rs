@@ -41,6 +41,20 @@ pub struct GroupMessage {
     /// The node that it came from: where an answer goes to a replica that isn't a member yet, as far as its
     /// receiver knows. Not part of what is sent: who receives it knows whom the connection is to. 0: unknown.
     pub node: NodeId,
+    /// With a heartbeat: the leader asks whether the replica will do without any further ones. With the answer to it:
+    /// yes. See [`crate::group::sleep`].
+    pub sleep: Option<SleepWord>,
+}
+
+/// What a leader asks before its group goes to sleep, and what who agrees repeats.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SleepWord {
+    /// Which start of the process the leader runs in: the heartbeats of its node stand for it as long as they name
+    /// this one.
+    pub process: u64,
+    /// Which attempt of the leader's it is. An agreement to an earlier one says nothing: who gave it may have been
+    /// woken since.
+    pub round: u64,
 }
 
 /// Bytes from disk or network that don't have the form they should.

@@ -63,6 +63,9 @@ pub struct NodeHeartbeat {
     /// Milliseconds since that map was known to be what the metadata shard's leader has, if it ever was since
     /// the sender started. Less than [`u32::MAX`].
     pub map_age_ms: Option<u32>,
+    /// Replicas that have ended by themselves, since its process started: its heartbeats stood for those of groups that
+    /// sleep, and for one of them they no longer do.
+    pub ended: u64,
 }
 
 /// A question between nodes.
@@ -180,6 +183,7 @@ pub fn encode(frame: &PeerFrame, out: &mut Vec<u8>) -> Result<(), CodecError> {
             to.set_map_version(heartbeat.map_version);
             to.set_disk_full(heartbeat.disk_full);
             to.set_map_age(heartbeat.map_age_ms.map_or(0, |age| age.saturating_add(1)));
+            to.set_ended(heartbeat.ended);
         }),
         PeerFrame::Request(id, request) => write(out, 1024, |to| {
             let mut to = to.init_request();
@@ -307,6 +311,7 @@ fn read_heartbeat(from: node_heartbeat::Reader<'_>) -> Result<NodeHeartbeat, Cod
         map_version: from.get_map_version(),
         disk_full: from.get_disk_full(),
         map_age_ms: from.get_map_age().checked_sub(1),
+        ended: from.get_ended(),
     })
 }
 

@@ -321,6 +321,12 @@ impl CatchUp {
         }
     }
 
+    /// Whether nobody is being brought up to date, or has asked to be.
+    pub fn is_calm(&self) -> bool {
+        let rests = |transfer: &Transfer| matches!(transfer, Transfer::Resting(_));
+        self.requests.is_empty() && self.transfers.values().all(rests)
+    }
+
     /// The position from which raft may go on with `replica`.
     pub fn offered(&self) -> impl Iterator<Item = (ReplicaId, Position)> {
         self.transfers.iter().filter_map(|(replica, transfer)| match transfer {

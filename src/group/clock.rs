@@ -25,6 +25,13 @@ impl SessionClock {
         self.stamp(term, log_time);
     }
 
+    /// So many ticks have passed while the replica led `term`, and slept.
+    pub fn pass(&mut self, term: Term, ticks: u64) {
+        if self.term == term {
+            self.now = self.now.saturating_add(ticks.saturating_mul(TICK_MS));
+        }
+    }
+
     /// The time for an entry that is made now, in milliseconds.
     pub fn stamp(&mut self, term: Term, log_time: u64) -> u64 {
         if self.term != term {

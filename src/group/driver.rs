@@ -15,6 +15,7 @@ use super::messages::promises_no_write;
 use super::proposals::Proposals;
 use super::queue::Queue;
 use super::reads::Reads;
+use super::sleep::Sleep;
 use super::types::{
     Effects, Fetch, GroupStatus, LeaderChange, MembershipChange, NumberedWrite, Operation, Output,
 };
@@ -125,6 +126,7 @@ pub struct Group<T> {
     /// As told by the leader.
     pub(super) safe_index: Index,
     pub(super) catch_up: CatchUp,
+    pub(super) sleep: Sleep,
     pub(super) messages: Vec<Message>,
     pub(super) done: Vec<(T, Result<Output, Refusal>)>,
 }
@@ -160,6 +162,7 @@ impl<T> Group<T> {
         self.observe_followers();
         self.give_way();
         self.end_undecided();
+        self.grow_drowsy();
     }
 
     /// Gives up proposals of a lost leadership that the log hasn't decided in time. At once where the
@@ -182,7 +185,8 @@ impl<T> Group<T> {
     /// contradict what is committed here, is dropped.
     pub fn step(&mut self, message: GroupMessage) -> Result<(), GroupError> {
         let (safe_index, node, epoch) = (message.safe_index, message.node, message.epoch);
-        let message = message.message;
+        let whole = message;
+        let message = &whole.message;
         if message.to != self.replica.0 || self.recovering() {
             return Ok(());
         }
@@ -193,7 +197,7 @@ impl<T> Group<T> {
             tracing::debug!(shard = %self.shard, replica = %self.replica, from = message.from, kind = ?message.get_msg_type(), ?epoch, "dropped a message of a replica that was given up");
             return Ok(());
         }
-        if let Err(reason) = self.check(&message) {
+        if let Err(reason) = self.check(message) {
             tracing::error!(shard = %self.shard, replica = %self.replica, from = message.from, kind = ?message.get_msg_type(), reason, "dropped a message of a peer");
             return Ok(());
         }
@@ -202,10 +206,13 @@ impl<T> Group<T> {
         {
             self.safe_index = self.safe_index.max(safe_index);
         }
-        self.hear_answer(&message);
+        self.hear_answer(message);
         let from = message.from;
         self.hear_conf(ReplicaId(from), epoch);
         self.remember_stranger(ReplicaId(from), node);
+        self.before_step(&whole);
+        let GroupMessage { message, sleep, .. } = whole;
+        let (kind, term, commit) = (message.get_msg_type(), message.term, message.commit);
         match self.raft.step(message) {
             // From a replica that isn't a member (any more), or with nothing to do about it.
             Ok(())
@@ -215,11 +222,15 @@ impl<T> Group<T> {
         }
         self.mend_progress(from);
         self.draw_timeout();
+        if let Some(word) = sleep {
+            self.after_step(kind, from, term, commit, word);
+        }
         Ok(())
     }
 
     /// Asks for an operation. Its end comes with `token` in the effects of this or a later pump.
     pub fn submit(&mut self, operation: Operation, token: T) {
+        self.disturb();
         if let Some(refusal) = self.refusal() {
             self.done.push((token, Err(refusal)));
             return;
@@ -256,7 +267,7 @@ impl<T> Group<T> {
     }
 
     /// How many operations have been submitted and haven't ended.
-    fn waiting(&self) -> usize {
+    pub(super) fn waiting(&self) -> usize {
         let unproposed = self.queued.len() + self.changes.len() + self.marks.len();
         unproposed + self.proposals.len() + self.reads.len()
     }

@@ -116,8 +116,14 @@ impl Follower {
 
     /// A message whose sender has this epoch.
     fn step_under(&mut self, epoch: Epoch, message: Message) {
-        let message =
-            GroupMessage { shard: ShardId(1), epoch, safe_index: 0, message, node: NodeId::default() };
+        let message = GroupMessage {
+            shard: ShardId(1),
+            epoch,
+            safe_index: 0,
+            message,
+            node: NodeId::default(),
+            sleep: None,
+        };
         self.group.step(message).unwrap();
         self.pump();
     }

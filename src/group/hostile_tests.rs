@@ -11,6 +11,7 @@ use proptest::prelude::*;
 use raft::eraftpb::EntryType;
 
 use super::*;
+use crate::codec::SleepWord;
 use crate::codec::membership::{MembershipEntry, encode};
 use crate::codec::messages::check;
 use crate::group::membership::{is_joint, next_members, without_joint};
@@ -273,7 +274,17 @@ impl Target {
             _ => {}
         }
         let safe_index = self.value(lie.safe_index);
-        GroupMessage { shard: ShardId(1), epoch: EPOCH, safe_index, message: m, node: NodeId::default() }
+        let beats = matches!(lie.kind, MessageType::MsgHeartbeat | MessageType::MsgHeartbeatResponse);
+        let word = SleepWord { process: 1, round: lie.entries.len() as u64 };
+        let sleep = (beats && lie.reject).then_some(word);
+        GroupMessage {
+            shard: ShardId(1),
+            epoch: EPOCH,
+            safe_index,
+            message: m,
+            node: NodeId::default(),
+            sleep,
+        }
     }
 
     fn pump(&mut self) -> Result<(), GroupError> {
@@ -313,6 +324,7 @@ impl Target {
                     safe_index: 0,
                     message: m,
                     node: NodeId::default(),
+                    sleep: None,
                 };
                 self.follower.group.step(message)?;
             }
@@ -371,6 +383,7 @@ proptest! {
         // Mostly of three, sometimes of two, or alone.
         let voters = &[3, 1, 2][..1 + others.min(2)];
         let mut target = Target { follower: Follower::among(voters), fetch: None, tokens: 0, answered: 0 };
+        target.follower.group.sleep_after(2, 1);
         for step in &steps {
             match target.take(step) {
                 Ok(()) => {}

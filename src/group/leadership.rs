@@ -27,6 +27,7 @@ impl<T> Group<T> {
 
     /// Begins an election now, rather than after a timeout; for a new group's first leader.
     pub fn campaign(&mut self) -> Result<(), GroupError> {
+        self.disturb();
         // raft-rs would let who has no vote stand all the same.
         if !self.recovering() && !self.stays_behind() && !self.state_lost && self.raft.raft.promotable() {
             self.raft.campaign()?;
@@ -38,6 +39,7 @@ impl<T> Group<T> {
     /// can: a follower would send the request on, and none is taken from others. Nothing happens if `to` is no
     /// voter, or leaves the group, or has lost its state: it wouldn't take it.
     pub fn transfer(&mut self, to: ReplicaId) {
+        self.disturb();
         if self.leads() && self.may_succeed(to) {
             self.raft.transfer_leader(to.0);
         }
@@ -67,6 +69,9 @@ impl<T> Group<T> {
 
     /// How far this replica is to seek leadership from now on.
     pub fn set_ambition(&mut self, ambition: Ambition) {
+        if self.leads() {
+            self.disturb();
+        }
         self.ambition = ambition;
         self.draw_timeout();
     }

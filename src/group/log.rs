@@ -227,6 +227,17 @@ impl GroupLog {
         }
     }
 
+    /// Forgets all cached entries up to `done` that are durable, and gives their memory back: the group sleeps.
+    pub fn drop_cache(&mut self, done: Index) {
+        let evictable = done.min(self.persisted);
+        while self.cache.front().is_some_and(|front| front.index <= evictable) {
+            if let Some(entry) = self.cache.pop_front() {
+                self.forget(&entry);
+            }
+        }
+        self.cache.shrink_to_fit();
+    }
+
     /// Counts an entry that left the cache.
     fn forget(&mut self, entry: &Entry) {
         let bytes = entry_bytes(entry);

@@ -262,6 +262,7 @@ fn it_asks_with_each_answer_to_a_heartbeat_and_with_nothing_else() {
             safe_index: 0,
             message,
             node: NodeId::default(),
+            sleep: None,
         })
         .unwrap();
     }

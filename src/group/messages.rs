@@ -140,7 +140,8 @@ impl<T> Group<T> {
                 Some(to) => {
                     hot().message(message.get_msg_type()).increment(1);
                     let node = NodeId::default();
-                    let message = GroupMessage { shard: self.shard, epoch, safe_index, message, node };
+                    let sleep = self.word_for(&message);
+                    let message = GroupMessage { shard: self.shard, epoch, safe_index, message, node, sleep };
                     effects.messages.push((to, message));
                 }
                 None => {

@@ -20,7 +20,9 @@
 //!    told of either ([`catch_up`]). A follower installs it by being rebuilt from disk, not here.
 //! 5. A replica whose state is lost is opened without it ([`lost`]), and anew once a snapshot is installed.
 //! 6. A message comes with the node that it is from.
-//! 7. After an error or a panic the group is dropped and rebuilt from disk, never reused.
+//! 7. A replica that is asleep is not ticked, and woken before anything else happens to it, or when a node it relies on
+//!    isn't what it was ([`sleep`]).
+//! 8. After an error or a panic the group is dropped and rebuilt from disk, never reused.
 //!
 //! What the group promises:
 //! - `compacted ≤ flushed ≤ applied ≤ committed`, and `applied ≤ persisted ≤ last`.
@@ -44,9 +46,11 @@ pub mod lost;
 mod marks;
 pub mod membership;
 mod messages;
+pub mod nodes;
 pub mod open;
 mod pause;
 pub mod proposals;
 pub mod queue;
 pub mod reads;
+pub mod sleep;
 pub mod types;

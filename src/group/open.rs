@@ -14,6 +14,7 @@ use super::membership;
 use super::proposals::Proposals;
 use super::queue::Queue;
 use super::reads::Reads;
+use super::sleep::Sleep;
 use super::types::LeaderChange;
 use crate::ids::{Incarnation, ReplicaId, ShardId, Term};
 use crate::limits;
@@ -168,6 +169,7 @@ impl<T> Group<T> {
             gives_way_at: 0,
             safe_index: 0,
             catch_up: CatchUp::new(options.retention),
+            sleep: Sleep::never(),
             messages: Vec::new(),
             done: Vec::new(),
         };

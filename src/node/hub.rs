@@ -2,6 +2,7 @@
 //! handed to the replicas of this thread; the thread's one timer is here too.
 
 use std::collections::HashMap;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -16,14 +17,16 @@ use super::log_writer::PersistSink;
 use super::messages::*;
 use super::panics::contained;
 use super::replica::ReplicaActor;
+use super::roster::Roster;
 use super::shared::Shared;
 use super::supervisor::Supervisor;
 use super::ticker;
 use super::ticket::Ticket;
 use crate::failpoints::failpoint;
 use crate::group::driver::Group;
+use crate::group::nodes::Alarm;
 use crate::group::open::GroupOptions;
-use crate::ids::{Incarnation, NodeId, Position, ReplicaId, ShardId};
+use crate::ids::{Incarnation, METADATA_SHARD, NodeId, Position, ReplicaId, ShardId};
 use crate::limits;
 use crate::storage::flush::FlushStep;
 use crate::storage::log::LogState;
@@ -41,6 +44,11 @@ pub struct Hub {
     /// How often replicas were told of time or memory: who is first is another each time.
     rounds: usize,
     disk: DiskNews,
+    /// Which of the replicas are awake, and what is heard of other nodes.
+    roster: Rc<Roster>,
+    ticks: u64,
+    /// Its ticks tell other nodes that this one is alive.
+    beats: bool,
     _guard: FatalGuard,
 }
 
@@ -88,6 +96,18 @@ pub struct FlushedBatch(pub FlushStep, pub Vec<(ReplicaId, Incarnation, Position
 #[rtype(result = "()")]
 pub struct FreezeBatch(pub Arc<Vec<ReplicaId>>);
 
+/// Peer connections → hub: a heartbeat has come from a node. Mailbox full: dropped, another follows.
+#[derive(Message, Clone, Copy)]
+#[rtype(result = "()")]
+pub struct NodeHeard {
+    /// Which.
+    pub node: NodeId,
+    /// Which start of its process.
+    pub process: u64,
+    /// How many replicas have ended on it.
+    pub ended: u64,
+}
+
 /// Network → hub: messages to this node were lost.
 #[derive(Message)]
 #[rtype(result = "()")]
@@ -120,7 +140,24 @@ impl Hub {
             sink: None,
             rounds: 0,
             disk: DiskNews::default(),
+            roster: Rc::default(),
+            ticks: 0,
+            beats: false,
             _guard,
+        }
+    }
+
+    /// The one of a node that tells the others that it is alive: groups that sleep rely on that, so it comes from a thread
+    /// that would otherwise send their heartbeats.
+    pub fn beating(self) -> Hub {
+        Hub { beats: true, ..self }
+    }
+
+    /// Something is wrong with a node, or may be: those wake that rely on it, and who is about to sleep begins anew.
+    fn alarm(&self, node: NodeId, alarm: Alarm) {
+        tracing::debug!(%node, ?alarm, "an alarm for who sleeps");
+        for (_, addr) in self.replicas.values() {
+            addr.do_send(NodeAlarm(node, alarm));
         }
     }
 
@@ -141,35 +178,49 @@ impl Hub {
         };
         let news = disk != self.disk;
         self.disk = disk;
-        for addr in self.in_turn() {
-            if must_flush {
-                // All of them: a flush covers all tables frozen in a round, at one sync.
+        self.ticks += 1;
+        if self.beats && self.ticks.is_multiple_of(limits::HEARTBEAT_TICKS as u64) {
+            self.shared.heartbeat();
+        }
+        for node in self.roster.tick() {
+            self.alarm(node, Alarm::Silent);
+        }
+        if must_flush {
+            // All that have anything: a flush covers all tables frozen in a round, at one sync.
+            for addr in self.in_turn(&self.roster.unflushed()) {
                 addr.do_send(Freeze { for_log: false });
             }
-            if news {
+        }
+        if news {
+            for (_, addr) in self.replicas.values() {
                 addr.do_send(disk);
             }
+        }
+        // Who sleeps costs nothing here.
+        self.rounds = self.rounds.wrapping_add(1);
+        for addr in self.in_turn(&self.roster.awake()) {
             // A full mailbox means that the replica is behind; another tick wouldn't help it.
             if let Err(SendError::Full(_)) = addr.try_send(Tick) {
                 tracing::debug!("a replica missed a tick");
             }
         }
+        self.roster.show();
     }
 
-    /// All replicas, from another one on each time: those that are told first take what memory there is.
-    fn in_turn(&mut self) -> impl Iterator<Item = &Addr<ReplicaActor>> {
-        self.rounds = self.rounds.wrapping_add(1);
-        let first = self.rounds % self.replicas.len().max(1);
-        let turn = self.replicas.values().skip(first).chain(self.replicas.values().take(first));
-        turn.map(|(_, addr)| addr)
+    /// These replicas, from another one on each round: those that are told first take what memory there is.
+    fn in_turn<'a>(&'a self, of: &'a [ReplicaId]) -> impl Iterator<Item = &'a Addr<ReplicaActor>> {
+        let first = self.rounds % of.len().max(1);
+        let turn = of[first..].iter().chain(&of[..first]);
+        turn.filter_map(|replica| self.replicas.get(replica)).map(|(_, addr)| addr)
     }
 
-    /// Memory was freed: those that paused may go on.
+    /// Memory was freed: those that paused may go on. Nobody sleeps who has anything to apply.
     fn tell_of_memory(&mut self) {
         if self.shared.memory.paused() == 0 {
             return;
         }
-        for addr in self.in_turn() {
+        self.rounds = self.rounds.wrapping_add(1);
+        for addr in self.in_turn(&self.roster.awake()) {
             // Who is that busy looks for itself, or at the next tick.
             if addr.try_send(MemoryFreed).is_err() {
                 tracing::trace!("a replica is too busy to be told of memory");
@@ -202,15 +253,17 @@ impl Handler<StartReplica> for Hub {
             failpoint!(Open, replica);
             Group::open(start.options, log, start.log, start.state)
         });
-        let group: Group<Ticket> = opened?.map_err(|error| error.to_string())?;
+        let mut group: Group<Ticket> = opened?.map_err(|error| error.to_string())?;
+        if shard != METADATA_SHARD {
+            // What the cluster is governed by is to be awake, and its leader says so with every tick.
+            group.sleep_after(self.shared.sleep_ticks, self.shared.process);
+        }
         let sink = self.sink.get_or_insert_with(|| Arc::new(HubSink(ctx.address()))).clone();
         let actor = ReplicaActor::new(
-            shard,
-            replica,
-            incarnation,
+            (shard, replica, incarnation),
             group,
             self.shared.clone(),
-            (sink, self.gather.clone()),
+            (self.roster.clone(), sink, self.gather.clone()),
             start.supervisor,
         );
         let addr = actor.start();
@@ -227,6 +280,15 @@ impl Handler<Forget> for Hub {
     fn handle(&mut self, Forget(replica, incarnation): Forget, _: &mut Context<Self>) {
         if self.living(replica, incarnation).is_some() {
             self.replicas.remove(&replica);
+        }
+    }
+}
+
+impl Handler<NodeHeard> for Hub {
+    type Result = ();
+    fn handle(&mut self, heard: NodeHeard, _: &mut Context<Self>) {
+        if let Some(alarm) = self.roster.heard(heard.node, heard.process, heard.ended) {
+            self.alarm(heard.node, alarm);
         }
     }
 }
@@ -287,7 +349,8 @@ impl Handler<FlushedBatch> for Hub {
 impl Handler<Unreachable> for Hub {
     type Result = ();
     fn handle(&mut self, unreachable: Unreachable, _: &mut Context<Self>) {
-        for (_, addr) in self.replicas.values() {
+        // Who sleeps has sent nothing.
+        for (_, addr) in self.roster.awake().iter().filter_map(|replica| self.replicas.get(replica)) {
             // Only a hint; raft finds out by itself.
             if addr.try_send(PeerUnreachable(unreachable.0)).is_err() {
                 tracing::trace!("a replica is too busy for a hint");

@@ -156,6 +156,7 @@ mod tests {
             safe_index: 0,
             message,
             node: NodeId::default(),
+            sleep: None,
         }
     }
 

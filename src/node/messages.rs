@@ -15,6 +15,7 @@ use super::load::Admitted;
 use super::snapshots::worker::DigestError;
 use super::ticket::Results;
 use super::trace::Sheet;
+use crate::group::nodes::Alarm;
 use crate::group::types::{GroupStatus, LeaderChange, Operation};
 use crate::ids::{Incarnation, Index, NodeId, Position, ReplicaId, ShardId};
 use crate::placement::map::{ClusterMap, MapDelta};
@@ -48,6 +49,11 @@ pub struct Step(pub Arrived);
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct Tick;
+
+/// Hub → replica: something is wrong with a node, or may be. Never dropped: one for each alarm.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct NodeAlarm(pub NodeId, pub Alarm);
 
 /// Hub → replica: log writes up to this number are durable. Never dropped: at most
 /// `WRITES_IN_FLIGHT_MAX` and a few readies are under way.
@@ -194,6 +200,16 @@ pub struct LeaderChanged {
     pub replica: ReplicaId,
     /// Who leads.
     pub change: LeaderChange,
+}
+
+/// Replica → supervisor: it leads and has fallen asleep, and how its group is until it tells that it is awake again (`None`).
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct LeaderRests {
+    /// Which.
+    pub replica: ReplicaId,
+    /// How its group is.
+    pub status: Option<Box<GroupStatus>>,
 }
 
 /// Replica → supervisor, on every end of a replica but an ordered one; also while unwinding.

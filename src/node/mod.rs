@@ -45,6 +45,7 @@ mod recover;
 pub mod removal;
 pub mod replica;
 pub mod replicas;
+pub mod roster;
 pub mod router;
 pub mod service;
 pub mod shared;

@@ -10,10 +10,12 @@ mod guard;
 mod hooks;
 mod memory;
 mod reads;
+mod rest;
 mod traces;
 mod view;
 
 use std::ops::Bound;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -26,6 +28,7 @@ use super::hub::HubSink;
 use super::log_writer::WriteTask;
 use super::memory::MemoryShare;
 use super::messages::*;
+use super::roster::Roster;
 use super::shared::Shared;
 use super::snapshots::outgoing::Order;
 use super::supervisor::Supervisor;
@@ -57,6 +60,11 @@ pub struct ReplicaActor {
     incarnation: Incarnation,
     pub(super) group: Group<Ticket>,
     shared: Arc<Shared>,
+    roster: Rc<Roster>,
+    /// While it is asleep as the roster has it: the tick at which it fell asleep.
+    asleep_since: Option<u64>,
+    /// The supervisor knows that it sleeps as a leader.
+    rests_as_leader: bool,
     sink: Arc<HubSink>,
     /// To the log writer.
     gather: Gather,
@@ -87,22 +95,22 @@ pub struct ReplicaActor {
 
 impl Drop for ReplicaActor {
     fn drop(&mut self) {
+        self.roster.leaves(self.replica, self.incarnation);
         // Its guard follows, and tells.
         self.guard.applying = self.group.applying();
     }
 }
 
 impl ReplicaActor {
-    /// An actor for a group that was just opened from disk.
+    /// An actor for a group that was just opened from disk, of this start of a replica of this shard.
     pub fn new(
-        shard: ShardId,
-        replica: ReplicaId,
-        incarnation: Incarnation,
+        (shard, replica, incarnation): (ShardId, ReplicaId, Incarnation),
         group: Group<Ticket>,
         shared: Arc<Shared>,
-        (sink, gather): (Arc<HubSink>, Gather),
+        (roster, sink, gather): (Rc<Roster>, Arc<HubSink>, Gather),
         supervisor: Addr<Supervisor>,
     ) -> ReplicaActor {
+        roster.wakes(replica, incarnation);
         let guard = Guard::new(replica, incarnation, supervisor.clone());
         let flushed = group.state().header().applied;
         ReplicaActor {
@@ -112,6 +120,9 @@ impl ReplicaActor {
             group,
             memory: MemoryShare::new(shared.clone()),
             shared,
+            roster,
+            asleep_since: None,
+            rests_as_leader: false,
             sink,
             gather,
             supervisor,
@@ -150,6 +161,7 @@ impl ReplicaActor {
         let stamps = self.traces.pumped(&self.group, &mut effects);
         self.carry_out(effects, stamps, ctx);
         self.account_memory();
+        self.settle();
         self.freeze_in_time();
         if self.shard == METADATA_SHARD {
             self.tell_map(ctx);
@@ -360,6 +372,7 @@ impl Handler<Submit> for ReplicaActor {
             }
             return;
         }
+        self.rouse_for_a_request();
         // What was so at the last pass may be so no more.
         self.mind_memory();
         if let Some(sheet) = &submit.trace {
@@ -386,6 +399,7 @@ impl Handler<Step> for ReplicaActor {
         failpoint!(Step, self.replica, why => return self.fail(why, ctx));
         self.stepped_bytes += step.0.bytes();
         for mut message in step.0.take() {
+            self.rouse_for(&message);
             if trace::may_concern(&message.message) || !self.traces.is_empty() {
                 self.traces.step(&mut message.message, step.0.stamped(), Instant::now());
             }
@@ -393,6 +407,7 @@ impl Handler<Step> for ReplicaActor {
                 return self.fail(error.to_string(), ctx);
             }
         }
+        self.settle();
         // What is written at once holds up all others' writes: not everything that a leader has sent meanwhile.
         if self.stepped_bytes >= limits::LOG_WRITE_TARGET_BYTES {
             self.pump(ctx);
@@ -405,7 +420,12 @@ impl Handler<Step> for ReplicaActor {
 impl Handler<Tick> for ReplicaActor {
     type Result = ();
     fn handle(&mut self, _: Tick, ctx: &mut Context<Self>) {
+        if self.asleep_since.is_some() {
+            // It fell asleep while this was in the mailbox.
+            return;
+        }
         self.ticks += 1;
+        self.group.keep_awake(self.hold.is_some());
         self.group.tick();
         self.group.discard(Ticket::abandoned);
         self.let_go();
@@ -417,6 +437,7 @@ impl Handler<Tick> for ReplicaActor {
             self.compact();
         }
         self.go_on(ctx);
+        self.settle();
         // With thousands of groups at rest, a pump after each tick would be most of what a node does.
         if !self.group.at_rest() {
             self.queue_pump(ctx);
@@ -466,6 +487,7 @@ impl Handler<PeerUnreachable> for ReplicaActor {
 impl Handler<Campaign> for ReplicaActor {
     type Result = ();
     fn handle(&mut self, _: Campaign, ctx: &mut Context<Self>) {
+        self.rouse();
         self.eager_ticks = limits::ELECTION_TICKS_MIN as u64 + 1;
         self.campaign_eagerly(ctx);
         self.queue_pump(ctx);
@@ -485,6 +507,7 @@ impl Handler<Transfer> for ReplicaActor {
             None => self.heir().ok_or(Refusal::Unavailable("no other replica is in reach".into()))?,
         };
         self.group.check_successor(to)?;
+        self.rouse();
         self.group.transfer(to);
         self.queue_pump(ctx);
         Ok(())

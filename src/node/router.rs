@@ -63,6 +63,11 @@ impl Router {
         self.map.load_full()
     }
 
+    /// The version of that.
+    pub fn map_version(&self) -> u64 {
+        self.map.load().version
+    }
+
     /// Waits until the map is newer than version `since`.
     pub async fn map_after(&self, since: u64) -> Arc<ClusterMap> {
         // Subscribed before the look, so that no change falls between.

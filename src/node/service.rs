@@ -11,7 +11,7 @@ use futures_util::future::LocalBoxFuture;
 use super::claims::Claims;
 use super::disk::DiskHealth;
 use super::handle::NodeHandle;
-use super::hub::{Deliver, Hub, hub_of};
+use super::hub::{Deliver, Hub, NodeHeard, hub_of};
 use super::intake::Intake;
 use super::membership::Applicant;
 use super::messages::{MapConfirmed, MapNews};
@@ -266,6 +266,13 @@ impl PeerHandler for Arc<PeerService> {
         };
         self.claims.heard(heartbeat.node, heartbeat.incarnation, &self.asked.handle.map())?;
         to.disk.heard(heartbeat.node, heartbeat.disk_full);
+        let news = NodeHeard { node: heartbeat.node, process: heartbeat.incarnation, ended: heartbeat.ended };
+        for hub in &to.data_hubs {
+            // Another one comes a moment later.
+            if hub.try_send(news).is_err() {
+                tracing::debug!(node = %news.node, "a thread is too busy to hear of a node");
+            }
+        }
         let map = self.asked.handle.map();
         let age = heartbeat.map_age_ms.map(|age| Duration::from_millis(age.into()));
         let confirmed = age.and_then(|age| Instant::now().checked_sub(age));

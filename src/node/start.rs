@@ -297,6 +297,10 @@ impl Assembly {
         let (snapshots, more) = Snapshots::start(tools, origin).map_err(no_thread)?;
         threads.extend(more);
         let shared = Arc::new(Shared {
+            node,
+            process: incarnation,
+            sleep_ticks: self.settings.raft.sleep_ticks(),
+            ended: Default::default(),
             log,
             log_writer,
             intake: intake.clone(),
@@ -316,7 +320,11 @@ impl Assembly {
         let mut data_hubs = Vec::new();
         for arbiter in &self.data {
             let (shared, fatal) = (shared.clone(), self.fatal.clone());
-            data_hubs.push(Hub::start_in_arbiter(arbiter, move |_| Hub::new(shared, fatal)));
+            let beats = data_hubs.is_empty();
+            data_hubs.push(Hub::start_in_arbiter(arbiter, move |_| match beats {
+                true => Hub::new(shared, fatal).beating(),
+                false => Hub::new(shared, fatal),
+            }));
         }
         let control_hub = Hub::new(shared.clone(), self.fatal.clone()).start();
         let all_hubs: Vec<_> = data_hubs.iter().chain([&control_hub]).cloned().collect();

@@ -25,9 +25,9 @@ use super::replicas::{Crash, Orders, Readiness, Replicas, Started, Verdict};
 use super::router::Route;
 use super::shared::Shared;
 use super::ticker;
-use crate::codec::peer::NodeHeartbeat;
 use crate::failpoints::failpoint;
 use crate::group::catch_up::Retention;
+use crate::group::types::GroupStatus;
 use crate::ids::{Incarnation, METADATA_SHARD, NodeId, ReplicaId, ShardId, StoreId};
 use crate::limits;
 use crate::machine::command::{Command, MetaCommand};
@@ -64,6 +64,8 @@ pub struct Supervisor {
     pub(super) replicas: Replicas,
     pub(super) addrs: BTreeMap<ReplicaId, Addr<ReplicaActor>>,
     pub(super) led: HashSet<ShardId>,
+    /// Of leaders that sleep: how their groups are.
+    pub(super) resting: BTreeMap<ReplicaId, Box<GroupStatus>>,
     /// Replicas of the catalogue that were not tried yet.
     pub(super) untried: HashSet<ReplicaId>,
     /// How much the shards hold that are led here.
@@ -129,6 +131,7 @@ impl Supervisor {
             replicas: Replicas::new(catalogue),
             addrs: BTreeMap::new(),
             led: HashSet::new(),
+            resting: BTreeMap::new(),
             untried: HashSet::new(),
             counts: Counts::default(),
             readiness,
@@ -187,7 +190,7 @@ impl Supervisor {
         self.shared.snapshots.limit(map.policy.bytes_per_second);
         self.shared.network.set_peers(&peers);
         self.shared.router.set_map(map);
-        self.heartbeat();
+        self.shared.heartbeat();
         self.save_map(ctx);
         if self.is_removed() {
             return self.leave(ctx);
@@ -343,16 +346,6 @@ impl Supervisor {
         });
     }
 
-    fn heartbeat(&self) {
-        self.shared.network.broadcast_heartbeat(NodeHeartbeat {
-            node: self.site.node,
-            incarnation: self.site.incarnation,
-            map_version: self.shared.router.map().version,
-            disk_full: self.shared.disk.is_full(),
-            map_age_ms: self.shared.router.hearing().age_ms(Instant::now()),
-        });
-    }
-
     /// The first leader of a new cluster's metadata shard writes what formation agreed on.
     fn form(&self) {
         let map = self.shared.router.map();
@@ -398,7 +391,6 @@ impl Actor for Supervisor {
         let period = Duration::from_millis(limits::NODE_HEARTBEAT_MS);
         ticker::every(ctx, period, |supervisor, ctx| {
             supervisor.shared.router.hearing().look(Instant::now());
-            supervisor.heartbeat();
             supervisor.count_next(ctx);
         });
     }
@@ -439,7 +431,11 @@ impl Handler<ReplicaDown> for Supervisor {
         metrics::counter!(names::REPLICA_RESTARTS).increment(1);
         self.shared.snapshots.outgoing.cancel(replica);
         self.addrs.remove(&replica);
+        self.resting.remove(&replica);
         self.led.remove(&shard);
+        // The others may be asleep, and take this node's heartbeats for its.
+        self.shared.ended.fetch_add(1, Ordering::Relaxed);
+        self.shared.heartbeat();
         self.tell_readiness();
         self.hub(shard).do_send(Forget(replica, incarnation));
         let Some(slot) = self.replicas.get_mut(replica) else {
@@ -485,6 +481,8 @@ impl Handler<LeaderChanged> for Supervisor {
             // It was removed meanwhile: the shard may have another replica here, and that may lead.
             return;
         }
+        // What it told of itself before, in another term or by another start, is void.
+        self.resting.remove(&changed.replica);
         if changed.change.local {
             self.led.insert(changed.shard);
             if changed.shard == METADATA_SHARD && self.shared.router.map().version == 0 {
@@ -522,7 +520,7 @@ impl Handler<MapConfirmed> for Supervisor {
         // What brings the map comes before this: if it could not be taken, this node doesn't know that version.
         if self.shared.router.confirmed(confirmed.version, confirmed.at) {
             // Others may wait for this word, as this node did.
-            self.heartbeat();
+            self.shared.heartbeat();
         }
     }
 }

@@ -5,13 +5,16 @@ use std::time::Duration;
 use actix::prelude::*;
 use futures_util::future::join_all;
 
+use super::counting::Counted;
 use super::handle::{NodeHandle, ReplicaHealth};
+use super::messages::LeaderRests;
 use super::replica::ReplicaActor;
 use super::supervisor::Supervisor;
 use crate::balance::facts::{ShardReport, SickReplica, Survey};
 use crate::codec::survey::{Order, Ordered};
 use crate::failpoints::failpoint;
 use crate::group::types::{GroupStatus, Operation, Output};
+use crate::ids::{ReplicaId, ShardId};
 use crate::limits;
 use crate::refusal::Refusal;
 
@@ -53,31 +56,51 @@ impl Handler<TakeSurvey> for Supervisor {
                 survey.sick.push(SickReplica { shard, replica, why: why.clone() });
             }
             // Only of what this node leads: the others are asked elsewhere.
-            if let Some(addr) = self.addrs.get(&replica).filter(|_| self.led.contains(&shard)) {
-                asked.push((shard, replica, self.counts.of(replica), addr.clone()));
+            let Some(addr) = self.addrs.get(&replica).filter(|_| self.led.contains(&shard)) else { continue };
+            let counted = self.counts.of(replica);
+            match self.resting.get(&replica) {
+                // With thousands of shards that nobody uses, asking would be most of what a node does.
+                Some(status) => survey.led.push(report(shard, replica, counted, GroupStatus::clone(status))),
+                None => asked.push((shard, replica, counted, addr.clone())),
             }
         }
         let asked = asked.into_iter().map(|(shard, replica, counted, addr)| async move {
             let patience = Duration::from_millis(limits::STATUS_MS_MAX);
             // What it knows as a follower is no report.
             let status = tokio::time::timeout(patience, addr.send(AskLed)).await.ok()?.ok()??;
-            Some(ShardReport {
-                shard,
-                leader: replica,
-                term: status.term,
-                epoch: status.epoch,
-                members: status.members,
-                followers: status.followers,
-                last: status.last,
-                keys: counted.keys,
-                bytes: counted.bytes,
-            })
+            Some(report(shard, replica, counted, status))
         });
         let asked = join_all(asked);
         Box::pin(async move {
-            survey.led = asked.await.into_iter().flatten().collect();
+            survey.led.extend(asked.await.into_iter().flatten());
             survey
         })
+    }
+}
+
+fn report(shard: ShardId, leader: ReplicaId, counted: Counted, status: GroupStatus) -> ShardReport {
+    ShardReport {
+        shard,
+        leader,
+        term: status.term,
+        epoch: status.epoch,
+        members: status.members,
+        followers: status.followers,
+        last: status.last,
+        keys: counted.keys,
+        bytes: counted.bytes,
+    }
+}
+
+impl Handler<LeaderRests> for Supervisor {
+    type Result = ();
+    fn handle(&mut self, rests: LeaderRests, _: &mut Context<Self>) {
+        match rests.status {
+            Some(status) if self.addrs.contains_key(&rests.replica) => {
+                self.resting.insert(rests.replica, status);
+            }
+            _ => drop(self.resting.remove(&rests.replica)),
+        }
     }
 }
 

@@ -107,6 +107,10 @@ impl TestNode {
         };
         let (snapshots, _) = Snapshots::start(tools, origin).expect("threads");
         let shared = Arc::new(Shared {
+            node: NODE,
+            process: 1,
+            sleep_ticks: 0,
+            ended: Default::default(),
             snapshots,
             disk: Arc::default(),
             draining: Default::default(),

@@ -36,6 +36,7 @@ impl Reader {
         let cluster = self.cluster();
         let log = self.log();
         let storage = self.storage();
+        let hibernate_after_ms = self.number("raft.hibernate_after_ms");
         let bytes_per_second = self.number("snapshot.bytes_per_second");
         self.ports(client.as_ref(), peer.as_ref(), http_listen.flatten());
         if let (Some(cluster), Some(peer)) = (&cluster, &peer) {
@@ -49,6 +50,7 @@ impl Reader {
             cluster: cluster?,
             log: log?,
             storage: storage?,
+            raft: RaftSettings { hibernate_after_ms: hibernate_after_ms? },
             snapshot: SnapshotSettings { bytes_per_second: bytes_per_second? },
         })
     }

@@ -83,6 +83,7 @@ pub(super) const KEYS: &[Key] = &[
     text("cluster.name"),
     list("cluster.initial"),
     list("cluster.join"),
+    count("raft.hibernate_after_ms", 0, 86_400_000),
     text("log.level"),
     text("log.format"),
     size("storage.cache_bytes", MIB, 64 * GIB),

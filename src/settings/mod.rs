@@ -33,6 +33,8 @@ pub struct Settings {
     pub http_listen: Option<SocketAddr>,
     /// `cluster.*`
     pub cluster: ClusterSettings,
+    /// `raft.*`
+    pub raft: RaftSettings,
     /// `log.*`
     pub log: LogSettings,
     /// `storage.*`
@@ -75,6 +77,20 @@ pub struct ClusterSettings {
     pub initial: Vec<String>,
     /// Peer addresses of members to join through.
     pub join: Vec<String>,
+}
+
+/// How groups of replicas behave.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RaftSettings {
+    /// Idleness, in milliseconds, after which a group goes to sleep; 0: groups don't.
+    pub hibernate_after_ms: u64,
+}
+
+impl RaftSettings {
+    /// The same in ticks, rounded up.
+    pub fn sleep_ticks(&self) -> u64 {
+        self.hibernate_after_ms.div_ceil(crate::limits::TICK_MS)
+    }
 }
 
 /// Format of log lines.
@@ -191,6 +207,7 @@ impl Settings {
             peer: ListenSettings::at(peer),
             http_listen: None,
             cluster: ClusterSettings { name: "local".into(), initial, join: Vec::new() },
+            raft: RaftSettings { hibernate_after_ms: 0 },
             log: LogSettings { level: "info".into(), format: LogFormat::Text },
             storage: StorageSettings {
                 cache_bytes: 16 * MIB,
@@ -247,6 +264,7 @@ impl Settings {
             ("initial", self.cluster.initial.iter().collect()),
             ("join", self.cluster.join.iter().collect()),
         ];
+        let raft = vec![("hibernate_after_ms", whole(self.raft.hibernate_after_ms))];
         let log = vec![("level", (&self.log.level).into()), ("format", self.log.format.name().into())];
         let storage = vec![
             ("cache_bytes", whole(self.storage.cache_bytes)),
@@ -264,6 +282,7 @@ impl Settings {
             ("peer", port(&self.peer)),
             ("http", vec![("listen", http.into())]),
             ("cluster", cluster),
+            ("raft", raft),
             ("log", log),
             ("storage", storage),
             ("snapshot", snapshot),

@@ -17,6 +17,8 @@ use crate::refusal::{Outcome, Refusal};
 pub(super) const CLIENTS_PER_SHARD: usize = 4;
 /// What a client sends arrives within this time, if it does.
 const LATE: Time = 4_000_000;
+/// Bounds of a rest where groups are to fall asleep.
+const LULLS: (Time, Time) = (1_000, 5_000_000);
 /// Bounds of a long rest.
 const RESTS: (Time, Time) = (15_000_000, 40_000_000);
 
@@ -183,6 +185,9 @@ impl World {
         // Now and then a client rests until its session has ended. Nobody waits for it then.
         let idle = self.clients.get(number).is_some_and(|client| client.budget > 0);
         let rest = if idle && self.dice.chance(10) { RESTS } else { (1_000, 120_000) };
+        // Long enough, now and then, for a shard to fall asleep.
+        let lulls = idle && self.options.sleep_after > 0 && self.dice.chance(400);
+        let rest = if lulls { LULLS } else { rest };
         let pause = self.dice.between(rest.0, rest.1);
         let Some(client) = self.waiting(token) else { return };
         let Some(Waiting { call, key, action, .. }) = client.waiting.take() else { return };

@@ -11,6 +11,7 @@ use super::shell::{Node, NodeEvent, Process, Replica};
 use super::world::{Event, World};
 use crate::group::catch_up::Retention;
 use crate::group::driver::Group;
+use crate::group::nodes::Nodes;
 use crate::group::open::GroupOptions;
 use crate::ids::{Incarnation, Index, METADATA_SHARD, NodeId, ReplicaId, Term};
 use crate::limits;
@@ -32,7 +33,13 @@ impl World {
         let number = node.starts;
         note!(self.trace, "{} node {} starts, {}", self.clock.now, id, number);
         node.disk.recover(&mut self.dice).map_err(|e| Violation::new("disk", e.to_string()))?;
-        node.process = Some(Process { number, replicas: BTreeMap::new(), reconciler: None });
+        node.process = Some(Process {
+            number,
+            replicas: BTreeMap::new(),
+            reconciler: None,
+            nodes: Nodes::new(),
+            ended: 0,
+        });
         node.installing.clear();
         node.switching.clear();
         node.removing.clear();
@@ -67,7 +74,7 @@ impl World {
         node.disk.faulty.begin(node.unreadable && self.dice.chance(300));
         let opened = open_group(record, incarnation, self.options.retention, &node.disk);
         node.disk.faulty.end();
-        let (group, terms) = match opened {
+        let (mut group, terms) = match opened {
             Ok(opened) => opened,
             Err(detail) => return self.stays_closed(id, replica_id, &detail),
         };
@@ -90,6 +97,9 @@ impl World {
             }
         }
         if let Some(process) = &mut node.process {
+            if shard != METADATA_SHARD {
+                group.sleep_after(self.options.sleep_after, process.number);
+            }
             let replica = Replica {
                 shard,
                 incarnation,
@@ -98,6 +108,7 @@ impl World {
                 flushing: false,
                 pump_queued: false,
                 ticks: 0,
+                asleep_since: None,
                 observed: flushed.index,
                 terms,
                 open: BTreeSet::new(),
@@ -178,6 +189,7 @@ impl World {
     pub(super) fn crash_replica(&mut self, id: NodeId, replica_id: ReplicaId) {
         let Some(process) = self.nodes.get_mut(&id).and_then(|node| node.process.as_mut()) else { return };
         let Some(replica) = process.replicas.remove(&replica_id) else { return };
+        process.ended += 1;
         let number = process.number;
         note!(self.trace, "{} replica {} crashes", self.clock.now, replica_id);
         self.disconnect(replica);

@@ -16,6 +16,7 @@
 //! - `membership`: replicas that nodes make and remove, nodes that join and that are gone for good. `operator`:
 //!   who changes the members of shards; or `governor`, the metadata shard with its reconciler and the maps of
 //!   nodes, and `administrator`, who decides about nodes, numbers of replicas and load.
+//! - `rest`: how groups that sleep are woken, and heartbeats of nodes.
 //! - [`planted`]: bugs put in on purpose.
 //! - [`workload`], `clients` and [`history`]: what clients ask for, how often they try, and what they were told.
 //!   [`checks`]: what must hold.
@@ -43,6 +44,7 @@ mod operator;
 pub mod planted;
 mod pump;
 pub mod report;
+mod rest;
 mod shell;
 mod snapshots;
 mod strikes;
@@ -76,6 +78,8 @@ pub struct SimOptions {
     pub operations: usize,
     /// Bytes of log that a group keeps for a follower that is silent.
     pub retention: u64,
+    /// Ticks of idleness after which a group goes to sleep; 0: groups don't. If they do, clients rest more.
+    pub sleep_after: u64,
     /// What goes wrong.
     pub faults: Faults,
     /// A bug to put in.
@@ -98,6 +102,7 @@ impl SimOptions {
             operations: 300,
             retention: [0, 100, 1_000, 5_000, u64::MAX][dice.below(5)],
             faults: Faults::some(&mut dice),
+            sleep_after: [0, 0, 2, 8][dice.below(4)],
             planted: Plant::NONE,
             trace: 0,
         }

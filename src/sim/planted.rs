@@ -57,11 +57,15 @@ pub enum Planted {
     ChangeUnrecorded,
     /// The metadata shard takes members of the past for news.
     StaleReportTaken,
+    /// Whoever is asked to sleep is taken to agree.
+    AgreementAssumed,
+    /// Replicas that are asleep don't hear that a node has gone, or was started again.
+    AlarmsUnheard,
 }
 
 impl Planted {
     /// All of them.
-    pub const ALL: [Planted; 25] = [
+    pub const ALL: [Planted; 27] = [
         Planted::AcknowledgeEarly,
         Planted::VoteNotPersisted,
         Planted::StaleReads,
@@ -87,6 +91,8 @@ impl Planted {
         Planted::ReplicaIdReused,
         Planted::ChangeUnrecorded,
         Planted::StaleReportTaken,
+        Planted::AgreementAssumed,
+        Planted::AlarmsUnheard,
     ];
 
     /// What it does wrong, in one line.
@@ -116,6 +122,8 @@ impl Planted {
             Planted::TombstoneLate => "a removed replica's state goes before its tombstone is on disk",
             Planted::ReplicaIdReused => "new replicas get ids of others that have left",
             Planted::StaleReportTaken => "the map takes over members that a shard had before",
+            Planted::AgreementAssumed => "whoever is asked to sleep is taken to agree",
+            Planted::AlarmsUnheard => "who sleeps doesn't hear that a node has gone or was started again",
             Planted::ChangeUnrecorded => "changes of members are in force before their commit is on disk",
         }
     }

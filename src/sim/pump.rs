@@ -167,6 +167,7 @@ impl World {
         if more {
             self.queue_pump(id, replica_id);
         }
+        self.settle(id, replica_id)?;
         if has_map {
             self.publish(id, replica_id)?;
             self.check_new_map()?;
@@ -195,6 +196,10 @@ impl World {
     fn send(&mut self, from: NodeId, to: NodeId, mut message: GroupMessage) -> Result<(), Violation> {
         if self.options.planted.is(Planted::LearnerCounted) {
             self.count_learner(&mut message);
+        }
+        self.note_agreement(&message);
+        if self.options.planted.is(Planted::AgreementAssumed) {
+            self.assume_agreement(&mut message);
         }
         messages::check(&message)
             .map_err(|error| Violation::new("messages", format!("{error}: {:?}", message.message)))?;

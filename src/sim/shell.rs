@@ -14,6 +14,7 @@ use super::world::{Event, World};
 use crate::balance::reconciler::Reconciler;
 use crate::codec::GroupMessage;
 use crate::group::driver::Group;
+use crate::group::nodes::Nodes;
 use crate::group::types::{Effects, Fetch, Operation, Output};
 use crate::ids::{Incarnation, Index, NodeId, Position, ReplicaId, ShardId, Term};
 use crate::limits;
@@ -36,6 +37,8 @@ pub(super) enum NodeEvent {
     Message(NodeId, Box<GroupMessage>),
     /// A link is found broken.
     Unreachable(NodeId),
+    /// A heartbeat of a node arrives: of which process it is, and how many replicas have ended in that.
+    Heard(NodeId, u64, u64),
     /// A client asks.
     Request { token: u64, shard: ShardId, operation: Box<Operation> },
     /// The log write under way is done.
@@ -108,6 +111,10 @@ pub(super) struct Process {
     pub replicas: BTreeMap<ReplicaId, Replica>,
     /// While it leads the metadata shard.
     pub reconciler: Option<Reconciler>,
+    /// What it hears of the others.
+    pub nodes: Nodes,
+    /// Replicas that have ended alone.
+    pub ended: u64,
 }
 
 /// A moment within a pass over a replica.
@@ -146,6 +153,8 @@ pub(super) struct Replica {
     pub flushing: bool,
     pub pump_queued: bool,
     pub ticks: u64,
+    /// While it sleeps: the tick of its node at which it fell asleep.
+    pub asleep_since: Option<u64>,
     /// What the checks have seen it apply.
     pub observed: Index,
     /// Terms of the entries in its log, as handed to the log writer.
@@ -245,7 +254,10 @@ impl World {
                     return Ok(());
                 };
                 self.clock.after(node.tick, Event::Node(id, NodeEvent::Tick(process)));
-                let ids: Vec<ReplicaId> = node.replicas().map(|(id, _)| id).collect();
+                self.watch(id);
+                let Some(node) = self.nodes.get(&id) else { return Ok(()) };
+                let awake = node.replicas().filter(|(_, replica)| replica.asleep_since.is_none());
+                let ids: Vec<ReplicaId> = awake.map(|(id, _)| id).collect();
                 for replica_id in ids {
                     let Some(replica) = self.replica(id, replica_id) else { continue };
                     replica.group.tick();
@@ -253,6 +265,7 @@ impl World {
                     if replica.ticks.is_multiple_of(limits::COMPACT_TICKS) {
                         self.compact(id, replica_id);
                     }
+                    self.settle(id, replica_id)?;
                     if self.replica(id, replica_id).is_some_and(|replica| !replica.group.at_rest()) {
                         self.queue_pump(id, replica_id);
                     }
@@ -263,16 +276,26 @@ impl World {
                 message.node = from;
                 let target = ReplicaId(message.message.to);
                 let Some(replica) = self.replica(id, target) else { return Ok(()) };
+                if !replica.group.sleeps_through(&message) {
+                    self.rouse(id, target);
+                }
+                let Some(replica) = self.replica(id, target) else { return Ok(()) };
                 replica.group.step(*message).map_err(|error| {
                     Violation::new("replica", format!("replica {target}, message of node {from}: {error}"))
                 })?;
+                self.settle(id, target)?;
                 self.queue_pump(id, target);
+                Ok(())
+            }
+            NodeEvent::Heard(from, process, ended) => {
+                self.on_heard(id, from, process, ended);
                 Ok(())
             }
             NodeEvent::Unreachable(peer) => {
                 let Some(node) = self.nodes.get_mut(&id) else { return Ok(()) };
                 let mut told = Vec::new();
-                for (replica_id, replica) in node.process.iter_mut().flat_map(|p| p.replicas.iter_mut()) {
+                let replicas = node.process.iter_mut().flat_map(|p| p.replicas.iter_mut());
+                for (replica_id, replica) in replicas.filter(|(_, r)| r.asleep_since.is_none()) {
                     if let Some(of_peer) = replica.group.replica_on(peer) {
                         replica.group.on_unreachable(of_peer);
                         told.push(*replica_id);
@@ -442,6 +465,14 @@ impl World {
             let answer = answer.map_err(|e| Violation::new("replica", e.to_string()))?;
             return self.answer(id, replica_id, token, Ok(Output::Answer(answer)));
         }
+        if replica.asleep_since.is_some() {
+            self.count("wakes by a request");
+            self.rouse(id, replica_id);
+            if let Some(replica) = self.replica(id, replica_id) {
+                replica.group.call_leader();
+            }
+        }
+        let Some(replica) = self.replica(id, replica_id) else { return Ok(()) };
         replica.group.submit(operation, token);
         self.queue_pump(id, replica_id);
         Ok(())
@@ -535,7 +566,7 @@ impl World {
         Ok(())
     }
 
-    fn compact(&mut self, id: NodeId, replica_id: ReplicaId) {
+    pub(super) fn compact(&mut self, id: NodeId, replica_id: ReplicaId) {
         let Some(node) = self.nodes.get_mut(&id) else { return };
         let Some(replica) = node.replica_mut(replica_id) else { return };
         let flushed = replica.flushed;

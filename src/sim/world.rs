@@ -21,6 +21,7 @@ use super::shell::{Node, NodeEvent};
 use super::strikes::{FaultEvent, Striker};
 use super::workload::{Client, KEYS};
 use super::{SimOptions, Time};
+use crate::codec::SleepWord;
 use crate::group::types::Output;
 use crate::ids::{DatabaseId, Epoch, Index, METADATA_SHARD, NodeId, ReplicaId, ShardId};
 use crate::machine::MachineKind;
@@ -111,6 +112,10 @@ pub struct World {
     /// Changes of members that some replica has in its log, or had: their entry, and what they make.
     pub(super) proposed: BTreeMap<ShardId, Vec<(Index, Vec<Member>)>>,
     pub(super) replicas: Replicas,
+    /// What each replica has agreed to last, of sleep.
+    pub(super) agreed: BTreeMap<ReplicaId, SleepWord>,
+    /// What each replica was asked last.
+    pub(super) asked: BTreeMap<ReplicaId, SleepWord>,
     /// The newest map that the metadata shard has come to.
     pub(super) map: ClusterMap,
     pub(super) counts: BTreeMap<&'static str, u64>,
@@ -146,6 +151,8 @@ impl World {
             truths: BTreeMap::new(),
             proposed: BTreeMap::new(),
             replicas: Replicas::default(),
+            agreed: BTreeMap::new(),
+            asked: BTreeMap::new(),
             map: ClusterMap::default(),
             counts: BTreeMap::new(),
             trace: Trace::new(options.trace),

@@ -90,6 +90,8 @@ metrics_table! {
         "Committed entries executed by replicas of this node.";
     REPLICAS = "pontoon_replicas", Gauge, [],
         "Replicas that run on this node.";
+    REPLICAS_ASLEEP = "pontoon_replicas_asleep", Gauge, [],
+        "Replicas on this node whose groups have nothing to do, and sleep.";
     LEADERS = "pontoon_leaders", Gauge, [],
         "Replicas on this node that lead their group.";
     LEADER_CHANGES = "pontoon_leader_changes_total", Counter, [],

@@ -160,6 +160,7 @@ mod tests {
             safe_index: 0,
             message: raft::eraftpb::Message::default(),
             node: NodeId::default(),
+            sleep: None,
         }
     }
 
@@ -190,6 +191,7 @@ mod tests {
                 map_version,
                 disk_full: false,
                 map_age_ms: None,
+                ended: 0,
             });
         }
         let batch = outbox.take(1024);

@@ -169,6 +169,7 @@ fn payloads((cluster, node): (ClusterId, NodeId), shard: &ShardRecord) -> Vec<(L
             safe_index: 0,
             message: m,
             node: NodeId::default(),
+            sleep: None,
         }
     });
     let messages: Vec<GroupMessage> = messages.collect();
@@ -178,6 +179,7 @@ fn payloads((cluster, node): (ClusterId, NodeId), shard: &ShardRecord) -> Vec<(L
         map_version: u64::MAX,
         disk_full: false,
         map_age_ms: None,
+        ended: 0,
     };
     let claim = PeerRequest::Claim(ClusterId::random());
     let lanes = [Lane::Control, Lane::Append];

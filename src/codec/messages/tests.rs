@@ -93,12 +93,15 @@ pub(crate) fn any_message() -> impl Strategy<Value = GroupMessage> {
                     }
                     _ => {}
                 }
+                let beats = matches!(kind, MessageType::MsgHeartbeat | MessageType::MsgHeartbeatResponse);
+                let word = SleepWord { process: rest.2 as u64, round: positions.2 };
                 GroupMessage {
                     shard: ShardId(address.0),
                     epoch: Epoch { range: address.1, conf: address.2 },
                     safe_index: address.3,
                     message: m,
                     node: NodeId::default(),
+                    sleep: (beats && rest.1).then_some(word),
                 }
             })
         })
@@ -122,6 +125,7 @@ fn append() -> GroupMessage {
             ..Message::default()
         },
         node: NodeId::default(),
+        sleep: None,
     }
 }
 

@@ -70,9 +70,11 @@ fn any_response() -> impl Strategy<Value = PeerResponse> {
 fn any_frame() -> impl Strategy<Value = PeerFrame> {
     prop_oneof![
         vec(any_message(), 0..8).prop_map(PeerFrame::Raft),
-        (any_member(), any::<u64>(), any::<u64>(), any::<bool>(), prop::option::of(0..u32::MAX)).prop_map(
-            |(node, incarnation, map_version, disk_full, map_age_ms)| {
-                PeerFrame::Heartbeat(NodeHeartbeat { node, incarnation, map_version, disk_full, map_age_ms })
+        (any_member(), any::<[u64; 3]>(), any::<bool>(), prop::option::of(0..u32::MAX)).prop_map(
+            |(node, [incarnation, map_version, ended], disk_full, map_age_ms)| {
+                let heartbeat =
+                    NodeHeartbeat { node, incarnation, map_version, disk_full, map_age_ms, ended };
+                PeerFrame::Heartbeat(heartbeat)
             }
         ),
         (any::<u64>(), any_request()).prop_map(|(id, it)| PeerFrame::Request(id, it)),
@@ -151,6 +153,7 @@ fn append(entries: Vec<Bytes>) -> GroupMessage {
             ..Message::default()
         },
         node: NodeId::default(),
+        sleep: None,
     }
 }
 

@@ -104,6 +104,10 @@ pub(super) fn adds_value(operation: &Operation) -> bool {
 impl Handler<DiskNews> for ReplicaActor {
     type Result = ();
     fn handle(&mut self, news: DiskNews, ctx: &mut Context<Self>) {
+        // Who doesn't lead has nothing to hand over.
+        if self.group.leads() {
+            self.rouse();
+        }
         let before = std::mem::replace(&mut self.disk, news);
         self.group.set_ambition(match news {
             DiskNews { stalled: true, .. } => Ambition::None,

@@ -39,7 +39,12 @@ impl ReplicaActor {
     }
 
     pub(super) fn account_memory(&mut self) {
+        let had = self.memory.active() > 0;
         self.memory.set(self.group.state().memory_bytes());
+        let has = self.memory.active() > 0;
+        if has != had {
+            self.roster.set_unflushed(self.replica, has);
+        }
         self.memory.set_known(self.group.state().known_bytes());
         self.memory.set_sessions(self.group.state().session_table().len());
     }

@@ -17,7 +17,7 @@ pub mod once;
 pub mod state;
 
 /// Every check, by the name that a violation of it bears, and what must hold.
-pub const CHECKS: [(&str, &str); 18] = [
+pub const CHECKS: [(&str, &str); 19] = [
     ("leaders", "a term has one leader at most, and it has everything committed before"),
     ("logs", "entries of one index and term are the same, and so are those before them"),
     ("state", "replicas apply the same entries and have equal states at equal indexes, sessions included"),
@@ -35,6 +35,10 @@ pub const CHECKS: [(&str, &str); 18] = [
     ("map", "the map keeps its rules, and names members that the shards had at that conf version"),
     ("answers", "each operation ends once, with an answer to what was asked"),
     ("liveness", "once faults end, all is led, answered and equal again within a bound"),
+    (
+        "sleep",
+        "a leader falls asleep only if all members have agreed to it, and each has all that is in its log",
+    ),
     ("flapping", "a node whose links flap, and nothing else, costs each shard one election at most"),
     ("open", "a replica can be opened from what a crash leaves"),
     ("replica", "no replica stops but for its disk"),

@@ -5,7 +5,7 @@
 //!
 //! | command | does |
 //! |---|---|
-//! | `group [voters=3] [keep=BYTES]` | makes the group, which keeps so much log for a silent follower (unbounded); begins a script, or begins anew |
+//! | `group [voters=3] [keep=BYTES] [sleep=TICKS]` | makes the group, which keeps so much log for a silent follower (unbounded), and goes to sleep after so many ticks (never); begins a script, or begins anew |
 //! | `campaign N`, `transfer N M` | begins an election; hands leadership over |
 //! | `elect N` | the same as `campaign`, then settles |
 //! | `create N` | makes node N with a newcomer, which knows no members |
@@ -26,6 +26,8 @@
 //! | `compact N` | drops the log entries that nobody needs now |
 //! | `make N` | N makes the snapshot that it was asked for, of its durable state |
 //! | `bring N [lost=yes]` | that is installed where it is needed, or lost, and N is told |
+//! | `beat N` | the others hear a heartbeat of node N |
+//! | `rest` | who is asleep |
 //! | `tick N COUNT [brief=yes]` | time passes at N; for `all`, at everybody. Brief: as `settle` prints |
 //! | `pause N`, `resume N` | applying stops for want of memory |
 //! | `cut N`, `heal` | N can't be reached nor reach others |
@@ -42,6 +44,7 @@ use std::sync::Arc;
 use pontoon::codec::GroupMessage;
 use pontoon::group::catch_up::Retention;
 use pontoon::group::driver::Group;
+use pontoon::group::nodes::{Alarm, Nodes};
 use pontoon::group::open::GroupOptions;
 use pontoon::group::types::{
     Effects, Fetch, MembershipChange, NumberedWrite, Operation, Output, SnapshotWanted,
@@ -62,6 +65,7 @@ use pontoon::storage::state::StateHeader;
 #[path = "words.rs"]
 mod words;
 
+use raft::eraftpb::MessageType;
 use words::{describe, end, entries, tag};
 
 use crate::script::{self, Interpreter};
@@ -80,6 +84,7 @@ type Records = Vec<(Vec<u8>, bytes::Bytes)>;
 #[derive(Default)]
 pub struct Groups {
     keep: u64,
+    sleep: u64,
     nodes: BTreeMap<u64, Node>,
     /// Messages under way, in the order they were sent.
     wire: VecDeque<(u64, u64, GroupMessage)>,
@@ -95,6 +100,12 @@ struct Node {
     engine: Arc<MemoryEngine>,
     /// `None` while it is down.
     group: Option<Group<u64>>,
+    /// Its process, while it runs, or the last one.
+    process: u64,
+    /// What it hears of the others.
+    heard: Nodes,
+    /// While its replica sleeps: since which tick.
+    asleep_since: Option<u64>,
     writes: VecDeque<NumberedWrite>,
     fetch: Option<Fetch>,
     /// Snapshots that it was asked for, and those that are made, with position and records.
@@ -109,7 +120,8 @@ struct Node {
 impl Interpreter for Groups {
     fn execute(&mut self, line: &script::Command) -> Result<String, String> {
         if line.name == "group" {
-            *self = Groups { keep: line.named_number("keep", KEEP_ALL)?, ..Groups::default() };
+            let (keep, sleep) = (line.named_number("keep", KEEP_ALL)?, line.named_number("sleep", 0)?);
+            *self = Groups { keep, sleep, ..Groups::default() };
             return self.create(line.named_number("voters", 3)?);
         }
         match line.name.as_str() {
@@ -215,9 +227,8 @@ impl Interpreter for Groups {
                 self.brief = line.named("brief").is_some();
                 for _ in 0..count {
                     for &node in &nodes {
-                        if let Ok(group) = self.group(node) {
-                            group.tick();
-                            output += &self.pump(node)?;
+                        if self.group(node).is_ok() {
+                            output += &self.tick(node)?;
                         }
                     }
                 }
@@ -259,6 +270,15 @@ impl Interpreter for Groups {
                 node.engine = Arc::new(MemoryEngine::new());
                 Ok(String::new())
             }
+            "beat" => self.beat(line.number(0)?),
+            "rest" => {
+                let line = |(id, node): (&u64, &Node)| match (&node.group, node.asleep_since) {
+                    (None, _) => format!("{id}: down\n"),
+                    (_, Some(_)) => format!("{id}: asleep\n"),
+                    (_, None) => format!("{id}: awake\n"),
+                };
+                Ok(self.nodes.iter().map(line).collect())
+            }
             "settle" => self.settle(),
             "status" => self.status(),
             "sessions" => {
@@ -278,6 +298,78 @@ impl Interpreter for Groups {
 }
 
 impl Groups {
+    /// Time passes at a node: its replica isn't told while it sleeps.
+    fn tick(&mut self, id: u64) -> Result<String, String> {
+        let node = self.node(id)?;
+        let silent = node.heard.tick();
+        let mut output = String::new();
+        for other in silent {
+            output += &self.alarm(id, other, Alarm::Silent)?;
+        }
+        let node = self.node(id)?;
+        if let Some(group) = node.group.as_mut().filter(|_| node.asleep_since.is_none()) {
+            group.tick();
+        }
+        Ok(output + &self.pump(id)?)
+    }
+
+    fn beat(&mut self, from: u64) -> Result<String, String> {
+        let process = self.node(from)?.process;
+        let others: Vec<u64> = self.nodes.keys().copied().filter(|id| *id != from).collect();
+        let mut output = String::new();
+        for id in others {
+            if let Some(alarm) = self.node(id)?.heard.heard(NodeId(from), process, 0) {
+                output += &self.alarm(id, NodeId(from), alarm)?;
+            }
+        }
+        Ok(output)
+    }
+
+    fn alarm(&mut self, id: u64, about: NodeId, alarm: Alarm) -> Result<String, String> {
+        let node = self.node(id)?;
+        let Some(group) = node.group.as_mut() else { return Ok(String::new()) };
+        let Some(since) = node.asleep_since else {
+            group.alarmed();
+            return Ok(String::new());
+        };
+        let Some(silence) = group.heeds(about, alarm, &node.heard) else { return Ok(String::new()) };
+        node.asleep_since = None;
+        group.wake(node.heard.now() - since, silence);
+        group.call_leader();
+        Ok(format!("{id}: wakes, node {about} is {}\n", format!("{alarm:?}").to_lowercase())
+            + &self.pump(id)?)
+    }
+
+    /// Something is about to happen to a replica.
+    fn rouse(&mut self, id: u64) -> Result<(), String> {
+        let node = self.node(id)?;
+        if let (Some(group), Some(since)) = (node.group.as_mut(), node.asleep_since.take()) {
+            group.wake(node.heard.now() - since, group.leader_silence(&node.heard));
+        }
+        Ok(())
+    }
+
+    /// Takes note of whether a replica is asleep.
+    fn rests(&mut self, id: u64) -> Result<String, String> {
+        let node = self.node(id)?;
+        let Some(group) = node.group.as_mut() else { return Ok(String::new()) };
+        match (group.is_asleep(), node.asleep_since.is_some()) {
+            (true, false) if group.is_watched_over(&node.heard) => {
+                node.asleep_since = Some(node.heard.now());
+                Ok(format!("{id}: falls asleep\n"))
+            }
+            (true, false) => {
+                group.wake(0, group.leader_silence(&node.heard));
+                Ok(format!("{id}: can't sleep, there is a node that isn't heard\n"))
+            }
+            (false, true) => {
+                node.asleep_since = None;
+                Ok(String::new())
+            }
+            _ => Ok(String::new()),
+        }
+    }
+
     fn group(&mut self, node: u64) -> Result<&mut Group<u64>, String> {
         let found = self.node(node)?.group.as_mut();
         found.ok_or_else(|| format!("node {node} is down"))
@@ -322,6 +414,9 @@ impl Groups {
             log,
             engine,
             group: None,
+            process: 0,
+            heard: Nodes::new(),
+            asleep_since: None,
             writes: VecDeque::new(),
             fetch: None,
             snapshots: VecDeque::new(),
@@ -358,7 +453,7 @@ impl Groups {
     fn open(&mut self, id: u64) -> Result<String, String> {
         self.incarnations += 1;
         let incarnation = self.incarnations;
-        let retention = Retention::new(self.keep);
+        let (retention, sleep) = (Retention::new(self.keep), self.sleep);
         let node = self.node(id)?;
         if node.group.is_some() {
             return Err(format!("node {id} is running"));
@@ -384,9 +479,12 @@ impl Groups {
         };
         let (last, applied) = (log.last, state.header().applied.index);
         let (term, commit) = (log.hard_state.term, log.hard_state.commit);
-        let group = Group::open(options, node.log.clone(), log, state).map_err(|e| e.to_string())?;
+        let mut group = Group::open(options, node.log.clone(), log, state).map_err(|e| e.to_string())?;
         let recovering = if group.recovering() { ", re-applies" } else { "" };
-        node.group = Some(group);
+        if sleep > 0 {
+            group.sleep_after(sleep, incarnation);
+        }
+        (node.group, node.process, node.asleep_since) = (Some(group), incarnation, None);
         let state = why.map_or(format!("to {applied}"), |why| format!("lost: {why}"));
         Ok(format!(
             "{id}: starts in term {term}, log to {last}, commit {commit}, state {state}{recovering}\n"
@@ -409,6 +507,10 @@ impl Groups {
         let node = line.number(0)?;
         self.operations += 1;
         let token = self.operations;
+        if self.node(node)?.asleep_since.is_some() {
+            self.rouse(node)?;
+            self.group(node)?.call_leader();
+        }
         self.group(node)?.submit(operation, token);
         if line.named("pump").is_some() {
             return Ok(String::new());
@@ -420,20 +522,26 @@ impl Groups {
     }
 
     fn deliver(&mut self, only: Option<u64>) -> Result<String, String> {
-        let mut receivers = BTreeSet::new();
+        let (mut receivers, mut rested) = (BTreeSet::new(), String::new());
         for (from, to, message) in std::mem::take(&mut self.wire) {
             if only.is_some_and(|only| only != to) {
                 self.wire.push_back((from, to, message));
                 continue;
             }
             let cut = self.cut.contains(&from) || self.cut.contains(&to);
-            if let (false, Ok(group)) = (cut, self.group(to)) {
-                let message = GroupMessage { node: NodeId(from), ..message };
-                group.step(message).map_err(|e| e.to_string())?;
-                receivers.insert(to);
+            if cut || self.group(to).is_err() {
+                continue;
             }
+            let message = GroupMessage { node: NodeId(from), ..message };
+            if !self.group(to)?.sleeps_through(&message) {
+                self.rouse(to)?;
+            }
+            self.group(to)?.step(message).map_err(|e| e.to_string())?;
+            rested += &self.rests(to)?;
+            receivers.insert(to);
         }
-        receivers.into_iter().map(|node| self.pump(node)).collect()
+        let pumped: Result<String, String> = receivers.into_iter().map(|node| self.pump(node)).collect();
+        Ok(rested + &pumped?)
     }
 
     fn persist(&mut self, id: u64) -> Result<String, String> {
@@ -570,6 +678,7 @@ impl Groups {
             let effects = self.group(id)?.pump().map_err(|e| e.to_string())?;
             let more = effects.more;
             output += &self.carry_out(id, effects)?;
+            output += &self.rests(id)?;
             if !more {
                 return Ok(output);
             }
@@ -591,7 +700,12 @@ impl Groups {
         }
         for (to, message) in messages {
             if !self.brief {
-                lines.push(format!("{id} -> {to}: {}", describe(&message.message)));
+                let asks = match (message.sleep.is_some(), message.message.get_msg_type()) {
+                    (true, MessageType::MsgHeartbeat) => ", sleep?",
+                    (true, _) => ", agreed",
+                    _ => "",
+                };
+                lines.push(format!("{id} -> {to}: {}{asks}", describe(&message.message)));
             }
             self.wire.push_back((id, to.0, message));
         }

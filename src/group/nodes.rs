@@ -1,0 +1,118 @@
+//! What a node hears of the others, for the groups that sleep on it.
+//!
+//! While a group sleeps ([`super::sleep`]) its leader sends no heartbeats: those of the leader's node stand for them.
+//! So they have to tell what heartbeats of the group would: that the process in which the leader went to sleep is
+//! alive, and that no replica in it has ended since: the leader, or a follower that its leader counts on. [`Nodes`] counts time in the ticks of whoever owns it, like a group: of a
+//! process that stood still nobody is silent for longer than it was itself awake.
+
+use std::collections::BTreeMap;
+
+use crate::ids::NodeId;
+use crate::limits;
+
+/// So many ticks after its last heartbeat a node is silent: a follower of an awake group could begin an election then.
+pub const SILENT_TICKS: u64 = limits::ELECTION_TICKS_MIN as u64;
+
+/// Something about a node that groups asleep have to know.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Alarm {
+    /// It hasn't been heard for [`SILENT_TICKS`].
+    Silent,
+    /// Its process is another one: whatever led there has ended.
+    Restarted,
+    /// A replica has ended on it, while its process goes on: which one isn't said.
+    ReplicaEnded,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Heard {
+    process: u64,
+    ended: u64,
+    /// The tick of its last heartbeat.
+    at: u64,
+}
+
+/// See the module page. One for each thread that owns groups.
+#[derive(Default)]
+pub struct Nodes {
+    now: u64,
+    heard: BTreeMap<NodeId, Heard>,
+}
+
+impl Nodes {
+    /// Nothing has been heard yet.
+    pub fn new() -> Nodes {
+        Nodes::default()
+    }
+
+    /// Ticks since it began.
+    pub fn now(&self) -> u64 {
+        self.now
+    }
+
+    /// Time: one tick has passed. Returns who has fallen silent with it.
+    pub fn tick(&mut self) -> Vec<NodeId> {
+        self.now += 1;
+        let now = self.now;
+        let silent = self.heard.iter().filter(|(_, heard)| now - heard.at == SILENT_TICKS);
+        silent.map(|(node, _)| *node).collect()
+    }
+
+    /// A heartbeat has come from a node: of which process it is, and how many replicas have ended in that.
+    pub fn heard(&mut self, node: NodeId, process: u64, ended: u64) -> Option<Alarm> {
+        let now = Heard { process, ended, at: self.now };
+        let before = self.heard.insert(node, now)?;
+        if before.process != process {
+            Some(Alarm::Restarted)
+        } else {
+            // Of the same process: heartbeats of one connection come in their order, a new connection may bring an
+            // older one, and to wake for nothing does no harm.
+            (before.ended != ended).then_some(Alarm::ReplicaEnded)
+        }
+    }
+
+    /// For how many ticks a node has been silent; [`SILENT_TICKS`] if it was never heard.
+    pub fn silence(&self, node: NodeId) -> u64 {
+        self.heard.get(&node).map_or(SILENT_TICKS, |heard| self.now - heard.at)
+    }
+
+    /// The process that runs on a node, if that isn't silent.
+    pub fn process(&self, node: NodeId) -> Option<u64> {
+        self.heard.get(&node).filter(|heard| self.now - heard.at < SILENT_TICKS).map(|heard| heard.process)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: NodeId = NodeId(1);
+    const B: NodeId = NodeId(2);
+
+    #[test]
+    fn a_node_falls_silent_once_and_is_heard_again() {
+        let mut nodes = Nodes::new();
+        assert_eq!((nodes.silence(A), nodes.process(A)), (SILENT_TICKS, None), "never heard");
+        assert_eq!(nodes.heard(A, 7, 0), None);
+        for _ in 1..SILENT_TICKS {
+            assert_eq!(nodes.heard(B, 9, 0), None);
+            assert_eq!(nodes.tick(), []);
+        }
+        assert_eq!((nodes.silence(A), nodes.process(A)), (SILENT_TICKS - 1, Some(7)));
+        assert_eq!(nodes.tick(), [A]);
+        assert_eq!((nodes.silence(A), nodes.process(A)), (SILENT_TICKS, None));
+        assert_eq!(nodes.tick(), [], "told once");
+        assert_eq!(nodes.heard(A, 7, 0), None);
+        assert_eq!((nodes.silence(A), nodes.process(A)), (0, Some(7)));
+    }
+
+    #[test]
+    fn another_process_and_the_end_of_a_replica_are_alarms() {
+        let mut nodes = Nodes::new();
+        nodes.heard(A, 7, 0);
+        assert_eq!(nodes.heard(A, 7, 1), Some(Alarm::ReplicaEnded));
+        assert_eq!(nodes.heard(A, 7, 1), None);
+        assert_eq!(nodes.heard(A, 8, 0), Some(Alarm::Restarted));
+        assert_eq!(nodes.process(A), Some(8));
+    }
+}

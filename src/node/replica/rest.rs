@@ -1,0 +1,92 @@
+//! How a replica that sleeps is kept from the ticks of its thread, and woken in time.
+//!
+//! Whether it sleeps, its group decides ([`crate::group::sleep`]). Here that is held against what the thread has heard of
+//! other nodes, and told to the roster, by which the hub knows whom to tick.
+
+use actix::prelude::*;
+
+use super::ReplicaActor;
+use crate::codec::GroupMessage;
+use crate::node::messages::{LeaderRests, NodeAlarm};
+
+impl ReplicaActor {
+    /// A request has come.
+    pub(super) fn rouse_for_a_request(&mut self) {
+        if self.asleep_since.is_some() {
+            self.rouse();
+            self.group.call_leader();
+        }
+    }
+
+    /// Something is about to happen to the replica: it is to be awake.
+    pub(super) fn rouse(&mut self) {
+        if self.asleep_since.is_some() {
+            let silence = self.roster.ask(|nodes| self.group.leader_silence(nodes));
+            self.wake(silence);
+        }
+    }
+
+    /// The same, if the message wakes it.
+    pub(super) fn rouse_for(&mut self, message: &GroupMessage) {
+        if self.asleep_since.is_some() && !self.group.sleeps_through(message) {
+            self.rouse();
+        }
+    }
+
+    fn wake(&mut self, silence: u64) {
+        let now = self.roster.ask(|nodes| nodes.now());
+        let slept = self.asleep_since.take().map_or(0, |since| now - since);
+        self.group.wake(slept, silence);
+        self.tell_rest(false);
+        self.roster.wakes(self.replica, self.incarnation);
+    }
+
+    /// Takes note of whether the replica is asleep, after whatever has happened to it.
+    pub(super) fn settle(&mut self) {
+        match (self.group.is_asleep(), self.asleep_since.is_some()) {
+            (true, false) => {
+                if !self.roster.ask(|nodes| self.group.is_watched_over(nodes)) {
+                    let silence = self.roster.ask(|nodes| self.group.leader_silence(nodes));
+                    return self.group.wake(0, silence);
+                }
+                self.asleep_since = Some(self.roster.sleeps(self.replica, self.incarnation));
+                self.tell_rest(self.group.leads());
+                // The next look would come with a tick; and others have more use for what was read here.
+                self.compact();
+                self.group.forget_known();
+                self.account_memory();
+            }
+            (false, true) => {
+                // The group woke by itself.
+                self.asleep_since = None;
+                self.tell_rest(false);
+                self.roster.wakes(self.replica, self.incarnation);
+            }
+            _ => {}
+        }
+    }
+}
+
+impl ReplicaActor {
+    /// Whoever surveys the node needn't ask a leader that sleeps: nothing changes meanwhile.
+    fn tell_rest(&mut self, rests: bool) {
+        if std::mem::replace(&mut self.rests_as_leader, rests) != rests {
+            let status = rests.then(|| Box::new(self.group.status()));
+            self.supervisor.do_send(LeaderRests { replica: self.replica, status });
+        }
+    }
+}
+
+impl Handler<NodeAlarm> for ReplicaActor {
+    type Result = ();
+    fn handle(&mut self, NodeAlarm(node, alarm): NodeAlarm, ctx: &mut Context<Self>) {
+        if self.asleep_since.is_none() {
+            return self.group.alarmed();
+        }
+        if let Some(silence) = self.roster.ask(|nodes| self.group.heeds(node, alarm, nodes)) {
+            self.wake(silence);
+            self.group.call_leader();
+            self.queue_pump(ctx);
+        }
+    }
+}
