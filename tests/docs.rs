@@ -317,6 +317,7 @@ fn bounds() -> Vec<(&'static str, u64)> {
         METADATA_VOTERS_MAX,
         REBALANCE_TARGETS_MAX,
         REPAIR_MOVES_FACTOR,
+        HELD_UP_TICKS,
         SNAPSHOT_DISK_FACTOR,
         CLIENT_CONNECTIONS_MAX,
         PEER_CONNECTIONS_MAX,
