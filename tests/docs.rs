@@ -273,7 +273,7 @@ fn metrics_exist() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
-/// Constants whose values are quoted, and their values: bytes, numbers, or milliseconds for `_MS`.
+/// Constants whose values are quoted, and their values: bytes, numbers, milliseconds for `_MS`, or ticks for `_TICKS`.
 fn bounds() -> Vec<(&'static str, u64)> {
     macro_rules! bounds {
         ($($name:ident),* $(,)?) => { vec![$((stringify!($name), limits::$name as u64)),*] };
@@ -331,11 +331,15 @@ fn bounds() -> Vec<(&'static str, u64)> {
         ARRIVING_WINDOW_MS,
         VERIFY_ATTEMPTS_MAX,
         VERIFY_MS_MAX,
+        HELD_UP_TICKS,
     ]
 }
 
 /// How a bound may be written.
 fn spellings(name: &str, value: u64) -> Vec<String> {
+    if let Some(span) = name.strip_suffix("_TICKS") {
+        return spellings(&format!("{span}_MS"), value * limits::TICK_MS);
+    }
     let mut digits = value.to_string();
     for at in (1..digits.len()).rev().filter(|at| (digits.len() - at).is_multiple_of(3)).collect::<Vec<_>>() {
         digits.insert(at, ',');

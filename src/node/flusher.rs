@@ -155,13 +155,15 @@ impl Removals {
 }
 
 fn run(mut flusher: Flusher, queue: mpsc::Receiver<Work>, fatal: Fatal) {
-    // Those that found the disk full.
+    // Those that found the disk full, and when.
     let mut flushes: Vec<FlushJob> = Vec::new();
+    let mut full_at: Option<Instant> = None;
+    let full_wait = Duration::from_millis(limits::DISK_FULL_WAIT_MS);
     let mut removals = Removals::default();
     loop {
         let next = match (removals.are_done(), flushes.is_empty()) {
             (true, true) => queue.recv().map_err(|_| RecvTimeoutError::Disconnected),
-            (true, false) => queue.recv_timeout(Duration::from_millis(limits::DISK_FULL_WAIT_MS)),
+            (true, false) => queue.recv_timeout(full_wait),
             (false, _) => queue.recv_timeout(Duration::ZERO),
         };
         let first = match next {
@@ -170,7 +172,6 @@ fn run(mut flusher: Flusher, queue: mpsc::Receiver<Work>, fatal: Fatal) {
             // The node stops; the log has what isn't flushed, and tombstones tell what isn't removed.
             Err(RecvTimeoutError::Disconnected) => return,
         };
-        let waited = !flushes.is_empty();
         let mut jobs = Vec::new();
         let mut barriers = Vec::new();
         for work in first.into_iter().chain(queue.try_iter()) {
@@ -181,21 +182,23 @@ fn run(mut flusher: Flusher, queue: mpsc::Receiver<Work>, fatal: Fatal) {
                 Work::Barrier(replica, done) => barriers.push((replica, done)),
             }
         }
-        match flush(&mut flusher, &flushes) {
-            Ok(()) => {
-                if waited {
-                    tracing::info!("there is space again: state is flushed to disk");
+        // Not between any two steps of a removal: an attempt writes as much as there is space for.
+        if full_at.is_none_or(|at| at.elapsed() >= full_wait) {
+            match flush(&mut flusher, &mut flushes) {
+                Ok(()) => {
+                    if full_at.take().is_some() {
+                        tracing::info!("there is space again: state is flushed to disk");
+                    }
                 }
-                flushes.clear();
-            }
-            Err(error) if flusher.may_retry(&error) => {
-                if !waited {
-                    tracing::error!(%error, "the disk is full: flushing state, to be tried again");
+                Err(error) if flusher.may_retry(&error) => {
+                    if full_at.replace(Instant::now()).is_none() {
+                        tracing::error!(%error, "the disk is full: flushing state, to be tried again");
+                    }
                 }
-            }
-            Err(error) => {
-                fatal.raise(format!("flushing state to disk: {error}"));
-                return;
+                Err(error) => {
+                    fatal.raise(format!("flushing state to disk: {error}"));
+                    return;
+                }
             }
         }
         if let Err(error) = removals.step(&mut flusher) {
@@ -212,6 +215,9 @@ fn run(mut flusher: Flusher, queue: mpsc::Receiver<Work>, fatal: Fatal) {
             }
             // Frozen by an incarnation that has ended; nothing of it is on disk.
             flushes.retain(|job| job.frozen.replica != replica);
+            if flushes.is_empty() {
+                full_at = None;
+            }
             if done.send(()).is_err() {
                 tracing::trace!("nobody waits any more: the node is stopping");
             }
@@ -219,26 +225,36 @@ fn run(mut flusher: Flusher, queue: mpsc::Receiver<Work>, fatal: Fatal) {
     }
 }
 
-fn flush(flusher: &mut Flusher, jobs: &[FlushJob]) -> Result<(), StorageError> {
+/// Flushes all of them. They are taken out when a crash can't undo that any more: nobody tries them again then, and
+/// their memory is to be free as soon as their replicas let go of it.
+fn flush(flusher: &mut Flusher, jobs: &mut Vec<FlushJob>) -> Result<(), StorageError> {
     if jobs.is_empty() {
         return Ok(());
     }
     let begun = Instant::now();
-    let tables: Vec<_> = jobs.iter().map(|job| job.frozen.clone()).collect();
-    flusher.flush_parts(&tables, &mut |so_far| {
+    let tables = jobs.iter().map(|job| job.frozen.clone()).collect();
+    let concerned: Vec<_> = (jobs.iter())
+        .map(|FlushJob { incarnation, frozen, done }| {
+            let part = (frozen.replica, frozen.generation);
+            (done.clone(), part, (frozen.replica, *incarnation, frozen.header.applied))
+        })
+        .collect();
+    flusher.flush_parts(tables, &mut |so_far| {
         let (step, parts) = match so_far {
-            Progress::Logged => (FlushStep::Logged, None),
+            Progress::Logged => {
+                jobs.clear();
+                (FlushStep::Logged, None)
+            }
             Progress::Absorbed(parts) => (FlushStep::Absorbed, Some(parts)),
         };
-        let concerns = |job: &&FlushJob| {
-            parts.is_none_or(|parts| parts.contains(&(job.frozen.replica, job.frozen.generation)))
-        };
         let mut told: Vec<(&Arc<dyn FlushSink>, Vec<_>)> = Vec::new();
-        for job in jobs.iter().filter(concerns) {
-            let progress = (job.frozen.replica, job.incarnation, job.frozen.header.applied);
-            match told.iter_mut().find(|(sink, _)| Arc::ptr_eq(sink, &job.done)) {
-                Some((_, batch)) => batch.push(progress),
-                None => told.push((&job.done, vec![progress])),
+        for (sink, part, progress) in &concerned {
+            if parts.is_some_and(|parts| !parts.contains(part)) {
+                continue;
+            }
+            match told.iter_mut().find(|(other, _)| Arc::ptr_eq(other, sink)) {
+                Some((_, batch)) => batch.push(*progress),
+                None => told.push((sink, vec![*progress])),
             }
         }
         for (sink, batch) in told {
@@ -398,5 +414,72 @@ mod tests {
         assert_eq!((held(&engine, great), held(&engine, small)), (0, 0));
         assert_eq!(ends.try_recv(), Ok(vec![great, small]));
         assert!(removals.are_done());
+    }
+
+    /// Of the first part's table, whether it is in memory when each part is told.
+    struct Watching(std::sync::Weak<Frozen>, Mutex<mpsc::Sender<(ReplicaId, bool)>>);
+
+    impl FlushSink for Watching {
+        fn flushed(&self, step: FlushStep, batch: Vec<(ReplicaId, Incarnation, Position)>) {
+            if step == FlushStep::Absorbed {
+                let told = (batch[0].0, self.0.strong_count() > 0);
+                self.1.lock().unwrap().send(told).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn memory_that_is_told_to_be_free_is_not_held_until_the_flush_is_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = Arc::new(MemoryEngine::new());
+        let mut flusher = Flusher::open(dir.path().join("redo"), engine.clone()).unwrap();
+        let tables = [1, 2, 3].map(|replica| {
+            let mut state = ReplicaState::open(engine.clone(), ReplicaId(replica), 0, initial()).unwrap();
+            state.put(b"k", bytes::Bytes::from(vec![7; limits::FLUSH_PART_BYTES]));
+            state.set_applied(Position { index: 6, term: 5 });
+            state.freeze().expect("a change")
+        });
+        let (told, parts) = mpsc::channel();
+        let done = Arc::new(Watching(Arc::downgrade(&tables[0]), Mutex::new(told)));
+        let mut jobs: Vec<FlushJob> = tables
+            .into_iter()
+            .map(|frozen| FlushJob { incarnation: 1, frozen, done: done.clone() })
+            .collect();
+        flush(&mut flusher, &mut jobs).unwrap();
+        assert!(jobs.is_empty());
+        let parts: Vec<_> = parts.try_iter().collect();
+        assert_eq!(parts, [(ReplicaId(1), true), (ReplicaId(2), false), (ReplicaId(3), false)]);
+    }
+
+    #[test]
+    fn a_full_disk_is_not_tried_at_each_step_of_a_removal() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = Arc::new(MemoryEngine::new());
+        let mut flusher = Flusher::open(dir.path().join("redo"), engine.clone()).unwrap();
+        let tries = Arc::new(AtomicU32::new(0));
+        let tried = tries.clone();
+        flusher.set_hook(Box::new(move |point| {
+            if point != FlushPoint::RedoWritten {
+                return Ok(());
+            }
+            tried.fetch_add(1, Ordering::SeqCst);
+            let source = io::ErrorKind::StorageFull.into();
+            Err(StorageError::Io { action: "writing", path: "redo".into(), source })
+        }));
+        let steps = 200;
+        fill(&engine, ReplicaId(7), steps * FLUSH_BATCH_KEYS as u32);
+        let (thread, joined) = FlushThread::start(flusher, Fatal::new()).unwrap();
+        let (told, _steps) = mpsc::channel();
+        let done = Arc::new(Told(Mutex::new(told)));
+        thread.submit(FlushJob { incarnation: 1, frozen: frozen(&engine, 1), done });
+        let (told, ends) = mpsc::channel();
+        let begun = Instant::now();
+        thread.destroy(vec![ReplicaId(7)], Box::new(move |_| told.send(()).unwrap()));
+        ends.recv_timeout(LONG).unwrap();
+        let waits = begun.elapsed().as_millis() as u64 / limits::DISK_FULL_WAIT_MS;
+        let tries = tries.load(Ordering::SeqCst);
+        assert!(u64::from(tries) <= waits + 2 && tries > 0, "{tries} tries in {:?}", begun.elapsed());
+        thread.close();
+        joined.join().unwrap();
     }
 }

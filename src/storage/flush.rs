@@ -141,7 +141,7 @@ impl Flusher {
     ) -> Result<(), StorageError> {
         let parts = tables.iter().map(|frozen| (frozen.replica, frozen.generation)).collect::<BTreeSet<_>>();
         let mut left = parts.len();
-        self.flush_parts(tables, &mut |told| match told {
+        self.flush_parts(tables.to_vec(), &mut |told| match told {
             Progress::Logged => progress(FlushStep::Logged),
             Progress::Absorbed(parts) => {
                 left -= parts.len();
@@ -153,12 +153,12 @@ impl Flusher {
     }
 
     /// Flushes `tables` (oldest first per replica) in one durable step and tells `progress` of each
-    /// stage. An error before `Logged` leaves everything as it was, and the flush may be tried again
-    /// (a full disk), unless it is [`StorageError::SyncFailed`]. After any other error the node must
-    /// stop; the next start completes the flush.
+    /// stage; a table is held until the next part is told. An error before `Logged` leaves everything as it was, and the
+    /// flush may be tried again (a full disk), unless it is [`StorageError::SyncFailed`]. After any other error the
+    /// node must stop; the next start completes the flush.
     pub fn flush_parts(
         &mut self,
-        tables: &[Arc<Frozen>],
+        tables: Vec<Arc<Frozen>>,
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<(), StorageError> {
         self.check_usable()?;
@@ -177,7 +177,7 @@ impl Flusher {
                 return Err(error);
             }
         };
-        let result = self.absorb(&sources, &path, progress);
+        let result = self.absorb(sources, &path, progress);
         if let Err(error) = &result {
             self.failed = Some(error.to_string());
         }
@@ -273,7 +273,7 @@ impl Flusher {
     }
 
     /// Makes the redo file durable. On an error there is none, or its state is unknown (`SyncFailed`).
-    fn write_redo(&mut self, sources: &[Source<'_>]) -> Result<PathBuf, StorageError> {
+    fn write_redo(&mut self, sources: &[Source]) -> Result<PathBuf, StorageError> {
         let mut writer = RedoWriter::create(&self.redo_dir, self.next_sequence)?;
         let filled = sources.iter().try_for_each(|source| {
             writer.section(&source.section)?;
@@ -294,7 +294,7 @@ impl Flusher {
 
     fn absorb(
         &mut self,
-        sources: &[Source<'_>],
+        sources: Vec<Source>,
         path: &Path,
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<(), StorageError> {
@@ -304,10 +304,12 @@ impl Flusher {
         let number = self.next_sequence - 1;
         Numbers { complete: number - 1, begun: number }.write(&*engine)?;
         let mut batch = Batch::new(&*engine);
-        // A node that waits for memory waits for the first of them, not for all.
-        let (mut absorbed, mut bytes) = (Vec::new(), 0);
+        let flushed: BTreeSet<_> = sources.iter().map(Source::name).collect();
+        // A node that waits for memory waits for the first of them, not for all. What is told is let go with the next:
+        // then this thread is the last to hold it, and no arbiter spends its time on that.
+        let (mut absorbed, mut bytes, mut held, mut told) = (Vec::new(), 0, Vec::new(), Vec::new());
         for source in sources {
-            let Section { replica, generation, .. } = source.section;
+            let (replica, generation) = source.name();
             source.each(&mut |kind, key, value| {
                 let key = keys::key_of_kind(replica, generation, kind, key);
                 if batch.push(key, value.cloned())? {
@@ -319,11 +321,14 @@ impl Flusher {
             self.at(FlushPoint::BatchWritten)?;
             absorbed.push((replica, generation));
             bytes += source.tables.iter().map(|frozen| frozen.bytes()).sum::<usize>();
+            held.push(source);
             if bytes >= FLUSH_PART_BYTES {
+                drop(std::mem::replace(&mut told, std::mem::take(&mut held)));
                 progress(Progress::Absorbed(&std::mem::take(&mut absorbed)));
                 bytes = 0;
             }
         }
+        drop(told);
         if !absorbed.is_empty() {
             progress(Progress::Absorbed(&absorbed));
         }
@@ -331,18 +336,13 @@ impl Flusher {
         self.at(FlushPoint::BatchWritten)?;
         self.engine.sync()?;
         self.at(FlushPoint::EngineSynced)?;
-        self.collections.keep(path, number, |replica, generation| {
-            sources.iter().any(|s| (s.section.replica, s.section.generation) == (replica, generation))
-        });
+        self.collections.keep(path, number, |replica, generation| flushed.contains(&(replica, generation)));
         atomic_file::remove(path)?;
         self.at(FlushPoint::RedoRemoved)
     }
 
     fn at(&mut self, point: FlushPoint) -> Result<(), StorageError> {
-        match &mut self.hook {
-            Some(hook) => hook(point),
-            None => Ok(()),
-        }
+        self.hook.as_mut().map_or(Ok(()), |hook| hook(point))
     }
 }
 
@@ -371,13 +371,18 @@ pub fn choose(active: &[(ReplicaId, usize)], bytes_max: usize) -> Vec<ReplicaId>
 type Change<'a> = dyn FnMut(u8, &[u8], Option<&bytes::Bytes>) -> Result<(), StorageError> + 'a;
 
 /// All tables of one replica generation in a flush, as if they were one.
-struct Source<'a> {
+struct Source {
     section: Section,
     /// Newest first.
-    tables: Vec<&'a Frozen>,
+    tables: Vec<Arc<Frozen>>,
 }
 
-impl Source<'_> {
+impl Source {
+    /// Whose, and of which generation.
+    fn name(&self) -> (ReplicaId, u32) {
+        (self.section.replica, self.section.generation)
+    }
+
     /// Calls `change` with the newest change of each key, in key order.
     fn each(&self, change: &mut Change<'_>) -> Result<(), StorageError> {
         for (at, kind) in [keys::KIND_USER, keys::KIND_SESSION].into_iter().enumerate() {
@@ -393,8 +398,8 @@ impl Source<'_> {
 }
 
 /// Tables by replica generation, in key order.
-fn sources<'a>(tables: &'a [Arc<Frozen>], engine: &dyn Engine) -> Result<Vec<Source<'a>>, StorageError> {
-    let mut sources = BTreeMap::<(ReplicaId, u32), Source<'a>>::new();
+fn sources(tables: Vec<Arc<Frozen>>, engine: &dyn Engine) -> Result<Vec<Source>, StorageError> {
+    let mut sources = BTreeMap::<(ReplicaId, u32), Source>::new();
     for frozen in tables {
         let source = match sources.entry((frozen.replica, frozen.generation)) {
             Entry::Occupied(entry) => entry.into_mut(),

@@ -43,7 +43,7 @@ fn memory_of_a_replica_is_free_before_the_others_are_absorbed() {
     let mut told = Vec::new();
     let has = |replica| engine.get(&keys::header_key(ReplicaId(replica), 0)).unwrap().is_some();
     flusher
-        .flush_parts(&tables, &mut |progress| {
+        .flush_parts(tables, &mut |progress| {
             if let Progress::Absorbed(parts) = progress {
                 told.push(parts.iter().map(|(replica, _)| replica.0).collect::<Vec<_>>());
                 assert!(parts.iter().all(|(replica, _)| has(replica.0)), "{told:?}");
