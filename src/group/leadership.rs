@@ -8,7 +8,7 @@ use raft::StateRole;
 use super::driver::{Group, GroupError};
 use super::election::{self, Ambition};
 use super::types::{Effects, LeaderChange};
-use crate::ids::ReplicaId;
+use crate::ids::{Index, ReplicaId};
 use crate::limits;
 use crate::placement::map::MemberRole;
 use crate::refusal::Refusal;
@@ -23,6 +23,11 @@ impl<T> Group<T> {
     /// before it led (Raft dissertation, §6.4).
     pub fn is_up_to_date(&self) -> bool {
         self.leads() && self.state.header().applied.term == self.raft.raft.term
+    }
+
+    /// Up to where entries are committed, as far as this replica knows.
+    pub fn committed(&self) -> Index {
+        self.raft.raft.raft_log.committed
     }
 
     /// Begins an election now, rather than after a timeout; for a new group's first leader.

@@ -37,7 +37,7 @@ use super::trace::WriteStamps;
 use crate::codec::{GroupMessage, trace};
 use crate::failpoints::failpoint;
 use crate::group::driver::Group;
-use crate::group::types::{Effects, Fetch, SnapshotWanted};
+use crate::group::types::{Effects, Fetch, Operation, SnapshotWanted};
 use crate::ids::{Incarnation, METADATA_SHARD, NodeId, Position, ReplicaId, ShardId};
 use crate::limits;
 use crate::machine::meta;
@@ -376,7 +376,8 @@ impl Handler<Submit> for ReplicaActor {
         // What was so at the last pass may be so no more.
         self.mind_memory();
         if let Some(sheet) = &submit.trace {
-            self.traces.taken(sheet.clone(), Instant::now());
+            let writes = submit.operations.iter().any(|operation| !matches!(operation, Operation::Query(_)));
+            self.traces.taken(sheet.clone(), writes, Instant::now());
         }
         let tickets = tickets(&submit.operations, submit.reply, submit.admitted, submit.trace);
         let no_room = self.no_room();

@@ -1,11 +1,12 @@
 //! The service `Admin`.
 //!
-//! - Here: reports, databases, leadership. - `cluster`: nodes, replica counts, settings. - `rebalance`: plans, and what
+//! - Here: reports, databases, leadership. - `cluster`: nodes, replica counts, settings. - `counters`: what the process has counted. - `rebalance`: plans, and what
 //!   becomes of them. - `recover`: shards whose majority is gone. - `verify`: whether replicas are equal. - `survey`: what all nodes tell.
 //!   - `answers`: the program's types in protocol form.
 
 mod answers;
 mod cluster;
+mod counters;
 mod rebalance;
 mod recover;
 mod survey;
@@ -31,7 +32,6 @@ use crate::placement::map::{ClusterMap, DatabaseRecord, ShardRecord, Standing};
 use crate::placement::plan::{PlanError, PlannedShard, plan_among, plan_database};
 use crate::refusal::Refusal;
 use crate::schema::admin_capnp::{self, admin, database_result, void_result};
-use crate::telemetry::counters::Counters;
 
 /// Pause between two looks at who leads the shards of a new database; doubles up to the second.
 const LEADER_POLL: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(160));
@@ -304,9 +304,7 @@ impl admin::Server for Admin {
         _: admin::CountersParams,
         mut results: admin::CountersResults,
     ) -> Result<(), capnp::Error> {
-        let counters = tokio::task::spawn_blocking(Counters::read).await;
-        let counters =
-            counters.map_err(|error| capnp::Error::failed(format!("reading counters: {error}")))?;
+        let counters = counters::read().await?;
         answers::write_counters(self.service.node.node(), &counters, results.get().init_counters());
         Ok(())
     }

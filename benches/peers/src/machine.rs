@@ -34,8 +34,8 @@ pub fn describe(common: &Common, kinds: &[Kind]) -> Result<Vec<(&'static str, St
     ];
     for kind in kinds {
         lines.push(match kind {
-            Kind::Etcd => ("etcd", version(&common.etcd)?),
-            Kind::Pontoon => ("Pontoon", version(&common.pontoon)?),
+            Kind::Etcd => ("etcd", version(*kind, &common.etcd)?),
+            Kind::Pontoon => ("Pontoon", version(*kind, &common.pontoon)?),
         });
     }
     Ok(lines)
@@ -48,10 +48,10 @@ pub fn load_average() -> String {
 }
 
 /// The first line that a program tells of its version.
-fn version(program: &Path) -> Result<String, String> {
+fn version(kind: Kind, program: &Path) -> Result<String, String> {
     let name = program.display();
     let output = Command::new(program).arg("--version").output().map_err(|error| {
-        let hint = if program.ends_with("etcd") {
+        let hint = if kind == Kind::Etcd {
             "; on Debian, `apt-get install etcd-server` brings it, `--etcd` names another, \
              and `--only pontoon` does without"
         } else {

@@ -35,11 +35,7 @@ pub struct Common {
     #[arg(long, global = true, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../../target"))]
     pub dir: PathBuf,
     /// The `pontoon` to be measured
-    #[arg(
-        long,
-        global = true,
-        default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/release/pontoon")
-    )]
+    #[arg(long, global = true, default_value_os_t = beside())]
     pub pontoon: PathBuf,
     /// The `etcd` to be measured
     #[arg(long, global = true, default_value = "etcd")]
@@ -115,4 +111,9 @@ pub struct Growth {
     /// Minutes of puts without a pause, on 1,000,000 keys or the greatest number of them that is less; 0: none
     #[arg(long, default_value_t = 10)]
     pub minutes: u64,
+}
+
+/// The program that was built with this one, wherever that was.
+fn beside() -> PathBuf {
+    std::env::current_exe().map_or_else(|_| "pontoon".into(), |path| path.with_file_name("pontoon"))
 }

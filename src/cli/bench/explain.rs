@@ -11,6 +11,7 @@ use crate::cli::failure::Failure;
 use crate::cli::output;
 use crate::client::{Client, ClientError};
 use crate::ids::NodeId;
+use crate::placement::map::Standing;
 use crate::telemetry::counters::Counters;
 use crate::telemetry::{metrics as names, process};
 
@@ -89,7 +90,9 @@ impl<'a> Looks<'a> {
     /// At the nodes of the client's cluster.
     pub(super) async fn at_nodes(client: &'a Client, timeout: Duration) -> Result<Looks<'a>, ClientError> {
         let map = client.map().await?;
-        let nodes = map.nodes.values().map(|node| (node.id, node.client_address.clone())).collect();
+        // The map remembers those that were removed, for ever.
+        let there = map.nodes.values().filter(|node| node.standing != Standing::Removed);
+        let nodes = there.map(|node| (node.id, node.client_address.clone())).collect();
         Ok(Looks { client, nodes, timeout, before: RefCell::default() })
     }
 
@@ -116,8 +119,10 @@ impl<'a> Looks<'a> {
                 counters.map_err(|error| format!("node {node} doesn't tell: {error}"))
             }
         };
+        // Before they answer: one that doesn't may take longer than the whole measurement.
+        let own = own();
         let answers = join_all(self.nodes.iter().map(ask)).await;
-        let mut look = Look { processes: BTreeMap::new(), own: own(), silent: Vec::new() };
+        let mut look = Look { processes: BTreeMap::new(), own, silent: Vec::new() };
         for answer in answers {
             match answer {
                 Ok(counters) => drop(look.processes.insert(counters.process, counters)),

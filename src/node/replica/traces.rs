@@ -28,8 +28,12 @@ struct Led {
     sheet: Arc<Sheet>,
     /// Its place in the log, once it has one.
     entry: Option<Entry>,
+    /// Holds a command or a change: it will have a place in the log.
+    writes: bool,
     /// When the last came of what it waits for.
     decided: Option<Instant>,
+    /// Nothing that comes now was waited for: its entry is committed, and may yet wait to be applied.
+    committed: bool,
 }
 
 struct Entry {
@@ -51,23 +55,31 @@ impl Traces {
         self.led.is_empty() && self.followed.is_empty()
     }
 
-    /// A traced batch is taken from the mailbox. Beyond [`TRACES_MAX`] the moments from here on stay unknown.
-    pub(super) fn taken(&mut self, sheet: Arc<Sheet>, now: Instant) {
-        // Operations that were refused before they reached the group end without a pump.
-        self.led.retain(|led| Arc::strong_count(&led.sheet) > 1);
+    /// A traced batch is taken from the mailbox; whether it `writes` to the log. Beyond [`TRACES_MAX`] the moments from
+    /// here on stay unknown.
+    pub(super) fn taken(&mut self, sheet: Arc<Sheet>, writes: bool, now: Instant) {
+        self.forget_ended();
         if self.led.len() < TRACES_MAX {
             sheet.stamp(Moment::Taken, now);
-            self.led.push(Led { sheet, entry: None, decided: None });
+            self.led.push(Led { sheet, entry: None, writes, decided: None, committed: false });
         }
+    }
+
+    /// Operations that were refused before they reached the group end without a pump that tells. Left here, they would
+    /// be looked for at every pump.
+    fn forget_ended(&mut self) {
+        self.led.retain(|led| Arc::strong_count(&led.sheet) > 1);
     }
 
     /// A message arrived at `arrived` and is about to be stepped. What it tells or asks for is taken out of it.
     pub(super) fn step(&mut self, message: &mut Message, arrived: Option<Instant>, now: Instant) {
         match message.get_msg_type() {
             MessageType::MsgAppend => {
+                // What another leader wanted is never acknowledged to it: it has lost its place.
+                self.followed.retain(|followed| followed.leader == message.from);
                 let wanted = trace::read_wanted(&std::mem::take(&mut message.context));
                 if let Some(index) = wanted {
-                    // One that was never acknowledged, because its leader has lost its place, gives way.
+                    // One that was never acknowledged, because its append was refused, gives way.
                     if self.followed.len() >= TRACES_MAX {
                         self.followed.remove(0);
                     }
@@ -76,13 +88,15 @@ impl Traces {
                 }
             }
             MessageType::MsgAppendResponse => {
+                // This replica leads now.
+                self.followed.clear();
                 let told = trace::read_times(&std::mem::take(&mut message.context));
                 for led in &mut self.led {
                     let Some(entry) = &led.entry else { continue };
                     if let Some((_, times)) = told.filter(|(index, _)| *index == entry.index) {
                         led.sheet.acknowledged(ReplicaId(message.from), times, now);
                     }
-                    if !message.reject && message.index >= entry.index {
+                    if !led.committed && !message.reject && message.index >= entry.index {
                         led.decided = Some(now);
                     }
                 }
@@ -97,7 +111,9 @@ impl Traces {
             let write = led.entry.as_ref().and_then(|entry| entry.write.as_ref());
             if let Some((_, stamps)) = write.filter(|(write, _)| *write <= number) {
                 led.sheet.logged(stamps, now);
-                led.decided = Some(now);
+                if !led.committed {
+                    led.decided = Some(now);
+                }
             }
         }
     }
@@ -108,16 +124,21 @@ impl Traces {
         group: &Group<Ticket>,
         effects: &mut Effects<Ticket>,
     ) -> Option<Arc<WriteStamps>> {
+        self.forget_ended();
         if self.is_empty() {
             return None;
         }
         let now = Instant::now();
         let stamps = effects.write.as_ref().map(|_| WriteStamps::queued(now));
-        for led in self.led.iter_mut().filter(|led| led.entry.is_none()) {
+        for led in self.led.iter_mut().filter(|led| led.writes && led.entry.is_none()) {
             if let Some(at) = group.proposed_at(|ticket| ticket.is_of(&led.sheet)) {
                 led.sheet.stamp(Moment::Proposed, now);
                 led.entry = Some(Entry { index: at.index, write: None });
             }
+        }
+        let committed = group.committed();
+        for led in &mut self.led {
+            led.committed = led.entry.as_ref().is_some_and(|entry| entry.index <= committed);
         }
         let mut borne = false;
         if let (Some(write), Some(stamps)) = (&effects.write, &stamps) {
@@ -219,7 +240,7 @@ mod tests {
         let _ticket = sheet.clone();
         let mut leader = Traces::default();
         assert!(leader.is_empty());
-        leader.taken(sheet.clone(), at(5));
+        leader.taken(sheet.clone(), true, at(5));
         leader.led[0].entry = Some(Entry { index: 7, write: None });
         let mut elsewhere = append(2, 4..=6);
         leader.ask_or_tell(&mut elsewhere, at(9));
@@ -256,10 +277,10 @@ mod tests {
         let now = Instant::now();
         let mut traces = Traces::default();
         let kept: Vec<_> = (0..TRACES_MAX).map(|_| Sheet::begin(now)).collect();
-        traces.taken(Sheet::begin(now), now);
-        kept.iter().for_each(|sheet| traces.taken(sheet.clone(), now));
+        traces.taken(Sheet::begin(now), true, now);
+        kept.iter().for_each(|sheet| traces.taken(sheet.clone(), true, now));
         assert_eq!(traces.led.len(), TRACES_MAX, "the first had no ticket any more");
-        traces.taken(kept[0].clone(), now);
+        traces.taken(kept[0].clone(), true, now);
         assert_eq!(traces.led.len(), TRACES_MAX);
         for index in 1..=TRACES_MAX as u64 + 1 {
             let mut message = append(2, index..=index);
@@ -267,5 +288,31 @@ mod tests {
             traces.step(&mut message, None, now);
         }
         assert_eq!((traces.followed.len(), traces.followed[0].index), (TRACES_MAX, 2));
+        // What was never acknowledged goes with its leader: else it would be looked for at every pump.
+        let mut other = append(2, 70..=70);
+        other.from = 3;
+        other.context = trace::write_wanted(70).into();
+        traces.step(&mut other, None, now);
+        assert_eq!(traces.followed.iter().map(|f| (f.leader, f.index)).collect::<Vec<_>>(), [(3, 70)]);
+        traces.step(&mut acknowledgement(2, 5, false), None, now);
+        assert!(traces.followed.is_empty(), "this replica leads");
+    }
+
+    /// A write that is committed and waits to be applied, as where memory is short, is still being applied then.
+    #[test]
+    fn what_comes_after_the_commit_was_not_waited_for() {
+        let began = Instant::now();
+        let at = |us| began + Duration::from_micros(us);
+        let sheet = Sheet::begin(began);
+        let mut traces = Traces::default();
+        traces.taken(sheet.clone(), true, at(5));
+        let write = WriteStamps::queued(at(6));
+        traces.led[0].entry = Some(Entry { index: 7, write: Some((1, write)) });
+        traces.step(&mut acknowledgement(2, 7, false), None, at(300));
+        traces.led[0].committed = true;
+        traces.step(&mut acknowledgement(3, 7, false), None, at(5_000));
+        traces.persisted(1, at(6_000));
+        assert_eq!(traces.led[0].decided, Some(at(300)));
+        assert_eq!(sheet.end(at(7_000)).at(Moment::LogTold), Some(6_000), "it is told all the same");
     }
 }
