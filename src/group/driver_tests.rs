@@ -365,6 +365,24 @@ fn a_follower_that_does_not_apply_keeps_neither_its_backlog_in_memory_nor_an_ele
 }
 
 #[test]
+fn entries_that_only_a_leader_can_commit_keep_nobody_from_an_election() {
+    let mut follower = Follower::new();
+    let (mut after, mib) = (GROUP_START, 1024 * 1024);
+    // Its leader ends before it tells that they are committed.
+    for _ in 0..4 + limits::CAMPAIGN_BACKLOG_BYTES_MAX as usize / mib {
+        follower.step(append(1, 6, after, &[6], GROUP_START.index, mib));
+        after = Position { index: after.index + 1, term: 6 };
+        follower.persist();
+    }
+    assert_eq!(follower.applied(), GROUP_START.index);
+    for _ in 0..limits::ELECTION_TICKS_MAX {
+        follower.group.tick();
+        follower.pump();
+    }
+    assert_eq!(follower.group.status().role, StateRole::PreCandidate);
+}
+
+#[test]
 fn a_pass_asks_the_state_engine_a_bounded_number_of_times() {
     let mut follower = Follower::new();
     let delete = |at: u64| Command::Kv(KvCommand::Delete { key: at.to_be_bytes().to_vec().into() });

@@ -181,9 +181,12 @@ impl<T> Group<T> {
 
     /// So much is committed and not applied that this replica begins no election: as a leader it
     /// could serve nobody for long, and raft-rs would read all of that at once, looking for
-    /// changes of membership in it.
+    /// changes of membership in it. What isn't known to be committed doesn't count, however much it is: only a
+    /// leader can commit it, so whoever waited for that would wait for ever.
     fn backlogged(&self) -> bool {
-        self.raft.store().bytes_behind(self.done_to()) > limits::CAMPAIGN_BACKLOG_BYTES_MAX
+        let (log, committed) = (self.raft.store(), self.raft.raft.raft_log.committed);
+        let behind = log.bytes_behind(self.done_to()).saturating_sub(log.bytes_behind(committed));
+        behind > limits::CAMPAIGN_BACKLOG_BYTES_MAX
     }
 
     /// Whether it must not come to lead.
