@@ -288,7 +288,7 @@ fn hunt(bug: Planted) -> (Faults, u64, &'static [&'static str]) {
         Planted::ReleaseEarly => (CRASHES, 20, &["state", "panic"]),
         Planted::SessionsForgotten => (CRASHES, 60, &["state", "open", "once"]),
         Planted::RetryAppliesTwice => (ANY, 20, &["once"]),
-        Planted::InstallUnsynced => (CRASHES, 200, &["state", "open"]),
+        Planted::InstallUnsynced => (CRASHES, 600, &["state", "open"]),
         Planted::SnapshotWithoutSessions => (CRASHES, 100, &["state"]),
         Planted::SnapshotAhead => (CRASHES, 100, &["state", "open"]),
         Planted::OldIncarnationWrites => (ENDS, 100, &["disk", "state", "open", "logs", "leaders"]),
@@ -298,12 +298,12 @@ fn hunt(bug: Planted) -> (Faults, u64, &'static [&'static str]) {
         Planted::LostStateServed => (LOSSES, 20, &["state"]),
         Planted::LogResetWithState => (LOSSES, 60, &["leaders", "logs", "state", "durable", "linear"]),
         Planted::SuffixDropped => (LOSSES, 100, &["leaders", "logs", "state", "durable", "liveness"]),
-        Planted::LearnerCounted => (MOVES, 100, &["quorum", "leaders", "logs", "state", "durable"]),
+        Planted::LearnerCounted => (MOVES, 500, &["quorum", "leaders", "logs", "state", "durable"]),
         Planted::TombstoneLate => (MOVES, 100, &["open", "members"]),
         Planted::StaleReportTaken => (Faults { rebalancing: true, ..CRASHES }, 20, &["map"]),
         Planted::ReplicaIdReused => (MOVES, 20, &["members"]),
         Planted::AgreementAssumed => (NIGHT, 60, &["sleep"]),
-        Planted::AlarmsUnheard => (NIGHT, 100, &["liveness"]),
+        Planted::AlarmsUnheard => (NIGHT, 400, &["liveness"]),
         Planted::ChangeUnrecorded => {
             (MOVES, 500, &["quorum", "leaders", "logs", "state", "durable", "members"])
         }
