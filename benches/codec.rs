@@ -60,7 +60,7 @@ fn messages(puts: u64) -> Vec<GroupMessage> {
             None => message.set_msg_type(MessageType::MsgAppendResponse),
         }
         let epoch = Epoch { range: 1, conf: 1 };
-        GroupMessage { shard: ShardId(shard), epoch, safe_index: 90, message, node: NodeId(0) }
+        GroupMessage { shard: ShardId(shard), epoch, safe_index: 90, message, node: NodeId(0), sleep: None }
     };
     (1..=GROUPS).map(message).collect()
 }
