@@ -1,5 +1,5 @@
 //! One replica's state: an active memtable, frozen memtables on their way into the engine, and the
-//! engine, newest first. Above the engine lies what is known of it without asking ([`super::read_cache`]).
+//! engine, newest first. Above the engine lies what is known of it without asking (`read_cache.rs`).
 //!
 //! ```text
 //! put, delete ─► active ──freeze()──► frozen … frozen ──flush──► engine
