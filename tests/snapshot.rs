@@ -17,7 +17,8 @@ use pontoon::client::{Client, Database};
 use pontoon::codec::hello::Lane;
 use pontoon::ids::{GROUP_START, METADATA_SHARD, NodeId, ShardId};
 use pontoon::node::handle::{NodeReport, ReplicaHealth};
-use pontoon::storage::identity::DataDir;
+use pontoon::storage::StorageError;
+use pontoon::storage::identity::{DataDir, IdentityError};
 use pontoon::storage::log::LogStore;
 use pontoon::storage::log_disk::{DiskLog, DiskLogOptions};
 use proxy::Network;
@@ -260,7 +261,16 @@ fn busy(setting: &Setting, node: usize) -> f64 {
 fn is_compacted(data: &Path) -> bool {
     let dir = DataDir::open(data).expect("its directory");
     let options = DiskLogOptions { file_bytes: 4 << 20, purge_bytes: 16 << 20, spare_files: 0 };
-    let log = DiskLog::open_existing(&dir.log_path(), options, dir.store_id()).expect("its log");
+    // A process that another test starts at this moment has our locks too, until it has become another program.
+    let begun = Instant::now();
+    let log = loop {
+        match DiskLog::open_existing(&dir.log_path(), options, dir.store_id()) {
+            Err(StorageError::Identity(IdentityError::InUse { .. })) if begun.elapsed() < LONG => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            opened => break opened.expect("its log"),
+        }
+    };
     let records = log.catalogue().expect("its replicas");
     let mut replicas = records.iter().filter(|record| record.shard != METADATA_SHARD);
     replicas.all(|record| log.load(record.replica).expect("a log").truncated != GROUP_START)
