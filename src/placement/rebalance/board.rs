@@ -25,6 +25,8 @@ pub(super) struct Place {
     pub conf: u64,
     /// Where it was when the plan began.
     pub before: Vec<usize>,
+    /// Where the chains under way take it to be: what has left one of these is moved already, and goes on at no cost.
+    pub base: Vec<usize>,
     /// Where the plan has it.
     pub nodes: Vec<usize>,
     /// Who led when the plan began.
@@ -110,6 +112,7 @@ impl Board {
             key: rendezvous::shard_key(name, record.range.start),
             conf: record.epoch.conf,
             before: nodes.clone(),
+            base: nodes.clone(),
             nodes,
             led_by: leader,
             leader,

@@ -51,8 +51,14 @@ pub(super) fn spread(board: &mut Board) -> u32 {
         spread.give();
         spread.give_along_chains();
         minimum.get_or_insert(lacking.max(crowding));
-        if board.held == held && crowding == 0 {
+        // What a plan arrives at must leave nothing to the next one, which would begin from there: so does the last
+        // round of this one.
+        let begins_here = board.shards.iter().all(|place| place.nodes == place.base);
+        if board.held == held && crowding == 0 && begins_here {
             break;
+        }
+        if board.held == held {
+            board.shards.iter_mut().for_each(|place| place.base.clone_from(&place.nodes));
         }
     }
     minimum.unwrap_or(0)
@@ -244,7 +250,7 @@ impl Spread<'_> {
             for &shard in &shards[giver] {
                 let place = &self.board.shards[shard];
                 for taker in nodes.clone() {
-                    let fresh = !place.before.contains(&taker) && place.before.contains(&giver);
+                    let fresh = !place.base.contains(&taker) && place.base.contains(&giver);
                     let cost = costs[giver] + u32::from(fresh);
                     let better = !done[taker] && !closed[taker] && cost < costs[taker];
                     if better && self.board.fits(shard, giver, taker) {
