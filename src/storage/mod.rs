@@ -38,6 +38,7 @@ pub mod opened;
 mod read_cache;
 pub mod redo;
 pub mod sessions;
+mod sled_calls;
 pub mod sled_files;
 pub mod sled_record;
 mod sled_sums;
