@@ -33,8 +33,14 @@ const SHARDS: u32 = 4;
 
 /// Nodes that flush often, keep little of their logs for others, and send snapshots fast.
 fn prepared(count: usize) -> Cluster {
+    prepared_with(count, Vec::new())
+}
+
+/// The same, with more in the environment of each.
+fn prepared_with(count: usize, env: Vec<(&'static str, String)>) -> Cluster {
     let extra = "[snapshot]\nbytes_per_second = \"64MiB\"\n".to_owned();
-    let cluster = Cluster::prepared(count, &free_ports(2 * count), Options { extra, ..Options::default() });
+    let options = Options { extra, env, ..Options::default() };
+    let cluster = Cluster::prepared(count, &free_ports(2 * count), options);
     for node in &cluster.nodes {
         let text = std::fs::read_to_string(&node.config).expect("its settings");
         let text = text
@@ -317,6 +323,53 @@ async fn a_thread_that_all_share_ends_the_node_and_the_next_start_has_everything
     let tally = load.stop().await;
     assert_eq!(tally.errors, []);
     assert_exact(&client, "shared", &database, &tally).await;
+    assert_eq!(filled.get("cold").await.expect("a read").expect("there").value, "v");
+    client.close().await;
+}
+
+/// As if the engine waited for itself, or the disk didn't answer: all that helps is another start.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_state_store_that_hangs_ends_the_node_and_the_next_start_has_everything() {
+    let patience_ms = 5_000;
+    let mut cluster = prepared_with(1, vec![("PONTOON_TEST_STALL_MS", patience_ms.to_string())]);
+    cluster.spawn(0);
+    cluster.wait_ready(0);
+    let client = cluster.client().await;
+    cluster.database(&client, "kept", 1, 2).await;
+    let database = client.database("kept").with_timeout(Duration::from_secs(120));
+    let filled = cluster.database(&client, "filled", 1, 2).await.with_timeout(Duration::from_secs(120));
+    filled.put("cold", "v").await.expect("a write");
+    let load = Load::start(std::slice::from_ref(&database), 6);
+    let filler = Filler::start(&filled, 6, Duration::from_millis(2));
+    // A flush that takes longer than that, and gets on, is none that hangs.
+    let step_ms = patience_ms / 4;
+    let begun = Instant::now();
+    arm(&client, &cluster, 0, &format!("delay:flush/batch-written:ms={step_ms}:times=6")).await;
+    filler.progress(100).await;
+    while begun.elapsed() < Duration::from_millis(6 * step_ms + 2_000) {
+        assert!(cluster.runs(0), "{}", cluster.log(0));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    for (point, what) in [("flush/batch-written", "flushing state to disk"), ("read/engine", "reading state")] {
+        load.progress(30).await;
+        arm(&client, &cluster, 0, &format!("delay:{point}:ms=600000:times=1")).await;
+        // What memory doesn't have.
+        let asked = filled.clone();
+        let asks = tokio::spawn(async move { content(&asked).await });
+        let status = cluster.wait_exit(0, PATIENCE);
+        let log = cluster.log(0);
+        assert_eq!(status.code(), Some(70), "{point}: {log}");
+        let last = log.lines().rfind(|line| line.starts_with("error: ")).unwrap_or_default();
+        assert!(last.contains("the state store hangs") && last.contains(what), "{point}: {log}");
+        cluster.spawn(0);
+        cluster.wait_ready(0);
+        asks.await.expect("it ended well");
+    }
+    load.progress(30).await;
+    filler.stop().await;
+    let tally = load.stop().await;
+    assert_eq!(tally.errors, []);
+    assert_exact(&client, "kept", &database, &tally).await;
     assert_eq!(filled.get("cold").await.expect("a read").expect("there").value, "v");
     client.close().await;
 }

@@ -35,6 +35,7 @@ pub mod log_memory;
 pub mod memtable;
 mod merge;
 pub mod opened;
+pub mod pulse;
 mod read_cache;
 pub mod redo;
 pub mod sessions;
