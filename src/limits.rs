@@ -337,6 +337,10 @@ pub const EVEN_LOOK_MS: u64 = 5_000;
 pub const STEP_RETRY_MS_MIN: u64 = 1_000;
 /// Longest delay before that, in milliseconds.
 pub const STEP_RETRY_MS_MAX: u64 = 30_000;
+/// Time for a replica to come near enough to the end of the log to lead, before leadership is not handed to it, in milliseconds.
+pub const TRANSFER_WAIT_MS: u64 = 1_000;
+/// Time after which a transfer of leadership has lapsed, in milliseconds: raft gives it up after the least election timeout.
+pub const TRANSFER_MS_MAX: u64 = 3 * TICK_MS * ELECTION_TICKS_MIN as u64 / 2;
 /// Leaderships that the reconciler moves in one step; further ones wait for the next.
 pub const LEADER_TRANSFERS_MAX: usize = 8;
 /// Shards that one rebalancing gives targets; a plan for more is cut, and the rest is planned anew afterwards.

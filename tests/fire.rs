@@ -350,7 +350,8 @@ async fn a_state_store_that_hangs_ends_the_node_and_the_next_start_has_everythin
         assert!(cluster.runs(0), "{}", cluster.log(0));
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    for (point, what) in [("flush/batch-written", "flushing state to disk"), ("read/engine", "reading state")] {
+    for (point, what) in [("flush/batch-written", "flushing state to disk"), ("read/engine", "reading state")]
+    {
         load.progress(30).await;
         arm(&client, &cluster, 0, &format!("delay:{point}:ms=600000:times=1")).await;
         // What memory doesn't have.
@@ -374,6 +375,19 @@ async fn a_state_store_that_hangs_ends_the_node_and_the_next_start_has_everythin
     client.close().await;
 }
 
+/// The node of three that leads a shard, all of which run.
+async fn leader_of(client: &Client, cluster: &Cluster, shard: ShardId) -> usize {
+    let begun = Instant::now();
+    loop {
+        for node in 0..3 {
+            if leads(&report(client, cluster, node).await, shard) {
+                return node;
+            }
+        }
+        assert!(begun.elapsed() < PATIENCE, "nobody leads");
+    }
+}
+
 /// The same for what makes, sends and installs snapshots: of the nodes of a shard one is brought up to date.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_thread_that_panics_over_a_snapshot_ends_its_node_and_the_snapshot_comes_after_all() {
@@ -394,17 +408,7 @@ async fn a_thread_that_panics_over_a_snapshot_ends_its_node_and_the_snapshot_com
     ];
     for point in makers.into_iter().chain(takers) {
         // The leader is the one that makes it; another one was away.
-        let mut leader = None;
-        let begun = Instant::now();
-        while leader.is_none() {
-            for node in 0..3 {
-                if leads(&report(&client, &cluster, node).await, shard) {
-                    leader = Some(node);
-                }
-            }
-            assert!(begun.elapsed() < PATIENCE, "nobody leads");
-        }
-        let leader = leader.expect("found");
+        let leader = leader_of(&client, &cluster, shard).await;
         let away = (leader + 1) % 3;
         cluster.kill(away);
         // Until its place in the log is gone.
@@ -434,6 +438,49 @@ async fn a_thread_that_panics_over_a_snapshot_ends_its_node_and_the_snapshot_com
     let tally = load.stop().await;
     assert_eq!(tally.errors, []);
     assert_equal_replicas(&client, &cluster, "behind").await;
+    client.close().await;
+}
+
+/// It is said at once, and by how much; nobody waits for a leader meanwhile.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_that_is_behind_is_not_made_leader_and_the_operator_hears_why() {
+    let mut cluster = started(3);
+    let client = cluster.client().await;
+    cluster.database(&client, "behind", 3, 1).await;
+    let database = client.database("behind").with_timeout(Duration::from_secs(120));
+    let shard = ShardId(1);
+    let leader = leader_of(&client, &cluster, shard).await;
+    let away = (leader + 1) % 3;
+    let id = report(&client, &cluster, away).await.node.0.to_string();
+    cluster.kill(away);
+    // Until its place in the log is gone.
+    let filler = Filler::start(&database, 8, Duration::from_millis(2));
+    filler.progress(200).await;
+    filler.stop().await;
+    cluster.spawn_armed(away, "delay:snapshot/load:ms=1500");
+    cluster.wait_ready(away);
+    let begun = Instant::now();
+    let to_lead = ["admin", "transfer-leader", "behind", "1", &id, "--timeout", "30s"];
+    let told = loop {
+        let told = cluster.run(&to_lead);
+        let says = String::from_utf8_lossy(&told.stderr).into_owned();
+        // Until it is heard of again.
+        if !says.contains("doesn't answer") {
+            break (told.status.code(), says);
+        }
+    };
+    assert_eq!(told.0, Some(1), "{told:?}");
+    assert!(told.1.contains("entries of its log") && told.1.contains("caught up"), "{told:?}");
+    assert!(begun.elapsed() < Duration::from_secs(10), "after {:?}", begun.elapsed());
+    database.put("k", "v").await.expect("somebody leads");
+    arm(&client, &cluster, away, "").await;
+    caught_up(&client, &cluster, away, shard).await;
+    let begun = Instant::now();
+    // Until its leader has noticed.
+    while cluster.run(&to_lead).status.code() != Some(0) {
+        assert!(begun.elapsed() < PATIENCE, "{}", cluster.log(leader));
+    }
+    assert_eq!(leader_of(&client, &cluster, shard).await, away);
     client.close().await;
 }
 

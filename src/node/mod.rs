@@ -62,6 +62,7 @@ mod test_node;
 pub mod ticker;
 pub mod ticket;
 pub mod trace;
+mod transfer;
 #[cfg(test)]
 mod view_tests;
 
