@@ -182,5 +182,10 @@ struct Error {
       what @22 :Text;        # for a person
       version @23 :UInt64;   # of the map, at which it did
     }
+    behind :group {          # the replica that is to lead lacks too much of the log
+      shard @24 :UInt64;     # ShardId
+      node @25 :UInt64;      # NodeId of that replica
+      entries @26 :UInt64;   # so many are missing there
+    }
   }
 }

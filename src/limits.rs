@@ -225,6 +225,11 @@ pub const GIVE_WAY_TICKS: u64 = 5 * ELECTION_TICKS_MIN as u64 / 2;
 /// A write of the raft log that takes longer than this, in milliseconds, is a stall: leaders of the
 /// node hand over.
 pub const LOG_STALL_MS: u64 = 1_000;
+/// Work on the state store that hasn't come a step further for so long, in milliseconds, ends the node. A step is a batch of a
+/// flush, a sync, or a query: the slowest disk that is of any use does it in less.
+pub const STATE_STALL_MS: u64 = 60_000;
+/// Time between looks whether work on the state store gets on, in milliseconds.
+pub const STATE_LOOK_MS: u64 = 1_000;
 /// Time between attempts to write to a log or a redo file whose disk is full, in milliseconds.
 pub const DISK_FULL_WAIT_MS: u64 = 250;
 /// Time for a pull of the cluster map from a peer, in milliseconds.
@@ -332,6 +337,10 @@ pub const EVEN_LOOK_MS: u64 = 5_000;
 pub const STEP_RETRY_MS_MIN: u64 = 1_000;
 /// Longest delay before that, in milliseconds.
 pub const STEP_RETRY_MS_MAX: u64 = 30_000;
+/// Time for a replica to come near enough to the end of the log to lead, before leadership is not handed to it, in milliseconds.
+pub const TRANSFER_WAIT_MS: u64 = 1_000;
+/// Time after which a transfer of leadership has lapsed, in milliseconds: raft gives it up after the least election timeout.
+pub const TRANSFER_MS_MAX: u64 = 3 * TICK_MS * ELECTION_TICKS_MIN as u64 / 2;
 /// Leaderships that the reconciler moves in one step; further ones wait for the next.
 pub const LEADER_TRANSFERS_MAX: usize = 8;
 /// Shards that one rebalancing gives targets; a plan for more is cut, and the rest is planned anew afterwards.

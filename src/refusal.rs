@@ -44,6 +44,19 @@ pub enum Refusal {
         /// When to come back, in milliseconds.
         retry_after_ms: u32,
     },
+    /// The replica that is to lead lacks so much of the log that it can't yet. Nobody else leads meanwhile.
+    #[error(
+        "node {node} can't lead shard {shard} yet: it lacks {entries} entries of its log. Order it again when it has \
+         caught up (`pontoon status` tells), or choose another node"
+    )]
+    Behind {
+        /// The shard.
+        shard: ShardId,
+        /// The node.
+        node: NodeId,
+        /// So many entries are missing there.
+        entries: u64,
+    },
     /// A limit or a rule is broken; no retry helps.
     #[error("{0}")]
     Invalid(String),
@@ -139,6 +152,7 @@ impl Refusal {
     pub fn retryable(&self) -> bool {
         match self {
             Refusal::Invalid(_)
+            | Refusal::Behind { .. }
             | Refusal::Deadline
             | Refusal::UnknownDatabase(_)
             | Refusal::Refused(_)
@@ -157,6 +171,7 @@ impl Refusal {
             Refusal::NotLeader { .. } => "not_leader",
             Refusal::StaleRoute { .. } => "stale_route",
             Refusal::Busy { .. } => "busy",
+            Refusal::Behind { .. } => "behind",
             Refusal::Invalid(_) => "invalid",
             Refusal::Superseded => "superseded",
             Refusal::Unknown(_) => "unknown_outcome",

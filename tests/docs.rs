@@ -311,6 +311,7 @@ fn bounds() -> Vec<(&'static str, u64)> {
         REOPEN_MS_MAX,
         STOP_MS_MAX,
         LOG_STALL_MS,
+        STATE_STALL_MS,
         DISK_WATCH_MS,
         DISK_FULL_WAIT_MS,
         START_FREE_BYTES_MIN,

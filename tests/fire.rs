@@ -33,8 +33,14 @@ const SHARDS: u32 = 4;
 
 /// Nodes that flush often, keep little of their logs for others, and send snapshots fast.
 fn prepared(count: usize) -> Cluster {
+    prepared_with(count, Vec::new())
+}
+
+/// The same, with more in the environment of each.
+fn prepared_with(count: usize, env: Vec<(&'static str, String)>) -> Cluster {
     let extra = "[snapshot]\nbytes_per_second = \"64MiB\"\n".to_owned();
-    let cluster = Cluster::prepared(count, &free_ports(2 * count), Options { extra, ..Options::default() });
+    let options = Options { extra, env, ..Options::default() };
+    let cluster = Cluster::prepared(count, &free_ports(2 * count), options);
     for node in &cluster.nodes {
         let text = std::fs::read_to_string(&node.config).expect("its settings");
         let text = text
@@ -321,6 +327,67 @@ async fn a_thread_that_all_share_ends_the_node_and_the_next_start_has_everything
     client.close().await;
 }
 
+/// As if the engine waited for itself, or the disk didn't answer: all that helps is another start.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_state_store_that_hangs_ends_the_node_and_the_next_start_has_everything() {
+    let patience_ms = 5_000;
+    let mut cluster = prepared_with(1, vec![("PONTOON_TEST_STALL_MS", patience_ms.to_string())]);
+    cluster.spawn(0);
+    cluster.wait_ready(0);
+    let client = cluster.client().await;
+    cluster.database(&client, "kept", 1, 2).await;
+    let database = client.database("kept").with_timeout(Duration::from_secs(120));
+    let filled = cluster.database(&client, "filled", 1, 2).await.with_timeout(Duration::from_secs(120));
+    filled.put("cold", "v").await.expect("a write");
+    let load = Load::start(std::slice::from_ref(&database), 6);
+    let filler = Filler::start(&filled, 6, Duration::from_millis(2));
+    // A flush that takes longer than that, and gets on, is none that hangs.
+    let step_ms = patience_ms / 4;
+    let begun = Instant::now();
+    arm(&client, &cluster, 0, &format!("delay:flush/batch-written:ms={step_ms}:times=6")).await;
+    filler.progress(100).await;
+    while begun.elapsed() < Duration::from_millis(6 * step_ms + 2_000) {
+        assert!(cluster.runs(0), "{}", cluster.log(0));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    for (point, what) in [("flush/batch-written", "flushing state to disk"), ("read/engine", "reading state")]
+    {
+        load.progress(30).await;
+        arm(&client, &cluster, 0, &format!("delay:{point}:ms=600000:times=1")).await;
+        // What memory doesn't have.
+        let asked = filled.clone();
+        let asks = tokio::spawn(async move { content(&asked).await });
+        let status = cluster.wait_exit(0, PATIENCE);
+        let log = cluster.log(0);
+        assert_eq!(status.code(), Some(70), "{point}: {log}");
+        let last = log.lines().rfind(|line| line.starts_with("error: ")).unwrap_or_default();
+        assert!(last.contains("the state store hangs") && last.contains(what), "{point}: {log}");
+        cluster.spawn(0);
+        cluster.wait_ready(0);
+        asks.await.expect("it ended well");
+    }
+    load.progress(30).await;
+    filler.stop().await;
+    let tally = load.stop().await;
+    assert_eq!(tally.errors, []);
+    assert_exact(&client, "kept", &database, &tally).await;
+    assert_eq!(filled.get("cold").await.expect("a read").expect("there").value, "v");
+    client.close().await;
+}
+
+/// The node of three that leads a shard, all of which run.
+async fn leader_of(client: &Client, cluster: &Cluster, shard: ShardId) -> usize {
+    let begun = Instant::now();
+    loop {
+        for node in 0..3 {
+            if leads(&report(client, cluster, node).await, shard) {
+                return node;
+            }
+        }
+        assert!(begun.elapsed() < PATIENCE, "nobody leads");
+    }
+}
+
 /// The same for what makes, sends and installs snapshots: of the nodes of a shard one is brought up to date.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_thread_that_panics_over_a_snapshot_ends_its_node_and_the_snapshot_comes_after_all() {
@@ -341,17 +408,7 @@ async fn a_thread_that_panics_over_a_snapshot_ends_its_node_and_the_snapshot_com
     ];
     for point in makers.into_iter().chain(takers) {
         // The leader is the one that makes it; another one was away.
-        let mut leader = None;
-        let begun = Instant::now();
-        while leader.is_none() {
-            for node in 0..3 {
-                if leads(&report(&client, &cluster, node).await, shard) {
-                    leader = Some(node);
-                }
-            }
-            assert!(begun.elapsed() < PATIENCE, "nobody leads");
-        }
-        let leader = leader.expect("found");
+        let leader = leader_of(&client, &cluster, shard).await;
         let away = (leader + 1) % 3;
         cluster.kill(away);
         // Until its place in the log is gone.
@@ -381,6 +438,49 @@ async fn a_thread_that_panics_over_a_snapshot_ends_its_node_and_the_snapshot_com
     let tally = load.stop().await;
     assert_eq!(tally.errors, []);
     assert_equal_replicas(&client, &cluster, "behind").await;
+    client.close().await;
+}
+
+/// It is said at once, and by how much; nobody waits for a leader meanwhile.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_that_is_behind_is_not_made_leader_and_the_operator_hears_why() {
+    let mut cluster = started(3);
+    let client = cluster.client().await;
+    cluster.database(&client, "behind", 3, 1).await;
+    let database = client.database("behind").with_timeout(Duration::from_secs(120));
+    let shard = ShardId(1);
+    let leader = leader_of(&client, &cluster, shard).await;
+    let away = (leader + 1) % 3;
+    let id = report(&client, &cluster, away).await.node.0.to_string();
+    cluster.kill(away);
+    // Until its place in the log is gone.
+    let filler = Filler::start(&database, 8, Duration::from_millis(2));
+    filler.progress(200).await;
+    filler.stop().await;
+    cluster.spawn_armed(away, "delay:snapshot/load:ms=1500");
+    cluster.wait_ready(away);
+    let begun = Instant::now();
+    let to_lead = ["admin", "transfer-leader", "behind", "1", &id, "--timeout", "30s"];
+    let told = loop {
+        let told = cluster.run(&to_lead);
+        let says = String::from_utf8_lossy(&told.stderr).into_owned();
+        // Until it is heard of again.
+        if !says.contains("doesn't answer") {
+            break (told.status.code(), says);
+        }
+    };
+    assert_eq!(told.0, Some(1), "{told:?}");
+    assert!(told.1.contains("entries of its log") && told.1.contains("caught up"), "{told:?}");
+    assert!(begun.elapsed() < Duration::from_secs(10), "after {:?}", begun.elapsed());
+    database.put("k", "v").await.expect("somebody leads");
+    arm(&client, &cluster, away, "").await;
+    caught_up(&client, &cluster, away, shard).await;
+    let begun = Instant::now();
+    // Until its leader has noticed.
+    while cluster.run(&to_lead).status.code() != Some(0) {
+        assert!(begun.elapsed() < PATIENCE, "{}", cluster.log(leader));
+    }
+    assert_eq!(leader_of(&client, &cluster, shard).await, away);
     client.close().await;
 }
 

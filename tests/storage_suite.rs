@@ -1,10 +1,12 @@
 //! What every state engine must do, run over each of them. A new engine is one line in [`engines`].
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::ops::Bound;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
 use bytes::Bytes;
 use pontoon::ids::{RandomId, ReplicaId, StoreId};
@@ -17,6 +19,8 @@ use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 
 const STORE: StoreId = RandomId([7; 16]);
+/// What takes so long never ends.
+const HUNG: Duration = Duration::from_secs(300);
 
 fn open_sled(path: &Path) -> Result<SledEngine, StorageError> {
     SledEngine::open(path, SledOptions::default(), STORE)
@@ -29,8 +33,27 @@ fn engines(home: &Path) -> Vec<Arc<dyn Engine>> {
 
 fn each_engine(test: impl Fn(&dyn Engine)) {
     let home = tempfile::tempdir().unwrap();
+    let _guard = Watchdog::new("a test of the storage suite");
     for engine in engines(home.path()) {
         test(&*engine);
+    }
+}
+
+/// Ends the process if it lives for minutes: an engine may hang, and nothing else would end the checks then.
+struct Watchdog {
+    _ends: mpsc::Sender<Infallible>,
+}
+
+impl Watchdog {
+    fn new(what: &'static str) -> Watchdog {
+        let (_ends, ended) = mpsc::channel::<Infallible>();
+        std::thread::spawn(move || {
+            if ended.recv_timeout(HUNG) == Err(mpsc::RecvTimeoutError::Timeout) {
+                eprintln!("{what} hasn't ended after {HUNG:?}: an engine hangs");
+                std::process::abort();
+            }
+        });
+        Watchdog { _ends }
     }
 }
 
@@ -148,6 +171,27 @@ fn values_of_every_size_survive_overwrites() {
                 assert_eq!(engine.get(&key(name)).unwrap(), None);
             }
         }
+    });
+}
+
+/// Left to itself sled hangs here within a second: its file shrinks and grows while it writes.
+#[test]
+fn great_values_that_come_and_go_are_no_end() {
+    each_engine(|engine| {
+        let sizes = [16 << 10, 300_000, 32 << 10, 8 << 20, 1 << 20];
+        let mut given = 0;
+        for round in 0_usize.. {
+            let size = sizes[(round * round + round / 3) % sizes.len()];
+            engine.write(&[put(round.to_be_bytes(), &vec![round as u8; size])]).unwrap();
+            given += size;
+            if let Some(old) = round.checked_sub(2 + round % 3) {
+                engine.write(&[remove(old.to_be_bytes())]).unwrap();
+            }
+            if given > 96 << 20 {
+                break;
+            }
+        }
+        engine.sync().unwrap();
     });
 }
 

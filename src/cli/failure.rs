@@ -147,6 +147,9 @@ impl From<ClientError> for Failure {
                         ))
                     },
                     Refusal::Changed { .. } => Failure::negative("changed", refusal.to_string()),
+                    Refusal::Behind { .. } => {
+                        Failure { retryable: true, ..Failure::negative("behind", refusal.to_string()) }
+                    }
                     _ => Failure::negative("refused", refusal.to_string()),
                 },
                 // Still refused for a passing reason when the time was over.
@@ -169,6 +172,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::ids::{NodeId, ShardId};
 
     #[test]
     fn what_was_done_is_never_told_as_not_applied() {
@@ -196,6 +200,7 @@ mod tests {
             (ClientError::NotApplied(NotApplied::UnknownDatabase("x".into())), 1, "unknown_database"),
             (refused(Refusal::Invalid("no".into())), 1, "refused"),
             (refused(Refusal::Changed { what: "node 3".into(), version: 9 }), 1, "changed"),
+            (refused(Refusal::Behind { shard: ShardId(1), node: NodeId(2), entries: 9 }), 1, "behind"),
             (refused(Refusal::Deadline), 3, "unavailable"),
             (refused(Refusal::ShardQuarantined("poison".into())), 3, "quarantined"),
             (refused(busy), 3, "unavailable"),

@@ -216,7 +216,7 @@ pub fn failed_node(error: NodeError) -> Failure {
         NodeError::Membership(_) => Failure::negative("membership", message),
         // Starting it again changes nothing either.
         NodeError::Removed(_) => Failure::negative("removed", message),
-        NodeError::Fatal(_) => Failure::internal(message),
+        NodeError::Stalled(_) | NodeError::Fatal(_) => Failure::internal(message),
     }
 }
 

@@ -35,6 +35,12 @@ pub fn write_refusal(refusal: &Refusal, mut to: error::Builder<'_>) {
             stale.set_range_version(*range_version);
         }
         Refusal::Busy { .. } => to.set_busy(()),
+        Refusal::Behind { shard, node, entries } => {
+            let mut behind = to.init_behind();
+            behind.set_shard(shard.0);
+            behind.set_node(node.0);
+            behind.set_entries(*entries);
+        }
         Refusal::Invalid(_) => to.set_invalid(()),
         Refusal::Superseded => to.set_superseded(()),
         Refusal::Unknown(_) => to.set_unknown_outcome(()),
@@ -97,6 +103,11 @@ fn read_member(from: error::Reader<'_>, message: &str) -> Option<Refusal> {
         error::Busy(()) => {
             Refusal::Busy { what: inner(message, BUSY), retry_after_ms: from.get_retry_after_ms() }
         }
+        error::Behind(behind) => Refusal::Behind {
+            shard: ShardId(behind.get_shard()),
+            node: NodeId(behind.get_node()),
+            entries: behind.get_entries(),
+        },
         error::UnknownDatabase(name) => Refusal::UnknownDatabase(read_text(name.ok()?).ok()?),
         error::Invalid(()) => Refusal::Invalid(message.to_owned()),
         error::UnknownOutcome(()) => Refusal::Unknown(inner(message, UNKNOWN)),
@@ -142,6 +153,11 @@ mod tests {
                 shard: ShardId(shard),
                 asked,
                 range_version,
+            }),
+            any::<[u64; 3]>().prop_map(|[shard, node, entries]| Refusal::Behind {
+                shard: ShardId(shard),
+                node: NodeId(node),
+                entries,
             }),
             (reason.clone(), any::<u32>())
                 .prop_map(|(what, retry_after_ms)| Refusal::Busy { what, retry_after_ms }),

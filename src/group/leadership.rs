@@ -3,7 +3,7 @@
 //! A voter leads. One that goes away with a joint change may come to lead, while it is needed for that, and so may one
 //! that has lost its state; either gives way as soon as there is another.
 
-use raft::StateRole;
+use raft::{ProgressState, StateRole};
 
 use super::driver::{Group, GroupError};
 use super::election::{self, Ambition};
@@ -70,6 +70,28 @@ impl<T> Group<T> {
             ));
         }
         Ok(())
+    }
+
+    /// Whether a member has a prospect of the whole log soon, so that it may lead: it answers, and lacks no more than
+    /// may be under way to it anyhow.
+    ///
+    /// # Errors
+    /// It hasn't, and how far it is behind.
+    pub fn check_in_reach(&self, to: ReplicaId) -> Result<(), Refusal> {
+        let raft = &self.raft.raft;
+        let (Some(node), Some(progress)) = (self.node_of(to), raft.prs().get(to.0)) else {
+            return Ok(());
+        };
+        if !self.catch_up.is_active(to, self.ticks) {
+            let why = format!("node {node} doesn't answer the leader of shard {}", self.shard);
+            return Err(Refusal::Unavailable(why.into()));
+        }
+        let (last, matched) = (raft.raft_log.last_index(), progress.matched);
+        let follows = progress.state == ProgressState::Replicate || matched == last;
+        if follows && raft.store().bytes_behind(matched) <= limits::UNCOMMITTED_BYTES_MAX as u64 {
+            return Ok(());
+        }
+        Err(Refusal::Behind { shard: self.shard, node, entries: last.saturating_sub(matched) })
     }
 
     /// How far this replica is to seek leadership from now on.

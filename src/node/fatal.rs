@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 use tokio::sync::watch;
 
 use super::NodeError;
+use super::stall::Stalled;
 
 /// Tells that the node can't go on. Cheap to clone, callable from any thread.
 #[derive(Clone)]
@@ -17,6 +18,8 @@ pub struct Fatal(Arc<watch::Sender<Option<End>>>);
 enum End {
     /// Something that all of it depends on has failed.
     Failed(String),
+    /// Its state store hangs.
+    Stalled(Stalled),
     /// It isn't to be a member of its cluster, or can't become one.
     NoMember(String),
     /// It was removed from its cluster.
@@ -24,9 +27,11 @@ enum End {
 }
 
 impl End {
-    fn reason(&self) -> &String {
-        let (End::Failed(reason) | End::NoMember(reason) | End::Removed(reason)) = self;
-        reason
+    fn reason(&self) -> String {
+        match self {
+            End::Failed(reason) | End::NoMember(reason) | End::Removed(reason) => reason.clone(),
+            End::Stalled(stalled) => stalled.to_string(),
+        }
     }
 }
 
@@ -52,8 +57,14 @@ impl Fatal {
         self.end(match error {
             NodeError::Membership(reason) => End::NoMember(reason),
             NodeError::Removed(reason) => End::Removed(reason),
+            NodeError::Stalled(stalled) => End::Stalled(stalled),
             NodeError::Storage(_) | NodeError::Fatal(_) => End::Failed(error.to_string()),
         });
+    }
+
+    /// The node can't go on since its state store hangs.
+    pub fn raise_stalled(&self, stalled: Stalled) {
+        self.end(End::Stalled(stalled));
     }
 
     fn end(&self, end: End) {
@@ -69,7 +80,7 @@ impl Fatal {
 
     /// The first reason, if there is one.
     pub fn reason(&self) -> Option<String> {
-        self.0.borrow().as_ref().map(|end| end.reason().clone())
+        self.0.borrow().as_ref().map(End::reason)
     }
 
     /// Waits for the first reason.
@@ -79,6 +90,7 @@ impl Fatal {
         match end.ok().and_then(|end| end.clone()) {
             Some(End::NoMember(reason)) => NodeError::Membership(reason),
             Some(End::Removed(reason)) => NodeError::Removed(reason),
+            Some(End::Stalled(stalled)) => NodeError::Stalled(stalled),
             Some(End::Failed(reason)) => NodeError::Fatal(reason),
             None => NodeError::Fatal("the node is gone".into()),
         }

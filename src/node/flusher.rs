@@ -20,6 +20,7 @@ use crate::ids::{Incarnation, Position, ReplicaId};
 use crate::limits;
 use crate::storage::StorageError;
 use crate::storage::flush::{FlushStep, Flusher, Progress};
+use crate::storage::pulse::{self, Pulse};
 use crate::storage::state::Frozen;
 use crate::telemetry::metrics as names;
 
@@ -60,12 +61,14 @@ pub struct FlushThread {
 
 impl FlushThread {
     /// Starts the thread. `fatal` is raised if a flush fails or panics: what is on disk is then
-    /// unknown, and the node must stop.
-    pub fn start(flusher: Flusher, fatal: Fatal) -> io::Result<(FlushThread, JoinHandle<()>)> {
+    /// unknown, and the node must stop. `pulse` tells how it gets on.
+    pub fn start(flusher: Flusher, fatal: Fatal, pulse: Pulse) -> io::Result<(FlushThread, JoinHandle<()>)> {
         let (work, queue) = mpsc::channel();
         let raised = fatal.clone();
-        let thread =
-            fatal.thread("pontoon-flush", "the flush thread", move || run(flusher, queue, raised))?;
+        let thread = fatal.thread("pontoon-flush", "the flush thread", move || {
+            let _attached = pulse.attach();
+            run(flusher, queue, raised);
+        })?;
         Ok((FlushThread { work: Mutex::new(Some(work)) }, thread))
     }
 
@@ -172,6 +175,7 @@ fn run(mut flusher: Flusher, queue: mpsc::Receiver<Work>, fatal: Fatal) {
             // The node stops; the log has what isn't flushed, and tombstones tell what isn't removed.
             Err(RecvTimeoutError::Disconnected) => return,
         };
+        let _working = pulse::work();
         let mut jobs = Vec::new();
         let mut barriers = Vec::new();
         for work in first.into_iter().chain(queue.try_iter()) {
@@ -329,7 +333,7 @@ mod tests {
             Err(StorageError::Io { action: "writing", path: "redo".into(), source })
         }));
         let fatal = Fatal::new();
-        let (thread, joined) = FlushThread::start(flusher, fatal.clone()).unwrap();
+        let (thread, joined) = FlushThread::start(flusher, fatal.clone(), Pulse::default()).unwrap();
         let (told, steps) = mpsc::channel();
         let sink = Arc::new(Told(Mutex::new(told)));
         for replica in [1, 2] {
@@ -361,7 +365,7 @@ mod tests {
             let source = io::ErrorKind::StorageFull.into();
             Err(StorageError::Io { action: "writing", path: "redo".into(), source })
         }));
-        let (thread, joined) = FlushThread::start(flusher, Fatal::new()).unwrap();
+        let (thread, joined) = FlushThread::start(flusher, Fatal::new(), Pulse::default()).unwrap();
         let (told, _steps) = mpsc::channel();
         let done = Arc::new(Told(Mutex::new(told)));
         thread.submit(FlushJob { incarnation: 1, frozen: frozen(&engine, 1), done });
@@ -468,7 +472,7 @@ mod tests {
         }));
         let steps = 200;
         fill(&engine, ReplicaId(7), steps * FLUSH_BATCH_KEYS as u32);
-        let (thread, joined) = FlushThread::start(flusher, Fatal::new()).unwrap();
+        let (thread, joined) = FlushThread::start(flusher, Fatal::new(), Pulse::default()).unwrap();
         let (told, _steps) = mpsc::channel();
         let done = Arc::new(Told(Mutex::new(told)));
         thread.submit(FlushJob { incarnation: 1, frozen: frozen(&engine, 1), done });

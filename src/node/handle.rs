@@ -12,7 +12,7 @@ use super::disk::DiskHealth;
 use super::load::Admitted;
 #[cfg(feature = "test-hooks")]
 use super::messages::Inject;
-use super::messages::{AskStatus, Report, Reported, Submit, Transfer};
+use super::messages::{AskStatus, Report, Reported, Submit};
 use super::reconciler::{Balance, BalanceStatus};
 use super::replica::ReplicaActor;
 use super::router::Router;
@@ -175,7 +175,7 @@ impl NodeHandle {
         &self.inner.disk
     }
 
-    fn member(&self) -> Result<&Member, Refusal> {
+    pub(super) fn member(&self) -> Result<&Member, Refusal> {
         self.inner
             .member
             .get()
@@ -402,26 +402,6 @@ impl NodeHandle {
         let patience = Duration::from_millis(limits::STATUS_MS_MAX);
         let status = tokio::time::timeout(patience, addr.send(AskStatus)).await;
         matches!(status, Ok(Ok(status)) if status.role == raft::StateRole::Leader)
-    }
-
-    /// Starts moving the leadership of `shard` from this node's replica to the one on `to`, and
-    /// waits until it has moved.
-    pub async fn transfer(&self, shard: ShardId, to: NodeId, timeout: Duration) -> Result<(), Refusal> {
-        let addr = self.member()?.router.replica(shard)?;
-        let deadline = Instant::now() + timeout;
-        let gone = |_| Refusal::Unavailable("the replica is being rebuilt after a crash".into());
-        if to == self.node() {
-            return Ok(());
-        }
-        addr.send(Transfer(Some(to))).await.map_err(gone)??;
-        while Instant::now() < deadline {
-            let status = addr.send(AskStatus).await.map_err(gone)?;
-            if status.role != raft::StateRole::Leader && status.leader.is_some() {
-                return Ok(());
-            }
-            tokio::time::sleep(Duration::from_millis(limits::META_RETRY_MS)).await;
-        }
-        Err(Refusal::Unavailable("leadership didn't move within the time given".into()))
     }
 
     /// Test hook: makes this node's replica of `shard` fail in the named way. A build without the

@@ -47,6 +47,12 @@ impl Handler<FailOpens> for Supervisor {
     }
 }
 
+/// For how long the state store may hang, where a test wants it shorter.
+pub(super) fn stall_patience() -> Option<Duration> {
+    let ms = std::env::var("PONTOON_TEST_STALL_MS").ok()?;
+    Some(Duration::from_millis(ms.parse().ok()?))
+}
+
 /// Makes the steps of flushes points at which they can fail.
 pub(super) fn hooked(mut flusher: Flusher) -> Flusher {
     slow_down(&mut flusher, Duration::ZERO);

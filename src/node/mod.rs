@@ -9,6 +9,7 @@
 //! | read thread | queries that memory can't answer | on the disk |
 //! | snapshot thread | one snapshot made and one loaded at a time, in turns ([`snapshots`]) | on the disk and the flush thread |
 //! | sending thread | snapshots on their way to other nodes | never for long |
+//! | stall thread | whether the state store hangs ([`stall`]) | never |
 //!
 //! What crosses threads crosses in batches. A panic in a replica ends that replica; a panic in
 //! anything shared (a hub, the supervisor, a thread of the table's lower half) is fatal for the node:
@@ -50,6 +51,7 @@ pub mod router;
 pub mod service;
 pub mod shared;
 pub mod snapshots;
+pub mod stall;
 pub mod start;
 mod state_store;
 mod stores;
@@ -60,6 +62,7 @@ mod test_node;
 pub mod ticker;
 pub mod ticket;
 pub mod trace;
+mod transfer;
 #[cfg(test)]
 mod view_tests;
 
@@ -92,6 +95,9 @@ pub enum NodeError {
     /// It was removed from its cluster, and what it held is gone.
     #[error("{0}")]
     Removed(String),
+    /// Its state store hangs; its process must end (exit 70).
+    #[error(transparent)]
+    Stalled(#[from] stall::Stalled),
     /// A thread of the node failed; its process must end (exit 70).
     #[error("{0}")]
     Fatal(String),

@@ -24,6 +24,7 @@ use crate::limits;
 use crate::machine::command::Query;
 use crate::machine::{ApplyError, MachineKind};
 use crate::refusal::Refusal;
+use crate::storage::pulse::{self, Pulse};
 use crate::storage::state::StateReader;
 use crate::telemetry::metrics as names;
 
@@ -73,6 +74,7 @@ impl ReadJob {
                 tracing::error!(replica = %reader.replica, %error, "reading the state store");
                 Refusal::Unavailable("the node can't read its state store".into())
             }));
+            pulse::beat();
         }
         if let Some(learns) = learns.filter(|_| !learned.is_empty())
             && learns.try_send(Learned(reader.stamp(), learned)).is_err()
@@ -98,13 +100,15 @@ enum Work {
 
 impl ReadThread {
     /// Starts the thread; it ends when this handle is dropped and its work is done. `fatal` is raised
-    /// if it panics: nobody else could answer what waits.
-    pub fn start(fatal: &Fatal) -> io::Result<(ReadThread, JoinHandle<()>)> {
+    /// if it panics: nobody else could answer what waits. `pulse` tells how it gets on.
+    pub fn start(fatal: &Fatal, pulse: Pulse) -> io::Result<(ReadThread, JoinHandle<()>)> {
         let (work, queue) = mpsc::channel();
         let waiting = Arc::<AtomicUsize>::default();
         let done = waiting.clone();
         let thread = fatal.thread("pontoon-read", "the read thread", move || {
+            let _attached = pulse.attach();
             for work in queue {
+                let _working = pulse::work();
                 let job = match work {
                     Work::Read(job) => job,
                     Work::Count(reader, after, done) => {
@@ -248,7 +252,7 @@ mod tests {
         };
         let state = ReplicaState::open(engine.clone(), ReplicaId(1), 1, initial).expect("a state");
         let reader = state.reader();
-        let (threads, thread) = ReadThread::start(&Fatal::new()).expect("a thread");
+        let (threads, thread) = ReadThread::start(&Fatal::new(), Default::default()).expect("a thread");
         let before = engine.reads.load(Ordering::Relaxed);
 
         let gate = engine.gate.lock().expect("the gate");

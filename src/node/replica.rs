@@ -501,6 +501,7 @@ impl Handler<Transfer> for ReplicaActor {
         if !self.group.leads() {
             return Err(self.group.not_leader());
         }
+        let asked = transfer.0.is_some();
         let to = match transfer.0 {
             Some(node) => self.group.replica_on(node).ok_or_else(|| {
                 Refusal::Refused(format!("node {node} holds no replica of shard {}", self.shard))
@@ -509,6 +510,9 @@ impl Handler<Transfer> for ReplicaActor {
         };
         self.group.check_successor(to)?;
         self.rouse();
+        if asked {
+            self.group.check_in_reach(to)?;
+        }
         self.group.transfer(to);
         self.queue_pump(ctx);
         Ok(())

@@ -25,9 +25,10 @@ use super::service::{Destinations, PeerService};
 use super::shared::Shared;
 use super::snapshots::Snapshots;
 use super::snapshots::{outgoing, worker};
+use super::stall::{Pulses, WatchGuard};
 use super::stores::Stores;
 use super::supervisor::{EndReplica, HandOver, OpenAll, Site, StopAll, Supervisor};
-use super::{Listeners, NodeError, claims, map_cache, panics, reconciler, removal, stores};
+use super::{Listeners, NodeError, claims, map_cache, panics, reconciler, removal, stall, stores};
 use crate::codec::peer::Membership;
 use crate::group::catch_up::Retention;
 use crate::ids::{ClusterId, NodeId, ReplicaId};
@@ -55,6 +56,7 @@ pub struct RunningNode {
     control: Arbiter,
     running: Arc<Mutex<Option<Running>>>,
     data_dir: Arc<Mutex<DataDir>>,
+    _watch: WatchGuard,
 }
 
 /// What a member has beside its threads of actors.
@@ -85,7 +87,13 @@ async fn start_as(settings: Settings, listeners: Listeners, rejoins: bool) -> Re
     }
     let fatal = Fatal::new();
     let handle = NodeHandle::new(settings.node.id.clone());
-    let (data_dir, stores) = stores::open(&settings, handle.clone(), rejoins).await?;
+    let pulses = Pulses::default();
+    let watch = stall::watch(&pulses, &fatal)
+        .map_err(|error| NodeError::Fatal(format!("starting a thread: {error}")))?;
+    let (data_dir, stores) = tokio::select! {
+        opened = stores::open(&settings, handle.clone(), pulses.flush.clone(), rejoins) => opened?,
+        error = fatal.raised() => return Err(error),
+    };
     let store_id = data_dir.store_id();
     let data_dir = Arc::new(Mutex::new(data_dir));
     let record = NodeRecord {
@@ -129,6 +137,7 @@ async fn start_as(settings: Settings, listeners: Listeners, rejoins: bool) -> Re
         settings,
         handle: handle.clone(),
         fatal: fatal.clone(),
+        pulses,
         incarnation,
         applicant,
         service,
@@ -149,7 +158,7 @@ async fn start_as(settings: Settings, listeners: Listeners, rejoins: bool) -> Re
             _ = cancelled.wait_for(|stop| *stop) => {}
         }
     });
-    Ok(RunningNode { handle, fatal, readiness, shutdown, data, control, running, data_dir })
+    Ok(RunningNode { handle, fatal, readiness, shutdown, data, control, running, data_dir, _watch: watch })
 }
 
 fn data_threads(settings: &Settings) -> usize {
@@ -230,6 +239,7 @@ struct Assembly {
     settings: Settings,
     handle: NodeHandle,
     fatal: Fatal,
+    pulses: Pulses,
     incarnation: u64,
     applicant: Arc<Applicant>,
     service: Arc<PeerService>,
@@ -266,9 +276,10 @@ impl Assembly {
         let flusher = stores.flusher;
         #[cfg(feature = "test-hooks")]
         let flusher = super::hooks::hooked(flusher);
-        let (flusher, thread) = FlushThread::start(flusher, self.fatal.clone()).map_err(no_thread)?;
+        let (flusher, thread) =
+            FlushThread::start(flusher, self.fatal.clone(), self.pulses.flush.clone()).map_err(no_thread)?;
         threads.push(thread);
-        let (reader, thread) = ReadThread::start(&self.fatal).map_err(no_thread)?;
+        let (reader, thread) = ReadThread::start(&self.fatal, self.pulses.read.clone()).map_err(no_thread)?;
         threads.push(thread);
         // The hubs come after the network that they send through.
         let hubs: Arc<OnceLock<Vec<Addr<Hub>>>> = Arc::default();

@@ -4,7 +4,10 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use tokio::sync::oneshot;
+
 use super::handle::NodeHandle;
+use super::panics::contained;
 use super::{NodeError, disk, map_cache, removal, state_store};
 use crate::limits;
 use crate::settings::{Settings, StorageSettings};
@@ -13,6 +16,7 @@ use crate::storage::engine_sled::{SledEngine, SledOptions};
 use crate::storage::flush::Flusher;
 use crate::storage::identity::DataDir;
 use crate::storage::log_disk::{DiskLog, DiskLogOptions};
+use crate::storage::pulse::Pulse;
 use crate::storage::snapshot_dir::SnapshotDir;
 
 /// The stores of a node, opened and checked.
@@ -23,14 +27,17 @@ pub(super) struct Stores {
     pub(super) snapshots: SnapshotDir,
 }
 
-/// Opens directory and stores, on a thread that may block. With `rejoins`, see [`open_or_begin_anew`].
+/// Opens directory and stores, on a thread that may block; `pulse` tells how that gets on. With `rejoins`, see
+/// [`open_or_begin_anew`].
 pub(super) async fn open(
     settings: &Settings,
     handle: NodeHandle,
+    pulse: Pulse,
     rejoins: bool,
 ) -> Result<(DataDir, Stores), NodeError> {
     let settings = settings.clone();
     let open = move || -> Result<_, NodeError> {
+        let _attached = pulse.attach();
         let storage = &settings.storage;
         let dir = &settings.node.data_dir;
         match disk::free_bytes(dir) {
@@ -48,8 +55,18 @@ pub(super) async fn open(
         }
         Ok(open_stores(DataDir::open(dir).map_err(StorageError::from)?, storage)?)
     };
-    let opened = tokio::task::spawn_blocking(open).await;
-    opened.map_err(|error| NodeError::Fatal(format!("opening the stores: {error}")))?
+    // On a thread that ends with it: the allocator keeps what a thread has freed for that thread, and this one fills whole
+    // log files with zeros.
+    let (done, opened) = oneshot::channel();
+    let thread = std::thread::Builder::new().name("pontoon-open".into()).spawn(move || {
+        let opened = contained(open)
+            .unwrap_or_else(|panic| Err(NodeError::Fatal(format!("opening the stores: {panic}"))));
+        if done.send(opened).is_err() {
+            tracing::debug!("the node was told to stop while its stores were opened");
+        }
+    });
+    thread.map_err(|error| NodeError::Fatal(format!("starting a thread: {error}")))?;
+    opened.await.map_err(|_| NodeError::Fatal("the stores were not opened".into()))?
 }
 
 fn open_stores(data_dir: DataDir, storage: &StorageSettings) -> Result<(DataDir, Stores), StorageError> {

@@ -85,8 +85,8 @@ impl TestNode {
         let raised = fatal.clone();
         let log_writer = LogWriter::start(log.clone(), Box::new(move |reason| raised.raise(reason)));
         let flusher = Flusher::open(dir.join("redo"), engine.clone()).expect("a flusher");
-        let (flusher, _) = FlushThread::start(flusher, fatal.clone()).expect("a thread");
-        let (reader, _) = ReadThread::start(&fatal).expect("a thread");
+        let (flusher, _) = FlushThread::start(flusher, fatal.clone(), Default::default()).expect("a thread");
+        let (reader, _) = ReadThread::start(&fatal, Default::default()).expect("a thread");
         let config = PeerNetworkConfig::new(RandomId([1; 16]), NODE, 1, Arc::new(|_: NodeId| ()));
         let flusher = Arc::new(flusher);
         let network = PeerNetwork::new(config);

@@ -12,6 +12,10 @@
 //!   open takes for a corrupt snapshot: removed before opening.
 //! - Its batches and transactions take a process-wide lock, for good once one was used. Not needed:
 //!   the redo file makes a flush whole. Each key is written by itself, in key order.
+//! - It deadlocks if it grows its file while a truncation of it still waits for a thread, and all of its I/O threads are at work:
+//!   each of them then waits for the lock that is held for that. In a loop of great writes and removals
+//!   that takes less than a second. So it is never given more than a few of its segments ([`UNFLUSHED_BYTES_MAX`]) before
+//!   it has written all of them: then most of those threads (it has seven) are idle.
 //! - It panics where it meets what it doesn't expect, damaged files above all. Every call is caught;
 //!   after a panic the engine answers nothing but errors, since sled's inside is unknown then.
 //! - It opens damaged files as if data had never been written. `sled_sums` looks at them before.
@@ -22,20 +26,17 @@
 //! The form of records and chunks is in [`super::sled_record`].
 
 use std::fs;
-use std::io::ErrorKind;
 use std::ops::Bound;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Duration;
 
 use bytes::Bytes;
 
 use super::atomic_file::io_error;
 use super::engine::{Engine, Mutation};
 use super::identity::IdentityError;
-use super::log_disk::panic_text;
+use super::sled_calls::{NAME, PANICKED, contain, damaged, open_db};
 use super::sled_files::{SledFiles, check_owner};
 pub use super::sled_record::{CHUNK_BYTES, INLINE_BYTES_MAX};
 use super::sled_record::{ChunkRef, Record, chunk_id, chunk_key, is_great};
@@ -46,10 +47,13 @@ use crate::ids::{RandomId, StoreId};
 /// Cache of sled unless set otherwise, in bytes.
 pub const CACHE_BYTES_DEFAULT: u64 = 64 << 20;
 
-const NAME: &str = "sled";
-/// A store that was just closed may take a moment to let go of its files.
-const LOCK_ATTEMPTS: u32 = 100;
-const LOCK_RETRY: Duration = Duration::from_millis(10);
+/// Bytes that are given to sled, with [`WRITE_BYTES`] for each write, before it is made to write all that it has. It writes
+/// three to five times as much, in segments of half a megabyte, of which there may be fewer than it has I/O threads. What
+/// waits so is less than what that saves on a machine that has other work: flushes take as long as without, or less.
+const UNFLUSHED_BYTES_MAX: usize = 256 << 10;
+/// What a write counts for beside its key and the greater of the values before and after it: neighbours in its node are
+/// written again with it.
+const WRITE_BYTES: usize = 512;
 
 /// How to open the engine.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -66,9 +70,6 @@ impl Default for SledOptions {
         SledOptions { cache_bytes: CACHE_BYTES_DEFAULT, synchronous: true }
     }
 }
-
-/// How the detail of an error begins that was a panic of sled's.
-const PANICKED: &str = "sled panicked";
 
 /// Told once of damage that was found in an open store.
 pub type OnDamage = Box<dyn Fn(String) + Send + Sync>;
@@ -89,6 +90,8 @@ pub struct SledEngine {
 }
 
 struct Writer {
+    /// Bytes that were given to sled since it last wrote all that it had, see [`UNFLUSHED_BYTES_MAX`].
+    unflushed: usize,
     next_chunks: u64,
     /// Whether any value is chunked: if none is, a write needn't look for the old one's.
     any_chunks: bool,
@@ -134,6 +137,7 @@ impl SledEngine {
             chunks,
             intents,
             writer: Mutex::new(Writer {
+                unflushed: 0,
                 next_chunks,
                 any_chunks: last.is_some(),
                 record: Vec::new(),
@@ -214,9 +218,9 @@ impl SledEngine {
                 None => false,
             };
             if !kept {
-                self.remove_chunks(id, u32::from_be_bytes(*count))?;
+                self.remove_chunks(&mut writer, id, u32::from_be_bytes(*count))?;
             }
-            self.run(|| self.intents.remove(id.to_be_bytes()))?;
+            self.remove(&mut writer, &self.intents, &id.to_be_bytes())?;
         }
         drop(writer);
         Ok(())
@@ -232,25 +236,55 @@ impl SledEngine {
             None
         };
         if let Some(old) = old {
-            self.intend(old, key)?;
+            self.intend(writer, old, key)?;
         }
         let new = match value {
             Some(value) if is_great(key, value) => Some(self.write_chunks(writer, key, value)?),
             _ => None,
         };
         match (value, new) {
-            (Some(_), Some(at)) => self.run(|| self.db.insert(key, at.encode()))?,
+            (Some(_), Some(at)) => self.insert(writer, &self.db, key, &at.encode())?,
             (Some(value), None) => {
-                Record::encode_inline(value, &mut writer.record);
-                self.run(|| self.db.insert(key, &writer.record[..]))?
+                let mut record = std::mem::take(&mut writer.record);
+                Record::encode_inline(value, &mut record);
+                let written = self.insert(writer, &self.db, key, &record);
+                writer.record = record;
+                written?;
             }
-            (None, _) => self.run(|| self.db.remove(key))?,
-        };
+            (None, _) => self.remove(writer, &self.db, key)?,
+        }
         if let Some(old) = old {
-            self.remove_chunks(old.id, old.count())?;
+            self.remove_chunks(writer, old.id, old.count())?;
         }
         for at in old.iter().chain(&new) {
-            self.run(|| self.intents.remove(at.id.to_be_bytes()))?;
+            self.remove(writer, &self.intents, &at.id.to_be_bytes())?;
+        }
+        Ok(())
+    }
+
+    fn insert(
+        &self,
+        writer: &mut Writer,
+        tree: &sled::Tree,
+        key: &[u8],
+        value: &[u8],
+    ) -> Result<(), StorageError> {
+        let old = self.run(|| tree.insert(key, value))?;
+        let old = old.map_or(0, |old| old.len());
+        self.given(writer, key.len() + value.len().max(old))
+    }
+
+    fn remove(&self, writer: &mut Writer, tree: &sled::Tree, key: &[u8]) -> Result<(), StorageError> {
+        let old = self.run(|| tree.remove(key))?;
+        self.given(writer, key.len() + old.map_or(0, |old| old.len()))
+    }
+
+    /// So much more was given to sled. Waits for it, if that is too much.
+    fn given(&self, writer: &mut Writer, bytes: usize) -> Result<(), StorageError> {
+        writer.unflushed += WRITE_BYTES + bytes;
+        if writer.unflushed >= UNFLUSHED_BYTES_MAX {
+            self.run(|| self.db.flush())?;
+            writer.unflushed = 0;
         }
         Ok(())
     }
@@ -269,22 +303,21 @@ impl SledEngine {
         let at = ChunkRef { id: writer.next_chunks, len, sum: crc32c::crc32c(value) };
         writer.next_chunks += 1;
         writer.any_chunks = true;
-        self.intend(at, key)?;
+        self.intend(writer, at, key)?;
         for (number, chunk) in (0..).zip(value.chunks(CHUNK_BYTES)) {
-            self.run(|| self.chunks.insert(chunk_key(at.id, number), chunk))?;
+            self.insert(writer, &self.chunks, &chunk_key(at.id, number), chunk)?;
         }
         Ok(at)
     }
 
-    fn intend(&self, at: ChunkRef, key: &[u8]) -> Result<(), StorageError> {
+    fn intend(&self, writer: &mut Writer, at: ChunkRef, key: &[u8]) -> Result<(), StorageError> {
         let intent = [&at.count().to_be_bytes()[..], key].concat();
-        self.run(|| self.intents.insert(at.id.to_be_bytes(), intent))?;
-        Ok(())
+        self.insert(writer, &self.intents, &at.id.to_be_bytes(), &intent)
     }
 
-    fn remove_chunks(&self, id: u64, count: u32) -> Result<(), StorageError> {
+    fn remove_chunks(&self, writer: &mut Writer, id: u64, count: u32) -> Result<(), StorageError> {
         for number in 0..count {
-            self.run(|| self.chunks.remove(chunk_key(id, number)))?;
+            self.remove(writer, &self.chunks, &chunk_key(id, number))?;
         }
         Ok(())
     }
@@ -465,6 +498,7 @@ impl Engine for SledEngine {
 
     fn sync(&self) -> Result<(), StorageError> {
         let mut writer = self.writer();
+        writer.unflushed = 0;
         let Writer { files, sums, .. } = &mut *writer;
         let result = match self.run(|| self.db.flush()) {
             // In this order: the sums are of what is durable, its length too.
@@ -497,59 +531,6 @@ impl Engine for SledEngine {
     }
 }
 
-fn open_db(path: &Path, config: &sled::Config) -> Result<sled::Db, StorageError> {
-    let mut attempts = 0;
-    loop {
-        let result = contain(path, || config.open());
-        // sled tells a held lock from other errors by this text alone.
-        let locked = matches!(
-            &result,
-            Err(StorageError::Engine { reason, .. }) if reason.contains("could not acquire lock")
-        );
-        if !locked {
-            return result;
-        }
-        attempts += 1;
-        if attempts == LOCK_ATTEMPTS {
-            return Err(
-                IdentityError::InUse { path: path.display().to_string(), holder: String::new() }.into()
-            );
-        }
-        std::thread::sleep(LOCK_RETRY);
-    }
-}
-
-/// Runs a call of sled and makes errors and panics ours.
-fn contain<T>(path: &Path, call: impl FnOnce() -> sled::Result<T>) -> Result<T, StorageError> {
-    match catch_unwind(AssertUnwindSafe(call)) {
-        Ok(Ok(value)) => Ok(value),
-        Ok(Err(sled::Error::Corruption { at, .. })) => {
-            let place = at.map_or(String::new(), |at| format!(" at {at:?}"));
-            Err(damaged(path, &format!("sled finds it corrupt{place}")))
-        }
-        // What it has noted of its file isn't there.
-        Ok(Err(sled::Error::Io(error))) if error.kind() == ErrorKind::UnexpectedEof => {
-            Err(damaged(path, &format!("sled finds it too short: {error}")))
-        }
-        Ok(Err(error)) => {
-            Err(StorageError::Engine { engine: NAME, reason: format!("{}: {error}", path.display()) })
-        }
-        Err(panic) => {
-            let text = panic_text(panic.as_ref());
-            // It has had an error of the system that it didn't reckon with. What it was about to write is
-            // unknown; what is on disk isn't damaged by that.
-            if text.contains("Os {") || text.contains("Io(") {
-                return Err(StorageError::SyncFailed { path: path.to_owned(), reason: text });
-            }
-            Err(damaged(path, &format!("{PANICKED}: {text}")))
-        }
-    }
-}
-
-fn damaged(path: &Path, detail: &str) -> StorageError {
-    StorageError::Damaged { what: format!("state store {}", path.display()), detail: detail.to_owned() }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -570,7 +551,7 @@ mod tests {
         engine.write_chunks(&mut writer, b"never", &value).unwrap();
         let record = engine.db.get("kept").unwrap().unwrap();
         let kept = Record::decode(&record).unwrap().chunks().unwrap();
-        engine.intend(kept, b"kept").unwrap();
+        engine.intend(&mut writer, kept, b"kept").unwrap();
         drop(writer);
         assert_eq!((engine.chunks.len(), engine.intents.len()), (8, 2));
         drop(engine);

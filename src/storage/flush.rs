@@ -33,7 +33,7 @@ use super::engine::{Engine, Mutation};
 use super::merge;
 use super::redo::{self, Record, RedoReader, RedoWriter, Section};
 use super::state::{Frozen, StateHeader};
-use super::{StorageError, atomic_file, keys};
+use super::{StorageError, atomic_file, keys, pulse};
 use crate::ids::{Index, ReplicaId};
 use crate::limits::{FLUSH_BATCH_BYTES, FLUSH_BATCH_KEYS, FLUSH_PART_BYTES};
 
@@ -100,6 +100,8 @@ impl Flusher {
             }
             None => None,
         };
+        // From here on: sled may take long to open a great store, and tells of no step of that.
+        let _working = pulse::work();
         for (sequence, path) in &files {
             reapply(path, *sequence, &*engine)?;
         }
@@ -184,8 +186,7 @@ impl Flusher {
         result
     }
 
-    /// Whether a flush that has just failed with `error` may be tried again: nothing of it is on disk,
-    /// since there was no space.
+    /// Whether a flush that has just failed with `error` may be tried again: there was no space, so nothing is on disk.
     pub fn may_retry(&self, error: &StorageError) -> bool {
         self.failed.is_none() && error.is_full()
     }
@@ -230,9 +231,8 @@ impl Flusher {
         self.engine.sync()
     }
 
-    /// Begins to keep the redo files of the flushes to come that hold writes of this generation, as
-    /// second names in `dir`, which is on the same file system. `None` if the engine holds no state of
-    /// it: nothing was ever flushed, and the caller sees to that first.
+    /// Begins to keep the redo files of the flushes to come that hold writes of this generation, as second names in `dir`,
+    /// which is on the same file system. `None` if the engine holds no state of it: the caller has it flushed first.
     pub fn begin_collection(
         &mut self,
         replica: ReplicaId,
@@ -243,9 +243,8 @@ impl Flusher {
         self.collections.begin(&*self.engine, replica, generation, dir)
     }
 
-    /// Ends a collection: every flush since its begin that holds writes of its generation is in one of
-    /// the files, and the engine has them all. An error if one couldn't be kept, or the
-    /// generation was destroyed meanwhile.
+    /// Ends a collection: every flush since its begin that holds writes of its generation is in one of the files, and the
+    /// engine has them all. An error if one couldn't be kept, or the generation was destroyed meanwhile.
     pub fn end_collection(&mut self, collection: &Collection) -> Result<Collected, StorageError> {
         self.check_usable()?;
         self.collections.end(&*self.engine, collection)
@@ -342,6 +341,7 @@ impl Flusher {
     }
 
     fn at(&mut self, point: FlushPoint) -> Result<(), StorageError> {
+        pulse::beat();
         self.hook.as_mut().map_or(Ok(()), |hook| hook(point))
     }
 }
@@ -528,6 +528,7 @@ impl<'a> Batch<'a> {
             self.engine.write(&self.mutations)?;
             self.mutations.clear();
             self.bytes = 0;
+            pulse::beat();
         }
         Ok(())
     }

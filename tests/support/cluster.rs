@@ -115,6 +115,8 @@ pub struct Options {
     pub node: String,
     /// Lines of TOML added to the section `storage` of each file, and others behind it.
     pub extra: String,
+    /// What the environment of each process has beside that of the test.
+    pub env: Vec<(&'static str, String)>,
 }
 
 impl Cluster {
@@ -219,6 +221,7 @@ impl Cluster {
             .arg(&node.config)
             .args(args)
             .env("PONTOON_TEST_HOOKS", rules)
+            .envs(self.options.env.iter().cloned())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(log)

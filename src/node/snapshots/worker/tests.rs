@@ -48,7 +48,7 @@ fn setting() -> Setting {
     let engine = Arc::new(MemoryEngine::new());
     let fatal = Fatal::new();
     let flusher = Flusher::open(dir.path().join("redo"), engine.clone()).unwrap();
-    let (flusher, flushing) = FlushThread::start(flusher, fatal.clone()).unwrap();
+    let (flusher, flushing) = FlushThread::start(flusher, fatal.clone(), Default::default()).unwrap();
     let flusher = Arc::new(flusher);
     let tools = Tools {
         dir: snapshot_dir(dir.path()),
