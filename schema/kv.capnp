@@ -58,6 +58,30 @@ interface Kv {
   # wait on a connection; a further one fails with an exception of the kind `overloaded`. A connection has such
   # an answer at most every second, with all that has changed by then. A node that is, or becomes, `cutOff`
   # says so within about a second: wait at another one.
+
+  gather @8 (requests :List(BatchRequest)) -> (answers :Answers);
+  # Several `batch`es in one call, to any shards that this node leads; none is traced. Each is a batch by itself: it
+  # succeeds or fails alone, and they are begun in their order. At most 1,024, with at most 1,024 operations in all, else
+  # the call fails with an exception and none is begun. A node that has this says `gather` in its welcome's features.
+}
+
+struct Answers {
+  # Those that were ready soon, and the way to the others: who is done doesn't wait long for who isn't.
+  list @0 :List(Answer);
+  rest @1 :Rest;             # null if these are the last. Dropping it is giving up what is still under way
+}
+
+struct Answer {
+  request @0 :UInt32;        # which request of the call it answers, counted from 0
+  response @1 :BatchResponse;
+}
+
+interface Rest {
+  # The requests of a `gather` that weren't answered yet.
+
+  next @0 () -> (answers :Answers);
+  # Some more of them, in the same way: when one is ready, with those that are soon after. Only once; what follows is in the
+  # `rest` of its answer.
 }
 
 struct Expect {

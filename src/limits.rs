@@ -170,6 +170,8 @@ pub const LOG_PRESSED_TICKS: u64 = 150;
 pub const TICK_MS: u64 = 100;
 /// Ticks between heartbeats of a leader.
 pub const HEARTBEAT_TICKS: usize = 2;
+/// Heartbeats in a row that a leader spares a follower which has acknowledged appends meanwhile.
+pub const BEATS_SPARED_MAX: u32 = 2;
 /// Ticks between attempts of a new group's preferred leader to be elected before any timeout.
 pub const EAGER_TICKS: u64 = 2;
 /// Least election timeout in ticks.
@@ -458,6 +460,16 @@ pub const CALL_OPERATIONS_MIN: usize = 128;
 pub const CALL_BYTES_MIN: usize = 64 * KIB;
 /// Client library: nor do they wait for a call that has been under way for longer than this, in milliseconds.
 pub const CALL_GATHER_MS: u64 = 5;
+/// Client library: messages with calls of several shards under way to one node; calls made meanwhile share the next.
+pub const GATHERS_PER_NODE_MAX: usize = 4;
+/// Client library: nor do they wait for longer than this, in milliseconds.
+pub const GATHER_HOLD_MS: u64 = 2;
+/// Batches in one client call for several shards; a call with more fails. Their operations together are bounded by
+/// [`BATCH_OPERATIONS_MAX`].
+pub const GATHER_REQUESTS_MAX: usize = BATCH_OPERATIONS_MAX;
+/// Such a call is answered when its first batch has ended, and for as long again as that took the others are waited for, but at
+/// least for so many milliseconds; what takes longer is told by further answers.
+pub const GATHER_ANSWER_MS: u64 = 1;
 /// Client library: longest attempt at one node, in milliseconds, so that a hung node is left for another.
 pub const ATTEMPT_MS_MAX: u64 = 2_000;
 /// Client library: bytes for which an attempt is given one further millisecond.

@@ -13,6 +13,8 @@ pub const PROTOCOL_MIN: u32 = 1;
 pub const PROTOCOL_MAX: u32 = 2;
 /// The protocol version from which on a node knows sessions.
 pub const PROTOCOL_SESSIONS: u32 = 2;
+/// What a node says that takes several batches in one call.
+pub const FEATURE_GATHER: &str = "gather";
 /// Version of the data directory's format. A node refuses a directory of a newer one.
 pub const DISK_FORMAT: u32 = 2;
 

@@ -1,5 +1,5 @@
-//! Plain calls by key, `get`, `put`, `delete`, `cas`, spoken in bare Cap'n Proto as a client without
-//! routing would: any node takes them and brings them to the shard's leader in one hop.
+//! Calls in bare Cap'n Proto. Plain ones by key, `get`, `put`, `delete`, `cas`, as of a client without
+//! routing: any node takes them and brings them to the shard's leader in one hop. And several batches in one call.
 
 #[path = "support/cluster.rs"]
 mod cluster;
@@ -10,8 +10,9 @@ use capnp_rpc::rpc_twoparty_capnp::Side;
 use capnp_rpc::{RpcSystem, twoparty};
 use cluster::Cluster;
 use pontoon::client::Client;
-use pontoon::limits::{KEY_BYTES_MAX, MAP_WATCHES_MAX};
-use pontoon::schema::kv_capnp::{expect, gate, kv, op_result};
+use pontoon::ids::ShardId;
+use pontoon::limits::{BATCH_OPERATIONS_MAX, KEY_BYTES_MAX, MAP_WATCHES_MAX};
+use pontoon::schema::kv_capnp::{answers, batch_request, batch_response, expect, gate, kv, op_result, rest};
 use pontoon::schema::types_capnp::{Applied, error};
 use pontoon::transport::rpc_stream::{reader_options, rpc_streams};
 use pontoon::version::PROTOCOL_MAX;
@@ -365,5 +366,115 @@ async fn a_call_for_news_of_the_map_waits_for_them_and_not_for_ever() {
         }
     };
     LocalSet::new().run_until(waiting).await;
+    client.close().await;
+}
+
+/// Fills in a batch of one put.
+fn put_in(mut batch: batch_request::Builder<'_>, (shard, version): (ShardId, u64), key: &str, ms: u32) {
+    batch.set_shard(shard.0);
+    batch.set_range_version(version);
+    batch.set_timeout_ms(ms);
+    let mut operation = batch.init_operations(1).get(0);
+    operation.set_key(key.as_bytes());
+    operation.set_put(b"value");
+}
+
+/// What came of a put, as a batch of one: written, or whether it may have been.
+fn outcome(response: batch_response::Reader<'_>) -> Result<(), bool> {
+    let said = match response.which().expect("a known answer") {
+        batch_response::Results(results) => read(results.expect("results").get(0)),
+        batch_response::Error(error) => {
+            return Err(error.expect("an error").get_applied().expect("a known word") != Applied::No);
+        }
+    };
+    match said {
+        Said::Written(_) => Ok(()),
+        Said::Error { may_be_applied, .. } => Err(may_be_applied),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The answers in a message, and the way to the others.
+fn answers_in(answers: answers::Reader<'_>) -> (Vec<(u32, Result<(), bool>)>, Option<rest::Client>) {
+    let list = answers.get_list().expect("answers");
+    let list = list.iter().map(|a| (a.get_request(), outcome(a.get_response().expect("a response"))));
+    (list.collect(), answers.has_rest().then(|| answers.get_rest().expect("a capability")))
+}
+
+/// A batch whose shard has lost its majority doesn't hold up those that came with it, and is answered in its time.
+#[tokio::test]
+async fn batches_in_one_call_end_each_in_its_time() {
+    let mut cluster = Cluster::new(3);
+    cluster.wait_all_ready();
+    let client = cluster.client().await;
+    cluster.database(&client, "narrow", 1, 3).await;
+    cluster.database(&client, "wide", 3, 3).await;
+    let narrow = keys(&cluster, &client, "narrow").await;
+    let wide = keys(&cluster, &client, "wide").await;
+    let map = client.map().await.expect("the map");
+    let place = |database: &str, key: &str| {
+        let record = map.database(database).expect("the database");
+        let shard = map.shard_of_key(record, key.as_bytes()).expect("a shard");
+        (shard.id, shard.epoch.range)
+    };
+    LocalSet::new()
+        .run_until(async {
+            // A node that leads one of each.
+            let mut found = None;
+            for (alone, holders) in &narrow {
+                let kv = dial(&cluster.nodes[holders[0]].client).await;
+                for (shared, _) in &wide {
+                    let mut call = kv.batch_request();
+                    put_in(call.get().init_request(), place("wide", shared), shared, 1_000);
+                    let answer = call.send().promise.await.expect("an answer");
+                    if outcome(answer.get().and_then(|a| a.get_response()).expect("a response")).is_ok() {
+                        found = Some((holders[0], kv.clone(), alone, shared));
+                    }
+                }
+            }
+            let (node, kv, alone, shared) = found.expect("three nodes share three shards");
+            let gather = |requests: u32, ms| {
+                let mut call = kv.gather_request();
+                let mut list = call.get().init_requests(requests);
+                for at in 0..requests {
+                    let (database, key) = if at == 0 { ("wide", shared) } else { ("narrow", alone) };
+                    put_in(list.reborrow().get(at), place(database, key), key, ms);
+                }
+                call.send().promise
+            };
+            let answer = gather(3, 5_000).await.expect("an answer");
+            let (mut said, mut rest) = answers_in(answer.get().unwrap().get_answers().unwrap());
+            while let Some(further) = rest {
+                let answer = further.next_request().send().promise.await.expect("an answer");
+                let (more, after) = answers_in(answer.get().unwrap().get_answers().unwrap());
+                said.extend(more);
+                rest = after;
+            }
+            said.sort_by_key(|(request, _)| *request);
+            assert_eq!(said, [(0, Ok(())), (1, Ok(())), (2, Ok(()))]);
+
+            for other in (0..3).filter(|other| *other != node) {
+                cluster.signal(other, Signal::STOP);
+            }
+            let begun = Instant::now();
+            let answer = gather(2, 700).await.expect("an answer");
+            let (said, rest) = answers_in(answer.get().unwrap().get_answers().unwrap());
+            assert_eq!(said, [(1, Ok(()))], "the other can't be written");
+            assert!(begun.elapsed() < Duration::from_millis(500), "it was held up: {:?}", begun.elapsed());
+            let rest = rest.expect("the way to the other");
+            let answer = rest.next_request().send().promise.await.expect("an answer");
+            let (said, after) = answers_in(answer.get().unwrap().get_answers().unwrap());
+            assert_eq!(said, [(0, Err(true))], "it may have been written, or will be");
+            assert!(after.is_none());
+            assert!(rest.next_request().send().promise.await.is_err(), "it was asked for");
+
+            let many = u32::try_from(BATCH_OPERATIONS_MAX + 1).expect("a number");
+            let error = gather(many, 700).await.err().expect("too many");
+            assert!(error.to_string().contains("split it"), "{error}");
+            for other in (0..3).filter(|other| *other != node) {
+                cluster.signal(other, Signal::CONT);
+            }
+        })
+        .await;
     client.close().await;
 }

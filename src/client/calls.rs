@@ -3,10 +3,9 @@
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use capnp::capability::{Promise, Response};
-
 use super::connection::{Connection, Watch};
 use super::driver::{Driver, moment};
+use super::gather::{Answer, Request};
 use super::retry::{self, Attempts, Decision, Failure, Kind};
 use super::routing::Target;
 use super::session::{Moment, Session};
@@ -16,7 +15,7 @@ use crate::codec::records::read_delta;
 use crate::ids::ShardId;
 use crate::limits::{ATTEMPT_BYTES_PER_MS, ATTEMPT_MS_MAX};
 use crate::refusal::Refusal;
-use crate::schema::kv_capnp::{batch_response, kv};
+use crate::schema::kv_capnp::batch_response;
 use crate::schema::types_capnp::map_delta;
 
 /// The time a node is given for one attempt that carries so many bytes.
@@ -72,7 +71,7 @@ impl Driver {
         let now = Instant::now();
         let longest = batch.iter().map(|t| t.deadline.left(now)).max();
         let patience = patience(bytes).min(longest.unwrap_or_default());
-        let promise = self.send_batch(&connection, shard, patience, &mut batch);
+        let promise = self.send_batch(&connection, shard, patience, bytes, &mut batch);
         let waiting = || format!("node {} at {} did not answer in time", target.node, target.address);
         // What may not be repeated is waited for while there is hope.
         let repeatable = batch.iter().all(|ticket| ticket.kind != Kind::Once);
@@ -82,9 +81,8 @@ impl Driver {
         let silent = watch.silent();
         drop(watch);
         let outcome = match answer {
-            Waited::Done(Ok(response)) => {
-                let response = response.get().and_then(|r| r.get_response());
-                match response {
+            Waited::Done(Ok(answer)) => {
+                match answer.response() {
                     Ok(response) => return self.answered(shard, &target, batch, sent, response),
                     Err(error) => Failure::Lost(unreadable(&target, &error)),
                 }
@@ -115,27 +113,25 @@ impl Driver {
         connection: &Connection,
         shard: ShardId,
         patience: Duration,
+        bytes: usize,
         batch: &mut [Ticket],
-    ) -> Promise<Response<kv::batch_results::Owned>, capnp::Error> {
-        let mut call = connection.kv.batch_request();
-        let mut request = call.get().init_request();
-        request.set_shard(shard.0);
-        // All tickets of a batch carry the version under which the batch was made up.
-        request.set_range_version(batch.first().map_or(0, |t| t.range_version));
-        request.set_timeout_ms(told(patience));
-        request.set_forwarded(self.setup.forwarded);
-        if let Some(session) = session_of(batch) {
-            wire::write_session(&session.header(), request.reborrow());
-        }
-        let count = u32::try_from(batch.len()).unwrap_or(u32::MAX);
-        let mut operations = request.init_operations(count);
-        for (at, ticket) in (0..count).zip(batch) {
-            let mut operation = operations.reborrow().get(at);
-            operation.set_sequence(ticket.tag.as_ref().map_or(0, |tag| tag.sequence()));
-            wire::write_operation(&ticket.operation, operation);
+    ) -> impl Future<Output = Result<Answer, capnp::Error>> + use<> {
+        let session = session_of(batch).map(Session::header);
+        let operations = batch.iter_mut().map(|ticket| {
             ticket.sent = true;
-        }
-        call.send().promise
+            (ticket.tag.as_ref().map_or(0, |tag| tag.sequence()), ticket.operation.clone())
+        });
+        let operations = operations.collect();
+        connection.batches.send(Request {
+            shard,
+            // All tickets of a batch carry the version under which the batch was made up.
+            range_version: batch.first().map_or(0, |t| t.range_version),
+            timeout_ms: told(patience),
+            forwarded: self.setup.forwarded,
+            session,
+            operations,
+            bytes,
+        })
     }
 
     /// Takes in the answer to a batch that left at `sent`.

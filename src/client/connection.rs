@@ -21,6 +21,7 @@ use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 use tokio::task::{AbortHandle, spawn_local};
 
+use super::gather::Gatherer;
 use super::retry::Failure;
 use super::silence::{self, Signs, Verdict};
 use crate::ids::{ClusterId, NodeId, RandomId};
@@ -32,7 +33,7 @@ use crate::refusal::Refusal;
 use crate::schema::{admin_capnp::admin, kv_capnp::gate, kv_capnp::kv};
 use crate::transport::foreign::is_abort_for_client;
 use crate::transport::rpc_stream::{RpcReader, reader_options, rpc_streams};
-use crate::version::{PROTOCOL_MAX, PROTOCOL_SESSIONS};
+use crate::version::{FEATURE_GATHER, PROTOCOL_MAX, PROTOCOL_SESSIONS};
 
 /// Why a node is of no use for now.
 #[derive(Clone, Debug)]
@@ -97,6 +98,8 @@ type Dialled = Result<Rc<Connection>, Obstacle>;
 pub struct Connection {
     /// Its data.
     pub kv: kv::Client,
+    /// Batches of operations on it.
+    pub batches: Rc<Gatherer>,
     /// Its administration.
     pub admin: admin::Client,
     /// The node that answered.
@@ -407,8 +410,12 @@ async fn dial(address: &str) -> Result<Connection, Obstacle> {
         )));
     }
     let cluster_id = RandomId::from_slice(welcome.get_cluster_id().map_err(text)?);
+    let features = welcome.get_features().map_err(text)?;
+    let gathers = features.iter().any(|name| name.is_ok_and(|name| name == FEATURE_GATHER));
+    let kv = response.get_kv().map_err(text)?;
     Ok(Connection {
-        kv: response.get_kv().map_err(text)?,
+        batches: Gatherer::new(kv.clone(), gathers),
+        kv,
         admin: response.get_admin().map_err(text)?,
         node: NodeId(welcome.get_node()),
         cluster_id: cluster_id.unwrap_or_default(),

@@ -26,6 +26,7 @@ mod connection;
 mod driver;
 mod dropping;
 mod follow;
+mod gather;
 mod lanes;
 pub(crate) mod local;
 pub mod options;

@@ -234,6 +234,11 @@ impl CatchUp {
         self.requests.contains_key(&replica)
     }
 
+    /// Whether anybody has asked for a snapshot since requests were last looked at.
+    pub fn asks(&self) -> bool {
+        self.requests.values().any(|request| request.fresh)
+    }
+
     /// Who has asked for a snapshot since the last call.
     pub fn take_requests(&mut self) -> Vec<ReplicaId> {
         let requests = self.requests.iter_mut();

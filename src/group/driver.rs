@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, VecDeque};
 use raft::eraftpb::{Entry, Message, MessageType};
 use raft::{GetEntriesContext, RawNode};
 
+use super::beats::Beats;
 use super::catch_up::CatchUp;
 use super::clock::SessionClock;
 use super::election::Ambition;
@@ -126,6 +127,7 @@ pub struct Group<T> {
     /// As told by the leader.
     pub(super) safe_index: Index,
     pub(super) catch_up: CatchUp,
+    pub(super) beats: Beats,
     pub(super) sleep: Sleep,
     pub(super) messages: Vec<Message>,
     pub(super) done: Vec<(T, Result<Output, Refusal>)>,
@@ -357,6 +359,12 @@ impl<T> Group<T> {
             && (self.holds_apply() || self.handed == self.done_to())
             && !self.may_leave_joint()
             && !self.raft.has_ready()
+    }
+
+    /// Whether a pump is worth its while after a message or the end of a write. Most acknowledgements find a leader that has
+    /// gone on already by those of others.
+    pub fn has_work(&self) -> bool {
+        !self.at_rest() || self.raft.store().asks() || self.catch_up.asks()
     }
 
     /// Does what the inputs since the last call ask for, within bounds.

@@ -80,6 +80,9 @@ impl<T> Group<T> {
             && self.raft.raft.prs().get(message.from).is_some()
         {
             self.catch_up.answers(ReplicaId(message.from), self.ticks);
+            if message.get_msg_type() == MessageType::MsgAppendResponse && !message.reject {
+                self.beats.acknowledges(ReplicaId(message.from), message.term, self.ticks);
+            }
         }
         if message.get_msg_type() != MessageType::MsgHeartbeatResponse
             || !self.leads()

@@ -316,6 +316,14 @@ impl GroupLog {
         Some(take_bytes(self.cache.iter().skip(skip).take(count), max_bytes))
     }
 
+    /// Whether raft waits for a read or a snapshot, or a read has failed: all of these are to be taken out below.
+    pub fn asks(&self) -> bool {
+        let failure = self.failure.take();
+        let failed = failure.is_some();
+        self.failure.set(failure);
+        failed || self.wanted.borrow().is_some() || !self.snapshots_wanted.borrow().is_empty()
+    }
+
     /// The read that raft waits for, if any; handed out once.
     pub fn take_wanted(&mut self) -> Option<(Fetch, GetEntriesContext)> {
         self.wanted.borrow_mut().take()

@@ -293,6 +293,7 @@ impl<T> Group<T> {
         self.strangers.retain(|replica, _| !is_member(*replica));
         self.confs.retain(|replica, _| is_member(*replica));
         self.catch_up.retain(is_member);
+        self.beats.retain(is_member);
         self.step_down_if_removed();
         // Ranks are others.
         self.timeout.0 = Term::MAX;

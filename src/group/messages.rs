@@ -8,7 +8,7 @@ use super::log::GroupLog;
 use super::lost::ask_along;
 use super::types::Effects;
 use crate::codec::GroupMessage;
-use crate::ids::{Epoch, GROUP_START, NodeId, ReplicaId, Term};
+use crate::ids::{Epoch, GROUP_START, METADATA_SHARD, NodeId, ReplicaId, Term};
 use crate::limits;
 use crate::telemetry::hot::hot;
 
@@ -118,6 +118,19 @@ impl<T> Group<T> {
         }
     }
 
+    /// Whether a message is a heartbeat that would say nothing new ([`super::beats`]). Of the metadata shard all are sent:
+    /// by them the nodes hear in time of the map that is committed.
+    fn is_spared(&mut self, message: &Message, leads_term: Option<Term>) -> bool {
+        let to = ReplicaId(message.to);
+        message.get_msg_type() == MessageType::MsgHeartbeat
+            && message.context.is_empty()
+            && leads_term == Some(message.term)
+            && self.shard != METADATA_SHARD
+            && self.word_for(message).is_none()
+            && !self.catch_up.lacks_state(to)
+            && self.beats.spares(to, message.term, self.ticks)
+    }
+
     pub(super) fn route_messages(&mut self, effects: &mut Effects<T>) {
         if self.messages.is_empty() {
             return;
@@ -133,6 +146,9 @@ impl<T> Group<T> {
                 continue;
             }
             if !mend_append(&mut message, leads_term, self.raft.store()) {
+                continue;
+            }
+            if self.is_spared(&message, leads_term) {
                 continue;
             }
             ask_along(&mut message, wanted_index);

@@ -35,6 +35,7 @@
 //!   may have had an effect.
 
 mod apply;
+mod beats;
 pub mod catch_up;
 pub mod clock;
 pub mod driver;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use raft::{Config, RawNode};
 
+use super::beats::Beats;
 use super::catch_up::{CatchUp, Retention};
 use super::clock::SessionClock;
 use super::driver::{Group, GroupError};
@@ -169,6 +170,7 @@ impl<T> Group<T> {
             gives_way_at: 0,
             safe_index: 0,
             catch_up: CatchUp::new(options.retention),
+            beats: Beats::default(),
             sleep: Sleep::never(),
             messages: Vec::new(),
             done: Vec::new(),

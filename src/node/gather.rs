@@ -1,17 +1,18 @@
-//! What the replicas of one thread write to the raft log, pass by pass.
+//! What the replicas of one thread write to the raft log and send to other nodes, pass by pass.
 //!
 //! A frame of a peer, or the end of a sync, sets several replicas of a thread to work, one after the other. If
 //! each handed its write to the log writer by itself, the first would wake it, and the others would wait for the
-//! sync of that one. So they are put down here, and handed over together once all who are ready to run on this
-//! thread have had their turn: one wake-up and one sync for all.
+//! sync of that one; and each would take the lock of the outbox for one message. So they are put down here, and handed over
+//! together once all who are ready to run on this thread have had their turn: one wake-up and one sync for all.
 //!
 //! ```text
-//! replica ──put──►┐
-//! replica ──put──►├──(the thread has nothing else to run)──► log writer
-//! replica ──put──►┘
+//! replica ──send──►┐                                            ┌──► network
+//! replica ──put───►├──(the thread has nothing else to run)──────┤
+//! replica ──put───►┘                                            └──► log writer
 //! ```
 //!
-//! The order in which writes are put here is kept. What is dropped here, with its thread, nobody was told of.
+//! The order in which writes are put here is kept, and that of the messages to a node. Messages leave before the writes that were
+//! put here after them. What is dropped here, with its thread, nobody was told of.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -19,32 +20,68 @@ use std::sync::Arc;
 
 use super::log_writer::WriteTask;
 use super::shared::Shared;
+use crate::codec::GroupMessage;
+use crate::ids::NodeId;
 
 /// See the module page. One per thread that owns replicas; clones are the same one.
 #[derive(Clone)]
 pub struct Gather {
     shared: Arc<Shared>,
-    /// Not empty: a task that hands them over is about to run.
-    tasks: Rc<RefCell<Vec<WriteTask>>>,
+    pass: Rc<RefCell<Pass>>,
+}
+
+#[derive(Default)]
+struct Pass {
+    /// Messages by receiver, each receiver's in order.
+    messages: Vec<(NodeId, Vec<GroupMessage>)>,
+    tasks: Vec<WriteTask>,
+    /// A task that hands them over is about to run.
+    ends: bool,
 }
 
 impl Gather {
     /// Nothing yet.
     pub fn new(shared: Arc<Shared>) -> Gather {
-        Gather { shared, tasks: Rc::default() }
+        Gather { shared, pass: Rc::default() }
+    }
+
+    /// Messages that leave with the others of this pass. On the thread of an arbiter.
+    pub fn send(&self, messages: Vec<(NodeId, GroupMessage)>) {
+        if messages.is_empty() {
+            return;
+        }
+        let mut pass = self.pass.borrow_mut();
+        for (node, message) in messages {
+            match pass.messages.iter_mut().find(|(to, _)| *to == node) {
+                Some((_, batch)) => batch.push(message),
+                None => pass.messages.push((node, vec![message])),
+            }
+        }
+        self.end(&mut pass);
     }
 
     /// A write that goes to the log writer with the others of this pass. On the thread of an arbiter.
     pub fn put(&self, task: WriteTask) {
-        let mut tasks = self.tasks.borrow_mut();
-        tasks.push(task);
-        if tasks.len() == 1 {
-            let gathered = self.clone();
-            // It runs after those that are ready now.
-            actix::spawn(async move {
-                let tasks = gathered.tasks.take();
-                gathered.shared.log_writer.submit(tasks);
-            });
+        let mut pass = self.pass.borrow_mut();
+        pass.tasks.push(task);
+        self.end(&mut pass);
+    }
+
+    /// Sees to it that the pass ends.
+    fn end(&self, pass: &mut Pass) {
+        if std::mem::replace(&mut pass.ends, true) {
+            return;
         }
+        let gathered = self.clone();
+        // It runs after those that are ready now.
+        actix::spawn(async move {
+            let Pass { messages, tasks, .. } = gathered.pass.take();
+            if !messages.is_empty() {
+                gathered.shared.network.send(messages);
+            }
+            if !tasks.is_empty() {
+                gathered.shared.log_writer.submit(tasks);
+            }
+        });
     }
 }

@@ -39,7 +39,7 @@ pub struct Hub {
     replicas: HashMap<ReplicaId, (Incarnation, Addr<ReplicaActor>)>,
     /// One for all replicas of this thread: the log and flush threads call it once per batch.
     sink: Option<Arc<HubSink>>,
-    /// What they write to the log.
+    /// What they write to the log and send.
     gather: Gather,
     /// How often replicas were told of time or memory: who is first is another each time.
     rounds: usize,

@@ -34,11 +34,11 @@ use super::snapshots::outgoing::Order;
 use super::supervisor::Supervisor;
 use super::ticket::{Ticket, tickets};
 use super::trace::WriteStamps;
-use crate::codec::{GroupMessage, trace};
+use crate::codec::trace;
 use crate::failpoints::failpoint;
 use crate::group::driver::Group;
 use crate::group::types::{Effects, Fetch, Operation, SnapshotWanted};
-use crate::ids::{Incarnation, METADATA_SHARD, NodeId, Position, ReplicaId, ShardId};
+use crate::ids::{Incarnation, METADATA_SHARD, Position, ReplicaId, ShardId};
 use crate::limits;
 use crate::machine::meta;
 use crate::placement::map::ClusterMap;
@@ -66,7 +66,7 @@ pub struct ReplicaActor {
     /// The supervisor knows that it sleeps as a leader.
     rests_as_leader: bool,
     sink: Arc<HubSink>,
-    /// To the log writer.
+    /// To the log writer and to other nodes.
     gather: Gather,
     supervisor: Addr<Supervisor>,
     guard: Guard,
@@ -149,6 +149,13 @@ impl ReplicaActor {
         }
     }
 
+    /// The same, if there is anything for it to do.
+    fn queue_pump_for_work(&mut self, ctx: &mut Context<Self>) {
+        if self.group.has_work() || !self.traces.is_empty() {
+            self.queue_pump(ctx);
+        }
+    }
+
     fn pump(&mut self, ctx: &mut Context<Self>) {
         self.pump_queued = false;
         self.stepped_bytes = 0;
@@ -176,9 +183,7 @@ impl ReplicaActor {
     ) {
         let Effects { messages, write, done, reads, fetch, snapshot, leader, marked, more } = effects;
         // Messages of this pass are those that may leave before the write below.
-        if !messages.is_empty() {
-            self.shared.network.send(by_node(messages));
-        }
+        self.gather.send(messages);
         if let Some(numbered) = write {
             failpoint!(WriteBefore, self.replica, why => return self.fail(why, ctx));
             self.gather.put(WriteTask {
@@ -326,18 +331,6 @@ impl ReplicaActor {
     }
 }
 
-/// Messages grouped by receiver, each receiver's in order.
-fn by_node(messages: Vec<(NodeId, GroupMessage)>) -> Vec<(NodeId, Vec<GroupMessage>)> {
-    let mut batches: Vec<(NodeId, Vec<GroupMessage>)> = Vec::new();
-    for (node, message) in messages {
-        match batches.iter_mut().find(|(to, _)| *to == node) {
-            Some((_, batch)) => batch.push(message),
-            None => batches.push((node, vec![message])),
-        }
-    }
-    batches
-}
-
 impl Actor for ReplicaActor {
     type Context = Context<Self>;
 
@@ -413,7 +406,7 @@ impl Handler<Step> for ReplicaActor {
         if self.stepped_bytes >= limits::LOG_WRITE_TARGET_BYTES {
             self.pump(ctx);
         } else {
-            self.queue_pump(ctx);
+            self.queue_pump_for_work(ctx);
         }
     }
 }
@@ -454,7 +447,7 @@ impl Handler<Persisted> for ReplicaActor {
             self.traces.persisted(persisted.0, Instant::now());
         }
         self.group.on_persisted(persisted.0);
-        self.queue_pump(ctx);
+        self.queue_pump_for_work(ctx);
     }
 }
 

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
+use super::gather::Gathered;
 use super::wire::{self, Room};
 use super::{SOFTWARE, Service, admin, timeout};
 use crate::client::{self, ClientError, OperationResult};
@@ -16,7 +17,7 @@ use crate::codec::trace::write_trace;
 use crate::group::types::{Operation, Output};
 use crate::ids::{METADATA_SHARD, ShardId};
 use crate::limits::{
-    BATCH_OPERATIONS_MAX, KEY_BYTES_MAX, MAP_CUT_OFF_MS, MAP_NEWS_JITTER_MS, MAP_NEWS_MS,
+    BATCH_OPERATIONS_MAX, GATHER_REQUESTS_MAX, KEY_BYTES_MAX, MAP_CUT_OFF_MS, MAP_NEWS_JITTER_MS, MAP_NEWS_MS,
     MAP_WATCH_DEFAULT_MS, MAP_WATCH_MS_MAX, MAP_WATCHES_MAX, SCAN_PAIRS_MAX,
 };
 use crate::machine::command::{Answer, Query};
@@ -26,7 +27,7 @@ use crate::placement::ring;
 use crate::refusal::{Outcome, Refusal};
 use crate::schema::kv_capnp::{batch_request, batch_response, gate, kv, op_result, scan_request};
 use crate::transport::backlog::Backlog;
-use crate::version::{PROTOCOL_MAX, PROTOCOL_MIN};
+use crate::version::{FEATURE_GATHER, PROTOCOL_MAX, PROTOCOL_MIN};
 
 /// The door: versions first, then the services.
 pub(crate) struct Gate {
@@ -67,6 +68,7 @@ impl gate::Server for Gate {
         welcome.set_cluster_id(&node.map().cluster_id.0);
         welcome.set_node(node.node().0);
         welcome.set_software(SOFTWARE);
+        welcome.init_features(1).set(0, FEATURE_GATHER);
         let (service, backlog) = (self.service.clone(), self.backlog.clone());
         let kv = Kv { service, backlog, watches: self.watches.clone(), answered: Cell::default() };
         answer.set_kv(capnp_rpc::new_client(kv));
@@ -77,10 +79,10 @@ impl gate::Server for Gate {
 }
 
 /// Data.
-struct Kv {
+pub(super) struct Kv {
     service: Rc<Service>,
     /// Answers that this connection hasn't read.
-    backlog: Rc<Backlog>,
+    pub(super) backlog: Rc<Backlog>,
     /// Its calls that wait for a newer map.
     watches: Rc<Cell<usize>>,
     /// When the last such call was answered.
@@ -119,7 +121,7 @@ impl Drop for MapWatch {
 }
 
 /// A batch as read from the message: what goes to the replica, and what is refused before.
-struct Batch {
+pub(super) struct Batch {
     shard: ShardId,
     range_version: u64,
     timeout_ms: u32,
@@ -127,6 +129,15 @@ struct Batch {
     refused: Vec<Option<Refusal>>,
     operations: Vec<Operation>,
     bytes: usize,
+}
+
+/// What came of a batch.
+pub(super) struct Ended {
+    shard: ShardId,
+    refused: Vec<Option<Refusal>>,
+    /// Of those that weren't refused before; or what holds for all.
+    ends: Result<Vec<Result<Output, Refusal>>, Refusal>,
+    sheet: Option<Arc<Sheet>>,
 }
 
 impl kv::Server for Kv {
@@ -189,48 +200,26 @@ impl kv::Server for Kv {
         params: kv::BatchParams,
         mut results: kv::BatchResults,
     ) -> Result<(), capnp::Error> {
-        let node = &self.service.node;
         let request = params.get()?.get_request()?;
         let sheet = request.get_trace().then(|| Sheet::begin(Instant::now()));
         let batch = self.read_batch(request)?;
         // The request's memory is not needed while the operations run.
         drop(params);
-        let mut response = results.get().init_response();
-        let batch = match batch {
-            Ok(batch) => batch,
-            Err(refusal) => {
-                write_refusal(&refusal, response.init_error());
-                return Ok(());
-            }
-        };
-        let admitted = self.service.load.enter(batch.operations.len(), batch.bytes);
-        let ends = match admitted {
-            Ok(_guard) if batch.operations.is_empty() => Ok(Vec::new()),
-            Ok(guard) => {
-                let (within, admitted) = (timeout(batch.timeout_ms), Some(guard.admitted()));
-                let (shard, version, trace) = (batch.shard, batch.range_version, sheet.clone());
-                node.submit_admitted(shard, version, batch.operations, within, admitted, trace).await
-            }
-            Err(refusal) => Err(refusal),
-        };
-        match ends {
-            Ok(ends) => {
-                let room = Room::on(&self.backlog);
-                let lost = write_ends(batch.refused, ends, room, response.reborrow());
-                if lost {
-                    wire::write_route(&node.map(), batch.shard, response.reborrow().init_route());
-                }
-                if let Some(sheet) = sheet {
-                    write_trace(&sheet.end(Instant::now()), response.init_trace());
-                }
-            }
-            Err(refusal) => {
-                write_refusal(&refusal, response.reborrow().init_error());
-                if wire::wants_route(&refusal) {
-                    wire::write_route(&node.map(), batch.shard, response.init_route());
-                }
-            }
-        }
+        let ended = self.run(batch, sheet).await;
+        self.write_end(ended, &mut Room::on(&self.backlog), results.get().init_response());
+        Ok(())
+    }
+
+    async fn gather(
+        self: Rc<Self>,
+        params: kv::GatherParams,
+        mut results: kv::GatherResults,
+    ) -> Result<(), capnp::Error> {
+        let batches = self.read_gather(params.get()?.get_requests()?)?;
+        drop(params);
+        let mut gathered = Gathered::begin(&self, batches);
+        let done = gathered.next().await;
+        gathered.write(done, results.get().init_answers());
         Ok(())
     }
 
@@ -337,6 +326,70 @@ impl kv::Server for Kv {
 }
 
 impl Kv {
+    /// Has the replica of a batch's shard execute what is to be executed of it.
+    pub(super) async fn run(&self, batch: Result<Batch, Refusal>, sheet: Option<Arc<Sheet>>) -> Ended {
+        let batch = match batch {
+            Ok(batch) => batch,
+            Err(refusal) => {
+                // It is no matter of the route, so which shard it was isn't told.
+                return Ended { shard: METADATA_SHARD, refused: Vec::new(), ends: Err(refusal), sheet };
+            }
+        };
+        let Batch { shard, range_version, timeout_ms, refused, operations, bytes } = batch;
+        let ends = match self.service.load.enter(operations.len(), bytes) {
+            Ok(_guard) if operations.is_empty() => Ok(Vec::new()),
+            Ok(guard) => {
+                let (within, admitted) = (timeout(timeout_ms), Some(guard.admitted()));
+                let node = &self.service.node;
+                node.submit_admitted(shard, range_version, operations, within, admitted, sheet.clone()).await
+            }
+            Err(refusal) => Err(refusal),
+        };
+        Ended { shard, refused, ends, sheet }
+    }
+
+    /// Writes the answer to a batch.
+    pub(super) fn write_end(&self, ended: Ended, room: &mut Room, mut response: batch_response::Builder<'_>) {
+        let Ended { shard, refused, ends, sheet } = ended;
+        let map = || self.service.node.map();
+        match ends {
+            Ok(ends) => {
+                let lost = write_ends(refused, ends, room, response.reborrow());
+                if lost {
+                    wire::write_route(&map(), shard, response.reborrow().init_route());
+                }
+                if let Some(sheet) = sheet {
+                    write_trace(&sheet.end(Instant::now()), response.init_trace());
+                }
+            }
+            Err(refusal) => {
+                write_refusal(&refusal, response.reborrow().init_error());
+                if wire::wants_route(&refusal) {
+                    wire::write_route(&map(), shard, response.init_route());
+                }
+            }
+        }
+    }
+
+    /// Reads and checks the batches of a call for several shards.
+    fn read_gather(
+        &self,
+        requests: capnp::struct_list::Reader<'_, batch_request::Owned>,
+    ) -> Result<Vec<Result<Batch, Refusal>>, capnp::Error> {
+        let mut operations = 0;
+        for request in requests.iter() {
+            operations += request.get_operations()?.len() as usize;
+        }
+        let count = requests.len() as usize;
+        if count > GATHER_REQUESTS_MAX || operations > BATCH_OPERATIONS_MAX {
+            return Err(capnp::Error::failed(format!(
+                "{operations} operations in {count} batches in one call; at most {BATCH_OPERATIONS_MAX} in \
+                 {GATHER_REQUESTS_MAX} are allowed: split it"
+            )));
+        }
+        requests.iter().map(|request| self.read_batch(request)).collect()
+    }
+
     /// Reads and checks a batch. The inner error holds for all its operations.
     fn read_batch(&self, request: batch_request::Reader<'_>) -> Result<Result<Batch, Refusal>, capnp::Error> {
         let shard = ShardId(request.get_shard());
@@ -449,7 +502,7 @@ const NO_ANSWER: Refusal = Refusal::Unknown(Cow::Borrowed("the replica gave no a
 fn write_ends(
     refused: Vec<Option<Refusal>>,
     ends: Vec<Result<Output, Refusal>>,
-    mut room: Room,
+    room: &mut Room,
     response: batch_response::Builder<'_>,
 ) -> bool {
     let mut ends = ends.into_iter();
@@ -465,7 +518,7 @@ fn write_ends(
             },
         };
         lost |= end.as_ref().is_err_and(wire::wants_route);
-        wire::write_result(end, &mut room, list.reborrow().get(at));
+        wire::write_result(end, room, list.reborrow().get(at));
     }
     lost
 }

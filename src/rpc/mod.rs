@@ -1,7 +1,7 @@
 //! Cap'n Proto services for clients: the client port of a node.
 //!
-//! - [`kv`]: data. - [`admin`]: administration. - [`wire`]: the program's types in protocol form. - `news`: what is
-//!   told of the cluster map.
+//! - [`kv`]: data. - `gather`: batches for several shards in one call. - [`admin`]: administration. - [`wire`]: the program's
+//!   types in protocol form. - `news`: what is told of the cluster map.
 //!
 //! The services are thin: they check limits, hand operations to the node, and write down what comes
 //! back. Plain calls by key are carried to the shard's leader by the client library, one hop.
@@ -20,6 +20,7 @@
 //! notices. Not here (yet): encryption, and who is calling.
 
 pub mod admin;
+mod gather;
 pub mod kv;
 mod news;
 pub mod wire;
