@@ -10,8 +10,9 @@ interface Admin {
   # late, or again, never undoes a newer one. Repeat a request only with the `seen` of the first. 0: not told; then
   # the node tries once, and a request whose outcome is unknown must not be repeated.
 
-  nodeStatus @0 () -> (status :NodeStatus);
-  # What this node knows of itself and its replicas; answered without asking anybody else.
+  nodeStatus @0 (brief :Bool) -> (status :NodeStatus);
+  # What this node knows of itself and its replicas; answered without asking anybody else. `brief`: without its
+  # replicas, for whoever only wants to know whether it is there. A node that doesn't know of that tells all.
 
   createDatabase @1 (name :Text, replicas :UInt32, shards :UInt32, timeoutMs :UInt32) -> (result :DatabaseResult);
   # Creates a database and waits until every shard has a leader. Creating one that exists with the

@@ -36,7 +36,7 @@ impl Client {
     pub async fn node_report(&self, address: &str, timeout: Duration) -> Result<NodeReport, ClientError> {
         let (address, deadline) = (address.to_owned(), bounded(timeout));
         self.run(closed(), move |driver| async move {
-            let asked = driver.report_of(&address, deadline).await;
+            let asked = driver.report_of(&address, false, deadline).await;
             asked.map_err(|last| unavailable(deadline, last))
         })
         .await
@@ -264,13 +264,18 @@ impl Client {
 }
 
 impl Driver {
-    /// Asks one node for its report. The error is for a person.
+    /// Asks one node for its report; `brief`: without its replicas. The error is for a person.
     pub async fn report_of(
         self: &Rc<Driver>,
         address: &str,
+        brief: bool,
         deadline: Deadline,
     ) -> Result<NodeReport, String> {
-        let ask = |admin: &admin::Client| admin.node_status_request().send().promise;
+        let ask = |admin: &admin::Client| {
+            let mut request = admin.node_status_request();
+            request.get().set_brief(brief);
+            request.send().promise
+        };
         self.answer_of(address, deadline, ask, |answer| wire::read_report(answer.get()?.get_status()?)).await
     }
 

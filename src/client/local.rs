@@ -36,6 +36,11 @@ impl LocalClient {
 
     /// Asks the node at `address` for its report. The error is for a person.
     pub async fn report(&self, address: &str, within: Duration) -> Result<NodeReport, String> {
-        self.driver.report_of(address, Deadline::after(within)).await
+        self.driver.report_of(address, false, Deadline::after(within)).await
+    }
+
+    /// The same, without its replicas: whether it is there.
+    pub async fn brief_report(&self, address: &str, within: Duration) -> Result<NodeReport, String> {
+        self.driver.report_of(address, true, Deadline::after(within)).await
     }
 }

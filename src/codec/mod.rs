@@ -47,7 +47,7 @@ pub struct GroupMessage {
 }
 
 /// What a leader asks before its group goes to sleep, and what who agrees repeats.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct SleepWord {
     /// Which start of the process the leader runs in: the heartbeats of its node stand for it as long as they name
     /// this one.

@@ -370,6 +370,7 @@ impl<T> Group<T> {
             self.raft.mut_store().drop_cache(done);
             self.raft.raft.maybe_free_inflight_buffers();
             self.raft.raft.raft_log.unstable.entries.shrink_to_fit();
+            self.unpersisted.shrink_to_fit();
         }
         self.sleep.rest = Rest::Asleep { word };
     }

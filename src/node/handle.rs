@@ -370,6 +370,11 @@ impl NodeHandle {
             Some(member) => member.supervisor.send(Report).await.unwrap_or_default(),
             None => Reported::default(),
         };
+        NodeReport { replicas, snapshot_bytes, ..self.brief_report() }
+    }
+
+    /// The same without what only its replicas, and whoever owns them, can tell: nobody is asked.
+    pub fn brief_report(&self) -> NodeReport {
         NodeReport {
             node: self.node(),
             label: self.inner.label.clone(),
@@ -378,9 +383,9 @@ impl NodeHandle {
                 phase => phase,
             },
             disk_bytes: self.inner.disk_bytes.load(Ordering::Relaxed),
-            replicas,
+            replicas: Vec::new(),
             uptime: self.inner.started.elapsed(),
-            snapshot_bytes,
+            snapshot_bytes: 0,
             stuck: self.balance().map_or_else(Vec::new, |balance| balance.stuck.clone()),
         }
     }

@@ -68,7 +68,6 @@ pub struct ReplicaActor {
     sink: Arc<HubSink>,
     /// To the log writer and to other nodes.
     gather: Gather,
-    supervisor: Addr<Supervisor>,
     guard: Guard,
     pump_queued: bool,
     /// Bytes of entries that other replicas have sent since the last pump.
@@ -82,7 +81,7 @@ pub struct ReplicaActor {
     /// A state that is kept still for its digest.
     hold: Option<view::Hold>,
     /// The map last told to the supervisor, and the revision at which that was; of the metadata replica.
-    map: Arc<ClusterMap>,
+    map: Option<Arc<ClusterMap>>,
     map_revision: Option<u64>,
     ticks: u64,
     /// How the node's disk is, as last told.
@@ -111,7 +110,7 @@ impl ReplicaActor {
         supervisor: Addr<Supervisor>,
     ) -> ReplicaActor {
         roster.wakes(replica, incarnation);
-        let guard = Guard::new(replica, incarnation, supervisor.clone());
+        let guard = Guard::new(replica, incarnation, supervisor);
         let flushed = group.state().header().applied;
         ReplicaActor {
             shard,
@@ -125,7 +124,6 @@ impl ReplicaActor {
             rests_as_leader: false,
             sink,
             gather,
-            supervisor,
             guard,
             pump_queued: false,
             stepped_bytes: 0,
@@ -133,7 +131,7 @@ impl ReplicaActor {
             flushing: false,
             flush_waiting: None,
             hold: None,
-            map: Arc::default(),
+            map: None,
             map_revision: None,
             ticks: 0,
             disk: DiskNews::default(),
@@ -217,7 +215,7 @@ impl ReplicaActor {
                 self.shared.snapshots.outgoing.cancel(self.replica);
             }
             metrics::counter!(names::LEADER_CHANGES).increment(1);
-            self.supervisor.do_send(LeaderChanged { shard: self.shard, replica: self.replica, change });
+            self.guard.supervisor.do_send(LeaderChanged { shard: self.shard, replica: self.replica, change });
         }
         if more {
             // Others on this thread get their turn first.
@@ -314,8 +312,9 @@ impl ReplicaActor {
             return;
         }
         self.map_revision = Some(revision);
-        match meta::refresh(Arc::make_mut(&mut self.map), self.group.state()) {
-            Ok(()) => self.supervisor.do_send(MapApplied(self.map.clone())),
+        let map = self.map.get_or_insert_default();
+        match meta::refresh(Arc::make_mut(map), self.group.state()) {
+            Ok(()) => self.guard.supervisor.do_send(MapApplied(map.clone())),
             Err(error) => self.fail(error.to_string(), ctx),
         }
     }
@@ -325,8 +324,9 @@ impl ReplicaActor {
     fn confirm_map(&self) {
         let all_known =
             self.shard == METADATA_SHARD && self.group.is_up_to_date() && !self.group.state_lost();
-        if all_known && self.map.version > 0 {
-            self.supervisor.do_send(MapConfirmed { version: self.map.version, at: Instant::now() });
+        let version = self.map.as_ref().map_or(0, |map| map.version);
+        if all_known && version > 0 {
+            self.guard.supervisor.do_send(MapConfirmed { version, at: Instant::now() });
         }
     }
 }

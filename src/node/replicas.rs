@@ -122,7 +122,8 @@ const FIRST_CONF: u64 = 1;
 /// The replicas of a node, tombstones included.
 #[derive(Default)]
 pub struct Replicas {
-    slots: BTreeMap<ReplicaId, Slot>,
+    /// Boxed: nodes of a map that grows at its end stay half empty.
+    slots: BTreeMap<ReplicaId, Box<Slot>>,
     tombstones: BTreeSet<ReplicaId>,
     /// Tombstones of the catalogue whose state may still be on disk.
     remains: Vec<ReplicaId>,
@@ -161,12 +162,12 @@ impl Replicas {
             installing: false,
             ended: 0,
         };
-        self.slots.insert(slot.record.replica, slot);
+        self.slots.insert(slot.record.replica, Box::new(slot));
     }
 
     /// All living replicas.
     pub fn iter(&self) -> impl Iterator<Item = &Slot> {
-        self.slots.values()
+        self.slots.values().map(Box::as_ref)
     }
 
     /// Takes those that were removed before the node started, and whose state may still be on disk.
@@ -176,7 +177,7 @@ impl Replicas {
 
     /// One of the living.
     pub fn get_mut(&mut self, replica: ReplicaId) -> Option<&mut Slot> {
-        self.slots.get_mut(&replica)
+        self.slots.get_mut(&replica).map(Box::as_mut)
     }
 
     /// What `map` asks of `node` and is not done yet. A replica that was started once, a tombstone
@@ -196,7 +197,7 @@ impl Replicas {
                 }
             }
         }
-        let goes = |slot: &&Slot| {
+        let goes = |slot: &&Box<Slot>| {
             let record = &slot.record;
             map.shards.get(&record.shard).is_some_and(|shard| {
                 let ordered = shard.ordered().any(|member| member.replica == record.replica);
@@ -220,7 +221,7 @@ impl Replicas {
             (was_member && shard.epoch.generation() > record.epoch.generation() && shard.members == [only])
                 .then_some((record.replica, shard.epoch))
         };
-        self.slots.values().filter_map(due).collect()
+        self.iter().filter_map(due).collect()
     }
 
     /// Replicas that are being created.
@@ -247,7 +248,7 @@ impl Replicas {
     /// A replica is to be opened once more that couldn't be: its record. `None` if it was removed, or has been opened
     /// or stopped since. Until it has been tried nothing else may be begun with its log.
     pub fn begin_reopen(&mut self, replica: ReplicaId, incarnation: Incarnation) -> Option<ReplicaRecord> {
-        let failed = |slot: &&mut Slot| {
+        let failed = |slot: &&mut Box<Slot>| {
             slot.incarnation == incarnation && matches!(slot.health, ReplicaHealth::Failed(_))
         };
         let slot = self.slots.get_mut(&replica).filter(failed)?;
@@ -266,7 +267,7 @@ impl Replicas {
         // One that can't be recorded fails before its first start, which would be number 1.
         let unborn = incarnation == 0 && result.is_err();
         let current =
-            |slot: &&mut Slot| slot.incarnation == incarnation && (slot.ended < incarnation || unborn);
+            |slot: &&mut Box<Slot>| slot.incarnation == incarnation && (slot.ended < incarnation || unborn);
         let Some(slot) = self.slots.get_mut(&replica).filter(current) else {
             return Started::Old;
         };

@@ -84,9 +84,9 @@ impl Router {
     }
 
     /// Replaces the map; the supervisor's alone. Who waits for a newer one is woken.
-    pub fn set_map(&self, map: ClusterMap) {
+    pub fn set_map(&self, map: Arc<ClusterMap>) {
         let version = map.version;
-        self.map.store(Arc::new(map));
+        self.map.store(map);
         self.news.send_replace(version);
     }
 

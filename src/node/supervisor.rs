@@ -170,7 +170,7 @@ impl Supervisor {
     }
 
     /// A better map is known: keep it, tell others, do what it orders.
-    fn take_map(&mut self, map: ClusterMap, ctx: &mut Context<Self>) {
+    fn take_map(&mut self, map: Arc<ClusterMap>, ctx: &mut Context<Self>) {
         if map.cluster_id != self.shared.router.map().cluster_id {
             // What another cluster orders must not end anything here.
             return tracing::error!(cluster = %map.cluster_id, "the map of another cluster is not taken");
@@ -413,8 +413,7 @@ impl Handler<OpenAll> for Supervisor {
         self.untried = records.iter().map(|record| record.replica).collect();
         self.tell_readiness();
         self.open(records, HashSet::new(), ctx);
-        let map = ClusterMap::clone(&self.shared.router.map());
-        self.take_map(map, ctx);
+        self.take_map(self.shared.router.map(), ctx);
     }
 }
 
@@ -499,7 +498,8 @@ impl Handler<MapApplied> for Supervisor {
     type Result = ();
     fn handle(&mut self, applied: MapApplied, ctx: &mut Context<Self>) {
         if applied.0.version > self.shared.router.map().version {
-            self.take_map(ClusterMap::clone(&applied.0), ctx);
+            // The same one as the replica's: of thousands of shards two would be a good part of a node's memory.
+            self.take_map(applied.0, ctx);
         }
     }
 }
@@ -509,7 +509,7 @@ impl Handler<MapNews> for Supervisor {
     fn handle(&mut self, news: MapNews, ctx: &mut Context<Self>) {
         let mut map = ClusterMap::clone(&self.shared.router.map());
         if map.merge(news.0) {
-            self.take_map(map, ctx);
+            self.take_map(Arc::new(map), ctx);
         }
     }
 }

@@ -54,10 +54,14 @@ impl Admin {
 impl admin::Server for Admin {
     async fn node_status(
         self: Rc<Self>,
-        _: admin::NodeStatusParams,
+        params: admin::NodeStatusParams,
         mut results: admin::NodeStatusResults,
     ) -> Result<(), capnp::Error> {
-        let report = self.service.node.report().await;
+        let brief = params.get()?.get_brief();
+        let report = match brief {
+            true => self.service.node.brief_report(),
+            false => self.service.node.report().await,
+        };
         let map = self.service.node.map();
         let status = results.get().init_status();
         wire::write_report(&report, map.cluster_id, map.version, status);
@@ -354,8 +358,8 @@ impl Admin {
                 None => {
                     // Who hangs takes no more than half of the time: the other half is for making it.
                     let heard_by = Instant::now() + deadline.saturating_duration_since(Instant::now()) / 2;
-                    let reports = self.survey(&map, heard_by).await;
-                    plan_among(&map, name, replicas, shards, |node| reports.is_up(node))
+                    let present = self.present(&map, heard_by).await;
+                    plan_among(&map, name, replicas, shards, |node| present.is_up(node))
                 }
             };
             match plan {

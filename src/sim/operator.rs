@@ -428,10 +428,12 @@ impl World {
         let learners = |plan: &Plan, of: &[ReplicaId]| -> Vec<ReplicaId> {
             of.iter().copied().filter(|r| plan.role(*r) == Some(MemberRole::Learner)).collect()
         };
-        // What has left again doesn't come back: another move may bring a new one.
+        // What has left again doesn't come back: another move may bring a new one. Who doesn't know of the newest members
+        // can't tell one that has left from one that has come.
         let has_left = |plan: &Plan, add: &Member| {
-            let had = self.truths.get(&shard).is_some_and(|truth| truth.members.had(add.replica));
-            had && plan.role(add.replica).is_none()
+            let Some(truth) = self.truths.get(&shard) else { return false };
+            let newest = truth.members.newest().is_none_or(|newest| newest.conf <= plan.conf);
+            newest && truth.members.had(add.replica) && plan.role(add.replica).is_none()
         };
         let left: Vec<Member> = plan.adds.iter().filter(|add| has_left(plan, add)).copied().collect();
         plan.adds.retain(|add| !left.contains(add));
@@ -443,11 +445,12 @@ impl World {
         }
         let adds: Vec<ReplicaId> = plan.adds.iter().map(|add| add.replica).collect();
         let joined = adds.iter().any(|add| plan.role(*add) == Some(MemberRole::Voter));
-        let dead = plan.adds.iter().any(|add| self.nodes.get(&add.node).is_none_or(|node| node.lost));
-        let dead = dead
-            || plan.adds.iter().any(|add| {
-                self.nodes.get(&add.node).is_some_and(|node| node.disk.faulty.has_rotten_log(add.replica))
-            });
+        let nodes = &self.nodes;
+        let is_dead = |add: &Member| {
+            let node = nodes.get(&add.node).filter(|node| !node.lost);
+            node.is_none_or(|node| node.disk.faulty.has_rotten_log(add.replica))
+        };
+        let dead = plan.adds.iter().any(is_dead);
         // Another replica came in between.
         let crowded = plan.adds.iter().any(|add| {
             plan.role(add.replica).is_none() && plan.members.iter().any(|member| member.node == add.node)
@@ -461,6 +464,12 @@ impl World {
             let added = |add: &Member| members.iter().any(|member| member.replica == add.replica);
             let crowded = |add: &Member| members.iter().any(|member| member.node == add.node);
             plan.adds.retain(|add| added(add) || !crowded(add));
+            // And so is a learner that will never come up: the next move removes it.
+            let learns = |add: &Member| {
+                let same = |member: &&Member| member.replica == add.replica;
+                members.iter().find(same).is_some_and(|member| member.role == MemberRole::Learner)
+            };
+            plan.adds.retain(|add| !(learns(add) && is_dead(add)));
         }
         let conf = plan.conf;
         if plan.cancelling {

@@ -1,7 +1,7 @@
 //! The event loop: time, nodes, and the two phases of a run.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 
 use super::checks::leaders::Leaders;
 use super::checks::logs::Logs;
@@ -112,8 +112,8 @@ pub struct World {
     /// Changes of members that some replica has in its log, or had: their entry, and what they make.
     pub(super) proposed: BTreeMap<ShardId, Vec<(Index, Vec<Member>)>>,
     pub(super) replicas: Replicas,
-    /// What each replica has agreed to last, of sleep.
-    pub(super) agreed: BTreeMap<ReplicaId, SleepWord>,
+    /// What each replica has agreed to, of sleep. A heartbeat that is late brings an earlier word again.
+    pub(super) agreed: BTreeSet<(ReplicaId, SleepWord)>,
     /// What each replica was asked last.
     pub(super) asked: BTreeMap<ReplicaId, SleepWord>,
     /// The newest map that the metadata shard has come to.
@@ -151,7 +151,7 @@ impl World {
             truths: BTreeMap::new(),
             proposed: BTreeMap::new(),
             replicas: Replicas::default(),
-            agreed: BTreeMap::new(),
+            agreed: BTreeSet::new(),
             asked: BTreeMap::new(),
             map: ClusterMap::default(),
             counts: BTreeMap::new(),

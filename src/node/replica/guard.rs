@@ -10,7 +10,8 @@ use crate::node::supervisor::Supervisor;
 pub(super) struct Guard {
     replica: ReplicaId,
     incarnation: Incarnation,
-    supervisor: Addr<Supervisor>,
+    /// Whom it tells; the replica itself has more to tell.
+    pub(super) supervisor: Addr<Supervisor>,
     pub(super) reason: Option<String>,
     /// The entry that was being applied.
     pub(super) applying: Option<Index>,

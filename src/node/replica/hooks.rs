@@ -16,7 +16,7 @@ impl Handler<Inject> for ReplicaActor {
             "open-error" => {
                 // Six attempts: about three seconds.
                 let fail = crate::node::hooks::FailOpens { replica: self.replica, times: 6 };
-                self.supervisor.do_send(fail);
+                self.guard.supervisor.do_send(fail);
                 self.fail("injected error".into(), ctx);
             }
             "log-writer-panic" => {

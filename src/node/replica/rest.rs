@@ -72,7 +72,7 @@ impl ReplicaActor {
     fn tell_rest(&mut self, rests: bool) {
         if std::mem::replace(&mut self.rests_as_leader, rests) != rests {
             let status = rests.then(|| Box::new(self.group.status()));
-            self.supervisor.do_send(LeaderRests { replica: self.replica, status });
+            self.guard.supervisor.do_send(LeaderRests { replica: self.replica, status });
         }
     }
 }

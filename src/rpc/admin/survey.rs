@@ -39,14 +39,25 @@ impl Admin {
 
     /// Asks all nodes of the map that may hold anything. Who doesn't answer within a second is left out.
     pub(super) async fn survey(&self, map: &ClusterMap, deadline: Instant) -> Reports {
-        let node = &self.service.node;
+        self.ask(map, false, deadline).await
+    }
+
+    /// Asks them only whether they are there: one with thousands of replicas may need more than a second to tell of them.
+    pub(super) async fn present(&self, map: &ClusterMap, deadline: Instant) -> Reports {
+        self.ask(map, true, deadline).await
+    }
+
+    async fn ask(&self, map: &ClusterMap, brief: bool, deadline: Instant) -> Reports {
+        let (node, client) = (&self.service.node, &self.service.client);
         let within = deadline.saturating_duration_since(Instant::now()).min(REPORT);
         let asked = |record: &&NodeRecord| !matches!(record.standing, Standing::Pending | Standing::Removed);
         let asked = map.nodes.values().filter(asked).map(|record| async move {
-            if record.id == node.node() {
-                return Some((record.id, node.report().await));
-            }
-            let report = self.service.client.report(&record.client_address, within).await;
+            let report = match (record.id == node.node(), brief) {
+                (true, true) => Ok(node.brief_report()),
+                (true, false) => Ok(node.report().await),
+                (false, true) => client.brief_report(&record.client_address, within).await,
+                (false, false) => client.report(&record.client_address, within).await,
+            };
             let report = report.inspect_err(|error| tracing::debug!(error, "no report of a node")).ok()?;
             // Another may run at its address by now.
             (report.node == record.id).then_some((record.id, report))
