@@ -3,9 +3,12 @@
 //! The raft log is their write-ahead log: after a crash they are made again by applying it.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::ops::Bound;
 
 use bytes::Bytes;
+
+use super::table_key::TableKey;
 
 /// What an entry costs beside its key and value: its share of the tree's nodes and the
 /// allocators' own, about.
@@ -15,7 +18,7 @@ pub const ENTRY_OVERHEAD_BYTES: usize = 128;
 #[derive(Default, Debug, Clone)]
 pub struct Memtable {
     /// The newest write to each key.
-    pub entries: BTreeMap<Vec<u8>, Option<Bytes>>,
+    pub entries: BTreeMap<TableKey, Option<Bytes>>,
     /// Bytes of keys and values and their bookkeeping, about.
     pub bytes: usize,
 }
@@ -25,12 +28,26 @@ impl Memtable {
     /// buffer would keep all of that in memory, uncounted.
     pub fn insert(&mut self, key: &[u8], value: Option<Bytes>) {
         let added = value.as_ref().map_or(0, Bytes::len);
-        if let Some(place) = self.entries.get_mut(key) {
-            self.bytes -= place.as_ref().map_or(0, Bytes::len);
-            *place = value;
-        } else {
-            self.entries.insert(key.to_vec(), value);
-            self.bytes += ENTRY_OVERHEAD_BYTES + key.len();
+        let before = match TableKey::short(key) {
+            Some(short) => match self.entries.entry(short) {
+                Entry::Occupied(mut place) => Some(place.insert(value)),
+                Entry::Vacant(place) => {
+                    place.insert(value);
+                    None
+                }
+            },
+            // Nothing is allocated to find one that is there.
+            None => match self.entries.get_mut(key) {
+                Some(place) => Some(std::mem::replace(place, value)),
+                None => {
+                    self.entries.insert(TableKey::new(key), value);
+                    None
+                }
+            },
+        };
+        match before {
+            Some(before) => self.bytes -= before.map_or(0, |value| value.len()),
+            None => self.bytes += ENTRY_OVERHEAD_BYTES + key.len(),
         }
         self.bytes += added;
     }
@@ -42,7 +59,11 @@ impl Memtable {
 
     /// The newest write to `key`, if it is here: `Some(None)` for a removal.
     pub fn get(&self, key: &[u8]) -> Option<Option<Bytes>> {
-        self.entries.get(key).cloned()
+        let found = match TableKey::short(key) {
+            Some(short) => self.entries.get(&short),
+            None => self.entries.get(key),
+        };
+        found.cloned()
     }
 
     /// Writes in `[from, to)` in key order; `to` empty: no upper bound.
@@ -58,7 +79,7 @@ impl Memtable {
             Bound::Unbounded => false,
         };
         let range = if empty { None } else { Some(self.entries.range::<[u8], _>((from, upper))) };
-        range.into_iter().flatten().map(|(key, value)| (key.as_slice(), value))
+        range.into_iter().flatten().map(|(key, value)| (&**key, value))
     }
 
     /// Whether nothing was written.

@@ -3,7 +3,7 @@
 //! - [`log`]: the trait of the raft log; [`log_disk`] on raft-engine, [`log_memory`] for tests and simulation.
 //! - [`engine`]: the trait of the ordered key-value engine under the state; [`engine_sled`] and [`engine_memory`].
 //! - [`sessions`]: what one replica remembers of client sessions.
-//! - [`memtable`]: recent applied writes of one replica. [`state`]: one replica's state: memtables over the engine;
+//! - [`memtable`]: recent applied writes of one replica, by [`table_key`]. [`state`]: one replica's state: memtables over the engine;
 //!   [`opened`]: as it is found at a start, whole or lost. `read_cache`: what is known of the engine without asking it.
 //! - [`flush`]: freezing memtables into redo files ([`redo`]) and the engine; recovery from redo files.
 //! - [`sled_files`], [`sled_record`], `sled_sums`: what sled's files need, how it stores a value, and how
@@ -47,6 +47,7 @@ pub mod snapshot;
 pub mod snapshot_dir;
 pub mod snapshot_file;
 pub mod state;
+pub mod table_key;
 
 use std::io::ErrorKind;
 use std::ops::Bound;

@@ -19,8 +19,8 @@ fn reloaded(store: &BTreeMap<Vec<u8>, Bytes>, log_time: u64) -> SessionTable {
 fn absorb(store: &mut BTreeMap<Vec<u8>, Bytes>, changes: Memtable) {
     for (id, record) in changes.entries {
         match record {
-            Some(record) => store.insert(id, record),
-            None => store.remove(&id),
+            Some(record) => store.insert(id.to_vec(), record),
+            None => store.remove(&id[..]),
         };
     }
 }
