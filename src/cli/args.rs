@@ -234,6 +234,14 @@ Examples:
   date | pontoon set testDB now --stdin
   pontoon set testDB -- --json -h      a key and a value that look like options")]
 pub struct SetArgs {
+    /// What is set.
+    #[command(flatten)]
+    pub put: PutArgs,
+}
+
+/// A key and the value that it gets; of `set` and `trace put`.
+#[derive(Args, Debug)]
+pub struct PutArgs {
     /// Database
     #[arg(value_name = "DB")]
     pub db: String,

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 
 use super::args::{
-    CasArgs, CasCondition, DeleteArgs, GetArgs, MgetArgs, MsetArgs, ScanArgs, SetArgs, ValueSource,
+    CasArgs, CasCondition, DeleteArgs, GetArgs, MgetArgs, MsetArgs, PutArgs, ScanArgs, SetArgs, ValueSource,
 };
 use super::context::{Context, with_session};
 use super::encoding::{self, Record};
@@ -20,10 +20,10 @@ use crate::machine::command::Expect;
 
 /// `set DB KEY VALUE`
 pub fn set(context: &Context, args: SetArgs) -> Result<Exit, Failure> {
-    let key = encoding::key(args.key)?;
-    let value = read_value(args.value, &args.source)?;
+    let PutArgs { db, key, value, source } = args.put;
+    let (key, value) = (encoding::key(key)?, read_value(value, &source)?);
     with_session(context, async |session| {
-        let version = session.database(&args.db).put(key.clone(), value).await?;
+        let version = session.database(&db).put(key.clone(), value).await?;
         written(context, &key, version)?;
         Ok(Exit::Done)
     })

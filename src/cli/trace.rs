@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use self::args::{Repeat, TraceCommand, TraceGetArgs, TracePutArgs};
 use self::stages::{FollowerStages, LogStages, Stages, median, stages};
+use super::args::PutArgs;
 use super::context::{Context, Session, with_session};
 use super::data::read_value;
 use super::encoding;
@@ -22,7 +23,7 @@ use crate::placement::map::ClusterMap;
 /// `trace put`, `trace get`
 pub fn trace(context: &Context, command: TraceCommand) -> Result<Exit, Failure> {
     let (name, db, operation, repeat) = match command {
-        TraceCommand::Put(TracePutArgs { db, key, value, source, repeat }) => {
+        TraceCommand::Put(TracePutArgs { put: PutArgs { db, key, value, source }, repeat }) => {
             let (key, value) = (encoding::key(key)?, read_value(value, &source)?);
             ("put", db, Operation::Put(key, value), repeat)
         }

@@ -58,13 +58,15 @@ impl Sharing {
 
     /// What may be known of engines on top of what is: what `tables` leave, but half of the bound at most, as a node
     /// that isn't written needn't be as large as one that is. Memtables come first: what is known never makes them pause.
-    pub fn room(&self, tables: usize, known: usize) -> usize {
-        self.limit.saturating_sub(tables.saturating_add(known)).min((self.limit / 2).saturating_sub(known))
+    /// A follower answers next to nobody: it may know of its engine only as long as all together know less than an eighth.
+    pub fn room(&self, tables: usize, known: usize, leads: bool) -> usize {
+        let most = if leads { self.limit / 2 } else { self.limit / 8 };
+        self.limit.saturating_sub(tables.saturating_add(known)).min(most.saturating_sub(known))
     }
 
     /// Whether there is hardly any such room.
     pub fn is_tight(&self, tables: usize, known: usize) -> bool {
-        self.room(tables, known) < self.limit / 16
+        self.room(tables, known, true) < self.limit / 16
     }
 
     /// Bytes in the active table of one replica above which it is flushed by itself.
@@ -218,9 +220,9 @@ impl MemoryGauge {
     }
 
     /// See [`Sharing::room`].
-    pub fn room(&self) -> usize {
+    pub fn room(&self, leads: bool) -> usize {
         let (active, frozen) = self.bytes();
-        self.sharing.room(active.wrapping_add(frozen), self.known())
+        self.sharing.room(active.wrapping_add(frozen), self.known(), leads)
     }
 
     /// See [`Sharing::is_tight`].

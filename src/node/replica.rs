@@ -158,7 +158,7 @@ impl ReplicaActor {
         self.pump_queued = false;
         self.stepped_bytes = 0;
         self.mind_memory();
-        self.group.allow_known(self.shared.memory.room());
+        self.allow_known();
         let mut effects = match self.group.pump() {
             Ok(effects) => effects,
             Err(error) => return self.fail(error.to_string(), ctx),

@@ -4,10 +4,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use tokio::sync::oneshot;
-
 use super::handle::NodeHandle;
-use super::panics::contained;
 use super::{NodeError, disk, map_cache, removal, state_store};
 use crate::limits;
 use crate::settings::{Settings, StorageSettings};
@@ -55,18 +52,8 @@ pub(super) async fn open(
         }
         Ok(open_stores(DataDir::open(dir).map_err(StorageError::from)?, storage)?)
     };
-    // On a thread that ends with it: the allocator keeps what a thread has freed for that thread, and this one fills whole
-    // log files with zeros.
-    let (done, opened) = oneshot::channel();
-    let thread = std::thread::Builder::new().name("pontoon-open".into()).spawn(move || {
-        let opened = contained(open)
-            .unwrap_or_else(|panic| Err(NodeError::Fatal(format!("opening the stores: {panic}"))));
-        if done.send(opened).is_err() {
-            tracing::debug!("the node was told to stop while its stores were opened");
-        }
-    });
-    thread.map_err(|error| NodeError::Fatal(format!("starting a thread: {error}")))?;
-    opened.await.map_err(|_| NodeError::Fatal("the stores were not opened".into()))?
+    let opened = tokio::task::spawn_blocking(open).await;
+    opened.map_err(|error| NodeError::Fatal(format!("opening the stores: {error}")))?
 }
 
 fn open_stores(data_dir: DataDir, storage: &StorageSettings) -> Result<(DataDir, Stores), StorageError> {

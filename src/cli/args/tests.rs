@@ -32,8 +32,8 @@ fn the_reports_lines_are_subcommands() {
 #[test]
 fn only_the_first_argument_is_read_as_an_old_spelling() {
     let Command::Set(set) = parse(&["set", "db", "-get", "-set"]).unwrap().command else { panic!("not set") };
-    assert_eq!(set.key, "-get");
-    assert_eq!(set.value.unwrap(), "-set");
+    assert_eq!(set.put.key, "-get");
+    assert_eq!(set.put.value.unwrap(), "-set");
 }
 
 #[test]
@@ -45,13 +45,13 @@ fn keys_and_values_may_begin_with_a_hyphen() {
         let Command::Set(set) = parse(&["set", "db", key, value, "--json"]).unwrap().command else {
             panic!("not set")
         };
-        assert_eq!(set.key, key);
-        assert_eq!(set.value.unwrap(), value);
+        assert_eq!(set.put.key, key);
+        assert_eq!(set.put.value.unwrap(), value);
     }
     let Command::Set(set) = parse(&["set", "db", "--", "--json", "-h"]).unwrap().command else {
         panic!("not set")
     };
-    assert_eq!((set.key.to_str(), set.value.unwrap().to_str()), (Some("--json"), Some("-h")));
+    assert_eq!((set.put.key.to_str(), set.put.value.unwrap().to_str()), (Some("--json"), Some("-h")));
     let cas = ["cas", "db", "-k", "--expect", "-old", "-new"];
     let Command::Cas(cas) = parse(&cas).unwrap().command else { panic!("not cas") };
     assert_eq!(cas.key, "-k");

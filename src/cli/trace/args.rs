@@ -4,7 +4,7 @@ use std::ffi::OsString;
 
 use clap::{Args, Subcommand};
 
-use crate::cli::args::ValueSource;
+use crate::cli::args::PutArgs;
 
 /// `trace`
 #[derive(Subcommand, Debug)]
@@ -31,18 +31,9 @@ A key that doesn't exist is read like any other.")]
 /// `trace put`
 #[derive(Args, Debug)]
 pub struct TracePutArgs {
-    /// Database
-    #[arg(value_name = "DB")]
-    pub db: String,
-    /// Key; may begin with `-`
-    #[arg(value_name = "KEY", allow_hyphen_values = true)]
-    pub key: OsString,
-    /// Value; may begin with `-`
-    #[arg(value_name = "VALUE", allow_hyphen_values = true, required_unless_present_any = ["file", "stdin"], conflicts_with_all = ["file", "stdin"])]
-    pub value: Option<OsString>,
-    /// The value, if it isn't an argument.
+    /// What is set.
     #[command(flatten)]
-    pub source: ValueSource,
+    pub put: PutArgs,
     /// How often.
     #[command(flatten)]
     pub repeat: Repeat,

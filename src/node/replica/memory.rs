@@ -84,7 +84,7 @@ impl Handler<Flushed> for ReplicaActor {
             }
             FlushStep::Absorbed => {
                 failpoint!(FlushAbsorbed, self.replica);
-                self.group.allow_known(self.shared.memory.room());
+                self.allow_known();
                 self.group.release(flushed.position.index);
                 self.flushed_to(flushed.position.index);
                 self.flushing = false;

@@ -39,10 +39,15 @@ impl ReplicaActor {
         }
     }
 
+    /// Says how much may be known of the engine, as there is memory.
+    pub(super) fn allow_known(&mut self) {
+        self.group.allow_known(self.shared.memory.room(self.group.leads()));
+    }
+
     /// Gives memory back that nobody needs, if the node is short of it: at once beyond its bound, else
     /// what wasn't asked for in a while, so that those who read much get the share of those who don't.
     pub(super) fn make_room(&mut self) {
-        let room = self.shared.memory.room();
+        let room = self.shared.memory.room(self.group.leads());
         let aged = self.ticks.is_multiple_of(limits::KNOWN_AGE_TICKS) && self.shared.memory.is_tight();
         if self.group.state().known_bytes() > 0 && (room == 0 || aged) {
             self.group.forget_known();
@@ -54,7 +59,7 @@ impl ReplicaActor {
 impl Handler<Learned> for ReplicaActor {
     type Result = ();
     fn handle(&mut self, Learned(stamp, read): Learned, _: &mut Context<Self>) {
-        self.group.allow_known(self.shared.memory.room());
+        self.allow_known();
         self.group.learn(stamp, read);
         self.account_memory();
     }
