@@ -1,13 +1,13 @@
 //! Heartbeats that would say nothing new.
 //!
 //! A follower that acknowledges an append has heard its leader, and its leader has heard it: what a heartbeat is for. A node
-//! that leads many busy groups would otherwise send, and answer, more heartbeats than appends. So who has acknowledged an append
-//! since the last heartbeat is spared the next, [`BEATS_SPARED_MAX`] times in a row at most: an acknowledgement may
+//! that leads many busy groups would otherwise send, and answer, as many heartbeats as appends. So who acknowledges appends
+//! between any two heartbeats is spared some of them, [`BEATS_SPARED_MAX`] in a row at most: an acknowledgement may
 //! be late, and some things are told by heartbeats only. Not spared are those that ask something: read rounds, and whether to
 //! sleep.
 //!
 //! That is always safe, since a heartbeat may be lost as well. How long a follower hears nothing of a leader that is there
-//! stays far below an election timeout, which is asserted below.
+//! stays below an election timeout, which is asserted below.
 
 use crate::ids::{ReplicaId, Term};
 use crate::limits::{BEATS_SPARED_MAX, ELECTION_TICKS_MIN, HEARTBEAT_TICKS};
@@ -26,6 +26,8 @@ struct Follower {
     replica: ReplicaId,
     /// When it last acknowledged an append: the term of this leader, and the tick.
     acknowledged: (Term, u64),
+    /// It had acknowledged one when the last heartbeat was due.
+    steady: bool,
     spared: u32,
 }
 
@@ -34,7 +36,10 @@ impl Beats {
     pub(super) fn acknowledges(&mut self, replica: ReplicaId, term: Term, now: u64) {
         match self.followers.iter_mut().find(|follower| follower.replica == replica) {
             Some(follower) => follower.acknowledged = (term, now),
-            None => self.followers.push(Follower { replica, acknowledged: (term, now), spared: 0 }),
+            None => {
+                let acknowledged = (term, now);
+                self.followers.push(Follower { replica, acknowledged, steady: false, spared: 0 });
+            }
         }
     }
 
@@ -45,7 +50,8 @@ impl Beats {
         };
         let (of, at) = follower.acknowledged;
         let is_new = of == term && now.saturating_sub(at) <= HEARTBEAT_TICKS as u64;
-        if is_new && follower.spared < BEATS_SPARED_MAX {
+        let was_new = std::mem::replace(&mut follower.steady, is_new);
+        if is_new && was_new && follower.spared < BEATS_SPARED_MAX {
             follower.spared += 1;
             return true;
         }
@@ -66,32 +72,40 @@ mod tests {
     const ONE: ReplicaId = ReplicaId(1);
     const EVERY: u64 = HEARTBEAT_TICKS as u64;
 
-    #[test]
-    fn who_acknowledges_is_spared_a_few_and_never_all() {
-        let mut beats = Beats::default();
-        assert!(!beats.spares(ONE, 5, 0), "nothing was heard of it");
-        let mut sent = Vec::new();
-        for beat in 1..=2 * (u64::from(BEATS_SPARED_MAX) + 1) {
-            beats.acknowledges(ONE, 5, beat * EVERY - 1);
-            if !beats.spares(ONE, 5, beat * EVERY) {
-                sent.push(beat);
+    /// The heartbeats that are sent, of so many, to a follower that acknowledges appends before these.
+    fn sent(beats: &mut Beats, term: Term, count: u64, acknowledged: impl Fn(u64) -> bool) -> Vec<u64> {
+        let mut is_sent = |beat: &u64| {
+            if acknowledged(*beat) {
+                beats.acknowledges(ONE, term, beat * EVERY - 1);
             }
-        }
-        let every = u64::from(BEATS_SPARED_MAX) + 1;
-        assert_eq!(sent, [every, 2 * every]);
+            !beats.spares(ONE, term, beat * EVERY)
+        };
+        (1..=count).filter(|beat| is_sent(beat)).collect()
     }
 
     #[test]
-    fn an_acknowledgement_counts_for_one_heartbeat_and_one_term() {
+    fn who_acknowledges_all_the_time_is_spared_some_and_never_all() {
+        let every = u64::from(BEATS_SPARED_MAX) + 1;
         let mut beats = Beats::default();
-        beats.acknowledges(ONE, 5, 10);
-        assert!(beats.spares(ONE, 5, 10 + EVERY));
-        assert!(!beats.spares(ONE, 5, 10 + 2 * EVERY));
-        beats.acknowledges(ONE, 5, 20);
-        assert!(!beats.spares(ONE, 6, 20), "another leadership");
-        assert!(!beats.spares(ReplicaId(2), 5, 20), "another's");
-        beats.acknowledges(ONE, 6, 20);
+        let sent = sent(&mut beats, 5, 3 * every, |_| true);
+        assert_eq!(sent, [1, 1 + every, 1 + 2 * every]);
+    }
+
+    #[test]
+    fn who_acknowledges_now_and_then_is_spared_none() {
+        assert_eq!(sent(&mut Beats::default(), 5, 6, |beat| beat % 2 == 0), [1, 2, 3, 4, 5, 6]);
+        assert_eq!(sent(&mut Beats::default(), 5, 6, |beat| beat <= 2), [1, 3, 4, 5, 6], "it has ceased");
+    }
+
+    #[test]
+    fn another_leadership_and_another_follower_begin_anew() {
+        let mut beats = Beats::default();
+        assert_eq!(sent(&mut beats, 5, 2, |_| true), [1]);
+        assert!(!beats.spares(ONE, 6, 2 * EVERY));
+        assert!(!beats.spares(ReplicaId(2), 5, 2 * EVERY));
+        assert_eq!(sent(&mut beats, 7, 2, |_| true), [1]);
         beats.retain(|replica| replica != ONE);
-        assert!(!beats.spares(ONE, 6, 20));
+        beats.acknowledges(ONE, 7, 3 * EVERY);
+        assert!(!beats.spares(ONE, 7, 3 * EVERY));
     }
 }
