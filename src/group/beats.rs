@@ -1,13 +1,14 @@
 //! Heartbeats that would say nothing new.
 //!
 //! A follower that acknowledges an append has heard its leader, and its leader has heard it: what a heartbeat is for. A node
-//! that leads many busy groups would otherwise send, and answer, as many heartbeats as appends. So who acknowledges appends
-//! between any two heartbeats is spared some of them, [`BEATS_SPARED_MAX`] in a row at most: an acknowledgement may
-//! be late, and some things are told by heartbeats only. Not spared are those that ask something: read rounds, and whether to
-//! sleep.
+//! that leads many busy groups would otherwise send, and answer, as many heartbeats as appends. So where all followers acknowledge
+//! appends between any two heartbeats, they are spared some of these, [`BEATS_SPARED_MAX`] in a row at most: an acknowledgement
+//! may be late, and some things are told by heartbeats only. Not spared are those that ask something: read rounds, and whether
+//! to sleep.
 //!
 //! That is always safe, since a heartbeat may be lost as well. How long a follower hears nothing of a leader that is there
-//! stays below an election timeout, which is asserted below.
+//! stays below an election timeout, which is asserted below. And all or none are spared: appends go to all at once, as
+//! heartbeats do, so followers still begin to wait for their leader at one moment, and their election windows stay apart.
 
 use crate::ids::{ReplicaId, Term};
 use crate::limits::{BEATS_SPARED_MAX, ELECTION_TICKS_MIN, HEARTBEAT_TICKS};
@@ -18,15 +19,11 @@ const _: () = assert!((BEATS_SPARED_MAX as usize + 2) * HEARTBEAT_TICKS < ELECTI
 /// See the module page. Of a leader.
 #[derive(Default, Debug)]
 pub(super) struct Beats {
-    followers: Vec<Follower>,
-}
-
-#[derive(Debug)]
-struct Follower {
-    replica: ReplicaId,
-    /// When it last acknowledged an append: the term of this leader, and the tick.
-    acknowledged: (Term, u64),
-    /// It had acknowledged one when the last heartbeat was due.
+    /// When each follower last acknowledged an append: the term of this leader, and the tick.
+    acknowledged: Vec<(ReplicaId, Term, u64)>,
+    /// The term and the tick of the last heartbeats that were due, and whether they were spared.
+    last: Option<(Term, u64, bool)>,
+    /// All had acknowledged one by then.
     steady: bool,
     spared: u32,
 }
@@ -34,34 +31,40 @@ struct Follower {
 impl Beats {
     /// A follower acknowledges an append of a leader of this term, at tick `now`.
     pub(super) fn acknowledges(&mut self, replica: ReplicaId, term: Term, now: u64) {
-        match self.followers.iter_mut().find(|follower| follower.replica == replica) {
-            Some(follower) => follower.acknowledged = (term, now),
-            None => {
-                let acknowledged = (term, now);
-                self.followers.push(Follower { replica, acknowledged, steady: false, spared: 0 });
-            }
+        match self.acknowledged.iter_mut().find(|(of, ..)| *of == replica) {
+            Some(known) => *known = (replica, term, now),
+            None => self.acknowledged.push((replica, term, now)),
         }
     }
 
-    /// Whether a follower is spared the heartbeat that is due at tick `now`. If not, it is sent.
-    pub(super) fn spares(&mut self, replica: ReplicaId, term: Term, now: u64) -> bool {
-        let Some(follower) = self.followers.iter_mut().find(|follower| follower.replica == replica) else {
-            return false;
-        };
-        let (of, at) = follower.acknowledged;
-        let is_new = of == term && now.saturating_sub(at) <= HEARTBEAT_TICKS as u64;
-        let was_new = std::mem::replace(&mut follower.steady, is_new);
-        if is_new && was_new && follower.spared < BEATS_SPARED_MAX {
-            follower.spared += 1;
-            return true;
+    /// Whether the heartbeats that are due at tick `now` to these followers, all there are, are spared. If not, they are sent.
+    /// Asked again at that tick, it says the same.
+    pub(super) fn are_spared(
+        &mut self,
+        term: Term,
+        now: u64,
+        mut followers: impl Iterator<Item = ReplicaId>,
+    ) -> bool {
+        if let Some((of, at, spared)) = self.last
+            && (of, at) == (term, now)
+        {
+            return spared;
         }
-        follower.spared = 0;
-        false
+        let is_new = |replica: ReplicaId| {
+            let known = self.acknowledged.iter().find(|(of, ..)| *of == replica);
+            known.is_some_and(|(_, of, at)| *of == term && now.saturating_sub(*at) <= HEARTBEAT_TICKS as u64)
+        };
+        let steady = followers.all(is_new);
+        let was_steady = std::mem::replace(&mut self.steady, steady);
+        let spared = steady && was_steady && self.spared < BEATS_SPARED_MAX;
+        self.spared = if spared { self.spared + 1 } else { 0 };
+        self.last = Some((term, now, spared));
+        spared
     }
 
     /// The members have changed: those who are none any more are forgotten.
     pub(super) fn retain(&mut self, is_member: impl Fn(ReplicaId) -> bool) {
-        self.followers.retain(|follower| is_member(follower.replica));
+        self.acknowledged.retain(|(replica, ..)| is_member(*replica));
     }
 }
 
@@ -69,43 +72,58 @@ impl Beats {
 mod tests {
     use super::*;
 
-    const ONE: ReplicaId = ReplicaId(1);
+    const BOTH: [ReplicaId; 2] = [ReplicaId(1), ReplicaId(2)];
     const EVERY: u64 = HEARTBEAT_TICKS as u64;
 
-    /// The heartbeats that are sent, of so many, to a follower that acknowledges appends before these.
-    fn sent(beats: &mut Beats, term: Term, count: u64, acknowledged: impl Fn(u64) -> bool) -> Vec<u64> {
+    /// The heartbeats that are sent, of so many, where followers acknowledge appends before these.
+    fn sent(
+        beats: &mut Beats,
+        term: Term,
+        count: u64,
+        acknowledges: impl Fn(ReplicaId, u64) -> bool,
+    ) -> Vec<u64> {
         let mut is_sent = |beat: &u64| {
-            if acknowledged(*beat) {
-                beats.acknowledges(ONE, term, beat * EVERY - 1);
+            for replica in BOTH.into_iter().filter(|replica| acknowledges(*replica, *beat)) {
+                beats.acknowledges(replica, term, beat * EVERY - 1);
             }
-            !beats.spares(ONE, term, beat * EVERY)
+            let spared = beats.are_spared(term, beat * EVERY, BOTH.into_iter());
+            assert_eq!(beats.are_spared(term, beat * EVERY, BOTH.into_iter()), spared, "all or none");
+            !spared
         };
         (1..=count).filter(|beat| is_sent(beat)).collect()
     }
 
     #[test]
-    fn who_acknowledges_all_the_time_is_spared_some_and_never_all() {
+    fn who_acknowledge_all_the_time_are_spared_some_and_never_all() {
         let every = u64::from(BEATS_SPARED_MAX) + 1;
-        let mut beats = Beats::default();
-        let sent = sent(&mut beats, 5, 3 * every, |_| true);
+        let sent = sent(&mut Beats::default(), 5, 3 * every, |_, _| true);
         assert_eq!(sent, [1, 1 + every, 1 + 2 * every]);
     }
 
     #[test]
-    fn who_acknowledges_now_and_then_is_spared_none() {
-        assert_eq!(sent(&mut Beats::default(), 5, 6, |beat| beat % 2 == 0), [1, 2, 3, 4, 5, 6]);
-        assert_eq!(sent(&mut Beats::default(), 5, 6, |beat| beat <= 2), [1, 3, 4, 5, 6], "it has ceased");
+    fn who_acknowledge_now_and_then_or_not_all_are_spared_none() {
+        let all = [1, 2, 3, 4, 5, 6];
+        assert_eq!(sent(&mut Beats::default(), 5, 6, |_, beat| beat % 2 == 0), all);
+        assert_eq!(sent(&mut Beats::default(), 5, 6, |replica, _| replica == BOTH[0]), all);
+        assert_eq!(
+            sent(&mut Beats::default(), 5, 6, |_, beat| beat <= 2),
+            [1, 3, 4, 5, 6],
+            "they have ceased"
+        );
     }
 
     #[test]
     fn another_leadership_and_another_follower_begin_anew() {
         let mut beats = Beats::default();
-        assert_eq!(sent(&mut beats, 5, 2, |_| true), [1]);
-        assert!(!beats.spares(ONE, 6, 2 * EVERY));
-        assert!(!beats.spares(ReplicaId(2), 5, 2 * EVERY));
-        assert_eq!(sent(&mut beats, 7, 2, |_| true), [1]);
-        beats.retain(|replica| replica != ONE);
-        beats.acknowledges(ONE, 7, 3 * EVERY);
-        assert!(!beats.spares(ONE, 7, 3 * EVERY));
+        assert_eq!(sent(&mut beats, 5, 2, |_, _| true), [1]);
+        assert!(!beats.are_spared(6, 2 * EVERY, BOTH.into_iter()));
+        assert_eq!(sent(&mut beats, 7, 2, |_, _| true), [1]);
+        for replica in BOTH {
+            beats.acknowledges(replica, 7, 3 * EVERY);
+        }
+        let newcomer = ReplicaId(3);
+        assert!(!beats.are_spared(7, 3 * EVERY, BOTH.into_iter().chain([newcomer])));
+        beats.retain(|replica| replica != BOTH[0]);
+        assert_eq!(beats.acknowledged.len(), 1);
     }
 }
