@@ -11,7 +11,7 @@
 //! heartbeats do, so followers still begin to wait for their leader at one moment, and their election windows stay apart.
 
 use crate::ids::{ReplicaId, Term};
-use crate::limits::{BEATS_SPARED_MAX, ELECTION_TICKS_MIN, HEARTBEAT_TICKS};
+use crate::limits::{BEATS_SPARED_MAX, BEATS_STEADY_MIN, ELECTION_TICKS_MIN, HEARTBEAT_TICKS};
 
 // One may be lost besides.
 const _: () = assert!((BEATS_SPARED_MAX as usize + 2) * HEARTBEAT_TICKS < ELECTION_TICKS_MIN);
@@ -23,8 +23,8 @@ pub(super) struct Beats {
     acknowledged: Vec<(ReplicaId, Term, u64)>,
     /// The term and the tick of the last heartbeats that were due, and whether they were spared.
     last: Option<(Term, u64, bool)>,
-    /// All had acknowledged one by then.
-    steady: bool,
+    /// Heartbeats in a row before which all had acknowledged one.
+    steady: u32,
     spared: u32,
 }
 
@@ -54,9 +54,8 @@ impl Beats {
             let known = self.acknowledged.iter().find(|(of, ..)| *of == replica);
             known.is_some_and(|(_, of, at)| *of == term && now.saturating_sub(*at) <= HEARTBEAT_TICKS as u64)
         };
-        let steady = followers.all(is_new);
-        let was_steady = std::mem::replace(&mut self.steady, steady);
-        let spared = steady && was_steady && self.spared < BEATS_SPARED_MAX;
+        self.steady = if followers.all(is_new) { self.steady.saturating_add(1) } else { 0 };
+        let spared = self.steady > BEATS_STEADY_MIN && self.spared < BEATS_SPARED_MAX;
         self.spared = if spared { self.spared + 1 } else { 0 };
         self.last = Some((term, now, spared));
         spared
@@ -96,8 +95,10 @@ mod tests {
     #[test]
     fn who_acknowledge_all_the_time_are_spared_some_and_never_all() {
         let every = u64::from(BEATS_SPARED_MAX) + 1;
-        let sent = sent(&mut Beats::default(), 5, 3 * every, |_, _| true);
-        assert_eq!(sent, [1, 1 + every, 1 + 2 * every]);
+        let first = u64::from(BEATS_STEADY_MIN);
+        let sent = sent(&mut Beats::default(), 5, first + 2 * every, |_, _| true);
+        let expected: Vec<u64> = (1..=first).chain([first + every, first + 2 * every]).collect();
+        assert_eq!(sent, expected);
     }
 
     #[test]
@@ -106,8 +107,8 @@ mod tests {
         assert_eq!(sent(&mut Beats::default(), 5, 6, |_, beat| beat % 2 == 0), all);
         assert_eq!(sent(&mut Beats::default(), 5, 6, |replica, _| replica == BOTH[0]), all);
         assert_eq!(
-            sent(&mut Beats::default(), 5, 6, |_, beat| beat <= 2),
-            [1, 3, 4, 5, 6],
+            sent(&mut Beats::default(), 5, 6, |_, beat| beat <= 3),
+            [1, 2, 4, 5, 6],
             "they have ceased"
         );
     }
@@ -115,14 +116,14 @@ mod tests {
     #[test]
     fn another_leadership_and_another_follower_begin_anew() {
         let mut beats = Beats::default();
-        assert_eq!(sent(&mut beats, 5, 2, |_, _| true), [1]);
-        assert!(!beats.are_spared(6, 2 * EVERY, BOTH.into_iter()));
-        assert_eq!(sent(&mut beats, 7, 2, |_, _| true), [1]);
+        assert_eq!(sent(&mut beats, 5, 3, |_, _| true), [1, 2]);
+        assert!(!beats.are_spared(6, 3 * EVERY, BOTH.into_iter()));
+        assert_eq!(sent(&mut beats, 7, 3, |_, _| true), [1, 2]);
         for replica in BOTH {
-            beats.acknowledges(replica, 7, 3 * EVERY);
+            beats.acknowledges(replica, 7, 4 * EVERY);
         }
         let newcomer = ReplicaId(3);
-        assert!(!beats.are_spared(7, 3 * EVERY, BOTH.into_iter().chain([newcomer])));
+        assert!(!beats.are_spared(7, 4 * EVERY, BOTH.into_iter().chain([newcomer])));
         beats.retain(|replica| replica != BOTH[0]);
         assert_eq!(beats.acknowledged.len(), 1);
     }
