@@ -172,6 +172,8 @@ pub const TICK_MS: u64 = 100;
 pub const HEARTBEAT_TICKS: usize = 2;
 /// Heartbeats in a row that a leader spares a follower which has acknowledged appends meanwhile.
 pub const BEATS_SPARED_MAX: u32 = 2;
+/// It does so when all followers have acknowledged appends before more heartbeats in a row than this.
+pub const BEATS_STEADY_MIN: u32 = 2;
 /// Ticks between attempts of a new group's preferred leader to be elected before any timeout.
 pub const EAGER_TICKS: u64 = 2;
 /// Least election timeout in ticks.

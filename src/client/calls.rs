@@ -81,12 +81,10 @@ impl Driver {
         let silent = watch.silent();
         drop(watch);
         let outcome = match answer {
-            Waited::Done(Ok(answer)) => {
-                match answer.response() {
-                    Ok(response) => return self.answered(shard, &target, batch, sent, response),
-                    Err(error) => Failure::Lost(unreadable(&target, &error)),
-                }
-            }
+            Waited::Done(Ok(answer)) => match answer.response() {
+                Ok(response) => return self.answered(shard, &target, batch, sent, response),
+                Err(error) => Failure::Lost(unreadable(&target, &error)),
+            },
             Waited::Done(Err(error)) => call_failure(&target, &error),
             // That nobody waits any more says nothing about the node; a long silence does.
             Waited::Nobody if !silent => return,

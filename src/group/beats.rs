@@ -1,16 +1,17 @@
 //! Heartbeats that would say nothing new.
 //!
 //! A follower that acknowledges an append has heard its leader, and its leader has heard it: what a heartbeat is for. A node
-//! that leads many busy groups would otherwise send, and answer, more heartbeats than appends. So who has acknowledged an append
-//! since the last heartbeat is spared the next, [`BEATS_SPARED_MAX`] times in a row at most: an acknowledgement may
-//! be late, and some things are told by heartbeats only. Not spared are those that ask something: read rounds, and whether to
-//! sleep.
+//! that leads many busy groups would otherwise send, and answer, as many heartbeats as appends. So where all followers acknowledge
+//! appends between any two heartbeats, they are spared some of these, [`BEATS_SPARED_MAX`] in a row at most: an acknowledgement
+//! may be late, and some things are told by heartbeats only. Not spared are those that ask something: read rounds, and whether
+//! to sleep.
 //!
 //! That is always safe, since a heartbeat may be lost as well. How long a follower hears nothing of a leader that is there
-//! stays far below an election timeout, which is asserted below.
+//! stays below an election timeout, which is asserted below. And all or none are spared: appends go to all at once, as
+//! heartbeats do, so followers still begin to wait for their leader at one moment, and their election windows stay apart.
 
 use crate::ids::{ReplicaId, Term};
-use crate::limits::{BEATS_SPARED_MAX, ELECTION_TICKS_MIN, HEARTBEAT_TICKS};
+use crate::limits::{BEATS_SPARED_MAX, BEATS_STEADY_MIN, ELECTION_TICKS_MIN, HEARTBEAT_TICKS};
 
 // One may be lost besides.
 const _: () = assert!((BEATS_SPARED_MAX as usize + 2) * HEARTBEAT_TICKS < ELECTION_TICKS_MIN);
@@ -18,44 +19,51 @@ const _: () = assert!((BEATS_SPARED_MAX as usize + 2) * HEARTBEAT_TICKS < ELECTI
 /// See the module page. Of a leader.
 #[derive(Default, Debug)]
 pub(super) struct Beats {
-    followers: Vec<Follower>,
-}
-
-#[derive(Debug)]
-struct Follower {
-    replica: ReplicaId,
-    /// When it last acknowledged an append: the term of this leader, and the tick.
-    acknowledged: (Term, u64),
+    /// When each follower last acknowledged an append: the term of this leader, and the tick.
+    acknowledged: Vec<(ReplicaId, Term, u64)>,
+    /// The term and the tick of the last heartbeats that were due, and whether they were spared.
+    last: Option<(Term, u64, bool)>,
+    /// Heartbeats in a row before which all had acknowledged one.
+    steady: u32,
     spared: u32,
 }
 
 impl Beats {
     /// A follower acknowledges an append of a leader of this term, at tick `now`.
     pub(super) fn acknowledges(&mut self, replica: ReplicaId, term: Term, now: u64) {
-        match self.followers.iter_mut().find(|follower| follower.replica == replica) {
-            Some(follower) => follower.acknowledged = (term, now),
-            None => self.followers.push(Follower { replica, acknowledged: (term, now), spared: 0 }),
+        match self.acknowledged.iter_mut().find(|(of, ..)| *of == replica) {
+            Some(known) => *known = (replica, term, now),
+            None => self.acknowledged.push((replica, term, now)),
         }
     }
 
-    /// Whether a follower is spared the heartbeat that is due at tick `now`. If not, it is sent.
-    pub(super) fn spares(&mut self, replica: ReplicaId, term: Term, now: u64) -> bool {
-        let Some(follower) = self.followers.iter_mut().find(|follower| follower.replica == replica) else {
-            return false;
-        };
-        let (of, at) = follower.acknowledged;
-        let is_new = of == term && now.saturating_sub(at) <= HEARTBEAT_TICKS as u64;
-        if is_new && follower.spared < BEATS_SPARED_MAX {
-            follower.spared += 1;
-            return true;
+    /// Whether the heartbeats that are due at tick `now` to these followers, all there are, are spared. If not, they are sent.
+    /// Asked again at that tick, it says the same.
+    pub(super) fn are_spared(
+        &mut self,
+        term: Term,
+        now: u64,
+        mut followers: impl Iterator<Item = ReplicaId>,
+    ) -> bool {
+        if let Some((of, at, spared)) = self.last
+            && (of, at) == (term, now)
+        {
+            return spared;
         }
-        follower.spared = 0;
-        false
+        let is_new = |replica: ReplicaId| {
+            let known = self.acknowledged.iter().find(|(of, ..)| *of == replica);
+            known.is_some_and(|(_, of, at)| *of == term && now.saturating_sub(*at) <= HEARTBEAT_TICKS as u64)
+        };
+        self.steady = if followers.all(is_new) { self.steady.saturating_add(1) } else { 0 };
+        let spared = self.steady > BEATS_STEADY_MIN && self.spared < BEATS_SPARED_MAX;
+        self.spared = if spared { self.spared + 1 } else { 0 };
+        self.last = Some((term, now, spared));
+        spared
     }
 
     /// The members have changed: those who are none any more are forgotten.
     pub(super) fn retain(&mut self, is_member: impl Fn(ReplicaId) -> bool) {
-        self.followers.retain(|follower| is_member(follower.replica));
+        self.acknowledged.retain(|(replica, ..)| is_member(*replica));
     }
 }
 
@@ -63,35 +71,60 @@ impl Beats {
 mod tests {
     use super::*;
 
-    const ONE: ReplicaId = ReplicaId(1);
+    const BOTH: [ReplicaId; 2] = [ReplicaId(1), ReplicaId(2)];
     const EVERY: u64 = HEARTBEAT_TICKS as u64;
 
-    #[test]
-    fn who_acknowledges_is_spared_a_few_and_never_all() {
-        let mut beats = Beats::default();
-        assert!(!beats.spares(ONE, 5, 0), "nothing was heard of it");
-        let mut sent = Vec::new();
-        for beat in 1..=2 * (u64::from(BEATS_SPARED_MAX) + 1) {
-            beats.acknowledges(ONE, 5, beat * EVERY - 1);
-            if !beats.spares(ONE, 5, beat * EVERY) {
-                sent.push(beat);
+    /// The heartbeats that are sent, of so many, where followers acknowledge appends before these.
+    fn sent(
+        beats: &mut Beats,
+        term: Term,
+        count: u64,
+        acknowledges: impl Fn(ReplicaId, u64) -> bool,
+    ) -> Vec<u64> {
+        let mut is_sent = |beat: &u64| {
+            for replica in BOTH.into_iter().filter(|replica| acknowledges(*replica, *beat)) {
+                beats.acknowledges(replica, term, beat * EVERY - 1);
             }
-        }
-        let every = u64::from(BEATS_SPARED_MAX) + 1;
-        assert_eq!(sent, [every, 2 * every]);
+            let spared = beats.are_spared(term, beat * EVERY, BOTH.into_iter());
+            assert_eq!(beats.are_spared(term, beat * EVERY, BOTH.into_iter()), spared, "all or none");
+            !spared
+        };
+        (1..=count).filter(|beat| is_sent(beat)).collect()
     }
 
     #[test]
-    fn an_acknowledgement_counts_for_one_heartbeat_and_one_term() {
+    fn who_acknowledge_all_the_time_are_spared_some_and_never_all() {
+        let every = u64::from(BEATS_SPARED_MAX) + 1;
+        let first = u64::from(BEATS_STEADY_MIN);
+        let sent = sent(&mut Beats::default(), 5, first + 2 * every, |_, _| true);
+        let expected: Vec<u64> = (1..=first).chain([first + every, first + 2 * every]).collect();
+        assert_eq!(sent, expected);
+    }
+
+    #[test]
+    fn who_acknowledge_now_and_then_or_not_all_are_spared_none() {
+        let all = [1, 2, 3, 4, 5, 6];
+        assert_eq!(sent(&mut Beats::default(), 5, 6, |_, beat| beat % 2 == 0), all);
+        assert_eq!(sent(&mut Beats::default(), 5, 6, |replica, _| replica == BOTH[0]), all);
+        assert_eq!(
+            sent(&mut Beats::default(), 5, 6, |_, beat| beat <= 3),
+            [1, 2, 4, 5, 6],
+            "they have ceased"
+        );
+    }
+
+    #[test]
+    fn another_leadership_and_another_follower_begin_anew() {
         let mut beats = Beats::default();
-        beats.acknowledges(ONE, 5, 10);
-        assert!(beats.spares(ONE, 5, 10 + EVERY));
-        assert!(!beats.spares(ONE, 5, 10 + 2 * EVERY));
-        beats.acknowledges(ONE, 5, 20);
-        assert!(!beats.spares(ONE, 6, 20), "another leadership");
-        assert!(!beats.spares(ReplicaId(2), 5, 20), "another's");
-        beats.acknowledges(ONE, 6, 20);
-        beats.retain(|replica| replica != ONE);
-        assert!(!beats.spares(ONE, 6, 20));
+        assert_eq!(sent(&mut beats, 5, 3, |_, _| true), [1, 2]);
+        assert!(!beats.are_spared(6, 3 * EVERY, BOTH.into_iter()));
+        assert_eq!(sent(&mut beats, 7, 3, |_, _| true), [1, 2]);
+        for replica in BOTH {
+            beats.acknowledges(replica, 7, 4 * EVERY);
+        }
+        let newcomer = ReplicaId(3);
+        assert!(!beats.are_spared(7, 4 * EVERY, BOTH.into_iter().chain([newcomer])));
+        beats.retain(|replica| replica != BOTH[0]);
+        assert_eq!(beats.acknowledged.len(), 1);
     }
 }

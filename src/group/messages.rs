@@ -121,14 +121,19 @@ impl<T> Group<T> {
     /// Whether a message is a heartbeat that would say nothing new ([`super::beats`]). Of the metadata shard all are sent:
     /// by them the nodes hear in time of the map that is committed.
     fn is_spared(&mut self, message: &Message, leads_term: Option<Term>) -> bool {
-        let to = ReplicaId(message.to);
-        message.get_msg_type() == MessageType::MsgHeartbeat
+        let is_plain = message.get_msg_type() == MessageType::MsgHeartbeat
             && message.context.is_empty()
             && leads_term == Some(message.term)
             && self.shard != METADATA_SHARD
-            && self.word_for(message).is_none()
-            && !self.catch_up.lacks_state(to)
-            && self.beats.spares(to, message.term, self.ticks)
+            && self.word_for(message).is_none();
+        if !is_plain {
+            return false;
+        }
+        let (this, raft) = (self.replica, &self.raft.raft);
+        let others = || raft.prs().iter().map(|(id, _)| ReplicaId(*id)).filter(|id| *id != this);
+        // Who lacks its state asks for it with its answer to a heartbeat.
+        !others().any(|id| self.catch_up.lacks_state(id))
+            && self.beats.are_spared(message.term, self.ticks, others())
     }
 
     pub(super) fn route_messages(&mut self, effects: &mut Effects<T>) {

@@ -94,8 +94,17 @@ impl Arrived {
     /// The messages apart by `part`, each part's in their order.
     pub fn split(mut self, parts: usize, part: impl Fn(&GroupMessage) -> usize) -> Vec<Arrived> {
         let mut split: Vec<Vec<GroupMessage>> = (0..parts).map(|_| Vec::new()).collect();
-        for message in self.messages.drain(..) {
-            split[part(&message)].push(message);
+        let mut places = self.messages.iter().map(&part);
+        match places.next() {
+            // Mostly all are for one.
+            Some(first) if places.all(|place| place == first) => {
+                split[first] = std::mem::take(&mut self.messages);
+            }
+            _ => {
+                for message in self.messages.drain(..) {
+                    split[part(&message)].push(message);
+                }
+            }
         }
         let part = |messages| Arrived::new(messages, self.waiting.clone(), self.stamped);
         split.into_iter().map(part).collect()

@@ -17,8 +17,8 @@ use crate::codec::trace::write_trace;
 use crate::group::types::{Operation, Output};
 use crate::ids::{METADATA_SHARD, ShardId};
 use crate::limits::{
-    BATCH_OPERATIONS_MAX, GATHER_REQUESTS_MAX, KEY_BYTES_MAX, MAP_CUT_OFF_MS, MAP_NEWS_JITTER_MS, MAP_NEWS_MS,
-    MAP_WATCH_DEFAULT_MS, MAP_WATCH_MS_MAX, MAP_WATCHES_MAX, SCAN_PAIRS_MAX,
+    BATCH_OPERATIONS_MAX, GATHER_REQUESTS_MAX, KEY_BYTES_MAX, MAP_CUT_OFF_MS, MAP_NEWS_JITTER_MS,
+    MAP_NEWS_MS, MAP_WATCH_DEFAULT_MS, MAP_WATCH_MS_MAX, MAP_WATCHES_MAX, SCAN_PAIRS_MAX,
 };
 use crate::machine::command::{Answer, Query};
 use crate::node::load::Admitted;
