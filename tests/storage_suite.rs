@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use pontoon::ids::{RandomId, ReplicaId, StoreId};
-use pontoon::storage::engine::{Engine, Mutation};
+use pontoon::storage::engine::{Engine, Mutation, Store};
+use pontoon::storage::engine_fjall::{FjallEngine, FjallOptions};
 use pontoon::storage::engine_memory::MemoryEngine;
 use pontoon::storage::engine_sled::{CHUNK_BYTES, INLINE_BYTES_MAX, SledEngine, SledOptions};
 use pontoon::storage::identity::IdentityError;
@@ -22,9 +23,17 @@ fn open_sled(path: &Path) -> Result<SledEngine, StorageError> {
     SledEngine::open(path, SledOptions::default(), STORE)
 }
 
+fn open_fjall(path: &Path) -> Result<FjallEngine, StorageError> {
+    FjallEngine::open(path, FjallOptions { cache_bytes: 1 << 20 }, STORE)
+}
+
 /// Each engine, empty but for its own records.
 fn engines(home: &Path) -> Vec<Arc<dyn Engine>> {
-    vec![Arc::new(MemoryEngine::new()), Arc::new(open_sled(&home.join("sled")).unwrap())]
+    vec![
+        Arc::new(MemoryEngine::new()),
+        Arc::new(open_sled(&home.join("sled")).unwrap()),
+        Arc::new(open_fjall(&home.join("fjall")).unwrap()),
+    ]
 }
 
 fn each_engine(test: impl Fn(&dyn Engine)) {

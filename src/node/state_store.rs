@@ -13,8 +13,8 @@ use std::sync::Arc;
 
 use crate::storage::StorageError;
 use crate::storage::aside;
-use crate::storage::engine::Engine;
-use crate::storage::engine_sled::{SledEngine, SledOptions};
+use crate::storage::engine::{Engine, Store};
+use crate::storage::engine_kind::{EngineKind, StateOptions};
 use crate::storage::flush::Flusher;
 use crate::storage::identity::{DataDir, IdentityError};
 use crate::storage::keys;
@@ -24,10 +24,11 @@ use crate::storage::state::StateHeader;
 /// Opens the state in `dir`, of the replicas in `log`.
 pub(super) fn open(
     dir: &DataDir,
-    options: SledOptions,
+    options: StateOptions,
     log: &dyn LogStore,
-) -> Result<(Arc<SledEngine>, Flusher), StorageError> {
-    let why = match try_open(dir, options, log) {
+) -> Result<(Arc<dyn Store>, Flusher), StorageError> {
+    let kind = EngineKind::of(&dir.state_path(), options.engine)?;
+    let why = match try_open(dir, kind, options, log) {
         Err(error @ StorageError::Damaged { .. }) => error.to_string(),
         result => return result,
     };
@@ -39,15 +40,16 @@ pub(super) fn open(
          removed: see to that when the node is whole again",
         moved.display()
     );
-    try_open(dir, options, log)
+    try_open(dir, kind, options, log)
 }
 
 fn try_open(
     dir: &DataDir,
-    options: SledOptions,
+    kind: EngineKind,
+    options: StateOptions,
     log: &dyn LogStore,
-) -> Result<(Arc<SledEngine>, Flusher), StorageError> {
-    let engine = Arc::new(SledEngine::open(&dir.state_path(), options, dir.store_id())?);
+) -> Result<(Arc<dyn Store>, Flusher), StorageError> {
+    let engine = kind.open(&dir.state_path(), options, dir.store_id())?;
     if engine.created() && log.catalogue()?.iter().any(|record| record.phase == ReplicaPhase::Active) {
         tracing::warn!(
             directory = %dir.state_path().display(),
@@ -198,8 +200,8 @@ mod tests {
         }
     }
 
-    fn options() -> SledOptions {
-        SledOptions { synchronous: false, ..SledOptions::default() }
+    fn options() -> StateOptions {
+        StateOptions { engine: None, cache_bytes: 1 << 20, synchronous: false }
     }
 
     #[test]
