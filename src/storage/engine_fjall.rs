@@ -21,7 +21,7 @@ use std::io::ErrorKind;
 use std::ops::Bound;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwap;
@@ -34,7 +34,7 @@ use lsm_tree::{
 
 use super::atomic_file::{self, io_error};
 use super::engine::{Engine, Mutation, OnDamage, Run, Store};
-use super::fjall_compaction::Compaction;
+use super::fjall_compaction::{Compaction, Ending};
 use super::fjall_files::{self as files, damaged};
 use super::fjall_view::{Bounds, View};
 use super::identity::IdentityError;
@@ -95,8 +95,8 @@ pub(super) struct Core {
     /// The key whose value can't be read, for tests.
     #[cfg(test)]
     spoilt: Mutex<Option<Vec<u8>>>,
-    /// No merge is begun any more.
-    ending: AtomicBool,
+    /// No merge is begun any more, or ended.
+    ending: Ending,
 }
 
 impl FjallEngine {
@@ -113,8 +113,10 @@ impl FjallEngine {
         let lock = files::lock(path)?;
         let there = files::check_version(path)?;
         let (next, visible) = (SequenceNumberCounter::default(), SequenceNumberCounter::default());
+        let ending = Ending(Arc::default());
         let config = Config::new(path, next.clone(), visible.clone())
-            .use_cache(Arc::new(Cache::with_capacity_bytes(options.cache_bytes)));
+            .use_cache(Arc::new(Cache::with_capacity_bytes(options.cache_bytes)))
+            .with_compaction_filter_factory(Some(Arc::new(ending.clone())));
         let tree = contain(path, || config.open(), Doing::Reading)?;
         contain(path, || Ok(files::check_tables(path, &tree)), Doing::Reading)??;
         let greatest = contain(path, || Ok(tree.get_highest_seqno()), Doing::Reading)?;
@@ -135,7 +137,7 @@ impl FjallEngine {
             trust: Trust::new(NAME, path),
             #[cfg(test)]
             spoilt: Mutex::default(),
-            ending: AtomicBool::new(false),
+            ending,
         });
         let compaction = Compaction::start(core.clone()).map_err(io_error("starting a thread for", path))?;
         let engine = FjallEngine { compaction, core, created, _lock: lock };
@@ -276,12 +278,16 @@ impl Core {
     /// Merges some tables, if there is anything to merge. True: something was done.
     pub fn compact(&self) -> Result<bool, StorageError> {
         let _merging = self.merging.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.ending.load(Ordering::Relaxed) {
+        if self.ending.has_begun() {
             return Ok(false);
         }
         self.tidy();
         let before = self.tree.current_version().id();
-        self.making_table(|| self.tree.compact(Arc::new(Leveled::default()), self.next.get()))?;
+        let merged = self.making_table(|| self.tree.compact(Arc::new(Leveled::default()), self.next.get()));
+        if self.ending.has_begun() {
+            return Ok(false);
+        }
+        merged?;
         if self.tree.current_version().id() == before {
             return Ok(false);
         }
@@ -294,8 +300,12 @@ impl Core {
     /// Waits until there is room for another table.
     fn hold_back(&self) -> Result<(), StorageError> {
         while self.tree.level_table_count(0).unwrap_or(0) >= FJALL_TABLES_WAITING_MAX {
-            if !self.compact()? {
-                break;
+            match self.compact() {
+                Ok(true) => {}
+                // There may be room for the table all the same.
+                Ok(false) => break,
+                Err(error) if error.is_full() => break,
+                Err(error) => return Err(error),
             }
         }
         Ok(())
@@ -328,6 +338,8 @@ struct FjallRun<'a> {
     engine: &'a FjallEngine,
     /// `None` once it is to be finished.
     ingestion: Option<AnyIngestion<'a>>,
+    /// Anything was pushed.
+    begun: bool,
     /// Number of its first table, while it isn't part of the tree.
     unfinished: Option<u64>,
     _making: Making<'a>,
@@ -336,6 +348,7 @@ struct FjallRun<'a> {
 impl Run for FjallRun<'_> {
     fn push(&mut self, key: &[u8], value: Option<&Bytes>) -> Result<(), StorageError> {
         let Some(ingestion) = &mut self.ingestion else { return Ok(()) };
+        self.begun = true;
         self.engine.core.run(
             || match value {
                 Some(value) => ingestion.write(key, &value[..]),
@@ -350,8 +363,11 @@ impl Run for FjallRun<'_> {
         let writer = core.writer();
         // What was written before is older, and must not lie above it.
         core.flush_pending(&writer)?;
-        if let Some(ingestion) = self.ingestion.take() {
+        if let Some(ingestion) = self.ingestion.take().filter(|_| self.begun) {
             core.run(|| ingestion.finish(), Doing::Writing)?;
+        } else {
+            // Of a file without a table nobody knows.
+            return Ok(());
         }
         self.unfinished = None;
         hot().state_syncs.increment(SYNCS_PER_RUN);
@@ -443,7 +459,7 @@ impl Engine for FjallEngine {
             core.litter(first);
         }
         let (ingestion, unfinished) = (Some(ingestion?), Some(first));
-        Ok(Some(Box::new(FjallRun { engine: self, ingestion, unfinished, _making: making })))
+        Ok(Some(Box::new(FjallRun { engine: self, ingestion, begun: false, unfinished, _making: making })))
     }
 
     fn sync(&self) -> Result<(), StorageError> {
@@ -481,7 +497,7 @@ impl Store for FjallEngine {
 
 impl Drop for FjallEngine {
     fn drop(&mut self) {
-        self.core.ending.store(true, Ordering::Relaxed);
+        self.core.ending.0.store(true, Ordering::Relaxed);
     }
 }
 
@@ -516,14 +532,21 @@ fn contain<T>(
         Err(panic) => return Err(damaged(path, &format!("{PANICKED}: {}", panic_text(panic.as_ref())))),
     };
     match error {
-        // What it has noted of a file isn't there.
+        lsm_tree::Error::Io(error) if error.kind() == ErrorKind::Interrupted => {
+            let reason = format!("{}: a merge was given up", path.display());
+            Err(StorageError::Engine { engine: NAME, reason })
+        }
+        // What it has noted of a file isn't there, or leads to a place that is none.
         lsm_tree::Error::Io(error)
             if matches!(
                 error.kind(),
-                ErrorKind::UnexpectedEof | ErrorKind::NotFound | ErrorKind::InvalidData
+                ErrorKind::UnexpectedEof
+                    | ErrorKind::NotFound
+                    | ErrorKind::InvalidData
+                    | ErrorKind::InvalidInput
             ) =>
         {
-            Err(damaged(path, &format!("a file is too short or gone: {error}")))
+            Err(damaged(path, &format!("a file is too short, gone, or none: {error}")))
         }
         lsm_tree::Error::Io(error) => {
             let error = io_error("reading or writing in", path)(error);

@@ -4,15 +4,49 @@
 //! nothing to merge. A flush that finds too many tables merges them itself ([`super::engine_fjall`]): that
 //! is how writes are held back where merging can't keep up.
 
+use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
+
+use lsm_tree::compaction::filter::{CompactionFilter, Context, Factory, ItemAccessor, Verdict};
 
 use super::engine_fjall::Core;
 use crate::limits::COMPACTION_NICE;
 use crate::nice::be_nice;
 
-/// Its handle. Dropping it ends the thread, after the merge that is under way.
+/// Has merges given up once the store is being closed: a great one takes seconds, and changes nothing
+/// before it is done.
+#[derive(Clone)]
+pub(super) struct Ending(pub Arc<AtomicBool>);
+
+impl Ending {
+    pub fn has_begun(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl Factory for Ending {
+    fn name(&self) -> &str {
+        "ending"
+    }
+
+    fn make_filter(&self, _: &Context) -> Box<dyn CompactionFilter> {
+        Box::new(self.clone())
+    }
+}
+
+impl CompactionFilter for Ending {
+    fn filter_item(&mut self, _: ItemAccessor<'_>, _: &Context) -> lsm_tree::Result<Verdict> {
+        if self.has_begun() {
+            return Err(io::Error::from(io::ErrorKind::Interrupted).into());
+        }
+        Ok(Verdict::Keep)
+    }
+}
+
+/// Its handle. Dropping it ends the thread.
 pub(super) struct Compaction {
     wake: Option<SyncSender<()>>,
     thread: Option<JoinHandle<()>>,
