@@ -18,8 +18,8 @@ use pontoon::machine::command::{Command, KvCommand};
 use pontoon::machine::entry::{decode_entry, encode_entry};
 use pontoon::machine::session::SessionTag;
 use pontoon::storage::StateBatch;
-use pontoon::storage::engine::Engine;
-use pontoon::storage::engine_sled::{SledEngine, SledOptions};
+use pontoon::storage::engine::{Engine as _, Store as Engine};
+use pontoon::storage::engine_kind::{EngineKind, StateOptions};
 use pontoon::storage::flush::{FlushStep, Flusher};
 use pontoon::storage::state::{ReplicaState, StateHeader};
 use raft::eraftpb::ConfState;
@@ -35,18 +35,18 @@ const ENTRY_KEYS: u64 = 64;
 /// How long a session lives.
 const SESSION_MS: u32 = 600_000;
 
-/// One replica's state on sled, and who flushes it.
+/// One replica's state on an engine, and who flushes it.
 struct Store {
-    engine: Arc<SledEngine>,
+    engine: Arc<dyn Engine>,
     state: ReplicaState,
     flusher: Flusher,
     writes: u64,
 }
 
 impl Store {
-    fn open(dir: &tempfile::TempDir) -> Store {
-        let path = dir.path().join("sled");
-        let engine = Arc::new(SledEngine::open(&path, SledOptions::default(), RandomId([1; 16])).unwrap());
+    fn open(dir: &tempfile::TempDir, kind: EngineKind) -> Store {
+        let options = StateOptions { engine: Some(kind), cache_bytes: 64 << 20, synchronous: true };
+        let engine = kind.open(&dir.path().join("state"), options, RandomId([1; 16])).unwrap();
         let initial = StateHeader {
             applied: GROUP_START,
             revision: 0,
@@ -129,15 +129,21 @@ fn read(reader: &pontoon::storage::state::StateReader, number: &mut u64) {
 }
 
 fn state(criterion: &mut Criterion) {
+    for kind in EngineKind::ALL {
+        state_on(kind, criterion);
+    }
+}
+
+fn state_on(kind: EngineKind, criterion: &mut Criterion) {
     let parent = std::env::var_os("PONTOON_BENCH_DIR")
         .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/target")), PathBuf::from);
     let dir = tempfile::tempdir_in(parent).unwrap();
-    let mut store = Store::open(&dir);
+    let mut store = Store::open(&dir, kind);
     store.fill(KEYS);
     store.flush();
     store.engine.sync().unwrap();
 
-    let mut group = criterion.benchmark_group("state");
+    let mut group = criterion.benchmark_group(format!("state on {kind}"));
     group.sample_size(20);
     let value = Bytes::from(vec![7; VALUE_BYTES]);
     group.throughput(Throughput::Elements(ENTRY_KEYS));

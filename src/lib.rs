@@ -32,6 +32,7 @@ pub mod group;
 pub mod ids;
 pub mod limits;
 pub mod machine;
+mod nice;
 pub mod node;
 pub mod placement;
 pub mod refusal;

@@ -117,8 +117,18 @@ pub const FLUSH_BATCH_KEYS: usize = 256;
 /// A flush tells of replicas that it is done with when their tables have this many bytes together, so that their
 /// memory is free before all others' is.
 pub const FLUSH_PART_BYTES: usize = MIB;
+/// An engine that takes in sorted runs gets a flush in runs of tables of this many bytes: each is synced by
+/// itself, and until that nothing of it frees memory.
+pub const FLUSH_RUN_BYTES: usize = 16 * MIB;
 /// A flush batch is closed at this many bytes of keys and values.
 pub const FLUSH_BATCH_BYTES: usize = 64 * KIB;
+
+/// Bytes of writes outside of flushes that the fjall engine keeps in memory before it makes a table of them.
+pub const FJALL_PENDING_BYTES: u64 = 8 * MIB as u64;
+/// Tables of the fjall engine that wait to be merged; a flush that would make one more merges them first.
+pub const FJALL_TABLES_WAITING_MAX: usize = 16;
+/// Niceness of the thread that merges them.
+pub const COMPACTION_NICE: i32 = SNAPSHOT_NICE;
 
 /// Bytes of records in one block of a snapshot file, which has one checksum.
 pub const SNAPSHOT_BLOCK_BYTES: usize = 256 * KIB;

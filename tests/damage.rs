@@ -18,25 +18,29 @@ use std::time::Instant;
 
 use files::{Class, Damage};
 use patient::{Patient, Stop};
+use pontoon::storage::engine_kind::EngineKind;
 use table::Table;
 
 /// Tries these out, one after the other.
-async fn try_out(cases: impl IntoIterator<Item = (Class, Damage, Stop)>) -> Table {
-    let mut patient = Patient::new().await;
-    let mut table = Table::default();
+async fn try_out(
+    engine: EngineKind,
+    cases: impl IntoIterator<Item = (Class, Damage, Stop)>,
+    table: &mut Table,
+) {
+    let mut patient = Patient::new(engine).await;
     for (class, damage, stop) in cases {
         let begun = Instant::now();
         if let Some(outcome) = patient.try_out(class, damage, stop).await {
-            println!("{class}, {damage}, {stop:?}: {outcome:?}, {:.1?}", begun.elapsed());
+            println!("{engine}: {class}, {damage}, {stop:?}: {outcome:?}, {:.1?}", begun.elapsed());
             table.note(class, damage, outcome);
         }
     }
-    table
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_damaged_file_is_repaired_or_refused_as_the_table_says() {
-    let table = try_out([
+    let mut table = Table::default();
+    let cases = [
         (Class::Identity, Damage::FlipMiddle, Stop::Clean),
         (Class::LogFirst, Damage::Delete, Stop::Clean),
         (Class::LogMiddle, Damage::FlipMiddle, Stop::Clean),
@@ -55,8 +59,28 @@ async fn a_damaged_file_is_repaired_or_refused_as_the_table_says() {
         (Class::RedoFile, Damage::FlipMiddle, Stop::InFlush),
         (Class::RedoFile, Damage::Delete, Stop::InFlush),
         (Class::SnapshotFile, Damage::FlipMiddle, Stop::InInstall),
-    ]);
-    table.await.check();
+    ];
+    try_out(EngineKind::Sled, cases, &mut table).await;
+    table.check();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_file_of_fjall_is_repaired_as_the_table_says() {
+    let mut table = Table::default();
+    let cases = [
+        (Class::StateCurrent, Damage::FlipStart, Stop::Flushed),
+        (Class::StateCurrent, Damage::Delete, Stop::Flushed),
+        (Class::StateVersion, Damage::FlipMiddle, Stop::Flushed),
+        (Class::StateVersion, Damage::Half, Stop::Flushed),
+        (Class::StateTable, Damage::FlipMany, Stop::Flushed),
+        (Class::StateTable, Damage::Delete, Stop::Flushed),
+        (Class::StateTable, Damage::Empty, Stop::InFlush),
+        (Class::State, Damage::Delete, Stop::Flushed),
+        (Class::RedoFile, Damage::FlipMiddle, Stop::InFlush),
+        (Class::RedoFile, Damage::Delete, Stop::InFlush),
+    ];
+    try_out(EngineKind::Fjall, cases, &mut table).await;
+    table.check();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -68,12 +92,19 @@ async fn every_damage_to_every_file_comes_to_what_the_table_says() {
         Class::SnapshotFile => &[Stop::InInstall],
         Class::StateDb => &[Stop::Flushed, Stop::InFlush],
         Class::StateConf | Class::StateSnap | Class::StateSums | Class::State => &[Stop::Flushed],
+        Class::StateCurrent | Class::StateVersion | Class::StateTable => &[Stop::Flushed, Stop::InFlush],
         _ => &[Stop::Clean, Stop::Kill],
     };
     let cases = Class::ALL.into_iter().flat_map(|class| {
         stops(class).iter().flat_map(move |stop| Damage::ALL.map(|damage| (class, damage, *stop)))
     });
-    let table = try_out(cases).await;
+    let mut table = Table::default();
+    let of_fjall = |class| {
+        use Class::{Redo, RedoFile, State, StateCurrent, StateTable, StateVersion};
+        matches!(class, StateCurrent | StateVersion | StateTable | State | RedoFile | Redo)
+    };
+    try_out(EngineKind::Sled, cases.clone(), &mut table).await;
+    try_out(EngineKind::Fjall, cases.filter(|(class, ..)| of_fjall(*class)), &mut table).await;
     if std::env::var_os("REWRITE").is_some() {
         table.write();
     }

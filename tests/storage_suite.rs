@@ -10,7 +10,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use pontoon::ids::{RandomId, ReplicaId, StoreId};
-use pontoon::storage::engine::{Engine, Mutation};
+use pontoon::storage::engine::{Engine, Mutation, Run, Store};
+use pontoon::storage::engine_fjall::{FjallEngine, FjallOptions};
+use pontoon::storage::engine_kind::{EngineKind, StateOptions};
 use pontoon::storage::engine_memory::MemoryEngine;
 use pontoon::storage::engine_sled::{CHUNK_BYTES, INLINE_BYTES_MAX, SledEngine, SledOptions};
 use pontoon::storage::identity::IdentityError;
@@ -26,9 +28,17 @@ fn open_sled(path: &Path) -> Result<SledEngine, StorageError> {
     SledEngine::open(path, SledOptions::default(), STORE)
 }
 
+fn open_fjall(path: &Path) -> Result<FjallEngine, StorageError> {
+    FjallEngine::open(path, FjallOptions { cache_bytes: 1 << 20 }, STORE)
+}
+
 /// Each engine, empty but for its own records.
 fn engines(home: &Path) -> Vec<Arc<dyn Engine>> {
-    vec![Arc::new(MemoryEngine::new()), Arc::new(open_sled(&home.join("sled")).unwrap())]
+    vec![
+        Arc::new(MemoryEngine::new()),
+        Arc::new(open_sled(&home.join("sled")).unwrap()),
+        Arc::new(open_fjall(&home.join("fjall")).unwrap()),
+    ]
 }
 
 fn each_engine(test: impl Fn(&dyn Engine)) {
@@ -262,19 +272,134 @@ fn reads_beside_a_writer_are_never_torn() {
     });
 }
 
+fn open_store(kind: EngineKind, path: &Path, store_id: StoreId) -> Result<Arc<dyn Store>, StorageError> {
+    kind.open(path, StateOptions { engine: Some(kind), cache_bytes: 1 << 20, synchronous: true }, store_id)
+}
+
 #[test]
-fn sled_keeps_what_was_synced() {
+fn stores_keep_what_was_synced() {
+    for kind in EngineKind::ALL {
+        let home = tempfile::tempdir().unwrap();
+        let great = vec![3; 1 << 20];
+        let engine = open_store(kind, home.path(), STORE).unwrap();
+        assert!(engine.created());
+        engine.write(&[put("a", b"0"), put("b", &great), put("c", b"1")]).unwrap();
+        engine.write(&[put("a", b"1"), remove("c")]).unwrap();
+        engine.sync().unwrap();
+        drop(engine);
+        for _ in 0..2 {
+            let engine = open_store(kind, home.path(), STORE).unwrap();
+            assert!(!engine.created());
+            assert_eq!(engine.get(&key("a")).unwrap().unwrap(), "1");
+            assert_eq!(engine.get(&key("b")).unwrap().unwrap(), great);
+            assert_eq!(engine.get(&key("c")).unwrap(), None);
+        }
+    }
+}
+
+/// What is in a run counts as a whole, over what was written before, and not at all if it isn't finished.
+#[test]
+fn a_run_is_there_whole_or_not_at_all() {
     let home = tempfile::tempdir().unwrap();
-    let great = vec![3; 1 << 20];
-    let engine = open_sled(home.path()).unwrap();
-    assert!(engine.created());
-    engine.write(&[put("a", b"1"), put("b", &great)]).unwrap();
-    engine.sync().unwrap();
+    let path = home.path().join("fjall");
+    let engine = open_fjall(&path).unwrap();
+    let fill = |run: &mut dyn Run, value: &'static [u8]| {
+        for number in 0..2000u32 {
+            run.push(&key(number.to_be_bytes()), Some(&Bytes::from_static(value))).unwrap();
+        }
+        run.push(&key("z"), None).unwrap();
+    };
+    let all = |engine: &dyn Engine| collect(engine, Bound::Included(&key("")), &key("zz"));
+    engine.write(&[put(3u32.to_be_bytes(), b"before"), put("z", b"before")]).unwrap();
+    let before = all(&engine);
+    let mut run = engine.begin_run().unwrap().unwrap();
+    fill(&mut *run, b"never");
+    assert_eq!(all(&engine), before, "nothing is seen before it is finished");
+    drop(run);
+    assert_eq!(all(&engine), before);
+    let mut run = engine.begin_run().unwrap().unwrap();
+    fill(&mut *run, b"run");
+    // Older than the run, whenever it was written.
+    engine.write(&[put(4u32.to_be_bytes(), b"meanwhile")]).unwrap();
+    run.finish().unwrap();
+    let whole = all(&engine);
+    assert_eq!(whole.len(), 2000, "the removal too");
+    assert!(whole.iter().all(|(_, value)| value == "run"));
+    engine.write(&[put(5u32.to_be_bytes(), b"after")]).unwrap();
+    assert_eq!(engine.get(&key(5u32.to_be_bytes())).unwrap().unwrap(), "after");
+    // Not synced: only the run is sure to be there.
     drop(engine);
-    let engine = open_sled(home.path()).unwrap();
-    assert!(!engine.created());
-    assert_eq!(engine.get(&key("a")).unwrap().unwrap(), "1");
-    assert_eq!(engine.get(&key("b")).unwrap().unwrap(), great);
+    let engine = open_fjall(&path).unwrap();
+    assert_eq!(all(&engine), whole);
+    let run = engine.begin_run().unwrap().unwrap();
+    run.finish().unwrap();
+    assert_eq!(all(&engine), whole, "an empty one changes nothing");
+}
+
+/// Tables are merged beside reads, writes and runs, and nothing of that is seen.
+#[test]
+fn merging_tables_changes_nothing() {
+    let home = tempfile::tempdir().unwrap();
+    let path = home.path().join("fjall");
+    let engine = open_fjall(&path).unwrap();
+    let mut model = BTreeMap::new();
+    let mut seed = 7u64;
+    for round in 0..60u64 {
+        let mut changes = BTreeMap::new();
+        for _ in 0..300 {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let value = (seed >> 60 != 0).then(|| Bytes::from(vec![round as u8; 200]));
+            changes.insert(key((seed >> 33).to_be_bytes()[6..].to_vec()), value);
+        }
+        if round % 3 == 0 {
+            engine.write(&changes.clone().into_iter().collect::<Vec<_>>()).unwrap();
+            engine.sync().unwrap();
+        } else {
+            let mut run = engine.begin_run().unwrap().unwrap();
+            for (key, value) in &changes {
+                run.push(key, value.as_ref()).unwrap();
+            }
+            run.finish().unwrap();
+        }
+        for (key, value) in changes {
+            match value {
+                Some(value) => model.insert(key, value),
+                None => model.remove(&key),
+            };
+        }
+        let found = collect(&engine, Bound::Included(&key("")), &[]);
+        assert_eq!(found, model.clone().into_iter().collect::<Vec<_>>(), "round {round}");
+        let (key, value) = model.iter().nth(model.len() / 2).unwrap();
+        assert_eq!(engine.get(key).unwrap().as_ref(), Some(value));
+    }
+    drop(engine);
+    let engine = open_fjall(&path).unwrap();
+    let found = collect(&engine, Bound::Included(&key("")), &[]);
+    assert_eq!(found, model.into_iter().collect::<Vec<_>>());
+    let tables = std::fs::read_dir(path.join("tables")).unwrap().count();
+    assert!(tables < 30, "{tables} tables were never merged");
+}
+
+#[test]
+fn a_directory_keeps_its_engine() {
+    let other = |kind| EngineKind::ALL.into_iter().find(|other| *other != kind);
+    for kind in EngineKind::ALL {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("state");
+        assert_eq!(EngineKind::of(&path, None).unwrap(), EngineKind::DEFAULT);
+        assert_eq!(EngineKind::of(&path, Some(kind)).unwrap(), kind);
+        drop(open_store(kind, &path, STORE).unwrap());
+        assert_eq!(EngineKind::of(&path, None).unwrap(), kind);
+        assert_eq!(EngineKind::of(&path, Some(kind)).unwrap(), kind);
+        let error = EngineKind::of(&path, other(kind)).unwrap_err();
+        assert!(matches!(error, StorageError::Identity(IdentityError::OtherEngine { .. })), "{error}");
+        assert!(!error.ends_identity());
+    }
+    // Whatever made the second one: neither is taken for the state by itself.
+    let home = tempfile::tempdir().unwrap();
+    drop(open_store(EngineKind::Fjall, home.path(), STORE).unwrap());
+    std::fs::write(home.path().join("db"), "").unwrap();
+    assert!(EngineKind::of(home.path(), None).is_err());
 }
 
 #[test]
@@ -299,25 +424,30 @@ fn sled_never_puts_values_into_unsynced_files() {
 }
 
 #[test]
-fn sled_refuses_what_is_not_its_own() {
-    let home = tempfile::tempdir().unwrap();
-    let path = home.path().join("sled");
-    let engine = open_sled(&path).unwrap();
-    let error = open_sled(&path).err().unwrap();
-    assert!(matches!(error, StorageError::Identity(IdentityError::InUse { .. })), "{error}");
-    let newer = Bytes::copy_from_slice(&(keys::FORMAT_VERSION + 1).to_be_bytes());
-    engine.write(&[(keys::format_key(), Some(newer))]).unwrap();
-    engine.sync().unwrap();
-    drop(engine);
-    let error = open_sled(&path).err().unwrap();
-    assert!(matches!(error, StorageError::Identity(IdentityError::Newer { .. })), "{error}");
+fn stores_refuse_what_is_not_their_own() {
+    for kind in EngineKind::ALL {
+        let home = tempfile::tempdir().unwrap();
+        let engine = open_store(kind, home.path(), STORE).unwrap();
+        let error = open_store(kind, home.path(), STORE).err().unwrap();
+        assert!(matches!(error, StorageError::Identity(IdentityError::InUse { .. })), "{error}");
+        let newer = Bytes::copy_from_slice(&(keys::FORMAT_VERSION + 1).to_be_bytes());
+        engine.write(&[(keys::format_key(), Some(newer))]).unwrap();
+        engine.sync().unwrap();
+        drop(engine);
+        let error = open_store(kind, home.path(), STORE).err().unwrap();
+        assert!(matches!(error, StorageError::Identity(IdentityError::Newer { .. })), "{error}");
 
-    let home = tempfile::tempdir().unwrap();
-    let path = home.path().join("sled");
-    drop(open_sled(&path).unwrap());
-    let other = SledEngine::open(&path, SledOptions::default(), RandomId([8; 16]));
-    let error = other.err().unwrap();
-    assert!(matches!(error, StorageError::Identity(IdentityError::ForeignStore { .. })), "{error}");
+        let home = tempfile::tempdir().unwrap();
+        drop(open_store(kind, home.path(), STORE).unwrap());
+        for owner in [true, false] {
+            let error = open_store(kind, home.path(), RandomId([8; 16])).err().unwrap();
+            assert!(matches!(error, StorageError::Identity(IdentityError::ForeignStore { .. })), "{error}");
+            // The store itself has it too.
+            if owner {
+                std::fs::remove_file(home.path().join("OWNER")).unwrap();
+            }
+        }
+    }
 }
 
 #[test]
@@ -379,6 +509,111 @@ fn sled_reports_damage() {
         }
     }
     assert!(refused > 0);
+}
+
+/// The same of fjall's files, of which each may also be cut, or gone.
+#[test]
+fn fjall_reports_damage() {
+    let home = tempfile::tempdir().unwrap();
+    let path = home.path().join("whole");
+    let engine = open_fjall(&path).unwrap();
+    for round in 0..3 {
+        let mut run = engine.begin_run().unwrap().unwrap();
+        for i in (0..300u32).filter(|i| round == 0 || i % 7 == round) {
+            run.push(&key(i.to_be_bytes()), Some(&Bytes::from(vec![1; 900]))).unwrap();
+        }
+        run.finish().unwrap();
+    }
+    drop(engine);
+    let read = |copy: &Path| {
+        let engine = open_fjall(copy)?;
+        let mut pairs = 0;
+        engine.scan(Bound::Included(&key("")), &[], &mut |_, value| {
+            pairs += usize::from(value[..] == [1; 900]);
+            true
+        })?;
+        assert_eq!(pairs, 300, "{}", copy.display());
+        engine.write(&[put("z", b"z")])?;
+        engine.sync()
+    };
+    let files = [path.clone(), path.join("tables")];
+    let files = files.iter().flat_map(|dir| std::fs::read_dir(dir).unwrap()).map(Result::unwrap);
+    let (mut refused, mut whole, mut number) = (0, 0, 0);
+    for file in files.filter(|file| file.metadata().unwrap().is_file()) {
+        let bytes = std::fs::read(file.path()).unwrap();
+        let name = file.file_name().into_string().unwrap();
+        let places = (0..bytes.len()).step_by((bytes.len() / 24).max(1));
+        let flipped = places.map(|place| {
+            let mut bad = bytes.clone();
+            bad[place] ^= 0x10;
+            Some(bad)
+        });
+        let cut = [bytes.len() / 2, bytes.len().saturating_sub(1), 0].map(|len| Some(bytes[..len].to_vec()));
+        for bad in flipped.chain(cut).chain([None]) {
+            number += 1;
+            let copy = home.path().join(number.to_string());
+            copy_dir(&path, &copy);
+            let target = copy.join(file.path().strip_prefix(&path).unwrap());
+            match bad {
+                Some(bad) => std::fs::write(target, bad).unwrap(),
+                None => std::fs::remove_file(target).unwrap(),
+            }
+            match read(&copy) {
+                Ok(()) => {
+                    assert!(["LOCK", "OWNER"].contains(&name.as_str()), "{name} has no checksum");
+                    whole += 1;
+                }
+                Err(StorageError::Damaged { .. }) => refused += 1,
+                Err(error) => panic!("{name}: {error}"),
+            }
+            std::fs::remove_dir_all(copy).unwrap();
+        }
+    }
+    assert!(refused > 80 && whole > 0, "{refused} refused, {whole} whole");
+}
+
+/// A block that goes bad while the store is open: an error, and from then on nothing but errors.
+#[test]
+fn fjall_believes_nothing_after_damage() {
+    let home = tempfile::tempdir().unwrap();
+    let path = home.path().join("fjall");
+    let engine = open_fjall(&path).unwrap();
+    let mut run = engine.begin_run().unwrap().unwrap();
+    for i in 0..20_000u32 {
+        run.push(&key(i.to_be_bytes()), Some(&Bytes::from(vec![1; 300]))).unwrap();
+    }
+    run.finish().unwrap();
+    let told = Arc::new(AtomicBool::new(false));
+    let hears = told.clone();
+    engine.on_damage(Box::new(move |_| hears.store(true, Ordering::Relaxed)));
+    for table in std::fs::read_dir(path.join("tables")).unwrap() {
+        let table = table.unwrap().path();
+        let mut bytes = std::fs::read(&table).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        std::fs::write(&table, bytes).unwrap();
+    }
+    let mut damage = 0;
+    for i in 0..20_000u32 {
+        match engine.get(&key(i.to_be_bytes())) {
+            Ok(value) => {
+                assert_eq!(damage, 0, "it is believed again");
+                assert_eq!(value.unwrap(), vec![1; 300]);
+            }
+            Err(StorageError::Damaged { .. }) => damage += 1,
+            Err(error) => {
+                assert!(damage > 0 && error.to_string().contains("restart the node"), "{error}");
+            }
+        }
+    }
+    assert_eq!(damage, 1);
+    assert!(told.load(Ordering::Relaxed));
+    assert!(
+        engine.write(&[put("a", b"a")]).is_err() && engine.sync().is_err() && engine.begin_run().is_err()
+    );
+    drop(engine);
+    let error = open_fjall(&path).err().unwrap();
+    assert!(matches!(error, StorageError::Damaged { .. }), "it was noted: {error}");
 }
 
 fn copy_dir(from: &Path, to: &Path) {

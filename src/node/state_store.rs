@@ -13,8 +13,8 @@ use std::sync::Arc;
 
 use crate::storage::StorageError;
 use crate::storage::aside;
-use crate::storage::engine::Engine;
-use crate::storage::engine_sled::{SledEngine, SledOptions};
+use crate::storage::engine::{Engine, Store};
+use crate::storage::engine_kind::{EngineKind, StateOptions};
 use crate::storage::flush::Flusher;
 use crate::storage::identity::{DataDir, IdentityError};
 use crate::storage::keys;
@@ -24,10 +24,11 @@ use crate::storage::state::StateHeader;
 /// Opens the state in `dir`, of the replicas in `log`.
 pub(super) fn open(
     dir: &DataDir,
-    options: SledOptions,
+    options: StateOptions,
     log: &dyn LogStore,
-) -> Result<(Arc<SledEngine>, Flusher), StorageError> {
-    let why = match try_open(dir, options, log) {
+) -> Result<(Arc<dyn Store>, Flusher), StorageError> {
+    let kind = EngineKind::of(&dir.state_path(), options.engine)?;
+    let why = match try_open(dir, kind, options, log) {
         Err(error @ StorageError::Damaged { .. }) => error.to_string(),
         result => return result,
     };
@@ -39,15 +40,16 @@ pub(super) fn open(
          removed: see to that when the node is whole again",
         moved.display()
     );
-    try_open(dir, options, log)
+    try_open(dir, kind, options, log)
 }
 
 fn try_open(
     dir: &DataDir,
-    options: SledOptions,
+    kind: EngineKind,
+    options: StateOptions,
     log: &dyn LogStore,
-) -> Result<(Arc<SledEngine>, Flusher), StorageError> {
-    let engine = Arc::new(SledEngine::open(&dir.state_path(), options, dir.store_id())?);
+) -> Result<(Arc<dyn Store>, Flusher), StorageError> {
+    let engine = kind.open(&dir.state_path(), options, dir.store_id())?;
     if engine.created() && log.catalogue()?.iter().any(|record| record.phase == ReplicaPhase::Active) {
         tracing::warn!(
             directory = %dir.state_path().display(),
@@ -133,20 +135,21 @@ mod tests {
 
     /// The directory of a node that has applied and flushed up to entry 20, and compacted up to 15.
     struct Node {
+        kind: EngineKind,
         home: tempfile::TempDir,
         log: MemoryLog,
     }
 
     impl Node {
-        fn new() -> Node {
-            let node = Node { home: tempfile::tempdir().unwrap(), log: MemoryLog::new() };
+        fn new(kind: EngineKind) -> Node {
+            let node = Node { kind, home: tempfile::tempdir().unwrap(), log: MemoryLog::new() };
             node.log.create(&[record()]).unwrap();
             let entries = (6..=20).map(|index| Entry { index, term: 5, ..Default::default() }).collect();
             node.log
                 .write(&[LogWrite { replica: REPLICA, entries, hard_state: None, membership: None }])
                 .unwrap();
             let dir = node.dir();
-            let (engine, mut flusher) = open(&dir, options(), &node.log).unwrap();
+            let (engine, mut flusher) = open(&dir, node.options(), &node.log).unwrap();
             let mut state = ReplicaState::open(engine, REPLICA, 1, header()).unwrap();
             for index in 6u64..=20 {
                 state.put(&index.to_be_bytes(), bytes::Bytes::from(vec![index as u8; 300]));
@@ -167,10 +170,37 @@ mod tests {
             self.home.path().join("node").join(name)
         }
 
+        fn options(&self) -> StateOptions {
+            StateOptions { engine: Some(self.kind), cache_bytes: 1 << 20, synchronous: false }
+        }
+
+        /// Flips a bit of what it has of its replica's state.
+        fn flip(&self) {
+            let path = match self.kind {
+                EngineKind::Sled => self.path("state").join("db"),
+                EngineKind::Fjall => {
+                    let tables = fs::read_dir(self.path("state").join("tables")).unwrap();
+                    tables.map(|table| table.unwrap().path()).max().unwrap()
+                }
+            };
+            let mut bytes = fs::read(&path).unwrap();
+            let place = bytes.len().min(4000) / 2;
+            bytes[place] ^= 1;
+            fs::write(&path, bytes).unwrap();
+        }
+
+        /// The parts of a state that is set aside: redo files and state, and sums if it has any.
+        fn parts(&self) -> usize {
+            match self.kind {
+                EngineKind::Sled => 3,
+                EngineKind::Fjall => 2,
+            }
+        }
+
         /// Starts it, and tells where its replica stands, or why it has lost its state.
         fn start(&self) -> Result<Result<Index, String>, StorageError> {
             let dir = self.dir();
-            let (engine, _flusher) = open(&dir, options(), &self.log)?;
+            let (engine, _flusher) = open(&dir, self.options(), &self.log)?;
             let engine: Arc<dyn Engine> = engine;
             Ok(match open_stores(&self.log, &engine, &record())?.1 {
                 OpenedState::Whole(state) => Ok(state.header().applied.index),
@@ -198,107 +228,127 @@ mod tests {
         }
     }
 
-    fn options() -> SledOptions {
-        SledOptions { synchronous: false, ..SledOptions::default() }
-    }
-
     #[test]
     fn a_damaged_state_is_set_aside_and_the_replica_knows_that_it_is_lost() {
-        let node = Node::new();
-        assert_eq!(node.start().unwrap(), Ok(20));
-        let path = node.path("state").join("db");
-        let mut bytes = fs::read(&path).unwrap();
-        bytes[2000] ^= 1;
-        fs::write(&path, bytes).unwrap();
-        for _ in 0..2 {
-            let why = node.start().unwrap().unwrap_err();
-            assert_eq!(why, "the state store has none, and its log begins after entry 15");
-            assert_eq!(node.aside(), 3, "state, sums and redo files, once");
+        for kind in EngineKind::ALL {
+            let node = Node::new(kind);
+            assert_eq!(node.start().unwrap(), Ok(20));
+            node.flip();
+            for _ in 0..2 {
+                let why = node.start().unwrap().unwrap_err();
+                assert_eq!(why, "the state store has none, and its log begins after entry 15");
+                assert_eq!(node.aside(), node.parts(), "once");
+            }
         }
     }
 
     #[test]
     fn damage_that_was_noted_while_the_node_ran_is_acted_upon() {
-        let node = Node::new();
-        let dir = node.dir();
-        let (engine, flusher) = open(&dir, options(), &node.log).unwrap();
-        let (told, hears) = std::sync::mpsc::channel();
-        let told = std::sync::Mutex::new(told);
-        engine.on_damage(Box::new(move |why| told.lock().unwrap().send(why).unwrap()));
-        // As good as a page that can't be read.
-        let header = keys::header_key(REPLICA, 1);
-        engine.spoil(&header);
-        let error = engine.get(&header).unwrap_err();
-        assert!(matches!(error, StorageError::Damaged { .. }), "{error}");
-        assert_eq!(hears.recv().unwrap(), error.to_string());
-        assert!(engine.get(b"another").is_err(), "nothing of it is believed any more");
-        drop((engine, flusher, dir));
-        assert!(node.start().unwrap().is_err());
-        assert_eq!(node.aside(), 3);
+        for kind in EngineKind::ALL {
+            let node = Node::new(kind);
+            let dir = node.dir();
+            let (engine, flusher) = open(&dir, node.options(), &node.log).unwrap();
+            let (told, hears) = std::sync::mpsc::channel();
+            let told = std::sync::Mutex::new(told);
+            engine.on_damage(Box::new(move |why| told.lock().unwrap().send(why).unwrap()));
+            // As good as a page that can't be read.
+            let header = keys::header_key(REPLICA, 1);
+            engine.spoil(&header);
+            let error = engine.get(&header).unwrap_err();
+            assert!(matches!(error, StorageError::Damaged { .. }), "{error}");
+            assert_eq!(hears.recv().unwrap(), error.to_string());
+            assert!(engine.get(b"another").is_err(), "nothing of it is believed any more");
+            drop((engine, flusher, dir));
+            assert!(node.start().unwrap().is_err());
+            assert_eq!(node.aside(), node.parts());
+        }
     }
 
     #[test]
     fn a_redo_file_that_is_damaged_takes_the_state_with_it() {
-        let node = Node::new();
-        let dir = node.dir();
-        let (engine, mut flusher) = open(&dir, options(), &node.log).unwrap();
-        let mut state = ReplicaState::open(engine.clone(), REPLICA, 1, header()).unwrap();
-        let entry = Entry { index: 21, term: 5, ..Default::default() };
-        node.log
-            .write(&[LogWrite { replica: REPLICA, entries: vec![entry], hard_state: None, membership: None }])
-            .unwrap();
-        state.put(b"k", bytes::Bytes::from_static(b"v"));
-        state.set_applied(Position { index: 21, term: 5 });
-        flusher.set_hook(Box::new(|point| match point {
-            FlushPoint::BatchWritten => Err(StorageError::Engine { engine: "test", reason: "crash".into() }),
-            _ => Ok(()),
-        }));
-        flusher.flush(&[state.freeze().unwrap()], &mut |_| {}).unwrap_err();
-        drop((engine, flusher, state, dir));
-        let redo = fs::read_dir(node.path("redo")).unwrap().next().unwrap().unwrap().path();
-        let mut bytes = fs::read(&redo).unwrap();
-        bytes[40] ^= 1;
-        fs::write(&redo, bytes).unwrap();
-        assert!(node.start().unwrap().is_err());
-        assert_eq!(node.aside(), 3);
+        for kind in EngineKind::ALL {
+            let node = Node::new(kind);
+            let dir = node.dir();
+            let (engine, mut flusher) = open(&dir, node.options(), &node.log).unwrap();
+            let mut state = ReplicaState::open(engine.clone(), REPLICA, 1, header()).unwrap();
+            let entry = Entry { index: 21, term: 5, ..Default::default() };
+            node.log
+                .write(&[LogWrite {
+                    replica: REPLICA,
+                    entries: vec![entry],
+                    hard_state: None,
+                    membership: None,
+                }])
+                .unwrap();
+            state.put(b"k", bytes::Bytes::from_static(b"v"));
+            state.set_applied(Position { index: 21, term: 5 });
+            flusher.set_hook(Box::new(|point| match point {
+                FlushPoint::BatchWritten => {
+                    Err(StorageError::Engine { engine: "test", reason: "crash".into() })
+                }
+                _ => Ok(()),
+            }));
+            flusher.flush(&[state.freeze().unwrap()], &mut |_| {}).unwrap_err();
+            drop((engine, flusher, state, dir));
+            let redo = fs::read_dir(node.path("redo")).unwrap().next().unwrap().unwrap().path();
+            let mut bytes = fs::read(&redo).unwrap();
+            bytes[40] ^= 1;
+            fs::write(&redo, bytes).unwrap();
+            assert!(node.start().unwrap().is_err());
+            assert_eq!(node.aside(), node.parts());
+        }
     }
 
     #[test]
     fn a_missing_state_is_a_lost_one() {
-        let node = Node::new();
-        fs::remove_dir_all(node.path("state")).unwrap();
-        fs::remove_file(node.path("state.sums")).unwrap();
-        assert!(node.start().unwrap().is_err());
-        assert_eq!(node.aside(), 0, "there is nothing to keep");
+        for kind in EngineKind::ALL {
+            let node = Node::new(kind);
+            fs::remove_dir_all(node.path("state")).unwrap();
+            if node.kind == EngineKind::Sled {
+                fs::remove_file(node.path("state.sums")).unwrap();
+            }
+            assert!(node.start().unwrap().is_err());
+            assert_eq!(node.aside(), 0, "there is nothing to keep");
+        }
     }
 
     #[test]
     fn what_is_not_damage_moves_nothing() {
-        let node = Node::new();
-        // A file of somebody else's.
-        fs::write(node.path("redo").join("notes.txt"), "x").unwrap();
-        assert!(node.start().is_err());
-        fs::remove_file(node.path("redo").join("notes.txt")).unwrap();
-        // A store that can't be read.
-        fs::remove_file(node.path("state").join("conf")).unwrap();
-        fs::create_dir(node.path("state").join("conf")).unwrap();
-        let error = node.start().unwrap_err();
-        assert!(matches!(error, StorageError::Io { .. }), "{error}");
-        fs::remove_dir(node.path("state").join("conf")).unwrap();
-        assert_eq!((node.start().unwrap(), node.aside()), (Ok(20), 0));
+        for kind in EngineKind::ALL {
+            let node = Node::new(kind);
+            // A file of somebody else's.
+            fs::write(node.path("redo").join("notes.txt"), "x").unwrap();
+            assert!(node.start().is_err());
+            fs::remove_file(node.path("redo").join("notes.txt")).unwrap();
+            // A store that can't be read.
+            let needed = match node.kind {
+                EngineKind::Sled => node.path("state").join("conf"),
+                EngineKind::Fjall => node.path("state").join("LOCK"),
+            };
+            fs::remove_file(&needed).unwrap();
+            fs::create_dir(&needed).unwrap();
+            let error = node.start().unwrap_err();
+            assert!(matches!(error, StorageError::Io { .. }), "{error}");
+            fs::remove_dir(&needed).unwrap();
+            assert_eq!((node.start().unwrap(), node.aside()), (Ok(20), 0));
+        }
     }
 
     #[test]
     fn a_log_that_is_shorter_than_the_state_ends_the_node() {
-        let node = Node::new();
-        let short = MemoryLog::new();
-        short.create(&[record()]).unwrap();
-        let entries = (6..=19).map(|index| Entry { index, term: 5, ..Default::default() }).collect();
-        short.write(&[LogWrite { replica: REPLICA, entries, hard_state: None, membership: None }]).unwrap();
-        let node = Node { log: short, ..node };
-        let error = node.start().unwrap_err();
-        assert!(matches!(&error, StorageError::Identity(IdentityError::Damaged { .. })), "{error}");
-        assert!(error.to_string().contains("ends at entry 19, and its state has entry 20"), "{error}");
-        assert_eq!(node.aside(), 0);
+        for kind in EngineKind::ALL {
+            let node = Node::new(kind);
+            let short = MemoryLog::new();
+            short.create(&[record()]).unwrap();
+            let entries = (6..=19).map(|index| Entry { index, term: 5, ..Default::default() }).collect();
+            short
+                .write(&[LogWrite { replica: REPLICA, entries, hard_state: None, membership: None }])
+                .unwrap();
+            let node = Node { log: short, ..node };
+            let error = node.start().unwrap_err();
+            assert!(matches!(&error, StorageError::Identity(IdentityError::Damaged { .. })), "{error}");
+            assert!(error.to_string().contains("ends at entry 19, and its state has entry 20"), "{error}");
+            assert_eq!(node.aside(), 0);
+        }
     }
 }

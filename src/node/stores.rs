@@ -9,7 +9,8 @@ use super::{NodeError, disk, map_cache, removal, state_store};
 use crate::limits;
 use crate::settings::{Settings, StorageSettings};
 use crate::storage::StorageError;
-use crate::storage::engine_sled::{SledEngine, SledOptions};
+use crate::storage::engine::Store;
+use crate::storage::engine_kind::StateOptions;
 use crate::storage::flush::Flusher;
 use crate::storage::identity::DataDir;
 use crate::storage::log_disk::{DiskLog, DiskLogOptions};
@@ -19,7 +20,7 @@ use crate::storage::snapshot_dir::SnapshotDir;
 /// The stores of a node, opened and checked.
 pub(super) struct Stores {
     pub(super) log: Arc<DiskLog>,
-    pub(super) engine: Arc<SledEngine>,
+    pub(super) engine: Arc<dyn Store>,
     pub(super) flusher: Flusher,
     pub(super) snapshots: SnapshotDir,
 }
@@ -68,7 +69,8 @@ fn open_stores(data_dir: DataDir, storage: &StorageSettings) -> Result<(DataDir,
         Some(_) => DiskLog::open_existing(&path, options, store_id)?,
         None => DiskLog::open(&path, options, store_id)?,
     };
-    let options = SledOptions { cache_bytes: storage.cache_bytes, ..SledOptions::default() };
+    let options =
+        StateOptions { engine: storage.engine, cache_bytes: storage.cache_bytes, synchronous: true };
     let (engine, flusher) = state_store::open(&data_dir, options, &log)?;
     let snapshots = SnapshotDir::open(&data_dir.snapshots_path(), limits::SNAPSHOT_FILES_BYTES_MAX)?;
     Ok((data_dir, Stores { log: Arc::new(log), engine, flusher, snapshots }))

@@ -147,6 +147,7 @@ impl Reader {
     }
 
     fn storage(&mut self) -> Option<StorageSettings> {
+        let engine = self.engine();
         let cache_bytes = self.number("storage.cache_bytes");
         let memtable_bytes = self.number("storage.memtable_bytes");
         let log_file_bytes = self.number("storage.log_file_bytes");
@@ -177,6 +178,7 @@ impl Reader {
             }
         }
         Some(StorageSettings {
+            engine: engine?,
             cache_bytes: cache_bytes?,
             memtable_bytes: memtable_bytes?,
             log_file_bytes: log_file_bytes?,
@@ -185,6 +187,18 @@ impl Reader {
             log_spare_files: log_spare_files?.try_into().ok()?,
             reserve_bytes: reserve_bytes?,
         })
+    }
+
+    /// `Some(None)`: whatever made the state that is there.
+    fn engine(&mut self) -> Option<Option<EngineKind>> {
+        let name = self.text("storage.engine")?;
+        let engine = EngineKind::parse(&name);
+        if engine.is_none() && name != "auto" {
+            let known = EngineKind::ALL.map(|kind| format!("{:?}", kind.name())).join(", ");
+            self.layers.reject("storage.engine", format!("{name:?} is none of \"auto\", {known}"));
+            return None;
+        }
+        Some(engine)
     }
 
     /// No two of our listeners on one port, no two advertised addresses the same.

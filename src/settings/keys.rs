@@ -86,6 +86,7 @@ pub(super) const KEYS: &[Key] = &[
     count("raft.hibernate_after_ms", 0, 86_400_000),
     text("log.level"),
     text("log.format"),
+    text("storage.engine"),
     size("storage.cache_bytes", MIB, 64 * GIB),
     size("storage.memtable_bytes", MEMTABLE_BYTES_MIN, 64 * GIB),
     size("storage.log_file_bytes", MIB, GIB),

@@ -17,6 +17,8 @@ use std::path::{Path, PathBuf};
 
 pub use error::{Place, SettingsError, SettingsErrors};
 
+use crate::storage::engine_kind::EngineKind;
+
 /// The shipped reference of all keys, which is also where the defaults come from.
 pub const DEFAULT_TOML: &str = include_str!("../../config/default.toml");
 
@@ -114,6 +116,8 @@ pub struct LogSettings {
 /// Bounds of memory and disk.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StorageSettings {
+    /// The state engine; `None`: the one that made what is there.
+    pub engine: Option<EngineKind>,
     /// Cache of the state engine, in bytes.
     pub cache_bytes: u64,
     /// Memtables of all replicas together, in bytes: above half of this they are flushed; above all
@@ -210,6 +214,7 @@ impl Settings {
             raft: RaftSettings { hibernate_after_ms: 10_000 },
             log: LogSettings { level: "info".into(), format: LogFormat::Text },
             storage: StorageSettings {
+                engine: None,
                 cache_bytes: 16 * MIB,
                 memtable_bytes: 32 * MIB,
                 log_file_bytes: 8 * MIB,
@@ -267,6 +272,7 @@ impl Settings {
         let raft = vec![("hibernate_after_ms", whole(self.raft.hibernate_after_ms))];
         let log = vec![("level", (&self.log.level).into()), ("format", self.log.format.name().into())];
         let storage = vec![
+            ("engine", self.storage.engine.map_or("auto", EngineKind::name).into()),
             ("cache_bytes", whole(self.storage.cache_bytes)),
             ("memtable_bytes", whole(self.storage.memtable_bytes)),
             ("log_file_bytes", whole(self.storage.log_file_bytes)),

@@ -5,6 +5,7 @@ use std::ops::Bound;
 use bytes::Bytes;
 
 use super::StorageError;
+pub use super::trust::OnDamage;
 
 /// One change to an engine: a key and its new value, or `None` to remove it.
 pub type Mutation = (Vec<u8>, Option<Bytes>);
@@ -37,6 +38,12 @@ pub trait Engine: Send + Sync + 'static {
     /// Applies mutations sorted by key, without repeats. Not atomic towards a crash.
     fn write(&self, batch: &[Mutation]) -> Result<(), StorageError>;
 
+    /// Begins a sorted run, if the engine takes in such: the cheapest way for many changes. By default it
+    /// takes none.
+    fn begin_run(&self) -> Result<Option<Box<dyn Run + '_>>, StorageError> {
+        Ok(None)
+    }
+
     /// Makes everything written so far durable.
     fn sync(&self) -> Result<(), StorageError>;
 
@@ -45,4 +52,28 @@ pub trait Engine: Send + Sync + 'static {
 
     /// Its name, for messages.
     fn name(&self) -> &'static str;
+}
+
+/// Changes that an [`Engine`] takes in at once. Dropped before it is finished, nothing of it counts.
+pub trait Run {
+    /// Adds a change to a key above all before it.
+    fn push(&mut self, key: &[u8], value: Option<&Bytes>) -> Result<(), StorageError>;
+
+    /// Makes all of it durable, together with what was written before, and then visible, whole. After a crash in
+    /// here all of it is there or nothing; after an error too, and if that [was for want of
+    /// space](StorageError::is_full) it is nothing.
+    fn finish(self: Box<Self>) -> Result<(), StorageError>;
+}
+
+/// An engine whose store is a directory of its own.
+pub trait Store: Engine {
+    /// Whether this opening made the store. It must not, once the node is a member of a cluster.
+    fn created(&self) -> bool;
+
+    /// Has `hook` told of damage that is found from now on; the store is of no use any more then.
+    fn on_damage(&self, hook: OnDamage);
+
+    /// Makes what is under `key` something that can't be read, as damage would.
+    #[cfg(test)]
+    fn spoil(&self, key: &[u8]);
 }

@@ -21,27 +21,27 @@
 //! - It opens damaged files as if data had never been written. `sled_sums` looks at them before.
 //!
 //! Damage that is found while the store is open is noted beside it ([`super::aside`]), since the next
-//! opening might not meet it, and told to whoever asked for it ([`SledEngine::on_damage`]).
+//! opening might not meet it, and told to whoever asked for it ([`Store::on_damage`]).
 //!
 //! The form of records and chunks is in [`super::sled_record`].
 
 use std::fs;
 use std::ops::Bound;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 
 use super::atomic_file::io_error;
-use super::engine::{Engine, Mutation};
+use super::engine::{Engine, Mutation, OnDamage, Store};
 use super::identity::IdentityError;
 use super::sled_calls::{NAME, PANICKED, contain, damaged, open_db};
-use super::sled_files::{SledFiles, check_owner};
+use super::sled_files::SledFiles;
 pub use super::sled_record::{CHUNK_BYTES, INLINE_BYTES_MAX};
 use super::sled_record::{ChunkRef, Record, chunk_id, chunk_key, is_great};
 use super::sled_sums::SledSums;
-use super::{StorageError, aside, keys};
+use super::trust::Trust;
+use super::{StorageError, aside, keys, owner};
 use crate::ids::{RandomId, StoreId};
 
 /// Cache of sled unless set otherwise, in bytes.
@@ -71,8 +71,6 @@ impl Default for SledOptions {
     }
 }
 
-/// Told once of damage that was found in an open store.
-pub type OnDamage = Box<dyn Fn(String) + Send + Sync>;
 
 /// An open sled store.
 pub struct SledEngine {
@@ -83,9 +81,7 @@ pub struct SledEngine {
     /// One writer at a time, so that chunk ids and intents need no more care. Dropped after all that sled
     /// has, for the sums.
     writer: Mutex<Writer>,
-    /// sled has panicked, a sync has failed, or the store is damaged.
-    broken: AtomicBool,
-    on_damage: OnceLock<OnDamage>,
+    trust: Trust,
     created: bool,
 }
 
@@ -111,7 +107,7 @@ impl SledEngine {
             return Err(damaged(path, &why));
         }
         fs::create_dir_all(path).map_err(io_error("creating", path))?;
-        check_owner(path, store_id)?;
+        owner::check(path, store_id)?;
         let files = SledFiles::prepare(path, options.synchronous)?;
         if !files.synchronous() {
             tracing::warn!(
@@ -144,8 +140,7 @@ impl SledEngine {
                 files,
                 sums,
             }),
-            broken: AtomicBool::new(false),
-            on_damage: OnceLock::new(),
+            trust: Trust::new(NAME, path),
             created,
         };
         let format = (keys::format_key(), Some(Bytes::copy_from_slice(&keys::FORMAT_VERSION.to_be_bytes())));
@@ -165,20 +160,8 @@ impl SledEngine {
         // Names first: sums without the store that they are of would make it a damaged one.
         engine.writer().files.sync_names()?;
         engine.sync()?;
-        engine.writer().files.note_owner(store_id)?;
+        owner::note(path, store_id)?;
         Ok(engine)
-    }
-
-    /// Whether this opening made the store. It must not, once the node is a member of a cluster.
-    pub fn created(&self) -> bool {
-        self.created
-    }
-
-    /// Has `hook` told of damage that is found from now on; the store is of no use any more then.
-    pub fn on_damage(&self, hook: OnDamage) {
-        if self.on_damage.set(hook).is_err() {
-            tracing::debug!("somebody else is told of damage");
-        }
     }
 
     /// Checks whose store it is; its format.
@@ -289,12 +272,6 @@ impl SledEngine {
         Ok(())
     }
 
-    /// Makes a record one that can't be read, as damage would that sled doesn't see.
-    #[cfg(test)]
-    pub(crate) fn spoil(&self, key: &[u8]) {
-        self.db.insert(key, &[9]).expect("written");
-    }
-
     fn write_chunks(&self, writer: &mut Writer, key: &[u8], value: &Bytes) -> Result<ChunkRef, StorageError> {
         let len = u32::try_from(value.len()).map_err(|_| StorageError::Engine {
             engine: NAME,
@@ -362,34 +339,17 @@ impl SledEngine {
 
     /// Calls into sled.
     fn run<T>(&self, call: impl FnOnce() -> sled::Result<T>) -> Result<T, StorageError> {
-        if self.broken.load(Ordering::Relaxed) {
-            return Err(StorageError::Engine {
-                engine: NAME,
-                reason: format!("{} failed before; restart the node to recover it", self.path.display()),
-            });
-        }
+        self.trust.check()?;
         let result = contain(&self.path, call);
         if matches!(result, Err(StorageError::Damaged { .. } | StorageError::SyncFailed { .. })) {
-            self.broken.store(true, Ordering::Relaxed);
+            self.trust.distrust();
         }
         result
     }
 
-    /// Sees to it that damage isn't forgotten: a store in which something is wrong may have more of it.
     fn noting<T>(&self, result: Result<T, StorageError>) -> Result<T, StorageError> {
-        if let Err(error @ StorageError::Damaged { detail, .. }) = &result {
-            self.broken.store(true, Ordering::Relaxed);
-            // While it is being opened, its opener sees to that.
-            if let Some(hook) = self.on_damage.get() {
-                // A panic may be a mistake of sled's about memory: at the next start the sums tell what is on disk.
-                let on_disk = !detail.starts_with(PANICKED);
-                if on_disk && let Err(second) = aside::note_damage(&self.path, detail) {
-                    tracing::error!(%second, "damage of the state store could not be noted for the next start");
-                }
-                hook(error.to_string());
-            }
-        }
-        result
+        // A panic may be a mistake of sled's about memory: at the next start the sums tell what is on disk.
+        self.trust.note(result, |detail| !detail.starts_with(PANICKED))
     }
 
     fn get_record(&self, key: &[u8]) -> Result<Option<Bytes>, StorageError> {
@@ -463,7 +423,7 @@ impl SledEngine {
 impl Drop for SledEngine {
     /// The sums, the last of what is dropped, seal the store when sled has closed it.
     fn drop(&mut self) {
-        if self.broken.load(Ordering::Relaxed) {
+        if self.trust.is_broken() {
             self.writer().sums.distrust();
         }
     }
@@ -509,7 +469,7 @@ impl Engine for SledEngine {
             }
         };
         if result.is_err() {
-            self.broken.store(true, Ordering::Relaxed);
+            self.trust.distrust();
         }
         drop(writer);
         self.noting(result)
@@ -528,6 +488,21 @@ impl Engine for SledEngine {
 
     fn name(&self) -> &'static str {
         NAME
+    }
+}
+
+impl Store for SledEngine {
+    fn created(&self) -> bool {
+        self.created
+    }
+
+    fn on_damage(&self, hook: OnDamage) {
+        self.trust.on_damage(hook);
+    }
+
+    #[cfg(test)]
+    fn spoil(&self, key: &[u8]) {
+        self.db.insert(key, &[9]).expect("written");
     }
 }
 

@@ -23,18 +23,20 @@
 //! the file was made to is gone, and laying it over what is there would make a state that never was. And
 //! one that has begun what it hasn't completed has a redo file, or else that was lost.
 
-use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use bytes::Bytes;
+
 use super::collect::{self, Collected, Collection, Collections};
-use super::engine::{Engine, Mutation};
-use super::merge;
+use super::engine::{Engine, Mutation, Run};
+use super::flush_numbers::{Numbers, check_numbers, last_flush};
+use super::flush_source::{Source, held, in_parts, sources};
 use super::redo::{self, Record, RedoReader, RedoWriter, Section};
 use super::state::{Frozen, StateHeader};
 use super::{StorageError, atomic_file, keys, pulse};
-use crate::ids::{Index, ReplicaId};
+use crate::ids::ReplicaId;
 use crate::limits::{FLUSH_BATCH_BYTES, FLUSH_BATCH_KEYS, FLUSH_PART_BYTES};
 
 /// Steps of a flush that its caller wants to hear of.
@@ -299,11 +301,71 @@ impl Flusher {
     ) -> Result<(), StorageError> {
         self.at(FlushPoint::RedoDurable)?;
         progress(Progress::Logged);
-        let engine = self.engine.clone();
         let number = self.next_sequence - 1;
-        Numbers { complete: number - 1, begun: number }.write(&*engine)?;
-        let mut batch = Batch::new(&*engine);
         let flushed: BTreeSet<_> = sources.iter().map(Source::name).collect();
+        let engine = self.engine.clone();
+        match engine.begin_run()? {
+            Some(first) => self.absorb_runs(&*engine, first, sources, progress)?,
+            None => self.absorb_batches(&*engine, sources, progress)?,
+        }
+        self.engine.sync()?;
+        self.at(FlushPoint::EngineSynced)?;
+        self.collections.keep(path, number, |replica, generation| flushed.contains(&(replica, generation)));
+        atomic_file::remove(path)?;
+        self.at(FlushPoint::RedoRemoved)
+    }
+
+    /// Hands the engine sorted runs, of some replicas each. What is in the first says that the flush has begun, what is in
+    /// the last that it is complete: a run counts whole, and after those before it.
+    fn absorb_runs(
+        &mut self,
+        engine: &dyn Engine,
+        first: Box<dyn Run + '_>,
+        sources: Vec<Source>,
+        progress: &mut dyn FnMut(Progress<'_>),
+    ) -> Result<(), StorageError> {
+        let number = self.next_sequence - 1;
+        // What is told is let go with the next, see below.
+        let (mut run, mut told) = (Some(first), Vec::new());
+        let mut parts = in_parts(sources).into_iter().peekable();
+        while let Some(part) = parts.next() {
+            let mut writer = match run.take() {
+                Some(first) => first,
+                None => engine.begin_run()?.ok_or_else(|| StorageError::Engine {
+                    engine: engine.name(),
+                    reason: "it takes in no more sorted runs".into(),
+                })?,
+            };
+            let complete = if parts.peek().is_none() { number } else { number - 1 };
+            // The numbers' key is the least of all, a header's the least of its generation.
+            writer.push(&keys::flush_key(), Some(&Numbers { complete, begun: number }.encode()))?;
+            for source in &part {
+                let Section { replica, generation, header, .. } = &source.section;
+                let (replica, generation) = (*replica, *generation);
+                writer.push(&keys::header_key(replica, generation), Some(&header.encode().into()))?;
+                source.each(&mut |kind, key, value| {
+                    writer.push(&keys::key_of_kind(replica, generation, kind, key), value)
+                })?;
+            }
+            writer.finish()?;
+            self.at(FlushPoint::BatchWritten)?;
+            let absorbed: Vec<_> = part.iter().map(Source::name).collect();
+            drop(std::mem::replace(&mut told, part));
+            progress(Progress::Absorbed(&absorbed));
+        }
+        Ok(())
+    }
+
+    /// Hands the engine small batches.
+    fn absorb_batches(
+        &mut self,
+        engine: &dyn Engine,
+        sources: Vec<Source>,
+        progress: &mut dyn FnMut(Progress<'_>),
+    ) -> Result<(), StorageError> {
+        let number = self.next_sequence - 1;
+        Numbers { complete: number - 1, begun: number }.write(engine)?;
+        let mut batch = Batch::new(engine);
         // A node that waits for memory waits for the first of them, not for all. What is told is let go with the next:
         // then this thread is the last to hold it, and no arbiter spends its time on that.
         let (mut absorbed, mut bytes, mut held, mut told) = (Vec::new(), 0, Vec::new(), Vec::new());
@@ -319,7 +381,7 @@ impl Flusher {
             batch.finish(&source.section)?;
             self.at(FlushPoint::BatchWritten)?;
             absorbed.push((replica, generation));
-            bytes += source.tables.iter().map(|frozen| frozen.bytes()).sum::<usize>();
+            bytes += source.bytes();
             held.push(source);
             if bytes >= FLUSH_PART_BYTES {
                 drop(std::mem::replace(&mut told, std::mem::take(&mut held)));
@@ -331,13 +393,8 @@ impl Flusher {
         if !absorbed.is_empty() {
             progress(Progress::Absorbed(&absorbed));
         }
-        Numbers::complete(number).write(&*engine)?;
-        self.at(FlushPoint::BatchWritten)?;
-        self.engine.sync()?;
-        self.at(FlushPoint::EngineSynced)?;
-        self.collections.keep(path, number, |replica, generation| flushed.contains(&(replica, generation)));
-        atomic_file::remove(path)?;
-        self.at(FlushPoint::RedoRemoved)
+        Numbers::complete(number).write(engine)?;
+        self.at(FlushPoint::BatchWritten)
     }
 
     fn at(&mut self, point: FlushPoint) -> Result<(), StorageError> {
@@ -367,129 +424,6 @@ pub fn choose(active: &[(ReplicaId, usize)], bytes_max: usize) -> Vec<ReplicaId>
         .collect()
 }
 
-/// Takes the kind of a key, the key and its new value.
-type Change<'a> = dyn FnMut(u8, &[u8], Option<&bytes::Bytes>) -> Result<(), StorageError> + 'a;
-
-/// All tables of one replica generation in a flush, as if they were one.
-struct Source {
-    section: Section,
-    /// Newest first.
-    tables: Vec<Arc<Frozen>>,
-}
-
-impl Source {
-    /// Whose, and of which generation.
-    fn name(&self) -> (ReplicaId, u32) {
-        (self.section.replica, self.section.generation)
-    }
-
-    /// Calls `change` with the newest change of each key, in key order.
-    fn each(&self, change: &mut Change<'_>) -> Result<(), StorageError> {
-        for (at, kind) in [keys::KIND_USER, keys::KIND_SESSION].into_iter().enumerate() {
-            let parts = self.tables.iter().map(|frozen| frozen.parts()[at].1);
-            let mut layers: Vec<_> =
-                parts.map(|table| merge::layer(table, std::ops::Bound::Unbounded, &[])).collect();
-            while let Some((key, value)) = merge::next(&mut layers, None) {
-                change(kind, key, value.as_ref())?;
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Tables by replica generation, in key order.
-fn sources(tables: Vec<Arc<Frozen>>, engine: &dyn Engine) -> Result<Vec<Source>, StorageError> {
-    let mut sources = BTreeMap::<(ReplicaId, u32), Source>::new();
-    for frozen in tables {
-        let source = match sources.entry((frozen.replica, frozen.generation)) {
-            Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => entry.insert(Source {
-                section: Section {
-                    replica: frozen.replica,
-                    generation: frozen.generation,
-                    base: held(engine, frozen.replica, frozen.generation)?,
-                    header: frozen.header.clone(),
-                },
-                tables: Vec::new(),
-            }),
-        };
-        assert!(
-            source.section.header.applied.index <= frozen.header.applied.index,
-            "tables of replica {} out of order",
-            frozen.replica
-        );
-        source.section.header = frozen.header.clone();
-        source.tables.insert(0, frozen);
-    }
-    Ok(sources.into_values().collect())
-}
-
-/// The applied index of the state that the engine holds; 0 if it holds none.
-fn held(engine: &dyn Engine, replica: ReplicaId, generation: u32) -> Result<Index, StorageError> {
-    match engine.get(&keys::header_key(replica, generation))? {
-        Some(bytes) => {
-            let what = format!("state of replica {replica} (generation {generation})");
-            Ok(StateHeader::decode(&bytes, &what)?.applied.index)
-        }
-        None => Ok(0),
-    }
-}
-
-/// The numbers of flushes that an engine holds.
-/// Invariant: `complete <= begun`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Numbers {
-    complete: u64,
-    begun: u64,
-}
-
-impl Numbers {
-    fn complete(number: u64) -> Numbers {
-        Numbers { complete: number, begun: number }
-    }
-
-    fn write(self, engine: &dyn Engine) -> Result<(), StorageError> {
-        let value = [self.complete.to_be_bytes(), self.begun.to_be_bytes()].concat();
-        engine.write(&[(keys::flush_key(), Some(value.into()))])
-    }
-}
-
-/// What the engine knows of flushes; `None` if it was never told.
-fn last_flush(engine: &dyn Engine) -> Result<Option<Numbers>, StorageError> {
-    let Some(bytes) = engine.get(&keys::flush_key())? else {
-        return Ok(None);
-    };
-    let numbers = bytes.split_first_chunk::<8>().and_then(|(complete, begun)| {
-        let begun = u64::from_be_bytes(begun.try_into().ok()?);
-        Some(Numbers { complete: u64::from_be_bytes(*complete), begun })
-    });
-    numbers.map(Some).ok_or_else(|| StorageError::Damaged {
-        what: format!("the {} store", engine.name()),
-        detail: format!("{} bytes are no numbers of flushes", bytes.len()),
-    })
-}
-
-/// Whether redo files lead on from what the engine holds, see the head of this file.
-fn check_numbers(files: &[(u64, PathBuf)], held: Numbers, engine: &dyn Engine) -> Result<(), StorageError> {
-    let Numbers { complete, begun } = held;
-    let damaged =
-        |detail| Err(StorageError::Damaged { what: format!("the {} store", engine.name()), detail });
-    let Some(((first, path), (last, _))) = files.first().zip(files.last()) else {
-        if begun == complete {
-            return Ok(());
-        }
-        return damaged(format!("it holds a part of flush {begun}, and the redo file of that is missing"));
-    };
-    let contiguous = files.windows(2).all(|pair| pair[0].0.checked_add(1) == Some(pair[1].0));
-    if contiguous && (first.saturating_sub(1)..=*last).contains(&complete) && begun <= *last {
-        return Ok(());
-    }
-    damaged(format!(
-        "its last flush has the number {complete}, and the redo files beside it begin with {}",
-        path.display()
-    ))
-}
-
 /// Collects changes and hands them to the engine in bounded, sorted batches, so that nobody who
 /// reads beside waits for long.
 pub(super) struct Batch<'a> {
@@ -504,8 +438,8 @@ impl<'a> Batch<'a> {
     }
 
     /// Adds a change; true if that completed a batch, which the engine then has.
-    pub fn push(&mut self, key: Vec<u8>, value: Option<bytes::Bytes>) -> Result<bool, StorageError> {
-        self.bytes += key.len() + value.as_ref().map_or(0, bytes::Bytes::len);
+    pub fn push(&mut self, key: Vec<u8>, value: Option<Bytes>) -> Result<bool, StorageError> {
+        self.bytes += key.len() + value.as_ref().map_or(0, Bytes::len);
         self.mutations.push((key, value));
         let full = self.mutations.len() >= FLUSH_BATCH_KEYS || self.bytes >= FLUSH_BATCH_BYTES;
         if full {

@@ -116,6 +116,19 @@ pub enum IdentityError {
         /// The id of the directory it lies in.
         expected: StoreId,
     },
+    /// Its state was made by another engine than the settings ask for.
+    #[error(
+        "{path} holds a state made by {found}, and `storage.engine` is \"{asked}\": set that to \"{found}\" or \
+         \"auto\", or give this node another engine as docs/operations.md tells under \"The state's engine\""
+    )]
+    OtherEngine {
+        /// The directory of the state.
+        path: String,
+        /// The engine that made it.
+        found: &'static str,
+        /// The one that was asked for.
+        asked: &'static str,
+    },
     /// The operating system refused an operation.
     #[error("{action} {path}: {source}")]
     Io {

@@ -1,13 +1,17 @@
 //! Storage: the raft log of all replicas of a node, and the state that committed entries make.
 //!
 //! - [`log`]: the trait of the raft log; [`log_disk`] on raft-engine, [`log_memory`] for tests and simulation.
-//! - [`engine`]: the trait of the ordered key-value engine under the state; [`engine_sled`] and [`engine_memory`].
+//! - [`engine`]: the trait of the ordered key-value engine under the state; [`engine_sled`], [`engine_fjall`] and
+//!   [`engine_memory`]. [`engine_kind`]: which of them a data directory has.
 //! - [`sessions`]: what one replica remembers of client sessions.
 //! - [`memtable`]: recent applied writes of one replica, by [`table_key`]. [`state`]: one replica's state: memtables over the engine;
 //!   [`opened`]: as it is found at a start, whole or lost. `read_cache`: what is known of the engine without asking it.
-//! - [`flush`]: freezing memtables into redo files ([`redo`]) and the engine; recovery from redo files.
+//! - [`flush`]: freezing memtables into redo files ([`redo`]) and the engine; recovery from redo files. `flush_source`: what
+//!   is flushed of each replica; `flush_numbers`: how lost flushes are recognised.
 //! - [`sled_files`], [`sled_record`], `sled_sums`: what sled's files need, how it stores a value, and how
-//!   damage is seen that it doesn't see itself. [`aside`]: what becomes of a damaged state.
+//!   damage is seen that it doesn't see itself. `fjall_files`, `fjall_view`, `fjall_compaction`: fjall's files, what
+//!   readers see of them, and who merges them.
+//! - `owner`: whose a store is. `trust`: whether it may be believed. [`aside`]: what becomes of a damaged state.
 //! - [`snapshot`]: a shard's state as a file ([`snapshot_file`]), exact at one index; [`snapshot_dir`]: where
 //!   these files are; [`collect`]: what flushes leave for them; [`generations`]: what they are loaded into.
 //! - [`digest`]: what a state is, in a few bytes, for comparing replicas.
@@ -22,9 +26,16 @@ mod atomic_file;
 pub mod collect;
 pub mod digest;
 pub mod engine;
+pub mod engine_fjall;
+pub mod engine_kind;
 pub mod engine_memory;
 pub mod engine_sled;
+mod fjall_compaction;
+mod fjall_files;
+mod fjall_view;
 pub mod flush;
+mod flush_numbers;
+mod flush_source;
 pub mod generations;
 mod header;
 pub mod identity;
@@ -35,6 +46,7 @@ pub mod log_memory;
 pub mod memtable;
 mod merge;
 pub mod opened;
+mod owner;
 pub mod pulse;
 mod read_cache;
 pub mod redo;
@@ -48,6 +60,7 @@ pub mod snapshot_dir;
 pub mod snapshot_file;
 pub mod state;
 pub mod table_key;
+mod trust;
 
 use std::io::ErrorKind;
 use std::ops::Bound;

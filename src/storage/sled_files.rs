@@ -22,12 +22,9 @@ use std::path::{Path, PathBuf};
 
 use super::StorageError;
 use super::atomic_file::{self, io_error, sync_error};
-use super::identity::IdentityError;
-use crate::ids::StoreId;
 use crate::telemetry::hot::hot;
 
 const MARKER: &str = "UNSYNCED";
-const OWNER: &str = "OWNER";
 
 /// sled's files beside sled.
 pub(super) struct SledFiles {
@@ -112,18 +109,6 @@ impl SledFiles {
         atomic_file::sync_parent(&self.dir)
     }
 
-    /// Notes whose store this is, for [`check_owner`].
-    pub fn note_owner(&self, store_id: StoreId) -> Result<(), StorageError> {
-        let path = self.dir.join(OWNER);
-        let bytes = owner_bytes(store_id);
-        // Missing or damaged, it is made anew: the store itself has the id too.
-        if fs::read(&path).is_ok_and(|found| found == bytes) {
-            Ok(())
-        } else {
-            atomic_file::replace(&path, &bytes)
-        }
-    }
-
     fn check_marker(&mut self) -> Result<(), StorageError> {
         let path = self.dir.join(MARKER);
         match fs::read_to_string(&path) {
@@ -172,29 +157,6 @@ impl SledFiles {
     }
 }
 
-/// Refuses a store of another data directory before anything in it is changed, or taken for damage.
-pub(super) fn check_owner(dir: &Path, expected: StoreId) -> Result<(), StorageError> {
-    let path = dir.join(OWNER);
-    let bytes = match fs::read(&path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(io_error("reading", &path)(error)),
-    };
-    let found = bytes.split_last_chunk::<4>().and_then(|(id, _)| StoreId::from_slice(id));
-    match found.filter(|id| owner_bytes(*id) == bytes && *id != expected) {
-        None => Ok(()),
-        Some(found) => {
-            let path = dir.display().to_string();
-            Err(IdentityError::ForeignStore { path, found: found.to_string(), expected }.into())
-        }
-    }
-}
-
-/// The id and its crc32c.
-fn owner_bytes(store_id: StoreId) -> Vec<u8> {
-    [&store_id.0[..], &crc32c::crc32c(&store_id.0).to_be_bytes()].concat()
-}
-
 /// Asks the file system to make each write to a file durable before it returns. Not all can.
 #[cfg(target_os = "linux")]
 fn set_synchronous(file: &File) -> bool {
@@ -212,6 +174,11 @@ fn set_synchronous(_: &File) -> bool {
 /// Which start of the machine this is.
 fn boot_id() -> Option<String> {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()
+}
+
+/// Whether a directory holds files of sled.
+pub(super) fn is_there(dir: &Path) -> bool {
+    ["db", "conf", "blobs"].iter().any(|name| dir.join(name).exists())
 }
 
 fn remove_unfinished_snapshots(dir: &Path) -> Result<(), StorageError> {

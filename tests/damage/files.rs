@@ -22,6 +22,12 @@ pub enum Class {
     StateConf,
     StateSnap,
     StateSums,
+    /// Which version of the state counts, on fjall.
+    StateCurrent,
+    /// That version.
+    StateVersion,
+    /// The table that was made last.
+    StateTable,
     State,
     RedoFile,
     Redo,
@@ -29,7 +35,7 @@ pub enum Class {
 }
 
 impl Class {
-    pub const ALL: [Class; 17] = [
+    pub const ALL: [Class; 20] = [
         Class::Identity,
         Class::Lock,
         Class::Map,
@@ -43,6 +49,9 @@ impl Class {
         Class::StateConf,
         Class::StateSnap,
         Class::StateSums,
+        Class::StateCurrent,
+        Class::StateVersion,
+        Class::StateTable,
         Class::State,
         Class::RedoFile,
         Class::Redo,
@@ -73,6 +82,16 @@ impl Class {
             Class::StateConf => dir.join("state/conf"),
             Class::StateSnap => nth("state", |name| name.starts_with("snap."), last)?,
             Class::StateSums => dir.join("state.sums"),
+            Class::StateCurrent => dir.join("state/current"),
+            Class::StateVersion => {
+                let current = fs::read(dir.join("state/current")).ok()?;
+                let number = u64::from_le_bytes(current[..8].try_into().expect("a number"));
+                dir.join(format!("state/v{number}"))
+            }
+            Class::StateTable => {
+                let number = |path: &PathBuf| path.file_name()?.to_str()?.parse::<u64>().ok();
+                files(&dir.join("state/tables")).into_iter().max_by_key(number)?
+            }
             Class::State => dir.join("state"),
             Class::RedoFile => nth("redo", |name| name.ends_with(".redo"), last)?,
             Class::Redo => dir.join("redo"),
@@ -102,6 +121,9 @@ impl fmt::Display for Class {
             Class::StateConf => "`state/conf`",
             Class::StateSnap => "`state/snap.*`",
             Class::StateSums => "`state.sums`",
+            Class::StateCurrent => "`state/current`",
+            Class::StateVersion => "`state/v*`",
+            Class::StateTable => "`state/tables/*`",
             Class::State => "`state/`, all of it",
             Class::RedoFile => "`redo/*.redo`",
             Class::Redo => "`redo/`, all of it",

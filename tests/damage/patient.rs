@@ -12,6 +12,7 @@ use pontoon::client::{Cas, Client, Database};
 use pontoon::ids::{NodeId, ShardId};
 use pontoon::machine::command::Expect;
 use pontoon::node::handle::ReplicaHealth;
+use pontoon::storage::engine_kind::EngineKind;
 use raft::StateRole;
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -79,7 +80,8 @@ pub struct Patient {
 }
 
 impl Patient {
-    pub async fn new() -> Patient {
+    /// With its state on that engine.
+    pub async fn new(engine: EngineKind) -> Patient {
         let ports = free_ports(7);
         let mut cluster = Cluster::prepared(3, &ports[..6], Options::default());
         for (index, node) in cluster.nodes.iter().enumerate() {
@@ -93,6 +95,7 @@ impl Patient {
                 assert!(text.contains(&from), "{from} in {text}");
                 text = text.replace(&from, &to);
             }
+            text.push_str(&format!("engine = \"{engine}\"\n"));
             // Slow enough to be killed meanwhile.
             text.push_str("[snapshot]\nbytes_per_second = \"16MiB\"\n");
             if index == NODE {
@@ -272,7 +275,9 @@ impl Patient {
             self.fill(10 << 20).await;
             self.cluster.kill(NODE);
             for gone in [Class::State, Class::StateSums] {
-                remove(&gone.find(&self.dir()).expect("its state"));
+                if let Some(gone) = gone.find(&self.dir()) {
+                    remove(&gone);
+                }
             }
             self.cluster.spawn(NODE);
         }

@@ -6,6 +6,12 @@ use super::*;
 /// or nothing is.
 #[test]
 fn damage_after_a_crash_is_never_a_wrong_state() {
+    for kind in EngineKind::ALL {
+        damage_after_a_crash_on(kind);
+    }
+}
+
+fn damage_after_a_crash_on(kind: EngineKind) {
     // Enough for sled to have many segments.
     let logs = REPLICAS.map(|replica| Log::draw(replica, 5000, 2500, true));
     let home = tempfile::tempdir().unwrap();
@@ -17,11 +23,27 @@ fn damage_after_a_crash_is_never_a_wrong_state() {
         (seed >> 20) as usize % below
     };
     let (mut refused, mut whole) = (0, 0);
-    for copied in sled_images(home.path(), &logs, 2, false, &[Image::Killed]).into_iter().step_by(3) {
+    let step = if kind == EngineKind::Sled { 3 } else { 1 };
+    for copied in images(home.path(), kind, &logs, 2, false, &[Image::Killed]).into_iter().step_by(step) {
         let redo = fs::read_dir(copied.path.join("redo")).unwrap().next();
         let redo = redo.map(|item| Path::new("redo").join(item.unwrap().file_name()));
-        let db = || Path::new("state").join("db");
-        let mut damages = vec![("flip", db()), ("flip", db()), ("flip", db()), ("flip", "state.sums".into())];
+        let state = copied.path.join("state");
+        let mut damages = match kind {
+            EngineKind::Sled => {
+                let db = || Path::new("state").join("db");
+                vec![("flip", db()), ("flip", db()), ("flip", db()), ("flip", "state.sums".into())]
+            }
+            EngineKind::Fjall => [state.clone(), state.join("tables")]
+                .iter()
+                .flat_map(|dir| fs::read_dir(dir).unwrap())
+                .map(|item| item.unwrap().path())
+                .filter(|path| path.is_file() && fs::metadata(path).unwrap().len() > 0)
+                .flat_map(|path| {
+                    let path = path.strip_prefix(&copied.path).unwrap().to_owned();
+                    [("flip", path.clone()), ("remove", path)]
+                })
+                .collect(),
+        };
         if let Some(redo) = redo {
             damages.extend([("flip", redo.clone()), ("remove", redo)]);
         }
@@ -37,7 +59,7 @@ fn damage_after_a_crash_is_never_a_wrong_state() {
                 bytes[at] ^= 1 << draw(8);
                 fs::write(&path, bytes).unwrap();
             }
-            let opened = open_sled(&node, false).and_then(|engine| {
+            let opened = open(kind, &node, false).and_then(|engine| {
                 Flusher::open(node.join("redo"), engine.clone())?;
                 Ok(engine)
             });

@@ -29,7 +29,8 @@ use tokio::sync::oneshot;
 use crate::codec::snapshot::SnapshotOffer;
 use crate::failpoints::failpoint;
 use crate::ids::{Index, RandomId, ReplicaId, ShardId};
-use crate::limits::{SNAPSHOT_DISK_FACTOR, SNAPSHOT_STEP_BYTES, SWEEP_STEP_KEYS};
+use crate::limits::{SNAPSHOT_DISK_FACTOR, SNAPSHOT_NICE, SNAPSHOT_STEP_BYTES, SWEEP_STEP_KEYS};
+use crate::nice::be_nice;
 use crate::node::fatal::Fatal;
 use crate::node::flusher::FlushThread;
 use crate::storage::digest::{Digester, StateDigest};
@@ -159,7 +160,7 @@ impl Worker {
         let throttle = Arc::new(Throttle::new(on_disk(tools.bytes_per_second)));
         let shared = throttle.clone();
         let thread = fatal.thread("pontoon-snapshot", "the snapshot thread", move || {
-            be_nice();
+            be_nice("snapshot", SNAPSHOT_NICE);
             let (builds, loads, digests, sweeps) = Default::default();
             Work { tools, throttle: shared, builds, loads, digests, sweeps }.run(queue);
         })?;
@@ -208,17 +209,6 @@ impl Worker {
 /// What may be made or loaded in a second where so much may be sent.
 fn on_disk(bytes_per_second: u64) -> u64 {
     bytes_per_second.saturating_mul(SNAPSHOT_DISK_FACTOR)
-}
-
-/// Lets other threads have the cores first. A system that doesn't allow that is no reason to make no snapshots.
-fn be_nice() {
-    // Linux keeps niceness by thread; elsewhere this would be the process's.
-    #[cfg(target_os = "linux")]
-    if let Err(error) =
-        rustix::process::setpriority_process(Some(rustix::thread::gettid()), crate::limits::SNAPSHOT_NICE)
-    {
-        tracing::warn!(%error, "the snapshot thread takes as much of the cores as any other: its niceness can't be set");
-    }
 }
 
 struct Work {
