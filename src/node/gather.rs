@@ -40,8 +40,10 @@ impl Gather {
         tasks.push(task);
         if tasks.len() == 1 {
             let gathered = self.clone();
-            // It runs after those that are ready now.
+            // It runs after those that are ready now, and after the connections to other nodes have sent what these have for
+            // them: a write takes its way over a follower for longer than over this node's own disk.
             actix::spawn(async move {
+                tokio::task::yield_now().await;
                 let tasks = gathered.tasks.take();
                 gathered.shared.log_writer.submit(tasks);
             });
