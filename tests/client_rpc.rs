@@ -406,6 +406,53 @@ fn any_runtime_will_do() {
     bare().block_on(client.close());
 }
 
+/// A client that works in the `LocalSet` of its owner: what is asked there and elsewhere, how it is closed, and how it
+/// ends with the set.
+#[test]
+fn a_client_of_a_local_set_has_no_thread_and_ends_with_the_set() {
+    let fakes = Fakes::start(2, 4);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let closed = ClientError::NotApplied(NotApplied::Closed);
+    let of_here = tokio::task::LocalSet::new();
+    let left = of_here.block_on(&runtime, async {
+        let options = ClientOptions::new([fakes.address(1)]);
+        let client = Client::connect_here(options.clone()).await.unwrap();
+        let db = client.database("db");
+        let done = std::rc::Rc::new(std::cell::Cell::new(0));
+        let puts = (0..100).map(|n| {
+            let (db, done) = (db.clone(), done.clone());
+            tokio::task::spawn_local(async move {
+                db.put(key(&n.to_string()), key("v")).await.unwrap();
+                done.set(done.get() + 1);
+            })
+        });
+        for put in puts.collect::<Vec<_>>() {
+            put.await.unwrap();
+        }
+        assert_eq!(done.get(), 100);
+        // Asked on another thread, it is answered by this one.
+        let elsewhere = db.clone();
+        let asked = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            runtime.block_on(elsewhere.get(key("7")))
+        });
+        while !asked.is_finished() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        assert_eq!(asked.join().unwrap().unwrap().unwrap().value, key("v"));
+        client.close().await;
+        assert_eq!(db.get(key("7")).await.unwrap_err(), closed);
+        Client::connect_here(options).await.unwrap()
+    });
+    // What is dropped holds timers and sockets.
+    let entered = runtime.enter();
+    drop(of_here);
+    drop(entered);
+    assert_eq!(runtime.block_on(left.database("db").get(key("7"))).unwrap_err(), closed);
+    // That of one that is gone already.
+    runtime.block_on(left.close());
+}
+
 #[tokio::test]
 async fn another_protocol_version_is_named() {
     let fakes = Fakes::start(1, 1);

@@ -16,6 +16,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use rand::rngs::SmallRng;
 use rand::{Rng, RngExt, SeedableRng};
 use serde_json::json;
+use tokio::task::LocalSet;
 
 use self::explain::{Explained, Looks};
 use super::args::{BenchArgs, Workload};
@@ -51,15 +52,20 @@ struct Tally {
 /// `bench [DB]`
 pub fn bench(context: &Context, args: &BenchArgs) -> Result<Exit, Failure> {
     let signals = Signals::listen(None)?;
-    block_on(async {
+    let load = async {
         let addresses = context.addresses()?;
         let timeout = context.timeout();
-        let sessions =
-            try_join_all((0..args.connections).map(|_| Session::open(addresses.clone(), timeout))).await?;
+        // Where one is enough, it works on the thread of the load. Several are for more than one thread can do.
+        let sessions = match args.connections {
+            1 => vec![Session::open_here(addresses, timeout).await?],
+            several => try_join_all((0..several).map(|_| Session::open(addresses.clone(), timeout))).await?,
+        };
         let result = run(context, args, &sessions, &signals).await;
         join_all(sessions.iter().map(|session| session.client.close())).await;
         result
-    })
+    };
+    // Dropped within the runtime, whose timers and sockets it may hold.
+    block_on(async { LocalSet::new().run_until(load).await })
 }
 
 async fn run(

@@ -113,9 +113,22 @@ pub struct Session {
 impl Session {
     /// Connects through any of `addresses`; the deadline of the command runs from here.
     pub async fn open(addresses: Vec<String>, timeout: Duration) -> Result<Session, Failure> {
+        Session::with(addresses, timeout, Client::connect_with).await
+    }
+
+    /// The same on this thread, in the `LocalSet` that this is awaited in.
+    pub async fn open_here(addresses: Vec<String>, timeout: Duration) -> Result<Session, Failure> {
+        Session::with(addresses, timeout, Client::connect_here).await
+    }
+
+    async fn with(
+        addresses: Vec<String>,
+        timeout: Duration,
+        connect: impl AsyncFnOnce(ClientOptions) -> Result<Client, ClientError>,
+    ) -> Result<Session, Failure> {
         let deadline = Instant::now() + timeout;
         let options = ClientOptions { timeout, ..ClientOptions::new(addresses.clone()) };
-        let client = Client::connect_with(options).await.map_err(|error| match error {
+        let client = connect(options).await.map_err(|error| match error {
             ClientError::NotApplied(NotApplied::Unavailable { within, last }) => Failure::unavailable(format!(
                 "no node answered within {}: {last}; nothing was changed. Check that the nodes run and that \
                  these are their client ports",

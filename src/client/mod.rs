@@ -1,7 +1,8 @@
 //! The client library.
 //!
 //! A [`Client`] keeps a routing cache and a connection per node on a thread of its own, so it may be
-//! used from any runtime or thread. Operations that run at the same time and belong to the same
+//! used from any runtime or thread; or in the `LocalSet` of whoever makes it, which saves each operation two
+//! changes of threads. Operations that run at the same time and belong to the same
 //! shard travel in one call. Redirects heal the cache, and what changes in the cluster is told to it as it
 //! happens, so it may run for longer than any node. A dead node, a moved leader or `Busy` is
 //! retried until the deadline where that is safe.
@@ -48,6 +49,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+use tokio::task::LocalSet;
 
 use crate::limits::{KEY_BYTES_MAX, TIMEOUT_MAX_MS, VALUE_BYTES_MAX};
 use crate::machine::command::Expect;
@@ -181,7 +183,7 @@ struct Shared {
     jobs: mpsc::UnboundedSender<Job>,
     /// Bounds the operations in the channel and beyond it.
     in_flight: Arc<Semaphore>,
-    /// Its sender is dropped when the thread has ended.
+    /// Its sender is dropped when the driver has ended.
     ended: watch::Receiver<()>,
 }
 
@@ -196,12 +198,23 @@ impl Client {
 
     /// Connects with options of one's own.
     pub async fn connect_with(options: ClientOptions) -> Result<Client, ClientError> {
-        let client = Client::unconnected(options)?;
-        let timeout = client.shared.options.timeout;
-        match client.fresh_map(timeout).await {
-            Ok(_) => Ok(client),
+        Client::unconnected(options)?.connected().await
+    }
+
+    /// [`Client::connect_with`] for a program that has a [`LocalSet`]: see [`Client::unconnected_here`].
+    ///
+    /// # Panics
+    /// Outside of one.
+    pub async fn connect_here(options: ClientOptions) -> Result<Client, ClientError> {
+        Client::unconnected_here(options)?.connected().await
+    }
+
+    /// The client, once a node has answered it with the cluster map.
+    async fn connected(self) -> Result<Client, ClientError> {
+        match self.fresh_map(self.shared.options.timeout).await {
+            Ok(_) => Ok(self),
             Err(error) => {
-                client.close().await;
+                self.close().await;
                 Err(error)
             }
         }
@@ -210,18 +223,48 @@ impl Client {
     /// A client that has asked nobody yet: its first operation does. For callers that want an answer
     /// from nodes which can't tell of a cluster yet ([`Client::node_report`]).
     pub fn unconnected(options: ClientOptions) -> Result<Client, ClientError> {
+        Client::new(options, |setup, queue, running| {
+            let thread = std::thread::Builder::new().name("pontoon-client".into());
+            let started = thread.spawn(move || {
+                // Dropped at the end of the thread, on unwinding too.
+                let _running = running;
+                run(setup, queue);
+            });
+            started.map(drop).map_err(|error| format!("starting the client's thread: {error}"))
+        })
+    }
+
+    /// [`Client::unconnected`] without a thread of its own: a task of the current [`LocalSet`] does the work. An
+    /// operation that is asked for in that set then changes threads neither on its way out nor with its answer, which is a
+    /// good part of its time where little else goes on. While that thread is busy with something else nothing
+    /// moves here, deadlines included; and once the set is dropped, every operation is [`NotApplied::Closed`].
+    ///
+    /// # Panics
+    /// Outside of a `LocalSet`.
+    pub fn unconnected_here(options: ClientOptions) -> Result<Client, ClientError> {
+        Client::new(options, |setup, queue, running| {
+            tokio::task::spawn_local(async move {
+                let _running = running;
+                // What the client still does in the background ends with it.
+                let local = LocalSet::new();
+                local.run_until(async move { Driver::start(setup).serve(queue).await }).await;
+            });
+            Ok(())
+        })
+    }
+
+    /// A client of which `start` sets the driver to work; that drops the sender when it has ended.
+    fn new(
+        options: ClientOptions,
+        start: impl FnOnce(Setup, mpsc::UnboundedReceiver<Job>, watch::Sender<()>) -> Result<(), String>,
+    ) -> Result<Client, ClientError> {
         if options.addresses.is_empty() {
             return Err(ClientError::Invalid("no address of a node is given".into()));
         }
         let (jobs, queue) = mpsc::unbounded_channel();
         let (running, ended) = watch::channel(());
         let setup = Setup { seeds: options.addresses.clone(), source: None, forwarded: false };
-        let started = std::thread::Builder::new().name("pontoon-client".into()).spawn(move || {
-            // Dropped at the end of the thread, on unwinding too.
-            let _running = running;
-            run(setup, queue);
-        });
-        started.map_err(|e| unavailable(&options, format!("starting the client's thread: {e}")))?;
+        start(setup, queue, running).map_err(|error| unavailable(&options, error))?;
         let permits = options.in_flight_max.clamp(1, Semaphore::MAX_PERMITS);
         Ok(Client {
             shared: Arc::new(Shared { in_flight: Arc::new(Semaphore::new(permits)), options, jobs, ended }),
@@ -239,10 +282,10 @@ impl Client {
         self.fresh_map(self.shared.options.timeout).await
     }
 
-    /// Stops accepting operations, answers those in flight, and ends the client's thread, all within
+    /// Stops accepting operations, answers those in flight, and ends the client's thread, or task, all within
     /// a second.
     pub async fn close(&self) {
-        // An error means that the thread has ended already.
+        // An error means that it has ended already.
         self.shared.jobs.send(Job::Close).ok();
         let mut ended = self.shared.ended.clone();
         while ended.changed().await.is_ok() {}
@@ -290,7 +333,7 @@ fn run(setup: Setup, jobs: mpsc::UnboundedReceiver<Job>) {
             return;
         }
     };
-    let local = tokio::task::LocalSet::new();
+    let local = LocalSet::new();
     local.block_on(&runtime, async move {
         Driver::start(setup).serve(jobs).await;
     });

@@ -75,13 +75,23 @@ impl Gather {
         let gathered = self.clone();
         // It runs after those that are ready now.
         actix::spawn(async move {
+            let messages = std::mem::take(&mut gathered.pass.borrow_mut().messages);
+            gathered.leave(messages);
+            // After the connections to other nodes have sent what there is for them: a write takes its way over a follower
+            // for longer than over this node's own disk. What is put down meanwhile belongs to this pass too: if it
+            // had an end of its own, that might come before this one.
+            tokio::task::yield_now().await;
             let Pass { messages, tasks, .. } = gathered.pass.take();
-            if !messages.is_empty() {
-                gathered.shared.network.send(messages);
-            }
+            gathered.leave(messages);
             if !tasks.is_empty() {
                 gathered.shared.log_writer.submit(tasks);
             }
         });
+    }
+
+    fn leave(&self, messages: Vec<(NodeId, Vec<GroupMessage>)>) {
+        if !messages.is_empty() {
+            self.shared.network.send(messages);
+        }
     }
 }

@@ -197,7 +197,7 @@ impl Replicas {
                 }
             }
         }
-        let goes = |slot: &&Box<Slot>| {
+        let goes = |slot: &Slot| {
             let record = &slot.record;
             map.shards.get(&record.shard).is_some_and(|shard| {
                 let ordered = shard.ordered().any(|member| member.replica == record.replica);

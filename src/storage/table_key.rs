@@ -19,7 +19,10 @@ pub struct TableKey(Kind);
 #[derive(Clone)]
 enum Kind {
     /// Zeros follow on the bytes of the key.
-    Short { len: u8, bytes: [u8; SHORT_KEY_BYTES] },
+    Short {
+        len: u8,
+        bytes: [u8; SHORT_KEY_BYTES],
+    },
     Long(Box<[u8]>),
 }
 

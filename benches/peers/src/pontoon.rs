@@ -20,7 +20,8 @@ const BATCH_MAX: usize = 1_000;
 /// What a key is taken to add to its value.
 const KEY_BYTES: usize = 16;
 
-/// A cluster of Pontoon, and the client that all share: it has a connection to each node, and a thread.
+/// A cluster of Pontoon, and the client that all share: it has a connection to each node, and does its work on the thread
+/// of the load, as etcd's does.
 pub struct Pontoon {
     addresses: Vec<String>,
     client: Client,
@@ -35,7 +36,7 @@ impl Pontoon {
     /// A cluster of these servers. Asks nobody.
     pub fn new(addresses: Vec<String>, shards: u32) -> Result<Pontoon, String> {
         let options = ClientOptions { timeout: PATIENCE, ..ClientOptions::new(addresses.clone()) };
-        let client = Client::unconnected(options).map_err(|error| error.to_string())?;
+        let client = Client::unconnected_here(options).map_err(|error| error.to_string())?;
         let database = client.database(DATABASE).with_timeout(PATIENCE);
         Ok(Pontoon { addresses, client, database, shards })
     }
@@ -72,7 +73,7 @@ impl Pontoon {
         most.1
     }
 
-    /// Ends its connections and its thread.
+    /// Ends its connections.
     pub async fn close(self) {
         self.client.close().await;
     }

@@ -83,7 +83,7 @@ pub struct BenchArgs {
     /// Operations in each call
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=limits::BATCH_OPERATIONS_MAX as u64))]
     pub batch: u64,
-    /// Client libraries (connection sets and threads) that share the clients
+    /// Client libraries, each with its connections, that share the clients
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub connections: u32,
     /// Show what the nodes do for one operation: syncs, messages, system calls, processor time
