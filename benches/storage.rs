@@ -18,7 +18,7 @@ use pontoon::machine::command::{Command, KvCommand};
 use pontoon::machine::entry::{decode_entry, encode_entry};
 use pontoon::machine::session::SessionTag;
 use pontoon::storage::StateBatch;
-use pontoon::storage::engine::{Engine as _, Store as Engine};
+use pontoon::storage::engine::Store as Engine;
 use pontoon::storage::engine_kind::{EngineKind, StateOptions};
 use pontoon::storage::flush::{FlushStep, Flusher};
 use pontoon::storage::state::{ReplicaState, StateHeader};

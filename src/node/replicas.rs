@@ -205,7 +205,7 @@ impl Replicas {
                 shard.dropped || !ordered && is_newer(shard, record) && !ahead
             })
         };
-        orders.remove.extend(self.slots.values().filter(goes).map(|slot| slot.record.replica));
+        orders.remove.extend(self.iter().filter(|slot| goes(slot)).map(|slot| slot.record.replica));
         orders
     }
 

@@ -71,7 +71,6 @@ impl Default for SledOptions {
     }
 }
 
-
 /// An open sled store.
 pub struct SledEngine {
     path: PathBuf,
