@@ -1,5 +1,5 @@
 //! What state costs: applying to a memtable, by itself and by the machine that reads the entry and keeps its session,
-//! flushing one into sled, and reading beside that.
+//! flushing one into sled and into fjall, and reading beside that.
 //!
 //! `cargo bench --bench storage`. The directory is made under `PONTOON_BENCH_DIR`, or else under
 //! `target`: the temporary directory may lie in memory, where a sync costs nothing.
@@ -18,7 +18,7 @@ use pontoon::machine::command::{Command, KvCommand};
 use pontoon::machine::entry::{decode_entry, encode_entry};
 use pontoon::machine::session::SessionTag;
 use pontoon::storage::StateBatch;
-use pontoon::storage::engine::{Engine as _, Store as Engine};
+use pontoon::storage::engine::Store as Engine;
 use pontoon::storage::engine_kind::{EngineKind, StateOptions};
 use pontoon::storage::flush::{FlushStep, Flusher};
 use pontoon::storage::state::{ReplicaState, StateHeader};

@@ -305,7 +305,7 @@ fn merging_tables_changes_nothing() {
         for _ in 0..300 {
             seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             let value = (seed >> 60 != 0).then(|| Bytes::from(vec![round as u8; 200]));
-            changes.insert(key((seed >> 33).to_be_bytes()[6..].to_vec()), value);
+            changes.insert(key(&(seed >> 33).to_be_bytes()[6..]), value);
         }
         if round % 3 == 0 {
             engine.write(&changes.clone().into_iter().collect::<Vec<_>>()).unwrap();
