@@ -1,5 +1,5 @@
 //! What state costs: applying to a memtable, by itself and by the machine that reads the entry and keeps its session,
-//! flushing one into sled, and reading beside that.
+//! flushing one into sled and into fjall, and reading beside that.
 //!
 //! `cargo bench --bench storage`. The directory is made under `PONTOON_BENCH_DIR`, or else under
 //! `target`: the temporary directory may lie in memory, where a sync costs nothing.
