@@ -207,7 +207,7 @@ impl Settings {
             peer: ListenSettings::at(peer),
             http_listen: None,
             cluster: ClusterSettings { name: "local".into(), initial, join: Vec::new() },
-            raft: RaftSettings { hibernate_after_ms: 0 },
+            raft: RaftSettings { hibernate_after_ms: 10_000 },
             log: LogSettings { level: "info".into(), format: LogFormat::Text },
             storage: StorageSettings {
                 cache_bytes: 16 * MIB,
