@@ -11,6 +11,7 @@ use capnp_rpc::{RpcSystem, twoparty};
 use cluster::Cluster;
 use pontoon::client::Client;
 use pontoon::limits::{KEY_BYTES_MAX, MAP_WATCHES_MAX};
+use pontoon::schema::admin_capnp::{NodeState, admin};
 use pontoon::schema::kv_capnp::{expect, gate, kv, op_result};
 use pontoon::schema::types_capnp::{Applied, error};
 use pontoon::transport::rpc_stream::{reader_options, rpc_streams};
@@ -20,6 +21,11 @@ use tokio::task::{LocalSet, spawn_local};
 
 /// The service of the node at `address`, on a connection of its own.
 async fn dial(address: &str) -> kv::Client {
+    services(address).await.0
+}
+
+/// Both services of the node at `address`.
+async fn services(address: &str) -> (kv::Client, admin::Client) {
     let stream = tokio::net::TcpStream::connect(address).await.expect("connected");
     let (reader, writer, flusher) = rpc_streams(stream).expect("a stream");
     let network = twoparty::VatNetwork::new(reader, writer, Side::Client, reader_options());
@@ -32,7 +38,8 @@ async fn dial(address: &str) -> kv::Client {
     range.set_min(1);
     range.set_max(PROTOCOL_MAX);
     let welcome = open.send().promise.await.expect("a welcome");
-    welcome.get().and_then(|welcome| welcome.get_kv()).expect("the service")
+    let welcome = welcome.get().expect("a welcome");
+    (welcome.get_kv().expect("the service"), welcome.get_admin().expect("the other one"))
 }
 
 /// An answer, read.
@@ -365,5 +372,26 @@ async fn a_call_for_news_of_the_map_waits_for_them_and_not_for_ever() {
         }
     };
     LocalSet::new().run_until(waiting).await;
+    client.close().await;
+}
+
+#[tokio::test]
+async fn a_node_says_that_it_is_there_without_telling_of_its_replicas() {
+    let mut cluster = Cluster::new(1);
+    cluster.wait_all_ready();
+    let client = cluster.client().await;
+    cluster.database(&client, "some", 1, 3).await;
+    let asking = async {
+        let (_, admin) = services(&cluster.nodes[0].client).await;
+        for (brief, held) in [(true, 0), (false, 4)] {
+            let mut call = admin.node_status_request();
+            call.get().set_brief(brief);
+            let answer = call.send().promise.await.expect("an answer");
+            let status = answer.get().and_then(|answer| answer.get_status()).expect("a status");
+            assert_eq!((status.get_node(), status.get_state()), (1, Ok(NodeState::Ready)));
+            assert_eq!(status.get_replicas().expect("a list").len(), held, "brief: {brief}");
+        }
+    };
+    LocalSet::new().run_until(asking).await;
     client.close().await;
 }

@@ -455,7 +455,11 @@ pub enum DbCommand {
     #[command(after_help = "Examples:\n  pontoon db list\n  pontoon db list --json")]
     List,
     /// Create a database in the running cluster
-    #[command(after_help = "Examples:\n  pontoon db create testDB 3 5")]
+    #[command(after_help = "\
+Examples:
+  pontoon db create testDB 3 5
+
+Waits until each shard has a leader. Without --timeout that may take longer for many shards.")]
     Create(DbCreateArgs),
     /// Remove a database with all its data
     #[command(after_help = "Examples:\n  pontoon db drop testDB --yes")]

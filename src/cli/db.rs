@@ -45,7 +45,10 @@ fn create(context: &Context, args: &DbCreateArgs) -> Result<Exit, Failure> {
     let (record, created) = with_session(context, async |session| {
         let client = &session.client;
         let (name, replicas, shards) = (&args.name, args.replicas, args.partitions);
-        setup::create_database(client, name, replicas, shards, session.remaining()).await
+        // A node that answers at all does so in the usual time; to make thousands of replicas takes longer.
+        let usual = context.timeout();
+        let more = setup::timeout_beyond(usual, context, replicas, shards).saturating_sub(usual);
+        setup::create_database(client, name, replicas, shards, session.remaining() + more).await
     })?;
     if context.json() {
         let mut object = json_of(&record);

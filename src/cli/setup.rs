@@ -71,8 +71,13 @@ pub fn setup(context: &Context, args: &SetupArgs) -> Result<Exit, Failure> {
 
 /// The deadline of each step of a setup.
 pub fn timeout(context: &Context, args: &SetupArgs) -> Duration {
+    timeout_beyond(TIMEOUT, context, args.replicas, args.partitions)
+}
+
+/// The deadline for making a database: `--timeout`, or `least` and what its replicas add to that.
+pub fn timeout_beyond(least: Duration, context: &Context, replicas: u32, shards: u32) -> Duration {
     let most = Duration::from_millis(TIMEOUT_MAX_MS);
-    context.timeout_or((TIMEOUT + TIMEOUT_PER_REPLICA * (args.replicas * args.partitions)).min(most))
+    context.timeout_or((least + TIMEOUT_PER_REPLICA * (replicas * shards)).min(most))
 }
 
 fn too_few_nodes(nodes: u32, replicas: u32) -> Failure {
