@@ -298,7 +298,7 @@ fn hunt(bug: Planted) -> (Faults, u64, &'static [&'static str]) {
         Planted::LostStateServed => (LOSSES, 20, &["state"]),
         Planted::LogResetWithState => (LOSSES, 60, &["leaders", "logs", "state", "durable", "linear"]),
         Planted::SuffixDropped => (LOSSES, 100, &["leaders", "logs", "state", "durable", "liveness"]),
-        Planted::LearnerCounted => (MOVES, 500, &["quorum", "leaders", "logs", "state", "durable"]),
+        Planted::LearnerCounted => (MOVES, 1200, &["quorum", "leaders", "logs", "state", "durable"]),
         Planted::TombstoneLate => (MOVES, 100, &["open", "members"]),
         Planted::StaleReportTaken => (Faults { rebalancing: true, ..CRASHES }, 20, &["map"]),
         Planted::ReplicaIdReused => (MOVES, 20, &["members"]),

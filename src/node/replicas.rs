@@ -197,7 +197,7 @@ impl Replicas {
                 }
             }
         }
-        let goes = |slot: &Slot| {
+        let goes = |slot: &&Slot| {
             let record = &slot.record;
             map.shards.get(&record.shard).is_some_and(|shard| {
                 let ordered = shard.ordered().any(|member| member.replica == record.replica);
@@ -205,7 +205,7 @@ impl Replicas {
                 shard.dropped || !ordered && is_newer(shard, record) && !ahead
             })
         };
-        orders.remove.extend(self.iter().filter(|slot| goes(slot)).map(|slot| slot.record.replica));
+        orders.remove.extend(self.iter().filter(goes).map(|slot| slot.record.replica));
         orders
     }
 
