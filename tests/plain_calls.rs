@@ -401,8 +401,11 @@ fn outcome(response: batch_response::Reader<'_>) -> Result<(), bool> {
     }
 }
 
+/// A request's place in the call, and what came of it.
+type Placed = (u32, Result<(), bool>);
+
 /// The answers in a message, and the way to the others.
-fn answers_in(answers: answers::Reader<'_>) -> (Vec<(u32, Result<(), bool>)>, Option<rest::Client>) {
+fn answers_in(answers: answers::Reader<'_>) -> (Vec<Placed>, Option<rest::Client>) {
     let list = answers.get_list().expect("answers");
     let list = list.iter().map(|a| (a.get_request(), outcome(a.get_response().expect("a response"))));
     (list.collect(), answers.has_rest().then(|| answers.get_rest().expect("a capability")))

@@ -5,13 +5,13 @@
 //! what a flush needs: a sorted run becomes a table, is synced, and is part of the tree from then on, whole.
 //!
 //! - *Durable* is what is in a table, with nothing else to be synced: fjall syncs the table and its directory, then the
-//!   version that names it, then the file that names the version ([`super::fjall_files`]). Writes outside of runs wait in
+//!   version that names it, then the file that names the version (`fjall_files`). Writes outside of runs wait in
 //!   memory until [`Engine::sync`], or until they are many, and become a table then.
-//! - *Readers* wait for nobody ([`super::fjall_view`]).
-//! - *Tables are merged* by one thread that is nice ([`super::fjall_compaction`]). Once
+//! - *Readers* wait for nobody (`fjall_view`).
+//! - *Tables are merged* by one thread that is nice (`fjall_compaction`). Once
 //!   [`FJALL_TABLES_WAITING_MAX`] of them wait for that, a flush merges them before it makes another.
 //! - *Damage*: before a tree is opened its version and tables are held against their checksums; of a great
-//!   one each block is, when it is read. What fails is [`StorageError::Damaged`], noted for the next start ([`super::trust`]).
+//!   one each block is, when it is read. What fails is [`StorageError::Damaged`], noted for the next start (`trust`).
 //!   Every call is caught: a panic counts as damage where bytes of the disk were read.
 //! - *A full disk* leaves the tree as it was. What was written of a table goes with the next merge, or at the
 //!   next opening. Any other failure of a write leaves unknown what is on disk, so nothing is believed any more.
