@@ -285,6 +285,7 @@ fn bounds() -> Vec<(&'static str, u64)> {
         REPLICAS_MAX,
         SHARDS_MAX,
         BATCH_OPERATIONS_MAX,
+        GATHER_REQUESTS_MAX,
         ANSWER_BYTES_MAX,
         SCAN_PAIRS_MAX,
         MAP_NEWS_MS,
