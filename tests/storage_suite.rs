@@ -325,6 +325,7 @@ fn a_run_is_there_whole_or_not_at_all() {
     let whole = all(&engine);
     assert_eq!(whole.len(), 2000, "the removal too");
     assert!(whole.iter().all(|(_, value)| value == "run"));
+    assert!(whole.iter().all(|(key, value)| engine.get(key).unwrap().as_ref() == Some(value)));
     engine.write(&[put(5u32.to_be_bytes(), b"after")]).unwrap();
     assert_eq!(engine.get(&key(5u32.to_be_bytes())).unwrap().unwrap(), "after");
     // Not synced: only the run is sure to be there.
