@@ -14,7 +14,7 @@
 //!   the redo file makes a flush whole. Each key is written by itself, in key order.
 //! - It deadlocks if it grows its file while a truncation of it still waits for a thread, and all of its I/O threads are at work:
 //!   each of them then waits for the lock that is held for that. In a loop of great writes and removals
-//!   that takes less than a second. So it is never given more than a few of its segments ([`UNFLUSHED_BYTES_MAX`]) before
+//!   that takes less than a second. So it is never given more than a few of its segments (`UNFLUSHED_BYTES_MAX`) before
 //!   it has written all of them: then most of those threads (it has seven) are idle.
 //! - It panics where it meets what it doesn't expect, damaged files above all. Every call is caught;
 //!   after a panic the engine answers nothing but errors, since sled's inside is unknown then.

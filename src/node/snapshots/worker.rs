@@ -8,7 +8,7 @@
 //! *Nobody waits behind it*, though it wants the same disk and the same cores as the writes of all shards:
 //! what it writes in a second is bounded, as what is sent is, and after each step it rests for at least as
 //! long as the step took. So where others work too, and a step takes longer, it does less. And where cores are
-//! wanted by others, they have them first: the thread is nice ([`SNAPSHOT_NICE`](crate::limits::SNAPSHOT_NICE)).
+//! wanted by others, they have them first: the thread is nice ([`SNAPSHOT_NICE`]).
 //!
 //! *Which generations are safe to remove.* Those that are not the one of the replica's record, as the
 //! caller tells, while nothing of that replica is being loaded: a load begins by removing them
