@@ -1,0 +1,78 @@
+use std::time::Instant;
+
+use super::*;
+use crate::ids::ReplicaId;
+use crate::limits::FJALL_TABLES_WAITING_MAX;
+use crate::storage::pulse::{self, Pulse};
+
+/// A machine that is slow takes long, and one that hangs is to be told from it.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(120);
+
+fn open(path: &Path) -> FjallEngine {
+    FjallEngine::open(path, FjallOptions { cache_bytes: 1 << 20 }, RandomId([7; 16])).unwrap()
+}
+
+/// One more table, which the others overlap.
+fn add_table(engine: &FjallEngine, value: &'static str) {
+    for name in ["a", "z"] {
+        let key = keys::user_key(ReplicaId(3), 1, name.as_bytes());
+        engine.write(&[(key, Some(Bytes::from_static(value.as_bytes())))]).unwrap();
+    }
+    engine.sync().unwrap();
+}
+
+#[test]
+fn who_is_held_back_gets_on_as_long_as_the_merging_does() {
+    let home = tempfile::tempdir().unwrap();
+    let engine = open(&home.path().join("state"));
+    let waiting = || engine.core.tree.level_table_count(0).unwrap();
+    let merging = engine.core.merging.lock().unwrap();
+    while waiting() < FJALL_TABLES_WAITING_MAX {
+        add_table(&engine, "before");
+    }
+    let pulse = Pulse::default();
+    std::thread::scope(|scope| {
+        let held_back = scope.spawn(|| {
+            let _attached = pulse.attach();
+            let _working = pulse::work();
+            add_table(&engine, "after");
+        });
+        let begun = Instant::now();
+        let mut beats = std::collections::BTreeSet::new();
+        while beats.len() < 10 {
+            // Somebody else's merge.
+            engine.core.ending.steps.fetch_add(1, Ordering::Relaxed);
+            beats.extend(pulse.at_work());
+            assert!(begun.elapsed() < PATIENCE, "it seems to hang");
+            std::thread::yield_now();
+        }
+        assert!(!held_back.is_finished());
+        assert_eq!(waiting(), FJALL_TABLES_WAITING_MAX);
+        drop(merging);
+        held_back.join().unwrap();
+    });
+    assert!(waiting() < FJALL_TABLES_WAITING_MAX, "they were merged before");
+    let key = keys::user_key(ReplicaId(3), 1, b"a");
+    assert_eq!(engine.get(&key).unwrap().unwrap(), "after");
+}
+
+#[test]
+fn tables_that_somebody_reads_are_no_remains() {
+    let home = tempfile::tempdir().unwrap();
+    let path = home.path().join("state");
+    let engine = open(&path);
+    add_table(&engine, "before");
+    let tables = || std::fs::read_dir(path.join("tables")).unwrap().count();
+    let reads = engine.core.view.load_full();
+    // As after a merge for which there was no space.
+    engine.core.litter(0);
+    for _ in 0..8 {
+        add_table(&engine, "after");
+    }
+    while engine.core.compact().unwrap() {}
+    assert!(tables() > engine.core.tree.table_count(), "what is read was removed");
+    std::fs::write(path.join("tables").join("1000000"), "remains").unwrap();
+    drop(reads);
+    engine.core.compact().unwrap();
+    assert_eq!(tables(), engine.core.tree.table_count());
+}
