@@ -130,6 +130,8 @@ pub const FJALL_TABLES_WAITING_MAX: usize = 16;
 /// Where they can't be merged for want of space, so many runs of them are the most: the file that names them has one byte
 /// for their number.
 pub const FJALL_RUNS_MAX: usize = 128;
+/// Free space that a merge leaves for flushes and logs, in bytes, or half of what there is when it begins, if that is less.
+pub const FJALL_SPARED_BYTES: u64 = 128 * MIB as u64;
 /// Niceness of the thread that merges them.
 pub const COMPACTION_NICE: i32 = SNAPSHOT_NICE;
 

@@ -15,7 +15,7 @@
 //!   one each block is, when it is read. What fails is [`StorageError::Damaged`], noted for the next start (`trust`).
 //!   Every call is caught: a panic counts as damage where bytes of the disk were read.
 //! - *A full disk* leaves the tree as it was. What was written of a table goes with the next merge, or at the
-//!   next opening. Any other failure of a write leaves unknown what is on disk, so nothing is believed any more.
+//!   next opening. A merge that would take the last of a disk is given up before, and begun again when there is more. Any other failure of a write leaves unknown what is on disk, so nothing is believed any more.
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -34,7 +34,7 @@ use lsm_tree::{
 
 use super::atomic_file::{self, io_error};
 use super::engine::{Engine, Mutation, OnDamage, Run, Store};
-use super::fjall_compaction::{Compaction, Ending};
+use super::fjall_compaction::{Attendants, Compaction, Ending};
 use super::fjall_files::{self as files, damaged};
 use super::fjall_view::{Bounds, View};
 use super::identity::IdentityError;
@@ -93,6 +93,8 @@ pub(super) struct Core {
     pub(super) merging: Mutex<()>,
     /// Tables numbered from here on may be remains of a run or a merge that came to nothing; `u64::MAX`: there are none.
     pub(super) litter_from: AtomicU64,
+    /// Bytes that were free when the last merge began, if it found that too little; else 0.
+    pub(super) refused: AtomicU64,
     trust: Trust,
     /// The key whose value can't be read, for tests.
     #[cfg(test)]
@@ -118,7 +120,11 @@ impl FjallEngine {
         let ending = Ending::default();
         let config = Config::new(path, next.clone(), visible.clone())
             .use_cache(Arc::new(Cache::with_capacity_bytes(options.cache_bytes)))
-            .with_compaction_filter_factory(Some(Arc::new(ending.clone())));
+            .with_compaction_filter_factory(Some(Arc::new(Attendants {
+                dir: path.to_owned(),
+                ending: ending.clone(),
+                free: files::free_bytes,
+            })));
         let tree = contain(path, || config.open(), Doing::Reading)?;
         contain(path, || Ok(files::check_tables(path, &tree)), Doing::Reading)??;
         let greatest = contain(path, || Ok(tree.get_highest_seqno()), Doing::Reading)?;
@@ -137,6 +143,7 @@ impl FjallEngine {
             makers: Mutex::default(),
             merging: Mutex::default(),
             litter_from: AtomicU64::new(u64::MAX),
+            refused: AtomicU64::new(0),
             trust: Trust::new(NAME, path),
             #[cfg(test)]
             spoilt: Mutex::default(),

@@ -76,3 +76,55 @@ fn tables_that_somebody_reads_are_no_remains() {
     engine.core.compact().unwrap();
     assert_eq!(tables(), engine.core.tree.table_count());
 }
+
+/// Free bytes that a merge finds when it begins and at each look afterwards.
+fn merge_with(free: fn(&Path) -> Option<u64>) -> (lsm_tree::Result<()>, usize) {
+    let home = tempfile::tempdir().unwrap();
+    let attendants = Attendants { dir: home.path().to_owned(), ending: Ending::default(), free };
+    let tree = Config::new(home.path(), Default::default(), Default::default())
+        .with_compaction_filter_factory(Some(Arc::new(attendants)))
+        .open()
+        .unwrap();
+    for _ in 0..4 {
+        let mut ingestion = tree.ingestion().unwrap();
+        for name in [b"a", b"z"] {
+            ingestion.write(&name[..], vec![7; 2 << 20]).unwrap();
+        }
+        ingestion.finish().unwrap();
+    }
+    let merged = tree.compact(Arc::new(lsm_tree::compaction::Leveled::default()), SeqNo::MAX);
+    (merged, tree.level_table_count(0).unwrap())
+}
+
+#[test]
+fn a_merge_leaves_some_of_the_disk_to_others() {
+    use std::sync::atomic::AtomicU64;
+    static LEFT: AtomicU64 = AtomicU64::new(1 << 20);
+    let (merged, waiting) = merge_with(|_| Some(LEFT.fetch_sub(300 << 10, Ordering::Relaxed)));
+    let error = contain(Path::new("state"), || merged, Doing::Writing).unwrap_err();
+    assert!(error.is_full(), "{error}");
+    assert_eq!(waiting, 4);
+    for free in [|_: &Path| None, |_: &Path| Some(1 << 20)] {
+        let (merged, waiting) = merge_with(free);
+        merged.unwrap();
+        assert_eq!(waiting, 0, "as little is left as before");
+    }
+}
+
+#[test]
+fn a_merge_that_found_no_room_is_tried_again_when_there_is_more() {
+    let home = tempfile::tempdir().unwrap();
+    let engine = open(&home.path().join("state"));
+    let core = &engine.core;
+    for _ in 0..FJALL_TABLES_WAITING_MAX / 2 {
+        let merging = core.merging.lock().unwrap();
+        add_table(&engine, "v");
+        drop(merging);
+    }
+    core.refused.store(u64::MAX / 2, Ordering::Relaxed);
+    assert!(core.compact().unwrap_err().is_full());
+    core.refused.store(1, Ordering::Relaxed);
+    while core.compact().unwrap() {}
+    assert_eq!(core.refused.load(Ordering::Relaxed), 0);
+    assert!(core.tree.level_table_count(0).unwrap() < 4);
+}

@@ -5,6 +5,7 @@
 //! writes are held back where merging can't keep up.
 
 use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, MutexGuard, PoisonError, TryLockError};
@@ -15,11 +16,14 @@ use lsm_tree::AbstractTree;
 use lsm_tree::compaction::Leveled;
 use lsm_tree::compaction::filter::{CompactionFilter, Context, Factory, ItemAccessor, Verdict};
 
+use super::atomic_file::io_error;
 use super::engine_fjall::{Core, count};
 use super::{StorageError, fjall_files as files, pulse};
-use crate::limits::{COMPACTION_NICE, FJALL_RUNS_MAX, FJALL_TABLES_WAITING_MAX};
+use crate::limits::{COMPACTION_NICE, FJALL_RUNS_MAX, FJALL_SPARED_BYTES, FJALL_TABLES_WAITING_MAX};
 use crate::nice::be_nice;
 
+/// A merge looks after the free space each time that it has come so many bytes further.
+const FREE_LOOK_BYTES: usize = 1 << 20;
 /// Time between looks of who waits for a merge of somebody else's.
 const HELD_BACK_LOOK: Duration = Duration::from_millis(5);
 
@@ -47,24 +51,54 @@ impl Ending {
     }
 }
 
-impl Factory for Ending {
+/// Makes the [`Attendant`] of each merge.
+pub(super) struct Attendants {
+    /// Directory of the tree.
+    pub dir: PathBuf,
+    pub ending: Ending,
+    /// Tells how many bytes are free there, if that can be told.
+    pub free: fn(&Path) -> Option<u64>,
+}
+
+impl Factory for Attendants {
     fn name(&self) -> &str {
-        "ending"
+        "attendants"
     }
 
     fn make_filter(&self, _: &Context) -> Box<dyn CompactionFilter> {
-        Box::new(self.clone())
+        // Where there is little, a small merge may still make some.
+        let spared = (self.free)(&self.dir).map_or(0, |free| FJALL_SPARED_BYTES.min(free / 2));
+        let (dir, ending) = (self.dir.clone(), self.ending.clone());
+        Box::new(Attendant { dir, ending, free: self.free, spared, unlooked: 0 })
     }
 }
 
-impl CompactionFilter for Ending {
-    fn filter_item(&mut self, _: ItemAccessor<'_>, _: &Context) -> lsm_tree::Result<Verdict> {
-        if self.has_begun() {
+/// Is there at each step of one merge. Gives it up if the store is being closed, or if it would take the last of the disk
+/// from flushes and logs: it writes anew whatever it merges, before anything of that is removed.
+struct Attendant {
+    dir: PathBuf,
+    ending: Ending,
+    free: fn(&Path) -> Option<u64>,
+    spared: u64,
+    /// Bytes since the free ones were last looked at.
+    unlooked: usize,
+}
+
+impl CompactionFilter for Attendant {
+    fn filter_item(&mut self, item: ItemAccessor<'_>, _: &Context) -> lsm_tree::Result<Verdict> {
+        if self.ending.has_begun() {
             return Err(io::Error::from(io::ErrorKind::Interrupted).into());
         }
-        self.steps.fetch_add(1, Ordering::Relaxed);
+        self.ending.steps.fetch_add(1, Ordering::Relaxed);
         // Who merges because it is held back is watched.
         pulse::beat();
+        self.unlooked += item.key().len() + item.value()?.len();
+        if self.unlooked >= FREE_LOOK_BYTES {
+            self.unlooked = 0;
+            if (self.free)(&self.dir).is_some_and(|free| free < self.spared) {
+                return Err(io::Error::from(io::ErrorKind::StorageFull).into());
+            }
+        }
         Ok(Verdict::Keep)
     }
 }
@@ -155,10 +189,25 @@ impl Core {
             return Ok(false);
         }
         self.tidy();
+        let free = files::free_bytes(&self.path);
+        let refused = self.refused.load(Ordering::Relaxed);
+        if free.is_some_and(|free| free <= refused + refused / 8) {
+            // It would write as much again, and come as far as it did.
+            return Err(io_error("merging tables in", &self.path)(io::ErrorKind::StorageFull.into()));
+        }
         let before = self.tree.current_version().id();
         let merged = self.making_table(|| self.tree.compact(Arc::new(Leveled::default()), self.next.get()));
         if self.ending.has_begun() {
             return Ok(false);
+        }
+        match &merged {
+            Ok(()) => self.refused.store(0, Ordering::Relaxed),
+            Err(error) if error.is_full() => {
+                // At once: what it has written is what others lack now.
+                self.tidy();
+                self.refused.store(free.unwrap_or(0), Ordering::Relaxed);
+            }
+            Err(_) => {}
         }
         merged?;
         if self.tree.current_version().id() == before {
