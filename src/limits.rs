@@ -125,8 +125,13 @@ pub const FLUSH_BATCH_BYTES: usize = 64 * KIB;
 
 /// Bytes of writes outside of flushes that the fjall engine keeps in memory before it makes a table of them.
 pub const FJALL_PENDING_BYTES: u64 = 8 * MIB as u64;
-/// Tables of the fjall engine that wait to be merged; a flush that would make one more merges them first.
+/// Tables of the fjall engine that wait to be merged; who would make one more merges them first.
 pub const FJALL_TABLES_WAITING_MAX: usize = 16;
+/// Where they can't be merged for want of space, so many runs of them are the most: the file that names them has one byte
+/// for their number.
+pub const FJALL_RUNS_MAX: usize = 128;
+/// Free space that a merge leaves for flushes and logs, in bytes, or half of what there is when it begins, if that is less.
+pub const FJALL_SPARED_BYTES: u64 = 128 * MIB as u64;
 /// Niceness of the thread that merges them.
 pub const COMPACTION_NICE: i32 = SNAPSHOT_NICE;
 

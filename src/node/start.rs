@@ -35,6 +35,7 @@ use crate::ids::{ClusterId, NodeId, ReplicaId};
 use crate::limits;
 use crate::placement::map::{ClusterMap, NodeRecord, Standing};
 use crate::settings::Settings;
+use crate::storage::StorageError;
 use crate::storage::engine::Engine;
 use crate::storage::identity::DataDir;
 use crate::storage::log::LogStore;
@@ -252,9 +253,14 @@ struct Assembly {
 impl Assembly {
     async fn run(self, stores: Stores) -> Result<(), NodeError> {
         let fatal = self.fatal.clone();
-        stores.engine.on_damage(Box::new(move |damage| {
-            fatal
-                .raise(format!("{damage}; start the node again: it sets this state aside, and gets another"));
+        stores.engine.on_damage(Box::new(move |error| {
+            let way_out = match error {
+                StorageError::Damaged { .. } => {
+                    "; start the node again: it sets this state aside, and gets another"
+                }
+                _ => "",
+            };
+            fatal.raise(format!("{error}{way_out}"));
         }));
         let returns = matches!(self.applicant.stage(), Membership::Member(..));
         let (cluster, node) = self.applicant.become_member().await?;

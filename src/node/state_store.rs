@@ -250,7 +250,7 @@ mod tests {
             let (engine, flusher) = open(&dir, node.options(), &node.log).unwrap();
             let (told, hears) = std::sync::mpsc::channel();
             let told = std::sync::Mutex::new(told);
-            engine.on_damage(Box::new(move |why| told.lock().unwrap().send(why).unwrap()));
+            engine.on_damage(Box::new(move |why| told.lock().unwrap().send(why.to_string()).unwrap()));
             // As good as a page that can't be read.
             let header = keys::header_key(REPLICA, 1);
             engine.spoil(&header);

@@ -70,7 +70,8 @@ pub trait Store: Engine {
     /// Whether this opening made the store. It must not, once the node is a member of a cluster.
     fn created(&self) -> bool;
 
-    /// Has `hook` told of damage that is found from now on; the store is of no use any more then.
+    /// Has `hook` told of damage that is found from now on, and of writes of which it isn't known what is on disk; the
+    /// store is of no use any more then.
     fn on_damage(&self, hook: OnDamage);
 
     /// Makes what is under `key` something that can't be read, as damage would.

@@ -9,12 +9,13 @@
 //!   memory until [`Engine::sync`], or until they are many, and become a table then.
 //! - *Readers* wait for nobody (`fjall_view`).
 //! - *Tables are merged* by one thread that is nice (`fjall_compaction`). Once
-//!   [`FJALL_TABLES_WAITING_MAX`] of them wait for that, a flush merges them before it makes another.
+//!   [`FJALL_TABLES_WAITING_MAX`](crate::limits::FJALL_TABLES_WAITING_MAX) of them wait for that, who would make
+//!   another merges them before.
 //! - *Damage*: before a tree is opened its version and tables are held against their checksums; of a great
 //!   one each block is, when it is read. What fails is [`StorageError::Damaged`], noted for the next start (`trust`).
 //!   Every call is caught: a panic counts as damage where bytes of the disk were read.
 //! - *A full disk* leaves the tree as it was. What was written of a table goes with the next merge, or at the
-//!   next opening. Any other failure of a write leaves unknown what is on disk, so nothing is believed any more.
+//!   next opening. A merge that would take the last of a disk is given up before, and begun again when there is more. Any other failure of a write leaves unknown what is on disk, so nothing is believed any more.
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -22,11 +23,10 @@ use std::ops::Bound;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
-use lsm_tree::compaction::Leveled;
 use lsm_tree::{
     AbstractTree, AnyIngestion, AnyTree, Cache, Config, InternalValue, Memtable, SeqNo,
     SequenceNumberCounter, UserKey, ValueType,
@@ -34,7 +34,7 @@ use lsm_tree::{
 
 use super::atomic_file::{self, io_error};
 use super::engine::{Engine, Mutation, OnDamage, Run, Store};
-use super::fjall_compaction::{Compaction, Ending};
+use super::fjall_compaction::{Attendants, Compaction, Ending};
 use super::fjall_files::{self as files, damaged};
 use super::fjall_view::{Bounds, View};
 use super::identity::IdentityError;
@@ -42,7 +42,7 @@ use super::log_disk::panic_text;
 use super::trust::Trust;
 use super::{StorageError, aside, keys, owner};
 use crate::ids::{RandomId, StoreId};
-use crate::limits::{FJALL_PENDING_BYTES, FJALL_TABLES_WAITING_MAX};
+use crate::limits::FJALL_PENDING_BYTES;
 use crate::telemetry::hot::hot;
 
 const NAME: &str = "fjall";
@@ -77,26 +77,30 @@ pub struct FjallEngine {
 
 /// What the thread that merges tables shares.
 pub(super) struct Core {
-    path: PathBuf,
-    tree: AnyTree,
+    pub(super) path: PathBuf,
+    pub(super) tree: AnyTree,
     /// The number that the next write gets. A later write of a key has a greater one.
-    next: SequenceNumberCounter,
+    pub(super) next: SequenceNumberCounter,
     /// What readers read.
-    view: ArcSwap<View>,
+    pub(super) view: ArcSwap<View>,
+    /// What they have read before, as long as any of them does.
+    pub(super) older_views: Mutex<Vec<Weak<View>>>,
     /// Held by who writes, adds tables, or replaces the view.
     writer: Mutex<()>,
     /// How many make a table, by a run or a merge. Locked while remains of such are removed.
-    makers: Mutex<usize>,
+    pub(super) makers: Mutex<usize>,
     /// Held by who merges tables.
-    merging: Mutex<()>,
+    pub(super) merging: Mutex<()>,
     /// Tables numbered from here on may be remains of a run or a merge that came to nothing; `u64::MAX`: there are none.
-    litter_from: AtomicU64,
+    pub(super) litter_from: AtomicU64,
+    /// Bytes that were free when the last merge began, if it found that too little; else 0.
+    pub(super) refused: AtomicU64,
     trust: Trust,
     /// The key whose value can't be read, for tests.
     #[cfg(test)]
     spoilt: Mutex<Option<Vec<u8>>>,
     /// No merge is begun any more, or ended.
-    ending: Ending,
+    pub(super) ending: Ending,
 }
 
 impl FjallEngine {
@@ -113,10 +117,14 @@ impl FjallEngine {
         let lock = files::lock(path)?;
         let there = files::check_version(path)?;
         let (next, visible) = (SequenceNumberCounter::default(), SequenceNumberCounter::default());
-        let ending = Ending(Arc::default());
+        let ending = Ending::default();
         let config = Config::new(path, next.clone(), visible.clone())
             .use_cache(Arc::new(Cache::with_capacity_bytes(options.cache_bytes)))
-            .with_compaction_filter_factory(Some(Arc::new(ending.clone())));
+            .with_compaction_filter_factory(Some(Arc::new(Attendants {
+                dir: path.to_owned(),
+                ending: ending.clone(),
+                free: files::free_bytes,
+            })));
         let tree = contain(path, || config.open(), Doing::Reading)?;
         contain(path, || Ok(files::check_tables(path, &tree)), Doing::Reading)??;
         let greatest = contain(path, || Ok(tree.get_highest_seqno()), Doing::Reading)?;
@@ -130,10 +138,12 @@ impl FjallEngine {
             tree,
             next,
             view: ArcSwap::from_pointee(view),
+            older_views: Mutex::default(),
             writer: Mutex::default(),
             makers: Mutex::default(),
             merging: Mutex::default(),
             litter_from: AtomicU64::new(u64::MAX),
+            refused: AtomicU64::new(0),
             trust: Trust::new(NAME, path),
             #[cfg(test)]
             spoilt: Mutex::default(),
@@ -199,12 +209,16 @@ impl Core {
     }
 
     // What the locks guard is changed by single assignments; a panic leaves it usable.
-    fn writer(&self) -> MutexGuard<'_, ()> {
+    pub(super) fn writer(&self) -> MutexGuard<'_, ()> {
         self.writer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Has readers see the tables that there are now, below `pending`. `_writer` is the writer's lock.
-    fn publish(&self, _writer: &MutexGuard<'_, ()>, pending: Arc<Memtable>) -> Result<(), StorageError> {
+    pub(super) fn publish(
+        &self,
+        _writer: &MutexGuard<'_, ()>,
+        pending: Arc<Memtable>,
+    ) -> Result<(), StorageError> {
         // Versions before this one: readers that have one keep what they need of it.
         let forget = || self.tree.get_version_history_lock().maintenance(&self.path, SeqNo::MAX);
         let published = self.run(forget, Doing::Writing);
@@ -212,7 +226,10 @@ impl Core {
             // Readers don't see what was written.
             self.trust.distrust();
         }
-        self.view.store(Arc::new(View::new(&self.tree, pending)));
+        let older = self.view.swap(Arc::new(View::new(&self.tree, pending)));
+        let mut views = self.older_views.lock().unwrap_or_else(PoisonError::into_inner);
+        views.retain(|view| view.strong_count() > 0);
+        views.push(Arc::downgrade(&older));
         published
     }
 
@@ -244,7 +261,10 @@ impl Core {
     }
 
     /// Runs what makes tables, and remembers what it leaves behind if it fails.
-    fn making_table<T>(&self, call: impl FnOnce() -> lsm_tree::Result<T>) -> Result<T, StorageError> {
+    pub(super) fn making_table<T>(
+        &self,
+        call: impl FnOnce() -> lsm_tree::Result<T>,
+    ) -> Result<T, StorageError> {
         let _making = Making::begin(&self.makers);
         let first = self.tree.next_table_id();
         let result = self.run(call, Doing::Writing);
@@ -257,58 +277,6 @@ impl Core {
     /// Tables numbered `from` or later may be remains.
     fn litter(&self, from: u64) {
         self.litter_from.fetch_min(from, Ordering::Relaxed);
-    }
-
-    /// Removes remains of tables, unless one is being made.
-    fn tidy(&self) {
-        let from = self.litter_from.load(Ordering::Relaxed);
-        if from == u64::MAX {
-            return;
-        }
-        let makers = count(&self.makers);
-        if *makers > 0 {
-            return;
-        }
-        match files::remove_litter(&self.path, &self.tree, from) {
-            Ok(()) => self.litter_from.store(u64::MAX, Ordering::Relaxed),
-            Err(error) => tracing::warn!(%error, "remains of tables of the state store stay"),
-        }
-    }
-
-    /// Merges some tables, if there is anything to merge. True: something was done.
-    pub fn compact(&self) -> Result<bool, StorageError> {
-        let _merging = self.merging.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.ending.has_begun() {
-            return Ok(false);
-        }
-        self.tidy();
-        let before = self.tree.current_version().id();
-        let merged = self.making_table(|| self.tree.compact(Arc::new(Leveled::default()), self.next.get()));
-        if self.ending.has_begun() {
-            return Ok(false);
-        }
-        merged?;
-        if self.tree.current_version().id() == before {
-            return Ok(false);
-        }
-        let writer = self.writer();
-        let pending = self.view.load().pending.clone();
-        self.publish(&writer, pending)?;
-        Ok(true)
-    }
-
-    /// Waits until there is room for another table.
-    fn hold_back(&self) -> Result<(), StorageError> {
-        while self.tree.level_table_count(0).unwrap_or(0) >= FJALL_TABLES_WAITING_MAX {
-            match self.compact() {
-                Ok(true) => {}
-                // There may be room for the table all the same.
-                Ok(false) => break,
-                Err(error) if error.is_full() => break,
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
     }
 }
 
@@ -329,7 +297,7 @@ impl Drop for Making<'_> {
 }
 
 // A number can't be left half changed by a panic.
-fn count(makers: &Mutex<usize>) -> MutexGuard<'_, usize> {
+pub(super) fn count(makers: &Mutex<usize>) -> MutexGuard<'_, usize> {
     makers.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -443,6 +411,9 @@ impl Engine for FjallEngine {
         if view.pending.size() < FJALL_PENDING_BYTES {
             return Ok(());
         }
+        drop((view, writer));
+        core.hold_back()?;
+        let writer = core.writer();
         core.flush_pending(&writer)?;
         drop(writer);
         self.compaction.wake();
@@ -464,6 +435,9 @@ impl Engine for FjallEngine {
 
     fn sync(&self) -> Result<(), StorageError> {
         self.core.trust.check()?;
+        if !self.core.view.load().pending.is_empty() {
+            self.core.hold_back()?;
+        }
         let writer = self.core.writer();
         self.core.flush_pending(&writer)?;
         drop(writer);
@@ -497,7 +471,7 @@ impl Store for FjallEngine {
 
 impl Drop for FjallEngine {
     fn drop(&mut self) {
-        self.core.ending.0.store(true, Ordering::Relaxed);
+        self.core.ending.begin();
     }
 }
 
@@ -567,3 +541,7 @@ fn contain<T>(
         error => Err(damaged(path, &format!("fjall can't read it: {error:?}"))),
     }
 }
+
+#[cfg(test)]
+#[path = "engine_fjall_tests.rs"]
+mod tests;

@@ -1,46 +1,103 @@
 //! The thread that merges the tables of a fjall tree, so that few have to be looked at for a read.
 //!
 //! One thread, which lets all others have the cores first. It is woken after each flush and works until there is
-//! nothing to merge. A flush that finds too many tables merges them itself ([`super::engine_fjall`]): that
-//! is how writes are held back where merging can't keep up.
+//! nothing to merge. Who would make a table and finds too many merges them itself, or waits for that: so
+//! writes are held back where merging can't keep up.
 
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
+use lsm_tree::AbstractTree;
+use lsm_tree::compaction::Leveled;
 use lsm_tree::compaction::filter::{CompactionFilter, Context, Factory, ItemAccessor, Verdict};
 
-use super::engine_fjall::Core;
-use crate::limits::COMPACTION_NICE;
+use super::atomic_file::io_error;
+use super::engine_fjall::{Core, count};
+use super::{StorageError, fjall_files as files, pulse};
+use crate::limits::{COMPACTION_NICE, FJALL_RUNS_MAX, FJALL_SPARED_BYTES, FJALL_TABLES_WAITING_MAX};
 use crate::nice::be_nice;
+
+/// A merge looks after the free space each time that it has come so many bytes further.
+const FREE_LOOK_BYTES: usize = 1 << 20;
+/// Time between looks of who waits for a merge of somebody else's.
+const HELD_BACK_LOOK: Duration = Duration::from_millis(5);
 
 /// Has merges given up once the store is being closed: a great one takes seconds, and changes nothing
 /// before it is done.
-#[derive(Clone)]
-pub(super) struct Ending(pub Arc<AtomicBool>);
+#[derive(Clone, Default)]
+pub(super) struct Ending {
+    begun: Arc<AtomicBool>,
+    /// Pairs that merges have come to.
+    pub(super) steps: Arc<AtomicU64>,
+}
 
 impl Ending {
+    pub fn begin(&self) {
+        self.begun.store(true, Ordering::Relaxed);
+    }
+
     pub fn has_begun(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        self.begun.load(Ordering::Relaxed)
+    }
+
+    /// Another number each time, as long as a merge gets on.
+    fn steps(&self) -> u64 {
+        self.steps.load(Ordering::Relaxed)
     }
 }
 
-impl Factory for Ending {
+/// Makes the [`Attendant`] of each merge.
+pub(super) struct Attendants {
+    /// Directory of the tree.
+    pub dir: PathBuf,
+    pub ending: Ending,
+    /// Tells how many bytes are free there, if that can be told.
+    pub free: fn(&Path) -> Option<u64>,
+}
+
+impl Factory for Attendants {
     fn name(&self) -> &str {
-        "ending"
+        "attendants"
     }
 
     fn make_filter(&self, _: &Context) -> Box<dyn CompactionFilter> {
-        Box::new(self.clone())
+        // Where there is little, a small merge may still make some.
+        let spared = (self.free)(&self.dir).map_or(0, |free| FJALL_SPARED_BYTES.min(free / 2));
+        let (dir, ending) = (self.dir.clone(), self.ending.clone());
+        Box::new(Attendant { dir, ending, free: self.free, spared, unlooked: 0 })
     }
 }
 
-impl CompactionFilter for Ending {
-    fn filter_item(&mut self, _: ItemAccessor<'_>, _: &Context) -> lsm_tree::Result<Verdict> {
-        if self.has_begun() {
+/// Is there at each step of one merge. Gives it up if the store is being closed, or if it would take the last of the disk
+/// from flushes and logs: it writes anew whatever it merges, before anything of that is removed.
+struct Attendant {
+    dir: PathBuf,
+    ending: Ending,
+    free: fn(&Path) -> Option<u64>,
+    spared: u64,
+    /// Bytes since the free ones were last looked at.
+    unlooked: usize,
+}
+
+impl CompactionFilter for Attendant {
+    fn filter_item(&mut self, item: ItemAccessor<'_>, _: &Context) -> lsm_tree::Result<Verdict> {
+        if self.ending.has_begun() {
             return Err(io::Error::from(io::ErrorKind::Interrupted).into());
+        }
+        self.ending.steps.fetch_add(1, Ordering::Relaxed);
+        // Who merges because it is held back is watched.
+        pulse::beat();
+        self.unlooked += item.key().len() + item.value()?.len();
+        if self.unlooked >= FREE_LOOK_BYTES {
+            self.unlooked = 0;
+            if (self.free)(&self.dir).is_some_and(|free| free < self.spared) {
+                return Err(io::Error::from(io::ErrorKind::StorageFull).into());
+            }
         }
         Ok(Verdict::Keep)
     }
@@ -94,5 +151,98 @@ fn run(core: &Core, woken: &Receiver<()>) {
                 }
             }
         }
+    }
+}
+
+impl Core {
+    /// Removes remains of tables, unless one is being made.
+    fn tidy(&self) {
+        let from = self.litter_from.load(Ordering::Relaxed);
+        if from == u64::MAX {
+            return;
+        }
+        let makers = count(&self.makers);
+        if *makers > 0 {
+            return;
+        }
+        // What is no part of the tree any more may still be read.
+        let views = self.older_views.lock().unwrap_or_else(PoisonError::into_inner);
+        if views.iter().any(|view| view.strong_count() > 0) {
+            return;
+        }
+        drop(views);
+        match files::remove_litter(&self.path, &self.tree, from) {
+            Ok(()) => self.litter_from.store(u64::MAX, Ordering::Relaxed),
+            Err(error) => tracing::warn!(%error, "remains of tables of the state store stay"),
+        }
+    }
+
+    /// Merges some tables, if there is anything to merge. True: something was done.
+    pub fn compact(&self) -> Result<bool, StorageError> {
+        let merging = self.merging.lock().unwrap_or_else(PoisonError::into_inner);
+        self.merge(&merging)
+    }
+
+    /// The same, by who has the lock.
+    fn merge(&self, _merging: &MutexGuard<'_, ()>) -> Result<bool, StorageError> {
+        if self.ending.has_begun() {
+            return Ok(false);
+        }
+        self.tidy();
+        let free = files::free_bytes(&self.path);
+        let refused = self.refused.load(Ordering::Relaxed);
+        if free.is_some_and(|free| free <= refused + refused / 8) {
+            // It would write as much again, and come as far as it did.
+            return Err(io_error("merging tables in", &self.path)(io::ErrorKind::StorageFull.into()));
+        }
+        let before = self.tree.current_version().id();
+        let merged = self.making_table(|| self.tree.compact(Arc::new(Leveled::default()), self.next.get()));
+        if self.ending.has_begun() {
+            return Ok(false);
+        }
+        match &merged {
+            Ok(()) => self.refused.store(0, Ordering::Relaxed),
+            Err(error) if error.is_full() => {
+                // At once: what it has written is what others lack now.
+                self.tidy();
+                self.refused.store(free.unwrap_or(0), Ordering::Relaxed);
+            }
+            Err(_) => {}
+        }
+        merged?;
+        if self.tree.current_version().id() == before {
+            return Ok(false);
+        }
+        let writer = self.writer();
+        let pending = self.view.load().pending.clone();
+        self.publish(&writer, pending)?;
+        Ok(true)
+    }
+
+    /// Waits until there is room for another table. As long as the merging gets on, so does the calling thread, whoever
+    /// does it: on a slow disk a merge takes minutes.
+    pub fn hold_back(&self) -> Result<(), StorageError> {
+        while self.tree.level_table_count(0).unwrap_or(0) >= FJALL_TABLES_WAITING_MAX {
+            let merging = match self.merging.try_lock() {
+                Ok(merging) => merging,
+                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) => {
+                    let before = self.ending.steps();
+                    std::thread::sleep(HELD_BACK_LOOK);
+                    if self.ending.steps() != before {
+                        pulse::beat();
+                    }
+                    continue;
+                }
+            };
+            match self.merge(&merging) {
+                Ok(true) => pulse::beat(),
+                // There may be room for the table all the same.
+                Ok(false) => break,
+                Err(error) if error.is_full() && self.tree.l0_run_count() < FJALL_RUNS_MAX => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 }

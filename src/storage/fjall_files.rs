@@ -128,6 +128,11 @@ pub(super) fn remove_litter(dir: &Path, tree: &AnyTree, from: u64) -> io::Result
     Ok(())
 }
 
+/// Bytes that may still be written there, if the system tells.
+pub(super) fn free_bytes(dir: &Path) -> Option<u64> {
+    rustix::fs::statvfs(dir).ok().map(|found| found.f_bavail.saturating_mul(found.f_frsize))
+}
+
 /// Bytes of all files.
 pub(super) fn bytes(dir: &Path) -> u64 {
     [dir.to_owned(), dir.join(TABLES)]

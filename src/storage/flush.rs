@@ -24,6 +24,7 @@
 //! one that has begun what it hasn't completed has a redo file, or else that was lost.
 
 use std::collections::BTreeSet;
+use std::ops::Bound;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -85,6 +86,8 @@ pub struct Flusher {
     /// Why a redo file was left behind: nothing may be flushed any more.
     failed: Option<String>,
     collections: Collections,
+    /// Whose state is being removed, and the last key of it that was.
+    removed_to: Option<(ReplicaId, Vec<u8>)>,
     hook: Option<FlushHook>,
 }
 
@@ -127,6 +130,7 @@ impl Flusher {
             next_sequence,
             failed: None,
             collections: Collections::default(),
+            removed_to: None,
             hook: None,
         })
     }
@@ -212,16 +216,23 @@ impl Flusher {
     /// Removes a batch of the state of a replica, of all its generations, not yet durably. True: nothing of it is left.
     pub fn destroy_step(&mut self, replica: ReplicaId) -> Result<bool, StorageError> {
         self.check_usable()?;
-        // From the beginning each time: what was there is gone.
-        let (from, to) = keys::replica_range(replica);
+        // What was there is gone, but an engine may have a mark for each of it, and would pass over all of them each time.
+        let removed_to = self.removed_to.take().filter(|(of, _)| *of == replica);
+        let (first, to) = keys::replica_range(replica);
+        let from = match &removed_to {
+            Some((_, last)) => Bound::Excluded(&last[..]),
+            None => Bound::Included(&first[..]),
+        };
         let mut batch: Vec<Mutation> = Vec::with_capacity(FLUSH_BATCH_KEYS);
-        self.engine.scan_keys(std::ops::Bound::Included(&from), &to, &mut |key| {
+        self.engine.scan_keys(from, &to, &mut |key| {
             batch.push((key.to_vec(), None));
             batch.len() < FLUSH_BATCH_KEYS
         })?;
-        if batch.is_empty() {
-            return Ok(true);
-        }
+        let Some((last, _)) = batch.last() else {
+            // Once more from the beginning, for what may have come behind.
+            return Ok(removed_to.is_none());
+        };
+        self.removed_to = Some((replica, last.clone()));
         self.engine.write(&batch)?;
         self.at(FlushPoint::BatchWritten)?;
         Ok(false)

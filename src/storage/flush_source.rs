@@ -10,7 +10,7 @@ use bytes::Bytes;
 use super::engine::Engine;
 use super::redo::Section;
 use super::state::{Frozen, StateHeader};
-use super::{StorageError, keys, merge};
+use super::{StorageError, keys, merge, pulse};
 use crate::ids::{Index, ReplicaId};
 use crate::limits::FLUSH_RUN_BYTES;
 
@@ -42,6 +42,8 @@ impl Source {
             let mut layers: Vec<_> = parts.map(|table| merge::layer(table, Bound::Unbounded, &[])).collect();
             while let Some((key, value)) = merge::next(&mut layers, None) {
                 change(kind, key, value.as_ref())?;
+                // A great table takes long to write, on a slow disk for longer than a store may stand still.
+                pulse::beat();
             }
         }
         Ok(())

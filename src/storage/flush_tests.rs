@@ -385,3 +385,64 @@ proptest! {
         }
     }
 }
+
+/// Notes where scans of keys begin.
+struct Noting {
+    inner: MemoryEngine,
+    begins: Mutex<Vec<Bound<Vec<u8>>>>,
+}
+
+impl Engine for Noting {
+    fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StorageError> {
+        self.inner.get(key)
+    }
+    fn scan(
+        &self,
+        from: Bound<&[u8]>,
+        to: &[u8],
+        visit: &mut dyn FnMut(&[u8], Bytes) -> bool,
+    ) -> Result<(), StorageError> {
+        self.begins.lock().unwrap().push(from.map(<[u8]>::to_vec));
+        self.inner.scan(from, to, visit)
+    }
+    fn write(&self, batch: &[Mutation]) -> Result<(), StorageError> {
+        self.inner.write(batch)
+    }
+    fn sync(&self) -> Result<(), StorageError> {
+        self.inner.sync()
+    }
+    fn disk_bytes(&self) -> u64 {
+        self.inner.disk_bytes()
+    }
+    fn name(&self) -> &'static str {
+        "noting"
+    }
+}
+
+#[test]
+fn a_removal_does_not_pass_over_what_it_has_removed_at_each_step() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = Arc::new(Noting { inner: MemoryEngine::new(), begins: Mutex::default() });
+    let mut flusher = Flusher::open(dir.path().join("redo"), engine.clone()).unwrap();
+    let replica = ReplicaId(7);
+    let count = 3 * FLUSH_BATCH_KEYS as u32;
+    let key = |number: u32| keys::user_key(replica, 1, &number.to_be_bytes());
+    let pair = |number| (key(number), Some(Bytes::from_static(b"v")));
+    engine.write(&(0..count).map(pair).collect::<Vec<_>>()).unwrap();
+    flusher.begin_destroy(replica);
+    for batch in 1..=3 {
+        assert!(!flusher.destroy_step(replica).unwrap());
+        assert_eq!(engine.inner.get(&key(batch * FLUSH_BATCH_KEYS as u32 - 1)).unwrap(), None);
+    }
+    let last = |batch: u32| Bound::Excluded(key(batch * FLUSH_BATCH_KEYS as u32 - 1));
+    let begins = engine.begins.lock().unwrap().split_off(0);
+    assert_eq!(begins, [Bound::Included(keys::replica_range(replica).0), last(1), last(2)]);
+    // What has come behind it goes, too.
+    engine.write(&[pair(0)]).unwrap();
+    while !flusher.destroy_step(replica).unwrap() {}
+    assert_eq!(engine.inner.get(&key(0)).unwrap(), None);
+    // The next one begins at its beginning.
+    engine.begins.lock().unwrap().clear();
+    while !flusher.destroy_step(ReplicaId(6)).unwrap() {}
+    assert_eq!(engine.begins.lock().unwrap()[0], Bound::Included(keys::replica_range(ReplicaId(6)).0));
+}

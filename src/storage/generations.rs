@@ -35,19 +35,26 @@ pub fn strays(engine: &dyn Engine, replica: ReplicaId, current: u32) -> Result<V
 
 /// Removes up to `keys` keys of a generation in small batches; true if nothing is left of it. The
 /// caller has made sure that no flush or load of that generation is under way or to come.
+///
+/// `from` is for the next call, empty for the first: an engine may have a mark for each key that is gone, and to
+/// pass over all of them each time would take ever longer.
 pub fn destroy(
     engine: &dyn Engine,
     replica: ReplicaId,
     generation: u32,
+    from: &mut Vec<u8>,
     keys: usize,
 ) -> Result<bool, StorageError> {
-    let (mut from, to) = keys::generation_range(replica, generation);
+    let (first, to) = keys::generation_range(replica, generation);
+    if from.is_empty() {
+        *from = first;
+    }
     let mut left = keys;
     loop {
         let wanted = left.min(FLUSH_BATCH_KEYS);
         let mut batch: Vec<Mutation> = Vec::with_capacity(wanted);
         let mut more = false;
-        engine.scan_keys(Bound::Included(&from), &to, &mut |key| {
+        engine.scan_keys(Bound::Included(from), &to, &mut |key| {
             more = batch.len() == wanted;
             if !more {
                 batch.push((key.to_vec(), None));
@@ -104,8 +111,8 @@ mod tests {
         assert_eq!(strays(&engine, replica, 9).unwrap(), [0, 3, 4, u32::MAX]);
         assert!(strays(&engine, ReplicaId(u64::MAX), 0).unwrap().is_empty());
         for stray in [0, 4, u32::MAX] {
-            let mut rounds = 1;
-            while !destroy(&engine, replica, stray, 300).unwrap() {
+            let (mut rounds, mut from) = (1, Vec::new());
+            while !destroy(&engine, replica, stray, &mut from, 300).unwrap() {
                 rounds += 1;
             }
             assert_eq!(rounds, 3, "701 keys");

@@ -279,7 +279,11 @@ fn nothing_that_sled_does_is_taken_for_damage() {
     let mut engine = open(home.path()).unwrap();
     let (mut reused, mut cut) = (0, 0);
     let mut before = Vec::new();
-    for round in 0..90 {
+    for round in 0.. {
+        // Whether sled cuts its file while there is something to cut is a matter of its threads.
+        if round >= 90 && (cut > 0 || round >= 900) {
+            break;
+        }
         // Grows, then shrinks, then is overwritten in place.
         let batch = match round % 30 {
             0..10 => draw.batch(700, 6000, 700),

@@ -346,7 +346,7 @@ fn the_removal_of_the_generation_ends_its_snapshot() {
     node.flush();
     let mut builder = node.builder();
     builder.step(100).unwrap();
-    assert!(!generations::destroy(&*node.engine, MAKER, GENERATION, 10).unwrap());
+    assert!(!generations::destroy(&*node.engine, MAKER, GENERATION, &mut Vec::new(), 10).unwrap());
     while !matches!(builder.step(1000).unwrap(), BuildStep::Scanned) {}
     let error = node.flusher.end_collection(builder.collection()).unwrap_err();
     assert!(error.to_string().contains("destroyed"), "{error}");
@@ -408,7 +408,8 @@ fn nothing_is_loaded_over_anything_or_from_a_file_that_changed() {
         assert!(SnapshotFile::verify(&file.path).is_err(), "flipped at {place}");
         assert!(load(&file, &engine, RECEIVER, 1).is_err(), "flipped at {place}");
         assert!(engine.get(&keys::header_key(RECEIVER, 1)).unwrap().is_none(), "flipped at {place}");
-        while !generations::destroy(&*engine, RECEIVER, 1, 100).unwrap() {}
+        let mut from = Vec::new();
+        while !generations::destroy(&*engine, RECEIVER, 1, &mut from, 100).unwrap() {}
     }
     // A whole file, but another one.
     let mut other = Node::new(Arc::new(MemoryEngine::new()), 4);
@@ -469,7 +470,7 @@ fn install(engine: &Arc<dyn Engine>, log: &dyn LogStore, file: &SnapshotFile, st
         if stopped() {
             return true;
         }
-        if generations::destroy(&**engine, RECEIVER, 0, 100).unwrap() {
+        if generations::destroy(&**engine, RECEIVER, 0, &mut Vec::new(), 100).unwrap() {
             return stopped();
         }
     }
@@ -519,7 +520,8 @@ fn a_crash_in_an_installation_leaves_the_old_state_or_the_new() {
 
             let generation = log.catalogue().unwrap()[0].generation;
             for stray in generations::strays(&*engine, RECEIVER, generation).unwrap() {
-                while !generations::destroy(&*engine, RECEIVER, stray, 100).unwrap() {}
+                let mut from = Vec::new();
+                while !generations::destroy(&*engine, RECEIVER, stray, &mut from, 100).unwrap() {}
             }
             let state = open_state(&engine, RECEIVER, generation);
             let held = log.load(RECEIVER).unwrap();

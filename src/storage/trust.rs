@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{StorageError, aside};
 
-/// Told once of damage that was found in an open store.
-pub type OnDamage = Box<dyn Fn(String) + Send + Sync>;
+/// Told why an open store isn't believed any more: of damage that was found in it, or a write of unknown outcome.
+pub type OnDamage = Box<dyn Fn(&StorageError) + Send + Sync>;
 
 /// The standing of one open store.
 pub(super) struct Trust {
@@ -24,7 +24,7 @@ impl Trust {
         Trust { engine, path: path.to_owned(), broken: AtomicBool::new(false), on_damage: OnceLock::new() }
     }
 
-    /// Has `hook` told of damage that is found from now on.
+    /// Has `hook` told of damage that is found from now on, and of writes that fail.
     pub fn on_damage(&self, hook: OnDamage) {
         if self.on_damage.set(hook).is_err() {
             tracing::debug!("somebody else is told of damage");
@@ -69,12 +69,42 @@ impl Trust {
                     {
                         tracing::error!(%second, "damage of the state store could not be noted for the next start");
                     }
-                    hook(error.to_string());
+                    hook(error);
                 }
             }
-            Err(StorageError::SyncFailed { .. }) => self.distrust(),
+            Err(error @ StorageError::SyncFailed { .. }) => {
+                self.distrust();
+                // It may have been a thread of the store's own, and nobody else would say so: the store answers
+                // nothing any more.
+                if let Some(hook) = self.on_damage.get() {
+                    hook(error);
+                }
+            }
             _ => {}
         }
         result
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    #[test]
+    fn a_write_of_unknown_outcome_is_told_and_not_noted_as_damage() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("state");
+        let trust = Trust::new("test", &path);
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let hears = told.clone();
+        trust.on_damage(Box::new(move |error| hears.lock().unwrap().push(error.to_string())));
+        let failed = StorageError::SyncFailed { path: path.clone(), reason: "gone".into() };
+        let text = failed.to_string();
+        assert!(trust.note(Err::<(), _>(failed), |_| true).is_err());
+        assert_eq!(*told.lock().unwrap(), [text]);
+        assert!(trust.is_broken() && trust.check().is_err());
+        assert_eq!(aside::noted_damage(&path).unwrap(), None);
     }
 }

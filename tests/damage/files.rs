@@ -26,7 +26,7 @@ pub enum Class {
     StateCurrent,
     /// That version.
     StateVersion,
-    /// The table that was made last.
+    /// The table of it that was made last.
     StateTable,
     State,
     RedoFile,
@@ -89,8 +89,12 @@ impl Class {
                 dir.join(format!("state/v{number}"))
             }
             Class::StateTable => {
+                let version = fs::read(Class::StateVersion.find(dir)?).ok()?;
                 let number = |path: &PathBuf| path.file_name()?.to_str()?.parse::<u64>().ok();
-                files(&dir.join("state/tables")).into_iter().max_by_key(number)?
+                let mut tables = files(&dir.join("state/tables"));
+                // The node may have been killed while it made one, or removed one: that counts for nothing.
+                tables.retain(|path| number(path).is_some_and(|number| is_named(&version, number, path)));
+                tables.into_iter().max_by_key(number)?
             }
             Class::State => dir.join("state"),
             Class::RedoFile => nth("redo", |name| name.ends_with(".redo"), last)?,
@@ -130,6 +134,13 @@ impl fmt::Display for Class {
             Class::SnapshotFile => "a file in `snapshots/`",
         })
     }
+}
+
+/// Whether a version of fjall's tree names this table: by its number, the kind of its checksum, and that.
+fn is_named(version: &[u8], number: u64, table: &Path) -> bool {
+    let sum = xxhash_rust::xxh3::xxh3_128(&fs::read(table).expect("a table"));
+    let name = [&number.to_le_bytes()[..], &[0], &sum.to_le_bytes()].concat();
+    version.windows(name.len()).any(|window| window == name)
 }
 
 /// What happens to a file.

@@ -239,6 +239,8 @@ struct Sweep {
     current: u32,
     /// Generations yet to be removed; `None`: not looked for yet.
     strays: Option<Vec<u32>>,
+    /// Where the removal of the last of them goes on.
+    from: Vec<u8>,
 }
 
 impl Sweep {
@@ -251,7 +253,8 @@ impl Sweep {
         let Some(generation) = strays.last() else {
             return Ok(true);
         };
-        if generations::destroy(engine, self.replica, *generation, SWEEP_STEP_KEYS)? {
+        if generations::destroy(engine, self.replica, *generation, &mut self.from, SWEEP_STEP_KEYS)? {
+            self.from.clear();
             tracing::info!(replica = %self.replica, generation, "removed an old generation of a replica's state");
             strays.pop();
         }
@@ -328,7 +331,7 @@ impl Work {
                 // A snapshot of what goes would not be exact.
                 self.builds.retain(|(build, _)| build.replica != replica || build.generation == current);
                 self.sweeps.retain(|sweep| sweep.replica != replica);
-                self.sweeps.push_back(Sweep { replica, current, strays: None });
+                self.sweeps.push_back(Sweep { replica, current, strays: None, from: Vec::new() });
             }
         }
     }
@@ -503,7 +506,8 @@ fn between_flushes<T: Send + 'static>(
 fn step_load(tools: &Tools, load: &Load, stage: &mut Stage) -> Result<Option<Summary>, LoadError> {
     match stage {
         Stage::Clearing(sweep) => {
-            let begin = || Sweep { replica: load.offer.to, current: load.current, strays: None };
+            let begin =
+                || Sweep { replica: load.offer.to, current: load.current, strays: None, from: Vec::new() };
             if sweep.get_or_insert_with(begin).step(&*tools.engine).map_err(LoadError::Local)? {
                 let check = SnapshotCheck::open(&load.path).map_err(load_error)?;
                 *stage = Stage::Checking(Box::new(check));
