@@ -487,6 +487,11 @@ pub const GATHER_REQUESTS_MAX: usize = BATCH_OPERATIONS_MAX;
 /// Such a call is answered when its first batch has ended, and for as long again as that took the others are waited for, but at
 /// least for so many milliseconds; what takes longer is told by further answers.
 pub const GATHER_ANSWER_MS: u64 = 1;
+/// And at most for so many milliseconds: where all are slow, none waits as long again for who is slowest.
+pub const GATHER_ANSWER_MS_MAX: u64 = 10;
+/// Time in which the further answers must be asked for, in milliseconds; after it what is still under way is given up. Until they
+/// are its operations count as under way, so a client that doesn't ask is a load to all others.
+pub const GATHER_REST_MS: u64 = 2 * ATTEMPT_MS_MAX;
 /// Client library: longest attempt at one node, in milliseconds, so that a hung node is left for another.
 pub const ATTEMPT_MS_MAX: u64 = 2_000;
 /// Client library: bytes for which an attempt is given one further millisecond.

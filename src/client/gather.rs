@@ -11,14 +11,14 @@
 //! lane ──send──►┘                                                  └──► rest ──► the answers to others
 //! ```
 //!
-//! A call waits longer only while [`GATHERS_PER_NODE_MAX`] messages to the node are under way, and at most
-//! [`GATHER_HOLD_MS`] then: who waits for a slow shard doesn't hold up the others. Calls leave in the order in which they
-//! were made.
+//! A call waits longer only while [`GATHERS_PER_NODE_MAX`] messages to the node are under way that left lately
+//! ([`CALL_GATHER_MS`]), and at most [`GATHER_HOLD_MS`] then: who waits for a slow shard doesn't hold up the others. Calls leave in
+//! the order in which they were made. What nobody waits for any more is given up.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use capnp::capability::Response;
 use tokio::sync::oneshot;
@@ -28,7 +28,8 @@ use super::session::Header;
 use super::{Operation, wire};
 use crate::ids::ShardId;
 use crate::limits::{
-    BATCH_BYTES_MAX, BATCH_OPERATIONS_MAX, CALL_BYTES_MIN, GATHER_HOLD_MS, GATHERS_PER_NODE_MAX,
+    BATCH_BYTES_MAX, BATCH_OPERATIONS_MAX, CALL_BYTES_MIN, CALL_GATHER_MS, GATHER_HOLD_MS,
+    GATHERS_PER_NODE_MAX,
 };
 use crate::schema::kv_capnp::{answers, batch_request, batch_response, kv, rest};
 
@@ -118,8 +119,10 @@ pub struct Gatherer {
 #[derive(Default)]
 struct State {
     waiting: VecDeque<(Request, Reply)>,
-    /// Messages whose first answer hasn't come.
-    under_way: usize,
+    /// Messages whose first answer hasn't come, by number, and when each left.
+    under_way: Vec<(u64, Instant)>,
+    /// The number of the last one.
+    last: u64,
     /// A task that sends what waits is about to run.
     leaving: bool,
     /// One that does so after a while.
@@ -127,6 +130,13 @@ struct State {
 }
 
 impl State {
+    /// Whether so many messages are under way that what waits had better share the next. One that takes long says
+    /// nothing of when that is.
+    fn is_busy(&self) -> bool {
+        let long = Duration::from_millis(CALL_GATHER_MS);
+        self.under_way.iter().filter(|(_, left)| left.elapsed() < long).count() >= GATHERS_PER_NODE_MAX
+    }
+
     /// Those that leave now: the first, and as many after it as a message holds.
     fn take(&mut self) -> Vec<(Request, Reply)> {
         let (mut taken, mut operations, mut bytes) = (Vec::new(), 0, 0);
@@ -153,8 +163,8 @@ impl Gatherer {
         Rc::new(Gatherer { kv, able, state: RefCell::default() })
     }
 
-    /// Sends a call, with others of this pass if there are any, and waits for its answer. It leaves, too, if that is
-    /// dropped in the meantime, unless that happens before.
+    /// Sends a call, with others of this pass if there are any, and waits for its answer. If that is dropped before the call
+    /// leaves, it doesn't; and later, the node may have executed it or not.
     pub fn send(
         self: &Rc<Gatherer>,
         request: Request,
@@ -180,7 +190,7 @@ impl Gatherer {
             return;
         }
         let gatherer = self.clone();
-        if state.under_way < GATHERS_PER_NODE_MAX {
+        if !state.is_busy() {
             state.leaving = true;
             spawn_local(gatherer.leave());
         } else if !state.held {
@@ -198,28 +208,34 @@ impl Gatherer {
     }
 
     async fn leave(self: Rc<Gatherer>) {
-        let mut taken = {
+        let (mut taken, number) = {
             let mut state = self.state.borrow_mut();
             state.leaving = false;
             let taken = state.take();
-            state.under_way += usize::from(!taken.is_empty());
-            taken
+            state.last += 1;
+            let number = state.last;
+            if !taken.is_empty() {
+                state.under_way.push((number, Instant::now()));
+            }
+            (taken, number)
         };
         self.look();
         match (taken.len(), taken.pop()) {
-            (_, None) => return,
-            (1, Some((request, reply))) => self.clone().alone(request, reply).await,
+            (_, None) => (),
+            (1, Some((request, reply))) => {
+                self.clone().alone(request, reply).await;
+                self.arrived(number);
+            }
             (_, Some(last)) => {
                 taken.push(last);
-                return self.together(taken).await;
+                self.together(taken, number).await;
             }
         }
-        self.arrived();
     }
 
     /// A message has its first answer, or none will come.
-    fn arrived(self: &Rc<Gatherer>) {
-        self.state.borrow_mut().under_way -= 1;
+    fn arrived(self: &Rc<Gatherer>, number: u64) {
+        self.state.borrow_mut().under_way.retain(|(of, _)| *of != number);
         self.look();
     }
 
@@ -227,10 +243,14 @@ impl Gatherer {
         let mut call = self.kv.batch_request();
         request.write(call.get().init_request());
         drop(request);
-        tell(reply, call.send().promise.await.map(Answer::Alone));
+        let mut reply = [Some(reply)];
+        let answer = while_wanted(&mut reply, call.send().promise).await;
+        if let (Some(answer), [Some(reply)]) = (answer, reply) {
+            tell(reply, answer.map(Answer::Alone));
+        }
     }
 
-    async fn together(self: Rc<Gatherer>, calls: Vec<(Request, Reply)>) {
+    async fn together(self: Rc<Gatherer>, calls: Vec<(Request, Reply)>, number: u64) {
         let mut call = self.kv.gather_request();
         let count = u32::try_from(calls.len()).unwrap_or(u32::MAX);
         let mut list = call.get().init_requests(count);
@@ -239,9 +259,10 @@ impl Gatherer {
             request.write(list.reborrow().get(at));
             replies.push(Some(reply));
         }
-        let sent = call.send().promise.await;
-        self.arrived();
-        let mut message = sent.map(Message::First);
+        let first = while_wanted(&mut replies, call.send().promise).await;
+        self.arrived(number);
+        let Some(first) = first else { return };
+        let mut message = first.map(Message::First);
         // Until all have been answered, or there is nothing more to come.
         let why = loop {
             let rest = match message.and_then(|message| hand_out(message, &mut replies)) {
@@ -249,7 +270,9 @@ impl Gatherer {
                 Ok(_) => break capnp::Error::failed("the answer to a call is missing".into()),
                 Err(error) => break error,
             };
-            message = rest.next_request().send().promise.await.map(Message::Further);
+            let further = while_wanted(&mut replies, rest.next_request().send().promise).await;
+            let Some(further) = further else { return };
+            message = further.map(Message::Further);
         };
         for reply in replies.into_iter().flatten() {
             tell(reply, Err(why.clone()));
@@ -272,6 +295,22 @@ fn hand_out(message: Message, replies: &mut [Option<Reply>]) -> capnp::Result<Op
         tell(reply, Ok(Answer::Among(message.clone(), place)));
     }
     if answers.has_rest() { answers.get_rest().map(Some) } else { Ok(None) }
+}
+
+/// The answer to a call, waited for while anybody waits for one of `replies`. After that the call is given up, of which its node
+/// is told. It may be that nothing else would end it: where a connection was left that is dead without a sign, no answer and no
+/// failure comes any more.
+async fn while_wanted<T>(replies: &mut [Option<Reply>], answer: impl Future<Output = T>) -> Option<T> {
+    let nobody = async {
+        for reply in replies.iter_mut().flatten() {
+            reply.closed().await;
+        }
+    };
+    tokio::select! {
+        biased;
+        answer = answer => Some(answer),
+        () = nobody => None,
+    }
 }
 
 fn tell(reply: Reply, answer: Result<Answer, capnp::Error>) {
@@ -298,6 +337,24 @@ mod tests {
         silent: Cell<bool>,
         /// The answers to shards above this come later, each in a message of its own.
         soon: Cell<u64>,
+        /// Calls that it works on.
+        working: Cell<usize>,
+    }
+
+    /// A call that it works on, until it has ended or was given up.
+    struct Work(Rc<Fake>);
+
+    impl Work {
+        fn begin(on: &Rc<Fake>) -> Work {
+            on.working.set(on.working.get() + 1);
+            Work(on.clone())
+        }
+    }
+
+    impl Drop for Work {
+        fn drop(&mut self) {
+            self.0.working.set(self.0.working.get() - 1);
+        }
     }
 
     fn answer(shard: u64, response: batch_response::Builder<'_>) {
@@ -308,6 +365,20 @@ mod tests {
     struct Rest(RefCell<Vec<(u32, u64)>>);
 
     impl Fake {
+        /// Waits until it has so many messages.
+        async fn sent(&self, messages: usize) {
+            while self.messages.borrow().len() < messages {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        }
+
+        /// Waits until it works on so many.
+        async fn works_on(&self, calls: usize) {
+            while self.working.get() != calls {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        }
+
         async fn patience(&self) {
             while self.silent.get() {
                 tokio::time::sleep(Duration::from_millis(1)).await;
@@ -334,6 +405,7 @@ mod tests {
             mut results: kv::BatchResults,
         ) -> Result<(), capnp::Error> {
             self.0.messages.borrow_mut().push(0);
+            let _work = Work::begin(&self.0);
             self.0.patience().await;
             answer(params.get()?.get_request()?.get_shard(), results.get().init_response());
             Ok(())
@@ -346,6 +418,7 @@ mod tests {
         ) -> Result<(), capnp::Error> {
             let requests = params.get()?.get_requests()?;
             self.0.messages.borrow_mut().push(requests.len() as usize);
+            let _work = Work::begin(&self.0);
             self.0.patience().await;
             let mut of: Vec<(u32, u64)> = (0..).zip(requests.iter().map(|r| r.get_shard())).collect();
             if of.iter().any(|(_, shard)| *shard == 0) {
@@ -431,6 +504,7 @@ mod tests {
         let calls = async {
             fake.silent.set(true);
             let mut all = Vec::new();
+            let begun = Instant::now();
             for shard in 1..=GATHERS_PER_NODE_MAX as u64 {
                 all.push(call(&gatherer, shard, 1));
                 while fake.messages.borrow().len() < shard as usize {
@@ -438,7 +512,6 @@ mod tests {
                 }
             }
             let last = GATHERS_PER_NODE_MAX as u64 + 3;
-            let begun = std::time::Instant::now();
             all.extend((GATHERS_PER_NODE_MAX as u64 + 1..=last).map(|shard| call(&gatherer, shard, 1)));
             for _ in 0..20 {
                 yield_now().await;
@@ -448,11 +521,55 @@ mod tests {
             if begun.elapsed() < Duration::from_millis(GATHER_HOLD_MS) {
                 assert_eq!(sent, GATHERS_PER_NODE_MAX, "they wait");
             }
-            tokio::time::sleep(Duration::from_millis(10 * GATHER_HOLD_MS)).await;
+            fake.sent(GATHERS_PER_NODE_MAX + 1).await;
             assert_eq!(fake.messages.borrow()[GATHERS_PER_NODE_MAX..], [3], "nobody answers, and they leave");
             fake.silent.set(false);
             let answers = futures_util::future::join_all(all).await;
             assert_eq!(answers, (1..=last).map(Ok).collect::<Vec<_>>());
+        };
+        LocalSet::new().run_until(calls).await;
+    }
+
+    #[tokio::test]
+    async fn calls_dont_wait_for_messages_that_take_long() {
+        let (fake, gatherer) = start();
+        let calls = async {
+            fake.silent.set(true);
+            let mut all = Vec::new();
+            for shard in 1..=GATHERS_PER_NODE_MAX as u64 {
+                all.push(call(&gatherer, shard, 1));
+                fake.sent(shard as usize).await;
+            }
+            tokio::time::sleep(Duration::from_millis(CALL_GATHER_MS)).await;
+            all.push(call(&gatherer, 9, 1));
+            for _ in 0..20 {
+                yield_now().await;
+            }
+            assert_eq!(fake.messages.borrow().len(), GATHERS_PER_NODE_MAX + 1);
+        };
+        LocalSet::new().run_until(calls).await;
+    }
+
+    #[tokio::test]
+    async fn what_nobody_waits_for_any_more_is_given_up() {
+        let (fake, gatherer) = start();
+        let calls = async {
+            fake.silent.set(true);
+            let alone = call(&gatherer, 1, 1);
+            fake.sent(1).await;
+            let great = call(&gatherer, 2, CALL_BYTES_MIN);
+            let (third, fourth) = (call(&gatherer, 3, 1), call(&gatherer, 4, 1));
+            fake.sent(3).await;
+            assert_eq!(fake.working.get(), 3);
+            drop((alone, great, third));
+            fake.works_on(1).await;
+            for _ in 0..20 {
+                yield_now().await;
+            }
+            assert_eq!(fake.working.get(), 1, "one of those that left together is waited for");
+            drop(fourth);
+            fake.works_on(0).await;
+            assert!(gatherer.state.borrow().under_way.is_empty());
         };
         LocalSet::new().run_until(calls).await;
     }

@@ -55,6 +55,7 @@ use std::collections::BTreeSet;
 use raft::eraftpb::{Message, MessageType};
 use raft::{ProgressState, StateRole};
 
+use super::beats::Beats;
 use super::driver::Group;
 use super::election::Ambition;
 use super::membership::is_joint;
@@ -189,7 +190,8 @@ impl<T> Group<T> {
             return;
         }
         self.clock.pass(self.raft.raft.term, slept);
-        // What was heard before the sleep says nothing of who is there now.
+        // What was heard before the sleep says nothing of who is there now: whoever is there is to hear of it at once.
+        self.beats = Beats::default();
         self.raft.raft.election_elapsed = 0;
         let this = self.replica.0;
         for (id, progress) in self.raft.raft.mut_prs().iter_mut() {

@@ -88,6 +88,21 @@ pub struct Effects<T> {
     pub more: bool,
 }
 
+impl<T> Effects<T> {
+    /// Whether nothing came out.
+    pub fn is_empty(&self) -> bool {
+        self.messages.is_empty()
+            && self.write.is_none()
+            && self.done.is_empty()
+            && self.reads.is_empty()
+            && self.fetch.is_none()
+            && self.snapshot.is_none()
+            && self.leader.is_none()
+            && self.marked.is_none()
+            && !self.more
+    }
+}
+
 /// A log write and the number that acknowledges it.
 pub struct NumberedWrite {
     /// Grows with every write of one incarnation.

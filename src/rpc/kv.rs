@@ -20,7 +20,7 @@ use crate::limits::{
     BATCH_OPERATIONS_MAX, GATHER_REQUESTS_MAX, KEY_BYTES_MAX, MAP_CUT_OFF_MS, MAP_NEWS_JITTER_MS,
     MAP_NEWS_MS, MAP_WATCH_DEFAULT_MS, MAP_WATCH_MS_MAX, MAP_WATCHES_MAX, SCAN_PAIRS_MAX,
 };
-use crate::machine::command::{Answer, Query};
+use crate::machine::command::{Answer, KvReply, Query, Reply};
 use crate::node::load::Admitted;
 use crate::node::trace::Sheet;
 use crate::placement::ring;
@@ -140,6 +140,19 @@ pub(super) struct Ended {
     sheet: Option<Arc<Sheet>>,
 }
 
+impl Ended {
+    /// Of the values that its answer is to bring.
+    pub(super) fn value_bytes(&self) -> usize {
+        let ends = self.ends.iter().flatten().flatten();
+        let values = ends.filter_map(|output| match output {
+            Output::Answer(Answer::Value(value)) => value.as_ref(),
+            Output::Reply(Reply::Kv(KvReply::Mismatch(there))) => there.as_ref(),
+            _ => None,
+        });
+        values.map(|versioned| versioned.value.len()).sum()
+    }
+}
+
 impl kv::Server for Kv {
     async fn map(
         self: Rc<Self>,
@@ -218,8 +231,8 @@ impl kv::Server for Kv {
         let batches = self.read_gather(params.get()?.get_requests()?)?;
         drop(params);
         let mut gathered = Gathered::begin(&self, batches);
-        let done = gathered.next().await;
-        gathered.write(done, results.get().init_answers());
+        gathered.wait().await;
+        gathered.write(results.get().init_answers());
         Ok(())
     }
 
@@ -376,15 +389,21 @@ impl Kv {
         &self,
         requests: capnp::struct_list::Reader<'_, batch_request::Owned>,
     ) -> Result<Vec<Result<Batch, Refusal>>, capnp::Error> {
+        let count = requests.len() as usize;
+        // A list of nothing takes no bytes, however long it is: not even looked through.
+        if count > GATHER_REQUESTS_MAX {
+            return Err(capnp::Error::failed(format!(
+                "{count} batches in one call; at most {GATHER_REQUESTS_MAX} are allowed: split it"
+            )));
+        }
         let mut operations = 0;
         for request in requests.iter() {
             operations += request.get_operations()?.len() as usize;
         }
-        let count = requests.len() as usize;
-        if count > GATHER_REQUESTS_MAX || operations > BATCH_OPERATIONS_MAX {
+        if operations > BATCH_OPERATIONS_MAX {
             return Err(capnp::Error::failed(format!(
-                "{operations} operations in {count} batches in one call; at most {BATCH_OPERATIONS_MAX} in \
-                 {GATHER_REQUESTS_MAX} are allowed: split it"
+                "{operations} operations in {count} batches in one call; at most {BATCH_OPERATIONS_MAX} are \
+                 allowed: split it"
             )));
         }
         requests.iter().map(|request| self.read_batch(request)).collect()

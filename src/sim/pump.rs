@@ -35,6 +35,7 @@ impl World {
         let is_lone = members.iter().filter(|member| member.role.votes()).count() < 2;
         let (shard, incarnation) = (replica.shard, replica.incarnation);
         let fails = node.unreadable && self.dice.chance(300);
+        let has_work = replica.group.has_work();
         node.disk.faulty.begin(fails);
         let pumped = catch_unwind(AssertUnwindSafe(|| replica.group.pump()));
         node.disk.faulty.end();
@@ -47,6 +48,12 @@ impl World {
             }
             Err(panic) => resume_unwind(panic),
         };
+        if !has_work && !effects.is_empty() {
+            // A node would have left this pump out.
+            let what =
+                format!("a pump of replica {replica_id} does something where it said that there is no work");
+            return Err(Violation::new("replica", what));
+        }
         let dies = replica.dies.filter(|boundary| boundary.is_in(&effects));
         if dies == Some(Boundary::Applied) {
             return self.dies(id, replica_id);

@@ -304,11 +304,19 @@ impl Cluster {
         self.nodes[node].child.as_ref().expect("running").id()
     }
 
-    /// Sends a signal.
+    /// Sends a signal. Once it has been stopped, it does nothing more: on a busy machine its threads may go on for a while
+    /// after the signal.
     pub fn signal(&self, node: usize, signal: rustix::process::Signal) {
+        use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
         let child = self.nodes[node].child.as_ref().expect("running");
-        let pid = rustix::process::Pid::from_raw(child.id() as i32).expect("a pid");
-        rustix::process::kill_process(pid, signal).expect("signalling it");
+        let pid = Pid::from_raw(child.id() as i32).expect("a pid");
+        kill_process(pid, signal).expect("signalling it");
+        let begun = Instant::now();
+        let stopped = WaitIdOptions::STOPPED | WaitIdOptions::NOWAIT | WaitIdOptions::NOHANG;
+        while signal == Signal::STOP && waitid(WaitId::Pid(pid), stopped).expect("its state").is_none() {
+            assert!(begun.elapsed() < Duration::from_secs(30), "node {node} doesn't stop");
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Waits until a node ends by itself; panics after `within`.
