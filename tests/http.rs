@@ -92,6 +92,16 @@ async fn a_node_tells_when_it_is_ready_and_what_it_does() {
             .is_some_and(|(name, value)| name.starts_with("pontoon_") && value.parse::<f64>().is_ok());
         assert!(line.starts_with("# ") || sample, "{line}");
     }
+
+    // Those of a database that is dropped are gone here too.
+    client.drop_database("counted", Duration::from_secs(10)).await.expect("dropped");
+    for (name, left) in [("pontoon_replicas", 3.0), ("pontoon_leaders", 1.0)] {
+        let begun = Instant::now();
+        while sum(&http.iter().map(|port| metrics(*port)).collect::<Vec<_>>(), name) != left {
+            assert!(begun.elapsed() < Duration::from_secs(10), "{name} isn't {left}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
     client.close().await;
 
     // A connection that says nothing doesn't hold up the stop.

@@ -48,19 +48,23 @@ pub(super) fn hold() -> (Held, impl FnOnce() + Send) {
 impl TestNode {
     /// A node whose first replica leads and holds `before`.
     pub(super) async fn leading(dir: &std::path::Path) -> TestNode {
-        let node = TestNode::new(dir);
-        node.supervisor.do_send(OpenAll);
-        node.serves(1, 1).await;
-        node.lead().await;
+        TestNode::new(dir).led().await
+    }
+
+    /// The same of one that isn't opened yet.
+    pub(super) async fn led(self) -> TestNode {
+        self.supervisor.do_send(OpenAll);
+        self.serves(1, 1).await;
+        self.lead().await;
         for key in ["a", "b", "c"] {
-            node.submit(put(key, "before"))
+            self.submit(put(key, "before"))
                 .await
                 .expect("an answer")
                 .expect("started")
                 .remove(0)
                 .expect("ok");
         }
-        node
+        self
     }
 
     async fn lead(&self) {
@@ -98,7 +102,7 @@ impl TestNode {
         self.until(1, "proposed", |r| r.group.as_ref().is_some_and(|group| group.last >= index)).await;
     }
 
-    async fn value(&self, key: &str) -> Option<Bytes> {
+    pub(super) async fn value(&self, key: &str) -> Option<Bytes> {
         let get = Operation::Query(Query::Get { key: key.to_owned().into() });
         let results = tokio::time::timeout(PATIENCE, self.submit(get)).await.expect("in time");
         match results.expect("an answer").expect("started").remove(0) {

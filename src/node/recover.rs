@@ -179,6 +179,7 @@ impl Supervisor {
             routes.insert(shard, Route { replica, target: Err(ReplicaHealth::Installing) });
         });
         self.hub(shard).do_send(Forget(replica, incarnation));
+        self.resting.remove(&replica);
         let (addr, shared, node) = (self.addrs.remove(&replica), self.shared.clone(), self.site.node);
         let written = async move {
             if let Some(addr) = addr

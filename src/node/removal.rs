@@ -208,6 +208,7 @@ impl Supervisor {
         }
         self.shared.snapshots.outgoing.cancel(replica);
         self.hub(shard).do_send(Forget(replica, incarnation));
+        self.resting.remove(&replica);
         self.addrs.remove(&replica)
     }
 

@@ -392,6 +392,9 @@ impl Actor for Supervisor {
         ticker::every(ctx, period, |supervisor, ctx| {
             supervisor.shared.router.hearing().look(Instant::now());
             supervisor.count_next(ctx);
+            // Replicas end in several ways.
+            metrics::gauge!(names::REPLICAS).set(supervisor.addrs.len() as f64);
+            metrics::gauge!(names::LEADERS).set(supervisor.led.len() as f64);
         });
     }
 }

@@ -101,6 +101,35 @@ async fn a_replica_that_is_replaced_goes_and_a_map_of_before_it_ends_nothing() {
     node.stop().await;
 }
 
+/// Which leaders sleep, as the supervisor knows?
+#[derive(Message)]
+#[rtype(result = "Vec<ReplicaId>")]
+struct AskResting;
+
+impl Handler<AskResting> for Supervisor {
+    type Result = Vec<ReplicaId>;
+    fn handle(&mut self, _: AskResting, _: &mut Context<Self>) -> Vec<ReplicaId> {
+        self.resting.keys().copied().collect()
+    }
+}
+
+/// What is known of leaders that sleep goes with them: databases come and go, and ids aren't used again.
+#[actix::test]
+async fn nothing_is_kept_of_a_replica_that_slept_when_it_was_removed() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let node = TestNode::sleeping_after(dir.path(), 3);
+    node.supervisor.do_send(OpenAll);
+    let begun = Instant::now();
+    while node.supervisor.send(AskResting).await.expect("an answer") != [ReplicaId(1), ReplicaId(2)] {
+        assert!(begun.elapsed() < PATIENCE, "they sleep");
+        actix::clock::sleep(Duration::from_millis(10)).await;
+    }
+    node.supervisor.send(MapNews(shard_on(2, 7, 6))).await.expect("taken");
+    node.holds(&[2]).await;
+    assert_eq!(node.supervisor.send(AskResting).await.expect("an answer"), [ReplicaId(2)]);
+    node.stop().await;
+}
+
 /// Whom the map doesn't order any more may count in its group all the same, by an order that came late.
 #[actix::test]
 async fn a_replica_whose_record_is_ahead_of_the_map_is_not_buried() {

@@ -72,11 +72,20 @@ pub struct TestNode {
 impl TestNode {
     /// Nothing is opened yet.
     pub fn new(dir: &Path) -> TestNode {
-        TestNode::ordered_at(dir, 0)
+        TestNode::made(dir, 0, 0)
+    }
+
+    /// The same; its replicas sleep when they have been idle for so many ticks.
+    pub fn sleeping_after(dir: &Path, ticks: u64) -> TestNode {
+        TestNode::made(dir, 0, ticks)
     }
 
     /// The same; the replicas were ordered at this version of the map.
     pub fn ordered_at(dir: &Path, ordered_at: u64) -> TestNode {
+        TestNode::made(dir, ordered_at, 0)
+    }
+
+    fn made(dir: &Path, ordered_at: u64, sleep_ticks: u64) -> TestNode {
         let log: Arc<dyn LogStore> = Arc::new(MemoryLog::new());
         let catalogue = [1, 2].map(|number| ReplicaRecord { ordered_at, ..record(number) }).to_vec();
         log.create(&catalogue).expect("created");
@@ -109,7 +118,7 @@ impl TestNode {
         let shared = Arc::new(Shared {
             node: NODE,
             process: 1,
-            sleep_ticks: 0,
+            sleep_ticks,
             ended: Default::default(),
             snapshots,
             disk: Arc::default(),

@@ -39,9 +39,22 @@ impl ReplicaActor {
         }
     }
 
-    /// Says how much may be known of the engine, as there is memory.
+    /// Says how much may be known of the engine, as there is memory. Of a replica that sleeps nothing: it isn't ticked, so it
+    /// would never give it back to those that are asked.
     pub(super) fn allow_known(&mut self) {
-        self.group.allow_known(self.shared.memory.room(self.group.leads()));
+        let room = match self.asleep_since {
+            Some(_) => 0,
+            None => self.shared.memory.room(self.group.leads()),
+        };
+        self.group.allow_known(room);
+    }
+
+    /// Nothing is known of the engine any more.
+    pub(super) fn forget_all_known(&mut self) {
+        // Both generations.
+        self.group.forget_known();
+        self.group.forget_known();
+        self.account_memory();
     }
 
     /// Gives memory back that nobody needs, if the node is short of it: at once beyond its bound, else

@@ -53,8 +53,7 @@ impl ReplicaActor {
                 self.tell_rest(self.group.leads());
                 // The next look would come with a tick; and others have more use for what was read here.
                 self.compact();
-                self.group.forget_known();
-                self.account_memory();
+                self.forget_all_known();
             }
             (false, true) => {
                 // The group woke by itself.
@@ -88,5 +87,46 @@ impl Handler<NodeAlarm> for ReplicaActor {
             self.group.call_leader();
             self.queue_pump(ctx);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use crate::ids::ShardId;
+    use crate::node::fence_tests::put;
+    use crate::node::messages::Freeze;
+    use crate::node::test_node::{PATIENCE, TestNode};
+
+    async fn until(what: &str, reached: impl Fn() -> bool) {
+        let begun = Instant::now();
+        while !reached() {
+            assert!(begun.elapsed() < PATIENCE, "not {what} in time");
+            actix::clock::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    #[actix::test]
+    async fn who_sleeps_knows_nothing_of_the_engine() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let node = TestNode::sleeping_after(dir.path(), 20).led().await;
+        let memory = &node.shared.memory;
+        let replica = node.shared.router.replica(ShardId(1)).expect("it runs");
+        replica.send(Freeze { for_log: false }).await.expect("it runs");
+        until("flushed", || memory.bytes() == (0, 0)).await;
+        node.submit(put("d", "later"))
+            .await
+            .expect("an answer")
+            .expect("started")
+            .remove(0)
+            .expect("written");
+        // Memory isn't short, so nobody who is awake gives anything back.
+        until("asleep", || memory.known() == 0).await;
+        replica.send(Freeze { for_log: false }).await.expect("it runs");
+        until("flushed", || memory.bytes() == (0, 0)).await;
+        until("without what it has flushed", || memory.known() == 0).await;
+        assert_eq!(node.value("d").await.as_deref(), Some(&b"later"[..]));
+        node.stop().await;
     }
 }

@@ -209,6 +209,7 @@ impl Handler<InstallSnapshot> for Supervisor {
             routes.insert(shard, Route { replica, target: Err(ReplicaHealth::Installing) });
         });
         self.hub(shard).do_send(Forget(replica, incarnation));
+        self.resting.remove(&replica);
         let addr = self.addrs.remove(&replica);
         let shared = self.shared.clone();
         let switch = async move {
