@@ -184,7 +184,7 @@ impl Core {
     }
 
     /// The same, by who has the lock.
-    fn merge(&self, _merging: &MutexGuard<'_, ()>) -> Result<bool, StorageError> {
+    pub(super) fn merge(&self, _merging: &MutexGuard<'_, ()>) -> Result<bool, StorageError> {
         if self.ending.has_begun() {
             return Ok(false);
         }
