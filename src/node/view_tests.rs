@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use tokio::sync::oneshot;
+
 use super::fence_tests::{hold, put};
 use super::messages::{AskDigest, Digesting, Freeze, Tick};
 use super::snapshots::worker::DigestError;
@@ -11,7 +13,7 @@ use crate::ids::{Index, ShardId};
 use crate::limits;
 use crate::storage::digest::StateDigest;
 
-type Taken = tokio::sync::oneshot::Receiver<Result<StateDigest, DigestError>>;
+type Taken = oneshot::Receiver<Result<StateDigest, DigestError>>;
 
 impl TestNode {
     async fn mark(&self) -> Index {
@@ -132,7 +134,13 @@ async fn a_state_that_is_asked_for_stays_until_it_is_flushed() {
     let dir = tempfile::tempdir().expect("a directory");
     let node = TestNode::leading(dir.path()).await;
     let (held, wait) = hold();
-    node.shared.flusher.run(Box::new(move |_| wait()));
+    let (begins, begun) = oneshot::channel();
+    node.shared.flusher.run(Box::new(move |_| {
+        begins.send(()).expect("somebody waits for this");
+        wait();
+    }));
+    // Of what it finds together the thread does flushes first.
+    begun.await.expect("the thread's turn");
     let mark = node.mark().await;
     for _ in 0..8 {
         assert!(matches!(node.ask(mark).await, Digesting::Coming(_)));
