@@ -67,6 +67,7 @@ async fn a_damaged_file_is_repaired_or_refused_as_the_table_says() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_damaged_file_of_fjall_is_repaired_as_the_table_says() {
     let mut table = Table::default();
+    // A redo file is the same with every engine, and beside fjall it is there for some milliseconds only.
     let cases = [
         (Class::StateCurrent, Damage::FlipStart, Stop::Flushed),
         (Class::StateCurrent, Damage::Delete, Stop::Flushed),
@@ -76,8 +77,6 @@ async fn a_damaged_file_of_fjall_is_repaired_as_the_table_says() {
         (Class::StateTable, Damage::Delete, Stop::Flushed),
         (Class::StateTable, Damage::Empty, Stop::InFlush),
         (Class::State, Damage::Delete, Stop::Flushed),
-        (Class::RedoFile, Damage::FlipMiddle, Stop::InFlush),
-        (Class::RedoFile, Damage::Delete, Stop::InFlush),
     ];
     try_out(EngineKind::Fjall, cases, &mut table).await;
     table.check();
