@@ -39,7 +39,7 @@ impl EngineKind {
     pub const ALL: [EngineKind; 2] = [EngineKind::Sled, EngineKind::Fjall];
 
     /// The engine of a new data directory, unless another is asked for.
-    pub const DEFAULT: EngineKind = EngineKind::Sled;
+    pub const DEFAULT: EngineKind = EngineKind::Fjall;
 
     /// Its name, as in settings.
     pub fn name(self) -> &'static str {
