@@ -233,7 +233,7 @@ impl Core {
         // It keeps the files until it is dropped.
         drop(version);
         let upper = if to.is_empty() { Bound::Unbounded } else { Bound::Excluded(to) };
-        match self.making_table(|| self.tree.drop_range((Bound::Included(from), upper))) {
+        match self.making_table(|| self.tree.drop_range::<&[u8], _>((Bound::Included(from), upper))) {
             Err(error) if error.is_full() => return Ok(()),
             dropped => dropped?,
         }
