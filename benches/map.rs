@@ -1,7 +1,7 @@
 //! What a change of the cluster map costs: reading it from the metadata shard's state, and what each node does
 //! with it.
 //!
-//! `cargo bench --bench map`. The state lies on sled, under `PONTOON_BENCH_DIR` or else under `target`.
+//! `cargo bench --bench map`. The state lies on the engine of a new directory, under `PONTOON_BENCH_DIR` or else under `target`.
 
 use std::hint::black_box;
 use std::path::PathBuf;
@@ -18,7 +18,7 @@ use pontoon::placement::map::{ClusterMap, Member, MemberRole, MoveCause, NodeRec
 use pontoon::placement::plan::plan_database;
 use pontoon::placement::ring::RingRange;
 use pontoon::storage::engine::Engine;
-use pontoon::storage::engine_sled::{SledEngine, SledOptions};
+use pontoon::storage::engine_kind::{EngineKind, StateOptions};
 use pontoon::storage::flush::{FlushStep, Flusher};
 use pontoon::storage::state::{ReplicaState, StateHeader};
 use raft::eraftpb::ConfState;
@@ -35,8 +35,8 @@ struct Metadata {
 
 impl Metadata {
     fn new(dir: &tempfile::TempDir) -> Metadata {
-        let path = dir.path().join("sled");
-        let engine = Arc::new(SledEngine::open(&path, SledOptions::default(), RandomId([1; 16])).unwrap());
+        let options = StateOptions { engine: None, cache_bytes: 64 << 20, synchronous: true };
+        let engine = EngineKind::DEFAULT.open(&dir.path().join("state"), options, RandomId([1; 16])).unwrap();
         let initial = StateHeader {
             applied: GROUP_START,
             revision: 0,

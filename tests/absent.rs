@@ -26,8 +26,7 @@ use pontoon::ids::{METADATA_SHARD, NodeId, ReplicaId, StoreId};
 use pontoon::machine::command::PolicyChange;
 use pontoon::node::handle::NodeReport;
 use pontoon::placement::map::{ClusterMap, ShardRecord};
-use pontoon::storage::engine::Engine;
-use pontoon::storage::engine_sled::{SledEngine, SledOptions};
+use pontoon::storage::engine_kind::{EngineKind, StateOptions};
 use rest::{PATIENCE, Rest, assert_equal_content, empty_and_remove, id, living, picture, set, until};
 use rustix::process::Signal;
 use serde_json::Value;
@@ -316,7 +315,10 @@ async fn a_zone_that_is_gone_is_done_without_and_used_again_when_it_is_back() {
 
 /// Replicas that a node which doesn't run has any state of in its engine.
 fn with_state(data: &Path, store: StoreId) -> BTreeSet<ReplicaId> {
-    let engine = SledEngine::open(&data.join("state"), SledOptions::default(), store).expect("its state");
+    let (path, options) =
+        (data.join("state"), StateOptions { engine: None, cache_bytes: 1 << 20, synchronous: true });
+    let engine =
+        EngineKind::of(&path, None).expect("its engine").open(&path, options, store).expect("its state");
     let mut replicas = BTreeSet::new();
     let mut visit = |key: &[u8]| {
         let replica = key.first_chunk().map_or(0, |replica| u64::from_be_bytes(*replica));

@@ -155,6 +155,8 @@ async fn another_engine_is_refused_and_given_by_way_of_the_others() {
     choose(&cluster, 0, "fjall", "auto");
     cluster.spawn(0);
     cluster.wait_ready(0);
+    let log = cluster.log(0);
+    assert!(log.contains("the state stays on the engine that made it"), "{log}");
     stop(&mut cluster, 0);
     // The way out: its replicas get their state from the others.
     let data = cluster.nodes[0].data.clone();

@@ -80,7 +80,7 @@ async fn the_first_node_rejoins_and_forms_nothing() {
     assert_eq!(client.map().await.expect("the map").cluster_id, id);
     reads_back(&cluster).await;
     let [aside] = &asides(&data)[..] else { panic!("{:?}", asides(&data)) };
-    assert!(aside.join("IDENTITY").exists() && aside.join("state/db").exists());
+    assert!(aside.join("IDENTITY").exists() && aside.join("state/current").exists());
 
     // The cluster knows one from the other.
     let output = cluster.run(&["status", "--json"]);

@@ -28,6 +28,7 @@ pub(super) fn open(
     log: &dyn LogStore,
 ) -> Result<(Arc<dyn Store>, Flusher), StorageError> {
     let kind = EngineKind::of(&dir.state_path(), options.engine)?;
+    tell_engine(dir, kind, options.engine);
     let why = match try_open(dir, kind, options, log) {
         Err(error @ StorageError::Damaged { .. }) => error.to_string(),
         result => return result,
@@ -41,6 +42,21 @@ pub(super) fn open(
         moved.display()
     );
     try_open(dir, kind, options, log)
+}
+
+/// Tells which engine it is, and why, if nobody has chosen it and a new directory would get another.
+fn tell_engine(dir: &DataDir, kind: EngineKind, asked: Option<EngineKind>) {
+    let directory = dir.state_path();
+    let directory = directory.display();
+    match asked {
+        None if kind != EngineKind::DEFAULT => tracing::info!(
+            engine = kind.name(),
+            %directory,
+            "the state stays on the engine that made it; that of a new data directory is {}",
+            EngineKind::DEFAULT
+        ),
+        _ => tracing::info!(engine = kind.name(), %directory, "opening the state"),
+    }
 }
 
 fn try_open(

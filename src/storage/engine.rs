@@ -44,6 +44,15 @@ pub trait Engine: Send + Sync + 'static {
         Ok(None)
     }
 
+    /// Lets go of what it can of a range of keys at once, before all of that is removed by writes: of the range any state that
+    /// it was ever in may be what is left, and of everything else nothing changes. `to` empty: no upper bound. By default
+    /// all is left.
+    ///
+    /// Once for each removal, and before its first write: what it lets go of may be the marks of writes that removed.
+    fn forget_range(&self, _from: &[u8], _to: &[u8]) -> Result<(), StorageError> {
+        Ok(())
+    }
+
     /// Makes everything written so far durable.
     fn sync(&self) -> Result<(), StorageError>;
 
@@ -63,6 +72,32 @@ pub trait Run {
     /// here all of it is there or nothing; after an error too, and if that [was for want of
     /// space](StorageError::is_full) it is nothing.
     fn finish(self: Box<Self>) -> Result<(), StorageError>;
+}
+
+/// Bounds of a scan.
+pub(super) type Bounds = (Bound<Vec<u8>>, Bound<Vec<u8>>);
+
+/// The bounds of `[from, to)`, of which an empty `to` is none; `None` if they are crossed.
+pub(super) fn bounds(from: Bound<&[u8]>, to: &[u8]) -> Option<Bounds> {
+    let crossed = match from {
+        Bound::Included(from) | Bound::Excluded(from) => !to.is_empty() && from >= to,
+        Bound::Unbounded => false,
+    };
+    let upper = if to.is_empty() { Bound::Unbounded } else { Bound::Excluded(to.to_vec()) };
+    (!crossed).then(|| (from.map(<[u8]>::to_vec), upper))
+}
+
+/// Visits what `next` gives until that is nothing, or `visit` returns false.
+pub(super) fn visit_each<T>(
+    mut next: impl FnMut() -> Result<Option<T>, StorageError>,
+    mut visit: impl FnMut(T) -> Result<bool, StorageError>,
+) -> Result<(), StorageError> {
+    while let Some(item) = next()? {
+        if !visit(item)? {
+            break;
+        }
+    }
+    Ok(())
 }
 
 /// An engine whose store is a directory of its own.

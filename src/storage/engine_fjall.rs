@@ -15,7 +15,8 @@
 //!   one each block is, when it is read. What fails is [`StorageError::Damaged`], noted for the next start (`trust`).
 //!   Every call is caught: a panic counts as damage where bytes of the disk were read.
 //! - *A full disk* leaves the tree as it was. What was written of a table goes with the next merge, or at the
-//!   next opening. A merge that would take the last of a disk is given up before, and begun again when there is more. Any other failure of a write leaves unknown what is on disk, so nothing is believed any more.
+//!   next opening. A merge that would take the last of a disk is given up before, and begun again when there is more. Any
+//!   other failure of a write leaves unknown what is on disk, so nothing is believed any more, and nothing removed.
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -28,15 +29,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use lsm_tree::{
-    AbstractTree, AnyIngestion, AnyTree, Cache, Config, InternalValue, Memtable, SeqNo,
+    AbstractTree, AnyIngestion, AnyTree, Cache, Config, InternalValue, KvPair, Memtable, SeqNo,
     SequenceNumberCounter, UserKey, ValueType,
 };
 
 use super::atomic_file::{self, io_error};
-use super::engine::{Engine, Mutation, OnDamage, Run, Store};
+use super::engine::{Engine, Mutation, OnDamage, Run, Store, bounds, visit_each};
 use super::fjall_compaction::{Attendants, Compaction, Ending};
 use super::fjall_files::{self as files, damaged};
-use super::fjall_view::{Bounds, View};
+use super::fjall_view::View;
 use super::identity::IdentityError;
 use super::log_disk::panic_text;
 use super::trust::Trust;
@@ -116,6 +117,7 @@ impl FjallEngine {
         owner::check(path, store_id)?;
         let lock = files::lock(path)?;
         let there = files::check_version(path)?;
+        files::remove_unfinished(path)?;
         let (next, visible) = (SequenceNumberCounter::default(), SequenceNumberCounter::default());
         let ending = Ending::default();
         let config = Config::new(path, next.clone(), visible.clone())
@@ -163,6 +165,19 @@ impl FjallEngine {
         owner::note(path, store_id)?;
         engine.compaction.wake();
         Ok(engine)
+    }
+
+    /// Visits the pairs of `[from, to)`, as of now, until `visit` returns false.
+    fn visit_pairs(
+        &self,
+        from: Bound<&[u8]>,
+        to: &[u8],
+        mut visit: impl FnMut(KvPair) -> bool,
+    ) -> Result<(), StorageError> {
+        let Some(bounds) = bounds(from, to) else { return Ok(()) };
+        let view = self.core.view.load_full();
+        let mut items = self.core.run(|| Ok(view.range(&bounds)), Doing::Reading)?;
+        visit_each(|| self.core.run(|| items.next().transpose(), Doing::Reading), |pair| Ok(visit(pair)))
     }
 
     /// Checks whose store it is, and its format.
@@ -267,11 +282,24 @@ impl Core {
     ) -> Result<T, StorageError> {
         let _making = Making::begin(&self.makers);
         let first = self.tree.next_table_id();
-        let result = self.run(call, Doing::Writing);
+        let result = self.counted(self.run(call, Doing::Writing));
         if result.is_err() {
             self.litter(first);
         }
         result
+    }
+
+    /// A write for which there was no space has left the tree as it was, and may be made again. That is so unless the
+    /// space was lacking at the very end of it, when the system was to sync that `current` names the new version: then
+    /// the disk has it, fjall doesn't know, and the next attempt would write over files that count.
+    fn counted<T>(&self, result: Result<T, StorageError>) -> Result<T, StorageError> {
+        let Err(error) = &result else { return result };
+        let known = self.tree.current_version().id();
+        if !error.is_full() || files::current_version(&self.path).is_ok_and(|named| named == known) {
+            return result;
+        }
+        let reason = format!("{error}; which version of the tree counts is unknown");
+        self.trust.note(Err(StorageError::SyncFailed { path: self.path.clone(), reason }), |_| false)
     }
 
     /// Tables numbered `from` or later may be remains.
@@ -332,7 +360,7 @@ impl Run for FjallRun<'_> {
         // What was written before is older, and must not lie above it.
         core.flush_pending(&writer)?;
         if let Some(ingestion) = self.ingestion.take().filter(|_| self.begun) {
-            core.run(|| ingestion.finish(), Doing::Writing)?;
+            core.counted(core.run(|| ingestion.finish(), Doing::Writing))?;
         } else {
             // Of a file without a table nobody knows.
             return Ok(());
@@ -370,15 +398,7 @@ impl Engine for FjallEngine {
         to: &[u8],
         visit: &mut dyn FnMut(&[u8], Bytes) -> bool,
     ) -> Result<(), StorageError> {
-        let Some(bounds) = bounds(from, to) else { return Ok(()) };
-        let view = self.core.view.load_full();
-        let mut items = self.core.run(|| Ok(view.range(&bounds)), Doing::Reading)?;
-        while let Some((key, value)) = self.core.run(|| items.next().transpose(), Doing::Reading)? {
-            if !visit(&key, Bytes::copy_from_slice(&value)) {
-                break;
-            }
-        }
-        Ok(())
+        self.visit_pairs(from, to, |(key, value)| visit(&key, Bytes::copy_from_slice(&value)))
     }
 
     fn scan_keys(
@@ -387,15 +407,7 @@ impl Engine for FjallEngine {
         to: &[u8],
         visit: &mut dyn FnMut(&[u8]) -> bool,
     ) -> Result<(), StorageError> {
-        let Some(bounds) = bounds(from, to) else { return Ok(()) };
-        let view = self.core.view.load_full();
-        let mut items = self.core.run(|| Ok(view.range(&bounds)), Doing::Reading)?;
-        while let Some((key, _)) = self.core.run(|| items.next().transpose(), Doing::Reading)? {
-            if !visit(&key) {
-                break;
-            }
-        }
-        Ok(())
+        self.visit_pairs(from, to, |(key, _)| visit(&key))
     }
 
     fn write(&self, batch: &[Mutation]) -> Result<(), StorageError> {
@@ -431,6 +443,10 @@ impl Engine for FjallEngine {
         }
         let (ingestion, unfinished) = (Some(ingestion?), Some(first));
         Ok(Some(Box::new(FjallRun { engine: self, ingestion, begun: false, unfinished, _making: making })))
+    }
+
+    fn forget_range(&self, from: &[u8], to: &[u8]) -> Result<(), StorageError> {
+        self.core.drop_tables(from, to)
     }
 
     fn sync(&self) -> Result<(), StorageError> {
@@ -473,16 +489,6 @@ impl Drop for FjallEngine {
     fn drop(&mut self) {
         self.core.ending.begin();
     }
-}
-
-/// The bounds of `[from, to)`; `None` if they are crossed.
-fn bounds(from: Bound<&[u8]>, to: &[u8]) -> Option<Bounds> {
-    let crossed = match from {
-        Bound::Included(from) | Bound::Excluded(from) => !to.is_empty() && from >= to,
-        Bound::Unbounded => false,
-    };
-    let upper = if to.is_empty() { Bound::Unbounded } else { Bound::Excluded(to.to_vec()) };
-    (!crossed).then(|| (from.map(<[u8]>::to_vec), upper))
 }
 
 /// What fjall is asked to do.

@@ -131,3 +131,102 @@ fn a_merge_that_found_no_room_is_tried_again_when_there_is_more() {
     assert_eq!(core.refused.load(Ordering::Relaxed), 0);
     assert!(core.tree.level_table_count(0).unwrap() < 4);
 }
+
+#[test]
+fn an_unfinished_file_of_a_kill_goes_at_the_next_opening() {
+    let home = tempfile::tempdir().unwrap();
+    let path = home.path().join("state");
+    drop(open(&path));
+    std::fs::write(path.join(".tmpAb3dE9"), "half of it").unwrap();
+    drop(open(&path));
+    assert!(!path.join(".tmpAb3dE9").exists());
+}
+
+/// The system may say that there is no space when it is asked to sync the renaming of `current`.
+#[test]
+fn a_version_that_may_count_ends_the_store_and_takes_no_table_with_it() {
+    let home = tempfile::tempdir().unwrap();
+    let path = home.path().join("state");
+    let engine = open(&path);
+    let core = &engine.core;
+    let full = || Err::<(), _>(std::io::Error::from(ErrorKind::StorageFull).into());
+    assert!(core.making_table(full).unwrap_err().is_full());
+    add_table(&engine, "v");
+    let known = std::fs::read(path.join("current")).unwrap();
+    let table = path.join("tables").join("1000000");
+    let renamed = || {
+        std::fs::write(&table, "of the version after this").unwrap();
+        let mut next = known.clone();
+        next[0] += 1;
+        std::fs::write(path.join("current"), next).unwrap();
+        full()
+    };
+    let error = core.making_table(renamed).unwrap_err();
+    assert!(matches!(error, StorageError::SyncFailed { .. }), "{error}");
+    assert!(engine.get(b"a").is_err(), "nothing of it is believed any more");
+    assert!(core.compact().is_err());
+    assert!(table.exists());
+}
+
+#[test]
+fn tables_of_a_generation_alone_are_dropped_and_nothing_comes_back() {
+    use crate::storage::generations;
+    let home = tempfile::tempdir().unwrap();
+    let engine = open(&home.path().join("state"));
+    let core = &engine.core;
+    let replica = ReplicaId(3);
+    let put = |generation, name: &str, value: Option<&'static str>| {
+        (keys::user_key(replica, generation, name.as_bytes()), value.map(|value| Bytes::from(value)))
+    };
+    let table = |batch: &[Mutation]| {
+        engine.write(batch).unwrap();
+        engine.sync().unwrap();
+    };
+    // No thread merges them meanwhile.
+    let merging = core.merging.lock().unwrap();
+    table(&[put(1, "kept", Some("v")), put(2, "early", Some("old")), put(2, "late", Some("old"))]);
+    // Within the generation: dropped as a whole, a removal with it, below which there is an older value.
+    table(&[put(2, "early", None), put(2, "late", Some("new"))]);
+    table(&[put(2, "late", Some("newer")), put(3, "kept", Some("v"))]);
+    drop(merging);
+    let tables = core.tree.table_count();
+    let (from, to) = keys::generation_range(replica, 2);
+    let merging = core.merging.lock().unwrap();
+    engine.forget_range(&from, &to).unwrap();
+    assert_eq!(core.tree.table_count(), tables, "not while tables are merged");
+    drop(merging);
+    let mut from = Vec::new();
+    while !generations::destroy(&engine, replica, 2, &mut from, 100).unwrap() {}
+    engine.sync().unwrap();
+    assert!(generations::is_empty(&engine, replica, 2).unwrap());
+    drop(engine);
+    let engine = open(&home.path().join("state"));
+    assert!(generations::is_empty(&engine, replica, 2).unwrap());
+    for generation in [1, 3] {
+        let key = keys::user_key(replica, generation, b"kept");
+        assert_eq!(engine.get(&key).unwrap().unwrap(), "v");
+    }
+}
+
+#[test]
+fn a_generation_that_has_tables_of_its_own_goes_without_a_mark_for_each_key() {
+    use crate::storage::generations;
+    let home = tempfile::tempdir().unwrap();
+    let engine = open(&home.path().join("state"));
+    let replica = ReplicaId(3);
+    let batch: Vec<Mutation> = (0..1000u32)
+        .map(|key| (keys::user_key(replica, 2, &key.to_be_bytes()), Some(Bytes::from(vec![7; 1000]))))
+        .collect();
+    engine.write(&batch).unwrap();
+    engine.sync().unwrap();
+    let begun = Instant::now();
+    let (first, end) = keys::generation_range(replica, 2);
+    // Unless the thread that merges is looking for something to merge just then.
+    while engine.disk_bytes() > 100_000 {
+        engine.forget_range(&first, &end).unwrap();
+        assert!(begun.elapsed() < PATIENCE);
+    }
+    let mut from = Vec::new();
+    assert!(generations::destroy(&engine, replica, 2, &mut from, 1).unwrap(), "there is nothing left");
+    assert!(engine.core.view.load().pending.is_empty(), "nothing was written");
+}

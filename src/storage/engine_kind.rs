@@ -38,7 +38,8 @@ impl EngineKind {
     /// All of them.
     pub const ALL: [EngineKind; 2] = [EngineKind::Sled, EngineKind::Fjall];
 
-    /// The engine of a new data directory, unless another is asked for.
+    /// The engine of a new data directory, unless another is asked for. That this changes between versions of the
+    /// program is no matter for a directory that is there.
     pub const DEFAULT: EngineKind = EngineKind::Fjall;
 
     /// Its name, as in settings.
@@ -52,6 +53,11 @@ impl EngineKind {
     /// The engine of that name.
     pub fn parse(name: &str) -> Option<EngineKind> {
         EngineKind::ALL.into_iter().find(|kind| kind.name() == name)
+    }
+
+    /// Whether any of them has made files in directory `state`.
+    pub fn is_there(state: &Path) -> bool {
+        sled_files::is_there(state) || fjall_files::is_there(state)
     }
 
     /// The engine to open the state in directory `state` with. Errors: [`IdentityError::OtherEngine`]; files of
@@ -101,5 +107,29 @@ impl EngineKind {
 impl fmt::Display for EngineKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::RandomId;
+
+    #[test]
+    fn a_directory_keeps_the_engine_that_made_it_whatever_a_new_one_gets() {
+        for made in EngineKind::ALL {
+            let home = tempfile::tempdir().unwrap();
+            let state = home.path().join("state");
+            assert_eq!(EngineKind::of(&state, None).unwrap(), EngineKind::DEFAULT);
+            assert_eq!(EngineKind::of(&state, Some(made)).unwrap(), made);
+            assert!(!EngineKind::is_there(&state));
+            let options = StateOptions { engine: Some(made), cache_bytes: 1 << 20, synchronous: false };
+            drop(made.open(&state, options, RandomId([1; 16])).unwrap());
+            assert!(EngineKind::is_there(&state));
+            assert_eq!(EngineKind::of(&state, None).unwrap(), made);
+            for asked in EngineKind::ALL {
+                assert_eq!(EngineKind::of(&state, Some(asked)).is_ok(), asked == made, "{asked} of {made}");
+            }
+        }
     }
 }

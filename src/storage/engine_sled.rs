@@ -33,7 +33,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use bytes::Bytes;
 
 use super::atomic_file::io_error;
-use super::engine::{Engine, Mutation, OnDamage, Store};
+use super::engine::{Engine, Mutation, OnDamage, Store, bounds, visit_each};
 use super::identity::IdentityError;
 use super::sled_calls::{NAME, PANICKED, contain, damaged, open_db};
 use super::sled_files::SledFiles;
@@ -364,17 +364,11 @@ impl SledEngine {
         to: &[u8],
         visit: &mut dyn FnMut(&[u8], Bytes) -> bool,
     ) -> Result<(), StorageError> {
-        let Some(mut items) = self.range(from, to) else {
-            return Ok(());
-        };
-        while let Some((key, record)) = self.run(|| items.next().transpose())? {
-            if let Some(value) = self.resolve(&key, record)?
-                && !visit(&key, value)
-            {
-                break;
-            }
-        }
-        Ok(())
+        let Some(mut items) = self.range(from, to) else { return Ok(()) };
+        visit_each(
+            || self.run(|| items.next().transpose()),
+            |(key, record)| Ok(self.resolve(&key, record)?.is_none_or(|value| visit(&key, value))),
+        )
     }
 
     fn scan_only_keys(
@@ -383,15 +377,8 @@ impl SledEngine {
         to: &[u8],
         visit: &mut dyn FnMut(&[u8]) -> bool,
     ) -> Result<(), StorageError> {
-        let Some(mut items) = self.range(from, to) else {
-            return Ok(());
-        };
-        while let Some((key, _)) = self.run(|| items.next().transpose())? {
-            if !visit(&key) {
-                break;
-            }
-        }
-        Ok(())
+        let Some(mut items) = self.range(from, to) else { return Ok(()) };
+        visit_each(|| self.run(|| items.next().transpose()), |(key, _)| Ok(visit(&key)))
     }
 
     fn write_all(&self, batch: &[Mutation]) -> Result<(), StorageError> {
@@ -409,13 +396,7 @@ impl SledEngine {
     }
 
     fn range(&self, from: Bound<&[u8]>, to: &[u8]) -> Option<sled::Iter> {
-        let upper = if to.is_empty() { Bound::Unbounded } else { Bound::Excluded(to.to_vec()) };
-        let crossed = match from {
-            Bound::Included(from) | Bound::Excluded(from) => !to.is_empty() && from >= to,
-            Bound::Unbounded => false,
-        };
-        let lower = from.map(<[u8]>::to_vec);
-        (!crossed).then(|| self.db.range::<Vec<u8>, _>((lower, upper)))
+        bounds(from, to).map(|bounds| self.db.range::<Vec<u8>, _>(bounds))
     }
 }
 

@@ -5,6 +5,7 @@
 //! writes are held back where merging can't keep up.
 
 use std::io;
+use std::ops::Bound;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -12,9 +13,9 @@ use std::sync::{Arc, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use lsm_tree::AbstractTree;
 use lsm_tree::compaction::Leveled;
 use lsm_tree::compaction::filter::{CompactionFilter, Context, Factory, ItemAccessor, Verdict};
+use lsm_tree::{AbstractTree, KeyRange};
 
 use super::atomic_file::io_error;
 use super::engine_fjall::{Core, count};
@@ -158,7 +159,8 @@ impl Core {
     /// Removes remains of tables, unless one is being made.
     fn tidy(&self) {
         let from = self.litter_from.load(Ordering::Relaxed);
-        if from == u64::MAX {
+        // What a broken store has on disk may be more than it knows of.
+        if from == u64::MAX || self.is_broken() {
             return;
         }
         let makers = count(&self.makers);
@@ -217,6 +219,27 @@ impl Core {
         let pending = self.view.load().pending.clone();
         self.publish(&writer, pending)?;
         Ok(true)
+    }
+
+    /// Drops the tables that have nothing but keys of `[from, to)`, which costs no more than a new version of the tree.
+    /// Nothing is dropped while tables are merged, which may take minutes, or for want of space.
+    pub fn drop_tables(&self, from: &[u8], to: &[u8]) -> Result<(), StorageError> {
+        let Ok(_merging) = self.merging.try_lock() else { return Ok(()) };
+        let within = |range: &KeyRange| from <= &range.min()[..] && (to.is_empty() || &range.max()[..] < to);
+        let version = self.tree.current_version();
+        if !version.iter_tables().any(|table| within(&table.metadata.key_range)) {
+            return Ok(());
+        }
+        // It keeps the files until it is dropped.
+        drop(version);
+        let upper = if to.is_empty() { Bound::Unbounded } else { Bound::Excluded(to) };
+        match self.making_table(|| self.tree.drop_range::<&[u8], _>((Bound::Included(from), upper))) {
+            Err(error) if error.is_full() => return Ok(()),
+            dropped => dropped?,
+        }
+        let writer = self.writer();
+        let pending = self.view.load().pending.clone();
+        self.publish(&writer, pending)
     }
 
     /// Waits until there is room for another table. As long as the merging gets on, so does the calling thread, whoever

@@ -5,6 +5,7 @@
 //! | `current` | which version counts: its number (8 bytes, little endian), its file's checksum (16), kind of the checksum (1: 0) |
 //! | `vN` | version N: the tables by level, each with its number and checksum |
 //! | `tables/N` | a table: sorted pairs in checksummed blocks |
+//! | `.tmp*` | a `current` that a kill has left unfinished: removed at open |
 //! | `LOCK` | locked by whoever has the tree open |
 //! | `OWNER` | whose it is ([`super::owner`]), the last file that is made of a new tree |
 //!
@@ -29,6 +30,8 @@ use super::{StorageError, owner};
 const CURRENT: &str = "current";
 const TABLES: &str = "tables";
 const LOCK: &str = "LOCK";
+/// How the names begin of files that are being written to be renamed.
+const UNFINISHED: &str = ".tmp";
 
 /// Number, checksum, kind of the checksum.
 const CURRENT_BYTES: usize = 25;
@@ -96,6 +99,25 @@ pub(super) fn check_version(dir: &Path) -> Result<bool, StorageError> {
         }
         Err(error) => Err(io_error("reading", &dir.join(name))(error)),
     }
+}
+
+/// The version that `current` names.
+pub(super) fn current_version(dir: &Path) -> io::Result<u64> {
+    let current = fs::read(dir.join(CURRENT))?;
+    let number = current.first_chunk().ok_or(io::ErrorKind::UnexpectedEof)?;
+    Ok(u64::from_le_bytes(*number))
+}
+
+/// Removes what a kill has left of files that were to become `current`. Nobody else has the tree open.
+pub(super) fn remove_unfinished(dir: &Path) -> Result<(), StorageError> {
+    for item in fs::read_dir(dir).map_err(io_error("listing", dir))? {
+        let item = item.map_err(io_error("listing", dir))?;
+        if item.file_name().to_string_lossy().starts_with(UNFINISHED) {
+            let path = item.path();
+            fs::remove_file(&path).map_err(io_error("removing", &path))?;
+        }
+    }
+    Ok(())
 }
 
 /// Verifies each table as a whole, unless they are too large together.

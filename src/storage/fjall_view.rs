@@ -4,17 +4,15 @@
 //! readers wait for the disk. So readers get a view, which is replaced as a whole when tables have changed.
 //! Tables are never written to again, and those of a view aren't removed before it is dropped.
 
-use std::ops::Bound;
 use std::sync::Arc;
 
 use lsm_tree::table::filter::standard_bloom::Builder as Bloom;
 use lsm_tree::{AbstractTree, AnyTree, KvPair, Memtable, SeqNo, Tree, UserValue};
 
+use super::engine::Bounds;
+
 /// Pairs in key order.
 pub(super) type Items = Box<dyn Iterator<Item = lsm_tree::Result<KvPair>>>;
-
-/// Bounds of a scan.
-pub(super) type Bounds = (Bound<Vec<u8>>, Bound<Vec<u8>>);
 
 // The types of the tree that these hold can't be named outside its crate.
 type Get = dyn Fn(&[u8]) -> lsm_tree::Result<Option<UserValue>> + Send + Sync;

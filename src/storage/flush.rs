@@ -211,6 +211,11 @@ impl Flusher {
     /// The state of a replica is about to be removed: no collection of its writes can come to a good end.
     pub fn begin_destroy(&mut self, replica: ReplicaId) {
         self.collections.fail(replica, "the replica is removed");
+        let (from, to) = keys::replica_range(replica);
+        if let Err(error) = self.engine.forget_range(&from, &to) {
+            // It fails again at the first step, if it matters.
+            tracing::warn!(%error, %replica, "the state of a replica is removed key by key");
+        }
     }
 
     /// Removes a batch of the state of a replica, of all its generations, not yet durably. True: nothing of it is left.

@@ -47,6 +47,7 @@ pub fn destroy(
 ) -> Result<bool, StorageError> {
     let (first, to) = keys::generation_range(replica, generation);
     if from.is_empty() {
+        engine.forget_range(&first, &to)?;
         *from = first;
     }
     let mut left = keys;

@@ -247,3 +247,13 @@ fn a_map_is_kept_or_forgotten_whole() {
     fs::write(&file, seal(MAP_MAGIC, 9, b"later")).unwrap();
     assert_eq!(dir.load_map(), None);
 }
+
+#[test]
+fn the_state_of_either_engine_alone_shows_that_there_was_a_node() {
+    for file in ["state/db", "state/current"] {
+        let (_home, path) = home();
+        fs::create_dir_all(path.join("state")).unwrap();
+        fs::write(path.join(file), "values").unwrap();
+        assert!(matches!(refusal(&path), IdentityError::Nameless { .. }), "{file}");
+    }
+}

@@ -12,8 +12,8 @@ use crate::ids::{DatabaseId, Epoch, GROUP_START, NodeId, Position, RandomId, Sha
 use crate::machine::MachineKind;
 use crate::placement::map::{Member, MemberRole};
 use crate::placement::ring::RingRange;
+use crate::storage::engine_kind::{EngineKind, StateOptions};
 use crate::storage::engine_memory::{CrashLoss, MemoryEngine};
-use crate::storage::engine_sled::{SledEngine, SledOptions};
 use crate::storage::flush::{FlushPoint, Flusher};
 use crate::storage::log::{Install, LogStore, LogWrite, ReplicaPhase, ReplicaRecord};
 use crate::storage::log_memory::{FailedWrite, MemoryLog};
@@ -207,13 +207,19 @@ proptest! {
     }
 }
 
-/// The same on sled, in threads, with values of many chunks.
+/// The same on each engine of a disk, in threads, with values that sled has in many chunks.
 #[test]
-fn a_snapshot_is_exact_beside_a_writer_on_sled() {
+fn a_snapshot_is_exact_beside_a_writer_on_disk() {
+    for kind in EngineKind::ALL {
+        exact_beside_a_writer(kind);
+    }
+}
+
+fn exact_beside_a_writer(kind: EngineKind) {
     let home = tempfile::tempdir().unwrap();
-    let options = SledOptions { synchronous: false, ..SledOptions::default() };
-    let engine = SledEngine::open(&home.path().join("state"), options, RandomId([2; 16])).unwrap();
-    let mut node = Node::new(Arc::new(engine), 7);
+    let options = StateOptions { engine: Some(kind), cache_bytes: 1 << 20, synchronous: false };
+    let engine = kind.open(&home.path().join("state"), options, RandomId([2; 16])).unwrap();
+    let mut node = Node::new(engine, 7);
     for _ in 0..20 {
         node.apply(0, 60, 9000);
     }

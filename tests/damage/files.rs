@@ -4,6 +4,8 @@ use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use pontoon::storage::engine_kind::EngineKind;
+
 /// A file of a node's directory, or all of a kind.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Class {
@@ -106,6 +108,20 @@ impl Class {
 
     pub fn is_directory(self) -> bool {
         matches!(self, Class::Log | Class::State | Class::Redo)
+    }
+
+    /// The engine that alone makes such a file.
+    pub fn engine(self) -> Option<EngineKind> {
+        match self {
+            Class::StateDb | Class::StateConf | Class::StateSnap | Class::StateSums => Some(EngineKind::Sled),
+            Class::StateCurrent | Class::StateVersion | Class::StateTable => Some(EngineKind::Fjall),
+            _ => None,
+        }
+    }
+
+    /// Whether it is part of the state, which an engine keeps, or of a flush into that.
+    pub fn is_state(self) -> bool {
+        self.engine().is_some() || matches!(self, Class::State | Class::RedoFile | Class::Redo)
     }
 }
 

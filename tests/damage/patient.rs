@@ -417,11 +417,17 @@ impl Patient {
     }
 
     async fn lead(&self, node: NodeId) {
+        let begun = Instant::now();
         for shard in &self.shards {
-            let moved = self.client.transfer_leader(*shard, node, Duration::from_secs(20)).await;
-            moved.unwrap_or_else(|error| {
-                panic!("shard {shard}: {error}; its log:\n{}", self.cluster.log(NODE))
-            });
+            // A replica serves before it has all entries behind the snapshot it got, and is refused as a leader until then.
+            while let Err(error) = self.client.transfer_leader(*shard, node, Duration::from_secs(20)).await {
+                assert!(
+                    begun.elapsed() < WHOLE,
+                    "shard {shard}: {error}; its log:\n{}",
+                    self.cluster.log(NODE)
+                );
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
         }
     }
 

@@ -23,6 +23,7 @@ use super::{
 };
 use crate::ids::ClusterId;
 use crate::storage::atomic_file;
+use crate::storage::engine_kind::EngineKind;
 
 /// What of a directory is moved first.
 const LOG: &str = "log";
@@ -151,5 +152,5 @@ fn has_store(dir: &Path) -> bool {
     };
     fs::read(dir.join(MAP)).is_ok_and(|bytes| bytes.starts_with(MAP_MAGIC))
         || has_file(LOG, |name| name.ends_with(".raftlog") || name.ends_with(".rewrite"))
-        || has_file("state", |name| name == "db")
+        || EngineKind::is_there(&dir.join("state"))
 }
