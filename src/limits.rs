@@ -173,8 +173,9 @@ pub const KNOWN_AGE_TICKS: u64 = 100;
 pub const SCAN_WEIGHT: usize = 32;
 /// Ticks without an answer after which a follower counts as dead: less log is kept for it.
 pub const FOLLOWER_DEAD_TICKS: u64 = 100;
-/// Bytes of log that are kept behind a snapshot under way, at least, however little is kept otherwise.
-pub const SNAPSHOT_LOG_BYTES_MIN: u64 = MIB as u64;
+/// Times `storage.log_bytes` that a node keeps of its log, beyond that, for followers on their way back by snapshots, all
+/// of its groups together.
+pub const HELD_LOG_FACTOR: u64 = 4;
 /// Ticks after a failed snapshot before the next is made for the same follower.
 pub const SNAPSHOT_RETRY_TICKS: u64 = 20;
 /// Ticks for which less log is kept after the node has found its log too large. Longer than the time

@@ -176,6 +176,11 @@ impl<T> Group<T> {
             }
             self.leader = now;
             self.catch_up.reset();
+            if now.local {
+                let others = self.raft.raft.prs().iter().map(|(id, _)| ReplicaId(*id));
+                let others = others.filter(|id| *id != self.replica);
+                self.catch_up.begin(others, self.raft.raft.raft_log.store());
+            }
             effects.leader = Some(now);
         }
         let waiting = !self.queued.is_empty() || !self.marks.is_empty() || !self.reads.is_empty();

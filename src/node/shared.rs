@@ -14,6 +14,7 @@ use super::reader::ReadThread;
 use super::router::Router;
 use super::snapshots::Snapshots;
 use crate::codec::peer::NodeHeartbeat;
+use crate::group::held::HeldLog;
 use crate::group::log::CachedBytes;
 use crate::ids::{Incarnation, NodeId, ReplicaId};
 use crate::storage::log::LogStore;
@@ -53,6 +54,8 @@ pub struct Shared {
     pub draining: AtomicBool,
     /// Log entries in memory.
     pub cached_entries: Arc<CachedBytes>,
+    /// Log that is kept behind snapshots.
+    pub held_log: Arc<HeldLog>,
 }
 
 impl Shared {
