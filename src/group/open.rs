@@ -171,6 +171,8 @@ impl<T> Group<T> {
             timeout: (Term::MAX, 0),
             ambition: Ambition::Usual,
             gives_way_at: 0,
+            handing_over: None,
+            lapsed: None,
             safe_index: 0,
             catch_up: CatchUp::new(options.retention, options.held),
             beats: Beats::default(),

@@ -11,6 +11,7 @@ use super::intake::Intake;
 use super::log_writer::LogWriter;
 use super::memory::MemoryGauge;
 use super::reader::ReadThread;
+use super::reluctance::Reluctance;
 use super::router::Router;
 use super::snapshots::Snapshots;
 use crate::codec::peer::NodeHeartbeat;
@@ -50,6 +51,8 @@ pub struct Shared {
     pub memory: MemoryGauge,
     /// How its disk is, and the other nodes'.
     pub disk: Arc<DiskHealth>,
+    /// Nodes that leadership isn't handed to for now.
+    pub reluctance: Reluctance,
     /// The cluster wants this node emptied.
     pub draining: AtomicBool,
     /// Log entries in memory.

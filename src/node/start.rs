@@ -332,6 +332,7 @@ impl Assembly {
             ),
             disk: self.handle.disk().clone(),
             draining: Default::default(),
+            reluctance: Default::default(),
             cached_entries: Arc::default(),
             held_log: Arc::new(HeldLog::new(
                 self.settings.storage.log_bytes.saturating_mul(limits::HELD_LOG_FACTOR),

@@ -124,6 +124,7 @@ impl TestNode {
             snapshots,
             disk: Arc::default(),
             draining: Default::default(),
+            reluctance: Default::default(),
             cached_entries: Arc::default(),
             held_log: Arc::new(HeldLog::new(u64::MAX)),
             log,
