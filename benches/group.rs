@@ -10,6 +10,7 @@ use bytes::Bytes;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use pontoon::codec::GroupMessage;
 use pontoon::group::catch_up::Retention;
+use pontoon::group::held::HeldLog;
 use pontoon::group::driver::Group;
 use pontoon::group::open::GroupOptions;
 use pontoon::group::types::Operation;
@@ -88,6 +89,7 @@ impl Replica {
             retention,
             logger,
             cached,
+            held: Arc::new(HeldLog::new(0)),
             state_lost,
         };
         let group = Group::open(options, log.clone(), log.load(replica).unwrap(), state).unwrap();

@@ -173,8 +173,9 @@ pub const KNOWN_AGE_TICKS: u64 = 100;
 pub const SCAN_WEIGHT: usize = 32;
 /// Ticks without an answer after which a follower counts as dead: less log is kept for it.
 pub const FOLLOWER_DEAD_TICKS: u64 = 100;
-/// Bytes of log that are kept behind a snapshot under way, at least, however little is kept otherwise.
-pub const SNAPSHOT_LOG_BYTES_MIN: u64 = MIB as u64;
+/// Times `storage.log_bytes` that a node keeps of its log, beyond that, for followers on their way back by snapshots, all
+/// of its groups together.
+pub const HELD_LOG_FACTOR: u64 = 4;
 /// Ticks after a failed snapshot before the next is made for the same follower.
 pub const SNAPSHOT_RETRY_TICKS: u64 = 20;
 /// Ticks for which less log is kept after the node has found its log too large. Longer than the time
@@ -233,7 +234,7 @@ pub const START_FREE_BYTES_MIN: u64 = 16 * MIB as u64;
 /// Hint sent with `DiskFull`, in milliseconds: space comes back, or leadership moves, not at once.
 pub const DISK_FULL_RETRY_MS: u32 = 100;
 /// Ticks between attempts of a leader on a full disk to hand its leadership over. While one lasts, at
-/// most the least election timeout, the group takes no commands, so most of the time there is none.
+/// most [`TRANSFER_TICKS_MAX`], the group takes no commands, so most of the time there is none.
 pub const MAKE_WAY_TICKS: u64 = 30;
 /// Ticks after which a replica that pauses applying for want of memory counts as held up: as a leader it hands over,
 /// and it takes no leadership. A flush takes less, unless the disk can't keep up.
@@ -358,8 +359,16 @@ pub const STEP_RETRY_MS_MIN: u64 = 1_000;
 pub const STEP_RETRY_MS_MAX: u64 = 30_000;
 /// Time for a replica to come near enough to the end of the log to lead, before leadership is not handed to it, in milliseconds.
 pub const TRANSFER_WAIT_MS: u64 = 1_000;
-/// Time after which a transfer of leadership has lapsed, in milliseconds: raft gives it up after the least election timeout.
-pub const TRANSFER_MS_MAX: u64 = 3 * TICK_MS * ELECTION_TICKS_MIN as u64 / 2;
+/// Ticks after which a leader gives up to hand leadership over: it takes no commands meanwhile. A successor that
+/// is well takes it within a few round trips and two syncs.
+pub const TRANSFER_TICKS_MAX: u64 = 4;
+/// Time after which a transfer of leadership has lapsed for whoever asked for it, in milliseconds.
+pub const TRANSFER_MS_MAX: u64 = 3 * TICK_MS * TRANSFER_TICKS_MAX / 2;
+/// Time for which no leadership is handed to a node that has not taken one, in milliseconds; doubles each time it
+/// doesn't.
+pub const TRANSFER_AGAIN_MS_MIN: u64 = 2_000;
+/// Longest such time, in milliseconds.
+pub const TRANSFER_AGAIN_MS_MAX: u64 = 60_000;
 /// Leaderships that the reconciler moves in one step; further ones wait for the next.
 pub const LEADER_TRANSFERS_MAX: usize = 8;
 /// Shards that one rebalancing gives targets; a plan for more is cut, and the rest is planned anew afterwards.
@@ -635,6 +644,8 @@ const _: () = assert!(HEARTBEAT_TICKS as u64 * TICK_MS <= NODE_HEARTBEAT_MS);
 const _: () = assert!(HEARTBEAT_TICKS * 2 < ELECTION_TICKS_MIN);
 const _: () = assert!(ELECTION_TICKS_MIN < ELECTION_TICKS_MAX);
 const _: () = assert!(MAKE_WAY_TICKS > 2 * ELECTION_TICKS_MIN as u64);
+// raft would give it up by itself later.
+const _: () = assert!(TRANSFER_TICKS_MAX < ELECTION_TICKS_MIN as u64);
 // Several heartbeats may be lost.
 const _: () = assert!(DISK_NEWS_MS_MAX > 3 * NODE_HEARTBEAT_MS);
 // Distinct election windows, one tick wide, for all replicas of a group.

@@ -280,6 +280,7 @@ fn bounds() -> Vec<(&'static str, u64)> {
     }
     bounds![
         KEY_BYTES_MAX,
+        HELD_LOG_FACTOR,
         VALUE_BYTES_MAX,
         NAME_BYTES_MAX,
         REPLICAS_MAX,

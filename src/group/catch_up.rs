@@ -9,9 +9,9 @@
 //!
 //! ```text
 //!               raft asks                shell: made at B          shell: installed
-//!   (nothing) ────────────► Making ──────────────────────► Bringing ───────────────► Offered ─► Noted ─► (nothing)
-//!                             │ log held where it begins      │ log held at B    raft takes the offer  │ follower acknowledges
-//!                             └───────────── failed ──────────┴──► Resting ─► asked anew ◄─────────────┘ or needs more
+//!   (nothing) ────────────► Making ──────────────────────► Bringing ───────────────► Offered ─► Noted ─► Following ─► (nothing)
+//!                             │ log held where it begins      │ log held at B    raft takes the offer  │           caught up
+//!                             └───────────── failed ──────────┴──► Resting ─► asked anew ◄─────────────┘ needs more
 //! ```
 //!
 //! raft-rs learns of a snapshot only when it is installed already: its progress then goes through the
@@ -27,13 +27,26 @@
 //!   (nothing) ─ it asks ─► Making ─► Bringing ─► Resting, a while for late answers ─ it asks no more ─► (nothing)
 //! ```
 //!
-//! Invariant: while a snapshot at B is under way, and until the follower has acknowledged an entry behind it,
-//! the entries after B stay in this log, unless that would take more than [`Retention::snapshot`];
-//! then the snapshot is worth nothing and is made anew. A follower that has asked, and acknowledged the entries up to B
-//! or further, has what follows on B in its own log: for that one this log needn't keep any.
+//! Invariant: from the moment a snapshot at B is asked for, until the follower has caught up behind it, the entries that
+//! it will need next stay in this log: those after B, then those after what it has acknowledged. Else a shard that is
+//! written without pause would need the next snapshot as soon as one is installed, and so on for ever. What is kept for
+//! that beyond [`Retention::live`] is this group's share of one bound for the whole node ([`super::held`]), whether its
+//! log is too large or not. If more than that is written meanwhile, the follower is *outrun*: the log goes on without
+//! it, which is told and counted, what is on its way to it is worth nothing, and after a rest a snapshot is made
+//! anew. The log is let go as well when the transfer has failed, and when the follower is silent, or
+//! acknowledges nothing, for [`limits::FOLLOWER_DEAD_TICKS`].
+//!
+//! A new leader doesn't know whom the one before was bringing on. The log that it has, which is what that one kept, it
+//! keeps until each follower has been heard of. What was on its way is made anew by the new leader if the follower needs it:
+//! the file was the old one's. A follower whose own log is too large has kept nothing, and as the next leader makes a snapshot.
+//!
+//! A follower that has asked, and acknowledged the entries up to B or further, has what follows on B in its own log: for
+//! that one this log needn't keep any.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
+use super::held::{HeldLog, Share};
 use super::log::GroupLog;
 use crate::ids::{Index, Position, ReplicaId};
 use crate::limits;
@@ -45,15 +58,12 @@ pub struct Retention {
     pub live: u64,
     /// For one that doesn't.
     pub dead: u64,
-    /// Behind a snapshot that is being made or brought to a follower.
-    pub snapshot: u64,
 }
 
 impl Retention {
     /// From the one number that an operator sets: what a dead follower is kept.
     pub fn new(dead: u64) -> Retention {
-        let snapshot = dead.saturating_mul(16).max(limits::SNAPSHOT_LOG_BYTES_MIN);
-        Retention { live: dead.saturating_mul(4), dead, snapshot }
+        Retention { live: dead.saturating_mul(4), dead }
     }
 
     /// How finely a log has to know its size to keep these bounds.
@@ -63,13 +73,16 @@ impl Retention {
 
     /// While the node's log is too large.
     fn pressed(self) -> Retention {
-        Retention { live: self.dead, dead: 0, snapshot: self.live }
+        Retention { live: self.dead, dead: 0 }
     }
 }
 
 /// Where a snapshot for one follower stands.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Transfer {
+    /// This replica has just come to lead, and hasn't heard how far the follower is. The log is held from this index
+    /// on, where it began then.
+    Unheard(Index),
     /// The shell makes it, or finds one that it has made before. The log is held from this index on, where it
     /// began when that was asked for.
     Making(Index),
@@ -79,6 +92,8 @@ enum Transfer {
     Offered(Position),
     /// raft goes on from there, or is about to.
     Noted(Position),
+    /// It gets what follows from the log, and has acknowledged this much, at this tick last.
+    Following(Index, u64),
     /// It failed, or the follower goes on by itself; not asked for again before this tick.
     Resting(u64),
 }
@@ -87,7 +102,7 @@ impl Transfer {
     /// From where on the log has to stay for it.
     fn held(&self) -> Option<Index> {
         match *self {
-            Transfer::Making(held) => Some(held),
+            Transfer::Unheard(held) | Transfer::Making(held) | Transfer::Following(held, _) => Some(held),
             Transfer::Bringing(at) | Transfer::Offered(at) | Transfer::Noted(at) => Some(at.index),
             Transfer::Resting(_) => None,
         }
@@ -106,6 +121,8 @@ struct Request {
 /// The followers of a leader.
 pub struct CatchUp {
     retention: Retention,
+    /// What this group holds behind snapshots.
+    share: Share,
     /// The tick at which each was last known to answer.
     seen: BTreeMap<ReplicaId, u64>,
     /// The tick at which each has last answered. raft's own note of that is good for less: it is made when a
@@ -120,9 +137,10 @@ pub struct CatchUp {
 
 impl CatchUp {
     /// Nobody yet.
-    pub fn new(retention: Retention) -> CatchUp {
+    pub fn new(retention: Retention, held: Arc<HeldLog>) -> CatchUp {
         CatchUp {
             retention,
+            share: Share::new(held),
             seen: BTreeMap::new(),
             answered: BTreeMap::new(),
             transfers: BTreeMap::new(),
@@ -131,13 +149,20 @@ impl CatchUp {
         }
     }
 
-    /// Leadership begins or ends at tick `now`: what was known of followers is void, and a snapshot
-    /// under way is not for this replica to follow up any more.
+    /// Leadership begins or ends: what was known of followers is void, and a snapshot under way is not for this
+    /// replica to follow up any more.
     pub fn reset(&mut self) {
         self.seen.clear();
         self.answered.clear();
         self.transfers.clear();
         self.requests.clear();
+        self.share.settle(0);
+    }
+
+    /// Leadership begins, with these followers.
+    pub fn begin(&mut self, followers: impl Iterator<Item = ReplicaId>, log: &GroupLog) {
+        let truncated = log.truncated().index;
+        self.transfers.extend(followers.map(|replica| (replica, Transfer::Unheard(truncated))));
     }
 
     /// The members have changed: those who are none any more are forgotten.
@@ -175,6 +200,25 @@ impl CatchUp {
         if active {
             *seen = now;
         }
+        // While a snapshot is made and brought, the shell tells when there is no hope.
+        let is_silent = now.saturating_sub(*seen) >= limits::FOLLOWER_DEAD_TICKS;
+        let is_over = match self.transfers.get(&replica) {
+            Some(Transfer::Unheard(_) | Transfer::Offered(_) | Transfer::Noted(_)) => is_silent,
+            Some(Transfer::Following(_, since)) => {
+                is_silent || now.saturating_sub(*since) >= limits::FOLLOWER_DEAD_TICKS
+            }
+            _ => false,
+        };
+        if is_over {
+            self.transfers.remove(&replica);
+        }
+    }
+
+    fn retention(&self, now: u64) -> Retention {
+        match self.is_pressed(now) {
+            true => self.retention.pressed(),
+            false => self.retention,
+        }
     }
 
     /// Up to which index a leader's log isn't needed by its followers, whose matched indexes are
@@ -185,21 +229,13 @@ impl CatchUp {
         log: &GroupLog,
         now: u64,
     ) -> Index {
-        let retention = match self.is_pressed(now) {
-            true => self.retention.pressed(),
-            false => self.retention,
-        };
+        let retention = self.retention(now);
         // Usually nobody lags, and the look-ups are for nothing.
         let (mut live, mut dead) = (None, None);
         let mut safe = Index::MAX;
-        let mut snapshots = Index::MAX;
+        let mut held = Index::MAX;
         for (replica, matched) in matched {
-            // A follower that asked, and has all that follows on its snapshot, needs nothing of this log.
-            if let Some(held) = self.transfers.get(&replica).and_then(Transfer::held)
-                && !(self.lacks_state(replica) && matched >= held)
-            {
-                snapshots = snapshots.min(held);
-            }
+            held = held.min(self.held_for(replica, matched));
             if matched >= safe {
                 continue;
             }
@@ -210,10 +246,53 @@ impl CatchUp {
             };
             safe = safe.min(matched.max(kept));
         }
-        if snapshots < safe {
-            safe = safe.min(snapshots.max(log.index_before(retention.snapshot)));
+        if held < safe {
+            safe = safe.min(held.max(log.index_before(self.share.granted().max(retention.live))));
         }
         safe
+    }
+
+    /// From where on the log is held for a follower, for a snapshot's sake; `Index::MAX` if it isn't.
+    fn held_for(&self, replica: ReplicaId, matched: Index) -> Index {
+        match self.transfers.get(&replica).and_then(Transfer::held) {
+            // A follower that asked, and has all that follows on its snapshot, needs nothing of this log.
+            Some(held) if self.lacks_state(replica) && matched >= held => Index::MAX,
+            Some(held) => held,
+            None => Index::MAX,
+        }
+    }
+
+    /// The log now begins behind `truncated`, of followers whose matched indexes are `matched`: counts what is held, and gives
+    /// up on those whose part of it is gone. Returns them.
+    pub fn settle(
+        &mut self,
+        matched: impl Iterator<Item = (ReplicaId, Index)>,
+        log: &GroupLog,
+        now: u64,
+    ) -> Vec<ReplicaId> {
+        let truncated = log.truncated().index;
+        let mut held = Index::MAX;
+        let mut outrun = Vec::new();
+        for (replica, matched) in matched {
+            let from = self.held_for(replica, matched);
+            // A snapshot that isn't made yet will stand where the log begins then.
+            let is_made = !matches!(
+                self.transfers.get(&replica),
+                Some(Transfer::Unheard(_) | Transfer::Making(_))
+            );
+            if from < truncated && is_made {
+                outrun.push(replica);
+            } else {
+                held = held.min(from);
+            }
+        }
+        for replica in &outrun {
+            self.share.note_outrun();
+            self.transfers.insert(*replica, Transfer::Resting(now + limits::SNAPSHOT_RETRY_TICKS));
+        }
+        let bytes = if held == Index::MAX { 0 } else { log.bytes_behind(held.max(truncated)) };
+        self.share.settle(bytes.min(self.share.granted()));
+        outrun
     }
 
     /// A follower has answered: its state is lost, and it can go on from a snapshot at `least` or later; or
@@ -257,7 +336,10 @@ impl CatchUp {
             Some(Transfer::Resting(until)) if now < *until => false,
             // raft knows better than an answer from before the snapshot was installed.
             Some(Transfer::Noted(_)) if asked => false,
-            None | Some(Transfer::Resting(_) | Transfer::Noted(_)) => {
+            None
+            | Some(
+                Transfer::Unheard(_) | Transfer::Following(..) | Transfer::Resting(_) | Transfer::Noted(_),
+            ) => {
                 self.transfers.insert(replica, Transfer::Making(log.truncated().index));
                 true
             }
@@ -309,21 +391,56 @@ impl CatchUp {
     }
 
     /// The follower gets entries from the log, the last acknowledged one at `matched`. If that is
-    /// behind its snapshot, or it doesn't need one any more, there is nothing more to do. One whose state is
-    /// lost needs it all the same.
-    pub fn replicates(&mut self, replica: ReplicaId, matched: Index) {
-        let Some(transfer) = self.transfers.get(&replica) else { return };
-        let over = match transfer {
-            Transfer::Making(_) | Transfer::Bringing(_) | Transfer::Resting(_)
-                if self.lacks_state(replica) =>
-            {
-                false
+    /// behind its snapshot, it has what follows held for it until it has caught up; so has one that a new leader hears of
+    /// for the first time. If it doesn't need a snapshot any more, there is nothing more to do. One whose
+    /// state is lost needs it all the same.
+    pub fn replicates(
+        &mut self,
+        replica: ReplicaId,
+        matched: Index,
+        committed: Index,
+        log: &GroupLog,
+        now: u64,
+    ) {
+        if !self.transfers.contains_key(&replica) {
+            return;
+        }
+        let caught_up = self.has_caught_up(matched, committed, log, now);
+        let Some(transfer) = self.transfers.get_mut(&replica) else { return };
+        let is_over = match *transfer {
+            Transfer::Making(_) | Transfer::Bringing(_) | Transfer::Resting(_) => {
+                let over = transfer.held().is_none_or(|at| at <= matched);
+                over && !self.requests.contains_key(&replica)
             }
-            transfer => transfer.held().is_none_or(|at| at <= matched),
+            Transfer::Offered(at) | Transfer::Noted(at) if matched < at.index => false,
+            Transfer::Following(before, _) if matched == before => caught_up,
+            Transfer::Unheard(_) | Transfer::Offered(_) | Transfer::Noted(_) | Transfer::Following(..) => {
+                *transfer = Transfer::Following(matched, now);
+                caught_up
+            }
         };
-        if over {
+        if is_over {
             self.transfers.remove(&replica);
         }
+    }
+
+    /// A follower has acknowledged the log up to `matched`: a new leader then knows of it.
+    pub fn acknowledges(
+        &mut self,
+        replica: ReplicaId,
+        matched: Index,
+        committed: Index,
+        log: &GroupLog,
+        now: u64,
+    ) {
+        if let Some(Transfer::Unheard(_)) = self.transfers.get(&replica) {
+            self.replicates(replica, matched, committed, log, now);
+        }
+    }
+
+    /// Whether a follower has all that is committed, or lacks so little that the normal bounds keep it, with room to spare.
+    fn has_caught_up(&self, matched: Index, committed: Index, log: &GroupLog, now: u64) -> bool {
+        matched >= committed || log.bytes_behind(matched) <= self.retention(now).live / 2
     }
 
     /// Whether nobody is being brought up to date, or has asked to be.

@@ -124,6 +124,10 @@ pub struct Group<T> {
     pub(super) ambition: Ambition,
     /// Of a leader that leaves the group: the tick at which it next tries to hand leadership over.
     pub(super) gives_way_at: u64,
+    /// To whom leadership is being handed over, and since which tick.
+    pub(super) handing_over: Option<(ReplicaId, u64)>,
+    /// Who hasn't taken it.
+    pub(super) lapsed: Option<ReplicaId>,
     /// As told by the leader.
     pub(super) safe_index: Index,
     pub(super) catch_up: CatchUp,
@@ -162,6 +166,7 @@ impl<T> Group<T> {
             self.clock.tick(self.raft.raft.term, self.state.header().log_time);
         }
         self.observe_followers();
+        self.watch_transfer();
         self.give_way();
         self.end_undecided();
         self.grow_drowsy();

@@ -9,6 +9,7 @@ use raft::eraftpb::{ConfState, Entry, Message, MessageType};
 use super::*;
 use crate::codec::messages::POSITION_MAX;
 use crate::group::catch_up::Retention;
+use crate::group::held::HeldLog;
 use crate::group::election;
 use crate::group::open::GroupOptions;
 use crate::group::types::SnapshotWanted;
@@ -106,6 +107,7 @@ impl Follower {
             retention: Retention::new(u64::MAX),
             logger: slog::Logger::root(slog::Discard, slog::o!()),
             cached: Arc::default(),
+            held: Arc::new(HeldLog::new(u64::MAX)),
             state_lost,
         }
     }

@@ -16,6 +16,12 @@ impl<T> Group<T> {
         if self.state_lost {
             return None;
         }
+        let to = self.forget_to(flushed);
+        self.settle_held();
+        to
+    }
+
+    fn forget_to(&mut self, flushed: Position) -> Option<Position> {
         let index = flushed.index.min(self.compactable());
         let log = self.raft.mut_store();
         if index <= log.truncated().index {
@@ -30,6 +36,19 @@ impl<T> Group<T> {
         let log = self.raft.mut_store();
         log.compact(to);
         Some(to)
+    }
+
+    /// Counts what a leader's log holds behind snapshots, and tells of followers that were outrun.
+    fn settle_held(&mut self) {
+        if !self.leads() {
+            return;
+        }
+        let progress = self.raft.raft.prs().iter();
+        let matched = progress.map(|(id, progress)| (ReplicaId(*id), progress.matched));
+        for follower in self.catch_up.settle(matched, self.raft.raft.raft_log.store(), self.ticks) {
+            tracing::warn!(shard = %self.shard, replica = %self.replica, %follower, "more was written while a follower got a snapshot than this node keeps of the log meanwhile: it needs another");
+        }
+        self.raft.mut_store().set_snapshots(self.catch_up.offered());
     }
 
     /// The node's log is too large: for a while, less of it is kept for followers that lag.
@@ -63,11 +82,12 @@ impl<T> Group<T> {
         if !self.leads() {
             return;
         }
+        let log = &self.raft.raft.raft_log;
         for (id, progress) in self.raft.raft.prs().iter() {
-            let id = ReplicaId(*id);
+            let (id, matched) = (ReplicaId(*id), progress.matched);
             self.catch_up.observe(id, progress.recent_active || id == self.replica, self.ticks);
             if progress.state == ProgressState::Replicate {
-                self.catch_up.replicates(id, progress.matched);
+                self.catch_up.replicates(id, matched, log.committed, log.store(), self.ticks);
             }
         }
         self.raft.mut_store().set_snapshots(self.catch_up.offered());
@@ -81,7 +101,10 @@ impl<T> Group<T> {
         {
             self.catch_up.answers(ReplicaId(message.from), self.ticks);
             if message.get_msg_type() == MessageType::MsgAppendResponse && !message.reject {
-                self.beats.acknowledges(ReplicaId(message.from), message.term, self.ticks);
+                let (from, matched) = (ReplicaId(message.from), message.index);
+                self.beats.acknowledges(from, message.term, self.ticks);
+                let log = &self.raft.raft.raft_log;
+                self.catch_up.acknowledges(from, matched, log.committed, log.store(), self.ticks);
             }
         }
         if message.get_msg_type() != MessageType::MsgHeartbeatResponse

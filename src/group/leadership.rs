@@ -40,14 +40,41 @@ impl<T> Group<T> {
         Ok(())
     }
 
-    /// Begins to move leadership to `to`. It succeeds, or lapses after an election timeout. Only a leader
-    /// can: a follower would send the request on, and none is taken from others. Nothing happens if `to` is no
+    /// Begins to move leadership to `to`. It succeeds, or lapses after [`limits::TRANSFER_TICKS_MAX`]
+    /// ([`Group::take_lapsed`]). Only a leader can: a follower would send the request on, and none is taken from others. Nothing happens if `to` is no
     /// voter, or leaves the group, or has lost its state: it wouldn't take it.
     pub fn transfer(&mut self, to: ReplicaId) {
         self.disturb();
         if self.leads() && self.may_succeed(to) {
-            self.raft.transfer_leader(to.0);
+            self.hand_over(to);
         }
+    }
+
+    fn hand_over(&mut self, to: ReplicaId) {
+        self.raft.transfer_leader(to.0);
+        if self.raft.raft.lead_transferee == Some(to.0) && self.handing_over.is_none_or(|(heir, _)| heir != to) {
+            self.handing_over = Some((to, self.ticks));
+        }
+    }
+
+    /// At a tick: gives up to hand leadership over where it isn't taken in time. Whoever was told to take it may do so
+    /// still, by an election like any other.
+    pub(super) fn watch_transfer(&mut self) {
+        let Some((heir, since)) = self.handing_over else { return };
+        let lasts = self.leads() && self.raft.raft.lead_transferee == Some(heir.0);
+        if lasts && self.ticks - since < limits::TRANSFER_TICKS_MAX {
+            return;
+        }
+        self.handing_over = None;
+        if lasts {
+            self.raft.raft.abort_leader_transfer();
+            self.lapsed = Some(heir);
+        }
+    }
+
+    /// Who hasn't taken leadership that was handed to it since this was asked last, though this replica leads still.
+    pub fn take_lapsed(&mut self) -> Option<ReplicaId> {
+        self.lapsed.take()
     }
 
     /// Whether leadership can be handed to a member, as far as its role and its state go.
@@ -155,7 +182,7 @@ impl<T> Group<T> {
         let turn = self.ticks / limits::ELECTION_TICKS_MIN as u64;
         if let Some(heir) = turn.checked_rem(fit.len() as u64).and_then(|turn| fit.get(turn as usize)) {
             self.gives_way_at = self.ticks + limits::GIVE_WAY_TICKS;
-            self.raft.transfer_leader(heir.0);
+            self.hand_over(*heir);
         }
     }
 
@@ -176,6 +203,11 @@ impl<T> Group<T> {
             }
             self.leader = now;
             self.catch_up.reset();
+            if now.local {
+                let others = self.raft.raft.prs().iter().map(|(id, _)| ReplicaId(*id));
+                let others = others.filter(|id| *id != self.replica);
+                self.catch_up.begin(others, self.raft.raft.raft_log.store());
+            }
             effects.leader = Some(now);
         }
         let waiting = !self.queued.is_empty() || !self.marks.is_empty() || !self.reads.is_empty();

@@ -386,6 +386,23 @@ fn leadership_is_not_handed_to_who_has_lost_its_state() {
 }
 
 #[test]
+fn leadership_that_is_not_taken_is_kept_and_commands_go_on() {
+    let mut leader = asked_leader();
+    leader.step(answer(2, 0));
+    leader.group.transfer(ReplicaId(2));
+    for _ in 0..limits::TRANSFER_TICKS_MAX {
+        assert_eq!(leader.group.raft.raft.lead_transferee, Some(2));
+        assert_eq!(leader.group.take_lapsed(), None);
+        leader.group.tick();
+    }
+    assert!(leader.group.leads());
+    assert_eq!(leader.group.raft.raft.lead_transferee, None, "raft takes no commands before that");
+    assert_eq!(leader.group.take_lapsed(), Some(ReplicaId(2)));
+    leader.group.tick();
+    assert_eq!(leader.group.take_lapsed(), None, "it is told once");
+}
+
+#[test]
 fn only_a_member_that_answers_its_present_leader_is_heard() {
     let mut leader = asked_leader();
     let at = first();

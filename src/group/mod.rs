@@ -41,6 +41,7 @@ pub mod clock;
 pub mod driver;
 pub mod election;
 mod followers;
+pub mod held;
 mod leadership;
 pub mod log;
 pub mod lost;

@@ -10,6 +10,7 @@ use super::catch_up::{CatchUp, Retention};
 use super::clock::SessionClock;
 use super::driver::{Group, GroupError};
 use super::election::{self, Ambition};
+use super::held::HeldLog;
 use super::log::{CachedBytes, GroupLog};
 use super::membership;
 use super::proposals::Proposals;
@@ -40,6 +41,8 @@ pub struct GroupOptions {
     pub logger: slog::Logger,
     /// Log entries in memory of all groups of the node.
     pub cached: Arc<CachedBytes>,
+    /// Log that leaders of the node keep behind snapshots.
+    pub held: Arc<HeldLog>,
     /// Its state is lost: the one it is opened with is empty and stands where the log begins. See
     /// [`super::lost`].
     pub state_lost: bool,
@@ -168,8 +171,10 @@ impl<T> Group<T> {
             timeout: (Term::MAX, 0),
             ambition: Ambition::Usual,
             gives_way_at: 0,
+            handing_over: None,
+            lapsed: None,
             safe_index: 0,
-            catch_up: CatchUp::new(options.retention),
+            catch_up: CatchUp::new(options.retention, options.held),
             beats: Beats::default(),
             sleep: Sleep::never(),
             messages: Vec::new(),

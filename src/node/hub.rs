@@ -171,6 +171,10 @@ impl Hub {
         metrics::gauge!(names::KNOWN_BYTES).set(memory.known() as f64);
         metrics::gauge!(names::LOG_QUEUE_BYTES).set(self.shared.intake.bytes() as f64);
         metrics::gauge!(names::CACHED_ENTRY_BYTES).set(self.shared.cached_entries.get() as f64);
+        let held = &self.shared.held_log;
+        held.grant(!self.shared.disk.is_full());
+        metrics::gauge!(names::HELD_LOG_BYTES).set(held.bytes() as f64);
+        metrics::counter!(names::SNAPSHOTS_OUTRUN).absolute(held.outrun());
         let disk = DiskNews {
             full: self.shared.disk.is_full(),
             stalled: self.shared.disk.stalls(self.shared.log_writer.under_way()),

@@ -43,6 +43,7 @@ mod patience;
 pub mod reader;
 pub mod reconciler;
 mod recover;
+pub mod reluctance;
 pub mod removal;
 pub mod replica;
 pub mod replicas;

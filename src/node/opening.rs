@@ -102,6 +102,7 @@ impl Supervisor {
             let supervisor = ctx.address();
             let retention = self.site.retention;
             let cached = self.shared.cached_entries.clone();
+            let held = self.shared.held_log.clone();
             starts.push(async move {
                 let mut attempt =
                     Attempt { shard, replica, incarnation, lost: None, result: Err(String::new()) };
@@ -115,6 +116,7 @@ impl Supervisor {
                             retention,
                             logger: telemetry::log::raft_logger(shard, replica),
                             cached,
+                            held,
                             state_lost: lost.is_some(),
                         };
                         attempt.lost = lost;

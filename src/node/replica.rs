@@ -214,6 +214,9 @@ impl ReplicaActor {
             if !change.local {
                 self.shared.snapshots.outgoing.cancel(self.replica);
             }
+            if let Some(node) = change.leader.and_then(|leader| self.group.node_of(leader)) {
+                self.shared.reluctance.leads(node);
+            }
             metrics::counter!(names::LEADER_CHANGES).increment(1);
             self.guard.supervisor.do_send(LeaderChanged { shard: self.shard, replica: self.replica, change });
         }
@@ -421,6 +424,7 @@ impl Handler<Tick> for ReplicaActor {
         self.ticks += 1;
         self.group.keep_awake(self.hold.is_some());
         self.group.tick();
+        self.note_lapsed();
         self.group.discard(Ticket::abandoned);
         self.let_go();
         self.make_room();
@@ -505,6 +509,7 @@ impl Handler<Transfer> for ReplicaActor {
         self.rouse();
         if asked {
             self.group.check_in_reach(to)?;
+            self.check_willing(to)?;
         }
         self.group.transfer(to);
         self.queue_pump(ctx);

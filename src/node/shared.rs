@@ -11,9 +11,11 @@ use super::intake::Intake;
 use super::log_writer::LogWriter;
 use super::memory::MemoryGauge;
 use super::reader::ReadThread;
+use super::reluctance::Reluctance;
 use super::router::Router;
 use super::snapshots::Snapshots;
 use crate::codec::peer::NodeHeartbeat;
+use crate::group::held::HeldLog;
 use crate::group::log::CachedBytes;
 use crate::ids::{Incarnation, NodeId, ReplicaId};
 use crate::storage::log::LogStore;
@@ -49,10 +51,14 @@ pub struct Shared {
     pub memory: MemoryGauge,
     /// How its disk is, and the other nodes'.
     pub disk: Arc<DiskHealth>,
+    /// Nodes that leadership isn't handed to for now.
+    pub reluctance: Reluctance,
     /// The cluster wants this node emptied.
     pub draining: AtomicBool,
     /// Log entries in memory.
     pub cached_entries: Arc<CachedBytes>,
+    /// Log that is kept behind snapshots.
+    pub held_log: Arc<HeldLog>,
 }
 
 impl Shared {

@@ -31,6 +31,7 @@ use super::supervisor::{EndReplica, HandOver, OpenAll, Site, StopAll, Supervisor
 use super::{Listeners, NodeError, claims, map_cache, panics, reconciler, removal, stall, stores};
 use crate::codec::peer::Membership;
 use crate::group::catch_up::Retention;
+use crate::group::held::HeldLog;
 use crate::ids::{ClusterId, NodeId, ReplicaId};
 use crate::limits;
 use crate::placement::map::{ClusterMap, NodeRecord, Standing};
@@ -331,7 +332,11 @@ impl Assembly {
             ),
             disk: self.handle.disk().clone(),
             draining: Default::default(),
+            reluctance: Default::default(),
             cached_entries: Arc::default(),
+            held_log: Arc::new(HeldLog::new(
+                self.settings.storage.log_bytes.saturating_mul(limits::HELD_LOG_FACTOR),
+            )),
         });
 
         let mut data_hubs = Vec::new();

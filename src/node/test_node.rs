@@ -23,6 +23,7 @@ use super::shared::Shared;
 use super::snapshots::{Snapshots, outgoing, worker};
 use super::supervisor::{Site, StopAll, Supervisor};
 use crate::group::catch_up::Retention;
+use crate::group::held::HeldLog;
 use crate::ids::{DatabaseId, Epoch, NodeId, RandomId, ReplicaId, ShardId};
 use crate::machine::MachineKind;
 use crate::placement::map::{ClusterMap, Member, MemberRole};
@@ -123,7 +124,9 @@ impl TestNode {
             snapshots,
             disk: Arc::default(),
             draining: Default::default(),
+            reluctance: Default::default(),
             cached_entries: Arc::default(),
+            held_log: Arc::new(HeldLog::new(u64::MAX)),
             log,
             intake: Arc::new(Intake::new(log_writer.queued_bytes())),
             log_writer,

@@ -1,6 +1,6 @@
 //! Moving the leadership of a shard to a given node, as an operator or the reconciler asks for.
 //!
-//! One attempt: raft takes no commands while it lasts, for at most the least election timeout. So none is begun with a
+//! One attempt: raft takes no commands while it lasts, for at most [`limits::TRANSFER_TICKS_MAX`]. So none is begun with a
 //! replica that has no prospect of the whole log in that time; and one that has lapsed isn't begun again here: whoever
 //! asked hears what was in the way, and decides.
 

@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use super::Time;
 use super::checks::Violation;
-use super::disk::Disk;
 use super::report::{Shown, note};
 use super::shell::{Node, NodeEvent, Process, Replica};
 use super::world::{Event, World};
@@ -72,7 +71,7 @@ impl World {
         self.replicas.open(replica_id)?;
         let shard = record.shard;
         node.disk.faulty.begin(node.unreadable && self.dice.chance(300));
-        let opened = open_group(record, incarnation, self.options.retention, &node.disk);
+        let opened = open_group(record, incarnation, self.options.retention, node);
         node.disk.faulty.end();
         let (mut group, terms) = match opened {
             Ok(opened) => opened,
@@ -225,9 +224,10 @@ fn open_group(
     record: &ReplicaRecord,
     incarnation: Incarnation,
     retention: u64,
-    disk: &Disk,
+    node: &Node,
 ) -> Result<(Group<u64>, BTreeMap<Index, Term>), String> {
     let text = |error: StorageError| error.to_string();
+    let disk = &node.disk;
     let store = disk.read_log();
     let log = store.load(record.replica).map_err(text)?;
     let entries = store.entries(record.replica, log.truncated.index + 1, log.last + 1, usize::MAX);
@@ -250,6 +250,7 @@ fn open_group(
         retention: Retention::new(retention),
         logger: slog::Logger::root(slog::Discard, slog::o!()),
         cached: Arc::default(),
+        held: node.held.clone(),
         state_lost,
     };
     let group = Group::open(options, store, log, state).map_err(|error| error.to_string())?;

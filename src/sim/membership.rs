@@ -7,7 +7,6 @@
 
 use super::checks::Violation;
 use super::checks::members::{Configuration, majority};
-use super::disk::Disk;
 use super::planted::Planted;
 use super::report::note;
 use super::shell::{Node, NodeEvent};
@@ -170,7 +169,7 @@ impl World {
         }
         let Some(id) = self.nodes.keys().next_back().map(|last| NodeId(last.0 + 1)) else { return };
         let tick = self.draw_tick();
-        self.nodes.insert(id, Node::new(id, Disk::new(self.options.planted), tick));
+        self.nodes.insert(id, Node::new(id, &self.options, tick));
         self.clock.after(0, Event::Node(id, NodeEvent::Start));
         self.count("nodes joined");
     }

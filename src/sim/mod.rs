@@ -108,6 +108,11 @@ impl SimOptions {
         }
     }
 
+    /// Bytes of log that a node keeps behind snapshots: sometimes fewer than are written meanwhile.
+    fn held_bytes(&self) -> u64 {
+        self.retention.saturating_mul(4).saturating_add(4_000)
+    }
+
     /// Bytes that a replica may know of its engine without asking; so few that it forgets all the time. None
     /// in half of the runs, and where a planted bug might hide behind what is known.
     fn known_bytes_max(&self) -> usize {

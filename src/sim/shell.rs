@@ -1,8 +1,8 @@
 //! A simulated node: what the actors of [`crate::node`] do around groups, as events.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
-use super::Time;
 use super::checks::Violation;
 use super::disk::Disk;
 use super::governor::GovernEvent;
@@ -11,9 +11,11 @@ use super::planted::Planted;
 use super::report::{Shown, note};
 use super::snapshots::{InstallEvent, SnapshotEvent};
 use super::world::{Event, World};
+use super::{SimOptions, Time};
 use crate::balance::reconciler::Reconciler;
 use crate::codec::GroupMessage;
 use crate::group::driver::Group;
+use crate::group::held::HeldLog;
 use crate::group::nodes::Nodes;
 use crate::group::types::{Effects, Fetch, Operation, Output};
 use crate::ids::{Incarnation, Index, NodeId, Position, ReplicaId, ShardId, Term};
@@ -81,6 +83,8 @@ pub(super) enum ReplicaEvent {
 pub(super) struct Node {
     pub id: NodeId,
     pub disk: Disk,
+    /// Log that its leaders keep behind snapshots.
+    pub held: Arc<HeldLog>,
     pub process: Option<Process>,
     /// It is gone for good.
     pub lost: bool,
@@ -166,10 +170,11 @@ pub(super) struct Replica {
 }
 
 impl Node {
-    pub fn new(id: NodeId, disk: Disk, tick: Time) -> Node {
+    pub fn new(id: NodeId, options: &SimOptions, tick: Time) -> Node {
         Node {
             id,
-            disk,
+            disk: Disk::new(options.planted),
+            held: Arc::new(HeldLog::new(options.held_bytes())),
             process: None,
             lost: false,
             records: Vec::new(),

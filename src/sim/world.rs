@@ -10,7 +10,6 @@ use super::checks::state::Truth;
 use super::checks::{Violation, durable, linear, once};
 use super::clients::CLIENTS_PER_SHARD;
 use super::dice::Dice;
-use super::disk::Disk;
 use super::faults::Faults;
 use super::governor;
 use super::history::{Action, Call, History, Told};
@@ -134,7 +133,7 @@ impl World {
         let mut nodes = BTreeMap::new();
         for id in (1..=options.nodes as u64).map(NodeId) {
             let tick = draw_tick(&mut dice, options.faults.drift);
-            nodes.insert(id, Node::new(id, Disk::new(options.planted), tick));
+            nodes.insert(id, Node::new(id, &options, tick));
         }
         let striker = Striker::new(&options.faults, &mut dice);
         let mut world = World {

@@ -120,6 +120,10 @@ metrics_table! {
         "Transfers of a snapshot from this node that went on where an earlier one was cut.";
     SNAPSHOTS_FAILED = "pontoon_snapshots_failed_total", Counter, ["step"],
         "Snapshots that could not be made, sent or installed on this node; another one follows if it is needed still.";
+    SNAPSHOTS_OUTRUN = "pontoon_snapshots_outrun_total", Counter, [],
+        "Snapshots from this node that came to nothing, because more was written meanwhile than it keeps of the log: others follow.";
+    HELD_LOG_BYTES = "pontoon_held_log_bytes", Gauge, [],
+        "Raft log that leaders on this node keep for replicas on their way back by a snapshot, in bytes.";
     STATES_LOST = "pontoon_states_lost_total", Counter, [],
         "Replicas of this node that were started without their state, because it was lost.";
     STATES_REFETCHED = "pontoon_states_refetched_total", Counter, [],

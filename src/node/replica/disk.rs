@@ -2,6 +2,8 @@
 //! sees to it that another replica leads while this one's disk is full or hangs or falls behind, or its node is to be
 //! emptied.
 
+use std::time::Instant;
+
 use actix::prelude::*;
 
 use super::ReplicaActor;
@@ -83,11 +85,42 @@ impl ReplicaActor {
         self.heirs_with_room().first().or(self.group.successors().first()).copied()
     }
 
+    /// At a tick: takes note of a node that hasn't taken leadership.
+    pub(super) fn note_lapsed(&mut self) {
+        let Some(heir) = self.group.take_lapsed() else { return };
+        if let Some(node) = self.group.node_of(heir) {
+            self.shared.reluctance.lapsed(node, Instant::now());
+            tracing::info!(shard = %self.shard, to = %heir, %node, "leadership was handed over, and not taken");
+        }
+    }
+
+    /// Whether a member's node has not failed to take leadership lately.
+    ///
+    /// # Errors
+    /// It has, and when it is tried again.
+    pub(super) fn check_willing(&self, to: ReplicaId) -> Result<(), Refusal> {
+        let Some(node) = self.group.node_of(to) else { return Ok(()) };
+        match self.shared.reluctance.wait(node, Instant::now()) {
+            None => Ok(()),
+            Some(wait) => Err(Refusal::Unavailable(
+                format!(
+                    "node {node} has not taken leadership that was handed to it: it is tried again in {} ms; is its disk well?",
+                    wait.as_millis()
+                )
+                .into(),
+            )),
+        }
+    }
+
+    /// Successors whose nodes have room and stay, and haven't failed to take leadership lately.
     fn heirs_with_room(&self) -> Vec<ReplicaId> {
         let map = self.shared.router.map();
         let stays = |node: NodeId| map.nodes.get(&node).is_none_or(|record| record.standing.takes_replicas());
+        let (disk, reluctance, now) = (&self.shared.disk, &self.shared.reluctance, Instant::now());
         let has_room = |heir: &ReplicaId| {
-            self.group.node_of(*heir).is_none_or(|node| stays(node) && !self.shared.disk.is_full_on(node))
+            self.group.node_of(*heir).is_none_or(|node| {
+                stays(node) && !disk.is_full_on(node) && reluctance.wait(node, now).is_none()
+            })
         };
         self.group.successors().into_iter().filter(has_room).collect()
     }

@@ -5,7 +5,7 @@
 //!
 //! | command | does |
 //! |---|---|
-//! | `group [voters=3] [keep=BYTES] [sleep=TICKS]` | makes the group, which keeps so much log for a silent follower (unbounded), and goes to sleep after so many ticks (never); begins a script, or begins anew |
+//! | `group [voters=3] [keep=BYTES] [held=BYTES] [sleep=TICKS]` | makes the group, which keeps so much log for a silent follower (unbounded), and half of the other number behind snapshots (unbounded), and goes to sleep after so many ticks (never); begins a script, or begins anew |
 //! | `campaign N`, `transfer N M` | begins an election; hands leadership over |
 //! | `elect N` | the same as `campaign`, then settles |
 //! | `create N` | makes node N with a newcomer, which knows no members |
@@ -44,6 +44,7 @@ use std::sync::Arc;
 use pontoon::codec::GroupMessage;
 use pontoon::group::catch_up::Retention;
 use pontoon::group::driver::Group;
+use pontoon::group::held::HeldLog;
 use pontoon::group::nodes::{Alarm, Nodes};
 use pontoon::group::open::GroupOptions;
 use pontoon::group::types::{
@@ -84,6 +85,7 @@ type Records = Vec<(Vec<u8>, bytes::Bytes)>;
 #[derive(Default)]
 pub struct Groups {
     keep: u64,
+    held: u64,
     sleep: u64,
     nodes: BTreeMap<u64, Node>,
     /// Messages under way, in the order they were sent.
@@ -97,6 +99,7 @@ pub struct Groups {
 
 struct Node {
     log: Arc<MemoryLog>,
+    held: Arc<HeldLog>,
     engine: Arc<MemoryEngine>,
     /// `None` while it is down.
     group: Option<Group<u64>>,
@@ -120,8 +123,9 @@ struct Node {
 impl Interpreter for Groups {
     fn execute(&mut self, line: &script::Command) -> Result<String, String> {
         if line.name == "group" {
-            let (keep, sleep) = (line.named_number("keep", KEEP_ALL)?, line.named_number("sleep", 0)?);
-            *self = Groups { keep, sleep, ..Groups::default() };
+            let (keep, held) = (line.named_number("keep", KEEP_ALL)?, line.named_number("held", KEEP_ALL)?);
+            let sleep = line.named_number("sleep", 0)?;
+            *self = Groups { keep, held, sleep, ..Groups::default() };
             return self.create(line.named_number("voters", 3)?);
         }
         match line.name.as_str() {
@@ -412,6 +416,7 @@ impl Groups {
         let engine = Arc::new(MemoryEngine::new());
         let node = Node {
             log,
+            held: Arc::new(HeldLog::new(self.held)),
             engine,
             group: None,
             process: 0,
@@ -475,6 +480,7 @@ impl Groups {
             incarnation,
             logger: slog::Logger::root(slog::Discard, slog::o!()),
             cached: Arc::default(),
+            held: node.held.clone(),
             state_lost: why.is_some(),
         };
         let (last, applied) = (log.last, state.header().applied.index);
