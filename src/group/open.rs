@@ -172,6 +172,7 @@ impl<T> Group<T> {
             catch_up: CatchUp::new(options.retention),
             beats: Beats::default(),
             sleep: Sleep::never(),
+            vacancy: Default::default(),
             messages: Vec::new(),
             done: Vec::new(),
         };
