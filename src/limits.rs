@@ -192,6 +192,12 @@ pub const BEATS_SPARED_MAX: u32 = 2;
 pub const BEATS_STEADY_MIN: u32 = 2;
 /// Ticks between attempts of a new group's preferred leader to be elected before any timeout.
 pub const EAGER_TICKS: u64 = 2;
+/// Time after which it asks a second time, in milliseconds: the others are being made. It doubles with each attempt, up to
+/// [`EAGER_TICKS`].
+pub const EAGER_MS_MIN: u64 = 5;
+/// Ticks between the turns of the voters of a group whose leader's process is gone: as long as an election takes where disks
+/// are slow.
+pub const VACANT_TICKS: usize = 2;
 /// Least election timeout in ticks.
 pub const ELECTION_TICKS_MIN: usize = 10;
 /// By how much the term of a peer's message may be beyond a replica's own; a message of a later one is
@@ -214,6 +220,8 @@ pub const IN_FLIGHT_MS_MAX: u64 = 1_000;
 pub const REFUSED_MS_MAX: u64 = 30_000;
 /// Time between attempts to become a member, in milliseconds.
 pub const MEMBERSHIP_RETRY_MS: u64 = 200;
+/// The first such time, which doubles up to [`MEMBERSHIP_RETRY_MS`]: nodes that form a cluster are often started together.
+pub const MEMBERSHIP_RETRY_MS_MIN: u64 = 5;
 /// Time for one attempt to reach the metadata leader, in milliseconds.
 pub const META_ATTEMPT_MS: u64 = 3_000;
 /// Time between such attempts, in milliseconds.

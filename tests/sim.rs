@@ -108,6 +108,8 @@ fn seeds_show_no_violation() {
         "leaders moved",
         "groups that fell asleep",
         "wakes by a request",
+        "leaders found gone",
+        "living nodes taken for gone",
         "wakes by an alarm",
     ];
     for what in expected {

@@ -20,6 +20,7 @@ use super::sleep::Sleep;
 use super::types::{
     Effects, Fetch, GroupStatus, LeaderChange, MembershipChange, NumberedWrite, Operation, Output,
 };
+use super::vacancy::{Vacancy, position};
 use crate::codec::GroupMessage;
 use crate::failpoints::failpoint;
 use crate::ids::{Epoch, Incarnation, Index, NodeId, Position, ReplicaId, ShardId, Term};
@@ -133,6 +134,7 @@ pub struct Group<T> {
     pub(super) catch_up: CatchUp,
     pub(super) beats: Beats,
     pub(super) sleep: Sleep,
+    pub(super) vacancy: Vacancy,
     pub(super) messages: Vec<Message>,
     pub(super) done: Vec<(T, Result<Output, Refusal>)>,
 }
@@ -162,6 +164,7 @@ impl<T> Group<T> {
         }
         self.raft.tick();
         self.draw_timeout();
+        self.stand_again();
         if self.leads() {
             self.clock.tick(self.raft.raft.term, self.state.header().log_time);
         }
@@ -218,7 +221,9 @@ impl<T> Group<T> {
         self.hear_conf(ReplicaId(from), epoch);
         self.remember_stranger(ReplicaId(from), node);
         self.before_step(&whole);
+        self.keep_early(&whole.message);
         let GroupMessage { message, sleep, .. } = whole;
+        let asked = (message.get_msg_type() == MessageType::MsgRequestPreVote).then(|| position(&message));
         let (kind, term, commit) = (message.get_msg_type(), message.term, message.commit);
         match self.raft.step(message) {
             // From a replica that isn't a member (any more), or with nothing to do about it.
@@ -229,6 +234,9 @@ impl<T> Group<T> {
         }
         self.mend_progress(from);
         self.draw_timeout();
+        if let Some(of) = asked {
+            self.answer_with_more(of)?;
+        }
         if let Some(word) = sleep {
             self.after_step(kind, from, term, commit, word);
         }

@@ -56,3 +56,4 @@ pub mod queue;
 pub mod reads;
 pub mod sleep;
 pub mod types;
+mod vacancy;

@@ -20,6 +20,8 @@ pub enum Alarm {
     Silent,
     /// Its process is another one: whatever led there has ended.
     Restarted,
+    /// Its process has ended, and no other is there: its connections have, and its port refuses new ones.
+    Gone,
     /// A replica has ended on it, while its process goes on: which one isn't said.
     ReplicaEnded,
 }
@@ -30,6 +32,8 @@ struct Heard {
     ended: u64,
     /// The tick of its last heartbeat.
     at: u64,
+    /// That process has ended.
+    gone: bool,
 }
 
 /// See the module page. One for each thread that owns groups.
@@ -60,7 +64,7 @@ impl Nodes {
 
     /// A heartbeat has come from a node: of which process it is, and how many replicas have ended in that.
     pub fn heard(&mut self, node: NodeId, process: u64, ended: u64) -> Option<Alarm> {
-        let now = Heard { process, ended, at: self.now };
+        let now = Heard { process, ended, at: self.now, gone: false };
         let before = self.heard.insert(node, now)?;
         if before.process != process {
             Some(Alarm::Restarted)
@@ -71,14 +75,27 @@ impl Nodes {
         }
     }
 
+    /// A process on a node is gone. Told once for each, until it is heard after all; not told of one before that which
+    /// was heard last.
+    pub fn gone(&mut self, node: NodeId, process: u64) -> Option<Alarm> {
+        if self.heard.get(&node).is_some_and(|heard| (heard.process == process) == heard.gone) {
+            return None;
+        }
+        let ended =
+            self.heard.get(&node).filter(|heard| heard.process == process).map_or(0, |heard| heard.ended);
+        self.heard.insert(node, Heard { process, ended, at: self.now, gone: true });
+        Some(Alarm::Gone)
+    }
+
     /// For how many ticks a node has been silent; [`SILENT_TICKS`] if it was never heard.
     pub fn silence(&self, node: NodeId) -> u64 {
-        self.heard.get(&node).map_or(SILENT_TICKS, |heard| self.now - heard.at)
+        self.heard.get(&node).filter(|heard| !heard.gone).map_or(SILENT_TICKS, |heard| self.now - heard.at)
     }
 
     /// The process that runs on a node, if that isn't silent.
     pub fn process(&self, node: NodeId) -> Option<u64> {
-        self.heard.get(&node).filter(|heard| self.now - heard.at < SILENT_TICKS).map(|heard| heard.process)
+        let heard = self.heard.get(&node).filter(|heard| !heard.gone && self.now - heard.at < SILENT_TICKS);
+        heard.map(|heard| heard.process)
     }
 }
 
@@ -104,6 +121,24 @@ mod tests {
         assert_eq!(nodes.tick(), [], "told once");
         assert_eq!(nodes.heard(A, 7, 0), None);
         assert_eq!((nodes.silence(A), nodes.process(A)), (0, Some(7)));
+    }
+
+    #[test]
+    fn a_process_is_gone_once_and_a_late_word_of_an_earlier_one_says_nothing() {
+        let mut nodes = Nodes::new();
+        nodes.heard(A, 7, 0);
+        assert_eq!(nodes.gone(A, 6), None, "another one is heard by now");
+        assert_eq!(nodes.gone(A, 7), Some(Alarm::Gone));
+        assert_eq!((nodes.silence(A), nodes.process(A)), (SILENT_TICKS, None));
+        assert_eq!(nodes.gone(A, 7), None, "told once");
+        assert_eq!(nodes.gone(A, 8), Some(Alarm::Gone), "the next one wasn't heard before it ended");
+        assert_eq!(nodes.heard(A, 9, 0), Some(Alarm::Restarted));
+        assert_eq!(nodes.process(A), Some(9));
+        assert_eq!(nodes.gone(A, 9), Some(Alarm::Gone));
+        assert_eq!(nodes.heard(A, 9, 0), None, "it wasn't after all");
+        assert_eq!(nodes.process(A), Some(9));
+        assert_eq!(nodes.gone(A, 9), Some(Alarm::Gone));
+        assert_eq!(nodes.gone(B, 1), Some(Alarm::Gone), "never heard");
     }
 
     #[test]

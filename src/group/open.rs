@@ -177,6 +177,7 @@ impl<T> Group<T> {
             catch_up: CatchUp::new(options.retention, options.held),
             beats: Beats::default(),
             sleep: Sleep::never(),
+            vacancy: Default::default(),
             messages: Vec::new(),
             done: Vec::new(),
         };

@@ -26,7 +26,7 @@
 //! | alarm | of the leader's node | of another member's |
 //! |---|---|---|
 //! | silent | followers wake, about to begin an election, each in its own slot of the second that follows | the leader wakes, to see who answers |
-//! | restarted | the same | the leader wakes, so that the replica there learns of it |
+//! | restarted, gone | the same, each in its turn at once ([`super::vacancy`]) | the leader wakes, so that the replica there learns of it |
 //! | a replica has ended | followers wake; if it wasn't their leader, that answers their call | the leader wakes, to see who answers |
 //!
 //! *Why that is safe.* raft's safety doesn't depend on ticks: terms, votes and logs are what they were. What does depend on
@@ -56,7 +56,7 @@ use raft::eraftpb::{Message, MessageType};
 use raft::{ProgressState, StateRole};
 
 use super::beats::Beats;
-use super::driver::Group;
+use super::driver::{Group, GroupError};
 use super::election::Ambition;
 use super::membership::is_joint;
 use super::nodes::{Alarm, Nodes, SILENT_TICKS};
@@ -231,17 +231,25 @@ impl<T> Group<T> {
             return self.members().iter().any(|member| member.node == node).then_some(0);
         }
         let silence = match alarm {
-            Alarm::Silent | Alarm::Restarted => SILENT_TICKS,
+            Alarm::Silent | Alarm::Restarted | Alarm::Gone => SILENT_TICKS,
             Alarm::ReplicaEnded => nodes.silence(node),
         };
         (leader == Some(node)).then_some(silence)
     }
 
     /// There is an alarm about a node, and the replica is awake: what members have agreed to before it counts for nothing,
-    /// since who agreed may be what has ended.
-    pub fn alarmed(&mut self) {
+    /// since who agreed may be what has ended. If it was the leader, for certain, the next is elected at once
+    /// ([`super::vacancy`]); returns whether that is so.
+    ///
+    /// # Errors
+    /// Those of [`Group::campaign`].
+    pub fn alarmed(&mut self, node: NodeId, alarm: Alarm) -> Result<bool, GroupError> {
         if !self.is_asleep() {
             self.sleep.disturb();
+        }
+        match alarm {
+            Alarm::Restarted | Alarm::Gone => self.leader_is_gone(node),
+            Alarm::Silent | Alarm::ReplicaEnded => Ok(false),
         }
     }
 

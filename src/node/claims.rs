@@ -58,6 +58,12 @@ impl Claims {
         self.note(node, incarnation, Instant::now())
     }
 
+    /// Whether a connection of this start of a node is open, and its heartbeats have come on it.
+    pub fn hears(&self, node: NodeId, incarnation: u64) -> bool {
+        let alive = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        alive.get(&node).is_some_and(|alive| alive.incarnation == incarnation)
+    }
+
     /// The connection on which its heartbeats came has ended: it needn't be alive.
     pub fn gone(&self, node: NodeId, incarnation: u64) {
         let mut alive = self.0.lock().unwrap_or_else(PoisonError::into_inner);

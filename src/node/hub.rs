@@ -108,6 +108,16 @@ pub struct NodeHeard {
     pub ended: u64,
 }
 
+/// Network → hub: this process on a node is gone. Never dropped: told at each attempt to reach it, seldom.
+#[derive(Message, Clone, Copy)]
+#[rtype(result = "()")]
+pub struct NodeGone {
+    /// Where it was.
+    pub node: NodeId,
+    /// Which start of the node's process.
+    pub process: u64,
+}
+
 /// Network → hub: messages to this node were lost.
 #[derive(Message)]
 #[rtype(result = "()")]
@@ -293,6 +303,15 @@ impl Handler<NodeHeard> for Hub {
     fn handle(&mut self, heard: NodeHeard, _: &mut Context<Self>) {
         if let Some(alarm) = self.roster.heard(heard.node, heard.process, heard.ended) {
             self.alarm(heard.node, alarm);
+        }
+    }
+}
+
+impl Handler<NodeGone> for Hub {
+    type Result = ();
+    fn handle(&mut self, NodeGone { node, process }: NodeGone, _: &mut Context<Self>) {
+        if let Some(alarm) = self.roster.gone(node, process) {
+            self.alarm(node, alarm);
         }
     }
 }

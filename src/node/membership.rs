@@ -166,6 +166,7 @@ impl Applicant {
     pub async fn become_member(self: &Arc<Self>) -> Result<(ClusterId, NodeId), NodeError> {
         let mut told = String::new();
         let mut stage = self.stage.subscribe();
+        let mut pauses = Pauses::default();
         loop {
             if let Membership::Member(cluster, node) = self.stage() {
                 return Ok((cluster, node));
@@ -182,10 +183,14 @@ impl Applicant {
                 told = obstacle;
             }
             let pause = match self.waits.load(Ordering::Relaxed) {
-                true => limits::APPROVAL_MS,
-                false => limits::MEMBERSHIP_RETRY_MS,
+                true => Duration::from_millis(limits::APPROVAL_MS),
+                false => pauses.next(),
             };
-            tokio::time::sleep(Duration::from_millis(pause)).await;
+            // What a peer makes of this node meanwhile is what it waits for.
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                _ = stage.changed() => {}
+            }
         }
     }
 
@@ -376,6 +381,23 @@ impl Applicant {
     }
 }
 
+/// The times between attempts: short at first, since nodes of one list are often started together.
+struct Pauses(u64);
+
+impl Default for Pauses {
+    fn default() -> Pauses {
+        Pauses(limits::MEMBERSHIP_RETRY_MS_MIN)
+    }
+}
+
+impl Pauses {
+    fn next(&mut self) -> Duration {
+        let pause = self.0;
+        self.0 = (2 * pause).min(limits::MEMBERSHIP_RETRY_MS);
+        Duration::from_millis(pause)
+    }
+}
+
 const PROBE_TIMEOUT: Duration = Duration::from_millis(limits::PROBE_MS_MAX);
 
 fn locked(dir: &Mutex<DataDir>) -> MutexGuard<'_, DataDir> {
@@ -473,7 +495,7 @@ pub async fn spread(map: Arc<ClusterMap>) {
             metadata: metadata.clone(),
         };
         Some(async move {
-            let mut told = String::new();
+            let (mut told, mut pauses) = (String::new(), Pauses::default());
             loop {
                 let obstacle = match ask(&address, PeerRequest::Form(formation.clone()), PROBE_TIMEOUT).await
                 {
@@ -486,7 +508,7 @@ pub async fn spread(map: Arc<ClusterMap>) {
                     tracing::info!("telling {address} that it is node {}: {obstacle}", formation.node);
                     told = obstacle;
                 }
-                tokio::time::sleep(Duration::from_millis(limits::MEMBERSHIP_RETRY_MS)).await;
+                tokio::time::sleep(pauses.next()).await;
             }
         })
     });

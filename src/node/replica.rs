@@ -17,7 +17,7 @@ mod view;
 use std::ops::Bound;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use actix::prelude::*;
 
@@ -90,6 +90,8 @@ pub struct ReplicaActor {
     /// Ticks for which a new group's preferred leader goes on campaigning: the other replicas may not
     /// have been created when it began.
     eager_ticks: u64,
+    /// Until it does so with ticks: the time to its next attempt.
+    eager_pause: Duration,
 }
 
 impl Drop for ReplicaActor {
@@ -137,6 +139,7 @@ impl ReplicaActor {
             disk: DiskNews::default(),
             traces: Traces::default(),
             eager_ticks: 0,
+            eager_pause: Duration::ZERO,
         }
     }
 
@@ -306,6 +309,29 @@ impl ReplicaActor {
         if let Err(error) = self.group.campaign() {
             self.fail(error.to_string(), ctx);
         }
+    }
+
+    /// The same between ticks: the other replicas are usually there a moment later.
+    fn campaign_soon(&mut self, ctx: &mut Context<Self>) {
+        let pause = self.eager_pause;
+        if pause >= Duration::from_millis(limits::EAGER_TICKS * limits::TICK_MS) {
+            return;
+        }
+        self.eager_pause = pause * 2;
+        ctx.run_later(pause, |act, ctx| {
+            let status = act.group.status();
+            // With pre-votes on their way it may ask for them again: they count for the same term.
+            if act.eager_ticks == 0 || status.leader.is_some() || act.disk != DiskNews::default() {
+                return;
+            }
+            if status.role != raft::StateRole::Candidate {
+                if let Err(error) = act.group.campaign() {
+                    return act.fail(error.to_string(), ctx);
+                }
+                act.queue_pump(ctx);
+            }
+            act.campaign_soon(ctx);
+        });
     }
 
     /// Tells the supervisor of a changed map.
@@ -488,6 +514,8 @@ impl Handler<Campaign> for ReplicaActor {
         self.rouse();
         self.eager_ticks = limits::ELECTION_TICKS_MIN as u64 + 1;
         self.campaign_eagerly(ctx);
+        self.eager_pause = Duration::from_millis(limits::EAGER_MS_MIN);
+        self.campaign_soon(ctx);
         self.queue_pump(ctx);
     }
 }

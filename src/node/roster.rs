@@ -80,6 +80,11 @@ impl Roster {
         self.nodes.borrow_mut().heard(node, process, ended)
     }
 
+    /// A process on a node is gone.
+    pub fn gone(&self, node: NodeId, process: u64) -> Option<Alarm> {
+        self.nodes.borrow_mut().gone(node, process)
+    }
+
     /// Asks about other nodes.
     pub fn ask<T>(&self, question: impl FnOnce(&Nodes) -> T) -> T {
         question(&self.nodes.borrow())

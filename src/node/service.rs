@@ -73,6 +73,11 @@ impl PeerService {
         PeerService { asked, incarnation, destinations: OnceLock::new(), pulling: Arc::default(), claims }
     }
 
+    /// Whether the connection is open on which this start of a node sends its heartbeats.
+    pub fn hears(&self, node: NodeId, incarnation: u64) -> bool {
+        self.claims.hears(node, incarnation)
+    }
+
     /// The node is a member. Once.
     pub fn set_destinations(&self, destinations: Destinations) {
         if self.destinations.set(destinations).is_err() {
@@ -235,12 +240,20 @@ impl PeerHandler for Arc<PeerService> {
             let text = format!("this is node {node}, not {}: its address has changed hands", hello.to_node);
             return Err(text.into());
         }
+        // It listens before it dials.
+        if let Some(to) = self.destinations.get().filter(|_| hello.lane == Lane::Control) {
+            to.shared.network.redial(hello.from_node);
+        }
         identity(node)
     }
 
     fn gone(&self, hello: &PeerHello) {
         if hello.lane == Lane::Control {
             self.claims.gone(hello.from_node, hello.incarnation);
+            // If it has ended its port says so.
+            if let Some(to) = self.destinations.get() {
+                to.shared.network.redial(hello.from_node);
+            }
         }
     }
 
@@ -267,7 +280,7 @@ impl PeerHandler for Arc<PeerService> {
         self.claims.heard(heartbeat.node, heartbeat.incarnation, &self.asked.handle.map())?;
         to.disk.heard(heartbeat.node, heartbeat.disk_full);
         let news = NodeHeard { node: heartbeat.node, process: heartbeat.incarnation, ended: heartbeat.ended };
-        for hub in &to.data_hubs {
+        for hub in to.data_hubs.iter().chain([&to.control_hub]) {
             // Another one comes a moment later.
             if hub.try_send(news).is_err() {
                 tracing::debug!(node = %news.node, "a thread is too busy to hear of a node");

@@ -13,7 +13,7 @@ use super::disk;
 use super::fatal::Fatal;
 use super::flusher::FlushThread;
 use super::handle::{Member, NodeHandle, NodePhase};
-use super::hub::{FreezeBatch, Hub, Unreachable};
+use super::hub::{FreezeBatch, Hub, NodeGone, Unreachable};
 use super::intake::Intake;
 use super::log_writer::LogWriter;
 use super::membership::{Applicant, keep_record, spread};
@@ -297,6 +297,16 @@ impl Assembly {
             }
         };
         let mut config = PeerNetworkConfig::new(cluster, node, incarnation, Arc::new(on_unreachable));
+        let (told, service) = (hubs.clone(), self.service.clone());
+        config.on_gone = Arc::new(move |node, process| {
+            // As long as a connection of its own is open it lives, whatever becomes of those to it.
+            if service.hears(node, process) {
+                return;
+            }
+            for hub in told.get().into_iter().flatten() {
+                hub.do_send(NodeGone { node, process });
+            }
+        });
         let refusals = removal::Refusals::default();
         config.on_refused = refusals.sink();
         let network = PeerNetwork::new(config);

@@ -87,6 +87,8 @@ faults! {
     /// taken in, emptied, given up and removed, numbers of replicas change, load is spread anew. The changes
     /// of [`Faults::membership`] are not made then.
     rebalancing = "rebalancing",
+    /// The port of a node refuses connections, and those that it had end, while its process lives: others take it for gone.
+    refusals = "refusals",
 }
 
 impl Faults {

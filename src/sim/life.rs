@@ -23,6 +23,9 @@ use crate::storage::log::{LogStore, ReplicaRecord};
 use crate::storage::opened::OpenedState;
 use crate::storage::state::StateHeader;
 
+/// Until others have noticed that a process has ended.
+const GONE_TOLD_MAX: Time = 20_000;
+
 impl World {
     pub(super) fn start(&mut self, id: NodeId) -> Result<(), Violation> {
         let Some(node) = self.nodes.get_mut(&id).filter(|node| node.process.is_none() && !node.lost) else {
@@ -144,6 +147,8 @@ impl World {
         for replica in process.replicas.into_values() {
             self.disconnect(replica);
         }
+        // While it is down its port refuses.
+        self.tell_gone(id, process.number, back.min(GONE_TOLD_MAX));
         self.clock.after(back, Event::Node(id, NodeEvent::Start));
         Ok(())
     }

@@ -2,6 +2,7 @@
 
 use raft::eraftpb::MessageType;
 
+use super::Time;
 use super::checks::Violation;
 use super::network::Fate;
 use super::planted::Planted;
@@ -15,16 +16,18 @@ use crate::limits;
 
 impl World {
     /// At a tick of a node: who has fallen silent, and a sign of life to the others now and then.
-    pub(super) fn watch(&mut self, id: NodeId) {
+    pub(super) fn watch(&mut self, id: NodeId) -> Result<(), Violation> {
         if self.options.sleep_after == 0 {
-            return;
+            return Ok(());
         }
-        let Some(process) = self.nodes.get_mut(&id).and_then(|node| node.process.as_mut()) else { return };
+        let Some(process) = self.nodes.get_mut(&id).and_then(|node| node.process.as_mut()) else {
+            return Ok(());
+        };
         let silent = process.nodes.tick();
         let beats = process.nodes.now().is_multiple_of(limits::HEARTBEAT_TICKS as u64);
         let (number, ended) = (process.number, process.ended);
         for node in silent {
-            self.alarm(id, node, Alarm::Silent);
+            self.alarm(id, node, Alarm::Silent)?;
         }
         let others: Vec<NodeId> = self.nodes.keys().copied().filter(|other| *other != id && beats).collect();
         let now = self.clock.now;
@@ -34,38 +37,81 @@ impl World {
                 self.clock.after(at - now, Event::Node(other, NodeEvent::Heard(id, number, ended)));
             }
         }
+        Ok(())
     }
 
     /// A node hears that another is alive.
-    pub(super) fn on_heard(&mut self, id: NodeId, from: NodeId, number: u64, ended: u64) {
+    pub(super) fn on_heard(
+        &mut self,
+        id: NodeId,
+        from: NodeId,
+        number: u64,
+        ended: u64,
+    ) -> Result<(), Violation> {
         let process = self.nodes.get_mut(&id).and_then(|node| node.process.as_mut());
-        if let Some(alarm) = process.and_then(|process| process.nodes.heard(from, number, ended)) {
-            self.alarm(id, from, alarm);
+        match process.and_then(|process| process.nodes.heard(from, number, ended)) {
+            Some(alarm) => self.alarm(id, from, alarm),
+            None => Ok(()),
         }
     }
 
-    fn alarm(&mut self, id: NodeId, about: NodeId, alarm: Alarm) {
-        if self.options.planted.is(Planted::AlarmsUnheard) {
-            return;
+    /// A node finds that the process of another is gone, rightly or not.
+    pub(super) fn on_gone(&mut self, id: NodeId, about: NodeId, number: u64) -> Result<(), Violation> {
+        let process = self.nodes.get_mut(&id).and_then(|node| node.process.as_mut());
+        match process.and_then(|process| process.nodes.gone(about, number)) {
+            Some(alarm) => self.alarm(id, about, alarm),
+            None => Ok(()),
         }
-        let Some(process) = self.nodes.get_mut(&id).and_then(|node| node.process.as_mut()) else { return };
-        let (now, mut woken) = (process.nodes.now(), Vec::new());
-        for (replica_id, replica) in &mut process.replicas {
-            let Some(since) = replica.asleep_since else {
-                replica.group.alarmed();
-                continue;
-            };
-            if let Some(silence) = replica.group.heeds(about, alarm, &process.nodes) {
-                replica.asleep_since = None;
-                replica.group.wake(now - since, silence);
-                replica.group.call_leader();
-                woken.push(*replica_id);
+    }
+
+    /// Some of the others find that a process of a node has ended, each as soon as its connection tells.
+    pub(super) fn tell_gone(&mut self, about: NodeId, number: u64, most: Time) {
+        let others: Vec<NodeId> = self.nodes.keys().copied().filter(|other| *other != about).collect();
+        for other in others {
+            // Where a link is down nobody answers, not even that nobody listens.
+            let is_told = !self.network.is_blocked(other, about) && !self.network.is_blocked(about, other);
+            if is_told && self.dice.chance(800) {
+                let delay = self.dice.between(50, most);
+                self.clock.after(delay, Event::Node(other, NodeEvent::Gone(about, number)));
             }
         }
-        for replica in woken {
-            self.count("wakes by an alarm");
+    }
+
+    fn alarm(&mut self, id: NodeId, about: NodeId, alarm: Alarm) -> Result<(), Violation> {
+        if self.options.planted.is(Planted::AlarmsUnheard) {
+            return Ok(());
+        }
+        let Some(process) = self.nodes.get_mut(&id).and_then(|node| node.process.as_mut()) else {
+            return Ok(());
+        };
+        let (now, mut roused, mut vacancies) = (process.nodes.now(), Vec::new(), 0);
+        for (replica_id, replica) in &mut process.replicas {
+            let woken = replica.asleep_since;
+            if let Some(since) = woken {
+                let heeds = replica.group.heeds(about, alarm, &process.nodes);
+                let Some(silence) = heeds else { continue };
+                replica.asleep_since = None;
+                replica.group.wake(now - since, silence);
+            }
+            let vacant = replica.group.alarmed(about, alarm).map_err(|error| {
+                Violation::new("replica", format!("replica {replica_id}, {alarm:?} of node {about}: {error}"))
+            })?;
+            if woken.is_some() && !vacant {
+                replica.group.call_leader();
+            }
+            if woken.is_some() || vacant {
+                roused.push((*replica_id, woken.is_some()));
+            }
+            vacancies += usize::from(vacant);
+        }
+        (0..vacancies).for_each(|_| self.count("leaders found gone"));
+        for (replica, woken) in roused {
+            if woken {
+                self.count("wakes by an alarm");
+            }
             self.queue_pump(id, replica);
         }
+        Ok(())
     }
 
     /// Something is about to happen to a replica: it is to be awake.

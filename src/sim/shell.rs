@@ -39,6 +39,8 @@ pub(super) enum NodeEvent {
     Message(NodeId, Box<GroupMessage>),
     /// A link is found broken.
     Unreachable(NodeId),
+    /// The process with this number of a node is found to be gone.
+    Gone(NodeId, u64),
     /// A heartbeat of a node arrives: of which process it is, and how many replicas have ended in that.
     Heard(NodeId, u64, u64),
     /// A client asks.
@@ -259,7 +261,7 @@ impl World {
                     return Ok(());
                 };
                 self.clock.after(node.tick, Event::Node(id, NodeEvent::Tick(process)));
-                self.watch(id);
+                self.watch(id)?;
                 let Some(node) = self.nodes.get(&id) else { return Ok(()) };
                 let awake = node.replicas().filter(|(_, replica)| replica.asleep_since.is_none());
                 let ids: Vec<ReplicaId> = awake.map(|(id, _)| id).collect();
@@ -292,10 +294,8 @@ impl World {
                 self.queue_pump(id, target);
                 Ok(())
             }
-            NodeEvent::Heard(from, process, ended) => {
-                self.on_heard(id, from, process, ended);
-                Ok(())
-            }
+            NodeEvent::Heard(from, process, ended) => self.on_heard(id, from, process, ended),
+            NodeEvent::Gone(about, process) => self.on_gone(id, about, process),
             NodeEvent::Unreachable(peer) => {
                 let Some(node) = self.nodes.get_mut(&id) else { return Ok(()) };
                 let mut told = Vec::new();

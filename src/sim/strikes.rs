@@ -38,6 +38,7 @@ enum Kind {
     Boundary,
     Newcomer,
     NodeLoss,
+    Refusal,
 }
 
 /// Something goes wrong, or is mended.
@@ -97,6 +98,7 @@ impl Striker {
             (faults.boundaries, Kind::Boundary),
             (faults.newcomers, Kind::Newcomer),
             (faults.node_loss, Kind::NodeLoss),
+            (faults.refusals, Kind::Refusal),
         ];
         let kinds = kinds.into_iter().filter(|(on, _)| *on).map(|(_, kind)| kind).collect();
         let every = [500_000, 2_000_000, 6_000_000][dice.below(3)];
@@ -201,6 +203,12 @@ impl World {
                     let back = self.dice.between(10_000, back);
                     let torn = self.striker.torn && self.dice.chance(700);
                     self.crash(victim, loss, torn, back)?;
+                }
+            }
+            Kind::Refusal => {
+                if let Some(number) = self.nodes.get(&node).and_then(|node| node.process_number()) {
+                    self.count("living nodes taken for gone");
+                    self.tell_gone(node, number, 50_000);
                 }
             }
             Kind::Pause => {

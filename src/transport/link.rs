@@ -55,14 +55,22 @@ struct Connection {
 pub(super) async fn run_link(config: PeerNetworkConfig, peer: Arc<Peer>, lane: Lane) {
     let link = peer.lane(lane);
     let mut delay = config.timings.redial_min;
+    // The start of the peer's process that this link was last connected to, if no other was seen since.
+    let mut process = None;
     while !link.outbox.is_closed() {
         let address = peer.address.load_full();
         let lost = match connect(&config, &peer, lane, &address).await {
             Ok(connection) => {
                 let since = Instant::now();
+                if let Some(before) = process.replace(connection.incarnation)
+                    && before != connection.incarnation
+                {
+                    (config.on_gone)(peer.node, before);
+                }
                 connected(&peer, link, &address, connection.incarnation);
                 let end = drive(connection.stream, &config.timings, &peer, lane, &address).await;
-                if since.elapsed() > config.timings.redial_max {
+                let lasted = since.elapsed() > config.timings.redial_max;
+                if lasted {
                     delay = config.timings.redial_min;
                 }
                 match end {
@@ -74,6 +82,11 @@ pub(super) async fn run_link(config: PeerNetworkConfig, peer: Arc<Peer>, lane: L
                     }
                     Err(error) => {
                         disconnected(&peer, link, &address, &error);
+                        if lasted {
+                            // Whether the process is gone, its port can tell.
+                            (config.on_unreachable)(peer.node);
+                            continue;
+                        }
                         true
                     }
                 }
@@ -82,6 +95,9 @@ pub(super) async fn run_link(config: PeerNetworkConfig, peer: Arc<Peer>, lane: L
                 disconnected(&peer, link, &address, &error);
                 if let TransportError::Refused(refusal) = &error {
                     (config.on_refused)(peer.node, refusal);
+                }
+                if let Some(process) = process.filter(|_| is_nobody_there(&error)) {
+                    (config.on_gone)(peer.node, process);
                 }
                 let dropped = link.outbox.clear();
                 count_dropped(lane, "unreachable", dropped);
@@ -106,9 +122,15 @@ async fn pause(peer: &Peer, link: &PeerLane, address: &Arc<String>, delay: Durat
     };
     tokio::select! {
         () = sleep(delay) => {}
+        () = link.redial.notified() => {}
         () = moved => {}
     }
     // What was queued meanwhile must wake the link once it is connected; it looks before it waits.
+}
+
+/// Whether a machine has answered that nobody listens at the address.
+fn is_nobody_there(error: &TransportError) -> bool {
+    matches!(error, TransportError::Io(error) if error.kind() == std::io::ErrorKind::ConnectionRefused)
 }
 
 async fn connect(

@@ -33,6 +33,11 @@ use crate::telemetry::metrics as names;
 /// must not block, and may be called often.
 pub type OnUnreachable = Arc<dyn Fn(NodeId) + Send + Sync>;
 
+/// Called when a process of a node seems to have ended: it had a connection of this node, and its port refuses another, or
+/// another process answers there. With the number of the start; from the thread of the links, at each
+/// attempt. It must not block.
+pub type OnGone = Arc<dyn Fn(NodeId, u64) + Send + Sync>;
+
 /// Called when a node refuses this one's connection, at every attempt; from the thread of the links. It must
 /// not block.
 pub type OnRefused = Arc<dyn Fn(NodeId, &HelloRefusal) + Send + Sync>;
@@ -50,6 +55,8 @@ pub struct PeerNetworkConfig {
     pub on_unreachable: OnUnreachable,
     /// Whom to tell of refused connections.
     pub on_refused: OnRefused,
+    /// Whom to tell of processes that have ended.
+    pub on_gone: OnGone,
     /// Clocks of the links.
     pub timings: Timings,
     /// Bytes that may wait for one peer on the append lane.
@@ -72,6 +79,7 @@ impl PeerNetworkConfig {
             incarnation,
             on_unreachable,
             on_refused: Arc::new(|_, _| ()),
+            on_gone: Arc::new(|_, _| ()),
             timings: Timings::default(),
             append_bytes_max: OUTBOX_BYTES_MAX,
             control_bytes_max: OUTBOX_CONTROL_BYTES_MAX,
@@ -106,12 +114,14 @@ pub(super) struct Peer {
 pub(super) struct PeerLane {
     pub(super) lane: Lane,
     pub(super) outbox: Outbox,
+    /// To dial without further delay, if there is no connection.
+    pub(super) redial: Notify,
     pub(super) state: Mutex<LinkState>,
 }
 
 impl PeerLane {
     fn new(lane: Lane, bytes_max: usize) -> PeerLane {
-        PeerLane { lane, outbox: Outbox::new(bytes_max), state: Mutex::default() }
+        PeerLane { lane, outbox: Outbox::new(bytes_max), redial: Notify::new(), state: Mutex::default() }
     }
 
     pub(super) fn state(&self) -> std::sync::MutexGuard<'_, LinkState> {
@@ -260,6 +270,16 @@ impl PeerNetwork {
     pub fn broadcast_heartbeat(&self, heartbeat: NodeHeartbeat) {
         for peer in self.shared.peers.load().values() {
             peer.control.outbox.set_heartbeat(heartbeat);
+        }
+    }
+
+    /// There is news of a node: whoever waits to dial it does so now.
+    pub fn redial(&self, node: NodeId) {
+        if let Some(peer) = self.shared.peers.load().get(&node) {
+            for lane in [&peer.control, &peer.append] {
+                // Who doesn't wait looks by itself.
+                lane.redial.notify_waiters();
+            }
         }
     }
 

@@ -79,13 +79,22 @@ impl ReplicaActor {
 impl Handler<NodeAlarm> for ReplicaActor {
     type Result = ();
     fn handle(&mut self, NodeAlarm(node, alarm): NodeAlarm, ctx: &mut Context<Self>) {
-        if self.asleep_since.is_none() {
-            return self.group.alarmed();
-        }
-        if let Some(silence) = self.roster.ask(|nodes| self.group.heeds(node, alarm, nodes)) {
+        let woken = self.asleep_since.is_some();
+        if woken {
+            let heeds = self.roster.ask(|nodes| self.group.heeds(node, alarm, nodes));
+            let Some(silence) = heeds else { return };
             self.wake(silence);
-            self.group.call_leader();
-            self.queue_pump(ctx);
+        }
+        match self.group.alarmed(node, alarm) {
+            Ok(vacant) => {
+                if woken && !vacant {
+                    self.group.call_leader();
+                }
+                if woken || vacant {
+                    self.queue_pump(ctx);
+                }
+            }
+            Err(error) => self.fail(error.to_string(), ctx),
         }
     }
 }
