@@ -130,6 +130,11 @@ struct MetaCommand {
       seen @38 :UInt64;      # the map version that its giver knew
       what @39 :MetaCommand; # setStanding, setPolicy, setReplicas, beginRebalance or controlRebalance
     }
+    createWideDatabase :group {         # createDatabase with more than 4,096 shards
+      name @40 :Text;        # [A-Za-z0-9_-]{1,64}
+      replicas @41 :UInt32;  # voters of each shard
+      shards @42 :List(PlannedShard);   # in ascending order, covering the ring
+    }
   }
 }
 

@@ -23,7 +23,7 @@ pub const CAUGHT_UP_ENTRIES_MAX: u64 = 1024;
 /// Bytes of entries that a learner may lack and be made a voter.
 pub const CAUGHT_UP_BYTES_MAX: u64 = 4 * MIB as u64;
 /// Most shards a database may have.
-pub const SHARDS_MAX: u32 = 4096;
+pub const SHARDS_MAX: u32 = 16 * 1024;
 /// Shortest time after which a node that is gone may be replaced, in milliseconds: longer than a restart, and
 /// than some surveys that go unanswered.
 pub const REPLACE_AFTER_MS_MIN: u64 = 10_000;
@@ -420,7 +420,7 @@ pub const FRAME_ENTRIES_MAX: usize = 256 * 1024;
 /// Replicas in each list of a snapshot's membership.
 pub const SNAPSHOT_MEMBERS_MAX: usize = 64;
 /// Greatest frame of a request between nodes, in bytes; a greater one closes the connection.
-pub const REQUEST_FRAME_BYTES_MAX: usize = 8 * MIB;
+pub const REQUEST_FRAME_BYTES_MAX: usize = FRAME_BYTES_MAX;
 /// Bytes of a snapshot file in one frame.
 pub const SNAPSHOT_CHUNK_BYTES: usize = 256 * KIB;
 /// Greatest frame of the snapshot lane, in bytes; a greater one closes the connection.

@@ -158,7 +158,7 @@ pub struct SetupArgs {
     /// Replicas of each shard, 1 to 7
     #[arg(value_name = "REPLICAS", value_parser = clap::value_parser!(u32).range(1..=i64::from(limits::REPLICAS_MAX)))]
     pub replicas: u32,
-    /// Shards (partitions), 1 to 4096
+    /// Shards (partitions), 1 to 16384
     #[arg(value_name = "PARTITIONS", value_parser = clap::value_parser!(u32).range(1..=i64::from(limits::SHARDS_MAX)))]
     pub partitions: u32,
     /// Nodes of a new local cluster, at least REPLICAS [default: REPLICAS]
@@ -483,7 +483,7 @@ pub struct DbCreateArgs {
     /// Replicas of each shard, 1 to 7
     #[arg(value_name = "REPLICAS", value_parser = clap::value_parser!(u32).range(1..=i64::from(limits::REPLICAS_MAX)))]
     pub replicas: u32,
-    /// Shards (partitions), 1 to 4096
+    /// Shards (partitions), 1 to 16384
     #[arg(value_name = "PARTITIONS", value_parser = clap::value_parser!(u32).range(1..=i64::from(limits::SHARDS_MAX)))]
     pub partitions: u32,
 }

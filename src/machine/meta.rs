@@ -50,7 +50,10 @@ pub mod fixed {
     /// Most voters of a shard.
     pub const REPLICAS: u32 = 7;
     /// Most shards of a database.
-    pub const SHARDS: usize = 4096;
+    pub const SHARDS: usize = 16 * 1024;
+    /// Most shards of a database that is created by the first kind of command for it. A version that knows no other refuses
+    /// more of them, so a command for more is of a kind that it stops at: it must not refuse what others carry out.
+    pub const SHARDS_NARROW: usize = 4096;
     /// Greatest id in the command that forms a cluster; later ones are counted on from there.
     pub const FIRST_ID: u64 = u32::MAX as u64;
     /// Most members of a shard in what it says of itself: all voters change at once, and as many learners.
@@ -67,6 +70,7 @@ pub mod fixed {
     const _: () = assert!(limits::NAME_BYTES_MAX <= NAME_BYTES);
     const _: () = assert!(limits::REPLICAS_MAX <= REPLICAS);
     const _: () = assert!(limits::SHARDS_MAX as usize <= SHARDS);
+    const _: () = assert!(SHARDS <= TARGETS);
 }
 
 /// Why a command gets no ordinary reply: the rules refuse it, which is a reply too, or the storage fails.

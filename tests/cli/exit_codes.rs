@@ -329,7 +329,7 @@ fn mistakes_end_with_2() {
         &["setup", "two", "0", "1"],
         &["setup", "two", "8", "1"],
         &["setup", "two", "1", "0"],
-        &["setup", "two", "1", "4097"],
+        &["setup", "two", "1", "16385"],
         &["setup", "a b", "1", "1"],
         &["setup", "", "1", "1"],
         &["setup", &long, "1", "1"],

@@ -81,12 +81,12 @@ fn a_value_comes_from_exactly_one_place() {
 fn numbers_and_names_have_bounds() {
     for (name, replicas, partitions, ok) in [
         ("a", "1", "1", true),
-        ("A-z_9", "7", "4096", true),
+        ("A-z_9", "7", "16384", true),
         ("-a", "3", "5", true),
         ("a", "0", "1", false),
         ("a", "8", "1", false),
         ("a", "1", "0", false),
-        ("a", "1", "4097", false),
+        ("a", "1", "16385", false),
         ("a b", "1", "1", false),
         ("ä", "1", "1", false),
         ("", "1", "1", false),

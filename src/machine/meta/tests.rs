@@ -217,7 +217,7 @@ fn a_plan_that_breaks_a_rule_is_refused() {
     assert!(broken(|name, _, _| *name = "x".repeat(65)).contains("is no name"));
     assert_eq!(broken(|_, replicas, _| *replicas = 8), "invalid plan: 8 replicas; there can be 1 to 7");
     assert_eq!(broken(|_, replicas, _| *replicas = 0), "invalid plan: 0 replicas; there can be 1 to 7");
-    assert_eq!(broken(|_, _, shards| shards.clear()), "invalid plan: 0 shards; there can be 1 to 4096");
+    assert_eq!(broken(|_, _, shards| shards.clear()), "invalid plan: 0 shards; there can be 1 to 16384");
     let cover = "invalid plan: the ranges of the shards don't cover the ring in ascending order";
     assert_eq!(broken(|_, _, shards| shards.swap(0, 1)), cover);
     assert_eq!(broken(|_, _, shards| drop(shards.pop())), cover);

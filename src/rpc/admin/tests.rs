@@ -77,7 +77,7 @@ fn a_shard_is_ended_when_a_majority_of_its_nodes_say_so() {
 
 #[test]
 fn names_and_numbers() {
-    assert!(check_numbers("a-B_9", 7, 4096).is_ok());
+    assert!(check_numbers("a-B_9", 7, 16_384).is_ok());
     let long = "x".repeat(65);
     for (name, replicas, shards) in [
         ("", 1, 1),
@@ -87,7 +87,7 @@ fn names_and_numbers() {
         ("a", 0, 1),
         ("a", 8, 1),
         ("a", 1, 0),
-        ("a", 1, 4097),
+        ("a", 1, 16_385),
     ] {
         let refused = check_numbers(name, replicas, shards);
         assert!(matches!(refused, Err(Refusal::Invalid(_))), "{name} {replicas} {shards}");
