@@ -281,6 +281,9 @@ fn bounds() -> Vec<(&'static str, u64)> {
     bounds![
         KEY_BYTES_MAX,
         HELD_LOG_FACTOR,
+        TRANSFER_TICKS_MAX,
+        TRANSFER_AGAIN_MS_MIN,
+        TRANSFER_AGAIN_MS_MAX,
         VALUE_BYTES_MAX,
         NAME_BYTES_MAX,
         REPLICAS_MAX,

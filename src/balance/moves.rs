@@ -82,7 +82,7 @@ pub(super) fn next(
     if promote.is_empty() && voters.is_empty() {
         return change(MembershipChange::RemoveLearners(learners));
     }
-    // What has been promoted can't be rolled back.
+    // What has been promoted is taken back for one reason only: see `way_back`.
     let stalled = |why| if promoted { Next::Wait(why) } else { Next::Stalled(why) };
     for add in moving.adds.iter().filter(|add| promote.contains(&add.replica)) {
         if !led.active(add.replica) {
@@ -96,7 +96,7 @@ pub(super) fn next(
         }
     }
     if let Err(why) = led.quorums(&promote, 0, &voters) {
-        return stalled(format!("only {why}"));
+        return way_back(view, record, moving, led).unwrap_or_else(|| stalled(format!("only {why}")));
     }
     if voters.contains(&led.report.leader) {
         return match heir(view, led, &voters) {
@@ -110,6 +110,28 @@ pub(super) fn next(
         };
     }
     change(MembershipChange::Exchange { promote, remove: voters })
+}
+
+/// The next step back from where new replicas are voters already, and one of them is lost before those that it came for have
+/// left: too few would answer without them, for ever. Those who were there before go on alone, if enough of them answer.
+fn way_back(view: &View, record: &ShardRecord, moving: &ShardMove, led: Led) -> Option<Next> {
+    let shard = record.id;
+    let came: Vec<Member> =
+        led.voters().filter(|m| moving.adds.iter().any(|add| add.replica == m.replica)).copied().collect();
+    if !came.iter().any(|member| view.lost(shard, member).is_some()) {
+        return None;
+    }
+    let remove: Vec<ReplicaId> = came.iter().map(|member| member.replica).collect();
+    led.quorums(&[], 0, &remove).ok()?;
+    if !moving.cancelling {
+        return Some(Next::Do(Action::Meta(MetaCommand::CancelMove { shard, id: moving.id })));
+    }
+    if remove.contains(&led.report.leader) {
+        let to = heir(view, led, &remove)?;
+        return Some(Next::Do(Action::Transfer { node: led.node, shard, to }));
+    }
+    let change = MembershipChange::Exchange { promote: Vec::new(), remove };
+    Some(Next::Do(Action::Change { node: led.node, shard, conf: led.conf(), change }))
 }
 
 /// Why the move can't succeed any more although it hasn't come to the joint change: a new replica is not to be

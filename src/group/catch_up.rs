@@ -276,10 +276,8 @@ impl CatchUp {
         for (replica, matched) in matched {
             let from = self.held_for(replica, matched);
             // A snapshot that isn't made yet will stand where the log begins then.
-            let is_made = !matches!(
-                self.transfers.get(&replica),
-                Some(Transfer::Unheard(_) | Transfer::Making(_))
-            );
+            let is_made =
+                !matches!(self.transfers.get(&replica), Some(Transfer::Unheard(_) | Transfer::Making(_)));
             if from < truncated && is_made {
                 outrun.push(replica);
             } else {

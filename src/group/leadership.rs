@@ -52,7 +52,9 @@ impl<T> Group<T> {
 
     fn hand_over(&mut self, to: ReplicaId) {
         self.raft.transfer_leader(to.0);
-        if self.raft.raft.lead_transferee == Some(to.0) && self.handing_over.is_none_or(|(heir, _)| heir != to) {
+        if self.raft.raft.lead_transferee == Some(to.0)
+            && self.handing_over.is_none_or(|(heir, _)| heir != to)
+        {
             self.handing_over = Some((to, self.ticks));
         }
     }

@@ -101,7 +101,8 @@ mod tests {
         let reluctance = Reluctance::default();
         let now = Instant::now();
         reluctance.lapsed(NODE, now);
-        let later = now + Duration::from_millis(limits::TRANSFER_AGAIN_MS_MIN + limits::TRANSFER_AGAIN_MS_MAX);
+        let later =
+            now + Duration::from_millis(limits::TRANSFER_AGAIN_MS_MIN + limits::TRANSFER_AGAIN_MS_MAX);
         reluctance.lapsed(NODE, later);
         assert_eq!(reluctance.wait(NODE, later), Some(Duration::from_millis(limits::TRANSFER_AGAIN_MS_MIN)));
     }

@@ -342,6 +342,41 @@ fn a_move_that_cannot_go_on_holds_up_no_other() {
 }
 
 #[test]
+fn newcomers_go_again_if_one_is_lost_and_those_before_them_would_leave_too_few() {
+    let mut map = map(5);
+    map.databases.get_mut(&DatabaseId(1)).unwrap().replicas = 2;
+    let record = map.shards.get_mut(&SHARD).unwrap();
+    record.members.push(member(4, MemberRole::Voter));
+    let adds = vec![member(3, MemberRole::Learner), member(4, MemberRole::Learner)];
+    let removes = vec![ReplicaId(10), ReplicaId(20)];
+    record.moving = Some(ShardMove { id: 1, adds, removes, cancelling: false, cause: MoveCause::Drain });
+    let first = |map: &ClusterMap, leader: u64, silent: &[u64]| {
+        let mut led = report(leader, 7, 5, &map.shards[&SHARD].members);
+        led.followers.iter_mut().for_each(|f| f.active = !silent.contains(&(f.replica.0 / 10)));
+        let surveys = |_| {
+            let led = |node| if node == leader { vec![led.clone()] } else { Vec::new() };
+            let survey = |node| survey(map, node, led(node));
+            let why = "can't be opened".to_owned();
+            let sick = vec![SickReplica { shard: SHARD, replica: ReplicaId(30), why }];
+            let third = Survey { sick, ..survey(3) };
+            [1, 2, 4, 5].map(survey).into_iter().chain([third]).collect()
+        };
+        let done = run(&mut Reconciler::new(), 0..limits::SICK_MS / 1000 + 2, map, surveys);
+        done.into_iter().map(|(_, action)| action).next()
+    };
+    let cancel = Action::Meta(MetaCommand::CancelMove { shard: SHARD, id: 1 });
+    assert_eq!(first(&map, 4, &[3]), Some(cancel));
+    assert_eq!(first(&map, 4, &[2, 3]), None, "who was there before can't go on alone either");
+    map.shards.get_mut(&SHARD).unwrap().moving.as_mut().unwrap().cancelling = true;
+    let transfer = |from: u64| Action::Transfer { node: NodeId(from), shard: SHARD, to: NodeId(1) };
+    assert_eq!(first(&map, 4, &[3]), Some(transfer(4)));
+    let remove = vec![ReplicaId(30), ReplicaId(40)];
+    let change = MembershipChange::Exchange { promote: Vec::new(), remove };
+    let change = Action::Change { node: NodeId(1), shard: SHARD, conf: 5, change };
+    assert_eq!(first(&map, 1, &[3]), Some(change));
+}
+
+#[test]
 fn a_rebalancing_waits_for_leaders_that_cannot_be_handed_over_yet() {
     let mut map = map(3);
     map.rebalance.plan = 4;
