@@ -60,11 +60,16 @@ impl Disk {
     /// Takes all but so many pages.
     fn leave(&self, pages: u64) {
         self.give_back();
-        let left = statvfs(&self.path).expect("its space");
-        let taken = (left.f_bavail * left.f_frsize).saturating_sub(pages * PAGE);
         let file = std::fs::File::create(&self.ballast).expect("a file");
-        if taken > 0 {
-            fallocate(&file, FallocateFlags::empty(), 0, taken).expect("taken");
+        loop {
+            let left = statvfs(&self.path).expect("its space");
+            let taken = (left.f_bavail * left.f_frsize).saturating_sub(pages * PAGE);
+            match fallocate(&file, FallocateFlags::empty(), 0, taken.max(1)) {
+                Ok(()) => break,
+                // A node has taken some of it meanwhile.
+                Err(error) => assert_eq!(error, rustix::io::Errno::NOSPC),
+            }
+            assert!(taken > 0, "there is none");
         }
     }
 
@@ -171,8 +176,8 @@ fn a_store_on_a_full_disk_keeps_what_it_has_and_goes_on_when_there_is_room() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_node_on_a_full_disk_loses_nothing_serves_reads_and_takes_writes_when_there_is_room() {
-    let name = "a_node_on_a_full_disk_loses_nothing_serves_reads_and_takes_writes_when_there_is_room";
+async fn a_node_on_a_full_disk_loses_nothing_and_takes_writes_when_there_is_room() {
+    let name = "a_node_on_a_full_disk_loses_nothing_and_takes_writes_when_there_is_room";
     let Some(disk) = Disk::small(name, 256) else { return };
     let options = Options { extra: "reserve_bytes = \"0\"\n".into(), ..Options::default() };
     let mut cluster = Cluster::prepared(1, &free_ports(2), options);
@@ -210,19 +215,21 @@ async fn a_node_on_a_full_disk_loses_nothing_serves_reads_and_takes_writes_when_
             assert!(begun.elapsed() < PATIENCE, "{pages} pages: it never fills");
         }
         for key in acknowledged.iter().rev().step_by(7).take(40) {
-            let found = hasty.get(key.clone()).await;
-            let found = found.unwrap_or_else(|error| panic!("{error}; its log:\n{}", cluster.log(0)));
-            let found = found.expect("it is there");
-            assert!(found.value == value(key).as_bytes(), "{key}");
+            // Without a reserve there may be entries that are committed and find no room to be applied: then it is busy.
+            match hasty.get(key.clone()).await {
+                Ok(found) => assert!(found.expect("it is there").value == value(key).as_bytes(), "{key}"),
+                Err(error) => {
+                    assert!(
+                        error.to_string().contains("too much is in flight"),
+                        "{error}:\n{}",
+                        cluster.log(0)
+                    );
+                    break;
+                }
+            }
         }
+        assert!(cluster.ended(0).is_none(), "{pages} pages: it ended:\n{}", cluster.log(0));
         disk.give_back();
-        // If the engine couldn't be written it has ended, and says so.
-        if let Some(status) = cluster.ended(0) {
-            assert_eq!(status.code(), Some(70), "{}", cluster.log(0));
-            println!("{pages} pages: it ended");
-            cluster.spawn(0);
-            cluster.wait_ready(0);
-        }
         let key = format!("room-{pages}");
         patient.put(key.clone(), value(&key)).await.expect("there is room");
         acknowledged.push(key);

@@ -32,6 +32,7 @@ use bytes::Bytes;
 
 use super::collect::{self, Collected, Collection, Collections};
 use super::engine::{Engine, Mutation, Run};
+use super::fjall_files::free_bytes;
 use super::flush_numbers::{Numbers, check_numbers, last_flush};
 use super::flush_source::{Source, held, in_parts, sources};
 use super::redo::{self, Record, RedoReader, RedoWriter, Section};
@@ -57,6 +58,9 @@ pub enum Progress<'a> {
     /// That step, of the tables of these replicas and generations. Told of each of them once.
     Absorbed(&'a [(ReplicaId, u32)]),
 }
+
+/// What is to be free beyond a flush before it begins: raft logs are written beside it, and tables merged.
+const SLACK_BYTES: u64 = 16 << 20;
 
 /// Moments at which a [`FlushHook`] is asked.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -176,6 +180,7 @@ impl Flusher {
             return Ok(());
         }
         let sources = sources(tables, &*self.engine)?;
+        self.check_space(&sources)?;
         let path = match self.write_redo(&sources) {
             Ok(path) => path,
             Err(error) => {
@@ -286,6 +291,20 @@ impl Flusher {
                 engine: self.engine.name(),
                 reason: format!("an earlier flush failed ({reason}); restart the node to complete it"),
             }),
+        }
+    }
+
+    /// Whether there is room for all of a flush: for its redo file, and for what the engine makes of that. Once the file is
+    /// there the flush must come to its end, and a node whose engine finds no room for it can only stop.
+    fn check_space(&self, sources: &[Source]) -> Result<(), StorageError> {
+        let bytes: usize = sources.iter().map(Source::bytes).sum();
+        let wanted = 2 * bytes as u64 + SLACK_BYTES;
+        match free_bytes(&self.redo_dir) {
+            Some(free) if free < wanted => {
+                let full = std::io::ErrorKind::StorageFull;
+                Err(atomic_file::io_error("finding room for a flush in", &self.redo_dir)(full.into()))
+            }
+            _ => Ok(()),
         }
     }
 
