@@ -128,6 +128,53 @@ async fn each_node_killed_in_turn_loses_nothing_and_fails_no_write() {
     client.close().await;
 }
 
+/// Until shards are served again that a killed node led: three times what it takes on a busy machine. By election timeouts
+/// alone it would be more than a second for one of them.
+const NOTICED: Duration = Duration::from_millis(900);
+
+/// The longest time that one of these writers went without a write that succeeded, from now on until told to stop.
+async fn longest_gap(database: &Database, writers: usize, stop: Arc<AtomicBool>) -> Duration {
+    let writers = (0..writers).map(|writer| {
+        let (database, stop) = (database.clone(), stop.clone());
+        async move {
+            let (mut last, mut longest) = (Instant::now(), Duration::ZERO);
+            while !stop.load(Ordering::Relaxed) {
+                database.put(format!("gap-{writer}"), "value").await.expect("a write within its deadline");
+                longest = longest.max(last.elapsed());
+                last = Instant::now();
+            }
+            longest
+        }
+    });
+    futures_util::future::join_all(writers).await.into_iter().max().unwrap_or_default()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_end_of_a_process_is_noticed_before_any_election_timeout() {
+    let mut cluster = Cluster::new(3);
+    cluster.wait_all_ready();
+    let client = cluster.client().await;
+    let database = cluster.database(&client, "gaps", 3, 12).await;
+    let mut gaps = Vec::new();
+    for victim in 0..3 {
+        let stop = Arc::new(AtomicBool::new(false));
+        let writers = tokio::spawn({
+            let (database, stop) = (database.clone(), stop.clone());
+            async move { longest_gap(&database, 24, stop).await }
+        });
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        cluster.kill(victim);
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        stop.store(true, Ordering::Relaxed);
+        gaps.push(writers.await.expect("its writers"));
+        cluster.spawn(victim);
+        cluster.wait_ready(victim);
+    }
+    // What else the machine does may hold up one of them.
+    assert!(gaps.iter().min().is_some_and(|least| *least < NOTICED), "{gaps:?}");
+    client.close().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn all_nodes_killed_at_once_keep_every_acknowledged_write() {
     let mut cluster = Cluster::new(3);

@@ -45,6 +45,9 @@ pub struct LinkState {
 /// Refusals in a row that say nothing yet; with the delays between attempts, a second or two of them.
 const REFUSALS_USUAL: u32 = 6;
 
+/// Between news of a node and the attempt to reach it that they lead to.
+const NEWS_PAUSE: Duration = Duration::from_millis(5);
+
 /// A connection that passed its handshake.
 struct Connection {
     stream: TcpStream,
@@ -122,7 +125,8 @@ async fn pause(peer: &Peer, link: &PeerLane, address: &Arc<String>, delay: Durat
     };
     tokio::select! {
         () = sleep(delay) => {}
-        () = link.redial.notified() => {}
+        // News of a node that comes with its dialling, and of its end, lead to no more attempts than this.
+        () = link.redial.notified() => sleep(NEWS_PAUSE.min(delay)).await,
         () = moved => {}
     }
     // What was queued meanwhile must wake the link once it is connected; it looks before it waits.

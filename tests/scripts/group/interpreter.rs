@@ -333,13 +333,15 @@ impl Groups {
         let node = self.node(id)?;
         let Some(group) = node.group.as_mut() else { return Ok(String::new()) };
         let Some(since) = node.asleep_since else {
-            group.alarmed();
-            return Ok(String::new());
+            let vacant = group.alarmed(about, alarm).map_err(|error| error.to_string())?;
+            return if vacant { self.pump(id) } else { Ok(String::new()) };
         };
         let Some(silence) = group.heeds(about, alarm, &node.heard) else { return Ok(String::new()) };
         node.asleep_since = None;
         group.wake(node.heard.now() - since, silence);
-        group.call_leader();
+        if !group.alarmed(about, alarm).map_err(|error| error.to_string())? {
+            group.call_leader();
+        }
         Ok(format!("{id}: wakes, node {about} is {}\n", format!("{alarm:?}").to_lowercase())
             + &self.pump(id)?)
     }
