@@ -88,6 +88,8 @@ pub const ENTRY_CACHE_BYTES: usize = MIB;
 /// Bytes of log entries in memory of all groups of a node, above which each keeps only what it must.
 pub const ENTRY_CACHE_NODE_BYTES: usize = 16 * MIB;
 
+/// Replicas that a node reads from disk and starts at a time; further ones wait for those.
+pub const REPLICAS_OPENED_AT_A_TIME: usize = 256;
 /// Messages in a replica's mailbox; above, requests are `Busy` and raft messages are dropped.
 pub const REPLICA_MAILBOX_MAX: usize = 4 * 1024;
 /// Batches in the mailbox of a thread that owns replicas; above, raft messages are dropped.
@@ -95,6 +97,8 @@ pub const HUB_MAILBOX_MAX: usize = 16 * 1024;
 /// Ticks between looks whether the log can be compacted further.
 pub const COMPACT_TICKS: u64 = 50;
 
+/// An outbox that is empty keeps room for so many messages.
+pub const OUTBOX_ROOM_KEPT: usize = 1024;
 /// Bytes waiting in the outbox to one peer; above, messages are dropped and raft sends them again.
 pub const OUTBOX_BYTES_MAX: usize = 32 * MIB;
 /// Log writes are gathered into one append of the log engine up to this many bytes.

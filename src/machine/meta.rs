@@ -27,7 +27,7 @@
 use super::ApplyError;
 use super::command::{MetaCommand, MetaRefusal, MetaReply};
 use crate::ids::generation_of;
-use crate::placement::map::{ClusterMap, DatabaseRecord, NodeRecord, ShardRecord};
+use crate::placement::map::{ClusterMap, DatabaseRecord, NodeRecord, ShardRecord, take_over};
 use crate::storage::{StateBatch, StateView, StorageError};
 pub use databases::check_name;
 use records::Counters;
@@ -193,9 +193,9 @@ pub fn refresh(map: &mut ClusterMap, state: &dyn StateView) -> Result<(), Storag
         *map = ClusterMap { cluster_id: counters.cluster_id, ..ClusterMap::default() };
     }
     // No record is ever deleted.
-    map.nodes.extend(nodes.into_iter().map(|node| (node.id, node)));
-    map.databases.extend(databases.into_iter().map(|database| (database.id, database)));
-    map.shards.extend(shards.into_iter().map(|shard| (shard.id, shard)));
+    take_over(&mut map.nodes, nodes.into_iter().map(|node| (node.id, node)));
+    take_over(&mut map.databases, databases.into_iter().map(|database| (database.id, database)));
+    take_over(&mut map.shards, shards.into_iter().map(|shard| (shard.id, shard)));
     (map.policy, map.rebalance, map.version) = (policy, rebalance, version);
     Ok(())
 }

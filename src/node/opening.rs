@@ -1,7 +1,7 @@
 //! How the supervisor opens replicas: log and state are read from disk, off its thread; then each group is
 //! started on the thread of its shard, or tried again later if it can't be.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 
 use actix::prelude::*;
@@ -17,6 +17,7 @@ use super::router::Route;
 use super::supervisor::Supervisor;
 use crate::group::open::GroupOptions;
 use crate::ids::{Incarnation, ReplicaId, ShardId};
+use crate::limits;
 use crate::storage::engine::Engine;
 use crate::storage::log::{LogState, LogStore, ReplicaRecord};
 use crate::storage::state::ReplicaState;
@@ -62,7 +63,8 @@ fn is_only_voter(replica: ReplicaId, log: &LogState) -> bool {
 }
 
 impl Supervisor {
-    /// Reads log and state of `records` from disk, off this thread, and starts their actors.
+    /// Reads log and state of `records` from disk, off this thread, and starts their actors, so many at a time
+    /// ([`limits::REPLICAS_OPENED_AT_A_TIME`]): what thousands need for it together would be most of what they ever do.
     /// `campaign`: those to elect at once.
     pub(super) fn open(
         &mut self,
@@ -70,9 +72,23 @@ impl Supervisor {
         campaign: HashSet<ReplicaId>,
         ctx: &mut Context<Self>,
     ) {
-        if self.stopping {
+        self.open_next(records.into(), campaign, ctx);
+    }
+
+    fn open_next(
+        &mut self,
+        mut waiting: VecDeque<ReplicaRecord>,
+        campaign: HashSet<ReplicaId>,
+        ctx: &mut Context<Self>,
+    ) {
+        if self.stopping || waiting.is_empty() {
             return;
         }
+        let now = waiting.len().min(limits::REPLICAS_OPENED_AT_A_TIME);
+        // While it waited its record may have changed, or gone; then it is nothing for `start` either.
+        let records: Vec<_> = (waiting.drain(..now))
+            .map(|record| self.replicas.get_mut(record.replica).map_or(record, |slot| slot.record.clone()))
+            .collect();
         let log = self.shared.log.clone();
         let engine = self.site.engine.clone();
         let read = tokio::task::spawn_blocking(move || {
@@ -83,12 +99,18 @@ impl Supervisor {
             records.into_iter().map(open).collect::<Vec<_>>()
         });
         ctx.spawn(fut::wrap_future(read).map(move |opened, act: &mut Self, ctx| match opened {
-            Ok(opened) => act.start(opened, campaign, ctx),
+            Ok(opened) => act.start(opened, waiting, campaign, ctx),
             Err(error) => tracing::debug!(%error, "the node ended while it opened replicas"),
         }));
     }
 
-    fn start(&mut self, opened: Vec<Opened>, campaign: HashSet<ReplicaId>, ctx: &mut Context<Self>) {
+    fn start(
+        &mut self,
+        opened: Vec<Opened>,
+        waiting: VecDeque<ReplicaRecord>,
+        campaign: HashSet<ReplicaId>,
+        ctx: &mut Context<Self>,
+    ) {
         let mut starts = Vec::new();
         let tried: Vec<_> = opened.iter().map(|opened| opened.record.replica).collect();
         for Opened { record, found } in opened {
@@ -137,6 +159,7 @@ impl Supervisor {
                 act.untried.remove(replica);
             }
             act.tell_readiness();
+            act.open_next(waiting, campaign, ctx);
         }));
     }
 

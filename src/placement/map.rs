@@ -295,6 +295,18 @@ pub struct MapDelta {
     pub rebalance: Option<RebalanceRecord>,
 }
 
+/// Puts records into their table. Many of them at once make it anew, in one pass: put in one by one, in ascending order as
+/// they come, thousands would leave its leaves half empty.
+pub fn take_over<K: Ord, V>(table: &mut BTreeMap<K, V>, records: impl ExactSizeIterator<Item = (K, V)>) {
+    const MANY: usize = 256;
+    if records.len() >= MANY && records.len() >= table.len() / 4 {
+        let before = std::mem::take(table);
+        *table = before.into_iter().chain(records).collect();
+    } else {
+        table.extend(records);
+    }
+}
+
 impl ClusterMap {
     /// Everything that changed after version `since`; everything there is if that is of an earlier generation: see
     /// [`ClusterMap::merge`].
@@ -339,12 +351,14 @@ impl ClusterMap {
         }
         macro_rules! take {
             ($field:ident) => {
-                for record in delta.$field {
-                    if self.$field.get(&record.id).is_none_or(|have| have.changed_at < record.changed_at) {
-                        self.$field.insert(record.id, record);
-                        changed = true;
-                    }
-                }
+                let mut newer = delta.$field;
+                newer.retain(|record| {
+                    self.$field.get(&record.id).is_none_or(|have| have.changed_at < record.changed_at)
+                });
+                changed |= !newer.is_empty();
+                // Of two with one id the newest stays, whoever sends such.
+                newer.sort_by_key(|record| (record.id, record.changed_at));
+                take_over(&mut self.$field, newer.into_iter().map(|record| (record.id, record)));
             };
         }
         take!(nodes);

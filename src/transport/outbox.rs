@@ -10,7 +10,7 @@ use tokio::sync::Notify;
 use crate::codec::GroupMessage;
 use crate::codec::messages::wire_size;
 use crate::codec::peer::NodeHeartbeat;
-use crate::limits::FRAME_MESSAGES_MAX;
+use crate::limits::{FRAME_MESSAGES_MAX, OUTBOX_ROOM_KEPT};
 
 /// Messages that wait for one peer on one lane.
 #[derive(Debug)]
@@ -100,6 +100,10 @@ impl Outbox {
             batch.bytes += bytes;
             batch.messages.push(message);
         }
+        if queue.messages.is_empty() && queue.messages.capacity() > OUTBOX_ROOM_KEPT {
+            // When thousands of groups are made they all speak at once, and then never again.
+            queue.messages = VecDeque::new();
+        }
         batch
     }
 
@@ -161,6 +165,16 @@ mod tests {
             message: raft::eraftpb::Message::default(),
             node: NodeId::default(),
             sleep: None,
+        }
+    }
+
+    #[test]
+    fn a_burst_leaves_no_room_behind() {
+        let outbox = Outbox::new(usize::MAX);
+        for (count, kept) in [(OUTBOX_ROOM_KEPT as u64 / 2, true), (8 * OUTBOX_ROOM_KEPT as u64, false)] {
+            assert_eq!(outbox.push((0..count).map(message)), 0);
+            assert_eq!(outbox.take(usize::MAX).messages.len() as u64, count);
+            assert_eq!(outbox.lock().messages.capacity() > 0, kept, "{count} messages");
         }
     }
 

@@ -3,6 +3,7 @@ use crate::codec::records::tests::{
     any_cause, any_database, any_id, any_members, any_node, any_range, any_rebalance_state, any_shard,
     any_standing,
 };
+use crate::placement::ring::RingRange;
 use proptest::prelude::*;
 
 pub(crate) fn any_command() -> impl Strategy<Value = MetaCommand> {
@@ -28,8 +29,7 @@ fn any_plain_command() -> impl Strategy<Value = MetaCommand> {
             .prop_map(|(node, standing)| MetaCommand::SetStanding { node: NodeId(node), standing }),
         any_policy_change().prop_map(MetaCommand::SetPolicy),
         any_rebalancing(),
-        (".{0,20}", any::<u32>())
-            .prop_map(|(name, replicas)| MetaCommand::SetReplicas { name, replicas }),
+        (".{0,20}", any::<u32>()).prop_map(|(name, replicas)| MetaCommand::SetReplicas { name, replicas }),
     ]
 }
 
@@ -104,11 +104,7 @@ fn any_refusal() -> impl Strategy<Value = MetaRefusal> {
         Just(MetaRefusal::NotFormed),
         ".{0,20}".prop_map(MetaRefusal::Stale),
         (any::<u64>(), prop::collection::vec(any::<u64>().prop_map(ShardId), 0..9), any::<u32>())
-            .prop_map(|(node, shards, total)| MetaRefusal::NodeInUse {
-                node: NodeId(node),
-                shards,
-                total
-            }),
+            .prop_map(|(node, shards, total)| MetaRefusal::NodeInUse { node: NodeId(node), shards, total }),
         any::<u64>().prop_map(|node| MetaRefusal::NodeRemoved(NodeId(node))),
         ".{0,20}".prop_map(MetaRefusal::NotAllowed),
         (".{0,20}", any::<u64>()).prop_map(|(what, version)| MetaRefusal::Changed { what, version }),
@@ -120,8 +116,7 @@ fn any_reply() -> impl Strategy<Value = MetaReply> {
     prop_oneof![
         any::<u64>().prop_map(MetaReply::Formed),
         any::<u64>().prop_map(|node| MetaReply::Node(NodeId(node))),
-        (any_database(), any::<bool>())
-            .prop_map(|(record, created)| MetaReply::Database { record, created }),
+        (any_database(), any::<bool>()).prop_map(|(record, created)| MetaReply::Database { record, created }),
         any::<u64>().prop_map(MetaReply::Done),
         any_refusal().prop_map(MetaReply::Refused),
     ]
@@ -179,4 +174,37 @@ proptest! {
         let _ = decode_reply(&bytes);
         let _ = decode_command(&bytes[..cut.index(bytes.len())]);
     }
+}
+
+fn creation(shards: usize) -> MetaCommand {
+    let shard = PlannedShard { range: RingRange::ALL, nodes: vec![NodeId(1)] };
+    MetaCommand::CreateDatabase { name: "wide".into(), replicas: 1, shards: vec![shard; shards] }
+}
+
+#[test]
+fn who_knows_no_more_than_4096_shards_stops_at_a_database_with_more() {
+    for (shards, wide) in
+        [(1, false), (fixed::SHARDS_NARROW, false), (fixed::SHARDS_NARROW + 1, true), (fixed::SHARDS, true)]
+    {
+        let bytes = encode_command(&creation(shards));
+        let is_wide = read_message("MetaCommand", &bytes, |message| {
+            let root: meta_command::Reader<'_> = message.get_root()?;
+            Ok(matches!(root.which(), Ok(meta_command::CreateWideDatabase(_))))
+        });
+        assert_eq!(is_wide.unwrap(), wide, "{shards} shards");
+        assert_eq!(decode_command(&bytes).unwrap(), creation(shards));
+    }
+}
+
+#[test]
+fn neither_kind_of_creation_is_read_with_the_shards_of_the_other() {
+    let narrow = fixed::SHARDS_NARROW as u32;
+    let mut message = Builder::new_default();
+    message.init_root::<meta_command::Builder<'_>>().init_create_database().init_shards(narrow + 1);
+    let error = decode_command(&serialize::write_message_to_words(&message)).unwrap_err();
+    assert!(error.to_string().contains("another kind"), "{error}");
+    let mut message = Builder::new_default();
+    message.init_root::<meta_command::Builder<'_>>().init_create_wide_database().init_shards(narrow);
+    let error = decode_command(&serialize::write_message_to_words(&message)).unwrap_err();
+    assert!(error.to_string().contains("another kind"), "{error}");
 }

@@ -198,3 +198,22 @@ proptest! {
         prop_assert_eq!(&map, newest);
     }
 }
+
+#[test]
+fn many_records_at_once_are_taken_over_like_one_by_one() {
+    let whole = RingRange::ALL;
+    let records: Vec<_> = (1..=600).map(|id| shard(id, id, whole)).collect();
+    let delta =
+        |shards: Vec<ShardRecord>| MapDelta { version: 600, shards, ..ClusterMap::default().delta(0) };
+    let mut one_by_one = ClusterMap::default();
+    for record in &records {
+        one_by_one.merge(delta(vec![record.clone()]));
+    }
+    let mut at_once = ClusterMap::default();
+    at_once.merge(delta(records[..20].to_vec()));
+    // An older one of a shard that is there, and of one that comes with it.
+    let older = [5, 300].map(|id| shard(id, 1, whole));
+    assert!(at_once.merge(delta(records[10..].iter().cloned().chain(older).collect())));
+    assert_eq!(at_once, one_by_one);
+    assert!(!at_once.merge(delta(records)), "nothing new");
+}
