@@ -38,6 +38,7 @@
 //! Not compressed: entries are written once and, but for a lagging follower, never read; one thread
 //! writes for all groups, and a compressed block would have to be unpacked whole for one entry.
 
+mod ahead;
 mod check;
 mod guard;
 mod mark;

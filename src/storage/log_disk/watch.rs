@@ -16,8 +16,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use raft_engine::env::{FileSystem, Handle, Permission};
-use raft_engine::internals::{EventListener, FileBlockHandle, FileId};
+use raft_engine::internals::{EventListener, FileBlockHandle, FileId, LogQueue};
 
+use super::ahead::AheadWriter;
 use super::check::{FILE_HEAD_BYTES, Listing, file_name, parse_name};
 use super::mark::{MarkFile, QUEUES, Reach, Span};
 use crate::ids::StoreId;
@@ -301,7 +302,7 @@ impl<F: FileSystem> WatchedFiles<F> {
 impl<F: FileSystem> FileSystem for WatchedFiles<F> {
     type Handle = WatchedHandle<F>;
     type Reader = F::Reader;
-    type Writer = F::Writer;
+    type Writer = AheadWriter<F::Writer>;
 
     fn create<P: AsRef<Path>>(&self, path: P) -> io::Result<WatchedHandle<F>> {
         let inner = self.0.files.create(path.as_ref())?;
@@ -340,8 +341,10 @@ impl<F: FileSystem> FileSystem for WatchedFiles<F> {
         self.0.files.new_reader(handle.inner.clone())
     }
 
-    fn new_writer(&self, handle: Arc<WatchedHandle<F>>) -> io::Result<F::Writer> {
-        self.0.files.new_writer(handle.inner.clone())
+    fn new_writer(&self, handle: Arc<WatchedHandle<F>>) -> io::Result<AheadWriter<F::Writer>> {
+        // The other queue is written in great pieces, seldom.
+        let is_appended = handle.id.is_some_and(|id| id.queue == LogQueue::Append);
+        Ok(AheadWriter::new(self.0.files.new_writer(handle.inner.clone())?, is_appended))
     }
 }
 
