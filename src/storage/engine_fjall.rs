@@ -294,8 +294,10 @@ impl Core {
     /// the disk has it, fjall doesn't know, and the next attempt would write over files that count.
     fn counted<T>(&self, result: Result<T, StorageError>) -> Result<T, StorageError> {
         let Err(error) = &result else { return result };
+        // In this order: meanwhile another thread may make a version, which the tree knows as soon as the file names it.
+        let named = files::current_version(&self.path);
         let known = self.tree.current_version().id();
-        if !error.is_full() || files::current_version(&self.path).is_ok_and(|named| named == known) {
+        if !error.is_full() || named.is_ok_and(|named| named <= known) {
             return result;
         }
         let reason = format!("{error}; which version of the tree counts is unknown");
