@@ -151,8 +151,19 @@ fn a_version_that_may_count_ends_the_store_and_takes_no_table_with_it() {
     let core = &engine.core;
     let full = || Err::<(), _>(std::io::Error::from(ErrorKind::StorageFull).into());
     assert!(core.making_table(full).unwrap_err().is_full());
+    // No thread makes one more meanwhile.
+    let merging = core.merging.lock().unwrap();
     add_table(&engine, "v");
     let known = std::fs::read(path.join("current")).unwrap();
+    // Another thread has made a version since the file was looked at.
+    let before = || {
+        let mut earlier = known.clone();
+        earlier[0] -= 1;
+        std::fs::write(path.join("current"), earlier).unwrap();
+        full()
+    };
+    assert!(core.making_table(before).unwrap_err().is_full());
+    std::fs::write(path.join("current"), &known).unwrap();
     let table = path.join("tables").join("1000000");
     let renamed = || {
         std::fs::write(&table, "of the version after this").unwrap();
@@ -164,6 +175,7 @@ fn a_version_that_may_count_ends_the_store_and_takes_no_table_with_it() {
     let error = core.making_table(renamed).unwrap_err();
     assert!(matches!(error, StorageError::SyncFailed { .. }), "{error}");
     assert!(engine.get(b"a").is_err(), "nothing of it is believed any more");
+    drop(merging);
     assert!(core.compact().is_err());
     assert!(table.exists());
 }
