@@ -297,10 +297,12 @@ impl Assembly {
             }
         };
         let mut config = PeerNetworkConfig::new(cluster, node, incarnation, Arc::new(on_unreachable));
-        let (told, service) = (hubs.clone(), self.service.clone());
+        // The service holds the network in its turn, which would keep both for ever.
+        let (told, service) = (hubs.clone(), Arc::downgrade(&self.service));
         config.on_gone = Arc::new(move |node, process| {
-            // As long as a connection of its own is open it lives, whatever becomes of those to it.
-            if service.hears(node, process) {
+            // As long as a connection of its own is open it lives, whatever becomes of those to it. Without a service
+            // this node is about to end.
+            if service.upgrade().is_none_or(|service| service.hears(node, process)) {
                 return;
             }
             for hub in told.get().into_iter().flatten() {
