@@ -424,7 +424,7 @@ pub const FRAME_ENTRIES_MAX: usize = 256 * 1024;
 /// Replicas in each list of a snapshot's membership.
 pub const SNAPSHOT_MEMBERS_MAX: usize = 64;
 /// Greatest frame of a request between nodes, in bytes; a greater one closes the connection.
-pub const REQUEST_FRAME_BYTES_MAX: usize = FRAME_BYTES_MAX;
+pub const REQUEST_FRAME_BYTES_MAX: usize = 8 * MIB;
 /// Bytes of a snapshot file in one frame.
 pub const SNAPSHOT_CHUNK_BYTES: usize = 256 * KIB;
 /// Greatest frame of the snapshot lane, in bytes; a greater one closes the connection.
@@ -637,6 +637,8 @@ const _: () = assert!(APPEND_TARGET_BYTES / 8 <= MESSAGE_ENTRIES_MAX);
 // An entry takes 40 bytes or more of a frame, which may exceed its target by one message.
 const _: () = assert!(FRAME_TARGET_BYTES / 40 + MESSAGE_ENTRIES_MAX <= FRAME_ENTRIES_MAX);
 const _: () = assert!(REQUEST_FRAME_BYTES_MAX <= FRAME_BYTES_MAX);
+// The plan of the largest database: of a shard its range, a list, and its nodes. Answers may be larger.
+const _: () = assert!(SHARDS_MAX as usize * (4 + REPLICAS_MAX as usize) * 8 <= REQUEST_FRAME_BYTES_MAX / 2);
 const _: () = assert!(SNAPSHOT_FRAME_BYTES_MAX <= FRAME_BYTES_MAX);
 const _: () = assert!(OUTBOX_CONTROL_BYTES_MAX <= OUTBOX_BYTES_MAX);
 const _: () = assert!(KEEPALIVE_MS * 3 < PEER_IDLE_MS_MAX);

@@ -50,6 +50,7 @@ async fn a_damaged_file_is_repaired_or_refused_as_the_table_says() {
         (Class::Map, Damage::Empty, Stop::Clean),
         (Class::LogLast, Damage::Older, Stop::Kill),
         (Class::LogLast, Damage::FlipEnd, Stop::Kill),
+        (Class::LogLast, Damage::Older, Stop::Clean),
         (Class::Log, Damage::Older, Stop::Kill),
         (Class::LogMark, Damage::Delete, Stop::Kill),
         (Class::StateCurrent, Damage::FlipStart, Stop::Flushed),

@@ -294,26 +294,14 @@ impl Core {
     /// the disk has it, fjall doesn't know, and the next attempt would write over files that count.
     fn counted<T>(&self, result: Result<T, StorageError>) -> Result<T, StorageError> {
         let Err(error) = &result else { return result };
-        if !error.is_full() || self.knows_current() {
+        // In this order: meanwhile another thread may make a version, which the tree knows as soon as the file names it.
+        let named = files::current_version(&self.path);
+        let known = self.tree.current_version().id();
+        if !error.is_full() || named.is_ok_and(|named| named <= known) {
             return result;
         }
         let reason = format!("{error}; which version of the tree counts is unknown");
         self.trust.note(Err(StorageError::SyncFailed { path: self.path.clone(), reason }), |_| false)
-    }
-
-    /// Whether `current` names the version that fjall knows. Another maker of tables may come between the two looks:
-    /// the tree tells its version only once that one is through with its own.
-    fn knows_current(&self) -> bool {
-        loop {
-            let before = self.tree.current_version().id();
-            let named = files::current_version(&self.path);
-            let after = self.tree.current_version().id();
-            match named {
-                Ok(named) if named == before || named == after => return true,
-                Ok(_) if before != after => {}
-                _ => return false,
-            }
-        }
     }
 
     /// Tables numbered `from` or later may be remains.

@@ -153,8 +153,19 @@ fn a_version_that_may_count_ends_the_store_and_takes_no_table_with_it() {
     let merging = core.merging.lock().unwrap();
     let full = || Err::<(), _>(std::io::Error::from(ErrorKind::StorageFull).into());
     assert!(core.making_table(full).unwrap_err().is_full());
+    // No thread makes one more meanwhile.
+    let merging = core.merging.lock().unwrap();
     add_table(&engine, "v");
     let known = std::fs::read(path.join("current")).unwrap();
+    // Another thread has made a version since the file was looked at.
+    let before = || {
+        let mut earlier = known.clone();
+        earlier[0] -= 1;
+        std::fs::write(path.join("current"), earlier).unwrap();
+        full()
+    };
+    assert!(core.making_table(before).unwrap_err().is_full());
+    std::fs::write(path.join("current"), &known).unwrap();
     let table = path.join("tables").join("1000000");
     let renamed = || {
         std::fs::write(&table, "of the version after this").unwrap();

@@ -92,6 +92,8 @@ pub struct Flusher {
     collections: Collections,
     /// Whose state is being removed, and the last key of it that was.
     removed_to: Option<(ReplicaId, Vec<u8>)>,
+    /// Of whose state the engine has let go what it could at once: whose turn it was last.
+    forgotten: Option<ReplicaId>,
     hook: Option<FlushHook>,
 }
 
@@ -135,6 +137,7 @@ impl Flusher {
             failed: None,
             collections: Collections::default(),
             removed_to: None,
+            forgotten: None,
             hook: None,
         })
     }
@@ -216,11 +219,6 @@ impl Flusher {
     /// The state of a replica is about to be removed: no collection of its writes can come to a good end.
     pub fn begin_destroy(&mut self, replica: ReplicaId) {
         self.collections.fail(replica, "the replica is removed");
-        let (from, to) = keys::replica_range(replica);
-        if let Err(error) = self.engine.forget_range(&from, &to) {
-            // It fails again at the first step, if it matters.
-            tracing::warn!(%error, %replica, "the state of a replica is removed key by key");
-        }
     }
 
     /// Removes a batch of the state of a replica, of all its generations, not yet durably. True: nothing of it is left.
@@ -229,6 +227,14 @@ impl Flusher {
         // What was there is gone, but an engine may have a mark for each of it, and would pass over all of them each time.
         let removed_to = self.removed_to.take().filter(|(of, _)| *of == replica);
         let (first, to) = keys::replica_range(replica);
+        // Here, not when the removal of many begins: each may cost some syncs, and flushes go on in between. Whoever's turn
+        // comes after another's has everything removed from its beginning, so nothing that comes to light stays.
+        if self.forgotten.replace(replica) != Some(replica)
+            && let Err(error) = self.engine.forget_range(&first, &to)
+        {
+            // It fails again below, if it matters.
+            tracing::warn!(%error, %replica, "the state of a replica is removed key by key");
+        }
         let from = match &removed_to {
             Some((_, last)) => Bound::Excluded(&last[..]),
             None => Bound::Included(&first[..]),

@@ -386,10 +386,11 @@ proptest! {
     }
 }
 
-/// Notes where scans of keys begin.
+/// Notes where scans of keys begin, and ranges that are forgotten at once.
 struct Noting {
     inner: MemoryEngine,
     begins: Mutex<Vec<Bound<Vec<u8>>>>,
+    forgotten: Mutex<Vec<Vec<u8>>>,
 }
 
 impl Engine for Noting {
@@ -408,6 +409,10 @@ impl Engine for Noting {
     fn write(&self, batch: &[Mutation]) -> Result<(), StorageError> {
         self.inner.write(batch)
     }
+    fn forget_range(&self, from: &[u8], _to: &[u8]) -> Result<(), StorageError> {
+        self.forgotten.lock().unwrap().push(from.to_vec());
+        Ok(())
+    }
     fn sync(&self) -> Result<(), StorageError> {
         self.inner.sync()
     }
@@ -422,14 +427,22 @@ impl Engine for Noting {
 #[test]
 fn a_removal_does_not_pass_over_what_it_has_removed_at_each_step() {
     let dir = tempfile::tempdir().unwrap();
-    let engine = Arc::new(Noting { inner: MemoryEngine::new(), begins: Mutex::default() });
+    let engine = Arc::new(Noting {
+        inner: MemoryEngine::new(),
+        begins: Mutex::default(),
+        forgotten: Mutex::default(),
+    });
     let mut flusher = Flusher::open(dir.path().join("redo"), engine.clone()).unwrap();
     let replica = ReplicaId(7);
     let count = 3 * FLUSH_BATCH_KEYS as u32;
     let key = |number: u32| keys::user_key(replica, 1, &number.to_be_bytes());
     let pair = |number| (key(number), Some(Bytes::from_static(b"v")));
     engine.write(&(0..count).map(pair).collect::<Vec<_>>()).unwrap();
-    flusher.begin_destroy(replica);
+    for replica in [replica, ReplicaId(6)] {
+        flusher.begin_destroy(replica);
+    }
+    // There may be thousands, and flushes wait meanwhile.
+    assert!(engine.forgotten.lock().unwrap().is_empty());
     for batch in 1..=3 {
         assert!(!flusher.destroy_step(replica).unwrap());
         assert_eq!(engine.inner.get(&key(batch * FLUSH_BATCH_KEYS as u32 - 1)).unwrap(), None);
@@ -445,4 +458,7 @@ fn a_removal_does_not_pass_over_what_it_has_removed_at_each_step() {
     engine.begins.lock().unwrap().clear();
     while !flusher.destroy_step(ReplicaId(6)).unwrap() {}
     assert_eq!(engine.begins.lock().unwrap()[0], Bound::Included(keys::replica_range(ReplicaId(6)).0));
+    // Once for each, before anything of it was removed.
+    let begins = [replica, ReplicaId(6)].map(|replica| keys::replica_range(replica).0);
+    assert_eq!(*engine.forgotten.lock().unwrap(), begins);
 }

@@ -68,14 +68,21 @@ impl Class {
             pick(names.len()).map(|at| dir.join(part).join(&names[at]))
         };
         let append = |name: &str| name.ends_with(".raftlog");
-        let first = |count: usize| (count > 0).then_some(0);
         let last = |count: usize| count.checked_sub(1);
+        // What was freed stays there under its name until it is used again.
+        let needed = |pick: fn(usize) -> Option<usize>| {
+            let mut names = names(&dir.join("log"));
+            let number = |name: &String| name.strip_suffix(".raftlog")?.parse::<u64>().ok();
+            let first = first_needed(dir);
+            names.retain(|name| number(name).is_some_and(|number| number >= first));
+            pick(names.len()).map(|at| dir.join("log").join(&names[at]))
+        };
         let path = match self {
             Class::Identity => dir.join("IDENTITY"),
             Class::Lock => dir.join("LOCK"),
             Class::Map => dir.join("map"),
-            Class::LogFirst => nth("log", append, first)?,
-            Class::LogMiddle => nth("log", append, |count| (count > 2).then_some(count / 2))?,
+            Class::LogFirst => needed(|count| (count > 0).then_some(0))?,
+            Class::LogMiddle => needed(|count| (count > 2).then_some(count / 2))?,
             Class::LogLast => nth("log", append, last)?,
             Class::LogRewrite => nth("log", |name| name.ends_with(".rewrite"), last)?,
             Class::LogMark => dir.join("log.mark"),
@@ -150,6 +157,17 @@ impl fmt::Display for Class {
             Class::SnapshotFile => "a file in `snapshots/`",
         })
     }
+}
+
+/// The first file of the raft log that its mark asks for. Of the mark's two slots the one with the greater number counts.
+fn first_needed(dir: &Path) -> u64 {
+    let mark = fs::read(dir.join("log.mark")).unwrap_or_default();
+    let number = |at: usize| {
+        let bytes = mark.get(at..)?.first_chunk()?;
+        Some(u64::from_le_bytes(*bytes))
+    };
+    // Behind magic, format version, this number, a store id, and how many writes there were.
+    [0, 512].into_iter().max_by_key(|slot| number(slot + 12)).and_then(|slot| number(slot + 44)).unwrap_or(0)
 }
 
 /// Whether a version of fjall's tree names this table: by its number, the kind of its checksum, and that.
@@ -276,11 +294,20 @@ pub fn files(dir: &Path) -> Vec<PathBuf> {
     found
 }
 
+/// Whether both hold the same.
 fn same(one: &Path, other: &Path) -> bool {
     let content = |base: &Path| -> Vec<(PathBuf, Vec<u8>)> {
         let all = if base.is_dir() { files(base) } else { vec![base.to_owned()] };
         let relative = |path: &PathBuf| path.strip_prefix(base).expect("within it").to_owned();
-        all.iter().map(|path| (relative(path), fs::read(path).expect("reading"))).collect()
+        let bytes = |path: &PathBuf| {
+            let mut bytes = fs::read(path).expect("reading");
+            if path.extension().is_some_and(|kind| kind == "raftlog" || kind == "rewrite") {
+                // The zeros behind a log's end are room for it, which a kill leaves and the next start cuts off.
+                bytes.truncate(bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1));
+            }
+            bytes
+        };
+        all.iter().map(|path| (relative(path), bytes(path))).collect()
     };
     content(one) == content(other)
 }

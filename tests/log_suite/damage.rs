@@ -123,6 +123,16 @@ fn whatever_becomes_of_a_file_of_the_log_is_noticed() {
             ("its middle flipped", flip(content.len() / 2)),
             ("its end flipped", flip(content.len() - 1)),
         ];
+        if Some(&name) == files(&last, "raftlog").last() {
+            // As a kill leaves it: with room behind its end.
+            let with_room = |content: &[u8]| [content, &[0; 1 << 16]].concat();
+            damages.push(("half of it, and room", Some(with_room(&content[..content.len() / 2]))));
+            let copy = older.get(&name).filter(|copy| *copy != content);
+            damages.extend(copy.map(|copy| ("an older copy, and room", Some(with_room(copy)))));
+            let dir = lay_out(&last);
+            fs::write(dir.path().join(&name), with_room(content)).unwrap();
+            is_whole(dir.path());
+        }
         if let Some(copy) = older.get(&name).filter(|copy| *copy != content) {
             damages.push(("an older copy", Some(copy.clone())));
             old_copies += 1;

@@ -36,39 +36,48 @@ impl<W: Write + Seek> AheadWriter<W> {
         AheadWriter { inner, reserved: 0..0, on }
     }
 
-    /// A write has ended. If it used up what was written ahead, there is more after this.
+    /// A write has ended. If it used up what was written ahead, there is more after this. An error: the next write would
+    /// not begin where this one has ended.
     fn go_ahead(&mut self) -> io::Result<()> {
-        let at = self.inner.stream_position()?;
+        let at = match self.inner.stream_position() {
+            Ok(at) => at,
+            Err(error) => {
+                self.give_up(&error);
+                return Ok(());
+            }
+        };
         if at <= self.reserved.start || at >= self.reserved.end {
             return Ok(());
         }
         let end = self.reserved.end.min(at + AHEAD_BYTES as u64);
         let mut left = usize::try_from(end - at).unwrap_or(0);
         self.reserved.start = end;
-        let written = loop {
-            if left == 0 {
-                break Ok(());
-            }
+        while left > 0 {
             let piece = left.min(ZEROS.len());
             if let Err(error) = self.inner.write_all(&ZEROS[..piece]) {
-                break Err(error);
+                // It is for speed alone, and what was written counts whatever comes of it.
+                self.give_up(&error);
+                break;
             }
             left -= piece;
-        };
-        // What follows belongs where the zeros begin, however far they came.
-        self.inner.seek(SeekFrom::Start(at)).and(written)
+        }
+        // What follows belongs where the zeros begin, however far they came. Of no kind of its own: the writer would make the
+        // same write again, there, if it were told of an interruption.
+        let back = self.inner.seek(SeekFrom::Start(at));
+        back.map(drop).map_err(|error| io::Error::other(format!("going back to byte {at}: {error}")))
+    }
+
+    fn give_up(&mut self, error: &io::Error) {
+        tracing::debug!(%error, "a file of the raft log isn't written ahead any more");
+        self.reserved = 0..0;
     }
 }
 
 impl<W: Write + Seek> Write for AheadWriter<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let written = self.inner.write(bytes)?;
-        // It is for speed alone, and what was written counts whatever comes of it.
-        if !self.reserved.is_empty()
-            && let Err(error) = self.go_ahead()
-        {
-            tracing::debug!(%error, "a file of the raft log isn't written ahead any more");
-            self.reserved = 0..0;
+        if !self.reserved.is_empty() {
+            self.go_ahead()?;
         }
         Ok(written)
     }
@@ -107,11 +116,12 @@ mod tests {
     use std::io::Cursor;
     use std::rc::Rc;
 
-    /// A file in memory that counts the bytes written to it, and refuses those beyond a limit.
+    /// A file in memory that counts the bytes written to it, and refuses those beyond a limit; and to move, if it is told so.
     struct File {
         bytes: Cursor<Vec<u8>>,
         written: Rc<Cell<usize>>,
         limit: usize,
+        stuck: bool,
     }
 
     impl Write for File {
@@ -130,7 +140,10 @@ mod tests {
 
     impl Seek for File {
         fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
-            self.bytes.seek(to)
+            match to {
+                SeekFrom::Start(_) if self.stuck => Err(io::ErrorKind::Interrupted.into()),
+                to => self.bytes.seek(to),
+            }
         }
     }
 
@@ -150,7 +163,7 @@ mod tests {
 
     fn writer(limit: usize, on: bool) -> (AheadWriter<File>, Rc<Cell<usize>>) {
         let written = Rc::<Cell<usize>>::default();
-        let file = File { bytes: Cursor::default(), written: written.clone(), limit };
+        let file = File { bytes: Cursor::default(), written: written.clone(), limit, stuck: false };
         (AheadWriter::new(file, on), written)
     }
 
@@ -199,5 +212,16 @@ mod tests {
         let bytes = writer.inner.bytes.get_ref();
         assert_eq!((&bytes[..10], &bytes[20..30], bytes[30]), (&[1; 10][..], &[3; 10][..], 0));
         assert!(writer.reserved.is_empty());
+    }
+
+    /// Else the next write would lie behind zeros, which end the log for whoever reads it.
+    #[test]
+    fn a_write_fails_after_which_the_next_would_lie_elsewhere() {
+        let (mut writer, counted) = writer(usize::MAX, true);
+        writer.allocate(0, 2 * AHEAD_BYTES).unwrap();
+        writer.inner.stuck = true;
+        let error = writer.write_all(&[1; 10]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::Other, "{error}");
+        assert_eq!(counted.get(), 10 + AHEAD_BYTES, "it isn't made a second time");
     }
 }
