@@ -5,7 +5,6 @@
 
 use std::hint::black_box;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use pontoon::ids::{
@@ -17,7 +16,6 @@ use pontoon::node::map_cache;
 use pontoon::placement::map::{ClusterMap, Member, MemberRole, MoveCause, NodeRecord, ShardRecord, Standing};
 use pontoon::placement::plan::plan_database;
 use pontoon::placement::ring::RingRange;
-use pontoon::storage::engine::Engine;
 use pontoon::storage::engine_kind::{EngineKind, StateOptions};
 use pontoon::storage::flush::{FlushStep, Flusher};
 use pontoon::storage::state::{ReplicaState, StateHeader};

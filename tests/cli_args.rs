@@ -137,7 +137,7 @@ fn mistakes_of_usage_end_with_2_and_touch_nothing() {
         &["setup", "db", "0", "1"],
         &["setup", "db", "8", "1"],
         &["setup", "db", "3", "0"],
-        &["setup", "db", "3", "4097"],
+        &["setup", "db", "3", "16385"],
         &["setup", "no spaces", "3", "5"],
         &["setup", "db", "3", "5", "--nodes", "2"],
         &["-setup", "db", "x", "5"],

@@ -493,6 +493,36 @@ async fn a_link_finds_a_restarted_peer_and_a_moved_one() {
 }
 
 #[tokio::test]
+async fn news_of_a_peer_hasten_the_next_attempt_and_not_all_that_follow() {
+    local(async {
+        // Takes connections, and ends them.
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let attempts = Rc::new(Cell::new(0));
+        let count = attempts.clone();
+        let server = spawn_local(async move {
+            while listener.accept().await.is_ok() {
+                count.set(count.get() + 1);
+            }
+        });
+        let day = Duration::from_secs(24 * 3600);
+        let sender = sender_with(2, &[(1, address)], |config| {
+            config.timings = Timings { redial_min: day, redial_max: day, ..timings() };
+        });
+        until("the first attempt on both lanes", || attempts.get() == 2).await;
+        let begin = Instant::now();
+        while begin.elapsed() < Duration::from_secs(1) {
+            sender.network.redial(NodeId(1));
+            sleep(Duration::from_millis(1)).await;
+        }
+        server.abort();
+        // After 5, 10, 20 … ms.
+        assert!((4..=2 + 2 * 8).contains(&attempts.get()), "{} attempts", attempts.get());
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_peer_that_stops_reading_fills_a_bounded_outbox() {
     local(async {
         // Says welcome, and then nothing.

@@ -80,18 +80,18 @@ impl Retention {
 /// Where a snapshot for one follower stands.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Transfer {
-    /// This replica has just come to lead, and hasn't heard how far the follower is. The log is held from this index
-    /// on, where it began then.
-    Unheard(Index),
+    /// This replica has come to lead at this tick, and hasn't heard how far the follower is. The log is held from this
+    /// index on, where it began then.
+    Unheard(Index, u64),
     /// The shell makes it, or finds one that it has made before. The log is held from this index on, where it
     /// began when that was asked for.
     Making(Index),
     /// It is made, exact at this position, and on its way.
     Bringing(Position),
-    /// It is installed; raft is to be told.
-    Offered(Position),
-    /// raft goes on from there, or is about to.
-    Noted(Position),
+    /// It is installed, since this tick; raft is to be told.
+    Offered(Position, u64),
+    /// raft goes on from there, or is about to; since when it was offered.
+    Noted(Position, u64),
     /// It gets what follows from the log, and has acknowledged this much, at this tick last.
     Following(Index, u64),
     /// It failed, or the follower goes on by itself; not asked for again before this tick.
@@ -102,8 +102,8 @@ impl Transfer {
     /// From where on the log has to stay for it.
     fn held(&self) -> Option<Index> {
         match *self {
-            Transfer::Unheard(held) | Transfer::Making(held) | Transfer::Following(held, _) => Some(held),
-            Transfer::Bringing(at) | Transfer::Offered(at) | Transfer::Noted(at) => Some(at.index),
+            Transfer::Unheard(held, _) | Transfer::Making(held) | Transfer::Following(held, _) => Some(held),
+            Transfer::Bringing(at) | Transfer::Offered(at, _) | Transfer::Noted(at, _) => Some(at.index),
             Transfer::Resting(_) => None,
         }
     }
@@ -159,10 +159,10 @@ impl CatchUp {
         self.share.settle(0);
     }
 
-    /// Leadership begins, with these followers.
-    pub fn begin(&mut self, followers: impl Iterator<Item = ReplicaId>, log: &GroupLog) {
+    /// Leadership begins at tick `now`, with these followers.
+    pub fn begin(&mut self, followers: impl Iterator<Item = ReplicaId>, log: &GroupLog, now: u64) {
         let truncated = log.truncated().index;
-        self.transfers.extend(followers.map(|replica| (replica, Transfer::Unheard(truncated))));
+        self.transfers.extend(followers.map(|replica| (replica, Transfer::Unheard(truncated, now))));
     }
 
     /// The members have changed: those who are none any more are forgotten.
@@ -200,14 +200,17 @@ impl CatchUp {
         if active {
             *seen = now;
         }
-        // While a snapshot is made and brought, the shell tells when there is no hope.
-        let is_silent = now.saturating_sub(*seen) >= limits::FOLLOWER_DEAD_TICKS;
+        // One whose disk is full or hangs answers heartbeats, and acknowledges nothing.
+        let is_long_ago = |tick: u64| now.saturating_sub(tick) >= limits::FOLLOWER_DEAD_TICKS;
         let is_over = match self.transfers.get(&replica) {
-            Some(Transfer::Unheard(_) | Transfer::Offered(_) | Transfer::Noted(_)) => is_silent,
-            Some(Transfer::Following(_, since)) => {
-                is_silent || now.saturating_sub(*since) >= limits::FOLLOWER_DEAD_TICKS
-            }
-            _ => false,
+            Some(
+                Transfer::Unheard(_, since)
+                | Transfer::Offered(_, since)
+                | Transfer::Noted(_, since)
+                | Transfer::Following(_, since),
+            ) => is_long_ago(*seen) || is_long_ago(*since),
+            // While a snapshot is made and brought, the shell tells when there is no hope.
+            Some(Transfer::Making(_) | Transfer::Bringing(_) | Transfer::Resting(_)) | None => false,
         };
         if is_over {
             self.transfers.remove(&replica);
@@ -277,7 +280,7 @@ impl CatchUp {
             let from = self.held_for(replica, matched);
             // A snapshot that isn't made yet will stand where the log begins then.
             let is_made =
-                !matches!(self.transfers.get(&replica), Some(Transfer::Unheard(_) | Transfer::Making(_)));
+                !matches!(self.transfers.get(&replica), Some(Transfer::Unheard(..) | Transfer::Making(_)));
             if from < truncated && is_made {
                 outrun.push(replica);
             } else {
@@ -333,10 +336,10 @@ impl CatchUp {
         match self.transfers.get(&replica) {
             Some(Transfer::Resting(until)) if now < *until => false,
             // raft knows better than an answer from before the snapshot was installed.
-            Some(Transfer::Noted(_)) if asked => false,
+            Some(Transfer::Noted(..)) if asked => false,
             None
             | Some(
-                Transfer::Unheard(_) | Transfer::Following(..) | Transfer::Resting(_) | Transfer::Noted(_),
+                Transfer::Unheard(..) | Transfer::Following(..) | Transfer::Resting(_) | Transfer::Noted(..),
             ) => {
                 self.transfers.insert(replica, Transfer::Making(log.truncated().index));
                 true
@@ -367,7 +370,9 @@ impl CatchUp {
         let next = match *transfer {
             // Its log goes on from there by itself. What it said before may still be on its way.
             Transfer::Bringing(at) if installed && self.goes_on(replica, at, matched) => rest,
-            Transfer::Bringing(at) if installed && at.index >= log.truncated().index => Transfer::Offered(at),
+            Transfer::Bringing(at) if installed && at.index >= log.truncated().index => {
+                Transfer::Offered(at, now)
+            }
             _ => rest,
         };
         self.transfers.insert(replica, next);
@@ -382,9 +387,9 @@ impl CatchUp {
     /// raft has taken the offer.
     pub fn noted(&mut self, replica: ReplicaId) {
         if let Some(transfer) = self.transfers.get_mut(&replica)
-            && let Transfer::Offered(position) = *transfer
+            && let Transfer::Offered(position, since) = *transfer
         {
-            *transfer = Transfer::Noted(position);
+            *transfer = Transfer::Noted(position, since);
         }
     }
 
@@ -410,9 +415,9 @@ impl CatchUp {
                 let over = transfer.held().is_none_or(|at| at <= matched);
                 over && !self.requests.contains_key(&replica)
             }
-            Transfer::Offered(at) | Transfer::Noted(at) if matched < at.index => false,
+            Transfer::Offered(at, _) | Transfer::Noted(at, _) if matched < at.index => false,
             Transfer::Following(before, _) if matched == before => caught_up,
-            Transfer::Unheard(_) | Transfer::Offered(_) | Transfer::Noted(_) | Transfer::Following(..) => {
+            Transfer::Unheard(..) | Transfer::Offered(..) | Transfer::Noted(..) | Transfer::Following(..) => {
                 *transfer = Transfer::Following(matched, now);
                 caught_up
             }
@@ -431,7 +436,7 @@ impl CatchUp {
         log: &GroupLog,
         now: u64,
     ) {
-        if let Some(Transfer::Unheard(_)) = self.transfers.get(&replica) {
+        if let Some(Transfer::Unheard(..)) = self.transfers.get(&replica) {
             self.replicates(replica, matched, committed, log, now);
         }
     }
@@ -450,7 +455,7 @@ impl CatchUp {
     /// The position from which raft may go on with `replica`.
     pub fn offered(&self) -> impl Iterator<Item = (ReplicaId, Position)> {
         self.transfers.iter().filter_map(|(replica, transfer)| match transfer {
-            Transfer::Offered(position) => Some((*replica, *position)),
+            Transfer::Offered(position, _) => Some((*replica, *position)),
             _ => None,
         })
     }

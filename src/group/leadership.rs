@@ -51,10 +51,9 @@ impl<T> Group<T> {
     }
 
     fn hand_over(&mut self, to: ReplicaId) {
+        let lasts = self.raft.raft.lead_transferee == Some(to.0);
         self.raft.transfer_leader(to.0);
-        if self.raft.raft.lead_transferee == Some(to.0)
-            && self.handing_over.is_none_or(|(heir, _)| heir != to)
-        {
+        if !lasts && self.raft.raft.lead_transferee == Some(to.0) {
             self.handing_over = Some((to, self.ticks));
         }
     }
@@ -208,7 +207,7 @@ impl<T> Group<T> {
             if now.local {
                 let others = self.raft.raft.prs().iter().map(|(id, _)| ReplicaId(*id));
                 let others = others.filter(|id| *id != self.replica);
-                self.catch_up.begin(others, self.raft.raft.raft_log.store());
+                self.catch_up.begin(others, self.raft.raft.raft_log.store(), self.ticks);
             }
             effects.leader = Some(now);
         }

@@ -403,6 +403,19 @@ fn leadership_that_is_not_taken_is_kept_and_commands_go_on() {
 }
 
 #[test]
+fn the_log_is_not_held_for_ever_for_who_answers_and_acknowledges_nothing() {
+    let mut leader = asked_leader();
+    for _ in 0..limits::FOLLOWER_DEAD_TICKS {
+        assert!(!leader.group.catch_up.is_calm(), "how far replica 2 is isn't known");
+        leader.group.tick();
+        // As one does whose disk hangs.
+        leader.step(answer(2, 0));
+    }
+    assert!(leader.group.leads());
+    assert!(leader.group.catch_up.is_calm());
+}
+
+#[test]
 fn only_a_member_that_answers_its_present_leader_is_heard() {
     let mut leader = asked_leader();
     let at = first();

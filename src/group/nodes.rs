@@ -34,6 +34,8 @@ struct Heard {
     at: u64,
     /// That process has ended.
     gone: bool,
+    /// The one that was told to have ended before it, if neither was heard since.
+    gone_before: Option<u64>,
 }
 
 /// See the module page. One for each thread that owns groups.
@@ -64,7 +66,7 @@ impl Nodes {
 
     /// A heartbeat has come from a node: of which process it is, and how many replicas have ended in that.
     pub fn heard(&mut self, node: NodeId, process: u64, ended: u64) -> Option<Alarm> {
-        let now = Heard { process, ended, at: self.now, gone: false };
+        let now = Heard { process, ended, at: self.now, gone: false, gone_before: None };
         let before = self.heard.insert(node, now)?;
         if before.process != process {
             Some(Alarm::Restarted)
@@ -76,14 +78,18 @@ impl Nodes {
     }
 
     /// A process on a node is gone. Told once for each, until it is heard after all; not told of one before that which
-    /// was heard last.
+    /// was heard last. As long as the node is down it is found again and again, and each of its two links remembers
+    /// the process that it was connected to last, which may be another one.
     pub fn gone(&mut self, node: NodeId, process: u64) -> Option<Alarm> {
-        if self.heard.get(&node).is_some_and(|heard| (heard.process == process) == heard.gone) {
+        let before = self.heard.get(&node).copied();
+        if before.is_some_and(|heard| {
+            (heard.process == process) == heard.gone || heard.gone_before == Some(process)
+        }) {
             return None;
         }
-        let ended =
-            self.heard.get(&node).filter(|heard| heard.process == process).map_or(0, |heard| heard.ended);
-        self.heard.insert(node, Heard { process, ended, at: self.now, gone: true });
+        let ended = before.filter(|heard| heard.process == process).map_or(0, |heard| heard.ended);
+        let gone_before = before.filter(|heard| heard.gone).map(|heard| heard.process);
+        self.heard.insert(node, Heard { process, ended, at: self.now, gone: true, gone_before });
         Some(Alarm::Gone)
     }
 
@@ -139,6 +145,20 @@ mod tests {
         assert_eq!(nodes.process(A), Some(9));
         assert_eq!(nodes.gone(A, 9), Some(Alarm::Gone));
         assert_eq!(nodes.gone(B, 1), Some(Alarm::Gone), "never heard");
+    }
+
+    #[test]
+    fn two_links_that_remember_two_processes_tell_of_each_once() {
+        let mut nodes = Nodes::new();
+        nodes.heard(A, 7, 0);
+        let told = |nodes: &mut Nodes| {
+            let found = (0..10).flat_map(|_| [6, 7]);
+            found.filter_map(|process| nodes.gone(A, process).map(|_| process)).collect::<Vec<_>>()
+        };
+        assert_eq!(told(&mut nodes), [7, 6]);
+        assert_eq!(nodes.process(A), None);
+        nodes.heard(A, 8, 0);
+        assert_eq!(told(&mut nodes), [] as [u64; 0], "another one is heard by now");
     }
 
     #[test]

@@ -302,6 +302,9 @@ impl Handler<NodeHeard> for Hub {
     type Result = ();
     fn handle(&mut self, heard: NodeHeard, _: &mut Context<Self>) {
         if let Some(alarm) = self.roster.heard(heard.node, heard.process, heard.ended) {
+            if alarm == Alarm::Restarted {
+                self.shared.reluctance.forget(heard.node);
+            }
             self.alarm(heard.node, alarm);
         }
     }

@@ -3,7 +3,7 @@
 //!
 //! Each attempt stops the writes of a shard until it lapses, and a node whose disk hangs takes none, though it
 //! answers: its vote for itself waits for that disk. So the time between two attempts grows as they lapse, whichever shard they are of, until one
-//! succeeds. What is remembered is bounded: a node is forgotten once it could long have been tried again.
+//! succeeds or the node's process is another. What is remembered is bounded: a node is forgotten once it could long have been tried again.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -43,8 +43,8 @@ impl Reluctance {
         self.count.store(nodes.len(), Ordering::Relaxed);
     }
 
-    /// A node has come to lead: it is well.
-    pub fn leads(&self, node: NodeId) {
+    /// A node has come to lead, so it is well; or it is another process by now, and may be.
+    pub fn forget(&self, node: NodeId) {
         if self.count.load(Ordering::Relaxed) > 0 {
             let mut nodes = self.nodes();
             nodes.remove(&node);
@@ -90,7 +90,7 @@ mod tests {
         assert_eq!(waits, [2, 4, 8, 16, 32, 60, 60]);
         assert_eq!(reluctance.wait(NodeId(3), now), None, "that is about one node");
         reluctance.lapsed(NODE, now);
-        reluctance.leads(NODE);
+        reluctance.forget(NODE);
         assert_eq!(reluctance.wait(NODE, now), None);
         reluctance.lapsed(NODE, now);
         assert_eq!(reluctance.wait(NODE, now), Some(Duration::from_secs(2)), "it begins anew");

@@ -218,7 +218,7 @@ impl ReplicaActor {
                 self.shared.snapshots.outgoing.cancel(self.replica);
             }
             if let Some(node) = change.leader.and_then(|leader| self.group.node_of(leader)) {
-                self.shared.reluctance.leads(node);
+                self.shared.reluctance.forget(node);
             }
             metrics::counter!(names::LEADER_CHANGES).increment(1);
             self.guard.supervisor.do_send(LeaderChanged { shard: self.shard, replica: self.replica, change });

@@ -297,10 +297,11 @@ impl Assembly {
             }
         };
         let mut config = PeerNetworkConfig::new(cluster, node, incarnation, Arc::new(on_unreachable));
-        // Weak: the service comes to hold the network, and so the stores, which would never be closed.
+        // The service holds the network in its turn, which would keep both for ever.
         let (told, service) = (hubs.clone(), Arc::downgrade(&self.service));
         config.on_gone = Arc::new(move |node, process| {
-            // As long as a connection of its own is open it lives, whatever becomes of those to it.
+            // As long as a connection of its own is open it lives, whatever becomes of those to it. Without a service
+            // this node is about to end.
             if service.upgrade().is_none_or(|service| service.hears(node, process)) {
                 return;
             }

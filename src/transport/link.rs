@@ -14,7 +14,7 @@ use std::time::Duration;
 use metrics::counter;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::{debug, info, warn};
 
 use super::network::{Peer, PeerLane, PeerNetworkConfig, count_dropped};
@@ -45,7 +45,8 @@ pub struct LinkState {
 /// Refusals in a row that say nothing yet; with the delays between attempts, a second or two of them.
 const REFUSALS_USUAL: u32 = 6;
 
-/// Between news of a node and the attempt to reach it that they lead to.
+/// Between news of a node and the attempt to reach it that they lead to. Doubles with each, until a connection lasts: two
+/// nodes each of which ends the other's connections would give each other news for ever.
 const NEWS_PAUSE: Duration = Duration::from_millis(5);
 
 /// A connection that passed its handshake.
@@ -57,7 +58,7 @@ struct Connection {
 /// Keeps one link until its outbox is closed.
 pub(super) async fn run_link(config: PeerNetworkConfig, peer: Arc<Peer>, lane: Lane) {
     let link = peer.lane(lane);
-    let mut delay = config.timings.redial_min;
+    let (mut delay, mut news_pause) = (config.timings.redial_min, NEWS_PAUSE);
     // The start of the peer's process that this link was last connected to, if no other was seen since.
     let mut process = None;
     while !link.outbox.is_closed() {
@@ -74,7 +75,7 @@ pub(super) async fn run_link(config: PeerNetworkConfig, peer: Arc<Peer>, lane: L
                 let end = drive(connection.stream, &config.timings, &peer, lane, &address).await;
                 let lasted = since.elapsed() > config.timings.redial_max;
                 if lasted {
-                    delay = config.timings.redial_min;
+                    (delay, news_pause) = (config.timings.redial_min, NEWS_PAUSE);
                 }
                 match end {
                     // Closed, or to be dialled elsewhere: not the peer's doing.
@@ -111,25 +112,38 @@ pub(super) async fn run_link(config: PeerNetworkConfig, peer: Arc<Peer>, lane: L
             (config.on_unreachable)(peer.node);
         }
         let jitter = rand::random_range(0.5..1.0);
-        pause(&peer, link, &address, delay.mul_f64(jitter)).await;
+        if pause(&peer, link, &address, delay.mul_f64(jitter), news_pause).await {
+            news_pause = (news_pause * 2).min(config.timings.redial_max);
+        }
         delay = (delay * 2).min(config.timings.redial_max);
     }
 }
 
-/// Waits before dialling again, or until the peer is dropped or has moved.
-async fn pause(peer: &Peer, link: &PeerLane, address: &Arc<String>, delay: Duration) {
+/// Waits before dialling again, no longer than until the peer is dropped or has moved, or `news_pause` after there is news
+/// of it. Returns whether there was.
+async fn pause(
+    peer: &Peer,
+    link: &PeerLane,
+    address: &Arc<String>,
+    delay: Duration,
+    news_pause: Duration,
+) -> bool {
     let moved = async {
         while !link.outbox.is_closed() && Arc::ptr_eq(&peer.address.load(), address) {
             link.outbox.changed().await;
         }
     };
-    tokio::select! {
-        () = sleep(delay) => {}
-        // News of a node that comes with its dialling, and of its end, lead to no more attempts than this.
-        () = link.redial.notified() => sleep(NEWS_PAUSE.min(delay)).await,
-        () = moved => {}
-    }
+    let end = Instant::now() + delay;
+    let news = async {
+        link.redial.notified().await;
+        sleep_until(end.min(Instant::now() + news_pause)).await;
+    };
     // What was queued meanwhile must wake the link once it is connected; it looks before it waits.
+    tokio::select! {
+        () = sleep_until(end) => false,
+        () = news => true,
+        () = moved => false,
+    }
 }
 
 /// Whether a machine has answered that nobody listens at the address.

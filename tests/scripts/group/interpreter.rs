@@ -27,6 +27,7 @@
 //! | `make N` | N makes the snapshot that it was asked for, of its durable state |
 //! | `bring N [lost=yes]` | that is installed where it is needed, or lost, and N is told |
 //! | `beat N` | the others hear a heartbeat of node N |
+//! | `gone N M` | node N finds that the present process of node M, or its last, is gone, whether or not it is |
 //! | `rest` | who is asleep |
 //! | `tick N COUNT [brief=yes]` | time passes at N; for `all`, at everybody. Brief: as `settle` prints |
 //! | `pause N`, `resume N` | applying stops for want of memory |
@@ -275,6 +276,14 @@ impl Interpreter for Groups {
                 Ok(String::new())
             }
             "beat" => self.beat(line.number(0)?),
+            "gone" => {
+                let (id, about) = (line.number(0)?, line.number(1)?);
+                let process = self.node(about)?.process;
+                match self.node(id)?.heard.gone(NodeId(about), process) {
+                    Some(alarm) => self.alarm(id, NodeId(about), alarm),
+                    None => Ok(format!("{id}: that is no news\n")),
+                }
+            }
             "rest" => {
                 let line = |(id, node): (&u64, &Node)| match (&node.group, node.asleep_since) {
                     (None, _) => format!("{id}: down\n"),
