@@ -149,8 +149,6 @@ fn a_version_that_may_count_ends_the_store_and_takes_no_table_with_it() {
     let path = home.path().join("state");
     let engine = open(&path);
     let core = &engine.core;
-    // Nor does a merge make the next version meanwhile.
-    let merging = core.merging.lock().unwrap();
     let full = || Err::<(), _>(std::io::Error::from(ErrorKind::StorageFull).into());
     assert!(core.making_table(full).unwrap_err().is_full());
     // No thread makes one more meanwhile.

@@ -234,6 +234,9 @@ impl Patient {
             Stop::Clean => {
                 self.cluster.signal(NODE, Signal::TERM);
                 assert_eq!(self.cluster.wait_exit(NODE, Duration::from_secs(10)).code(), Some(0));
+                // The stores were closed: there is no room behind the log's end any more.
+                let last = Class::LogLast.find(&self.dir()).expect("a file of the log");
+                assert!(!fs::read(&last).expect("reading").ends_with(&[0; 64]), "{last:?} wasn't closed");
             }
             Stop::InFlush | Stop::InInstall => {
                 // What is looked for may be gone again before the node is.
