@@ -188,7 +188,7 @@ fn tables_of_a_generation_alone_are_dropped_and_nothing_comes_back() {
     let core = &engine.core;
     let replica = ReplicaId(3);
     let put = |generation, name: &str, value: Option<&'static str>| {
-        (keys::user_key(replica, generation, name.as_bytes()), value.map(|value| Bytes::from(value)))
+        (keys::user_key(replica, generation, name.as_bytes()), value.map(Bytes::from))
     };
     let table = |batch: &[Mutation]| {
         engine.write(batch).unwrap();
