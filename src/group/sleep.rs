@@ -26,7 +26,7 @@
 //! | alarm | of the leader's node | of another member's |
 //! |---|---|---|
 //! | silent | followers wake, about to begin an election, each in its own slot of the second that follows | the leader wakes, to see who answers |
-//! | restarted, gone | the same, each in its turn at once ([`super::vacancy`]) | the leader wakes, so that the replica there learns of it |
+//! | restarted, gone | the same, each in its turn at once (the module `vacancy`) | the leader wakes, so that the replica there learns of it |
 //! | a replica has ended | followers wake; if it wasn't their leader, that answers their call | the leader wakes, to see who answers |
 //!
 //! *Why that is safe.* raft's safety doesn't depend on ticks: terms, votes and logs are what they were. What does depend on
@@ -239,7 +239,7 @@ impl<T> Group<T> {
 
     /// There is an alarm about a node, and the replica is awake: what members have agreed to before it counts for nothing,
     /// since who agreed may be what has ended. If it was the leader, for certain, the next is elected at once
-    /// ([`super::vacancy`]); returns whether that is so.
+    /// (the module `vacancy`); returns whether that is so.
     ///
     /// # Errors
     /// Those of [`Group::campaign`].
