@@ -34,14 +34,13 @@ fn the_stages_of_a_write_make_up_the_whole() {
 
     let log = &trace["leader_log"];
     let parts = us(log, "wait_us") + us(log, "sync_us") + us(log, "told_us");
-    assert!(
-        us(log, "sync_us") > 0 && parts <= us(log, "whole_us") && us(log, "whole_us") <= replicate,
-        "{trace}"
-    );
+    assert!(us(log, "sync_us") > 0 && parts <= us(log, "whole_us"), "{trace}");
     let followers = trace["followers"].as_array().expect("followers");
     assert_eq!(followers.len(), 2, "{trace}");
     let in_time: Vec<_> = followers.iter().filter(|follower| follower["in_time"] == json!(1)).collect();
     assert!(!in_time.is_empty(), "the leader alone is no majority: {trace}");
+    // Nor is it needed for one, if both others were faster.
+    assert!(us(log, "whole_us") <= replicate + 1 || in_time.len() == 2, "{trace}");
     for follower in in_time {
         let parts = ["network_us", "wait_us", "sync_us", "rest_us"].map(|part| us(follower, part));
         assert!(parts.iter().sum::<u64>() <= us(follower, "whole_us") + 4, "{follower}");
