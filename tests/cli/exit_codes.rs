@@ -12,6 +12,9 @@ use serde_json::json;
 
 use crate::harness::{HANG, Home, PORTS, Running};
 
+/// How often a test is tried that its cluster may have passed too soon.
+const ATTEMPTS: usize = 10;
+
 /// One daemon behind a proxy that it advertises, so that every client call goes through there.
 struct Proxied {
     home: Home,
