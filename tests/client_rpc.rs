@@ -100,6 +100,41 @@ async fn operations_that_wait_share_a_call() {
     assert!(begun.elapsed() < Duration::from_millis(500));
 }
 
+/// Those whose calls are answered have the next operation at once, and it shares the next call with what waited.
+#[tokio::test]
+async fn who_was_answered_shares_the_next_call_with_those_who_wait() {
+    const EACH: usize = 10;
+    let fakes = Fakes::start(1, 1);
+    fakes.always(1, Act::Slow(Duration::from_millis(20)));
+    let local = tokio::task::LocalSet::new();
+    let loops = local.run_until(async {
+        let client = Client::connect_here(ClientOptions::new([fakes.address(1)])).await.unwrap();
+        let mut loops = Vec::new();
+        for half in 0..2 {
+            for one in 0..4 {
+                let db = client.database("db");
+                loops.push(tokio::task::spawn_local(async move {
+                    for _ in 0..EACH {
+                        db.put(key(&format!("{half}{one}")), key("v")).await.unwrap();
+                    }
+                }));
+            }
+            // The second half comes while the first has a call under way.
+            while fakes.calls(1).len() <= half {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        }
+        for one in loops {
+            one.await.unwrap();
+        }
+        client.close().await;
+    });
+    loops.await;
+    let calls = fakes.calls(1);
+    assert_eq!(calls.iter().sum::<usize>(), 8 * EACH);
+    assert!(calls.len() <= EACH + EACH / 2, "halves that take turns make twice {EACH} calls: {calls:?}");
+}
+
 #[tokio::test]
 async fn a_command_whose_answer_is_lost_is_repeated_and_takes_effect_once() {
     let fakes = Fakes::start(1, 1);

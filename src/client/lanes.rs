@@ -2,7 +2,8 @@
 //!
 //! An operation leaves at once while no call of its lane is under way; otherwise it waits, and all that wait
 //! leave together in the next call. So a lone operation never waits, and the busier a shard, the larger its
-//! calls: what a call costs, and the log entry that it becomes, is shared by all of its operations. A read
+//! calls: what a call costs, and the log entry that it becomes, is shared by all of its operations. Who is answered
+//! by a call may ask for the next operation before the next call leaves. A read
 //! doesn't wait for the disk that writes wait for, so each have calls of their own.
 //!
 //! More calls than one, up to [`CALLS_PER_SHARD_MAX`], are under way where one after the other wouldn't do: while
