@@ -103,9 +103,10 @@ async fn operations_that_wait_share_a_call() {
 /// Those whose calls are answered have the next operation at once, and it shares the next call with what waited.
 #[tokio::test]
 async fn who_was_answered_shares_the_next_call_with_those_who_wait() {
-    const EACH: usize = 10;
+    const EACH: usize = 20;
     let fakes = Fakes::start(1, 1);
-    fakes.always(1, Act::Slow(Duration::from_millis(20)));
+    // Not so long that those who wait would leave beside it.
+    fakes.next(1, Act::Slow(Duration::from_millis(3)));
     let local = tokio::task::LocalSet::new();
     let loops = local.run_until(async {
         let client = Client::connect_here(ClientOptions::new([fakes.address(1)])).await.unwrap();
@@ -120,8 +121,8 @@ async fn who_was_answered_shares_the_next_call_with_those_who_wait() {
                 }));
             }
             // The second half comes while the first has a call under way.
-            while fakes.calls(1).len() <= half {
-                tokio::time::sleep(Duration::from_millis(1)).await;
+            while fakes.calls(1).is_empty() {
+                tokio::task::yield_now().await;
             }
         }
         for one in loops {
