@@ -111,6 +111,8 @@ pub const LOG_PASSED_MAX: usize = 1024;
 /// leaders are dropped, and raft sends them again. What a node's own leaders propose is bounded by
 /// each group's limits; the writer takes it still, since an arbiter must not block, and complains.
 pub const LOG_QUEUE_BYTES_MAX: usize = 256 * MIB;
+/// The log writer's queue keeps room for so many writes when it is empty.
+pub const LOG_QUEUE_ROOM_KEPT: usize = 1024;
 /// What a job or a fence in the log writer's queue counts for, in bytes.
 pub const LOG_JOB_BYTES: usize = 256;
 /// Time between purges of the log, in milliseconds.

@@ -43,11 +43,11 @@
 //! A follower that has asked, and acknowledged the entries up to B or further, has what follows on B in its own log: for
 //! that one this log needn't keep any.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::held::{HeldLog, Share};
 use super::log::GroupLog;
+use super::per_member::PerMember;
 use crate::ids::{Index, Position, ReplicaId};
 use crate::limits;
 
@@ -124,13 +124,13 @@ pub struct CatchUp {
     /// What this group holds behind snapshots.
     share: Share,
     /// The tick at which each was last known to answer.
-    seen: BTreeMap<ReplicaId, u64>,
+    seen: PerMember<u64>,
     /// The tick at which each has last answered. raft's own note of that is good for less: it is made when a
     /// member is added, and unmade whenever the quorum is checked.
-    answered: BTreeMap<ReplicaId, u64>,
-    transfers: BTreeMap<ReplicaId, Transfer>,
+    answered: PerMember<u64>,
+    transfers: PerMember<Transfer>,
     /// Who said last that its state is lost.
-    requests: BTreeMap<ReplicaId, Request>,
+    requests: PerMember<Request>,
     /// Until this tick the log is pressed.
     pressed_until: u64,
 }
@@ -141,10 +141,10 @@ impl CatchUp {
         CatchUp {
             retention,
             share: Share::new(held),
-            seen: BTreeMap::new(),
-            answered: BTreeMap::new(),
-            transfers: BTreeMap::new(),
-            requests: BTreeMap::new(),
+            seen: PerMember::default(),
+            answered: PerMember::default(),
+            transfers: PerMember::default(),
+            requests: PerMember::default(),
             pressed_until: 0,
         }
     }
@@ -162,15 +162,15 @@ impl CatchUp {
     /// Leadership begins at tick `now`, with these followers.
     pub fn begin(&mut self, followers: impl Iterator<Item = ReplicaId>, log: &GroupLog, now: u64) {
         let truncated = log.truncated().index;
-        self.transfers.extend(followers.map(|replica| (replica, Transfer::Unheard(truncated, now))));
+        followers.for_each(|replica| self.transfers.insert(replica, Transfer::Unheard(truncated, now)));
     }
 
     /// The members have changed: those who are none any more are forgotten.
     pub fn retain(&mut self, is_member: impl Fn(ReplicaId) -> bool) {
-        self.seen.retain(|replica, _| is_member(*replica));
-        self.answered.retain(|replica, _| is_member(*replica));
-        self.transfers.retain(|replica, _| is_member(*replica));
-        self.requests.retain(|replica, _| is_member(*replica));
+        self.seen.retain(&is_member);
+        self.answered.retain(&is_member);
+        self.transfers.retain(&is_member);
+        self.requests.retain(&is_member);
     }
 
     /// A follower has answered in this term.
@@ -180,7 +180,7 @@ impl CatchUp {
 
     /// Whether a follower has answered within an election timeout.
     pub fn is_active(&self, replica: ReplicaId, now: u64) -> bool {
-        let answered = self.answered.get(&replica);
+        let answered = self.answered.get(replica);
         answered.is_some_and(|at| now.saturating_sub(*at) <= limits::ELECTION_TICKS_MIN as u64)
     }
 
@@ -196,13 +196,13 @@ impl CatchUp {
 
     /// A tick: `active` is whether raft heard of the follower lately.
     pub fn observe(&mut self, replica: ReplicaId, active: bool, now: u64) {
-        let seen = self.seen.entry(replica).or_insert(now);
+        let seen = self.seen.or_insert(replica, now);
         if active {
             *seen = now;
         }
         // One whose disk is full or hangs answers heartbeats, and acknowledges nothing.
         let is_long_ago = |tick: u64| now.saturating_sub(tick) >= limits::FOLLOWER_DEAD_TICKS;
-        let is_over = match self.transfers.get(&replica) {
+        let is_over = match self.transfers.get(replica) {
             Some(
                 Transfer::Unheard(_, since)
                 | Transfer::Offered(_, since)
@@ -213,7 +213,7 @@ impl CatchUp {
             Some(Transfer::Making(_) | Transfer::Bringing(_) | Transfer::Resting(_)) | None => false,
         };
         if is_over {
-            self.transfers.remove(&replica);
+            self.transfers.remove(replica);
         }
     }
 
@@ -242,7 +242,7 @@ impl CatchUp {
             if matched >= safe {
                 continue;
             }
-            let silent = self.seen.get(&replica).map_or(0, |seen| now.saturating_sub(*seen));
+            let silent = self.seen.get(replica).map_or(0, |seen| now.saturating_sub(*seen));
             let kept = match silent < limits::FOLLOWER_DEAD_TICKS {
                 true => *live.get_or_insert_with(|| log.index_before(retention.live)),
                 false => *dead.get_or_insert_with(|| log.index_before(retention.dead)),
@@ -257,7 +257,7 @@ impl CatchUp {
 
     /// From where on the log is held for a follower, for a snapshot's sake; `Index::MAX` if it isn't.
     fn held_for(&self, replica: ReplicaId, matched: Index) -> Index {
-        match self.transfers.get(&replica).and_then(Transfer::held) {
+        match self.transfers.get(replica).and_then(Transfer::held) {
             // A follower that asked, and has all that follows on its snapshot, needs nothing of this log.
             Some(held) if self.lacks_state(replica) && matched >= held => Index::MAX,
             Some(held) => held,
@@ -280,7 +280,7 @@ impl CatchUp {
             let from = self.held_for(replica, matched);
             // A snapshot that isn't made yet will stand where the log begins then.
             let is_made =
-                !matches!(self.transfers.get(&replica), Some(Transfer::Unheard(..) | Transfer::Making(_)));
+                !matches!(self.transfers.get(replica), Some(Transfer::Unheard(..) | Transfer::Making(_)));
             if from < truncated && is_made {
                 outrun.push(replica);
             } else {
@@ -304,14 +304,14 @@ impl CatchUp {
                 self.requests.insert(replica, Request { least, fresh: true });
             }
             None => {
-                self.requests.remove(&replica);
+                self.requests.remove(replica);
             }
         }
     }
 
     /// Whether a follower's state is lost, as far as it has told.
     pub fn lacks_state(&self, replica: ReplicaId) -> bool {
-        self.requests.contains_key(&replica)
+        self.requests.contains(replica)
     }
 
     /// Whether anybody has asked for a snapshot since requests were last looked at.
@@ -322,18 +322,18 @@ impl CatchUp {
     /// Who has asked for a snapshot since the last call.
     pub fn take_requests(&mut self) -> Vec<ReplicaId> {
         let requests = self.requests.iter_mut();
-        requests.filter_map(|(of, request)| std::mem::take(&mut request.fresh).then_some(*of)).collect()
+        requests.filter_map(|(of, request)| std::mem::take(&mut request.fresh).then_some(of)).collect()
     }
 
     /// A snapshot for `replica` at an earlier index than this would be of no use.
     pub fn least(&self, replica: ReplicaId, log: &GroupLog) -> Index {
-        self.requests.get(&replica).map_or(0, |request| request.least).max(log.truncated().index)
+        self.requests.get(replica).map_or(0, |request| request.least).max(log.truncated().index)
     }
 
     /// `replica` needs a snapshot: raft wants to send one, or it has `asked` itself. Whether the shell is to be
     /// asked to make one.
     pub fn wanted(&mut self, replica: ReplicaId, asked: bool, log: &GroupLog, now: u64) -> bool {
-        match self.transfers.get(&replica) {
+        match self.transfers.get(replica) {
             Some(Transfer::Resting(until)) if now < *until => false,
             // raft knows better than an answer from before the snapshot was installed.
             Some(Transfer::Noted(..)) if asked => false,
@@ -351,9 +351,9 @@ impl CatchUp {
     /// The snapshot for `replica`, which has everything up to `matched` in its log, is exact at `position`.
     /// False: it isn't wanted any more.
     pub fn made(&mut self, replica: ReplicaId, position: Position, matched: Index, log: &GroupLog) -> bool {
-        let least = self.requests.get(&replica).map_or(0, |request| request.least);
+        let least = self.requests.get(replica).map_or(0, |request| request.least);
         let goes_on = position.index >= log.truncated().index || self.goes_on(replica, position, matched);
-        match self.transfers.get_mut(&replica) {
+        match self.transfers.get_mut(replica) {
             Some(transfer @ Transfer::Making(_)) if goes_on && position.index >= least => {
                 *transfer = Transfer::Bringing(position);
                 true
@@ -365,7 +365,7 @@ impl CatchUp {
     /// What the shell did for `replica`, which has everything up to `matched` in its log, has ended.
     /// `installed`: the follower has the snapshot, or something better.
     pub fn done(&mut self, replica: ReplicaId, installed: bool, matched: Index, log: &GroupLog, now: u64) {
-        let Some(transfer) = self.transfers.get(&replica) else { return };
+        let Some(transfer) = self.transfers.get(replica) else { return };
         let rest = Transfer::Resting(now + limits::SNAPSHOT_RETRY_TICKS);
         let next = match *transfer {
             // Its log goes on from there by itself. What it said before may still be on its way.
@@ -386,7 +386,7 @@ impl CatchUp {
 
     /// raft has taken the offer.
     pub fn noted(&mut self, replica: ReplicaId) {
-        if let Some(transfer) = self.transfers.get_mut(&replica)
+        if let Some(transfer) = self.transfers.get_mut(replica)
             && let Transfer::Offered(position, since) = *transfer
         {
             *transfer = Transfer::Noted(position, since);
@@ -405,15 +405,15 @@ impl CatchUp {
         log: &GroupLog,
         now: u64,
     ) {
-        if !self.transfers.contains_key(&replica) {
+        if !self.transfers.contains(replica) {
             return;
         }
         let caught_up = self.has_caught_up(matched, committed, log, now);
-        let Some(transfer) = self.transfers.get_mut(&replica) else { return };
+        let Some(transfer) = self.transfers.get_mut(replica) else { return };
         let is_over = match *transfer {
             Transfer::Making(_) | Transfer::Bringing(_) | Transfer::Resting(_) => {
                 let over = transfer.held().is_none_or(|at| at <= matched);
-                over && !self.requests.contains_key(&replica)
+                over && !self.requests.contains(replica)
             }
             Transfer::Offered(at, _) | Transfer::Noted(at, _) if matched < at.index => false,
             Transfer::Following(before, _) if matched == before => caught_up,
@@ -423,7 +423,7 @@ impl CatchUp {
             }
         };
         if is_over {
-            self.transfers.remove(&replica);
+            self.transfers.remove(replica);
         }
     }
 
@@ -436,7 +436,7 @@ impl CatchUp {
         log: &GroupLog,
         now: u64,
     ) {
-        if let Some(Transfer::Unheard(..)) = self.transfers.get(&replica) {
+        if let Some(Transfer::Unheard(..)) = self.transfers.get(replica) {
             self.replicates(replica, matched, committed, log, now);
         }
     }
@@ -455,7 +455,7 @@ impl CatchUp {
     /// The position from which raft may go on with `replica`.
     pub fn offered(&self) -> impl Iterator<Item = (ReplicaId, Position)> {
         self.transfers.iter().filter_map(|(replica, transfer)| match transfer {
-            Transfer::Offered(position, _) => Some((*replica, *position)),
+            Transfer::Offered(position, _) => Some((replica, *position)),
             _ => None,
         })
     }

@@ -1,7 +1,7 @@
 //! [`Group`]: inputs in, effects out. One function, [`Group::pump`], owns the order in which a
 //! raft-rs `Ready` is handled; the comments there say what would break otherwise.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 
 use raft::eraftpb::{Entry, Message, MessageType};
 use raft::{GetEntriesContext, RawNode};
@@ -13,6 +13,7 @@ use super::election::Ambition;
 use super::log::GroupLog;
 use super::membership::Barrier;
 use super::messages::promises_no_write;
+use super::per_member::PerMember;
 use super::proposals::Proposals;
 use super::queue::Queue;
 use super::reads::Reads;
@@ -103,11 +104,11 @@ pub struct Group<T> {
     /// what is flushed before that names members that its position doesn't have. No snapshot is made of it.
     pub(super) ahead_to: Index,
     /// The change behind `recorded`, while it waits for that.
-    pub(super) barrier: Option<Barrier>,
+    pub(super) barrier: Option<Box<Barrier>>,
     /// The conf versions that other members have in force, as they last said.
-    pub(super) confs: BTreeMap<ReplicaId, u64>,
+    pub(super) confs: PerMember<u64>,
     /// Where replicas are that have written and aren't members here.
-    pub(super) strangers: BTreeMap<ReplicaId, NodeId>,
+    pub(super) strangers: PerMember<NodeId>,
     /// The entry that is being applied; after a panic or an error, the one at fault.
     pub(super) applying: Option<Index>,
     /// The tick at which applying was paused, while it is: see [`super::pause`].

@@ -8,14 +8,15 @@
 //! Invariant: `truncated ≤ cached.first - 1` and `persisted ≤ last`; indexes in the cache are contiguous
 //! and end at `last`.
 
-use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, VecDeque};
+use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
+use raft::eraftpb::{ConfState, Entry, Snapshot};
 use raft::{GetEntriesContext, RaftState, Storage, StorageError as RaftStorageError};
 
+use super::per_member::PerMember;
 use super::types::Fetch;
 use crate::ids::{Index, Position, ReplicaId, Term};
 use crate::limits;
@@ -51,8 +52,8 @@ pub fn entry_bytes(entry: &Entry) -> usize {
 pub struct GroupLog {
     replica: ReplicaId,
     store: Arc<dyn LogStore>,
-    hard_state: HardState,
-    conf_state: ConfState,
+    /// What raft begins with; gone once it has.
+    initial: Option<Box<RaftState>>,
     truncated: Position,
     last: Index,
     /// First index of each term, ascending; covers `(truncated, last]`.
@@ -68,16 +69,34 @@ pub struct GroupLog {
     /// Counts `cache_bytes` of all groups.
     node_bytes: Arc<CachedBytes>,
     persisted: Index,
+    /// There is seldom anything in it: usually all that raft asks for is in memory.
+    beyond: RefCell<Option<Box<Beyond>>>,
+}
+
+/// What raft asks for that isn't in memory.
+#[derive(Default)]
+struct Beyond {
     /// A read that a follower needs and raft is told to wait for.
-    wanted: RefCell<Option<(Fetch, GetEntriesContext)>>,
+    wanted: Option<(Fetch, GetEntriesContext)>,
     /// What was fetched, until raft has asked for it again.
-    fetched: RefCell<Vec<Entry>>,
+    fetched: Vec<Entry>,
     /// Followers for which raft asked for a snapshot, since it was last looked at.
-    snapshots_wanted: RefCell<Vec<ReplicaId>>,
+    snapshots_wanted: Vec<ReplicaId>,
     /// Snapshots that followers have installed, for raft to learn of.
-    snapshots: BTreeMap<ReplicaId, Position>,
+    snapshots: PerMember<Position>,
     /// Why the store could not be read; raft only sees "unavailable".
-    failure: Cell<Option<StorageError>>,
+    failure: Option<StorageError>,
+}
+
+impl Beyond {
+    /// Whether the shell is to do something about it.
+    fn asks(&self) -> bool {
+        self.failure.is_some() || self.wanted.is_some() || !self.snapshots_wanted.is_empty()
+    }
+
+    fn is_empty(&self) -> bool {
+        !self.asks() && self.fetched.is_empty() && self.snapshots.is_empty()
+    }
 }
 
 impl GroupLog {
@@ -94,8 +113,7 @@ impl GroupLog {
         GroupLog {
             replica,
             store,
-            hard_state: state.hard_state,
-            conf_state,
+            initial: Some(Box::new(RaftState::new(state.hard_state, conf_state))),
             truncated: state.truncated,
             last: state.last,
             terms: state.terms,
@@ -106,12 +124,13 @@ impl GroupLog {
             marks: VecDeque::from([(state.last, 0)]),
             node_bytes,
             persisted: state.last,
-            wanted: RefCell::new(None),
-            fetched: RefCell::new(Vec::new()),
-            snapshots_wanted: RefCell::new(Vec::new()),
-            snapshots: BTreeMap::new(),
-            failure: Cell::new(None),
+            beyond: RefCell::new(None),
         }
+    }
+
+    /// Raft has begun: it keeps hard state and configuration itself from now on.
+    pub fn begun(&mut self) {
+        self.initial = None;
     }
 
     /// Takes over entries that are on their way to the log writer. They replace what is there from
@@ -193,7 +212,9 @@ impl GroupLog {
         }
         self.persisted = self.persisted.min(self.last);
         // What was fetched for a follower may have been replaced.
-        self.fetched.borrow_mut().clear();
+        if let Some(beyond) = self.beyond.get_mut() {
+            beyond.fetched.clear();
+        }
         // A cache that began above `from` is empty now; it stays contiguous because the next entry
         // appended is `from`.
     }
@@ -227,8 +248,8 @@ impl GroupLog {
         }
     }
 
-    /// Forgets all cached entries up to `done` that are durable, and gives their memory back: the group sleeps.
-    pub fn drop_cache(&mut self, done: Index) {
+    /// Forgets all cached entries up to `done` that are durable, and gives back all room that nothing needs: the group sleeps.
+    pub fn rest(&mut self, done: Index) {
         let evictable = done.min(self.persisted);
         while self.cache.front().is_some_and(|front| front.index <= evictable) {
             if let Some(entry) = self.cache.pop_front() {
@@ -236,6 +257,9 @@ impl GroupLog {
             }
         }
         self.cache.shrink_to_fit();
+        self.terms.shrink_to_fit();
+        self.marks.shrink_to_fit();
+        self.beyond.get_mut().take_if(|beyond| beyond.is_empty());
     }
 
     /// Counts an entry that left the cache.
@@ -318,38 +342,47 @@ impl GroupLog {
 
     /// Whether raft waits for a read or a snapshot, or a read has failed: all of these are to be taken out below.
     pub fn asks(&self) -> bool {
-        let failure = self.failure.take();
-        let failed = failure.is_some();
-        self.failure.set(failure);
-        failed || self.wanted.borrow().is_some() || !self.snapshots_wanted.borrow().is_empty()
+        self.beyond.borrow().as_ref().is_some_and(|beyond| beyond.asks())
     }
 
     /// The read that raft waits for, if any; handed out once.
     pub fn take_wanted(&mut self) -> Option<(Fetch, GetEntriesContext)> {
-        self.wanted.borrow_mut().take()
+        self.beyond.get_mut().as_mut()?.wanted.take()
     }
 
     /// Entries that were fetched from the store; raft asks for them again.
     pub fn set_fetched(&mut self, entries: Vec<Entry>) {
         // They may have been replaced or compacted while the read was under way.
         let valid = entries.iter().all(|e| self.term_at(e.index) == Some(e.term));
-        *self.fetched.borrow_mut() = if valid { entries } else { Vec::new() };
+        if let Some(beyond) = self.beyond.get_mut() {
+            beyond.fetched = Vec::new();
+        }
+        if valid && !entries.is_empty() {
+            self.beyond.get_mut().get_or_insert_default().fetched = entries;
+        }
     }
 
     /// Followers for which raft asked for a snapshot since the last call.
     pub fn take_snapshots_wanted(&mut self) -> Vec<ReplicaId> {
-        std::mem::take(self.snapshots_wanted.get_mut())
+        self.beyond
+            .get_mut()
+            .as_mut()
+            .map_or_else(Vec::new, |beyond| std::mem::take(&mut beyond.snapshots_wanted))
     }
 
     /// Sets which followers have installed a snapshot, and where, for raft to go on from there.
     pub fn set_snapshots(&mut self, installed: impl Iterator<Item = (ReplicaId, Position)>) {
-        self.snapshots.clear();
-        self.snapshots.extend(installed);
+        if let Some(beyond) = self.beyond.get_mut() {
+            beyond.snapshots.clear();
+        }
+        for (replica, position) in installed {
+            self.beyond.get_mut().get_or_insert_default().snapshots.insert(replica, position);
+        }
     }
 
     /// Why the store could not be read, if it couldn't. The replica must stop.
     pub fn take_failure(&mut self) -> Option<StorageError> {
-        self.failure.take()
+        self.beyond.get_mut().as_mut()?.failure.take()
     }
 }
 
@@ -374,7 +407,8 @@ fn take_bytes<'a>(entries: impl Iterator<Item = &'a Entry>, max_bytes: usize) ->
 
 impl Storage for GroupLog {
     fn initial_state(&self) -> raft::Result<RaftState> {
-        Ok(RaftState::new(self.hard_state.clone(), self.conf_state.clone()))
+        // Asked once, when raft begins.
+        self.initial.as_deref().cloned().ok_or_else(|| RaftStorageError::Unavailable.into())
     }
 
     fn entries(
@@ -391,22 +425,20 @@ impl Storage for GroupLog {
         if let Some(entries) = self.cached(low, high, max_bytes) {
             return Ok(entries);
         }
+        if let Some(fetched) = self.beyond.borrow().as_ref().map(|beyond| &beyond.fetched)
+            && let (Some(first), Some(last)) = (fetched.first(), fetched.last())
+            && first.index <= low
+            && low <= last.index
         {
-            let fetched = self.fetched.borrow();
-            if let (Some(first), Some(last)) = (fetched.first(), fetched.last())
-                && first.index <= low
-                && low <= last.index
-            {
-                let skip = (low - first.index) as usize;
-                let count = (high.min(last.index + 1) - low) as usize;
-                return Ok(take_bytes(fetched.iter().skip(skip).take(count), max_bytes));
-            }
+            let skip = (low - first.index) as usize;
+            let count = (high.min(last.index + 1) - low) as usize;
+            return Ok(take_bytes(fetched.iter().skip(skip).take(count), max_bytes));
         }
         if context.can_async() {
             let high = high.min(self.cache_first());
             let fetch = Fetch { low, high, max_bytes: max_bytes.min(limits::APPEND_TARGET_BYTES) };
             // One read at a time: raft asks again for the other followers once this one is answered.
-            self.wanted.borrow_mut().get_or_insert((fetch, context));
+            self.beyond.borrow_mut().get_or_insert_default().wanted.get_or_insert((fetch, context));
             return Err(RaftStorageError::LogTemporarilyUnavailable.into());
         }
         // raft-rs treats a short answer as the whole range only if it is limited by size, so a range
@@ -414,7 +446,7 @@ impl Storage for GroupLog {
         // evicted before it is durable. What is not yet durable can't be asked for here with `low`
         // below the cache.
         self.store.entries(self.replica, low, high.min(self.persisted + 1), max_bytes).map_err(|error| {
-            self.failure.set(Some(error));
+            self.beyond.borrow_mut().get_or_insert_default().failure = Some(error);
             RaftStorageError::Unavailable.into()
         })
     }
@@ -436,18 +468,17 @@ impl Storage for GroupLog {
 
     fn snapshot(&self, request_index: u64, to: u64) -> raft::Result<Snapshot> {
         let to = ReplicaId(to);
-        match self.snapshots.get(&to) {
+        let mut beyond = self.beyond.borrow_mut();
+        match beyond.as_ref().and_then(|beyond| beyond.snapshots.get(to)) {
             Some(at) if at.index >= self.truncated.index.max(request_index) => {
                 let mut snapshot = Snapshot::default();
                 let metadata = snapshot.mut_metadata();
                 metadata.index = at.index;
                 metadata.term = at.term;
-                // raft-rs wants one here; nobody reads it, since the message isn't sent.
-                metadata.set_conf_state(self.conf_state.clone());
                 Ok(snapshot)
             }
             _ => {
-                let mut wanted = self.snapshots_wanted.borrow_mut();
+                let wanted = &mut beyond.get_or_insert_default().snapshots_wanted;
                 if !wanted.contains(&to) {
                     wanted.push(to);
                 }
@@ -459,6 +490,8 @@ impl Storage for GroupLog {
 
 #[cfg(test)]
 mod tests {
+    use raft::eraftpb::HardState;
+
     use super::*;
     use crate::ids::GROUP_START;
     use crate::storage::log::RecordedMembership;
@@ -506,5 +539,29 @@ mod tests {
         assert_eq!(one.cache_bytes, 0);
         drop(other);
         assert_eq!(node_bytes.get(), 0);
+    }
+
+    #[test]
+    fn who_rests_keeps_no_more_room_than_it_needs() {
+        let mut log = log(&Arc::default());
+        assert!(log.initial_state().is_ok());
+        log.begun();
+        assert!(log.initial_state().is_err(), "raft has begun with it");
+        let last = append(&mut log, 16 * limits::ENTRY_CACHE_BYTES);
+        log.set_persisted(last);
+        log.set_fetched(log.read(last.index, last.index + 1, 1).expect("cached"));
+        let to = ReplicaId(2);
+        log.set_snapshots([(to, last)].into_iter());
+        assert!(!log.asks());
+        log.rest(last.index);
+        assert_eq!((log.cache.capacity(), log.marks.capacity()), (0, log.marks.len()));
+        assert!(log.snapshot(0, to.0).is_ok(), "what raft hasn't taken yet stays");
+        log.set_fetched(Vec::new());
+        log.set_snapshots([].into_iter());
+        log.rest(last.index);
+        assert!(log.beyond.get_mut().is_none());
+        assert!(log.snapshot(0, to.0).is_err() && log.asks());
+        log.rest(last.index);
+        assert_eq!(log.take_snapshots_wanted(), [to], "nor is anything forgotten that raft has asked for");
     }
 }

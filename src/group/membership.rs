@@ -200,7 +200,7 @@ impl<T> Group<T> {
             let mut epoch = self.epoch();
             epoch.conf = entry.conf.saturating_add(1);
             let record = RecordedMembership { index, epoch, members: entry.members.clone() };
-            self.barrier = Some(Barrier { record, write: None });
+            self.barrier = Some(Box::new(Barrier { record, write: None }));
         }
         false
     }
@@ -290,8 +290,8 @@ impl<T> Group<T> {
         tracing::info!(shard = %self.shard, replica = %self.replica, conf = epoch.conf, members = %Members(&change.members), "the members have changed");
         self.state.set_membership(epoch, change.members);
         let is_member = |replica: ReplicaId| self.state.header().members.iter().any(|m| m.replica == replica);
-        self.strangers.retain(|replica, _| !is_member(*replica));
-        self.confs.retain(|replica, _| is_member(*replica));
+        self.strangers.retain(|replica| !is_member(replica));
+        self.confs.retain(is_member);
         self.catch_up.retain(is_member);
         self.beats.retain(is_member);
         self.step_down_if_removed();
@@ -351,7 +351,7 @@ impl<T> Group<T> {
         let conf = self.epoch().conf;
         let knows = |member: &Member| {
             member.replica == self.replica
-                || self.confs.get(&member.replica).is_some_and(|known| *known >= conf)
+                || self.confs.get(member.replica).is_some_and(|known| *known >= conf)
         };
         is_joint(self.members()) || is_quorum(self.members(), knows)
     }
@@ -359,7 +359,7 @@ impl<T> Group<T> {
     /// A replica has written, and said which members it has in force.
     pub(super) fn hear_conf(&mut self, from: ReplicaId, epoch: Epoch) {
         if self.node_of(from).is_some() {
-            let known = self.confs.entry(from).or_default();
+            let known = self.confs.or_insert(from, 0);
             *known = epoch.conf.max(*known);
         }
     }
@@ -370,7 +370,7 @@ impl<T> Group<T> {
         if node == NodeId::default() || self.node_of(replica).is_some() {
             return;
         }
-        if self.strangers.len() >= limits::MEMBERS_MAX && !self.strangers.contains_key(&replica) {
+        if self.strangers.len() >= limits::MEMBERS_MAX && !self.strangers.contains(replica) {
             self.strangers.clear();
         }
         self.strangers.insert(replica, node);
@@ -378,7 +378,7 @@ impl<T> Group<T> {
 
     /// The node of a member, or of another replica that has written.
     pub(super) fn node_of_any(&self, replica: ReplicaId) -> Option<NodeId> {
-        self.node_of(replica).or_else(|| self.strangers.get(&replica).copied())
+        self.node_of(replica).or_else(|| self.strangers.get(replica).copied())
     }
 }
 

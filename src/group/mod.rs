@@ -51,6 +51,7 @@ mod messages;
 pub mod nodes;
 pub mod open;
 mod pause;
+mod per_member;
 pub mod proposals;
 pub mod queue;
 pub mod reads;

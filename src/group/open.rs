@@ -1,6 +1,6 @@
 //! From what is on disk to a running [`Group`].
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use raft::{Config, RawNode};
@@ -13,6 +13,7 @@ use super::election::{self, Ambition};
 use super::held::HeldLog;
 use super::log::{CachedBytes, GroupLog};
 use super::membership;
+use super::per_member::PerMember;
 use super::proposals::Proposals;
 use super::queue::Queue;
 use super::reads::Reads;
@@ -134,7 +135,8 @@ impl<T> Group<T> {
         let conf_state = state.header().conf_state.clone();
         let marks = options.retention.mark_bytes();
         let log = GroupLog::new(options.replica, store, log, conf_state, marks, options.cached);
-        let raft = RawNode::new(&config, log, &options.logger)?;
+        let mut raft = RawNode::new(&config, log, &options.logger)?;
+        raft.mut_store().begun();
         let mut group = Group {
             shard: options.shard,
             machine: options.machine,
@@ -159,8 +161,8 @@ impl<T> Group<T> {
             recorded,
             ahead_to: 0,
             barrier: None,
-            confs: BTreeMap::new(),
-            strangers: BTreeMap::new(),
+            confs: PerMember::default(),
+            strangers: PerMember::default(),
             applying: None,
             paused_at: None,
             state_lost: options.state_lost,

@@ -65,6 +65,11 @@ impl<T, C> Queue<T, C> {
         dead.into_iter().map(|dead| dead.caller).collect()
     }
 
+    /// Gives back the room that those who wait don't need.
+    pub fn shrink(&mut self) {
+        self.waiting.shrink_to_fit();
+    }
+
     /// Takes all, and returns the callers.
     pub fn drain(&mut self) -> Vec<T> {
         self.bytes = 0;

@@ -105,6 +105,12 @@ impl<T> Reads<T> {
         dead
     }
 
+    /// Gives back the room that those under way don't need.
+    pub fn shrink(&mut self) {
+        self.arrived.shrink_to_fit();
+        self.rounds.shrink_to_fit();
+    }
+
     /// Takes all reads: leadership is lost, and they are to be asked elsewhere.
     pub fn drain(&mut self) -> Vec<T> {
         self.count = 0;

@@ -376,13 +376,31 @@ impl<T> Group<T> {
 
     fn fall_asleep(&mut self, word: Option<SleepWord>) {
         if !self.is_asleep() {
-            let done = self.done_to();
-            self.raft.mut_store().drop_cache(done);
-            self.raft.raft.maybe_free_inflight_buffers();
-            self.raft.raft.raft_log.unstable.entries.shrink_to_fit();
-            self.unpersisted.shrink_to_fit();
+            self.give_room_back();
         }
         self.sleep.rest = Rest::Asleep { word };
+    }
+
+    /// What was needed while there was something to do isn't kept while there is nothing.
+    fn give_room_back(&mut self) {
+        let done = self.done_to();
+        self.raft.mut_store().rest(done);
+        let raft = &mut self.raft.raft;
+        raft.maybe_free_inflight_buffers();
+        raft.raft_log.unstable.entries.shrink_to_fit();
+        raft.msgs.shrink_to_fit();
+        raft.read_states.shrink_to_fit();
+        self.unpersisted.shrink_to_fit();
+        self.queued.shrink();
+        self.reads.shrink();
+        self.changes.shrink_to_fit();
+        self.marks.shrink_to_fit();
+        self.messages.shrink_to_fit();
+        self.done.shrink_to_fit();
+        // Whoever wakes knows nothing of who has answered before.
+        self.beats = Beats::default();
+        self.vacancy.forget_old(self.ticks);
+        self.state.shrink();
     }
 
     /// The word that goes along with a message of this replica.

@@ -43,7 +43,14 @@ pub(super) struct Vacancy {
     /// The term whose leader is gone, and the tick at which that is news no more.
     open: Option<(Term, u64)>,
     /// Who asked for a pre-vote before this replica had heard that the leader is gone, and the tick at which.
-    early: Option<(u64, Message)>,
+    early: Option<Box<(u64, Message)>>,
+}
+
+impl Vacancy {
+    /// A request that came too long before tick `now` to be looked at again needn't be kept.
+    pub(super) fn forget_old(&mut self, now: u64) {
+        self.early.take_if(|early| now - early.0 > EARLY_TICKS_MAX);
+    }
 }
 
 impl<T> Group<T> {
@@ -71,10 +78,11 @@ impl<T> Group<T> {
                 None => {}
             }
         }
-        if let Some((at, asked)) = self.vacancy.early.take()
-            && self.ticks - at <= EARLY_TICKS_MAX
-            && asked.term > term
+        if let Some(early) = self.vacancy.early.take()
+            && self.ticks - early.0 <= EARLY_TICKS_MAX
+            && early.1.term > term
         {
+            let asked = early.1;
             let of = position(&asked);
             self.raft.step(asked)?;
             self.answer_with_more(of)?;
@@ -92,7 +100,7 @@ impl<T> Group<T> {
             && self.raft.raft.leader_id != raft::INVALID_ID
             && !self.leads()
         {
-            self.vacancy.early = Some((self.ticks, message.clone()));
+            self.vacancy.early = Some(Box::new((self.ticks, message.clone())));
         }
     }
 

@@ -14,7 +14,7 @@ use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use super::messages::CountPage;
-use super::replica::ReplicaActor;
+use super::replica::ReplicaAddr;
 use super::supervisor::Supervisor;
 use crate::ids::ReplicaId;
 use crate::limits;
@@ -155,7 +155,7 @@ impl Counts {
 }
 
 /// A page of the state after this key; `None` if the replica has ended or is too busy.
-async fn ask(addr: Addr<ReplicaActor>, after: Bytes) -> Option<StateReader> {
+async fn ask(addr: ReplicaAddr, after: Bytes) -> Option<StateReader> {
     let patience = Duration::from_millis(limits::STATUS_MS_MAX);
     tokio::time::timeout(patience, addr.send(CountPage(after))).await.ok()?.ok()
 }

@@ -14,7 +14,7 @@ use super::load::Admitted;
 use super::messages::Inject;
 use super::messages::{AskStatus, Report, Reported, Submit};
 use super::reconciler::{Balance, BalanceStatus};
-use super::replica::ReplicaActor;
+use super::replica::ReplicaAddr;
 use super::router::Router;
 use super::supervisor::Supervisor;
 use super::trace::Sheet;
@@ -187,7 +187,7 @@ impl NodeHandle {
     }
 
     /// The mailbox of this node's replica of a shard.
-    pub(super) fn replica(&self, shard: ShardId) -> Result<Addr<ReplicaActor>, Refusal> {
+    pub(super) fn replica(&self, shard: ShardId) -> Result<ReplicaAddr, Refusal> {
         self.member()?.router.replica(shard)
     }
 

@@ -2,7 +2,7 @@
 //! handed to the replicas of this thread; the thread's one timer is here too.
 
 use std::collections::HashMap;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -16,7 +16,7 @@ use super::intake::Arrived;
 use super::log_writer::PersistSink;
 use super::messages::*;
 use super::panics::contained;
-use super::replica::ReplicaActor;
+use super::replica::{ReplicaActor, ReplicaAddr};
 use super::roster::Roster;
 use super::shared::Shared;
 use super::supervisor::Supervisor;
@@ -36,9 +36,12 @@ use crate::telemetry::metrics as names;
 /// See the module page.
 pub struct Hub {
     shared: Arc<Shared>,
-    replicas: HashMap<ReplicaId, (Incarnation, Addr<ReplicaActor>)>,
+    replicas: HashMap<ReplicaId, (Incarnation, ReplicaAddr)>,
     /// One for all replicas of this thread: the log and flush threads call it once per batch.
     sink: Option<Arc<HubSink>>,
+    /// Whom they tell of their end, one address for all of them: each clone of one takes memory. Theirs, so that it ends
+    /// with them.
+    supervisor: Weak<Addr<Supervisor>>,
     /// What they write to the log and send.
     gather: Gather,
     /// How often replicas were told of time or memory: who is first is another each time.
@@ -54,7 +57,7 @@ pub struct Hub {
 
 /// Supervisor → hub: run a replica whose log and state were read from disk.
 #[derive(Message)]
-#[rtype(result = "Result<Addr<ReplicaActor>, String>")]
+#[rtype(result = "Result<ReplicaAddr, String>")]
 pub struct StartReplica {
     /// Who it is.
     pub options: GroupOptions,
@@ -148,6 +151,7 @@ impl Hub {
             gather,
             replicas: HashMap::new(),
             sink: None,
+            supervisor: Weak::new(),
             rounds: 0,
             disk: DiskNews::default(),
             roster: Rc::default(),
@@ -222,7 +226,7 @@ impl Hub {
     }
 
     /// These replicas, from another one on each round: those that are told first take what memory there is.
-    fn in_turn<'a>(&'a self, of: &'a [ReplicaId]) -> impl Iterator<Item = &'a Addr<ReplicaActor>> {
+    fn in_turn<'a>(&'a self, of: &'a [ReplicaId]) -> impl Iterator<Item = &'a ReplicaAddr> {
         let first = self.rounds % of.len().max(1);
         let turn = of[first..].iter().chain(&of[..first]);
         turn.filter_map(|replica| self.replicas.get(replica)).map(|(_, addr)| addr)
@@ -242,7 +246,7 @@ impl Hub {
         }
     }
 
-    fn living(&self, replica: ReplicaId, incarnation: Incarnation) -> Option<&Addr<ReplicaActor>> {
+    fn living(&self, replica: ReplicaId, incarnation: Incarnation) -> Option<&ReplicaAddr> {
         let (current, addr) = self.replicas.get(&replica)?;
         (*current == incarnation).then_some(addr)
     }
@@ -258,7 +262,7 @@ impl Actor for Hub {
 }
 
 impl Handler<StartReplica> for Hub {
-    type Result = Result<Addr<ReplicaActor>, String>;
+    type Result = Result<ReplicaAddr, String>;
     fn handle(&mut self, start: StartReplica, ctx: &mut Context<Self>) -> Self::Result {
         let GroupOptions { shard, replica, incarnation, .. } = start.options;
         // raft-rs panics on a log it can't make sense of; that is this replica's end, not the hub's.
@@ -273,14 +277,16 @@ impl Handler<StartReplica> for Hub {
             group.sleep_after(self.shared.sleep_ticks, self.shared.process);
         }
         let sink = self.sink.get_or_insert_with(|| Arc::new(HubSink(ctx.address()))).clone();
+        let supervisor = self.supervisor.upgrade().unwrap_or_else(|| Rc::new(start.supervisor));
+        self.supervisor = Rc::downgrade(&supervisor);
         let actor = ReplicaActor::new(
             (shard, replica, incarnation),
             group,
             self.shared.clone(),
             (self.roster.clone(), sink, self.gather.clone()),
-            start.supervisor,
+            supervisor,
         );
-        let addr = actor.start();
+        let addr = Arc::new(actor.start());
         if self.disk != DiskNews::default() {
             addr.do_send(self.disk);
         }

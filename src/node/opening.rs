@@ -11,7 +11,7 @@ use super::hub::StartReplica;
 use super::messages::{Campaign, StopReplica};
 use super::open::{OpenedState, open_stores};
 use super::panics::contained;
-use super::replica::ReplicaActor;
+use super::replica::ReplicaAddr;
 use super::replicas::Started;
 use super::router::Route;
 use super::supervisor::Supervisor;
@@ -43,7 +43,7 @@ struct Attempt {
     replica: ReplicaId,
     incarnation: Incarnation,
     lost: Option<String>,
-    result: Result<Addr<ReplicaActor>, String>,
+    result: Result<ReplicaAddr, String>,
 }
 
 fn find(log: &dyn LogStore, engine: &Arc<dyn Engine>, record: &ReplicaRecord) -> Result<Found, String> {

@@ -20,7 +20,7 @@ use super::hub::Forget;
 use super::membership::ask_for_map_at;
 use super::messages::{MapNews, StopReplica};
 use super::patience::Patience;
-use super::replica::ReplicaActor;
+use super::replica::ReplicaAddr;
 use super::replicas::is_ahead;
 use super::router::Route;
 use super::shared::Shared;
@@ -118,7 +118,7 @@ async fn end(
     shared: Arc<Shared>,
     replica: ReplicaId,
     incarnation: Incarnation,
-    addr: Option<Addr<ReplicaActor>>,
+    addr: Option<ReplicaAddr>,
     conf: Option<u64>,
 ) -> Burial {
     if let Some(addr) = addr
@@ -196,7 +196,7 @@ impl Supervisor {
         shard: ShardId,
         replica: ReplicaId,
         incarnation: Incarnation,
-    ) -> Option<Addr<ReplicaActor>> {
+    ) -> Option<ReplicaAddr> {
         // The route may be that of the replica which is here in its place.
         let is_own = |route: &Route| route.replica == replica;
         self.shared.router.update(|routes| {

@@ -53,6 +53,9 @@ use crate::telemetry::metrics as names;
 #[rtype(result = "()")]
 struct Pump;
 
+/// Where a replica's mailbox is: one address for all who have it, since each clone of one takes memory.
+pub type ReplicaAddr = Arc<Addr<ReplicaActor>>;
+
 /// One replica of one shard.
 pub struct ReplicaActor {
     shard: ShardId,
@@ -79,7 +82,7 @@ pub struct ReplicaActor {
     /// What is flushed after that.
     flush_waiting: Option<Arc<Frozen>>,
     /// A state that is kept still for its digest.
-    hold: Option<view::Hold>,
+    hold: Option<Box<view::Hold>>,
     /// The map last told to the supervisor, and the revision at which that was; of the metadata replica.
     map: Option<Arc<ClusterMap>>,
     map_revision: Option<u64>,
@@ -109,7 +112,7 @@ impl ReplicaActor {
         group: Group<Ticket>,
         shared: Arc<Shared>,
         (roster, sink, gather): (Rc<Roster>, Arc<HubSink>, Gather),
-        supervisor: Addr<Supervisor>,
+        supervisor: Rc<Addr<Supervisor>>,
     ) -> ReplicaActor {
         roster.wakes(replica, incarnation);
         let guard = Guard::new(replica, incarnation, supervisor);

@@ -5,13 +5,12 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use actix::Addr;
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
 use super::handle::ReplicaHealth;
 use super::hearing::{self, Hearing};
-use super::replica::ReplicaActor;
+use super::replica::ReplicaAddr;
 use crate::ids::{ReplicaId, ShardId};
 use crate::placement::map::ClusterMap;
 use crate::refusal::Refusal;
@@ -22,7 +21,7 @@ pub struct Route {
     /// The replica.
     pub replica: ReplicaId,
     /// Its mailbox while it runs, else why it doesn't.
-    pub target: Result<Addr<ReplicaActor>, ReplicaHealth>,
+    pub target: Result<ReplicaAddr, ReplicaHealth>,
 }
 
 /// See the module page.
@@ -99,7 +98,7 @@ impl Router {
     }
 
     /// This node's running replica of `shard`.
-    pub fn replica(&self, shard: ShardId) -> Result<Addr<ReplicaActor>, Refusal> {
+    pub fn replica(&self, shard: ShardId) -> Result<ReplicaAddr, Refusal> {
         let routes = self.routes.load();
         match routes.get(&shard) {
             Some(Route { target: Ok(addr), .. }) => Ok(addr.clone()),

@@ -20,7 +20,7 @@ use super::hub::{FailReplica, Forget, Hub, hub_of};
 use super::map_cache;
 use super::messages::*;
 use super::removal::{self, destroy};
-use super::replica::ReplicaActor;
+use super::replica::ReplicaAddr;
 use super::replicas::{Crash, Orders, Readiness, Replicas, Started, Verdict};
 use super::router::Route;
 use super::shared::Shared;
@@ -62,7 +62,7 @@ pub struct Supervisor {
     data_hubs: Vec<Addr<Hub>>,
     control_hub: Addr<Hub>,
     pub(super) replicas: Replicas,
-    pub(super) addrs: BTreeMap<ReplicaId, Addr<ReplicaActor>>,
+    pub(super) addrs: BTreeMap<ReplicaId, ReplicaAddr>,
     pub(super) led: HashSet<ShardId>,
     /// Of leaders that sleep: how their groups are.
     pub(super) resting: BTreeMap<ReplicaId, Box<GroupStatus>>,

@@ -59,7 +59,7 @@ impl TestNode {
         }
     }
 
-    fn replica(&self) -> actix::Addr<super::replica::ReplicaActor> {
+    fn replica(&self) -> super::replica::ReplicaAddr {
         self.shared.router.replica(ShardId(1)).expect("it runs")
     }
 }

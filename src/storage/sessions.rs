@@ -318,6 +318,14 @@ impl SessionTable {
         records
     }
 
+    /// Gives back the room of sessions and results that are no more.
+    pub fn shrink(&mut self) {
+        self.sessions.shrink_to_fit();
+        self.sessions.values_mut().for_each(|session| session.results.shrink_to_fit());
+        self.due.shrink_to_fit();
+        self.changed.shrink_to_fit();
+    }
+
     /// Takes in a record, when the state is opened.
     pub fn load(&mut self, id: &[u8], record: &[u8]) -> Result<(), StorageError> {
         let damaged =

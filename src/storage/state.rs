@@ -265,6 +265,12 @@ impl ReplicaState {
         self.known.forget_older();
     }
 
+    /// Gives back the room that what it knows doesn't need: nothing happens to it for a while.
+    pub fn shrink(&mut self) {
+        self.sessions.shrink();
+        self.frozen.shrink_to_fit();
+    }
+
     /// Takes in what a reader with this [`StateReader::stamp`] was told by the engine of `key`.
     pub fn learn(&mut self, stamp: u64, key: &[u8], value: Option<Bytes>) {
         self.known.learn(stamp, key, value);

@@ -31,11 +31,17 @@ use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 use tokio::io::AsyncWriteExt;
+use tokio::time::timeout;
 
 /// Capacity that the spare buffer may keep between writes.
 const SPARE_BYTES_MAX: usize = 256 * 1024;
+/// Capacity that the buffers may keep while nothing is written.
+const REST_BYTES_MAX: usize = 16 * 1024;
+/// After so long without a write the buffers are given back, if they are larger than that.
+const REST_AFTER: Duration = Duration::from_millis(if cfg!(test) { 20 } else { 2_000 });
 /// Waiting is worth it if it gathers so many messages.
 const GATHERED_MIN: usize = 12;
 /// Writes without waiting after it wasn't worth it.
@@ -161,7 +167,7 @@ impl Patience {
 async fn flush<W: tokio::io::AsyncWrite + Unpin>(mut inner: W, shared: &RefCell<Shared>) -> io::Result<()> {
     let mut spare = Vec::new();
     let mut patience = Patience::default();
-    while wait_for_bytes(shared).await {
+    while wait_for_bytes_or_rest(shared, &mut spare).await {
         let waited = patience.waits() && !is_full(shared);
         if waited {
             tokio::task::yield_now().await;
@@ -184,6 +190,19 @@ async fn flush<W: tokio::io::AsyncWrite + Unpin>(mut inner: W, shared: &RefCell<
 fn is_full(shared: &RefCell<Shared>) -> bool {
     let shared = shared.borrow();
     shared.buffer.len() >= shared.cap
+}
+
+/// [`wait_for_bytes`]; what large messages have left of room is given back if there is nothing to write for a while.
+async fn wait_for_bytes_or_rest(shared: &RefCell<Shared>, spare: &mut Vec<u8>) -> bool {
+    if shared.borrow().buffer.capacity().max(spare.capacity()) > REST_BYTES_MAX {
+        if let Ok(more) = timeout(REST_AFTER, wait_for_bytes(shared)).await {
+            return more;
+        }
+        *spare = Vec::new();
+        // A part of a message may be there already.
+        shared.borrow_mut().buffer.shrink_to_fit();
+    }
+    wait_for_bytes(shared).await
 }
 
 /// Waits until there is a whole message, a full buffer, or the writer closes. False at the very end.
@@ -424,6 +443,33 @@ mod tests {
                 let (mut writer, flusher) = coalesce(inner, 64);
                 drop(flusher);
                 assert!(send(&mut writer, b"x").await.is_err());
+            })
+            .await;
+    }
+
+    #[tokio::test]
+    async fn who_has_written_much_and_writes_no_more_gives_its_buffers_back() {
+        LocalSet::new()
+            .run_until(async {
+                const MESSAGE: usize = 4 * REST_BYTES_MAX;
+                let (inner, mut far) = duplex(2 * MESSAGE);
+                let (mut writer, flusher) = coalesce(inner, 2 * MESSAGE);
+                let shared = writer.shared.clone();
+                spawn_local(flusher);
+                let mut got = vec![0; MESSAGE];
+                for _ in 0..3 {
+                    send(&mut writer, &[1; MESSAGE]).await.unwrap();
+                    far.read_exact(&mut got).await.unwrap();
+                }
+                assert!(shared.borrow().buffer.capacity() >= MESSAGE, "they are kept for the next");
+                // A part of a message has come by then.
+                writer.write_all(b"half").await.unwrap();
+                tokio::time::sleep(2 * REST_AFTER).await;
+                assert!(shared.borrow().buffer.capacity() <= REST_BYTES_MAX);
+                send(&mut writer, b" and half").await.unwrap();
+                let mut got = [0; 13];
+                far.read_exact(&mut got).await.unwrap();
+                assert_eq!(&got, b"half and half");
             })
             .await;
     }

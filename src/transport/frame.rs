@@ -10,6 +10,7 @@ use std::io;
 use tokio::io::{AsyncRead, AsyncReadExt};
 
 use super::TransportError;
+use super::room::Room;
 use crate::codec::CodecError;
 use crate::limits::{FRAME_BYTES_MAX, READ_BUFFER_BYTES_MAX, READ_CHUNK_BYTES};
 
@@ -129,13 +130,16 @@ impl From<FrameError> for CodecError {
 #[derive(Debug)]
 pub struct FrameReader {
     buffer: BytesMut,
+    /// Bytes for which the buffer has had room since it was made, about.
+    capacity: usize,
+    room: Room,
     max: usize,
 }
 
 impl FrameReader {
     /// For payloads of at most `max` bytes.
     pub fn new(max: usize) -> FrameReader {
-        FrameReader { buffer: BytesMut::new(), max }
+        FrameReader { buffer: BytesMut::new(), capacity: 0, room: Room::default(), max }
     }
 
     /// Sets another limit, for the frames not yet taken.
@@ -159,7 +163,7 @@ impl FrameReader {
         frame.advance(HEADER_BYTES);
         if length > READ_BUFFER_BYTES_MAX {
             // So large a buffer goes with its frame.
-            self.buffer = BytesMut::from(&self.buffer[..]);
+            self.renew();
         }
         Ok(Some(frame.freeze()))
     }
@@ -182,8 +186,18 @@ impl FrameReader {
             _ => 0,
         };
         let growth = missing.min(self.buffer.len()).max(READ_CHUNK_BYTES);
+        if self.room.is_excess(self.buffer.len() + missing, self.capacity) {
+            self.renew();
+        }
         self.buffer.reserve(growth);
+        self.capacity = self.capacity.max(self.buffer.capacity());
         from.read_buf(&mut self.buffer).await
+    }
+
+    /// Goes on with a buffer no larger than what is in it.
+    fn renew(&mut self) {
+        self.buffer = BytesMut::from(&self.buffer[..]);
+        self.capacity = 0;
     }
 
     /// Reads until there is a whole payload.
@@ -241,6 +255,21 @@ mod tests {
         while reader.fill(&mut stream).await.unwrap() > 0 {}
         assert_eq!(reader.take(), Ok(None));
         assert!(reader.buffer.capacity() <= 4 * READ_CHUNK_BYTES);
+    }
+
+    #[tokio::test]
+    async fn a_large_frame_leaves_no_room_behind() {
+        let mut reader = FrameReader::new(FRAME_BYTES_MAX);
+        let large = sealed(&vec![7; READ_BUFFER_BYTES_MAX / 2]).unwrap();
+        assert_eq!(reader.read(&mut &large[..]).await.unwrap().len(), READ_BUFFER_BYTES_MAX / 2);
+        let small = sealed(&[9; 64]).unwrap();
+        for at in 0..100 {
+            // Also while a part of the next frame is there already.
+            let (first, rest) = small.split_at(at % small.len());
+            feed(&mut reader, first);
+            assert_eq!(reader.read(&mut &rest[..]).await.unwrap(), [9; 64][..]);
+        }
+        assert!(reader.capacity < READ_BUFFER_BYTES_MAX / 2, "{} bytes", reader.capacity);
     }
 
     #[test]

@@ -19,6 +19,7 @@ use tracing::{debug, info, warn};
 
 use super::network::{Peer, PeerLane, PeerNetworkConfig, count_dropped};
 use super::outbox::Batch;
+use super::room::Room;
 use super::{Timings, TransportError, frame, handshake};
 use crate::codec::hello::{Lane, PeerHello, ProtocolRange};
 use crate::codec::peer::{PeerFrame, encode, encode_raft};
@@ -244,7 +245,7 @@ async fn drive(
 ) -> Result<(), TransportError> {
     let link = peer.lane(lane);
     let (mut reader, mut writer) = stream.split();
-    let mut buffer = Vec::new();
+    let (mut buffer, mut room) = (Vec::new(), Room::default());
     let mut ignored = [0; 8];
     while !link.outbox.is_closed() && Arc::ptr_eq(&peer.address.load(), address) {
         let batch = link.outbox.take(FRAME_TARGET_BYTES);
@@ -274,7 +275,7 @@ async fn drive(
         sent.frames.increment(frames);
         sent.messages.increment(messages as u64);
         sent.bytes.increment(buffer.len() as u64);
-        if buffer.capacity() > 4 * FRAME_TARGET_BYTES {
+        if buffer.capacity() > 4 * FRAME_TARGET_BYTES || room.is_excess(buffer.len(), buffer.capacity()) {
             buffer = Vec::new();
         }
     }

@@ -35,6 +35,7 @@ pub mod link;
 pub mod listener;
 pub mod network;
 pub mod outbox;
+mod room;
 pub mod rpc_stream;
 pub mod snapshot;
 

@@ -122,6 +122,10 @@ impl Queue {
                 (Work::Batch(batch.tasks), batch.bytes)
             }
         };
+        if self.items.is_empty() && self.items.capacity() > limits::LOG_QUEUE_ROOM_KEPT {
+            // As in an outbox: a burst of all groups is seldom.
+            self.items = VecDeque::new();
+        }
         let bytes = self.bytes.fetch_sub(size, Ordering::Relaxed) - size;
         if bytes <= limits::LOG_QUEUE_BYTES_MAX / 2 {
             self.warned = false;

@@ -1,5 +1,7 @@
 //! What tells the supervisor that a replica has ended, also when it did so by a panic.
 
+use std::rc::Rc;
+
 use actix::prelude::*;
 
 use crate::ids::{Incarnation, Index, ReplicaId};
@@ -11,7 +13,7 @@ pub(super) struct Guard {
     replica: ReplicaId,
     incarnation: Incarnation,
     /// Whom it tells; the replica itself has more to tell.
-    pub(super) supervisor: Addr<Supervisor>,
+    pub(super) supervisor: Rc<Addr<Supervisor>>,
     pub(super) reason: Option<String>,
     /// The entry that was being applied.
     pub(super) applying: Option<Index>,
@@ -20,7 +22,11 @@ pub(super) struct Guard {
 }
 
 impl Guard {
-    pub(super) fn new(replica: ReplicaId, incarnation: Incarnation, supervisor: Addr<Supervisor>) -> Guard {
+    pub(super) fn new(
+        replica: ReplicaId,
+        incarnation: Incarnation,
+        supervisor: Rc<Addr<Supervisor>>,
+    ) -> Guard {
         Guard { replica, incarnation, supervisor, reason: None, applying: None, ordered: false }
     }
 }

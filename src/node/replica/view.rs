@@ -54,7 +54,8 @@ impl ReplicaActor {
             return;
         };
         let until = self.ticks + limits::VIEW_TICKS;
-        self.hold = Some(Hold { index, is_flushed: false, until, is_awaited: false, reading: Weak::new() });
+        let reading = Weak::new();
+        self.hold = Some(Box::new(Hold { index, is_flushed: false, until, is_awaited: false, reading }));
         if self.flushing {
             self.account_memory();
             self.flush_waiting = Some(frozen);

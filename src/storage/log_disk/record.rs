@@ -130,7 +130,9 @@ pub fn encode_replica(record: &ReplicaRecord) -> Result<Vec<u8>, StorageError> {
     to.set_generation(record.generation);
     to.set_members_at(record.members_at);
     to.set_ordered_at(record.ordered_at);
-    let mut value = vec![FORMAT];
+    // The log engine keeps it in memory: no room to spare.
+    let mut value = Vec::with_capacity(1 + 8 * serialize::compute_serialized_size_in_words(&message));
+    value.push(FORMAT);
     serialize::write_message(&mut value, &message).map_err(|e| StorageError::Engine {
         engine: "raft log",
         reason: format!("encoding the record of replica {}: {e}", record.replica),
