@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::ids::Epoch;
+use crate::node::hub::NodeHeard;
 use crate::node::survey::TakeSurvey;
 use crate::node::test_node::{PATIENCE, TestNode, record};
 use crate::placement::map::{MapDelta, Member, MemberRole, ShardRecord};
@@ -185,5 +186,25 @@ async fn a_replica_of_a_dropped_shard_is_buried_though_its_record_is_ahead() {
     (delta.shards[0].dropped, delta.shards[0].epoch.conf) = (true, 0);
     node.supervisor.send(MapNews(delta)).await.expect("taken");
     node.holds(&[2]).await;
+    node.stop().await;
+}
+
+/// What kept a process from leading may have gone with it.
+#[actix::test]
+async fn the_next_process_of_a_node_may_lead_at_once() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let node = TestNode::new(dir.path());
+    let (other, waits) = (NodeId(2), |node: &TestNode| node.shared.reluctance.wait(NodeId(2), Instant::now()));
+    let heard = async |process, ended| {
+        node.hub(1).send(NodeHeard { node: other, process, ended }).await.expect("told");
+    };
+    heard(1, 0).await;
+    node.shared.reluctance.lapsed(other, Instant::now());
+    // The same process, whatever becomes of its replicas.
+    heard(1, 0).await;
+    heard(1, 1).await;
+    assert!(waits(&node).is_some(), "it is asked again at once");
+    heard(2, 0).await;
+    assert_eq!(waits(&node), None);
     node.stop().await;
 }
