@@ -51,7 +51,8 @@ async fn three_nodes_become_five_and_three_again_under_load() {
     let exact = cluster.database(&client, "exact", 3, 4).await;
     let noted = cluster.database(&client, "noted", 3, 4).await;
     let other = cluster.client().await;
-    let load = Load::start(&[exact.clone(), other.database("exact")], 4);
+    let patient = [exact.clone(), other.database("exact")].map(|exact| exact.with_timeout(SETTLE));
+    let load = Load::start(&patient, 4);
     let journal = Journal::start(&noted, 4, 1024, Duration::from_millis(5));
     load.progress(100).await;
     let before = Rest { metadata: 3, ..Rest::default() }.reached(&client, &cluster, SETTLE).await;
