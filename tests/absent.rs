@@ -33,7 +33,7 @@ use serde_json::Value;
 use tokio::sync::Semaphore;
 
 /// For a cluster to come to rest after nodes came or went.
-const SETTLE: Duration = Duration::from_secs(60);
+const SETTLE: Duration = Duration::from_secs(120);
 /// The shortest time after which a node that is gone is replaced.
 const REPLACE_AFTER_MS: u64 = 10_000;
 

@@ -26,7 +26,7 @@ use rustix::process::Signal;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 /// For a cluster to come to rest after nodes came or went.
-const SETTLE: Duration = Duration::from_secs(60);
+const SETTLE: Duration = Duration::from_secs(120);
 
 /// Clusters that run at the same time: each has a handful of processes.
 static ROOM: Semaphore = Semaphore::const_new(2);

@@ -32,7 +32,7 @@ use rest::{PATIENCE, Rest, assert_equal_content, living, picture, set, until};
 use tokio::sync::Semaphore;
 
 /// For a cluster to come to rest.
-const SETTLE: Duration = Duration::from_secs(60);
+const SETTLE: Duration = Duration::from_secs(120);
 
 /// Clusters that run at the same time: each has a handful of processes.
 static ROOM: Semaphore = Semaphore::const_new(2);

@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 
 /// For a cluster to come to rest after nodes came or went.
-const SETTLE: Duration = Duration::from_secs(60);
+const SETTLE: Duration = Duration::from_secs(120);
 
 /// Clusters that run at the same time: each has a handful of processes.
 static ROOM: Semaphore = Semaphore::const_new(2);

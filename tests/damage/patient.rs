@@ -32,7 +32,7 @@ const TURNED_KEYS: usize = 24;
 const TURNS: [&str; 3] = ["a", "b", "c"];
 
 /// How long a node may take to start, and to be whole again: on a machine that does much else, too.
-const WHOLE: Duration = Duration::from_secs(90);
+const WHOLE: Duration = Duration::from_secs(240);
 
 /// How a node was stopped.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -131,7 +131,7 @@ impl Patient {
         let log = patient.dir().join("log");
         let begun = Instant::now();
         while log.join("0000000000000001.raftlog").exists() {
-            assert!(begun.elapsed() < 2 * WHOLE, "its log is never purged: {:?}", files(&log));
+            assert!(begun.elapsed() < WHOLE, "its log is never purged: {:?}", files(&log));
             // It is purged for what it holds, and on a busy machine little writes fill it in no time that would do.
             patient.fill(1 << 20).await;
             tokio::time::sleep(Duration::from_millis(200)).await;
@@ -249,7 +249,7 @@ impl Patient {
                         break;
                     }
                     attempts += 1;
-                    assert!(attempts < 10, "{found} is never there when it is killed");
+                    assert!(attempts < 20, "{found} is never there when it is killed");
                     self.cluster.spawn(NODE);
                     self.cluster.wait_ready(NODE);
                     self.whole().await;
