@@ -458,8 +458,7 @@ fn a_client_of_a_local_set_has_no_thread_and_ends_with_the_set() {
 async fn another_protocol_version_is_named() {
     let fakes = Fakes::start(1, 1);
     fakes.always(1, Act::WrongVersion);
-    let options =
-        ClientOptions { timeout: Duration::from_millis(300), ..ClientOptions::new([fakes.address(1)]) };
+    let options = ClientOptions { timeout: Duration::from_secs(2), ..ClientOptions::new([fakes.address(1)]) };
     let error = Client::connect_with(options).await.err().unwrap().to_string();
     assert!(error.contains("protocol"), "{error}");
 }

@@ -13,12 +13,13 @@ use super::hub::{FlushedBatch, HubSink, PersistedBatch};
 use super::log_writer::WriteTask;
 use super::messages::{AskStatus, Campaign, Submit};
 use super::snapshots::install::InstallSnapshot;
+use super::snapshots::worker::Load;
 use super::supervisor::{EndReplica, OpenAll};
 use super::test_node::{PATIENCE, TestNode, record};
 use super::ticket::Results;
-use crate::codec::snapshot::SnapshotAnswer;
+use crate::codec::snapshot::{SnapshotAnswer, SnapshotOffer};
 use crate::group::types::{Operation, Output};
-use crate::ids::{GROUP_START, Position, ReplicaId, ShardId};
+use crate::ids::{GROUP_START, Position, RandomId, ReplicaId, ShardId};
 use crate::machine::command::{Answer, Command, KvCommand, Query};
 use crate::refusal::Refusal;
 use crate::storage::flush::FlushStep;
@@ -148,6 +149,26 @@ impl TestNode {
             }),
         );
         job
+    }
+
+    /// The start has other generations of the first replica's state removed, some time. Calls that off as the load of a
+    /// snapshot does, of which there is no file here: what is written next would be taken for remains.
+    async fn call_off_sweeps(&self) {
+        let offer = SnapshotOffer {
+            stream: RandomId([3; 16]),
+            shard: ShardId(1),
+            from: ReplicaId(9),
+            to: REPLICA,
+            epoch: record(1).epoch,
+            position: GROUP_START,
+            leader_term: GROUP_START.term,
+            bytes: 1,
+        };
+        let (done, loaded) = oneshot::channel();
+        let path = "no such file".into();
+        self.shared.snapshots.worker.load(Load { path, offer, current: 1, done });
+        let loaded = tokio::time::timeout(PATIENCE, loaded).await.expect("in time").expect("an answer");
+        assert!(loaded.is_err(), "there is nothing to load");
     }
 
     /// Waits until the first replica has ended, and isn't rebuilt yet.
@@ -293,6 +314,7 @@ async fn nothing_of_the_start_that_a_snapshot_ends_is_written_after_it() {
         (keys::user_key(REPLICA, 2, b"a"), None),
         (keys::header_key(REPLICA, 2), Some(Bytes::from(header.encode()))),
     ];
+    node.call_off_sweeps().await;
     node.engine.write(&loaded).expect("loaded");
     let held = node.hold_log().await;
     let queued = node.submit(put("a", "late"));

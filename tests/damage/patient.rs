@@ -108,7 +108,7 @@ impl Patient {
         }
         cluster.wait_all_ready();
         let client = cluster.client().await;
-        let database = cluster.database(&client, "db", 3, 2).await;
+        let database = cluster.database(&client, "db", 3, 2).await.with_timeout(WHOLE);
         let shards = client.map().await.expect("the map").shards.keys().copied().collect();
         let (copy, older) = (cluster.dir.path().join("copy"), cluster.dir.path().join("older"));
         let (model, http) = (BTreeMap::new(), ports[6]);
