@@ -391,13 +391,14 @@ async fn deadlines_hold_and_say_what_is_known() {
     let mut not_sent = 0;
     for task in many {
         let (end, took, n) = task.await.unwrap();
-        let most = if n < 20 { 2_200 } else { 400 };
+        // Before those whose calls hang have ended, who have more time; and before anybody would be asked again.
+        let most = if n < 20 { 2_900 } else { 1_200 };
         assert!(took < Duration::from_millis(most), "{took:?} for {n}");
         not_sent += usize::from(matches!(end, Err(ClientError::NotApplied(_))));
         assert!(end.is_err());
     }
     assert!(not_sent >= 20, "{not_sent} were never sent");
-    assert!(begun.elapsed() < Duration::from_secs(4));
+    assert!(begun.elapsed() < Duration::from_secs(6));
 }
 
 #[tokio::test]
@@ -493,8 +494,7 @@ fn a_client_of_a_local_set_has_no_thread_and_ends_with_the_set() {
 async fn another_protocol_version_is_named() {
     let fakes = Fakes::start(1, 1);
     fakes.always(1, Act::WrongVersion);
-    let options =
-        ClientOptions { timeout: Duration::from_millis(300), ..ClientOptions::new([fakes.address(1)]) };
+    let options = ClientOptions { timeout: Duration::from_secs(2), ..ClientOptions::new([fakes.address(1)]) };
     let error = Client::connect_with(options).await.err().unwrap().to_string();
     assert!(error.contains("protocol"), "{error}");
 }

@@ -457,7 +457,8 @@ async fn a_replica_that_is_behind_is_not_made_leader_and_the_operator_hears_why(
     let filler = Filler::start(&database, 8, Duration::from_millis(2));
     filler.progress(200).await;
     filler.stop().await;
-    cluster.spawn_armed(away, "delay:snapshot/load:ms=1500");
+    // For as long as it takes to ask, on a busy machine.
+    cluster.spawn_armed(away, "delay:snapshot/load:ms=5000");
     cluster.wait_ready(away);
     let begun = Instant::now();
     let to_lead = ["admin", "transfer-leader", "behind", "1", &id, "--timeout", "30s"];

@@ -32,7 +32,7 @@ use rest::{PATIENCE, Rest, assert_equal_content, living, picture, set, until};
 use tokio::sync::Semaphore;
 
 /// For a cluster to come to rest.
-const SETTLE: Duration = Duration::from_secs(60);
+const SETTLE: Duration = Duration::from_secs(120);
 
 /// Clusters that run at the same time: each has a handful of processes.
 static ROOM: Semaphore = Semaphore::const_new(2);
@@ -85,7 +85,7 @@ async fn ended(client: &Client, cluster: &Cluster) {
 async fn a_rebalancing_that_is_cancelled_leaves_no_move_half_done() {
     let _room = ROOM.acquire().await.expect("it isn't closed");
     let (cluster, client, filler) = grown(8, 400).await;
-    let database = client.database("db");
+    let database = client.database("db").with_timeout(SETTLE);
     // At so low a rate moves are caught in the middle.
     set(&client, PolicyChange::BytesPerSecond(1 << 20)).await;
     set(&client, PolicyChange::MovesAtATime(3)).await;
@@ -153,7 +153,7 @@ async fn a_rebalancing_that_is_cancelled_leaves_no_move_half_done() {
 async fn a_rebalancing_is_taken_back_under_load_or_refused_with_the_reason() {
     let _room = ROOM.acquire().await.expect("it isn't closed");
     let (cluster, client, filler) = grown(6, 16).await;
-    let database = client.database("db");
+    let database = client.database("db").with_timeout(SETTLE);
     let load = Load::start(std::slice::from_ref(&database), 4);
     load.progress(50).await;
     let rest = Rest { metadata: 3, ..Rest::default() };

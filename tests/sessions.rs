@@ -64,11 +64,16 @@ async fn counters_are_exact_though_replies_are_cut_and_leaders_killed() {
         cluster.wait_ready(round % 3);
     }
     load.progress(400).await;
+    // How many replies that were is up to the machine: the busier it is, the more a reply answers.
+    let begun = Instant::now();
+    while replies.faults() <= 10 {
+        assert!(begun.elapsed() < Duration::from_secs(60), "only {} replies were lost", replies.faults());
+        load.progress(100).await;
+    }
     let tally = load.stop().await;
     replies.set(Odds::default());
     assert_eq!(tally.errors, []);
     let faults = replies.faults();
-    assert!(faults > 10, "only {faults} replies were lost");
     println!("{} writes, {} additions, {faults} faults", tally.writes.values().sum::<u64>(), tally.added);
     // Late requests arrive, if any are still on their way.
     tokio::time::sleep(Duration::from_secs(3)).await;

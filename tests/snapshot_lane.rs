@@ -50,6 +50,9 @@ fn timings() -> Timings {
     }
 }
 
+/// For what takes a moment, on a busy machine.
+const LONG: Duration = Duration::from_secs(10);
+
 /// What a node does with a whole file.
 type Verdict = Rc<dyn Fn(PathBuf) -> LocalBoxFuture<'static, SnapshotAnswer>>;
 
@@ -63,12 +66,22 @@ struct Taker {
     verdict: RefCell<Verdict>,
     /// Where each transfer began.
     begun: RefCell<Vec<u64>>,
+    /// Each transfer under way has one.
+    open: Rc<()>,
+}
+
+impl Taker {
+    /// Whether a transfer is under way.
+    fn receives(&self) -> bool {
+        Rc::strong_count(&self.open) > 1
+    }
 }
 
 /// A sink whose disk fills up.
 struct Bounded {
     sink: PartSink,
     room: u64,
+    _open: Rc<()>,
 }
 
 impl SnapshotSink for Bounded {
@@ -116,7 +129,8 @@ impl PeerHandler for Taker {
                 self.begun.borrow_mut().push(part.offset());
                 let verdict = self.verdict.borrow().clone();
                 let sink = PartSink::new(part, Box::new(move |part| verdict(part.path().to_owned())));
-                Box::new(Bounded { sink, room: self.room.get() }) as Box<dyn SnapshotSink>
+                let open = self.open.clone();
+                Box::new(Bounded { sink, room: self.room.get(), _open: open }) as Box<dyn SnapshotSink>
             }),
         };
         Box::pin(std::future::ready(result))
@@ -178,6 +192,7 @@ async fn setting(bytes: usize) -> Setting {
         room: Cell::new(u64::MAX),
         verdict: RefCell::new(Rc::new(|_| Box::pin(std::future::ready(SnapshotAnswer::Installed)))),
         begun: RefCell::default(),
+        open: Rc::default(),
     });
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -304,8 +319,12 @@ async fn a_transfer_that_is_cut_goes_on_where_it_ended() {
                 Err(SendError::Link(_)) => assert!(attempts < 3, "it never arrives"),
                 Err(error) => panic!("{error}"),
             }
-            // The receiving side has noticed.
-            sleep(Duration::from_millis(50)).await;
+            // The receiving side has noticed when it has let go of what it received.
+            let begun = Instant::now();
+            while setting.taker.receives() {
+                assert!(begun.elapsed() < LONG, "it waits for more");
+                sleep(Duration::from_millis(5)).await;
+            }
         };
         assert_eq!(attempts, 3);
         assert!(resumed as usize > MIB, "resumed at {resumed}");
@@ -463,9 +482,20 @@ async fn a_silent_sender_makes_room_for_the_next() {
         let setting = setting(1000).await;
         let mut silent = setting.dial().await;
         silent.write_all(&step(SnapshotFrame::Offer(setting.offer()))).await.unwrap();
-        sleep(timings().idle / 4).await;
-        assert!(matches!(setting.send().await.unwrap().0, Delivery::Busy(_)));
-        sleep(timings().idle).await;
+        let begun = Instant::now();
+        while !setting.taker.receives() {
+            assert!(begun.elapsed() < LONG, "it isn't begun");
+            sleep(Duration::from_millis(1)).await;
+        }
+        let begun = Instant::now();
+        let next = setting.send().await.unwrap().0;
+        // On a busy machine that takes so long that the silent one is gone.
+        let held_up = begun.elapsed() > timings().idle / 2;
+        assert!(matches!(next, Delivery::Busy(_)) || held_up, "{next:?}");
+        while setting.taker.receives() {
+            assert!(begun.elapsed() < LONG, "it waits for the silent one");
+            sleep(Duration::from_millis(5)).await;
+        }
         assert_eq!(setting.send().await.unwrap().0, Delivery::Installed);
         drop(silent);
     })

@@ -131,6 +131,10 @@ async fn a_replica_that_fails_is_rebuilt_and_its_neighbours_dont_notice() {
         let shard = *keys.keys().nth(victim).expect("four shards");
         let address = cluster.nodes[leader(&cluster, &client, shard).await].client.clone();
         let before = replica(&client, &address, shard).await;
+        let mut terms = BTreeMap::new();
+        for &neighbour in keys.keys().filter(|other| **other != shard) {
+            terms.insert(neighbour, replica(&client, &address, neighbour).await.group.expect("running").term);
+        }
         let writers = Writers::start(&database, keys.values().cloned());
         tokio::time::sleep(Duration::from_millis(300)).await;
         client.inject(&address, shard, fault).await.expect("injected");
@@ -142,13 +146,15 @@ async fn a_replica_that_fails_is_rebuilt_and_its_neighbours_dont_notice() {
         for (key, (number, longest)) in &ends {
             holds(&database, key, &number.to_string()).await;
             if *key != keys[&shard] {
-                // Less than any election: they had none.
-                assert!(*longest < Duration::from_millis(900), "{fault}: {key} waited for {longest:?}");
+                // What else the machine does may hold it up for a moment.
+                assert!(*longest < Duration::from_millis(2_500), "{fault}: {key} waited for {longest:?}");
             }
         }
         for (&neighbour, _) in keys.iter().filter(|(other, _)| **other != shard) {
             let report = replica(&client, &address, neighbour).await;
             assert_eq!(report.restarts, 0, "a neighbour of the {restarts}. failure: {report:?}");
+            let term = report.group.as_ref().expect("running").term;
+            assert_eq!(term, terms[&neighbour], "it had an election: {report:?}");
         }
     }
     client.close().await;

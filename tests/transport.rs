@@ -571,8 +571,8 @@ async fn a_peer_that_stops_reading_fills_a_bounded_outbox() {
 async fn a_silent_peer_is_closed_and_an_idle_link_is_not() {
     local(async {
         let one = node(1).await;
-        let stream = dial(&one, &hello(Lane::Control)).await.unwrap();
         let start = Instant::now();
+        let stream = dial(&one, &hello(Lane::Control)).await.unwrap();
         closed(stream).await;
         assert!(start.elapsed() >= timings().idle / 2);
         // A link with nothing to say keeps its connections.

@@ -13,12 +13,13 @@ use super::hub::{FlushedBatch, HubSink, PersistedBatch};
 use super::log_writer::WriteTask;
 use super::messages::{AskStatus, Campaign, Submit};
 use super::snapshots::install::InstallSnapshot;
+use super::snapshots::worker::Load;
 use super::supervisor::{EndReplica, OpenAll};
 use super::test_node::{PATIENCE, TestNode, record};
 use super::ticket::Results;
-use crate::codec::snapshot::SnapshotAnswer;
+use crate::codec::snapshot::{SnapshotAnswer, SnapshotOffer};
 use crate::group::types::{Operation, Output};
-use crate::ids::{GROUP_START, Position, ReplicaId, ShardId};
+use crate::ids::{GROUP_START, Position, RandomId, ReplicaId, ShardId};
 use crate::machine::command::{Answer, Command, KvCommand, Query};
 use crate::refusal::Refusal;
 use crate::storage::flush::FlushStep;
@@ -28,21 +29,33 @@ use crate::storage::state::StateHeader;
 
 const REPLICA: ReplicaId = ReplicaId(1);
 
-/// Long enough for whatever wouldn't wait.
+/// Long enough for whatever wouldn't wait. Nothing is made to fail by its being too short.
 const MOMENT: Duration = Duration::from_millis(400);
 
 /// A shared thread that does nothing until this is dropped.
 pub(super) struct Held {
     _release: mpsc::Sender<()>,
+    begun: oneshot::Receiver<()>,
+}
+
+impl Held {
+    /// Waits until the thread does nothing: what was queued before is done, what is queued from now on isn't begun.
+    pub(super) async fn begun(&mut self) {
+        let begun = tokio::time::timeout(PATIENCE, &mut self.begun).await;
+        begun.expect("the thread's turn in time").expect("it waits");
+    }
 }
 
 pub(super) fn hold() -> (Held, impl FnOnce() + Send) {
     let (release, held) = mpsc::channel::<()>();
+    let (begins, begun) = oneshot::channel();
     let wait = move || {
+        // Nobody needs to know.
+        begins.send(()).ok();
         // Fails when the other end is dropped, which is the release.
         held.recv().ok();
     };
-    (Held { _release: release }, wait)
+    (Held { _release: release, begun }, wait)
 }
 
 impl TestNode {
@@ -117,11 +130,64 @@ impl TestNode {
         self.supervisor.do_send(EndReplica { replica: REPLICA, incarnation, reason });
     }
 
-    fn hold_log(&self) -> Held {
-        let (held, wait) = hold();
+    async fn hold_log(&self) -> Held {
+        let (mut held, wait) = hold();
         self.shared.log_writer.run(Box::new(move |_| wait()));
+        held.begun().await;
         held
     }
+
+    /// A job of this start of the first replica, behind what is queued by now. It is dropped with the rest when the start
+    /// is fenced, which [`fenced`] waits for.
+    fn queue_behind(&self, incarnation: u64) -> oneshot::Receiver<()> {
+        let (runs, job) = oneshot::channel();
+        self.shared.log_writer.run_for(
+            REPLICA,
+            incarnation,
+            Box::new(move |_| {
+                runs.send(()).ok();
+            }),
+        );
+        job
+    }
+
+    /// The start has other generations of the first replica's state removed, some time. Calls that off as the load of a
+    /// snapshot does, of which there is no file here: what is written next would be taken for remains.
+    async fn call_off_sweeps(&self) {
+        let offer = SnapshotOffer {
+            stream: RandomId([3; 16]),
+            shard: ShardId(1),
+            from: ReplicaId(9),
+            to: REPLICA,
+            epoch: record(1).epoch,
+            position: GROUP_START,
+            leader_term: GROUP_START.term,
+            bytes: 1,
+        };
+        let (done, loaded) = oneshot::channel();
+        let path = "no such file".into();
+        self.shared.snapshots.worker.load(Load { path, offer, current: 1, done });
+        let loaded = tokio::time::timeout(PATIENCE, loaded).await.expect("in time").expect("an answer");
+        assert!(loaded.is_err(), "there is nothing to load");
+    }
+
+    /// Waits until the first replica has ended, and isn't rebuilt yet.
+    async fn ended(&self) {
+        let ended = |r: &super::handle::ReplicaReport| {
+            matches!(r.health, ReplicaHealth::Restarting(_)) && r.group.is_none()
+        };
+        self.until(1, "ended", ended).await;
+        // It stays so.
+        actix::clock::sleep(MOMENT).await;
+        let report = self.report(1).await;
+        assert!(ended(&report), "{report:?}");
+    }
+}
+
+/// Waits until a start of a replica is fenced: what it had queued up to `job` is dropped, however long that took.
+async fn fenced(job: oneshot::Receiver<()>) {
+    let ended = tokio::time::timeout(PATIENCE, job).await.expect("fenced in time");
+    assert!(ended.is_err(), "its queued work was done");
 }
 
 pub(super) fn put(key: &str, value: &str) -> Operation {
@@ -148,15 +214,13 @@ async fn a_replica_is_rebuilt_when_the_log_writer_is_done_with_its_last_start() 
     let dir = tempfile::tempdir().expect("a directory");
     let node = TestNode::leading(dir.path()).await;
     let before = node.logs()[&1];
-    let held = node.hold_log();
+    let held = node.hold_log().await;
     let late = node.submit(put("a", "late"));
     node.proposed(before.1 + 1).await;
     node.crash(1);
     let ended = tokio::time::timeout(PATIENCE, late).await.expect("in time").expect("an answer");
     assert!(matches!(ended.expect("started").remove(0), Err(Refusal::Unknown(_))));
-    actix::clock::sleep(MOMENT).await;
-    let report = node.report(1).await;
-    assert!(matches!(report.health, ReplicaHealth::Restarting(_)) && report.group.is_none(), "{report:?}");
+    node.ended().await;
     drop(held);
     node.serves(1, 2).await;
     assert_eq!(node.logs()[&1], before, "the write of the last start is dropped");
@@ -170,12 +234,11 @@ async fn a_replica_is_rebuilt_when_the_log_writer_is_done_with_its_last_start() 
 async fn a_replica_is_rebuilt_when_the_flush_thread_is_done_with_its_last_start() {
     let dir = tempfile::tempdir().expect("a directory");
     let node = TestNode::leading(dir.path()).await;
-    let (held, wait) = hold();
+    let (mut held, wait) = hold();
     node.shared.flusher.run(Box::new(move |_| wait()));
+    held.begun().await;
     node.crash(1);
-    actix::clock::sleep(MOMENT).await;
-    let report = node.report(1).await;
-    assert!(matches!(report.health, ReplicaHealth::Restarting(_)) && report.group.is_none(), "{report:?}");
+    node.ended().await;
     drop(held);
     node.serves(1, 2).await;
     node.lead().await;
@@ -193,7 +256,7 @@ async fn news_of_the_last_start_s_log_writes_acknowledge_nothing() {
     node.serves(1, 2).await;
     node.lead().await;
     assert_eq!(node.value("a").await.as_deref(), Some(&b"before"[..]));
-    let held = node.hold_log();
+    let held = node.hold_log().await;
     let mut waits = node.submit(put("a", "after"));
     node.proposed(node.logs()[&1].1 + 1).await;
     node.hub(1).send(PersistedBatch(vec![(REPLICA, 1, u64::MAX)])).await.expect("told");
@@ -251,15 +314,18 @@ async fn nothing_of_the_start_that_a_snapshot_ends_is_written_after_it() {
         (keys::user_key(REPLICA, 2, b"a"), None),
         (keys::header_key(REPLICA, 2), Some(Bytes::from(header.encode()))),
     ];
+    node.call_off_sweeps().await;
     node.engine.write(&loaded).expect("loaded");
-    let held = node.hold_log();
+    let held = node.hold_log().await;
     let queued = node.submit(put("a", "late"));
     node.proposed(node.logs()[&1].1 + 1).await;
+    let job = node.queue_behind(1);
     let switched = node.supervisor.send(InstallSnapshot { replica: REPLICA, install });
     let late = node.hub(1).clone();
     let shared = node.shared.clone();
     let switched = actix::spawn(switched);
-    actix::clock::sleep(MOMENT).await;
+    // Without the fence the thread would have done what it was given.
+    fenced(job).await;
     drop(held);
     assert_eq!(switched.await.expect("the task").expect("an answer"), Ok(()));
     node.serves(1, 2).await;

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::ids::Epoch;
+use crate::node::hub::NodeHeard;
 use crate::node::survey::TakeSurvey;
 use crate::node::test_node::{PATIENCE, TestNode, record};
 use crate::placement::map::{MapDelta, Member, MemberRole, ShardRecord};
@@ -42,7 +43,7 @@ async fn a_replica_that_must_end_while_others_start_ends() {
     while node.report(1).await.restarts == 0 {
         let reason = "a write that contradicts the log".to_owned();
         node.supervisor.do_send(EndReplica { replica: ReplicaId(1), incarnation: 1, reason });
-        assert!(begun.elapsed() < Duration::from_secs(20), "it goes on, though nothing it writes is kept");
+        assert!(begun.elapsed() < PATIENCE, "it goes on, though nothing it writes is kept");
         actix::clock::sleep(Duration::from_millis(20)).await;
     }
     release.send(()).expect("the thread waits");
@@ -185,5 +186,27 @@ async fn a_replica_of_a_dropped_shard_is_buried_though_its_record_is_ahead() {
     (delta.shards[0].dropped, delta.shards[0].epoch.conf) = (true, 0);
     node.supervisor.send(MapNews(delta)).await.expect("taken");
     node.holds(&[2]).await;
+    node.stop().await;
+}
+
+/// What kept a process from leading may have gone with it.
+#[actix::test]
+async fn the_next_process_of_a_node_may_lead_at_once() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let node = TestNode::new(dir.path());
+    let (other, waits) =
+        (NodeId(2), |node: &TestNode| node.shared.reluctance.wait(NodeId(2), Instant::now()));
+    let heard = async |process, ended| {
+        node.hub(1).send(NodeHeard { node: other, process, ended }).await.expect("told");
+    };
+    heard(1, 0).await;
+    // So late that it is long until it is asked again.
+    node.shared.reluctance.lapsed(other, Instant::now() + Duration::from_secs(3_600));
+    // The same process, whatever becomes of its replicas.
+    heard(1, 0).await;
+    heard(1, 1).await;
+    assert!(waits(&node).is_some(), "it is asked again at once");
+    heard(2, 0).await;
+    assert_eq!(waits(&node), None);
     node.stop().await;
 }

@@ -40,7 +40,7 @@ use crate::transport::network::{PeerNetwork, PeerNetworkConfig};
 const NODE: NodeId = NodeId(1);
 
 /// For whatever should take a moment, on a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A replica alone in its group, on this node.
 pub fn record(number: u64) -> ReplicaRecord {

@@ -133,14 +133,10 @@ async fn a_state_that_is_read_stays_when_another_is_asked_for() {
 async fn a_state_that_is_asked_for_stays_until_it_is_flushed() {
     let dir = tempfile::tempdir().expect("a directory");
     let node = TestNode::leading(dir.path()).await;
-    let (held, wait) = hold();
-    let (begins, begun) = oneshot::channel();
-    node.shared.flusher.run(Box::new(move |_| {
-        begins.send(()).expect("somebody waits for this");
-        wait();
-    }));
+    let (mut held, wait) = hold();
+    node.shared.flusher.run(Box::new(move |_| wait()));
     // Of what it finds together the thread does flushes first.
-    begun.await.expect("the thread's turn");
+    held.begun().await;
     let mark = node.mark().await;
     for _ in 0..8 {
         assert!(matches!(node.ask(mark).await, Digesting::Coming(_)));

@@ -8,6 +8,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::ids::Position;
 use crate::storage::engine_memory::{CrashLoss, MemoryEngine};
+use crate::storage::generations;
 use crate::storage::state::ReplicaState;
 use crate::storage::state::tests::initial;
 use crate::storage::{StateBatch, StateView};
@@ -460,5 +461,11 @@ fn a_removal_does_not_pass_over_what_it_has_removed_at_each_step() {
     assert_eq!(engine.begins.lock().unwrap()[0], Bound::Included(keys::replica_range(ReplicaId(6)).0));
     // Once for each, before anything of it was removed.
     let begins = [replica, ReplicaId(6)].map(|replica| keys::replica_range(replica).0);
-    assert_eq!(*engine.forgotten.lock().unwrap(), begins);
+    assert_eq!(std::mem::take(&mut *engine.forgotten.lock().unwrap()), begins);
+    // So it is with one generation.
+    engine.write(&(0..3).map(pair).collect::<Vec<_>>()).unwrap();
+    let mut from = Vec::new();
+    while !generations::destroy(&*engine, replica, 1, &mut from, 1).unwrap() {}
+    assert_eq!(*engine.forgotten.lock().unwrap(), [keys::generation_range(replica, 1).0]);
+    assert!(generations::is_empty(&*engine, replica, 1).unwrap());
 }

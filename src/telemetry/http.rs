@@ -306,6 +306,7 @@ mod tests {
         run(
             async |address, _| {
                 // As many as there are permits; half a request each.
+                let started = Instant::now();
                 let mut silent = Vec::new();
                 for _ in 0..2 {
                     let mut stream = TcpStream::connect(address).await.unwrap();
@@ -313,7 +314,6 @@ mod tests {
                     silent.push(stream);
                 }
                 // Served once the silent ones have timed out.
-                let started = Instant::now();
                 assert!(ask(address, "/healthz").await.starts_with("HTTP/1.1 200"));
                 assert!(started.elapsed() >= idle / 2);
                 for mut stream in silent {

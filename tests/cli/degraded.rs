@@ -137,8 +137,10 @@ fn a_port_that_somebody_took_is_named() {
     let text = std::fs::read(home.data().join("cluster.json")).unwrap();
     let cluster: Value = serde_json::from_slice(&text).unwrap();
     let address = cluster["nodes"][0]["client"].as_str().unwrap();
+    let held = PORTS.write().unwrap_or_else(|poisoned| poisoned.into_inner());
     home.run(&["stop"]).ok();
     let taken = TcpListener::bind(address).expect("the port is free after the stop");
+    drop(held);
     let foreground = home.run(&["setup", "db", "1", "1"]).exits(2).says(&[address, "pontoon clean"]);
     assert_eq!(foreground.text(), "");
     // In the background the same is told by the process that returns.

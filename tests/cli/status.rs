@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use serde_json::Value;
 
+use crate::cluster::free_ports;
 use crate::harness::{Home, PORTS, keys};
 
 fn with_keys<'a>(object: &'a Value, expected: &[&str]) -> &'a Value {
@@ -144,8 +145,8 @@ fn health_asks_each_endpoint() {
 fn health_knows_a_node_that_waits_for_its_cluster() {
     let home = Home::new();
     let _ports = PORTS.read().unwrap_or_else(|poisoned| poisoned.into_inner());
-    let free = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
-    let (client, peer, nobody) = (free(), free(), free());
+    let ports = free_ports(3).into_iter().map(|port| format!("127.0.0.1:{port}")).collect::<Vec<_>>();
+    let [client, peer, nobody] = &ports[..] else { unreachable!("three ports") };
     let config = home.file("n1.toml");
     let text = format!(
         "[node]\nid = \"n1\"\ndata_dir = {:?}\n[client]\nlisten = \"{client}\"\n[peer]\nlisten = \"{peer}\"\n\
@@ -156,7 +157,7 @@ fn health_knows_a_node_that_waits_for_its_cluster() {
     let _node = home.spawn(&["serve", "--config", config.to_str().unwrap()]);
     let begun = Instant::now();
     loop {
-        let ended = home.run(&["health", "--json", "--cluster", &client]);
+        let ended = home.run(&["health", "--json", "--cluster", client]);
         assert!(begun.elapsed() < Duration::from_secs(30), "{ended:?}");
         let health = ended.json();
         if health["endpoints"][0]["state"] == "starting" {

@@ -32,7 +32,7 @@ const TURNED_KEYS: usize = 24;
 const TURNS: [&str; 3] = ["a", "b", "c"];
 
 /// How long a node may take to start, and to be whole again: on a machine that does much else, too.
-const WHOLE: Duration = Duration::from_secs(90);
+const WHOLE: Duration = Duration::from_secs(240);
 
 /// How a node was stopped.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -108,7 +108,7 @@ impl Patient {
         }
         cluster.wait_all_ready();
         let client = cluster.client().await;
-        let database = cluster.database(&client, "db", 3, 2).await;
+        let database = cluster.database(&client, "db", 3, 2).await.with_timeout(WHOLE);
         let shards = client.map().await.expect("the map").shards.keys().copied().collect();
         let (copy, older) = (cluster.dir.path().join("copy"), cluster.dir.path().join("older"));
         let (model, http) = (BTreeMap::new(), ports[6]);
@@ -131,8 +131,9 @@ impl Patient {
         let log = patient.dir().join("log");
         let begun = Instant::now();
         while log.join("0000000000000001.raftlog").exists() {
-            assert!(begun.elapsed() < Duration::from_secs(60), "its log is never purged: {:?}", files(&log));
-            patient.write(64 << 10).await;
+            assert!(begun.elapsed() < WHOLE, "its log is never purged: {:?}", files(&log));
+            // It is purged for what it holds, and on a busy machine little writes fill it in no time that would do.
+            patient.fill(1 << 20).await;
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
         patient.write(64 << 10).await;
@@ -248,7 +249,7 @@ impl Patient {
                         break;
                     }
                     attempts += 1;
-                    assert!(attempts < 10, "{found} is never there when it is killed");
+                    assert!(attempts < 20, "{found} is never there when it is killed");
                     self.cluster.spawn(NODE);
                     self.cluster.wait_ready(NODE);
                     self.whole().await;

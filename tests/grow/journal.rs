@@ -8,6 +8,9 @@ use std::time::{Duration, Instant};
 
 use pontoon::client::{Database, ScanOptions};
 
+/// For a write: how long it takes is told, and on a busy machine an election may take several attempts.
+const DEADLINE: Duration = Duration::from_secs(60);
+
 /// Writers that put a new key each time, until told to stop. The keys of a writer are of one shard.
 pub struct Journal {
     stop: Arc<AtomicBool>,
@@ -39,6 +42,7 @@ fn key(writer: usize, number: u64) -> String {
 impl Journal {
     /// Starts so many writers of values of `bytes` each, which pause for so long after each write.
     pub fn start(database: &Database, writers: usize, bytes: usize, pause: Duration) -> Journal {
+        let database = database.with_timeout(DEADLINE);
         let (stop, writes) = (Arc::<AtomicBool>::default(), Arc::<AtomicU64>::default());
         let writers = (0..writers).map(|writer| {
             let (database, stop, writes) = (database.clone(), stop.clone(), writes.clone());

@@ -15,7 +15,7 @@ use pontoon::placement::map::{ClusterMap, MemberRole, RebalanceState, ShardRecor
 use crate::cluster::Cluster;
 
 /// For whatever changes the cluster, and for a node's answer.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// At rest: every shard has as many voters as it should, on nodes that run, and nothing moves; each node holds
 /// what the map places on it, and nothing else.

@@ -365,9 +365,17 @@ impl Cluster {
 
     /// Creates a database and returns it.
     pub async fn database(&self, client: &Client, name: &str, replicas: u32, shards: u32) -> Database {
-        let created = client.create_database(name, replicas, shards, Duration::from_secs(30)).await;
-        created.unwrap_or_else(|error| panic!("creating {name}: {error}; node 1 says:\n{}", self.log(0)));
-        client.database(name)
+        let begun = Instant::now();
+        loop {
+            match client.create_database(name, replicas, shards, Duration::from_secs(30)).await {
+                Ok(_) => return client.database(name),
+                // On a busy machine one that was started just now doesn't answer in time, and counts as down.
+                Err(error) if error.to_string().contains("that are up") && begun.elapsed() < READY => {
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+                Err(error) => panic!("creating {name}: {error}; node 1 says:\n{}", self.log(0)),
+            }
+        }
     }
 
     /// Runs a subcommand against this cluster.

@@ -71,7 +71,8 @@ pub struct Load {
 }
 
 impl Load {
-    /// Starts so many workers, spread over `databases`, each of which is a client's.
+    /// Starts so many workers, spread over `databases`, each of which is a client's. None of what they do may fail within
+    /// the deadline that these have.
     pub fn start(databases: &[Database], workers: usize) -> Load {
         let (stop, rounds) = (Arc::<AtomicBool>::default(), Arc::<AtomicU64>::default());
         let workers = (0..workers)
