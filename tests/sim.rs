@@ -108,6 +108,7 @@ fn seeds_show_no_violation() {
         "steps of the reconciler",
         "leaders moved",
         "groups that fell asleep",
+        "members without which a group fell asleep",
         "wakes by a request",
         "leaders found gone",
         "living nodes taken for gone",
