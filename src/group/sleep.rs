@@ -17,7 +17,7 @@
 //!
 //! *Who isn't there.* A node that is down for a day must not keep thousands of groups awake. So a leader sleeps without the
 //! members that have not answered for an election timeout, if a quorum is left with those that have agreed, and only as
-//! long as it doesn't hear their nodes: invariant of a leader that is asleep: *every other member has agreed and its node is heard, in
+//! long as it doesn't hear their nodes. It doesn't ask those who lack entries. Invariant of a leader that is asleep: *every other member has agreed and its node is heard, in
 //! the process in which it has; or the leader sleeps without it, and its node isn't heard* ([`Group::is_watched_over`], looked at when
 //! it falls asleep; each change of what it says is an alarm, which wakes it). Of somebody who isn't there nothing was promised, and it
 //! is promised nothing: it may lack entries, which the leader's log keeps as for any silent follower.
@@ -419,7 +419,11 @@ impl<T> Group<T> {
         }
         match (message.get_msg_type(), &self.sleep.rest) {
             (MessageType::MsgHeartbeat, Rest::Drowsy { .. }) if self.leads() && self.is_idle() => {
-                self.sleep.asks(self.raft.raft.raft_log.last_index())
+                let last = self.raft.raft.raft_log.last_index();
+                // A heartbeat names no more than what its receiver has: one that lacks entries would take that for all there is.
+                let has_all =
+                    self.raft.raft.prs().get(message.to).is_some_and(|progress| progress.matched == last);
+                self.sleep.asks(last).filter(|_| has_all)
             }
             (MessageType::MsgHeartbeatResponse, Rest::Asleep { word, .. }) => {
                 word.filter(|_| message.to == self.raft.raft.leader_id)
