@@ -280,6 +280,8 @@ fn while_a_flush_is_half_done_nobody_gets_between_and_others_are_removed() {
     assert_eq!(steps.recv_timeout(LONG), Ok((FlushStep::Logged, ReplicaId(1))), "its file is there");
     // Of the replica that is under way nothing may be removed, and nobody may rely on what the engine holds of it.
     let mut fence = thread.barrier(ReplicaId(1));
+    thread.barrier(ReplicaId(2)).blocking_recv().expect("others are fenced");
+    assert!(fence.try_recv().is_err(), "the flush isn't over");
     let (told, between) = mpsc::channel();
     thread.run(Box::new(move |flusher| told.send(flusher.is_half_done()).unwrap()));
     let (told, ends) = mpsc::channel();
