@@ -164,8 +164,9 @@ impl World {
         let Some(process) = self.nodes.get(&id).and_then(|node| node.process.as_ref()) else { return Ok(0) };
         let Some(replica) = process.replicas.get(&leader) else { return Ok(0) };
         let (word, status) = (replica.group.last_word(), replica.group.status());
-        let agrees =
-            |member: &Member| member.replica == leader || self.agreed.contains(&(member.replica, word));
+        let agrees = |member: &Member| {
+            member.replica == leader || self.agreed.contains(&(member.replica, status.term, word))
+        };
         if !is_quorum(&status.members, agrees) {
             let detail = format!("replica {leader} fell asleep, and no majority has agreed to it");
             return Err(Violation::new("sleep", detail));
@@ -206,7 +207,7 @@ impl World {
         let (to, from) = (ReplicaId(message.message.to), ReplicaId(message.message.from));
         match message.message.get_msg_type() {
             MessageType::MsgHeartbeat => drop(self.asked.insert(to, word)),
-            _ => drop(self.agreed.insert((from, word))),
+            _ => drop(self.agreed.insert((from, message.message.term, word))),
         }
     }
 
