@@ -126,6 +126,10 @@ pub const FLUSH_PART_BYTES: usize = MIB;
 /// An engine that takes in sorted runs gets a flush in runs of tables of this many bytes: each is synced by
 /// itself, and until that nothing of it frees memory.
 pub const FLUSH_RUN_BYTES: usize = 16 * MIB;
+/// Where little of the disk is free, memtables are flushed when they come to this part of it, so that there is room for each.
+pub const FLUSH_FREE_PART: u64 = 8;
+/// But not before they have this many bytes: each flush takes some syncs.
+pub const FLUSH_TIGHT_BYTES_MIN: u64 = 64 * KIB as u64;
 /// A flush batch is closed at this many bytes of keys and values.
 pub const FLUSH_BATCH_BYTES: usize = 64 * KIB;
 

@@ -1,5 +1,6 @@
 //! Shards that nobody uses: they fall asleep, a request wakes one of them, and the end of the node that led them wakes
-//! all the others, which are served again as soon as if they had been awake.
+//! all the others, which are served again as soon as if they had been awake. They sleep without a node that is down, and
+//! wake for it when it is back.
 
 #[path = "support/cluster.rs"]
 mod cluster;
@@ -89,15 +90,35 @@ async fn idle_shards_sleep_and_wake_for_a_request_and_for_the_end_of_their_leade
     let took = begun.elapsed();
     assert!(took < 3 * Duration::from_millis(PROMISE_MS), "all shards served writes again after {took:?}");
 
-    // Without one of the members nobody sleeps on; when it is back, all do.
-    std::thread::sleep(Duration::from_millis(2 * IDLE_MS));
-    assert_eq!(asleep(&http[1..]), 0.0);
+    // The others sleep without the member that is down; when it is back it hears from all their leaders, gets what it has
+    // missed, and sleeps with them.
+    let others = f64::from(2 * SHARDS);
+    until("asleep without a node that is down", &cluster, || asleep(&http[1..]) == others);
     cluster.spawn(0);
     cluster.wait_ready(0);
     until("asleep with the node that is back", &cluster, || asleep(&http) == all);
 
-    // Nobody writes now: those whose leaders were on it have new ones all the same.
+    // The same of one that only stood still, in the process that it was.
+    cluster.signal(0, rustix::process::Signal::STOP);
+    until("asleep without a node that stands still", &cluster, || asleep(&http[1..]) == others);
+    cluster.signal(0, rustix::process::Signal::CONT);
+    until("awake", &cluster, || asleep(&http[1..]) < others);
+    until("asleep with the node that goes on", &cluster, || asleep(&http) == all);
+
+    // While one is down and the others sleep, the node of a leader ends. When the first is back there is a majority, which
+    // has a leader for each shard though nobody asks for anything.
+    cluster.kill(0);
+    until("asleep without a node that is down", &cluster, || asleep(&http[1..]) == others);
+    cluster.kill(2);
+    cluster.spawn(0);
     let leaders = |ports: &[u16]| sum(ports, "pontoon_leaders");
+    until("led by those who are left", &cluster, || leaders(&http[..2]) >= f64::from(SHARDS) + 1.0);
+    cluster.wait_ready(0);
+    cluster.spawn(2);
+    cluster.wait_ready(2);
+    until("asleep once more", &cluster, || asleep(&http) == all);
+
+    // Nobody writes now: those whose leaders were on it have new ones all the same.
     cluster.kill(1);
     let left = [http[0], http[2]];
     until("led", &cluster, || leaders(&left) >= f64::from(SHARDS) + 1.0);

@@ -13,11 +13,12 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use cluster::{Cluster, Options, free_ports};
+use futures_util::future::join_all;
 use local::{LocalCluster, PATIENCE, eventually};
 use pontoon::client::options::ClientOptions;
 use pontoon::client::{Client, ClientError, Database, NotApplied, Operation};
 use pontoon::group::types::GroupStatus;
-use pontoon::ids::ShardId;
+use pontoon::ids::{METADATA_SHARD, ShardId};
 use pontoon::machine::command::PolicyChange;
 use pontoon::node::handle::NodePhase;
 use pontoon::settings::Settings;
@@ -261,6 +262,53 @@ async fn gaps_with_and_without_a_hand_over() {
             }
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_takes_no_leadership_is_tried_with_one_shard_before_it_is_handed_others() {
+    let mut cluster = Cluster::new(3);
+    cluster.wait_all_ready();
+    let client = cluster.client().await;
+    let database = cluster.database(&client, "shy", 3, 6).await;
+    client.change_setting(PolicyChange::Automatic(false), PATIENCE).await.expect("leaders stay");
+    let report = |node: usize| client.node_report(&cluster.nodes[node].client, PATIENCE);
+    let (leader, shy) = (report(0).await.expect("a report").node, report(1).await.expect("a report").node);
+    let map = client.map().await.expect("the map");
+    let shards: Vec<ShardId> = map.shards.keys().copied().filter(|shard| *shard != METADATA_SHARD).collect();
+    assert_eq!(shards.len(), 6);
+    let hand = async |to, shards: &[ShardId]| {
+        let all = shards.iter().map(|shard| client.transfer_leader(*shard, to, Duration::from_secs(1)));
+        join_all(all).await.into_iter().filter(|handed| handed.is_ok()).count()
+    };
+    let begun = Instant::now();
+    while hand(leader, &shards).await < shards.len() {
+        assert!(begun.elapsed() < PATIENCE, "one node leads all\n{}", cluster.log(0));
+    }
+    let lapsed = || cluster.log(0).matches("leadership was handed over, and not taken").count();
+    assert_eq!(lapsed(), 0);
+    // Its disk hangs; it answers, and its vote for itself waits.
+    client.inject(&cluster.nodes[1].client, shards[0], "log-stall=15000").await.expect("injected");
+    let hangs = Instant::now();
+    while lapsed() == 0 {
+        assert_eq!(hand(shy, &shards[..1]).await, 0, "it takes none");
+        assert!(hangs.elapsed() < PATIENCE, "nothing was handed to it\n{}", cluster.log(0));
+    }
+    assert_eq!(lapsed(), 1);
+    // Nothing is handed to it for two seconds. When they are over all others ask for it at once, for longer than an attempt lasts.
+    let refused = Instant::now();
+    while refused.elapsed() < Duration::from_millis(4_500) {
+        assert_eq!(hand(shy, &shards[1..]).await, 0);
+    }
+    // The next is tried four seconds later, which on a busy machine may have come.
+    assert!([2, 3].contains(&lapsed()), "one shard is tried at a time:\n{}", cluster.log(0));
+    for (number, key) in ["a", "b", "c", "d", "e", "f", "g", "h"].iter().enumerate() {
+        database.put(*key, format!("{number}")).await.expect("a majority has disks that are well");
+    }
+    let begun = Instant::now();
+    while hand(shy, &shards).await < shards.len() {
+        assert!(begun.elapsed() < PATIENCE, "it is well again, and leads all\n{}", cluster.log(0));
+    }
+    client.close().await;
 }
 
 #[test]

@@ -9,15 +9,20 @@ use std::collections::BTreeMap;
 use std::ops::Bound;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use cluster::{Cluster, Options, free_ports};
-use pontoon::ids::{RandomId, ReplicaId};
+use pontoon::ids::{Epoch, GROUP_START, Incarnation, Position, RandomId, ReplicaId};
+use pontoon::node::fatal::Fatal;
+use pontoon::node::flusher::{FlushJob, FlushSink, FlushThread};
 use pontoon::storage::engine::{Mutation, Store};
 use pontoon::storage::engine_kind::{EngineKind, StateOptions};
-use pontoon::storage::{StorageError, keys};
+use pontoon::storage::flush::{FlushStep, Flusher};
+use pontoon::storage::pulse::Pulse;
+use pontoon::storage::state::{Frozen, ReplicaState, StateHeader};
+use pontoon::storage::{StateBatch, StateView, StorageError, keys};
 use rustix::fs::{FallocateFlags, fallocate, statvfs};
 
 /// Where the small file system is, in the process that sees it.
@@ -173,6 +178,110 @@ fn a_store_on_a_full_disk_keeps_what_it_has_and_goes_on_when_there_is_room() {
     drop(engine);
     let engine = open(&path).expect("opened");
     assert!(engine.disk_bytes() < 4 << 20, "remains are there: {} bytes", engine.disk_bytes());
+}
+
+type Told = (FlushStep, ReplicaId);
+
+struct Tells(Mutex<mpsc::Sender<Told>>);
+
+impl FlushSink for Tells {
+    fn flushed(&self, step: FlushStep, batch: Vec<(ReplicaId, Incarnation, Position)>) {
+        let told = self.0.lock().expect("locked");
+        // A test that has failed listens no more.
+        batch.into_iter().for_each(|(replica, ..)| told.send((step, replica)).unwrap_or_default());
+    }
+}
+
+fn state(engine: Arc<dyn Store>, replica: u64) -> ReplicaState {
+    let initial = StateHeader {
+        applied: GROUP_START,
+        revision: 0,
+        log_time: 0,
+        epoch: Epoch { range: 1, conf: 1 },
+        members: Vec::new(),
+        conf_state: Default::default(),
+    };
+    ReplicaState::open(engine, ReplicaId(replica), 0, initial).expect("opened")
+}
+
+/// What a replica that has written so many MiB has to flush.
+fn frozen(engine: Arc<dyn Store>, replica: u64, mib: u64) -> Arc<Frozen> {
+    let mut state = state(engine, replica);
+    for number in 0..mib * 16 {
+        // Not to be made smaller by anybody.
+        let mut noise = number + replica;
+        let value: Vec<u8> = std::iter::repeat_with(|| {
+            noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (noise >> 56) as u8
+        })
+        .take(1 << 16)
+        .collect();
+        state.put(&number.to_be_bytes(), value.into());
+    }
+    state.set_applied(Position { index: 6, term: 5 });
+    state.freeze().expect("a change")
+}
+
+/// Of 24 MiB that are to be flushed there is room for one half: the least goes whole, the next as far as its file.
+#[test]
+fn what_there_is_room_for_is_flushed_and_the_rest_goes_on_when_there_is_more() {
+    let name = "what_there_is_room_for_is_flushed_and_the_rest_goes_on_when_there_is_more";
+    let Some(disk) = Disk::small(name, 96) else { return };
+    for killed in [false, true] {
+        let (path, redo) =
+            (disk.path.join(format!("state-{killed}")), disk.path.join(format!("redo-{killed}")));
+        let engine = open(&path).expect("opened");
+        let flusher = Flusher::open(redo.clone(), engine.clone()).expect("opened");
+        let fatal = Fatal::new();
+        let (thread, joined) =
+            FlushThread::start(flusher, fatal.clone(), Pulse::default()).expect("a thread");
+        let (told, steps) = mpsc::channel();
+        let sink = Arc::new(Tells(Mutex::new(told)));
+        disk.leave(15 << 20 >> 12);
+        // None is flushed before all are there.
+        let (all_are_there, waits) = mpsc::channel();
+        thread.run(Box::new(move |_| waits.recv().expect("they come")));
+        for (replica, mib) in [(1, 14), (2, 6), (3, 4)] {
+            let frozen = frozen(engine.clone(), replica, mib);
+            thread.submit(FlushJob { incarnation: 1, frozen, done: sink.clone() });
+        }
+        all_are_there.send(()).expect("it waits");
+        let next =
+            || steps.recv_timeout(PATIENCE).unwrap_or_else(|_| panic!("it waits: {:?}", fatal.reason()));
+        let (least, middle) = (ReplicaId(3), ReplicaId(2));
+        assert_eq!(next(), (FlushStep::Logged, least));
+        assert_eq!(next(), (FlushStep::Absorbed, least));
+        assert_eq!(next(), (FlushStep::Logged, middle), "for its file there is room");
+        std::thread::sleep(Duration::from_secs(1));
+        assert!(
+            steps.try_recv().is_err() && fatal.reason().is_none(),
+            "it has no room: {:?}",
+            fatal.reason()
+        );
+        assert_eq!(state(engine.clone(), 2).header().applied, GROUP_START);
+        if !killed {
+            disk.give_back();
+            assert_eq!(next(), (FlushStep::Absorbed, middle));
+            assert_eq!(next(), (FlushStep::Logged, ReplicaId(1)));
+            assert_eq!(next(), (FlushStep::Absorbed, ReplicaId(1)));
+        }
+        thread.close();
+        joined.join().expect("it ends, whether there is room or not");
+        disk.give_back();
+        drop(engine);
+        let engine = open(&path).expect("opened");
+        drop(Flusher::open(redo.clone(), engine.clone()).expect("the file is what the state store lacks"));
+        for (replica, mib) in [(1, 14), (2, 6), (3, 4)] {
+            let flushed = replica > 1 || !killed;
+            let state = state(engine.clone(), replica);
+            assert_eq!(state.header().applied.index > GROUP_START.index, flushed, "{replica}");
+            for number in 0..mib * 16u64 {
+                let found = state.get(&number.to_be_bytes()).expect("read");
+                assert_eq!(found.is_some_and(|value| value.len() == 1 << 16), flushed, "{replica}: {number}");
+            }
+        }
+        assert_eq!(std::fs::read_dir(&redo).expect("listed").count(), 0);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -2,8 +2,12 @@
 //!
 //! While a group sleeps ([`super::sleep`]) its leader sends no heartbeats: those of the leader's node stand for them.
 //! So they have to tell what heartbeats of the group would: that the process in which the leader went to sleep is
-//! alive, and that no replica in it has ended since: the leader, or a follower that its leader counts on. [`Nodes`] counts time in the ticks of whoever owns it, like a group: of a
-//! process that stood still nobody is silent for longer than it was itself awake.
+//! alive, and that no replica in it has ended since: the leader, or a follower that its leader counts on. And of a node that isn't
+//! there they have to tell that it is back, in whatever process: some may sleep without it. [`Nodes`] counts time in the ticks of
+//! whoever owns it, like a group: of a process that stood still nobody is silent for longer than it was itself awake.
+//!
+//! Invariant: whenever [`Nodes::process`] of a node becomes another, [`Nodes::heard`], [`Nodes::gone`] or [`Nodes::tick`] has an
+//! alarm. So whoever falls asleep by what it says, and is told of alarms from then on, misses nothing.
 
 use std::collections::BTreeMap;
 
@@ -24,6 +28,8 @@ pub enum Alarm {
     Gone,
     /// A replica has ended on it, while its process goes on: which one isn't said.
     ReplicaEnded,
+    /// It is heard, and wasn't: for the first time, or after it was silent or taken for gone, in the same process.
+    Returned,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -66,14 +72,16 @@ impl Nodes {
 
     /// A heartbeat has come from a node: of which process it is, and how many replicas have ended in that.
     pub fn heard(&mut self, node: NodeId, process: u64, ended: u64) -> Option<Alarm> {
+        let was_there = self.process(node).is_some();
         let now = Heard { process, ended, at: self.now, gone: false, gone_before: None };
-        let before = self.heard.insert(node, now)?;
-        if before.process != process {
-            Some(Alarm::Restarted)
-        } else {
+        match self.heard.insert(node, now) {
+            Some(before) if before.process != process => Some(Alarm::Restarted),
+            // Whoever relied on one of its replicas has been awake since it was silent.
+            _ if !was_there => Some(Alarm::Returned),
             // Of the same process: heartbeats of one connection come in their order, a new connection may bring an
             // older one, and to wake for nothing does no harm.
-            (before.ended != ended).then_some(Alarm::ReplicaEnded)
+            Some(before) => (before.ended != ended).then_some(Alarm::ReplicaEnded),
+            None => None,
         }
     }
 
@@ -116,7 +124,8 @@ mod tests {
     fn a_node_falls_silent_once_and_is_heard_again() {
         let mut nodes = Nodes::new();
         assert_eq!((nodes.silence(A), nodes.process(A)), (SILENT_TICKS, None), "never heard");
-        assert_eq!(nodes.heard(A, 7, 0), None);
+        assert_eq!(nodes.heard(A, 7, 0), Some(Alarm::Returned), "some may sleep without it");
+        assert_eq!(nodes.heard(B, 9, 0), Some(Alarm::Returned));
         for _ in 1..SILENT_TICKS {
             assert_eq!(nodes.heard(B, 9, 0), None);
             assert_eq!(nodes.tick(), []);
@@ -125,8 +134,32 @@ mod tests {
         assert_eq!(nodes.tick(), [A]);
         assert_eq!((nodes.silence(A), nodes.process(A)), (SILENT_TICKS, None));
         assert_eq!(nodes.tick(), [], "told once");
-        assert_eq!(nodes.heard(A, 7, 0), None);
+        assert_eq!(nodes.heard(A, 7, 0), Some(Alarm::Returned));
+        assert_eq!(nodes.heard(A, 7, 0), None, "told once");
         assert_eq!((nodes.silence(A), nodes.process(A)), (0, Some(7)));
+    }
+
+    #[test]
+    fn whenever_another_process_is_there_or_none_somebody_is_told() {
+        let mut drawn = 7u64;
+        let mut below = |high: u64| {
+            drawn = drawn.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (drawn >> 33) % high
+        };
+        let mut nodes = Nodes::new();
+        for step in 0..20_000 {
+            let (before, process) = (nodes.process(A), below(3));
+            let told = match below(12) {
+                0 => nodes.heard(A, process, below(2)).is_some(),
+                1 => nodes.gone(A, process).is_some(),
+                _ => nodes.tick() == [A],
+            };
+            assert!(
+                told || nodes.process(A) == before,
+                "step {step}: {before:?}, now {:?}",
+                nodes.process(A)
+            );
+        }
     }
 
     #[test]
@@ -141,7 +174,7 @@ mod tests {
         assert_eq!(nodes.heard(A, 9, 0), Some(Alarm::Restarted));
         assert_eq!(nodes.process(A), Some(9));
         assert_eq!(nodes.gone(A, 9), Some(Alarm::Gone));
-        assert_eq!(nodes.heard(A, 9, 0), None, "it wasn't after all");
+        assert_eq!(nodes.heard(A, 9, 0), Some(Alarm::Returned), "it wasn't after all");
         assert_eq!(nodes.process(A), Some(9));
         assert_eq!(nodes.gone(A, 9), Some(Alarm::Gone));
         assert_eq!(nodes.gone(B, 1), Some(Alarm::Gone), "never heard");

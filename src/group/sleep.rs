@@ -3,17 +3,24 @@
 //! A replica that is asleep isn't ticked, and sends nothing. Thousands of groups then cost what their memory does.
 //!
 //! ```text
-//!            idle for a while: asks, with        all members have         ┌─ a request, a message of the group,
-//!            each heartbeat                      agreed                   │  an order, an alarm about a node
+//!            idle for a while: asks, with        all who are there        ┌─ a request, a message of the group,
+//!            each heartbeat                      have agreed              │  an order, an alarm about a node
 //!   leader    Awake ──────────────► Drowsy ─────────────────► Asleep ─────┴──► Awake, sends heartbeats at once
 //!                ◄── anything happens, or not all agree ──┘
 //!   follower  Awake ── asked, and has nothing to do: agrees ──► Asleep ──────► Awake
 //! ```
 //!
-//! *Who may sleep.* A group is idle if every member has everything in its leader's log, committed and applied, and has
-//! answered lately, if no change of members, transfer or snapshot is under way, and no operation waits. A follower agrees only
+//! *Who may sleep.* A group is idle if every member that is there has everything in its leader's log, committed and applied, and
+//! has answered lately, if no change of members, transfer or snapshot is under way, and no operation waits. A follower agrees only
 //! if the same holds of itself at the index that the leader names. So nobody who is asleep lacks anything, and a leader that is
-//! asleep knows of every member that it is asleep, or was when it said so.
+//! asleep knows of every member that it is asleep, or was when it said so, or that its node isn't there.
+//!
+//! *Who isn't there.* A node that is down for a day must not keep thousands of groups awake. So a leader sleeps without the
+//! members that have not answered for an election timeout, if a quorum is left with those that have agreed, and only as
+//! long as it doesn't hear their nodes. It doesn't ask those who lack entries. Invariant of a leader that is asleep: *every other member has agreed and its node is heard, in
+//! the process in which it has; or the leader sleeps without it, and its node isn't heard* ([`Group::is_watched_over`], looked at when
+//! it falls asleep; each change of what it says is an alarm, which wakes it). Of somebody who isn't there nothing was promised, and it
+//! is promised nothing: it may lack entries, which the leader's log keeps as for any silent follower.
 //!
 //! *What stands for heartbeats.* The heartbeats of nodes ([`super::nodes`]): a follower that is asleep has heard from its
 //! leader as long as it hears the leader's node, in the process that the leader went to sleep in. Woken, it goes on as if the
@@ -25,8 +32,10 @@
 //!
 //! | alarm | of the leader's node | of another member's |
 //! |---|---|---|
-//! | silent | followers wake, about to begin an election, each in its own slot of the second that follows | the leader wakes, to see who answers |
-//! | restarted, gone | the same, each in its turn at once (the module `vacancy`) | the leader wakes, so that the replica there learns of it |
+//! | silent | followers wake, about to begin an election, each in its own slot of the second that follows | the leader wakes, to see who answers, unless it sleeps without that member |
+//! | gone | the same, each in its turn at once (the module `vacancy`) | the same |
+//! | restarted | the same | the leader wakes, so that the replica there learns of it |
+//! | returned | nobody sleeps who relied on it: they were woken when it fell silent | the leader wakes, so that the replica there learns of it |
 //! | a replica has ended | followers wake; if it wasn't their leader, that answers their call | the leader wakes, to see who answers |
 //!
 //! *Why that is safe.* raft's safety doesn't depend on ticks: terms, votes and logs are what they were. What does depend on
@@ -40,7 +49,10 @@
 //! for votes; a request for a vote wakes whoever gets it, and who takes the asker for its leader knows that it isn't any
 //! more. If it isn't opened again its node tells that a replica has ended. And any request of a client wakes the
 //! replica that it comes to, which counts from then on as an awake one does. Who is left awake when others fall asleep
-//! wakes them within an election timeout, by asking for votes.
+//! wakes them within an election timeout, by asking for votes. A member without which its leader sleeps hears from that one when
+//! its node is heard again, a learner too: the leader wakes, and doesn't sleep again before that member has agreed or its node is away
+//! once more. Where the node of the leader ends meanwhile, its followers wake as ever; if they are too few for a quorum they are
+//! awake, and ask for votes, when the missing one returns.
 //!
 //! *Messages that come late.* A follower sleeps only under the process that its leader's node runs at present, as far as is
 //! known here ([`Group::is_watched_over`], which the shell asks): a word that a dead process has left in the network doesn't count. Any
@@ -63,7 +75,7 @@ use super::nodes::{Alarm, Nodes, SILENT_TICKS};
 use crate::codec::{GroupMessage, SleepWord};
 use crate::ids::{Index, NodeId, ReplicaId};
 use crate::limits;
-use crate::placement::map::MemberRole;
+use crate::placement::map::{Member, MemberRole, is_quorum};
 
 /// Whether a replica is awake, as far as its own part goes: plain state, decided by what it is told.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -72,8 +84,8 @@ enum Rest {
     Awake { idle: u64 },
     /// A leader asks the others.
     Drowsy { at: Index, ticks: usize, agreed: BTreeSet<ReplicaId> },
-    /// It isn't ticked. Of a follower: what it has agreed to.
-    Asleep { word: Option<SleepWord> },
+    /// It isn't ticked. Of a follower: what it has agreed to. Of a leader: the members without which it sleeps.
+    Asleep { word: Option<SleepWord>, without: Vec<ReplicaId> },
 }
 
 /// See the module page.
@@ -144,6 +156,11 @@ impl Sleep {
         {
             agreed.insert(from);
         }
+    }
+
+    /// Whether it is asleep without this member.
+    fn is_without(&self, replica: ReplicaId) -> bool {
+        matches!(&self.rest, Rest::Asleep { without, .. } if without.contains(&replica))
     }
 
     /// Whether all of these have agreed; a leader alone has nobody to ask.
@@ -227,12 +244,16 @@ impl<T> Group<T> {
         let leader = self.leader_node();
         if leads {
             // It has to see who answers. One that was opened anew has to learn of its leader; one that can't be opened mustn't be
-            // taken for active.
-            return self.members().iter().any(|member| member.node == node).then_some(0);
+            // taken for active. That somebody isn't there who wasn't is no news.
+            let away = matches!(alarm, Alarm::Silent | Alarm::Gone);
+            let concerns =
+                |member: &Member| member.node == node && !(away && self.sleep.is_without(member.replica));
+            return self.members().iter().any(concerns).then_some(0);
         }
         let silence = match alarm {
             Alarm::Silent | Alarm::Restarted | Alarm::Gone => SILENT_TICKS,
             Alarm::ReplicaEnded => nodes.silence(node),
+            Alarm::Returned => return None,
         };
         (leader == Some(node)).then_some(silence)
     }
@@ -249,18 +270,19 @@ impl<T> Group<T> {
         }
         match alarm {
             Alarm::Restarted | Alarm::Gone => self.leader_is_gone(node),
-            Alarm::Silent | Alarm::ReplicaEnded => Ok(false),
+            Alarm::Silent | Alarm::ReplicaEnded | Alarm::Returned => Ok(false),
         }
     }
 
     /// Whether the nodes on which the sleep of this replica relies are there, the leader's in the process in which the
-    /// leader went to sleep. Else it must be woken at once.
+    /// leader went to sleep, and none of those without whose members it sleeps. Else it must be woken at once.
     pub fn is_watched_over(&self, nodes: &Nodes) -> bool {
         if self.leads() {
             let mut others = self.members().iter().filter(|member| member.replica != self.replica);
-            return others.all(|member| nodes.process(member.node).is_some());
+            return others
+                .all(|member| nodes.process(member.node).is_some() != self.sleep.is_without(member.replica));
         }
-        let Rest::Asleep { word: Some(word) } = &self.sleep.rest else { return false };
+        let Rest::Asleep { word: Some(word), .. } = &self.sleep.rest else { return false };
         let running = self.leader_node().and_then(|node| nodes.process(node));
         running == Some(word.process)
     }
@@ -337,7 +359,7 @@ impl<T> Group<T> {
         match kind {
             MessageType::MsgHeartbeat if from == self.raft.raft.leader_id && !self.leads() => {
                 if self.may_rest(commit) {
-                    self.fall_asleep(Some(word));
+                    self.fall_asleep(Some(word), Vec::new());
                 } else {
                     self.disturb();
                 }
@@ -362,23 +384,28 @@ impl<T> Group<T> {
     }
 
     fn sleep_if_all_agree(&mut self) {
-        let this = self.replica.0;
-        let others = self.raft.raft.prs().iter().map(|(id, _)| *id).filter(|id| *id != this);
+        let others = || self.raft.raft.prs().iter().map(|(id, _)| ReplicaId(*id));
         let last = self.raft.raft.raft_log.last_index();
-        if self.sleep.all_agree(others.map(ReplicaId))
+        if self.sleep.all_agree(others().filter(|id| *id != self.replica && self.is_there(*id)))
             && self.sleep.asks(last).is_some()
             && self.sleep.may()
             && self.is_group_idle()
         {
-            self.fall_asleep(None);
+            let without = others().filter(|id| !self.is_there(*id)).collect();
+            self.fall_asleep(None, without);
         }
     }
 
-    fn fall_asleep(&mut self, word: Option<SleepWord>) {
+    /// Whether a member has answered this leader within an election timeout; it is there itself.
+    fn is_there(&self, replica: ReplicaId) -> bool {
+        replica == self.replica || self.catch_up.is_active(replica, self.ticks)
+    }
+
+    fn fall_asleep(&mut self, word: Option<SleepWord>, without: Vec<ReplicaId>) {
         if !self.is_asleep() {
             self.give_room_back();
         }
-        self.sleep.rest = Rest::Asleep { word };
+        self.sleep.rest = Rest::Asleep { word, without };
     }
 
     /// What was needed while there was something to do isn't kept while there is nothing.
@@ -410,9 +437,13 @@ impl<T> Group<T> {
         }
         match (message.get_msg_type(), &self.sleep.rest) {
             (MessageType::MsgHeartbeat, Rest::Drowsy { .. }) if self.leads() && self.is_idle() => {
-                self.sleep.asks(self.raft.raft.raft_log.last_index())
+                let last = self.raft.raft.raft_log.last_index();
+                // A heartbeat names no more than what its receiver has: one that lacks entries would take that for all there is.
+                let has_all =
+                    self.raft.raft.prs().get(message.to).is_some_and(|progress| progress.matched == last);
+                self.sleep.asks(last).filter(|_| has_all)
             }
-            (MessageType::MsgHeartbeatResponse, Rest::Asleep { word }) => {
+            (MessageType::MsgHeartbeatResponse, Rest::Asleep { word, .. }) => {
                 word.filter(|_| message.to == self.raft.raft.leader_id)
             }
             _ => None,
@@ -427,20 +458,20 @@ impl<T> Group<T> {
             && self.is_idle()
     }
 
-    /// Whether this leader's group is idle.
+    /// Whether this leader's group is idle. Of a member that isn't there it is enough that the others are a quorum.
     fn is_group_idle(&self) -> bool {
         let raft = &self.raft.raft;
         let last = raft.raft_log.last_index();
         let follows = |(id, progress): (&u64, &raft::Progress)| {
             *id == self.replica.0
-                || progress.matched == last
-                    && progress.state != ProgressState::Snapshot
-                    && self.catch_up.is_active(ReplicaId(*id), self.ticks)
+                || progress.state != ProgressState::Snapshot
+                    && (progress.matched == last || !self.is_there(ReplicaId(*id)))
         };
         self.is_idle()
             && raft.commit_to_current_term()
             && self.members_are_known()
             && self.catch_up.is_calm()
+            && is_quorum(self.members(), |member| self.is_there(member.replica))
             && raft.prs().iter().all(follows)
     }
 

@@ -177,7 +177,7 @@ impl Hub {
 
     fn tick(&mut self) {
         let memory = &self.shared.memory;
-        let must_flush = memory.must_flush();
+        let must_flush = memory.must_flush() || memory.is_much_for(self.shared.disk.free_bytes());
         let (active, frozen) = memory.bytes();
         metrics::gauge!(names::MEMTABLE_BYTES).set((active + frozen) as f64);
         metrics::gauge!(names::PAUSED_REPLICAS).set(memory.paused() as f64);

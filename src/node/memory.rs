@@ -25,6 +25,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::shared::Shared;
+use crate::limits::{FLUSH_FREE_PART, FLUSH_TIGHT_BYTES_MIN};
 
 /// The rule, without anything that is shared between threads. Sizes are in bytes.
 #[derive(Clone, Copy, Debug)]
@@ -234,6 +235,12 @@ impl MemoryGauge {
     /// See [`Sharing::must_flush`].
     pub fn must_flush(&self) -> bool {
         self.sharing.must_flush(self.bytes().0)
+    }
+
+    /// Whether tables that take writes are to be flushed for the sake of a disk that has so many bytes free: each needs room as a
+    /// whole, so they must not grow to more than a part of that. 0: it wasn't looked at.
+    pub fn is_much_for(&self, free: u64) -> bool {
+        free > 0 && self.bytes().0 as u64 > (free / FLUSH_FREE_PART).max(FLUSH_TIGHT_BYTES_MIN)
     }
 
     /// See [`Sharing::replica_limit`].

@@ -11,6 +11,17 @@ const LIMIT: usize = 32 * MIB;
 const PASS: usize = limits::APPLY_PASS_BYTES as usize;
 
 #[test]
+fn where_little_is_free_on_disk_tables_stay_small() {
+    let gauge = MemoryGauge::new(LIMIT);
+    gauge.update((0, 0), (4 * MIB, 30 * MIB));
+    assert!(!gauge.must_flush());
+    let free = |mib: usize| (mib * MIB) as u64;
+    assert!(!gauge.is_much_for(free(32)), "what is frozen is on its way");
+    assert!(gauge.is_much_for(free(31)) && gauge.is_much_for(1));
+    assert!(!gauge.is_much_for(0), "nobody has looked");
+}
+
+#[test]
 fn a_gauge_follows_its_sums_both_ways() {
     let gauge = MemoryGauge::new(100);
     gauge.update((0, 0), (30, 0));
@@ -20,6 +31,7 @@ fn a_gauge_follows_its_sums_both_ways() {
     assert!(!gauge.must_flush());
     gauge.update((25, 0), (75, 0));
     assert!(!gauge.admits(0, 0), "nothing is left");
+    assert!(!gauge.is_much_for(8), "a flush that small isn't worth its syncs");
     gauge.update((0, 30), (0, 0));
     gauge.update((75, 0), (0, 0));
     assert_eq!(gauge.bytes(), (0, 0));

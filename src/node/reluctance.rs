@@ -3,7 +3,9 @@
 //!
 //! Each attempt stops the writes of a shard until it lapses, and a node whose disk hangs takes none, though it
 //! answers: its vote for itself waits for that disk. So the time between two attempts grows as they lapse, whichever shard they are of, until one
-//! succeeds or the node's process is another. What is remembered is bounded: a node is forgotten once it could long have been tried again.
+//! succeeds or the node's process is another. When such a time is over one shard tries first: the others follow once the node has taken
+//! that one, and wait on if it hasn't. Invariant: after a node has lapsed, and until it has taken leadership, at most one shard hands it
+//! over there in [`TRANSFER_MS_MAX`](limits::TRANSFER_MS_MAX). What is remembered is bounded: a node is forgotten once it could long have been tried again.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -25,6 +27,16 @@ pub struct Reluctance {
 struct Wait {
     until: Instant,
     wait: Duration,
+    /// When the attempt of the one that tries first is over, whatever comes of it.
+    trial_ends: Option<Instant>,
+}
+
+impl Wait {
+    /// For how long nobody else is to try.
+    fn lasts(&self, now: Instant) -> Option<Duration> {
+        let until = self.trial_ends.unwrap_or(self.until).max(self.until);
+        until.checked_duration_since(now).filter(|wait| !wait.is_zero())
+    }
 }
 
 impl Reluctance {
@@ -39,7 +51,7 @@ impl Reluctance {
             None => Duration::from_millis(limits::TRANSFER_AGAIN_MS_MIN),
         };
         let wait = wait.min(Duration::from_millis(limits::TRANSFER_AGAIN_MS_MAX));
-        nodes.insert(node, Wait { until: now + wait, wait });
+        nodes.insert(node, Wait { until: now + wait, wait, trial_ends: None });
         self.count.store(nodes.len(), Ordering::Relaxed);
     }
 
@@ -57,8 +69,25 @@ impl Reluctance {
         if self.count.load(Ordering::Relaxed) == 0 {
             return None;
         }
-        let until = self.nodes().get(&node)?.until;
-        until.checked_duration_since(now).filter(|wait| !wait.is_zero())
+        self.nodes().get(&node)?.lasts(now)
+    }
+
+    /// Leadership is about to be handed to a node: where that hasn't taken it before, nobody else hands it there until the end of
+    /// this is known.
+    ///
+    /// # Errors
+    /// It should not be yet, and for how long.
+    pub fn begin(&self, node: NodeId, now: Instant) -> Result<(), Duration> {
+        if self.count.load(Ordering::Relaxed) == 0 {
+            return Ok(());
+        }
+        let mut nodes = self.nodes();
+        let Some(wait) = nodes.get_mut(&node) else { return Ok(()) };
+        if let Some(lasts) = wait.lasts(now) {
+            return Err(lasts);
+        }
+        wait.trial_ends = Some(now + Duration::from_millis(limits::TRANSFER_MS_MAX));
+        Ok(())
     }
 
     fn nodes(&self) -> MutexGuard<'_, HashMap<NodeId, Wait>> {
@@ -94,6 +123,39 @@ mod tests {
         assert_eq!(reluctance.wait(NODE, now), None);
         reluctance.lapsed(NODE, now);
         assert_eq!(reluctance.wait(NODE, now), Some(Duration::from_secs(2)), "it begins anew");
+    }
+
+    #[test]
+    fn when_the_time_is_over_one_tries_and_the_others_follow_when_it_was_taken() {
+        let reluctance = Reluctance::default();
+        let mut now = Instant::now();
+        for _ in 0..3 {
+            assert_eq!(reluctance.begin(NODE, now), Ok(()), "nothing is known of it");
+        }
+        let trial = Duration::from_millis(limits::TRANSFER_MS_MAX);
+        reluctance.lapsed(NODE, now);
+        for seconds in [2, 4, 8] {
+            assert_eq!(reluctance.begin(NODE, now), Err(Duration::from_secs(seconds)));
+            now += Duration::from_secs(seconds);
+            assert_eq!(
+                (reluctance.wait(NODE, now), reluctance.begin(NODE, now)),
+                (None, Ok(())),
+                "one tries"
+            );
+            assert_eq!((reluctance.wait(NODE, now), reluctance.begin(NODE, now)), (Some(trial), Err(trial)));
+            now += trial - Duration::from_millis(1);
+            assert!(reluctance.begin(NODE, now).is_err());
+            reluctance.lapsed(NODE, now);
+        }
+        // The shard that tries may never tell: its leader has stopped.
+        now += Duration::from_secs(16);
+        assert_eq!(reluctance.begin(NODE, now), Ok(()));
+        now += trial;
+        assert_eq!((reluctance.begin(NODE, now), reluctance.begin(NODE, now)), (Ok(()), Err(trial)));
+        reluctance.forget(NODE);
+        for _ in 0..3 {
+            assert_eq!(reluctance.begin(NODE, now), Ok(()), "it has taken one");
+        }
     }
 
     #[test]

@@ -13,6 +13,7 @@ use crate::codec::GroupMessage;
 use crate::group::nodes::Alarm;
 use crate::ids::{NodeId, ReplicaId};
 use crate::limits;
+use crate::placement::map::{Member, is_quorum};
 
 impl World {
     /// At a tick of a node: who has fallen silent, and a sign of life to the others now and then.
@@ -152,11 +153,31 @@ impl World {
     }
 
     /// A leader has fallen asleep.
-    fn check_sleep(&self, id: NodeId, leader: ReplicaId) -> Result<(), Violation> {
-        let Some(replica) = self.nodes.get(&id).and_then(|node| node.replica(leader)) else { return Ok(()) };
+    fn check_sleep(&mut self, id: NodeId, leader: ReplicaId) -> Result<(), Violation> {
+        let without = self.check_agreement(id, leader)?;
+        (0..without).for_each(|_| self.count("members without which a group fell asleep"));
+        Ok(())
+    }
+
+    /// Returns how many members haven't agreed: of each its leader's node must know that it isn't there.
+    fn check_agreement(&self, id: NodeId, leader: ReplicaId) -> Result<usize, Violation> {
+        let Some(process) = self.nodes.get(&id).and_then(|node| node.process.as_ref()) else { return Ok(0) };
+        let Some(replica) = process.replicas.get(&leader) else { return Ok(0) };
         let (word, status) = (replica.group.last_word(), replica.group.status());
+        let agrees = |member: &Member| {
+            member.replica == leader || self.agreed.contains(&(member.replica, status.term, word))
+        };
+        if !is_quorum(&status.members, agrees) {
+            let detail = format!("replica {leader} fell asleep, and no majority has agreed to it");
+            return Err(Violation::new("sleep", detail));
+        }
+        let mut without = 0;
         for member in status.members.iter().filter(|member| member.replica != leader) {
-            if !self.agreed.contains(&(member.replica, word)) {
+            if !agrees(member) {
+                if process.nodes.process(member.node).is_none() {
+                    without += 1;
+                    continue;
+                }
                 let other = member.replica;
                 let detail = format!("replica {leader} fell asleep, and replica {other} hasn't agreed to it");
                 return Err(Violation::new("sleep", detail));
@@ -177,7 +198,7 @@ impl World {
                 return Err(Violation::new("sleep", detail));
             }
         }
-        Ok(())
+        Ok(without)
     }
 
     /// What a message says about sleep, for the check.
@@ -186,7 +207,7 @@ impl World {
         let (to, from) = (ReplicaId(message.message.to), ReplicaId(message.message.from));
         match message.message.get_msg_type() {
             MessageType::MsgHeartbeat => drop(self.asked.insert(to, word)),
-            _ => drop(self.agreed.insert((from, word))),
+            _ => drop(self.agreed.insert((from, message.message.term, word))),
         }
     }
 

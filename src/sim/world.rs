@@ -111,8 +111,9 @@ pub struct World {
     /// Changes of members that some replica has in its log, or had: their entry, and what they make.
     pub(super) proposed: BTreeMap<ShardId, Vec<(Index, Vec<Member>)>>,
     pub(super) replicas: Replicas,
-    /// What each replica has agreed to, of sleep. A heartbeat that is late brings an earlier word again.
-    pub(super) agreed: BTreeSet<(ReplicaId, SleepWord)>,
+    /// What each replica has agreed to, of sleep, and in which term: a replica that is opened anew in the same process counts
+    /// its attempts anew. A heartbeat that is late brings an earlier word again.
+    pub(super) agreed: BTreeSet<(ReplicaId, u64, SleepWord)>,
     /// What each replica was asked last.
     pub(super) asked: BTreeMap<ReplicaId, SleepWord>,
     /// The newest map that the metadata shard has come to.

@@ -56,6 +56,12 @@ pub trait Engine: Send + Sync + 'static {
     /// Makes everything written so far durable.
     fn sync(&self) -> Result<(), StorageError>;
 
+    /// Whether a call that finds no [space](StorageError::is_full), whichever it is, leaves the engine with what it had, and may
+    /// be made again. By default that isn't known, and who wrote must stop.
+    fn bears_a_full_disk(&self) -> bool {
+        false
+    }
+
     /// Bytes on disk.
     fn disk_bytes(&self) -> u64;
 

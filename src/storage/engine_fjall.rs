@@ -340,7 +340,8 @@ struct FjallRun<'a> {
     begun: bool,
     /// Number of its first table, while it isn't part of the tree.
     unfinished: Option<u64>,
-    _making: Making<'a>,
+    /// Until it is dropped.
+    making: Option<Making<'a>>,
 }
 
 impl Run for FjallRun<'_> {
@@ -379,7 +380,11 @@ impl Run for FjallRun<'_> {
 impl Drop for FjallRun<'_> {
     fn drop(&mut self) {
         if let Some(first) = self.unfinished {
+            drop(self.ingestion.take());
             self.engine.core.litter(first);
+            drop(self.making.take());
+            // It takes space, which may be what the run has lacked.
+            self.engine.compaction.wake();
         }
     }
 }
@@ -444,7 +449,13 @@ impl Engine for FjallEngine {
             core.litter(first);
         }
         let (ingestion, unfinished) = (Some(ingestion?), Some(first));
-        Ok(Some(Box::new(FjallRun { engine: self, ingestion, begun: false, unfinished, _making: making })))
+        Ok(Some(Box::new(FjallRun {
+            engine: self,
+            ingestion,
+            begun: false,
+            unfinished,
+            making: Some(making),
+        })))
     }
 
     fn forget_range(&self, from: &[u8], to: &[u8]) -> Result<(), StorageError> {
@@ -461,6 +472,12 @@ impl Engine for FjallEngine {
         drop(writer);
         self.compaction.wake();
         Ok(())
+    }
+
+    // A run that found no room is nothing, and what was written outside of runs waits in memory. Any other failure to write
+    // isn't told as a full disk.
+    fn bears_a_full_disk(&self) -> bool {
+        true
     }
 
     fn disk_bytes(&self) -> u64 {

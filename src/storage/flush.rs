@@ -17,29 +17,33 @@
 //! file; the flusher then refuses to go on, since a later flush could be undone by that file at the
 //! next start.
 //!
+//! *A full disk.* An engine may [bear](Engine::bears_a_full_disk) it: then a flush that finds no room after `Logged` is not at
+//! an end. What the engine hasn't taken is kept, with the file, and tried again ([`Flusher::go_on`]); until it has all of it no
+//! other flush begins, and of whose writes the file has some nothing is removed ([`Flusher::is_half_done`]). So such a flush
+//! needs room for its file to begin, and no more: once that is there the log may go, which makes some.
+//!
 //! Each flush has a number, that of its redo file. The first thing that it writes to the engine is that
 //! this number has begun, the last that it is complete. So an engine that is found with a redo file has
 //! completed its number, or the one before, or else has lost (or regained) a flush that was durable: what
 //! the file was made to is gone, and laying it over what is there would make a state that never was. And
 //! one that has begun what it hasn't completed has a redo file, or else that was lost.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::ops::Bound;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bytes::Bytes;
-
 use super::collect::{self, Collected, Collection, Collections};
 use super::engine::{Engine, Mutation, Run};
 use super::fjall_files::free_bytes;
+use super::flush_batch::{Batch, reapply};
 use super::flush_numbers::{Numbers, check_numbers, last_flush};
-use super::flush_source::{Source, held, in_parts, sources};
-use super::redo::{self, Record, RedoReader, RedoWriter, Section};
+use super::flush_source::{Source, in_parts, sources};
+use super::redo::{self, RedoWriter, Section};
 use super::state::{Frozen, StateHeader};
 use super::{StorageError, atomic_file, keys, pulse};
 use crate::ids::ReplicaId;
-use crate::limits::{FLUSH_BATCH_BYTES, FLUSH_BATCH_KEYS, FLUSH_PART_BYTES};
+use crate::limits::{FLUSH_BATCH_KEYS, FLUSH_PART_BYTES};
 
 /// Steps of a flush that its caller wants to hear of.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -61,6 +65,8 @@ pub enum Progress<'a> {
 
 /// What is to be free beyond a flush before it begins: raft logs are written beside it, and tables merged.
 const SLACK_BYTES: u64 = 16 << 20;
+/// What a redo file leaves at least, for what the logs write until they are shorter.
+const LAST_BYTES: u64 = 1 << 20;
 
 /// Moments at which a [`FlushHook`] is asked.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -80,6 +86,16 @@ pub enum FlushPoint {
 /// Called at each [`FlushPoint`]; an error ends the flush there, as if the disk had failed.
 pub type FlushHook = Box<dyn FnMut(FlushPoint) -> Result<(), StorageError> + Send>;
 
+/// A flush whose redo file is durable.
+struct HalfDone {
+    path: PathBuf,
+    number: u64,
+    /// Whose writes are in the file.
+    names: BTreeSet<(ReplicaId, u32)>,
+    /// What the engine hasn't taken, in key order.
+    left: VecDeque<Vec<Source>>,
+}
+
 /// Flushes frozen memtables of a node's replicas. One at a time; runs on the flush thread.
 pub struct Flusher {
     /// Directory of the redo files.
@@ -89,6 +105,8 @@ pub struct Flusher {
     next_sequence: u64,
     /// Why a redo file was left behind: nothing may be flushed any more.
     failed: Option<String>,
+    /// A flush that waits for room.
+    half_done: Option<HalfDone>,
     collections: Collections,
     /// Whose state is being removed, and the last key of it that was.
     removed_to: Option<(ReplicaId, Vec<u8>)>,
@@ -135,6 +153,7 @@ impl Flusher {
             engine,
             next_sequence,
             failed: None,
+            half_done: None,
             collections: Collections::default(),
             removed_to: None,
             forgotten: None,
@@ -169,7 +188,8 @@ impl Flusher {
 
     /// Flushes `tables` (oldest first per replica) in one durable step and tells `progress` of each
     /// stage; a table is held until the next part is told. An error before `Logged` leaves everything as it was, and the
-    /// flush may be tried again (a full disk), unless it is [`StorageError::SyncFailed`]. After any other error the
+    /// flush may be tried again (a full disk), unless it is [`StorageError::SyncFailed`]. After an error that leaves the
+    /// flush [half done](Flusher::is_half_done) it goes on with [`Flusher::go_on`]. After any other the
     /// node must stop; the next start completes the flush.
     pub fn flush_parts(
         &mut self,
@@ -177,6 +197,7 @@ impl Flusher {
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<(), StorageError> {
         self.check_usable()?;
+        assert!(self.half_done.is_none(), "a flush begins before the last one is complete");
         if tables.is_empty() {
             progress(Progress::Logged);
             progress(Progress::Absorbed(&[]));
@@ -193,16 +214,58 @@ impl Flusher {
                 return Err(error);
             }
         };
-        let result = self.absorb(sources, &path, progress);
-        if let Err(error) = &result {
+        let logged = self.at(FlushPoint::RedoDurable);
+        if let Err(error) = &logged {
             self.failed = Some(error.to_string());
+        }
+        logged?;
+        progress(Progress::Logged);
+        let names = sources.iter().map(Source::name).collect();
+        let number = self.next_sequence - 1;
+        self.half_done = Some(HalfDone { path, number, names, left: in_parts(sources).into() });
+        self.go_on(progress)
+    }
+
+    /// Goes on with a flush that is half done, if there is one, and tells `progress` of the parts that it comes to. Errors are
+    /// those of [`Flusher::flush_parts`] after `Logged`.
+    pub fn go_on(&mut self, progress: &mut dyn FnMut(Progress<'_>)) -> Result<(), StorageError> {
+        self.check_usable()?;
+        let Some(mut half) = self.half_done.take() else { return Ok(()) };
+        let result = self.absorb(&mut half, progress);
+        match &result {
+            Ok(()) => {}
+            // Nothing of the part that found no room is there, and of what was taken before nothing is missing.
+            Err(error) if error.is_full() && self.engine.bears_a_full_disk() => {
+                // A replica at a time needs the least room.
+                half.left = half.left.into_iter().flatten().map(|source| vec![source]).collect();
+                self.half_done = Some(half);
+            }
+            Err(error) => self.failed = Some(error.to_string()),
         }
         result
     }
 
-    /// Whether a flush that has just failed with `error` may be tried again: there was no space, so nothing is on disk.
+    /// Whether a flush has found no room after its redo file was durable: it is to go on before anything else is flushed, and
+    /// before anybody relies on what the engine holds of a replica between two flushes.
+    pub fn is_half_done(&self) -> bool {
+        self.half_done.is_some()
+    }
+
+    /// Whether a flush that is half done has writes of this replica. The next start may lay them over whatever the engine
+    /// holds then, so none of its state may be removed.
+    pub fn is_half_done_with(&self, replica: ReplicaId) -> bool {
+        let names = self.half_done.as_ref().map(|half| &half.names);
+        names.is_some_and(|names| names.range((replica, 0)..=(replica, u32::MAX)).next().is_some())
+    }
+
+    /// Whether a flush that has just failed with `error` may be tried again, or go on if it is half done: there was no space.
     pub fn may_retry(&self, error: &StorageError) -> bool {
         self.failed.is_none() && error.is_full()
+    }
+
+    /// Bytes of memtables that there is room for at present in one flush; `None`: for any number of them.
+    pub fn room(&self) -> Option<u64> {
+        free_bytes(&self.redo_dir).map(room_in)
     }
 
     /// Removes all state of `replicas`, all generations, in small batches, durably, with one sync for
@@ -300,18 +363,18 @@ impl Flusher {
         }
     }
 
-    /// Whether there is room for all of a flush: for its redo file, and for what the engine makes of that. Once the file is
-    /// there the flush must come to its end, and a node whose engine finds no room for it can only stop.
+    /// Whether there is room for a flush: for its redo file, and for what the engine makes of that. Once the file is
+    /// there the flush must come to its end. An engine that bears a full disk waits for room then, so the file is enough;
+    /// with any other a node whose engine finds none can only stop.
     fn check_space(&self, sources: &[Source]) -> Result<(), StorageError> {
-        let bytes: usize = sources.iter().map(Source::bytes).sum();
-        let wanted = 2 * bytes as u64 + SLACK_BYTES;
-        match free_bytes(&self.redo_dir) {
-            Some(free) if free < wanted => {
-                let full = std::io::ErrorKind::StorageFull;
-                Err(atomic_file::io_error("finding room for a flush in", &self.redo_dir)(full.into()))
-            }
-            _ => Ok(()),
+        let bytes = sources.iter().map(Source::bytes).sum::<usize>() as u64;
+        let Some(free) = free_bytes(&self.redo_dir) else { return Ok(()) };
+        let logs = self.engine.bears_a_full_disk() && bytes.saturating_add(LAST_BYTES) <= free;
+        if logs || bytes <= room_in(free) {
+            return Ok(());
         }
+        let full = std::io::ErrorKind::StorageFull;
+        Err(atomic_file::io_error("finding room for a flush in", &self.redo_dir)(full.into()))
     }
 
     /// Makes the redo file durable. On an error there is none, or its state is unknown (`SyncFailed`).
@@ -334,25 +397,28 @@ impl Flusher {
         Ok(path)
     }
 
+    /// Hands the engine what it hasn't taken, and removes the file.
     fn absorb(
         &mut self,
-        sources: Vec<Source>,
-        path: &Path,
+        half: &mut HalfDone,
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<(), StorageError> {
-        self.at(FlushPoint::RedoDurable)?;
-        progress(Progress::Logged);
-        let number = self.next_sequence - 1;
-        let flushed: BTreeSet<_> = sources.iter().map(Source::name).collect();
         let engine = self.engine.clone();
-        match engine.begin_run()? {
-            Some(first) => self.absorb_runs(&*engine, first, sources, progress)?,
-            None => self.absorb_batches(&*engine, sources, progress)?,
+        if !half.left.is_empty() {
+            match engine.begin_run()? {
+                Some(first) => self.absorb_runs(&*engine, first, half, progress)?,
+                None => {
+                    let sources = std::mem::take(&mut half.left).into_iter().flatten();
+                    self.absorb_batches(&*engine, half.number, sources, progress)?;
+                }
+            }
         }
         self.engine.sync()?;
         self.at(FlushPoint::EngineSynced)?;
-        self.collections.keep(path, number, |replica, generation| flushed.contains(&(replica, generation)));
-        atomic_file::remove(path)?;
+        let names = &half.names;
+        let holds = |replica, generation| names.contains(&(replica, generation));
+        self.collections.keep(&half.path, half.number, holds);
+        atomic_file::remove(&half.path)?;
         self.at(FlushPoint::RedoRemoved)
     }
 
@@ -362,14 +428,13 @@ impl Flusher {
         &mut self,
         engine: &dyn Engine,
         first: Box<dyn Run + '_>,
-        sources: Vec<Source>,
+        half: &mut HalfDone,
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<(), StorageError> {
-        let number = self.next_sequence - 1;
+        let number = half.number;
         // What is told is let go with the next, see below.
-        let (mut run, mut told) = (Some(first), Vec::new());
-        let mut parts = in_parts(sources).into_iter().peekable();
-        while let Some(part) = parts.next() {
+        let (mut run, mut told) = (Some(first), None);
+        while let Some(part) = half.left.front() {
             let mut writer = match run.take() {
                 Some(first) => first,
                 None => engine.begin_run()?.ok_or_else(|| StorageError::Engine {
@@ -377,10 +442,10 @@ impl Flusher {
                     reason: "it takes in no more sorted runs".into(),
                 })?,
             };
-            let complete = if parts.peek().is_none() { number } else { number - 1 };
+            let complete = if half.left.len() == 1 { number } else { number - 1 };
             // The numbers' key is the least of all, a header's the least of its generation.
             writer.push(&keys::flush_key(), Some(&Numbers { complete, begun: number }.encode()))?;
-            for source in &part {
+            for source in part {
                 let Section { replica, generation, header, .. } = &source.section;
                 let (replica, generation) = (*replica, *generation);
                 writer.push(&keys::header_key(replica, generation), Some(&header.encode().into()))?;
@@ -391,7 +456,7 @@ impl Flusher {
             writer.finish()?;
             self.at(FlushPoint::BatchWritten)?;
             let absorbed: Vec<_> = part.iter().map(Source::name).collect();
-            drop(std::mem::replace(&mut told, part));
+            drop(std::mem::replace(&mut told, half.left.pop_front()));
             progress(Progress::Absorbed(&absorbed));
         }
         Ok(())
@@ -401,10 +466,10 @@ impl Flusher {
     fn absorb_batches(
         &mut self,
         engine: &dyn Engine,
-        sources: Vec<Source>,
+        number: u64,
+        sources: impl Iterator<Item = Source>,
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<(), StorageError> {
-        let number = self.next_sequence - 1;
         Numbers { complete: number - 1, begun: number }.write(engine)?;
         let mut batch = Batch::new(engine);
         // A node that waits for memory waits for the first of them, not for all. What is told is let go with the next:
@@ -444,6 +509,12 @@ impl Flusher {
     }
 }
 
+/// Bytes of memtables that a flush may have where so many are free: they are written twice, and something stays for what else
+/// is written meanwhile.
+fn room_in(free: u64) -> u64 {
+    free.saturating_sub(SLACK_BYTES.min(free / 4)) / 2
+}
+
 /// Which replicas to flush when their active memtables together are above `bytes_max`: the largest
 /// first, until what stays is at most half of it. `active` is each replica's bytes in its active
 /// table. Nothing if they are within the bound.
@@ -463,111 +534,6 @@ pub fn choose(active: &[(ReplicaId, usize)], bytes_max: usize) -> Vec<ReplicaId>
         })
         .map(|(replica, _)| replica)
         .collect()
-}
-
-/// Collects changes and hands them to the engine in bounded, sorted batches, so that nobody who
-/// reads beside waits for long.
-pub(super) struct Batch<'a> {
-    engine: &'a dyn Engine,
-    mutations: Vec<Mutation>,
-    bytes: usize,
-}
-
-impl<'a> Batch<'a> {
-    pub fn new(engine: &'a dyn Engine) -> Batch<'a> {
-        Batch { engine, mutations: Vec::with_capacity(FLUSH_BATCH_KEYS), bytes: 0 }
-    }
-
-    /// Adds a change; true if that completed a batch, which the engine then has.
-    pub fn push(&mut self, key: Vec<u8>, value: Option<Bytes>) -> Result<bool, StorageError> {
-        self.bytes += key.len() + value.as_ref().map_or(0, Bytes::len);
-        self.mutations.push((key, value));
-        let full = self.mutations.len() >= FLUSH_BATCH_KEYS || self.bytes >= FLUSH_BATCH_BYTES;
-        if full {
-            self.write()?;
-        }
-        Ok(full)
-    }
-
-    /// Writes what is left of a section, then its header, as the last thing.
-    fn finish(&mut self, section: &Section) -> Result<(), StorageError> {
-        self.write()?;
-        let key = keys::header_key(section.replica, section.generation);
-        self.mutations.push((key, Some(section.header.encode().into())));
-        self.write()
-    }
-
-    /// Writes what is left.
-    pub fn write(&mut self) -> Result<(), StorageError> {
-        if !self.mutations.is_empty() {
-            self.engine.write(&self.mutations)?;
-            self.mutations.clear();
-            self.bytes = 0;
-            pulse::beat();
-        }
-        Ok(())
-    }
-}
-
-/// Writes everything in a redo file to the engine again.
-fn reapply(path: &Path, sequence: u64, engine: &dyn Engine) -> Result<(), StorageError> {
-    let mut reader = RedoReader::open(path, sequence)?;
-    let mut batch = Batch::new(engine);
-    let mut current: Option<Section> = None;
-    while let Some(record) = reader.read()? {
-        match record {
-            Record::Section(section) => {
-                if let Some(complete) = current.take() {
-                    batch.finish(&complete)?;
-                }
-                check_fits(path, engine, &section)?;
-                current = Some(section);
-            }
-            Record::Change(kind, key, value) => {
-                let Some(section) = &current else {
-                    return Err(StorageError::Damaged {
-                        what: format!("redo file {}", path.display()),
-                        detail: "a change precedes the first section".into(),
-                    });
-                };
-                let key = keys::key_of_kind(section.replica, section.generation, kind, &key);
-                batch.push(key, value)?;
-            }
-        }
-    }
-    if let Some(complete) = current {
-        batch.finish(&complete)?;
-    }
-    tracing::info!(file = %path.display(), "re-applied a redo file");
-    Ok(())
-}
-
-/// A redo file is made to the state that the engine held durably, and goes before the engine gets
-/// anything newer. An engine that is behind its base has lost what was durable; one that is ahead of
-/// its header would be taken back by a file that somebody has put there.
-fn check_fits(path: &Path, engine: &dyn Engine, section: &Section) -> Result<(), StorageError> {
-    let held = held(engine, section.replica, section.generation)?;
-    let to = section.header.applied.index;
-    if held < section.base {
-        return Err(StorageError::Damaged {
-            what: format!("state of replica {}", section.replica),
-            detail: format!(
-                "it was durable up to entry {}, but the {} store has it up to {held} only",
-                section.base,
-                engine.name()
-            ),
-        });
-    }
-    if held > to {
-        return Err(StorageError::Damaged {
-            what: format!("redo file {}", path.display()),
-            detail: format!(
-                "it leads replica {} to entry {to}, but the state is at {held} already",
-                section.replica
-            ),
-        });
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -34,6 +34,7 @@ mod fjall_compaction;
 mod fjall_files;
 mod fjall_view;
 pub mod flush;
+mod flush_batch;
 mod flush_numbers;
 mod flush_source;
 pub mod generations;

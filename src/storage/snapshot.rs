@@ -32,7 +32,7 @@ use bytes::Bytes;
 use super::atomic_file::{self, io_error, sync_error};
 use super::collect::{Collected, Collection};
 use super::engine::Engine;
-use super::flush::Batch;
+use super::flush_batch::Batch;
 use super::redo::{self, RedoReader, Section};
 use super::snapshot_file::{
     self as format, HEAD_BYTES, Origin, ReadError, Record, SnapshotReader, SnapshotWriter, Summary,

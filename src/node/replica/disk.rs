@@ -2,7 +2,7 @@
 //! sees to it that another replica leads while this one's disk is full or hangs or falls behind, or its node is to be
 //! emptied.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use actix::prelude::*;
 
@@ -62,7 +62,9 @@ impl ReplicaActor {
         };
         let heirs = self.heirs_with_room();
         let turn = (ticks / limits::MAKE_WAY_TICKS).checked_rem(heirs.len() as u64);
-        if let Some(heir) = turn.and_then(|turn| heirs.get(turn as usize)) {
+        if let Some(heir) = turn.and_then(|turn| heirs.get(turn as usize))
+            && self.begin_with(*heir).is_ok()
+        {
             let why = "the state store takes nothing more at present";
             tracing::info!(shard = %self.shard, to = %heir, why, "handing leadership over");
             self.group.transfer(*heir);
@@ -72,7 +74,7 @@ impl ReplicaActor {
     /// Hands leadership, if this replica has it, to one whose node has room and stays.
     fn make_way(&mut self) {
         if self.group.leads()
-            && let Some(&heir) = self.heirs_with_room().first()
+            && let Some(heir) = self.willing_heir()
         {
             let why = if self.disk.full { "the disk is full" } else { "the node is to be emptied" };
             tracing::info!(shard = %self.shard, to = %heir, why, "handing leadership over");
@@ -80,9 +82,22 @@ impl ReplicaActor {
         }
     }
 
-    /// The best successor, of those whose nodes have room and stay if there are any.
+    /// The best successor, of those whose nodes have room and stay if there are any. Leadership is to be handed to it at once.
     pub(super) fn heir(&self) -> Option<ReplicaId> {
-        self.heirs_with_room().first().or(self.group.successors().first()).copied()
+        self.willing_heir().or_else(|| self.group.successors().first().copied())
+    }
+
+    /// The best successor whose node has room and stays, and to which leadership may be handed; that is to be done at once.
+    fn willing_heir(&self) -> Option<ReplicaId> {
+        self.heirs_with_room().into_iter().find(|heir| self.begin_with(*heir).is_ok())
+    }
+
+    /// Leadership is about to be handed to a member.
+    ///
+    /// # Errors
+    /// Its node hasn't taken it lately, and for how long it shouldn't be.
+    fn begin_with(&self, heir: ReplicaId) -> Result<(), Duration> {
+        self.group.node_of(heir).map_or(Ok(()), |node| self.shared.reluctance.begin(node, Instant::now()))
     }
 
     /// At a tick: takes note of a node that hasn't taken leadership.
@@ -94,22 +109,21 @@ impl ReplicaActor {
         }
     }
 
-    /// Whether a member's node has not failed to take leadership lately.
+    /// Leadership is about to be handed to a member, as somebody has asked for.
     ///
     /// # Errors
-    /// It has, and when it is tried again.
+    /// Its node has failed to take it lately, and when it is tried again.
     pub(super) fn check_willing(&self, to: ReplicaId) -> Result<(), Refusal> {
         let Some(node) = self.group.node_of(to) else { return Ok(()) };
-        match self.shared.reluctance.wait(node, Instant::now()) {
-            None => Ok(()),
-            Some(wait) => Err(Refusal::Unavailable(
+        self.shared.reluctance.begin(node, Instant::now()).map_err(|wait| {
+            Refusal::Unavailable(
                 format!(
                     "node {node} has not taken leadership that was handed to it: it is tried again in {} ms; is its disk well?",
                     wait.as_millis()
                 )
                 .into(),
-            )),
-        }
+            )
+        })
     }
 
     /// Successors whose nodes have room and stay, and haven't failed to take leadership lately.

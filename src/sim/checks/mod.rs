@@ -37,7 +37,7 @@ pub const CHECKS: [(&str, &str); 19] = [
     ("liveness", "once faults end, all is led, answered and equal again within a bound"),
     (
         "sleep",
-        "a leader falls asleep only if all members have agreed to it, and each has all that is in its log",
+        "a leader falls asleep only if a majority has agreed to it, each of whom has all that is in its log, and all others are on nodes that it doesn't hear",
     ),
     ("flapping", "a node whose links flap, and nothing else, costs each shard one election at most"),
     ("open", "a replica can be opened from what a crash leaves"),
