@@ -15,8 +15,7 @@ use bytes::Bytes;
 use cluster::{Cluster, Options, free_ports};
 use futures_util::future::join_all;
 use local::{LocalCluster, PATIENCE, eventually};
-use pontoon::client::options::ClientOptions;
-use pontoon::client::{Client, ClientError, Database, NotApplied, Operation};
+use pontoon::client::{ClientError, Database, NotApplied, Operation};
 use pontoon::group::types::GroupStatus;
 use pontoon::ids::{METADATA_SHARD, ShardId};
 use pontoon::machine::command::PolicyChange;
@@ -40,10 +39,16 @@ async fn until_leads(cluster: &LocalCluster, shard: ShardId, what: &str, wanted:
     }
 }
 
-fn told(error: &ClientError) -> &str {
-    match error {
-        ClientError::NotApplied(NotApplied::Unavailable { last, .. }) => last,
-        other => panic!("{other:?}"),
+/// Writes a value that is refused, within a second: what is told. Where the deadline meets a request on its way, as it may
+/// on a busy machine, the client can't be certain, and it is tried again.
+async fn refused(database: &Database) -> String {
+    let begun = Instant::now();
+    loop {
+        match database.with_timeout(Duration::from_secs(1)).put("a", "refused").await {
+            Err(ClientError::NotApplied(NotApplied::Unavailable { last, .. })) => return last.to_string(),
+            Err(ClientError::Unknown(_)) if begun.elapsed() < PATIENCE => {}
+            other => panic!("{other:?}"),
+        }
     }
 }
 
@@ -67,15 +72,12 @@ async fn a_full_node_gives_leadership_away_and_a_full_cluster_still_reads_and_de
     free_bytes(&cluster, third, shard, "free-bytes=1000", true).await;
     tokio::time::sleep(Duration::from_millis(1_200)).await;
     until_leads(&cluster, shard, "the one with room leads", |leader| leader == second).await;
-    let addresses: Vec<_> = cluster.nodes.iter().map(|n| n.settings.client.advertise.clone()).collect();
-    let hasty = ClientOptions { timeout: Duration::from_secs(1), ..ClientOptions::new(addresses) };
-    let hasty = Client::connect_with(hasty).await.expect("connecting");
-    let error = hasty.database("full").put("a", "refused").await.expect_err("no majority has room");
-    assert!(told(&error).contains("2 of the 3 nodes"), "{error}");
+    let told = refused(&database).await;
+    assert!(told.contains("2 of the 3 nodes"), "no majority has room: {told}");
 
     free_bytes(&cluster, second, shard, "free-bytes=1000", true).await;
-    let error = hasty.database("full").put("a", "refused").await.expect_err("nobody has room");
-    assert!(told(&error).contains("too little disk space"), "{error}");
+    let told = refused(&database).await;
+    assert!(told.contains("too little disk space"), "{told}");
     let read = database.get("a").await.expect("reads go on").expect("there");
     assert_eq!(read.value, "moved", "what was refused was not applied");
     assert!(database.delete("b").await.expect("deletes go on").is_some());
@@ -91,7 +93,6 @@ async fn a_full_node_gives_leadership_away_and_a_full_cluster_still_reads_and_de
     }
     waiting.await.expect("the task").expect("applied when there is space again");
     assert_eq!(database.get("a").await.expect("a read").expect("there").value, "after");
-    hasty.close().await;
     client.close().await;
     cluster.stop_all().await;
 }

@@ -119,7 +119,7 @@ async fn where_no_way_is_left_deadlines_hold_and_the_outcome_is_told() {
         let begun = Instant::now();
         let (read, write) = tokio::join!(brief.get("k"), brief.put("k", "w"));
         let took = begun.elapsed();
-        assert!(took < Duration::from_millis(2_200), "{took:?}");
+        assert!(took < Duration::from_secs(3), "{took:?}");
         assert!(matches!(read, Err(ClientError::NotApplied(NotApplied::Unavailable { .. }))), "{read:?}");
         assert!(matches!(write, Err(ClientError::Unknown(_))), "it was sent: {write:?}");
         // Once all connections are known for what they are, nothing is sent, and that is certain.

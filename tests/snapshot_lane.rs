@@ -42,11 +42,11 @@ const BLOCK: usize = HEAD_BYTES + 4 + SNAPSHOT_BLOCK_BYTES + 4;
 
 fn timings() -> Timings {
     Timings {
-        connect: Duration::from_millis(500),
+        connect: Duration::from_secs(5),
         redial_min: Duration::from_millis(5),
         redial_max: Duration::from_millis(40),
         keepalive: Duration::from_millis(50),
-        idle: Duration::from_millis(400),
+        idle: Duration::from_secs(1),
     }
 }
 

@@ -147,7 +147,7 @@ async fn a_replica_that_fails_is_rebuilt_and_its_neighbours_dont_notice() {
             holds(&database, key, &number.to_string()).await;
             if *key != keys[&shard] {
                 // What else the machine does may hold it up for a moment.
-                assert!(*longest < Duration::from_millis(2_500), "{fault}: {key} waited for {longest:?}");
+                assert!(*longest < Duration::from_secs(6), "{fault}: {key} waited for {longest:?}");
             }
         }
         for (&neighbour, _) in keys.iter().filter(|(other, _)| **other != shard) {
