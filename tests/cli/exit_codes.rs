@@ -45,8 +45,6 @@ struct ProxyState {
     cut: AtomicBool,
 }
 
-/// How often a test is run that can be over before this process has done its part.
-const ATTEMPTS: usize = 5;
 /// For an answer to come, on a busy machine.
 const ANSWER: Duration = Duration::from_secs(2);
 
