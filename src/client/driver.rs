@@ -244,13 +244,16 @@ impl Driver {
                 }
                 if !batch.is_empty() {
                     let call = LaneCall(self.clone(), lane);
+                    let is_lone = batch.len() == 1;
                     spawn_local(async move {
                         let driver = call.0.clone();
                         driver.call(shard, batch).await;
                         // Those who were answered have their turn, and what they ask for next is taken in: it shares the
                         // next call with what waited. Else callers in closed loops go on in halves that take turns.
-                        tokio::task::yield_now().await;
-                        tokio::task::yield_now().await;
+                        if !is_lone || driver.lanes.borrow().holds_any(lane) {
+                            tokio::task::yield_now().await;
+                            tokio::task::yield_now().await;
+                        }
                         drop(call);
                         driver.flush();
                     });

@@ -176,6 +176,11 @@ impl Lanes {
         self.lanes.iter().filter(move |(_, lane)| held(lane)).map(|(id, _)| *id)
     }
 
+    /// Whether anything waits in a lane.
+    pub fn holds_any(&self, id: LaneId) -> bool {
+        self.lanes.get(&id).is_some_and(|lane| !lane.queue.is_empty())
+    }
+
     /// A call of a lane is over.
     pub fn finished(&mut self, id: LaneId) {
         if let Some(lane) = self.lanes.get_mut(&id) {
