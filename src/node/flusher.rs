@@ -219,9 +219,10 @@ fn run(mut flusher: Flusher, queue: mpsc::Receiver<Work>, fatal: Fatal) {
     let (mut jobs, mut barriers) = (Vec::new(), Vec::new());
     loop {
         let removes = removals.can_go_on(&flusher);
-        let next = if removes && !no_removal.waits() || !flushes.are_done() && !no_flush.waits() {
+        let flushes_left = !flushes.are_done(&flusher);
+        let next = if removes && !no_removal.waits() || flushes_left && !no_flush.waits() {
             queue.recv_timeout(Duration::ZERO)
-        } else if removes || !flushes.are_done() {
+        } else if removes || flushes_left {
             queue.recv_timeout(Full::WAIT)
         } else {
             queue.recv().map_err(|_| RecvTimeoutError::Disconnected)
@@ -245,7 +246,7 @@ fn run(mut flusher: Flusher, queue: mpsc::Receiver<Work>, fatal: Fatal) {
         // Not between any two steps of a removal: an attempt writes as much as there is space for.
         if no_flush.is_due() {
             match flushes.step(&mut flusher) {
-                Ok(()) => no_flush.passed(flushes.are_done(), "flushing state"),
+                Ok(()) => no_flush.passed(flushes.are_done(&flusher), "flushing state"),
                 Err(error) if flusher.may_retry(&error) => no_flush.found(&error, "flushing state"),
                 Err(error) => {
                     fatal.raise(format!("flushing state to disk: {error}"));
@@ -255,7 +256,9 @@ fn run(mut flusher: Flusher, queue: mpsc::Receiver<Work>, fatal: Fatal) {
         }
         let bears = flusher.engine.bears_a_full_disk();
         if no_removal.is_due() && removals.can_go_on(&flusher) {
-            match removals.step(&mut flusher) {
+            // What was removed before waits in the engine's memory: to remove more would only add to that.
+            let room = if no_removal.waits() { flusher.end_destroy() } else { Ok(()) };
+            match room.and_then(|()| removals.step(&mut flusher)) {
                 Ok(()) => no_removal.passed(removals.are_done(), "removing state"),
                 Err(error) if error.is_full() && bears => no_removal.found(&error, "removing state"),
                 Err(error) => {
@@ -290,7 +293,7 @@ fn run(mut flusher: Flusher, queue: mpsc::Receiver<Work>, fatal: Fatal) {
             }
             // Frozen by an incarnation that has ended; nothing of it is on disk.
             flushes.waiting.retain(|job| job.frozen.replica != replica);
-            if flushes.are_done() {
+            if flushes.are_done(&flusher) {
                 no_flush = Full::default();
             }
             if done.send(()).is_err() {
@@ -317,8 +320,10 @@ struct Flushes {
 }
 
 impl Flushes {
-    fn are_done(&self) -> bool {
-        self.waiting.is_empty() && self.concerned.is_empty()
+    /// Whether nothing is left to do. When all have heard of a flush its file may still be there: the engine had no room for what
+    /// others have written beside it.
+    fn are_done(&self, flusher: &Flusher) -> bool {
+        self.waiting.is_empty() && !flusher.is_half_done()
     }
 
     /// Ends the flush that is half done; or begins the next, of all of them, or as many as there is room for. Those are taken out

@@ -1,6 +1,6 @@
 //! Tests of [`super`].
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use raft::eraftpb::ConfState;
 
@@ -174,7 +174,7 @@ fn memory_that_is_told_to_be_free_is_not_held_until_the_flush_is_over() {
         tables.into_iter().map(|frozen| FlushJob { incarnation: 1, frozen, done: done.clone() }).collect();
     let mut flushes = Flushes { waiting: jobs, ..Flushes::default() };
     flushes.step(&mut flusher).unwrap();
-    assert!(flushes.are_done());
+    assert!(flushes.are_done(&flusher));
     let parts: Vec<_> = parts.try_iter().collect();
     assert_eq!(parts, [(ReplicaId(1), true), (ReplicaId(2), false), (ReplicaId(3), false)]);
 }
@@ -211,10 +211,31 @@ fn a_full_disk_is_not_tried_at_each_step_of_a_removal() {
     joined.join().unwrap();
 }
 
-/// Its runs find no room while it is told so.
+/// Finds no room while it is told so.
 struct FullEngine {
     inner: Arc<MemoryEngine>,
-    is: std::sync::atomic::AtomicBool,
+    /// For runs.
+    is: AtomicBool,
+    /// For what was written outside of runs, which stays in memory.
+    syncs_are: AtomicBool,
+    runs: AtomicU32,
+    syncs: AtomicU32,
+}
+
+impl FullEngine {
+    fn new(inner: &Arc<MemoryEngine>, runs: bool, syncs: bool) -> Arc<FullEngine> {
+        let inner = inner.clone();
+        let (is, syncs_are) = (runs.into(), syncs.into());
+        Arc::new(FullEngine { inner, is, syncs_are, runs: 0.into(), syncs: 0.into() })
+    }
+}
+
+fn unless(full: &AtomicBool) -> Result<(), StorageError> {
+    if full.load(Ordering::SeqCst) {
+        let source = io::ErrorKind::StorageFull.into();
+        return Err(StorageError::Io { action: "writing", path: "table".into(), source });
+    }
+    Ok(())
 }
 
 struct FullRun<'a>(&'a FullEngine, Vec<Mutation>);
@@ -225,10 +246,8 @@ impl Run for FullRun<'_> {
         Ok(())
     }
     fn finish(self: Box<Self>) -> Result<(), StorageError> {
-        if self.0.is.load(Ordering::SeqCst) {
-            let source = io::ErrorKind::StorageFull.into();
-            return Err(StorageError::Io { action: "writing", path: "table".into(), source });
-        }
+        unless(&self.0.is)?;
+        self.0.runs.fetch_add(1, Ordering::SeqCst);
         self.0.inner.write(&self.1)
     }
 }
@@ -246,12 +265,15 @@ impl Engine for FullEngine {
         self.inner.scan(from, to, visit)
     }
     fn write(&self, batch: &[Mutation]) -> Result<(), StorageError> {
-        self.inner.write(batch)
+        self.inner.write(batch)?;
+        unless(&self.syncs_are)
     }
     fn begin_run(&self) -> Result<Option<Box<dyn Run + '_>>, StorageError> {
         Ok(Some(Box::new(FullRun(self, Vec::new()))))
     }
     fn sync(&self) -> Result<(), StorageError> {
+        self.syncs.fetch_add(1, Ordering::SeqCst);
+        unless(&self.syncs_are)?;
         self.inner.sync()
     }
     fn bears_a_full_disk(&self) -> bool {
@@ -265,11 +287,20 @@ impl Engine for FullEngine {
     }
 }
 
+/// Waits until it is so.
+fn until(what: &str, mut is: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !is() {
+        assert!(begun.elapsed() < LONG, "{what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 #[test]
 fn while_a_flush_is_half_done_nobody_gets_between_and_others_are_removed() {
     let dir = tempfile::tempdir().unwrap();
     let memory = Arc::new(MemoryEngine::new());
-    let engine = Arc::new(FullEngine { inner: memory.clone(), is: true.into() });
+    let engine = FullEngine::new(&memory, true, false);
     let flusher = Flusher::open(dir.path().join("redo"), engine.clone()).unwrap();
     fill(&memory, ReplicaId(7), 3);
     let fatal = Fatal::new();
@@ -290,11 +321,7 @@ fn while_a_flush_is_half_done_nobody_gets_between_and_others_are_removed() {
         thread.destroy(vec![ReplicaId(replica)], Box::new(move |all| told.send(all.to_vec()).unwrap()));
     }
     thread.barrier(ReplicaId(2)).blocking_recv().expect("others are fenced");
-    let begun = Instant::now();
-    while held(&memory, ReplicaId(7)) > 0 {
-        assert!(begun.elapsed() < LONG, "what makes room waits for room");
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    until("what makes room doesn't wait for room", || held(&memory, ReplicaId(7)) == 0);
     assert!(fence.try_recv().is_err() && between.try_recv().is_err() && ends.try_recv().is_err());
     assert!(steps.try_recv().is_err(), "nothing is absorbed");
     engine.is.store(false, Ordering::SeqCst);
@@ -309,6 +336,75 @@ fn while_a_flush_is_half_done_nobody_gets_between_and_others_are_removed() {
     thread.close();
     joined.join().unwrap();
     assert_eq!(std::fs::read_dir(dir.path().join("redo")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_flush_of_which_all_is_told_still_ends_when_there_is_room_for_what_others_wrote() {
+    let dir = tempfile::tempdir().unwrap();
+    let memory = Arc::new(MemoryEngine::new());
+    let engine = FullEngine::new(&memory, false, false);
+    let flusher = Flusher::open(dir.path().join("redo"), engine.clone()).unwrap();
+    engine.syncs_are.store(true, Ordering::SeqCst);
+    let fatal = Fatal::new();
+    let (thread, joined) = FlushThread::start(flusher, fatal.clone(), Pulse::default()).unwrap();
+    let (told, steps) = mpsc::channel();
+    let done = Arc::new(Told(Mutex::new(told)));
+    thread.submit(FlushJob { incarnation: 1, frozen: frozen(&memory, 1), done });
+    for step in [FlushStep::Logged, FlushStep::Absorbed] {
+        assert_eq!(steps.recv_timeout(LONG), Ok((step, ReplicaId(1))));
+    }
+    let mut fence = thread.barrier(ReplicaId(1));
+    thread.barrier(ReplicaId(2)).blocking_recv().expect("others are fenced");
+    assert!(fence.try_recv().is_err(), "its file is there");
+    // Nobody asks for anything more.
+    engine.syncs_are.store(false, Ordering::SeqCst);
+    until("its end doesn't wait for others' work", || fence.try_recv().is_ok());
+    assert_eq!(std::fs::read_dir(dir.path().join("redo")).unwrap().count(), 0);
+    assert_eq!(fatal.reason(), None);
+    thread.close();
+    joined.join().unwrap();
+}
+
+#[test]
+fn a_removal_that_finds_no_room_does_not_fill_memory_instead() {
+    let dir = tempfile::tempdir().unwrap();
+    let memory = Arc::new(MemoryEngine::new());
+    let engine = FullEngine::new(&memory, false, false);
+    let flusher = Flusher::open(dir.path().join("redo"), engine.clone()).unwrap();
+    fill(&memory, ReplicaId(7), 5 * FLUSH_BATCH_KEYS as u32);
+    engine.syncs_are.store(true, Ordering::SeqCst);
+    engine.syncs.store(0, Ordering::SeqCst);
+    let fatal = Fatal::new();
+    let (thread, joined) = FlushThread::start(flusher, fatal.clone(), Pulse::default()).unwrap();
+    let (told, ends) = mpsc::channel();
+    thread.destroy(vec![ReplicaId(7)], Box::new(move |_| told.send(()).unwrap()));
+    until("it looks for room", || engine.syncs.load(Ordering::SeqCst) >= 3);
+    assert_eq!(held(&memory, ReplicaId(7)), 4 * FLUSH_BATCH_KEYS, "one batch waits, and no more");
+    engine.syncs_are.store(false, Ordering::SeqCst);
+    ends.recv_timeout(LONG).expect("removed");
+    assert_eq!((held(&memory, ReplicaId(7)), fatal.reason()), (0, None));
+    thread.close();
+    joined.join().unwrap();
+}
+
+#[test]
+fn what_goes_on_of_many_small_replicas_goes_on_together() {
+    let dir = tempfile::tempdir().unwrap();
+    let memory = Arc::new(MemoryEngine::new());
+    let engine = FullEngine::new(&memory, true, false);
+    let mut flusher = Flusher::open(dir.path().join("redo"), engine.clone()).unwrap();
+    let (told, steps) = mpsc::channel();
+    let done = Arc::new(Told(Mutex::new(told)));
+    let job = |replica| FlushJob { incarnation: 1, frozen: frozen(&memory, replica), done: done.clone() };
+    let mut flushes = Flushes { waiting: (1..=100).map(job).collect(), ..Flushes::default() };
+    flushes.step(&mut flusher).expect_err("no room");
+    assert!(flusher.is_half_done() && !flushes.are_done(&flusher));
+    assert_eq!(steps.try_iter().filter(|(step, _)| *step == FlushStep::Logged).count(), 100);
+    engine.is.store(false, Ordering::SeqCst);
+    flushes.step(&mut flusher).unwrap();
+    assert!(flushes.are_done(&flusher) && flushes.concerned.is_empty());
+    assert_eq!(steps.try_iter().filter(|(step, _)| *step == FlushStep::Absorbed).count(), 100);
+    assert_eq!(engine.runs.load(Ordering::SeqCst), 1, "each run takes some syncs");
 }
 
 #[test]

@@ -136,15 +136,21 @@ impl Drop for Compaction {
 
 fn run(core: &Core, woken: &Receiver<()>) {
     be_nice("compaction", COMPACTION_NICE);
+    let mut told = false;
     while woken.recv().is_ok() {
         // Whatever goes wrong, the tree is as it was before, unless the store is broken.
         loop {
             match core.compact() {
-                Ok(true) => {}
+                Ok(true) => told = false,
                 Ok(false) => break,
                 Err(error) if core.is_broken() => {
                     tracing::error!(%error, "merging tables of the state store");
                     return;
+                }
+                // Once: what waits for room wakes it some times a second.
+                Err(error) if error.is_full() && std::mem::replace(&mut told, true) => {
+                    tracing::debug!(%error, "merging tables of the state store, still");
+                    break;
                 }
                 Err(error) => {
                     tracing::warn!(%error, "merging tables of the state store; tried again after the next flush");

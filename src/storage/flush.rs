@@ -43,7 +43,7 @@ use super::redo::{self, RedoWriter, Section};
 use super::state::{Frozen, StateHeader};
 use super::{StorageError, atomic_file, keys, pulse};
 use crate::ids::ReplicaId;
-use crate::limits::{FLUSH_BATCH_KEYS, FLUSH_PART_BYTES};
+use crate::limits::{FLUSH_BATCH_KEYS, FLUSH_PART_BYTES, FLUSH_RUN_BYTES};
 
 /// Steps of a flush that its caller wants to hear of.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -222,7 +222,7 @@ impl Flusher {
         progress(Progress::Logged);
         let names = sources.iter().map(Source::name).collect();
         let number = self.next_sequence - 1;
-        self.half_done = Some(HalfDone { path, number, names, left: in_parts(sources).into() });
+        self.half_done = Some(HalfDone { path, number, names, left: in_parts(sources, FLUSH_RUN_BYTES) });
         self.go_on(progress)
     }
 
@@ -236,8 +236,8 @@ impl Flusher {
             Ok(()) => {}
             // Nothing of the part that found no room is there, and of what was taken before nothing is missing.
             Err(error) if error.is_full() && self.engine.bears_a_full_disk() => {
-                // A replica at a time needs the least room.
-                half.left = half.left.into_iter().flatten().map(|source| vec![source]).collect();
+                // Less at a time needs less room. Not each replica by itself: many would take very many syncs.
+                half.left = in_parts(half.left.into_iter().flatten(), FLUSH_PART_BYTES);
                 self.half_done = Some(half);
             }
             Err(error) => self.failed = Some(error.to_string()),
@@ -265,7 +265,7 @@ impl Flusher {
 
     /// Bytes of memtables that there is room for at present in one flush; `None`: for any number of them.
     pub fn room(&self) -> Option<u64> {
-        free_bytes(&self.redo_dir).map(room_in)
+        free_bytes(&self.redo_dir).map(|free| self.room_in(free))
     }
 
     /// Removes all state of `replicas`, all generations, in small batches, durably, with one sync for
@@ -287,6 +287,7 @@ impl Flusher {
     /// Removes a batch of the state of a replica, of all its generations, not yet durably. True: nothing of it is left.
     pub fn destroy_step(&mut self, replica: ReplicaId) -> Result<bool, StorageError> {
         self.check_usable()?;
+        assert!(!self.is_half_done_with(replica), "state is removed that a redo file leads on from");
         // What was there is gone, but an engine may have a mark for each of it, and would pass over all of them each time.
         let removed_to = self.removed_to.take().filter(|(of, _)| *of == replica);
         let (first, to) = keys::replica_range(replica);
@@ -370,11 +371,18 @@ impl Flusher {
         let bytes = sources.iter().map(Source::bytes).sum::<usize>() as u64;
         let Some(free) = free_bytes(&self.redo_dir) else { return Ok(()) };
         let logs = self.engine.bears_a_full_disk() && bytes.saturating_add(LAST_BYTES) <= free;
-        if logs || bytes <= room_in(free) {
+        if logs || bytes <= self.room_in(free) {
             return Ok(());
         }
         let full = std::io::ErrorKind::StorageFull;
         Err(atomic_file::io_error("finding room for a flush in", &self.redo_dir)(full.into()))
+    }
+
+    /// Bytes of memtables that a flush may have where so many are free: they are written twice, and something stays for what else
+    /// is written meanwhile. All of that where the engine must not find the disk full: it may write more than it is given.
+    fn room_in(&self, free: u64) -> u64 {
+        let slack = if self.engine.bears_a_full_disk() { SLACK_BYTES.min(free / 4) } else { SLACK_BYTES };
+        free.saturating_sub(slack) / 2
     }
 
     /// Makes the redo file durable. On an error there is none, or its state is unknown (`SyncFailed`).
@@ -507,12 +515,6 @@ impl Flusher {
         pulse::beat();
         self.hook.as_mut().map_or(Ok(()), |hook| hook(point))
     }
-}
-
-/// Bytes of memtables that a flush may have where so many are free: they are written twice, and something stays for what else
-/// is written meanwhile.
-fn room_in(free: u64) -> u64 {
-    free.saturating_sub(SLACK_BYTES.min(free / 4)) / 2
 }
 
 /// Which replicas to flush when their active memtables together are above `bytes_max`: the largest

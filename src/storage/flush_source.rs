@@ -1,7 +1,7 @@
 //! What is to be flushed of each replica, out of its frozen tables.
 
-use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::Bound;
 use std::sync::Arc;
 
@@ -12,7 +12,6 @@ use super::redo::Section;
 use super::state::{Frozen, StateHeader};
 use super::{StorageError, keys, merge, pulse};
 use crate::ids::{Index, ReplicaId};
-use crate::limits::FLUSH_RUN_BYTES;
 
 /// Takes the kind of a key, the key and its new value.
 pub(super) type Change<'a> = dyn FnMut(u8, &[u8], Option<&Bytes>) -> Result<(), StorageError> + 'a;
@@ -77,17 +76,17 @@ pub(super) fn sources(tables: Vec<Arc<Frozen>>, engine: &dyn Engine) -> Result<V
     Ok(sources.into_values().collect())
 }
 
-/// Sources in the same order, together in parts of about [`FLUSH_RUN_BYTES`].
-pub(super) fn in_parts(sources: Vec<Source>) -> Vec<Vec<Source>> {
-    let mut parts: Vec<Vec<Source>> = Vec::new();
-    let mut bytes = FLUSH_RUN_BYTES;
+/// Sources in the same order, together in parts of about `size` bytes. One that has as many is a part by itself.
+pub(super) fn in_parts(sources: impl IntoIterator<Item = Source>, size: usize) -> VecDeque<Vec<Source>> {
+    let mut parts: VecDeque<Vec<Source>> = VecDeque::new();
+    let mut bytes = size;
     for source in sources {
-        if bytes >= FLUSH_RUN_BYTES {
-            parts.push(Vec::new());
+        if bytes.max(source.bytes()) >= size {
+            parts.push_back(Vec::new());
             bytes = 0;
         }
         bytes += source.bytes();
-        if let Some(part) = parts.last_mut() {
+        if let Some(part) = parts.back_mut() {
             part.push(source);
         }
     }

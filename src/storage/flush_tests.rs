@@ -469,3 +469,13 @@ fn a_removal_does_not_pass_over_what_it_has_removed_at_each_step() {
     assert_eq!(*engine.forgotten.lock().unwrap(), [keys::generation_range(replica, 1).0]);
     assert!(generations::is_empty(&*engine, replica, 1).unwrap());
 }
+
+#[test]
+fn a_store_that_must_not_find_the_disk_full_is_left_more_than_it_is_given() {
+    let dir = tempfile::tempdir().unwrap();
+    let flusher = Flusher::open(dir.path().join("redo"), Arc::new(MemoryEngine::new())).unwrap();
+    for free in [0, 1, SLACK_BYTES] {
+        assert_eq!(flusher.room_in(free), 0);
+    }
+    assert_eq!(flusher.room_in(SLACK_BYTES + 4096), 2048);
+}
