@@ -658,6 +658,8 @@ const _: () = assert!(BATCH_OPERATIONS_MAX <= REPLICA_PENDING_MAX);
 const _: () = assert!(MEMBERS_MAX <= SNAPSHOT_MEMBERS_MAX);
 const _: () = assert!(IMPORT_BATCH_PAIRS <= BATCH_OPERATIONS_MAX);
 const _: () = assert!(LOG_PRESSED_TICKS * TICK_MS > LOG_PURGE_MS);
+// A group asleep that is pressed lets go of what it keeps for members that aren't there.
+const _: () = assert!(LOG_PRESSED_TICKS > FOLLOWER_DEAD_TICKS);
 // Check-quorum clears raft's own mark of who answered once per election timeout.
 const _: () = assert!(FOLLOWER_DEAD_TICKS > 2 * ELECTION_TICKS_MAX as u64);
 const _: () = assert!(HEARTBEAT_TICKS as u64 * TICK_MS <= NODE_HEARTBEAT_MS);

@@ -7,6 +7,7 @@ use raft::{ProgressState, SnapshotStatus};
 use super::driver::Group;
 use super::types::SnapshotWanted;
 use crate::ids::{Index, Position, ReplicaId};
+use crate::limits;
 
 impl<T> Group<T> {
     /// Forgets log entries that are in the durable state up to `flushed` and that no follower will be
@@ -70,9 +71,10 @@ impl<T> Group<T> {
         if self.leads() && !self.state_lost {
             let progress = self.raft.raft.prs().iter();
             let matched = progress.map(|(id, progress)| (ReplicaId(*id), progress.matched));
-            self.catch_up
-                .safe_index(matched, self.raft.store(), self.ticks)
-                .min(self.raft.raft.raft_log.committed)
+            // Who sleeps counts no ticks: a member without which it does is as one that has long been silent. The others
+            // have everything.
+            let now = self.ticks + if self.is_asleep() { limits::FOLLOWER_DEAD_TICKS } else { 0 };
+            self.catch_up.safe_index(matched, self.raft.store(), now).min(self.raft.raft.raft_log.committed)
         } else {
             self.safe_index
         }

@@ -5,7 +5,8 @@
 //! answers: its vote for itself waits for that disk. So the time between two attempts grows as they lapse, whichever shard they are of, until one
 //! succeeds or the node's process is another. When such a time is over one shard tries first: the others follow once the node has taken
 //! that one, and wait on if it hasn't. Invariant: after a node has lapsed, and until it has taken leadership, at most one shard hands it
-//! over there in [`TRANSFER_MS_MAX`](limits::TRANSFER_MS_MAX). What is remembered is bounded: a node is forgotten once it could long have been tried again.
+//! over there in [`TRANSFER_MS_MAX`](limits::TRANSFER_MS_MAX). Except where leadership has to go and there is nobody else: a node
+//! that stops, or whose own disk hangs, hands it to one that hasn't taken it rather than to none. What is remembered is bounded: a node is forgotten once it could long have been tried again.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};

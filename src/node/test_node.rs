@@ -150,7 +150,8 @@ impl TestNode {
             store_id: RandomId([2; 16]),
             data_dir,
             engine: engine.clone(),
-            retention: Retention::new(0),
+            // Nobody is missing from a group that doesn't sleep.
+            retention: Retention::new(if sleep_ticks > 0 { 1 << 20 } else { 0 }),
         };
         let (readiness, _) = watch::channel(Readiness::default());
         let supervisor = Supervisor::new(

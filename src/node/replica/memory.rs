@@ -103,6 +103,8 @@ impl Handler<Freeze> for ReplicaActor {
     fn handle(&mut self, freeze: Freeze, _: &mut Context<Self>) {
         if freeze.for_log {
             self.group.press_log();
+            // Who sleeps has no tick at which it would look, and may keep log for a member without which it does.
+            self.compact();
         }
         if !self.flushing {
             self.hold = None;

@@ -103,10 +103,12 @@ impl Handler<NodeAlarm> for ReplicaActor {
 mod tests {
     use std::time::{Duration, Instant};
 
-    use crate::ids::ShardId;
+    use crate::group::types::{MembershipChange, Operation};
+    use crate::ids::{NodeId, ReplicaId, ShardId};
     use crate::node::fence_tests::put;
     use crate::node::messages::Freeze;
     use crate::node::test_node::{PATIENCE, TestNode};
+    use crate::placement::map::{Member, MemberRole};
 
     async fn until(what: &str, reached: impl Fn() -> bool) {
         let begun = Instant::now();
@@ -136,6 +138,29 @@ mod tests {
         until("flushed", || memory.bytes() == (0, 0)).await;
         until("without what it has flushed", || memory.known() == 0).await;
         assert_eq!(node.value("d").await.as_deref(), Some(&b"later"[..]));
+        node.stop().await;
+    }
+
+    /// A log that is too large as a whole gives way where its oldest entries are, also if their group sleeps.
+    #[actix::test]
+    async fn who_sleeps_without_a_member_keeps_no_log_for_it_where_that_is_too_large() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let node = TestNode::sleeping_after(dir.path(), 20).led().await;
+        let memory = &node.shared.memory;
+        let replica = node.shared.router.replica(ShardId(1)).expect("it runs");
+        let absent = Member { replica: ReplicaId(9), node: NodeId(2), role: MemberRole::Learner };
+        let change = MembershipChange::AddLearners(vec![absent]);
+        for operation in [Operation::Change { conf: 1, change }, put("d", "later")] {
+            node.submit(operation).await.expect("an answer").expect("started").remove(0).expect("done");
+        }
+        until("asleep", || memory.known() == 0).await;
+        replica.send(Freeze { for_log: false }).await.expect("it runs");
+        until("flushed", || memory.bytes() == (0, 0)).await;
+        let (begins, last) = node.logs()[&1];
+        assert!(begins < last, "what it lacks is kept for it: {begins}, {last}");
+        replica.send(Freeze { for_log: true }).await.expect("it runs");
+        until("let go", || node.logs()[&1].0 == last).await;
+        assert_eq!(memory.known(), 0, "nobody woke for that");
         node.stop().await;
     }
 }
