@@ -153,9 +153,10 @@ mod tests {
         for operation in [Operation::Change { conf: 1, change }, put("d", "later")] {
             node.submit(operation).await.expect("an answer").expect("started").remove(0).expect("done");
         }
-        until("asleep", || memory.known() == 0).await;
+        // Who is awake knows what it has flushed.
         replica.send(Freeze { for_log: false }).await.expect("it runs");
         until("flushed", || memory.bytes() == (0, 0)).await;
+        until("asleep", || memory.known() == 0).await;
         let (begins, last) = node.logs()[&1];
         assert!(begins < last, "what it lacks is kept for it: {begins}, {last}");
         replica.send(Freeze { for_log: true }).await.expect("it runs");
