@@ -142,8 +142,8 @@ impl Client {
         self.ask(Kind::Read, timeout, question).await
     }
 
-    /// Begins the plan of this id. Refused if the cluster isn't any more as it was when the plan was made; the last
-    /// one, under way or at its end, is begun already.
+    /// Begins the plan of this id. Refused if the cluster isn't any more as it was when the plan was made, and for 0, which
+    /// is the id of a plan that moves nothing; the last one, under way or at its end, is begun already.
     pub async fn start_rebalance(&self, plan: u64, timeout: Duration) -> Result<u64, ClientError> {
         let question = question!(
             start_rebalance_request,

@@ -2,11 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Admin, PASSED_OVER_NAMED};
+use super::{Admin, LEADER_POLL, PASSED_OVER_NAMED};
 use crate::ids::NodeId;
 use crate::limits::{
-    BYTES_PER_SECOND_MAX, BYTES_PER_SECOND_MIN, MOVES_AT_A_TIME_MAX, REPLACE_AFTER_MS_MAX,
-    REPLACE_AFTER_MS_MIN, REPLICAS_MAX,
+    BYTES_PER_SECOND_MAX, BYTES_PER_SECOND_MIN, MOVES_AT_A_TIME_MAX, PLAN_SETTLE_MS_MAX,
+    REPLACE_AFTER_MS_MAX, REPLACE_AFTER_MS_MIN, REPLICAS_MAX,
 };
 use crate::machine::command::{MetaCommand, PolicyChange};
 use crate::placement::map::{ClusterMap, NodeRecord, Standing};
@@ -34,11 +34,23 @@ impl Admin {
         if !(1..=REPLICAS_MAX).contains(&replicas) {
             return Err(Refusal::Invalid(format!("{replicas} replicas: a shard has 1 to {REPLICAS_MAX}")));
         }
-        let map = self.service.node.map();
-        // Fewer than there are can always be had.
-        if map.database(&name).is_none_or(|database| replicas > database.replicas) {
-            let reports = self.survey(&map, deadline).await;
-            enough_nodes(&map, replicas, |node| reports.is_up(node))?;
+        // As for a new database: that too few are there is believed only after a while. Who isn't heard at first may be
+        // starting, or it was the connection alone that was dead, and the next question dials anew.
+        let until = deadline.min(Instant::now() + Duration::from_millis(PLAN_SETTLE_MS_MAX));
+        loop {
+            let map = self.service.node.map();
+            // Fewer than there are can always be had.
+            if map.database(&name).is_some_and(|database| replicas <= database.replicas) {
+                break;
+            }
+            // Who hangs takes no more than half of the time: the other half is for deciding it.
+            let heard_by = Instant::now() + deadline.saturating_duration_since(Instant::now()) / 2;
+            let present = self.present(&map, heard_by).await;
+            match enough_nodes(&map, replicas, |node| present.is_up(node)) {
+                Ok(()) => break,
+                Err(_) if Instant::now() + LEADER_POLL.1 < until => tokio::time::sleep(LEADER_POLL.1).await,
+                Err(refusal) => return Err(refusal),
+            }
         }
         let left = deadline.saturating_duration_since(Instant::now());
         self.decide(MetaCommand::SetReplicas { name, replicas }.seen(seen), left).await

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Admin;
+use super::cluster::unanswered;
 use super::survey::Reports;
 use crate::client::admin::answers::{RebalanceOrder, RebalanceStatus};
 use crate::ids::{NodeId, ShardId};
@@ -25,10 +26,11 @@ impl Admin {
         since: u64,
         deadline: Instant,
     ) -> Result<Plan, Refusal> {
-        let (map, known) = self.facts(since, deadline).await?;
+        let (map, known, _) = self.facts(since, deadline).await?;
         off_thread(move || plan_rebalance(&map, &known, leaders_only)).await
     }
 
+    /// Begins a plan. What it returns is the version of a map in which this plan is the last one.
     pub(super) async fn start(
         &self,
         plan: u64,
@@ -36,7 +38,13 @@ impl Admin {
         seen: u64,
         deadline: Instant,
     ) -> Result<u64, Refusal> {
-        let (map, known) = self.facts(since, deadline).await?;
+        // Each plan that moves anything has a name above 0. Where none was ever begun the last one is called so too, and
+        // is at its end: it must not pass for one that was asked for.
+        if plan == 0 {
+            let text = "plan 0000000000000000 moves nothing: there is nothing to begin";
+            return Err(Refusal::Refused(text.into()));
+        }
+        let (map, known, silent) = self.facts(since, deadline).await?;
         let last = map.rebalance.clone();
         if last.plan == plan && matches!(last.state, RebalanceState::Running | RebalanceState::Paused) {
             return Ok(map.version);
@@ -51,14 +59,12 @@ impl Admin {
             if is_done(&last, plan) {
                 return Ok(self.service.node.map().version);
             }
+            let silent = silent.map(|silent| format!(" ({silent})")).unwrap_or_default();
             return Err(Refusal::Refused(format!(
-                "plan {plan:016x} is stale: nodes, replicas or leaders have changed since; make a new one with \
+                "plan {plan:016x} is stale: nodes, replicas or leaders have changed since{silent}; make a new one with \
                  `pontoon admin rebalance plan`"
             )));
         };
-        if wanted.targets.is_empty() {
-            return Ok(self.service.node.map().version);
-        }
         self.begin(wanted, 0, seen, deadline).await
     }
 
@@ -69,7 +75,7 @@ impl Admin {
         seen: u64,
         deadline: Instant,
     ) -> Result<(u64, u64), Refusal> {
-        let (map, known) = self.facts(since, deadline).await?;
+        let (map, known, _) = self.facts(since, deadline).await?;
         if let Some(way_back) = undone_already(&map, plan) {
             return Ok((way_back, map.version));
         }
@@ -134,13 +140,18 @@ impl Admin {
         Ok(status)
     }
 
-    /// The map, and what the nodes tell.
-    async fn facts(&self, since: u64, deadline: Instant) -> Result<(Arc<ClusterMap>, Known), Refusal> {
+    /// The map, what the nodes tell, and, for a person, which of them tell nothing: a plan leaves those out.
+    async fn facts(
+        &self,
+        since: u64,
+        deadline: Instant,
+    ) -> Result<(Arc<ClusterMap>, Known, Option<String>), Refusal> {
         self.caught_up(since, deadline).await?;
-        let reports: Reports = self.survey(&self.service.node.map(), deadline).await;
+        let reports: Reports = self.survey_again(&self.service.node.map(), deadline).await;
         let map = self.service.node.map();
-        let known = reports.known(&map);
-        Ok((map, known))
+        let (known, mut silent) = (reports.known(&map), reports.silent(&map).peekable());
+        let silent = silent.peek().is_some().then(|| unanswered(silent));
+        Ok((map, known, silent))
     }
 
     /// Begins a plan that takes back that of `undoes`, or, at 0, none.
@@ -166,9 +177,9 @@ async fn off_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static
     done.map_err(|error| Refusal::Refused(format!("the planner failed: {error}; please report it")))
 }
 
-/// Whether this plan was the last, and came to its end. One that was cancelled didn't.
+/// Whether this plan was the last, and came to its end. One that was cancelled didn't; 0 names none.
 fn is_done(last: &RebalanceRecord, plan: u64) -> bool {
-    last.plan == plan && last.state == RebalanceState::Idle && last.reason.is_empty()
+    plan != 0 && last.plan == plan && last.state == RebalanceState::Idle && last.reason.is_empty()
 }
 
 /// The plan that takes this one back, if that was begun, and wasn't given up.
@@ -361,6 +372,7 @@ mod tests {
             assert_eq!(undone_already(&map, 4), None);
             map.rebalance.undoes = 0;
             assert_eq!(undone_already(&map, 0), None, "there was none");
+            assert!(!is_done(&RebalanceRecord::default(), 0), "there was none");
         }
     }
 }

@@ -39,19 +39,34 @@ impl Admin {
 
     /// Asks all nodes of the map that may hold anything. Who doesn't answer within a second is left out.
     pub(super) async fn survey(&self, map: &ClusterMap, deadline: Instant) -> Reports {
-        self.ask(map, false, deadline).await
+        self.ask(map, false, deadline, |_| true).await
+    }
+
+    /// The same, for what is decided about nodes that weren't heard: those are asked once more, in half of the time that is
+    /// left. It may have been the connection alone that was dead, of which the first question has told; the next dials anew.
+    pub(super) async fn survey_again(&self, map: &ClusterMap, deadline: Instant) -> Reports {
+        let mut reports = self.survey(map, deadline).await;
+        let by = Instant::now() + deadline.saturating_duration_since(Instant::now()) / 2;
+        let later = self.ask(map, false, by, |node| !reports.0.contains_key(&node)).await;
+        reports.add(later);
+        reports
     }
 
     /// Asks them only whether they are there: one with thousands of replicas may need more than a second to tell of them.
     pub(super) async fn present(&self, map: &ClusterMap, deadline: Instant) -> Reports {
-        self.ask(map, true, deadline).await
+        self.ask(map, true, deadline, |_| true).await
     }
 
-    async fn ask(&self, map: &ClusterMap, brief: bool, deadline: Instant) -> Reports {
+    async fn ask(
+        &self,
+        map: &ClusterMap,
+        brief: bool,
+        deadline: Instant,
+        whom: impl Fn(NodeId) -> bool,
+    ) -> Reports {
         let (node, client) = (&self.service.node, &self.service.client);
         let within = deadline.saturating_duration_since(Instant::now()).min(REPORT);
-        let asked = |record: &&NodeRecord| !matches!(record.standing, Standing::Pending | Standing::Removed);
-        let asked = map.nodes.values().filter(asked).map(|record| async move {
+        let asked = expected(map).filter(|record| whom(record.id)).map(|record| async move {
             let report = match (record.id == node.node(), brief) {
                 (true, true) => Ok(node.brief_report()),
                 (true, false) => Ok(node.report().await),
@@ -67,7 +82,18 @@ impl Admin {
     }
 }
 
+/// The nodes of a map that may hold anything.
+fn expected(map: &ClusterMap) -> impl Iterator<Item = &NodeRecord> {
+    let counts = |record: &&NodeRecord| !matches!(record.standing, Standing::Pending | Standing::Removed);
+    map.nodes.values().filter(counts)
+}
+
 impl Reports {
+    /// The nodes of a map that should have told, and didn't.
+    pub(super) fn silent<'a>(&'a self, map: &'a ClusterMap) -> impl Iterator<Item = &'a NodeRecord> {
+        expected(map).filter(|record| !self.0.contains_key(&record.id))
+    }
+
     /// Takes later ones in. Who answered before and doesn't now is still there, as far as he said.
     pub(super) fn add(&mut self, later: Reports) {
         self.0.extend(later.0);
