@@ -2,30 +2,17 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use raft::eraftpb::ConfState;
-
 use super::*;
-use crate::ids::{Epoch, GROUP_START};
 use crate::limits::FLUSH_BATCH_KEYS;
 use crate::storage::engine::{Engine, Mutation, Run};
 use crate::storage::engine_memory::MemoryEngine;
 use crate::storage::flush::FlushPoint;
 use crate::storage::keys;
-use crate::storage::state::{ReplicaState, StateHeader};
+use crate::storage::state::ReplicaState;
+use crate::storage::state::tests::initial;
 use crate::storage::{StateBatch, StateView};
 
 const LONG: Duration = Duration::from_secs(10);
-
-fn initial() -> StateHeader {
-    StateHeader {
-        applied: GROUP_START,
-        revision: 0,
-        log_time: 0,
-        epoch: Epoch { range: 1, conf: 1 },
-        members: Vec::new(),
-        conf_state: ConfState::default(),
-    }
-}
 
 struct Told(Mutex<mpsc::Sender<(FlushStep, ReplicaId)>>);
 

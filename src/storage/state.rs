@@ -498,4 +498,4 @@ fn lookup_frozen(frozen: &[Arc<Frozen>], key: &[u8]) -> Option<Option<Bytes>> {
 
 #[cfg(test)]
 #[path = "state_tests.rs"]
-pub(super) mod tests;
+pub(crate) mod tests;
