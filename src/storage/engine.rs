@@ -57,7 +57,7 @@ pub trait Engine: Send + Sync + 'static {
     fn sync(&self) -> Result<(), StorageError>;
 
     /// Whether a call that finds no [space](StorageError::is_full), whichever it is, leaves the engine with what it had, and may
-    /// be made again. By default that isn't known, and who wrote must stop.
+    /// be made again. By default that isn't known, and who wrote must stop. Only for one that takes [runs](Engine::begin_run).
     fn bears_a_full_disk(&self) -> bool {
         false
     }

@@ -416,6 +416,8 @@ impl Flusher {
             match engine.begin_run()? {
                 Some(first) => self.absorb_runs(&*engine, first, half, progress)?,
                 None => {
+                    // What goes in batches isn't kept for another attempt, which would take it for done.
+                    assert!(!engine.bears_a_full_disk(), "an engine bears a full disk, and takes no runs");
                     let sources = std::mem::take(&mut half.left).into_iter().flatten();
                     self.absorb_batches(&*engine, half.number, sources, progress)?;
                 }
