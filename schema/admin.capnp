@@ -320,4 +320,5 @@ struct ReplicaStatus {
   keys @12 :UInt64;          # keys in its state, as last counted; an estimate
   bytes @13 :UInt64;         # bytes of them and their values, likewise
   lastTerm @14 :UInt64;      # raft term of its last entry
+  truncated @15 :UInt64;     # log index up to which its log holds no entries any more; 0: from a node that does not say it
 }

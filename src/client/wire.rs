@@ -158,6 +158,7 @@ pub fn read_report(from: node_status::Reader<'_>) -> Result<NodeReport, CodecErr
             leader: (leader != 0).then_some(ReplicaId(leader)),
             applied: replica.get_applied(),
             committed: replica.get_committed(),
+            truncated: replica.get_truncated(),
             last: replica.get_last(),
             last_term: replica.get_last_term(),
             recovering: health == ReplicaHealth::Recovering,

@@ -610,6 +610,7 @@ impl<T> Group<T> {
             leader: (raft.leader_id != 0).then_some(ReplicaId(raft.leader_id)),
             applied: self.applied(),
             committed: raft.raft_log.committed,
+            truncated: raft.raft_log.store().truncated().index,
             last: raft.raft_log.last_index(),
             last_term: raft.raft_log.last_term(),
             recovering: self.recovering(),

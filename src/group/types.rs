@@ -163,7 +163,9 @@ pub struct GroupStatus {
     pub committed: Index,
     /// Last index in the log.
     pub last: Index,
-    /// Term of the entry there. Of two logs, the one that ends in the later term knows more (Raft §5.4.1).
+    /// Up to which index its log holds no entries any more: of a leader, who lacks one of them gets a snapshot.
+    pub truncated: Index,
+    /// Term of the last entry. Of two logs, the one that ends in the later term knows more (Raft §5.4.1).
     pub last_term: Term,
     /// Still re-applying its log after a start.
     pub recovering: bool,

@@ -146,6 +146,7 @@ mod tests {
             leader: leader.map(ReplicaId),
             applied: 100,
             committed: 100,
+            truncated: 0,
             last: 5_000,
             last_term: 7,
             recovering: false,

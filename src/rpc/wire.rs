@@ -342,6 +342,7 @@ fn write_replica(replica: &crate::node::handle::ReplicaReport, mut to: replica_s
     to.set_conf(group.epoch.conf);
     to.set_applied(group.applied);
     to.set_committed(group.committed);
+    to.set_truncated(group.truncated);
     to.set_last(group.last);
     to.set_last_term(group.last_term);
 }
@@ -543,6 +544,7 @@ mod tests {
             leader: Some(ReplicaId(3)),
             applied: 10,
             committed: 11,
+            truncated: 5,
             last: 12,
             last_term: 6,
             recovering: false,

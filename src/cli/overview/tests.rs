@@ -79,6 +79,7 @@ fn report(n: u64, role: StateRole, term: u64, applied: u64, committed: u64) -> N
                 leader: None,
                 applied,
                 committed,
+                truncated: 0,
                 last: committed,
                 last_term: term,
                 recovering: false,

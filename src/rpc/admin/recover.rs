@@ -340,6 +340,7 @@ mod tests {
                 leader: None,
                 applied: committed,
                 committed,
+                truncated: 0,
                 last: committed + 1,
                 last_term: 7,
                 recovering: false,
