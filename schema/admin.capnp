@@ -151,6 +151,7 @@ struct Plan {
   totalKeys @5 :UInt64;      # that are copied
   totalBytes @6 :UInt64;     # likewise
   left @7 :UInt32;           # shards that are left for another plan: one names so many at most
+  silent @8 :List(UInt64);   # NodeIds: they didn't answer, so nothing moves to them; an older node names none
 }
 
 struct PlanResult {

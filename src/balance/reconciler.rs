@@ -95,6 +95,11 @@ impl Reconciler {
         self.memory.refusals.insert(shard, (self.memory.now_ms, why));
     }
 
+    /// A step for this shard was taken: it doesn't stand still, whatever was refused before.
+    pub fn done(&mut self, shard: ShardId) {
+        self.memory.refusals.remove(&shard);
+    }
+
     /// An action that the last step named hasn't been begun, for want of room: the next names it again.
     pub fn put_off(&mut self, action: &Action) {
         self.memory.paces.put_off(action);

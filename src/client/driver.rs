@@ -218,8 +218,10 @@ impl Driver {
 
     /// Takes the map of the node that the client lives in, if it does and that is newer.
     pub fn adopt(&self) {
-        if let Some(source) = &self.setup.source {
-            self.routing.borrow_mut().adopt(source());
+        if let Some(source) = &self.setup.source
+            && self.routing.borrow_mut().adopt(source())
+        {
+            self.prune();
         }
     }
 
@@ -320,10 +322,10 @@ impl Driver {
         });
     }
 
-    /// Forgets the queues of shards that the map doesn't have any more.
+    /// Forgets the queues of shards that are dropped: the map keeps these for ever.
     pub fn prune(&self) {
-        let map = self.routing.borrow().map().clone();
-        self.lanes.borrow_mut().prune(|shard| map.shards.contains_key(&shard));
+        let routing = self.routing.borrow();
+        self.lanes.borrow_mut().prune(|shard| routing.range_version(shard).is_some());
     }
 }
 
@@ -363,5 +365,65 @@ impl Drop for Driver {
     fn drop(&mut self) {
         self.queued.notify_one();
         self.mapped.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use bytes::Bytes;
+    use tokio::task::{LocalSet, yield_now};
+
+    use super::*;
+    use crate::ids::{DatabaseId, Epoch, ShardId};
+    use crate::placement::map::{DatabaseRecord, ShardRecord};
+    use crate::placement::ring::RingRange;
+
+    /// A database of one shard, of which nobody has a replica.
+    fn map(version: u64, dropped: bool) -> Arc<ClusterMap> {
+        let (id, shard, changed_at) = (DatabaseId(1), ShardId(1), version);
+        let database =
+            DatabaseRecord { id, name: "db".into(), replicas: 1, shards: vec![shard], dropped, changed_at };
+        let record = ShardRecord {
+            id: shard,
+            database: id,
+            range: RingRange::ALL,
+            epoch: Epoch { range: 1, conf: 1 },
+            members: Vec::new(),
+            dropped,
+            moving: None,
+            target: None,
+            previous: None,
+            changed_at,
+        };
+        let (databases, shards) = ([(id, database)].into(), [(shard, record)].into());
+        Arc::new(ClusterMap { version, databases, shards, ..ClusterMap::default() })
+    }
+
+    /// A client outlives databases that come and go; what is dropped stays in the map, marked.
+    #[tokio::test]
+    async fn nothing_is_kept_for_a_shard_that_was_dropped() {
+        let run = async {
+            let shown = Arc::new(Mutex::new(map(1, false)));
+            let seen = shown.clone();
+            let source: MapSource = Box::new(move || seen.lock().expect("no panic").clone());
+            let driver = Driver::start(Setup { seeds: Vec::new(), source: Some(source), forwarded: false });
+            let (reply, end) = oneshot::channel();
+            let (get, deadline) =
+                (Operation::Get(Bytes::from_static(b"k")), Deadline::after(Duration::from_millis(20)));
+            driver.accept(get, "db".into(), deadline, Reply::One(reply, None));
+            driver.flush();
+            end.await.expect("an end").expect_err("there is nobody to ask");
+            // The call that had it has its end too.
+            for _ in 0..20 {
+                yield_now().await;
+            }
+            assert_eq!(driver.lanes.borrow().len(), 1);
+            *shown.lock().expect("no panic") = map(2, true);
+            driver.adopt();
+            assert_eq!(driver.lanes.borrow().len(), 0);
+        };
+        LocalSet::new().run_until(run).await;
     }
 }

@@ -206,6 +206,12 @@ impl Lanes {
         left
     }
 
+    /// How many there are.
+    #[cfg(test)]
+    pub fn len(&self) -> usize {
+        self.lanes.len()
+    }
+
     /// Forgets the shards that `keep` doesn't name and nothing waits for.
     pub fn prune(&mut self, keep: impl Fn(ShardId) -> bool) {
         self.lanes.retain(|id, lane| keep(id.shard) || lane.calls > 0 || !lane.queue.is_empty());

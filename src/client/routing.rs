@@ -101,12 +101,14 @@ impl Routing {
         Ok(())
     }
 
-    /// Replaces the map, if `map` is newer. For a client inside a node, which shares the node's map.
-    pub fn adopt(&mut self, map: Arc<ClusterMap>) {
-        if map.version > self.map.version {
+    /// Replaces the map, if `map` is newer; whether it was. For a client inside a node, which shares the node's map.
+    pub fn adopt(&mut self, map: Arc<ClusterMap>) -> bool {
+        let is_newer = map.version > self.map.version;
+        if is_newer {
             self.map = map;
             self.index();
         }
+        is_newer
     }
 
     fn index(&mut self) {

@@ -96,6 +96,8 @@ enum News {
     Heard(u64, Survey),
     /// A step for this shard was refused, and why.
     Refused(ShardId, String),
+    /// One was taken.
+    Done(ShardId),
 }
 
 impl News {
@@ -103,6 +105,7 @@ impl News {
         match self {
             News::Heard(now, survey) => reconciler.heard(now, survey),
             News::Refused(shard, why) => reconciler.refused(shard, why),
+            News::Done(shard) => reconciler.done(shard),
         }
     }
 }
@@ -342,6 +345,9 @@ impl Shell {
             Outcome::Done => {
                 count_end(action, &self.handle.map());
                 tracing::info!(action = describe(action), "the reconciler has done a step");
+                if let Some(shard) = shard_of(action) {
+                    self.tell(News::Done(shard));
+                }
                 true
             }
             Outcome::Refused(why) | Outcome::Failed(why) => {

@@ -189,7 +189,7 @@ fn nodes_join_take_their_share_and_go_again() {
     let plan = until(&cluster, &home, &["admin", "rebalance", "plan", "--json"], "there is a plan", |plan| {
         plan["total"]["moves"] == 4
     });
-    assert_eq!(keys(&plan), ["plan_id", "map_version", "moves", "total", "minimum", "shards_left"]);
+    assert_eq!(keys(&plan), ["plan_id", "map_version", "moves", "total", "minimum", "shards_left", "silent"]);
     assert_eq!(
         (keys(&plan["total"]), keys(&plan["minimum"])),
         (vec!["moves", "bytes", "keys"], vec!["moves"])

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use pontoon::client::admin::answers::RebalanceOrder;
 use pontoon::client::options::ClientOptions;
 use pontoon::client::{Client, ClientError};
 use pontoon::ids::METADATA_SHARD;
@@ -187,6 +188,10 @@ async fn orders_whose_answers_are_lost_are_given_once() {
     // Where nothing was ever moved: what moves nothing hasn't begun, and isn't at its end.
     let error = client.start_rebalance(0, PATIENCE).await.expect_err("refused").to_string();
     assert!(error.contains("nothing to begin"), "{error}");
+    for order in [RebalanceOrder::Cancel, RebalanceOrder::Pause, RebalanceOrder::Resume] {
+        let error = client.control_rebalance(0, order, PATIENCE).await.expect_err("refused").to_string();
+        assert!(error.contains("no rebalancing was ever begun"), "{order:?}: {error}");
+    }
     client.close().await;
     in_doubt(
         &mut cluster,

@@ -184,6 +184,10 @@ fn nothing_is_done_on_the_word_of_nobody() {
     hear(&mut reconciler, 6_000, &map, 1, &[]);
     assert_eq!(reconciler.step(6_000, &map).len(), 1);
     assert_eq!(reconciler.stuck(), [(SHARD, "the disk is full".into())]);
+    reconciler.done(ShardId(SHARD.0 + 1));
+    assert_eq!(reconciler.stuck().len(), 1, "that was another");
+    reconciler.done(SHARD);
+    assert_eq!(reconciler.stuck(), [], "it has gone on");
 }
 
 #[test]

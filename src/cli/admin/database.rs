@@ -82,7 +82,7 @@ fn progress(map: &ClusterMap, database: &DatabaseRecord, replicas: u32) -> Progr
         (done == database.shards.len()).then_some(Ok(()))
     };
     let (done, total) = (done as u64, database.shards.len() as u64);
-    Progress { done, total, told: "shards".into(), end, ..Progress::default() }
+    Progress { done, total, unit: "shards", end, ..Progress::default() }
 }
 
 /// `admin transfer-leader DB SHARD NODE`

@@ -423,6 +423,7 @@ fn progress(left: &Left, most: usize, what: &str) -> Progress {
     Progress {
         done: (most - left.shards.len()) as u64,
         total: most as u64,
+        unit: "replicas",
         told: left.text(),
         eta_s: left.eta_s(),
         obstacle: left.obstacle.clone(),

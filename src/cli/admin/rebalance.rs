@@ -16,7 +16,7 @@ use crate::cli::status::{REPORT_TIMEOUT, Reports};
 use crate::cli::watching::watch;
 use crate::client::admin::answers::{RebalanceOrder, RebalancePlan, RebalanceStatus};
 use crate::client::{ClientError, NotApplied};
-use crate::ids::ShardId;
+use crate::ids::{NodeId, ShardId};
 use crate::placement::map::{ClusterMap, RebalanceState, ShardRecord};
 use crate::placement::rebalance::MoveKind;
 
@@ -28,6 +28,12 @@ const LISTED: usize = 100;
 
 /// So many shards that stand still are told of; `--json` has all.
 const STUCK: usize = 5;
+
+/// So many nodes that don't answer are named; `--json` has all.
+const SILENT: usize = 8;
+
+/// What there is to say of a plan without moves.
+const NOTHING: &str = "nothing to do: replicas and leaders are where they should be";
 
 /// How to find out what became of an order.
 const STATUS: &str = "`pontoon admin rebalance status` tells";
@@ -97,12 +103,13 @@ fn plan_json(plan: &RebalancePlan) -> Value {
         "total": {"moves": plan.total.moves, "bytes": plan.total.bytes, "keys": plan.total.keys},
         "minimum": {"moves": plan.minimum},
         "shards_left": plan.left,
+        "silent": plan.silent.iter().map(|node| node.0).collect::<Value>(),
     })
 }
 
 fn plan_text(plan: &RebalancePlan) -> String {
     if plan.moves.is_empty() {
-        return "nothing to do: replicas and leaders are where they should be".into();
+        return format!("{NOTHING}{}", silent_text(&plan.silent));
     }
     let mut table = output::table(&["shard", "kind", "from", "to", "keys", "size"]);
     for one in plan.moves.iter().take(LISTED) {
@@ -132,7 +139,18 @@ fn plan_text(plan: &RebalancePlan) -> String {
         name(plan.id)
     ));
     text.push_str(&left_text(plan.left));
+    text.push_str(&silent_text(&plan.silent));
     text
+}
+
+/// Who wasn't heard when a plan was made. It may look as if they were left out for good.
+fn silent_text(silent: &[NodeId]) -> String {
+    if silent.is_empty() {
+        return String::new();
+    }
+    let named: Vec<_> = silent.iter().take(SILENT).map(NodeId::to_string).collect();
+    let more = if silent.len() > SILENT { ", …" } else { "" };
+    format!("\nno answer from node {}{more}: nothing moves there", named.join(", "))
 }
 
 /// A plan that is under way.
@@ -148,28 +166,29 @@ struct Begun {
 fn start(context: &Context, args: &StartArgs) -> Result<Exit, Failure> {
     let begun = with_session(context, async |session| {
         let begun = match args.plan {
-            Some(plan) => begin(session, plan).await.map(|()| Some(Begun { plan, ..Begun::default() }))?,
+            Some(plan) => begin(session, plan).await.map(|()| Ok(Begun { plan, ..Begun::default() }))?,
             None => begin_any(session, args.leaders_only).await?,
         };
         // One that has begun by itself is what was wanted.
         let begun = match begun {
-            None => under_way(session).await?,
+            Err(silent) => under_way(session).await?.ok_or(silent),
             begun => begun,
         };
         match begun {
-            Some(begun) if args.wait.wait => finished(context, session, begun).await.map(Some),
+            Ok(begun) if args.wait.wait => finished(context, session, begun).await.map(Ok),
             begun => Ok(begun),
         }
     })?;
-    let Some(begun) = begun else {
-        if context.json() {
-            output::json(&json!({"plan_id": null, "started": false}))?;
-        } else {
-            output::line("nothing to do: replicas and leaders are where they should be")?;
-        }
-        return Ok(Exit::Done);
+    let silent = match begun {
+        Ok(begun) => return report_begun(context, &begun),
+        Err(silent) => silent,
     };
-    report_begun(context, &begun)
+    if context.json() {
+        output::json(&json!({"plan_id": null, "started": false}))?;
+    } else {
+        output::line(format!("{NOTHING}{}", silent_text(&silent)))?;
+    }
+    Ok(Exit::Done)
 }
 
 fn report_begun(context: &Context, begun: &Begun) -> Result<Exit, Failure> {
@@ -222,16 +241,17 @@ async fn begin(session: &Session, plan: u64) -> Result<(), Failure> {
     begun.map(drop).map_err(|error| change_failed(&format!("starting plan {}", name(plan)), STATUS, error))
 }
 
-/// Makes a plan and begins it, and again if the cluster changed in between. `None`: nothing to do.
-async fn begin_any(session: &Session, leaders_only: bool) -> Result<Option<Begun>, Failure> {
+/// Makes a plan and begins it, and again if the cluster changed in between. Where there is nothing to do: which nodes the
+/// plan was made without.
+async fn begin_any(session: &Session, leaders_only: bool) -> Result<Result<Begun, Vec<NodeId>>, Failure> {
     let mut last = None;
     for _ in 0..STARTS {
         let plan = session.client.plan_rebalance(leaders_only, session.remaining()).await?;
         if plan.moves.is_empty() {
-            return Ok(None);
+            return Ok(Err(plan.silent));
         }
         match session.client.start_rebalance(plan.id, session.remaining()).await {
-            Ok(_) => return Ok(Some(Begun { plan: plan.id, left: plan.left, leaders: None })),
+            Ok(_) => return Ok(Ok(Begun { plan: plan.id, left: plan.left, leaders: None })),
             // The same plan again: it wasn't stale, something else is the matter.
             Err(error) if !is_refusal(&error) || last == Some(plan.id) => {
                 return Err(change_failed(&format!("starting plan {}", name(plan.id)), STATUS, error));
@@ -288,6 +308,7 @@ async fn ended(context: &Context, session: &Session, plan: u64) -> Result<(), Fa
         Ok(Progress {
             done: status.done.into(),
             total: status.total.into(),
+            unit: "replicas",
             told: told(&status),
             eta_s: status.eta_s,
             obstacle,

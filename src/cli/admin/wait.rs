@@ -31,6 +31,8 @@ pub struct Progress {
     pub done: u64,
     /// How much there is in all.
     pub total: u64,
+    /// What that is counted in, in the plural.
+    pub unit: &'static str,
     /// What else to tell, beside the bar.
     pub told: String,
     /// Seconds until it ends, where that is known better than by how much is done in which time.
@@ -44,7 +46,7 @@ pub struct Progress {
 impl Progress {
     /// All of it on one line, with the estimate that `pace` gives if there is no better one.
     fn text(&self, eta_s: Option<u64>) -> String {
-        let mut text = format!("{} of {}", self.done, self.total);
+        let mut text = format!("{} of {} {}", self.done, self.total, self.unit);
         if !self.told.is_empty() {
             text.push_str(&format!(", {}", self.told));
         }
@@ -61,6 +63,7 @@ impl Progress {
         json!({"progress": {
             "done": self.done,
             "total": self.total,
+            "unit": self.unit,
             "told": self.told,
             "eta_s": eta_s,
             "obstacle": self.obstacle,
@@ -224,13 +227,17 @@ mod tests {
 
     #[test]
     fn progress_has_one_estimate_and_says_what_stands_still() {
-        let mut progress = Progress { done: 1, total: 3, told: "shards".into(), ..Progress::default() };
-        assert_eq!(progress.text(None), "1 of 3, shards");
+        let mut progress = Progress { done: 1, total: 3, unit: "shards", ..Progress::default() };
+        assert_eq!(progress.text(None), "1 of 3 shards");
+        progress.told = "2 KiB/s".into();
         progress.obstacle = Some("shard 4: no\nroom".into());
-        assert_eq!(progress.text(Some(61)), "1 of 3, shards, 1m 1s left, shard 4: no\\nroom");
+        assert_eq!(progress.text(Some(61)), "1 of 3 shards, 2 KiB/s, 1m 1s left, shard 4: no\\nroom");
         assert_eq!(
             progress.json(Some(61)).to_string(),
-            r#"{"progress":{"done":1,"total":3,"told":"shards","eta_s":61,"obstacle":"shard 4: no\nroom"}}"#
+            concat!(
+                r#"{"progress":{"done":1,"total":3,"unit":"shards","told":"2 KiB/s","eta_s":61,"#,
+                r#""obstacle":"shard 4: no\nroom"}}"#
+            )
         );
     }
 }

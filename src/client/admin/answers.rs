@@ -31,6 +31,8 @@ pub struct RebalancePlan {
     pub minimum: u32,
     /// Shards that are left for another plan, where they are too many for one.
     pub left: u32,
+    /// Nodes that didn't answer whoever made it: nothing moves to them.
+    pub silent: Vec<NodeId>,
 }
 
 /// What an operator orders of a rebalancing.
@@ -244,6 +246,7 @@ fn read_plan(from: plan::Reader<'_>) -> Result<RebalancePlan, CodecError> {
         },
         minimum: from.get_minimum(),
         left: from.get_left(),
+        silent: from.get_silent()?.iter().map(NodeId).collect(),
     })
 }
 

@@ -48,10 +48,10 @@ pub(super) fn write_undo(result: Result<(u64, u64), Refusal>, to: undo_result::B
     }
 }
 
-/// Writes a plan.
-pub(super) fn write_plan(result: Result<Plan, Refusal>, to: plan_result::Builder<'_>) {
-    let plan = match result {
-        Ok(plan) => plan,
+/// Writes a plan, and which nodes weren't heard when it was made.
+pub(super) fn write_plan(result: Result<(Plan, Vec<NodeId>), Refusal>, to: plan_result::Builder<'_>) {
+    let (plan, silent) = match result {
+        Ok(made) => made,
         Err(refusal) => return write_refusal(&refusal, to.init_error()),
     };
     let mut to = to.init_plan();
@@ -59,6 +59,11 @@ pub(super) fn write_plan(result: Result<Plan, Refusal>, to: plan_result::Builder
     to.set_map_version(plan.map_version);
     to.set_minimum(plan.minimum);
     to.set_left(plan.left);
+    let nodes = u32::try_from(silent.len()).unwrap_or(u32::MAX);
+    let mut list = to.reborrow().init_silent(nodes);
+    for (at, node) in (0..nodes).zip(silent) {
+        list.set(at, node.0);
+    }
     to.set_total_moves(plan.total.moves);
     to.set_total_keys(plan.total.keys);
     to.set_total_bytes(plan.total.bytes);
@@ -203,10 +208,11 @@ mod tests {
             left: 3,
         };
         let mut message = capnp::message::Builder::new_default();
-        write_plan(Ok(plan.clone()), message.init_root());
+        write_plan(Ok((plan.clone(), vec![NodeId(5), NodeId(7)])), message.init_root());
         let read = read_plan_result(message.get_root_as_reader().unwrap()).unwrap().unwrap();
         assert_eq!((read.id, read.map_version, read.minimum), (plan.id, plan.map_version, plan.minimum));
         assert_eq!((read.moves, read.total, read.left), (plan.moves, plan.total, plan.left));
+        assert_eq!(read.silent, [NodeId(5), NodeId(7)]);
 
         let mut message = capnp::message::Builder::new_default();
         write_plan(Err(Refusal::Refused("no".into())), message.init_root());

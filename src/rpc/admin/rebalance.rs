@@ -11,7 +11,9 @@ use super::survey::Reports;
 use crate::client::admin::answers::{RebalanceOrder, RebalanceStatus};
 use crate::ids::{NodeId, ShardId};
 use crate::machine::command::MetaCommand;
-use crate::placement::map::{ClusterMap, MemberRole, RebalanceRecord, RebalanceState, ShardRecord};
+use crate::placement::map::{
+    ClusterMap, MemberRole, NodeRecord, RebalanceRecord, RebalanceState, ShardRecord,
+};
 use crate::placement::rebalance::{Known, Plan, ShardSize, plan_rebalance, plan_undo};
 use crate::refusal::Refusal;
 
@@ -25,9 +27,10 @@ impl Admin {
         leaders_only: bool,
         since: u64,
         deadline: Instant,
-    ) -> Result<Plan, Refusal> {
-        let (map, known, _) = self.facts(since, deadline).await?;
-        off_thread(move || plan_rebalance(&map, &known, leaders_only)).await
+    ) -> Result<(Plan, Vec<NodeId>), Refusal> {
+        let (map, known, silent) = self.facts(since, deadline).await?;
+        let names = silent.iter().map(|node| node.id).collect();
+        Ok((off_thread(move || plan_rebalance(&map, &known, leaders_only)).await?, names))
     }
 
     /// Begins a plan. What it returns is the version of a map in which this plan is the last one.
@@ -59,7 +62,10 @@ impl Admin {
             if is_done(&last, plan) {
                 return Ok(self.service.node.map().version);
             }
-            let silent = silent.map(|silent| format!(" ({silent})")).unwrap_or_default();
+            let silent = match silent.is_empty() {
+                true => String::new(),
+                false => format!(" ({})", unanswered(&silent)),
+            };
             return Err(Refusal::Refused(format!(
                 "plan {plan:016x} is stale: nodes, replicas or leaders have changed since{silent}; make a new one with \
                  `pontoon admin rebalance plan`"
@@ -102,6 +108,10 @@ impl Admin {
         seen: u64,
         deadline: Instant,
     ) -> Result<u64, Refusal> {
+        // Where none was ever begun the last one is called so: what is cancelled must have been asked for.
+        if plan == 0 {
+            return Err(Refusal::Refused("no rebalancing was ever begun by plan 0000000000000000".into()));
+        }
         let map = self.service.node.map();
         let (state, reason) = match order {
             RebalanceOrder::Pause => (RebalanceState::Paused, ""),
@@ -140,17 +150,16 @@ impl Admin {
         Ok(status)
     }
 
-    /// The map, what the nodes tell, and, for a person, which of them tell nothing: a plan leaves those out.
+    /// The map, what the nodes tell, and which of them tell nothing: a plan moves nothing to those.
     async fn facts(
         &self,
         since: u64,
         deadline: Instant,
-    ) -> Result<(Arc<ClusterMap>, Known, Option<String>), Refusal> {
+    ) -> Result<(Arc<ClusterMap>, Known, Vec<NodeRecord>), Refusal> {
         self.caught_up(since, deadline).await?;
         let reports: Reports = self.survey_again(&self.service.node.map(), deadline).await;
         let map = self.service.node.map();
-        let (known, mut silent) = (reports.known(&map), reports.silent(&map).peekable());
-        let silent = silent.peek().is_some().then(|| unanswered(silent));
+        let (known, silent) = (reports.known(&map), reports.silent(&map).cloned().collect());
         Ok((map, known, silent))
     }
 

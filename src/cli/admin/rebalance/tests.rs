@@ -1,5 +1,4 @@
 use super::*;
-use crate::ids::NodeId;
 use crate::placement::rebalance::{PlannedMove, Totals};
 
 fn plan_of(moves: Vec<PlannedMove>) -> RebalancePlan {
@@ -10,6 +9,7 @@ fn plan_of(moves: Vec<PlannedMove>) -> RebalancePlan {
         total: Totals { moves: 1, keys: 10, bytes: 2048 },
         minimum: 1,
         left: 0,
+        silent: Vec::new(),
     }
 }
 
@@ -33,7 +33,7 @@ fn a_plan_has_the_documented_shape() {
             r#"{"plan_id":"00000000000000ab","map_version":7,"#,
             r#""moves":[{"shard":4,"from":1,"to":3,"kind":"replica","bytes":2048,"keys":10},"#,
             r#"{"shard":4,"from":1,"to":3,"kind":"leader","bytes":0,"keys":0}],"#,
-            r#""total":{"moves":1,"bytes":2048,"keys":10},"minimum":{"moves":1},"shards_left":0}"#
+            r#""total":{"moves":1,"bytes":2048,"keys":10},"minimum":{"moves":1},"shards_left":0,"silent":[]}"#
         )
     );
     let text = plan_text(&plan_of(moves()));
@@ -158,4 +158,17 @@ fn what_has_begun_or_ended_says_what_is_left_and_who_leads() {
         cut.ends_with("\nleft for another plan: 1 more shard; start again when this one is done"),
         "{cut}"
     );
+}
+
+#[test]
+fn a_plan_says_whom_it_was_made_without() {
+    let silent = vec![NodeId(4), NodeId(5)];
+    for of in [moves(), Vec::new()] {
+        let plan = RebalancePlan { silent: silent.clone(), ..plan_of(of) };
+        let text = plan_text(&plan);
+        assert!(text.ends_with("\nno answer from node 4, 5: nothing moves there"), "{text}");
+        assert_eq!(plan_json(&plan)["silent"].to_string(), "[4,5]");
+    }
+    let many = RebalancePlan { silent: (1..=20).map(NodeId).collect(), ..plan_of(Vec::new()) };
+    assert!(plan_text(&many).ends_with("7, 8, …: nothing moves there"), "{}", plan_text(&many));
 }
