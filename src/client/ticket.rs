@@ -256,7 +256,7 @@ mod tests {
 
     fn ticket(operation: Operation, load: &Rc<Load>) -> (Ticket, oneshot::Receiver<End>) {
         let (reply, end) = oneshot::channel();
-        let deadline = Deadline::after(Duration::from_secs(1));
+        let deadline = Deadline::after(Duration::from_secs(1_000));
         let reply = Reply::One(reply, None);
         (Ticket::new(operation, "db".into(), deadline, false, reply, load), end)
     }
@@ -288,7 +288,7 @@ mod tests {
         let load = Rc::default();
         let (whole, mut ends) = oneshot::channel();
         let parts = Parts::new(2, whole, None);
-        let deadline = Deadline::after(Duration::from_secs(1));
+        let deadline = Deadline::after(Duration::from_secs(1_000));
         let mut tickets: Vec<Ticket> = (0..2)
             .map(|at| {
                 let reply = Reply::Part(parts.clone(), at);
@@ -311,7 +311,7 @@ mod tests {
         ticket.expire(Instant::now(), "early");
         assert!(end.try_recv().is_err());
         ticket.sent = true;
-        ticket.expire(Instant::now() + Duration::from_secs(2), "no answer");
+        ticket.expire(Instant::now() + Duration::from_secs(2_000), "no answer");
         ticket.answer(Ok(OperationResult::Written(1)));
         let unknown = ClientError::Unknown("no answer".into());
         assert_eq!(end.try_recv().unwrap(), Err(unknown));

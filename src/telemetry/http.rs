@@ -253,7 +253,7 @@ mod tests {
             }));
             test(address, health).await;
             stop.send(()).unwrap();
-            let served = tokio::time::timeout(STOP * 4, server).await;
+            let served = tokio::time::timeout(IDLE / 2, server).await;
             served.expect("stops in time").unwrap().unwrap();
         });
     }

@@ -108,12 +108,13 @@ mod tests {
     fn this_process_uses_a_processor() {
         let before = counters();
         let begun = std::time::Instant::now();
+        let used = || counters()[CPU_US] - before[CPU_US];
         let mut sum = 0_u64;
-        while begun.elapsed() < std::time::Duration::from_millis(50) {
-            sum = std::hint::black_box(sum.wrapping_add(1));
+        // Others may use the processors for a while.
+        while used() <= 1_000.0 {
+            assert!(begun.elapsed() < std::time::Duration::from_secs(60), "{} µs", used());
+            (0..100_000).for_each(|_| sum = std::hint::black_box(sum.wrapping_add(1)));
         }
-        let used = counters()[CPU_US] - before[CPU_US];
-        assert!(used > 1_000.0, "{used} µs");
         assert!(before[RESIDENT_BYTES] > 0.0 && before[READ_CALLS] > 0.0);
     }
 }

@@ -14,8 +14,8 @@ impl Handler<Inject> for ReplicaActor {
             "panic" => panic!("injected panic"),
             "error" => self.fail("injected error".into(), ctx),
             "open-error" => {
-                // Six attempts: about three seconds.
-                let fail = crate::node::hooks::FailOpens { replica: self.replica, times: 6 };
+                // Seven attempts: about six seconds, so that whoever looks sees it.
+                let fail = crate::node::hooks::FailOpens { replica: self.replica, times: 7 };
                 self.guard.supervisor.do_send(fail);
                 self.fail("injected error".into(), ctx);
             }
