@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use cluster::Cluster;
+use cluster::{Cluster, STOPPED};
 use pontoon::client::{Client, ClientError, Database, NotApplied, Versioned};
 
 /// Writers that put increasing numbers under keys of their own until told to stop. What was
@@ -49,8 +49,12 @@ impl Load {
     /// Waits until `count` more writes have ended.
     async fn progress(&self, count: u64) {
         let until = self.writes.load(Ordering::Relaxed) + count;
-        let begun = Instant::now();
+        let (mut last, mut begun) = (0, Instant::now());
         while self.writes.load(Ordering::Relaxed) < until {
+            let now = self.writes.load(Ordering::Relaxed);
+            if now > last {
+                (last, begun) = (now, Instant::now());
+            }
             assert!(begun.elapsed() < Duration::from_secs(60), "writes stand still");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
@@ -122,7 +126,7 @@ async fn each_node_killed_in_turn_loses_nothing_and_fails_no_write() {
         if lag == 0 && committed.len() == 5 {
             break;
         }
-        assert!(begun.elapsed() < Duration::from_secs(30), "lag is still {lag}");
+        assert!(begun.elapsed() < Duration::from_secs(60), "lag is still {lag}");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     client.close().await;
@@ -155,8 +159,15 @@ async fn the_end_of_a_process_is_noticed_before_any_election_timeout() {
     cluster.wait_all_ready();
     let client = cluster.client().await;
     let database = cluster.database(&client, "gaps", 3, 12).await;
-    let mut gaps = Vec::new();
-    for victim in 0..3 {
+    let mut gaps: Vec<Duration> = Vec::new();
+    // What else the machine does may hold up one of the writers, so it is tried again: what an election takes it takes each
+    // time.
+    let noticed = |gaps: &[Duration]| gaps.iter().min().is_some_and(|least| *least < NOTICED);
+    for round in 0..9 {
+        let victim = round % 3;
+        if round >= 3 && noticed(&gaps) {
+            break;
+        }
         let stop = Arc::new(AtomicBool::new(false));
         let writers = tokio::spawn({
             let (database, stop) = (database.clone(), stop.clone());
@@ -170,8 +181,7 @@ async fn the_end_of_a_process_is_noticed_before_any_election_timeout() {
         cluster.spawn(victim);
         cluster.wait_ready(victim);
     }
-    // What else the machine does may hold up one of them.
-    assert!(gaps.iter().min().is_some_and(|least| *least < NOTICED), "{gaps:?}");
+    assert!(noticed(&gaps), "{gaps:?}");
     client.close().await;
 }
 
@@ -207,7 +217,7 @@ async fn a_signal_stops_a_node_within_five_seconds_even_without_a_majority() {
     cluster.kill(0);
     cluster.kill(1);
     cluster.signal(2, rustix::process::Signal::TERM);
-    let status = cluster.wait_exit(2, Duration::from_secs(5));
+    let status = cluster.wait_exit(2, STOPPED);
     assert_eq!(status.code(), Some(0), "its log:\n{}", cluster.log(2));
     for node in 0..3 {
         cluster.spawn(node);
@@ -268,7 +278,7 @@ async fn a_node_with_an_old_map_is_not_certain_of_a_database_before_it_has_heard
     // Before it is ready it may not have joined, and is told the rest of the map then.
     let begun = Instant::now();
     while client.map().await.expect("a map").nodes.len() < 4 {
-        assert!(begun.elapsed() < Duration::from_secs(30));
+        assert!(begun.elapsed() < Duration::from_secs(60));
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     let old = std::fs::read(&map).expect("a saved map");

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use cluster::{Cluster, Options, free_ports, pontoon};
+use cluster::{Cluster, Options, STOPPED, free_ports, pontoon};
 use pontoon::client::Client;
 
 /// Every file below `dir` with its content; LOCK, which is rewritten by whoever looks, is left out,
@@ -50,7 +50,7 @@ fn refused(cluster: &Cluster, node: usize) -> (Option<i32>, String) {
         .expect("starting");
     let begun = Instant::now();
     while child.try_wait().expect("its state").is_none() {
-        if begun.elapsed() > Duration::from_secs(10) {
+        if begun.elapsed() > Duration::from_secs(60) {
             let _ = child.kill();
             break;
         }
@@ -70,7 +70,7 @@ async fn two_stopped() -> [Cluster; 2] {
         cluster.database(&client, "db", 1, 1).await.put("k", "v").await.expect("a write");
         client.close().await;
         cluster.signal(0, rustix::process::Signal::TERM);
-        assert_eq!(cluster.wait_exit(0, Duration::from_secs(5)).code(), Some(0));
+        assert_eq!(cluster.wait_exit(0, STOPPED).code(), Some(0));
     }
     clusters
 }
@@ -110,7 +110,7 @@ fn a_directory_in_use_names_its_holder() {
     assert!(says.contains("in use") && says.contains("pid"), "{says}");
     // The holder is as well as before.
     cluster.signal(0, rustix::process::Signal::TERM);
-    assert_eq!(cluster.wait_exit(0, Duration::from_secs(5)).code(), Some(0));
+    assert_eq!(cluster.wait_exit(0, STOPPED).code(), Some(0));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -270,8 +270,8 @@ async fn a_member_whose_cluster_map_is_lost_gets_it_from_its_peers() {
     std::fs::write(cluster.nodes[3].data.join("map"), "rubbish").expect("written");
     cluster.spawn(3);
     let begun = Instant::now();
-    while !cluster.log(3).contains("waiting for the cluster map") {
-        assert!(begun.elapsed() < Duration::from_secs(10), "{}", cluster.log(3));
+    while !cluster.whole_log(3).contains("waiting for the cluster map") {
+        assert!(begun.elapsed() < Duration::from_secs(60), "{}", cluster.log(3));
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     for node in 0..3 {

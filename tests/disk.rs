@@ -320,7 +320,10 @@ fn a_node_that_starts_below_its_reserve_is_read_only_and_says_so() {
     let mut cluster = Cluster::with(1, &free_ports(2), Options { extra, ..Options::default() });
     cluster.wait_all_ready();
     assert!(cluster.run(&["db", "create", "d", "1", "1"]).status.success());
-    let set = cluster.run(&["set", "d", "k", "v", "--timeout", "1s"]);
+    let set = || cluster.run(&["set", "d", "k", "v", "--timeout", "1s"]);
+    // Where the deadline meets a request on its way, as it may on a busy machine, it can't be certain, and is tried again.
+    let set =
+        (0..20).map(|_| set()).find(|set| set.status.code() != Some(4)).expect("it is certain in the end");
     let says = String::from_utf8_lossy(&set.stderr);
     assert_eq!(set.status.code(), Some(3), "{says}");
     assert!(says.contains("too little disk space is left for new values"), "{says}");

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use cluster::{Cluster, Options, free_ports};
+use cluster::{Cluster, Options, STOPPED, free_ports};
 use pontoon::client::Database;
 use pontoon::storage::engine_kind::EngineKind;
 use rustix::process::Signal;
@@ -143,7 +143,7 @@ async fn another_engine_is_refused_and_given_by_way_of_the_others() {
     }
     let stop = |cluster: &mut Cluster, node| {
         cluster.signal(node, Signal::TERM);
-        assert_eq!(cluster.wait_exit(node, Duration::from_secs(10)).code(), Some(0));
+        assert_eq!(cluster.wait_exit(node, STOPPED).code(), Some(0));
     };
     stop(&mut cluster, 0);
     choose(&cluster, 0, "sled", "fjall");

@@ -21,7 +21,10 @@ use pontoon::ids::{METADATA_SHARD, NodeId, ReplicaId, ShardId};
 use pontoon::machine::command::PolicyChange;
 use pontoon::placement::map::{ClusterMap, Standing};
 use pontoon::placement::rebalance::MoveKind;
-use rest::{PATIENCE, Rest, assert_equal_content, empty_and_remove, id, leads, living, set, until};
+use rest::{
+    PATIENCE, Rest, assert_equal_content, empty_and_remove, id, leads, living, patiently, rebalance, set,
+    take_back, until,
+};
 use rustix::process::Signal;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
@@ -110,7 +113,10 @@ async fn a_plan_moves_what_it_says_and_can_be_taken_back() {
     cluster.join();
     let grown = Rest { metadata: 3, ..Rest::default() };
     let before = places(grown.reached(&client, &cluster, SETTLE).await);
-    let plan = client.plan_rebalance(false, PATIENCE).await.expect("a plan");
+    client.plan_rebalance(false, PATIENCE).await.expect("a plan");
+    assert_eq!(places(client.map().await.expect("the map")), before, "nothing moves by itself");
+
+    let plan = rebalance(&client).await;
     let moves: Vec<_> = plan.moves.iter().filter(|one| one.kind == MoveKind::Replica).collect();
     assert!(plan.total.moves > 0 && moves.len() == plan.total.moves as usize, "{plan:?}");
     assert!(f64::from(plan.total.moves) <= 1.15 * f64::from(plan.minimum), "{plan:?}");
@@ -119,9 +125,6 @@ async fn a_plan_moves_what_it_says_and_can_be_taken_back() {
         let nodes = planned.get_mut(&one.shard).expect("a shard of the database");
         assert!(nodes.remove(&one.from) && nodes.insert(one.to), "{one:?} of {plan:?}");
     }
-    assert_eq!(places(client.map().await.expect("the map")), before, "nothing moves by itself");
-
-    client.start_rebalance(plan.id, PATIENCE).await.expect("begun");
     // Begun again, it is the same.
     client.start_rebalance(plan.id, PATIENCE).await.expect("begun already");
     let even = Rest { even: true, ..grown };
@@ -129,9 +132,12 @@ async fn a_plan_moves_what_it_says_and_can_be_taken_back() {
     let status = client.rebalance_status(PATIENCE).await.expect("its status");
     assert_eq!((status.plan, status.done, status.total), (plan.id, plan.total.moves, plan.total.moves));
     // There is nothing left to do.
-    let next = client.plan_rebalance(false, PATIENCE).await.expect("a plan");
-    assert_eq!((next.total.moves, next.minimum), (0, 0), "{next:?}");
-    client.undo_rebalance(plan.id, PATIENCE).await.expect("the way back");
+    patiently("a plan that moves nothing", async || {
+        let next = client.plan_rebalance(false, PATIENCE).await.map_err(|error| error.to_string())?;
+        if (next.total.moves, next.minimum) == (0, 0) { Ok(()) } else { Err(format!("{next:?}")) }
+    })
+    .await;
+    take_back(&client, plan.id).await;
     assert_eq!(places(grown.reached(&client, &cluster, SETTLE).await), before);
     let record = journal.stop().await;
     record.assert_kept(&database).await;
@@ -211,10 +217,8 @@ async fn longest_beside_a_drain() -> Duration {
     record.longest
 }
 
-async fn reads(database: &Database, value: &str) -> Duration {
-    let begun = Instant::now();
+async fn reads(database: &Database, value: &str) {
     assert_eq!(database.get("k").await.expect("a read").expect("there").value, value);
-    begun.elapsed()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -244,8 +248,9 @@ async fn a_client_follows_a_cluster_whose_every_original_address_was_replaced() 
         ..ClientOptions::new(originals.clone())
     });
     assert!(newcomer.await.is_err(), "somebody answers at {originals:?}");
-    let took = reads(&database, "old").await;
-    assert!(took < Duration::from_secs(2), "{took:?}");
+    let asked = Instant::now();
+    reads(&database, "old").await;
+    assert!(asked.elapsed() < Duration::from_secs(3), "{:?}", asked.elapsed());
     client.database("db").put("k", "new").await.expect("a write");
     reads(&database, "new").await;
     set(&idle, PolicyChange::Automatic(true)).await;

@@ -31,8 +31,8 @@ fn asides(data: &Path) -> Vec<PathBuf> {
 
 async fn until_it_says(cluster: &Cluster, node: usize, what: &str) {
     let begun = Instant::now();
-    while !cluster.log(node).contains(what) {
-        assert!(begun.elapsed() < Duration::from_secs(15), "no word of `{what}`:\n{}", cluster.log(node));
+    while !cluster.whole_log(node).contains(what) {
+        assert!(begun.elapsed() < Duration::from_secs(60), "no word of `{what}`:\n{}", cluster.log(node));
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
@@ -59,7 +59,7 @@ async fn the_first_node_rejoins_and_forms_nothing() {
     let data = cluster.nodes[0].data.clone();
     fs::remove_dir_all(data.join("log")).expect("removed");
     cluster.spawn(0);
-    assert_eq!(cluster.ready_or_exit(0, Duration::from_secs(10)), Some(Some(2)));
+    assert_eq!(cluster.ready_or_exit(0, Duration::from_secs(60)), Some(Some(2)));
     assert!(cluster.log(0).contains("--rejoin"), "{}", cluster.log(0));
     assert_eq!(asides(&data), [] as [PathBuf; 0], "not without being told to");
 
@@ -159,7 +159,7 @@ async fn a_lone_node_has_nobody_to_rejoin_and_keeps_what_it_has() {
     let identity = fs::read(data.join("IDENTITY")).expect("its identity");
     fs::write(data.join("IDENTITY"), "").expect("written");
     cluster.spawn_with(0, &["--rejoin"]);
-    assert_eq!(cluster.ready_or_exit(0, Duration::from_secs(10)), Some(Some(1)));
+    assert_eq!(cluster.ready_or_exit(0, Duration::from_secs(60)), Some(Some(1)));
     assert!(cluster.log(0).contains("name no other node"), "{}", cluster.log(0));
     assert_eq!(asides(&data), [] as [PathBuf; 0]);
     fs::write(data.join("IDENTITY"), identity).expect("written");
@@ -170,7 +170,7 @@ async fn a_lone_node_has_nobody_to_rejoin_and_keeps_what_it_has() {
     cluster.kill(0);
     fs::rename(&data, data.with_extension("lost")).expect("moved");
     cluster.spawn_with(0, &["--rejoin"]);
-    assert_eq!(cluster.ready_or_exit(0, Duration::from_secs(10)), Some(Some(1)));
+    assert_eq!(cluster.ready_or_exit(0, Duration::from_secs(60)), Some(Some(1)));
     assert!(cluster.log(0).contains("leave out `--rejoin`"), "{}", cluster.log(0));
 }
 

@@ -127,7 +127,7 @@ fn three_nodes_are_listed_and_what_cant_be_is_refused_with_the_reason() {
     // Given up, whatever becomes of the command; and taken back.
     cluster.kill(2);
     let given_up =
-        ask(&cluster, &home, &["admin", "node", "remove", "3", "--dead", "--timeout", "4s", "--json"]);
+        ask(&cluster, &home, &["admin", "node", "remove", "3", "--dead", "--timeout", "8s", "--json"]);
     assert!(matches!(given_up.code, Some(1 | 4)), "{given_up:?}");
     let error = given_up.last_json_error();
     assert_eq!(error["outcome"], "unknown", "{error}");

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
+use crate::cluster::free_ports;
 use crate::harness::{HANG, Home, PORTS, Running};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_pontoon");
@@ -43,9 +44,7 @@ fn shell(home: &Home, line: &str, cluster: &str) -> Running {
 fn nodes_come_and_go_as_the_page_says() {
     let home = Home::new();
     let ports_held = PORTS.read().unwrap_or_else(|poisoned| poisoned.into_inner());
-    let listeners: Vec<_> = (0..15).map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap()).collect();
-    let free: Vec<u16> = listeners.iter().map(|l| l.local_addr().unwrap().port()).collect();
-    drop(listeners);
+    let free = free_ports(15);
     let elsewhere = |text: &str| {
         let mut text = text.to_owned();
         for (i, port) in free.iter().enumerate() {
@@ -111,6 +110,6 @@ fn nodes_come_and_go_as_the_page_says() {
     assert_eq!(daemons.len(), 5);
     for daemon in daemons.drain(..3) {
         daemon.signal(Signal::TERM);
-        daemon.end(Duration::from_secs(20)).ok();
+        daemon.end(HANG).ok();
     }
 }

@@ -4,11 +4,11 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
 
 use rustix::process::Signal;
 
-use crate::harness::{Home, PORTS, Running};
+use crate::cluster::{STOPPED, free_ports};
+use crate::harness::{HANG, Home, PORTS, Running};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_pontoon");
 
@@ -73,7 +73,7 @@ fn readme_quick_start() {
     let home = Home::new();
     let ports = PORTS.read().unwrap_or_else(|poisoned| poisoned.into_inner());
     let server = shell(&home, &start);
-    server.wait_for("\nready\n", Duration::from_secs(60));
+    server.wait_for("\nready\n", HANG);
     drop(ports);
     let shown = server.stdout();
     for text in ["n1", "n2", "n3", "127.0.0.1:"] {
@@ -84,28 +84,26 @@ fn readme_quick_start() {
     let steps = session(lines);
     assert!(steps.len() >= 3, "{steps:?}");
     for (command, expected) in &steps {
-        let ended = shell(&home, &command.replace("target/release/pontoon", BINARY))
-            .end(Duration::from_secs(30))
-            .ok();
+        let ended = shell(&home, &command.replace("target/release/pontoon", BINARY)).end(HANG).ok();
         // What README doesn't show is left to the command; what it shows is all there is.
         if !expected.is_empty() {
             assert_eq!(ended.text().lines().collect::<Vec<_>>(), *expected, "{command}");
         }
     }
     server.signal(Signal::INT);
-    let ended = server.end(Duration::from_secs(10)).ok();
+    let ended = server.end(STOPPED).ok();
     assert_eq!(ended.errors(), "", "nothing to complain about");
 
     // «running it again brings the same cluster and data back»
     let ports = PORTS.write().unwrap_or_else(|poisoned| poisoned.into_inner());
     let server = shell(&home, &start);
-    server.wait_for("\nready\n", Duration::from_secs(60));
+    server.wait_for("\nready\n", HANG);
     drop(ports);
     let (get, expected) = steps.iter().find(|(command, _)| command.contains(" get ")).unwrap();
-    let got = shell(&home, &get.replace("target/release/pontoon", BINARY)).end(Duration::from_secs(30)).ok();
+    let got = shell(&home, &get.replace("target/release/pontoon", BINARY)).end(HANG).ok();
     assert_eq!(got.text().lines().collect::<Vec<_>>(), *expected);
     server.signal(Signal::INT);
-    server.end(Duration::from_secs(10)).ok();
+    server.end(STOPPED).ok();
     home.assert_nothing_left();
 }
 
@@ -117,9 +115,7 @@ fn readme_three_daemons_and_a_kill() {
     let ports_held = PORTS.read().unwrap_or_else(|poisoned| poisoned.into_inner());
 
     // The shipped files, on ports that are free here.
-    let listeners: Vec<_> = (0..9).map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap()).collect();
-    let free: Vec<u16> = listeners.iter().map(|l| l.local_addr().unwrap().port()).collect();
-    drop(listeners);
+    let free = free_ports(9);
     let elsewhere = |text: &str| {
         let mut text = text.to_owned();
         for (i, port) in free.iter().enumerate() {
@@ -149,7 +145,7 @@ fn readme_three_daemons_and_a_kill() {
     let mut command = Command::new("bash");
     home.environment(&mut command);
     command.args(["-c", &script]).current_dir(home.path()).env_remove("PONTOON_DATA");
-    let ended = Running::spawn(command).end(Duration::from_secs(60)).ok();
+    let ended = Running::spawn(command).end(HANG).ok();
     drop(ports_held);
     let text = ended.text();
     assert_eq!(text.matches("ready node=").count(), 3, "{text}");

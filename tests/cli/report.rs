@@ -1,9 +1,8 @@
 //! The six lines of the report that Pontoon goes back to, as they stand there.
 
-use std::time::Duration;
-
 use rustix::process::Signal;
 
+use crate::cluster::STOPPED;
 use crate::harness::{HANG, Home, PORTS};
 
 /// Takes the time off the end of a line: `At host … (1.23 s)`.
@@ -38,7 +37,7 @@ fn the_lines_for_a_database() {
     // The state can't be cleaned away under a server.
     home.run(&["-clean"]).exits(1);
     server.signal(Signal::INT);
-    server.end(Duration::from_secs(10)).ok();
+    server.end(STOPPED).ok();
     // Without a terminal nobody can say yes.
     home.run(&["-clean"]).exits(2).says(&["--yes"]);
     home.run(&["-clean", "--yes"]).ok();
@@ -119,7 +118,7 @@ fn a_test_stopped_by_ctrl_c_leaves_nothing_behind() {
     let running = home.spawn(&["test", "leader-failure", "3"]);
     running.wait_for("Crashing leader", HANG);
     running.signal(Signal::INT);
-    let ended = running.end(Duration::from_secs(15));
+    let ended = running.end(HANG);
     drop(ports);
     // It may have been done in that moment.
     assert!(matches!(ended.code, Some(0 | 1)), "{ended:?}");

@@ -16,7 +16,7 @@ use pontoon::storage::engine_kind::EngineKind;
 use raft::StateRole;
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::cluster::{Cluster, Options, free_ports, http_get};
+use crate::cluster::{Cluster, Options, STOPPED, free_ports, http_get};
 use crate::files::{Class, Damage, copy_all, files, remove};
 
 /// Which of the nodes.
@@ -234,16 +234,17 @@ impl Patient {
             }
             Stop::Clean => {
                 self.cluster.signal(NODE, Signal::TERM);
-                assert_eq!(self.cluster.wait_exit(NODE, Duration::from_secs(10)).code(), Some(0));
+                assert_eq!(self.cluster.wait_exit(NODE, STOPPED).code(), Some(0));
                 // The stores were closed: there is no room behind the log's end any more.
                 let last = Class::LogLast.find(&self.dir()).expect("a file of the log");
                 assert!(!fs::read(&last).expect("reading").ends_with(&[0; 64]), "{last:?} wasn't closed");
             }
             Stop::InFlush | Stop::InInstall => {
-                // What is looked for may be gone again before the node is.
+                // What is looked for may be gone again before the node is: sooner, the quicker the disk.
                 let mut attempts = 0;
                 loop {
-                    self.kill_at(stop, found, Duration::from_millis(40 * self.kills % 160)).await;
+                    let after = Duration::from_millis(40 * self.kills % 160) / (1 << attempts);
+                    self.kill_at(stop, found, after).await;
                     self.kills += 1;
                     if is_there(found, &self.dir()) {
                         break;

@@ -35,10 +35,14 @@ impl Filler {
         Filler { tasks: tasks.collect(), writes, stop }
     }
 
-    /// Waits until there were so many writes.
+    /// Waits until there were so many writes, for as long as there are more of them.
     pub async fn progress(&self, writes: u64) {
-        let begun = Instant::now();
+        let (mut last, mut begun) = (0, Instant::now());
         while self.writes.load(Ordering::Relaxed) < writes {
+            let now = self.writes.load(Ordering::Relaxed);
+            if now > last {
+                (last, begun) = (now, Instant::now());
+            }
             assert!(begun.elapsed() < PATIENCE, "the writers stand still");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }

@@ -82,29 +82,40 @@ async fn lead(client: &Client, cluster: &Cluster, node: usize, id: NodeId, shard
     }
 }
 
-/// Waits until a node's replica has applied nearly all that is committed.
+/// Whether a node's replica has applied nearly all that is committed, as the leader tells too; if not, how much.
+pub async fn has_caught_up(
+    client: &Client,
+    cluster: &Cluster,
+    node: usize,
+    shard: ShardId,
+) -> Result<(), String> {
+    let (mut applied, mut committed, mut led) = (0, 0, false);
+    for other in 0..3 {
+        let Ok(report) = client.node_report(&cluster.nodes[other].client, Duration::from_secs(2)).await
+        else {
+            continue;
+        };
+        let Some(group) = report.replicas.into_iter().find(|r| r.shard == shard).and_then(|r| r.group) else {
+            continue;
+        };
+        committed = committed.max(group.committed);
+        led |= group.role == raft::StateRole::Leader;
+        if other == node {
+            applied = group.applied;
+        }
+    }
+    if led && applied > 0 && applied + 50 >= committed {
+        Ok(())
+    } else {
+        Err(format!("{applied} of {committed}"))
+    }
+}
+
+/// Waits until it has.
 pub async fn caught_up(client: &Client, cluster: &Cluster, node: usize, shard: ShardId) {
     let begun = Instant::now();
-    loop {
-        let (mut applied, mut committed) = (0, 0);
-        for other in 0..3 {
-            let Ok(report) = client.node_report(&cluster.nodes[other].client, Duration::from_secs(2)).await
-            else {
-                continue;
-            };
-            let Some(group) = report.replicas.into_iter().find(|r| r.shard == shard).and_then(|r| r.group)
-            else {
-                continue;
-            };
-            committed = committed.max(group.committed);
-            if other == node {
-                applied = group.applied;
-            }
-        }
-        if applied > 0 && applied + 50 >= committed {
-            return;
-        }
-        assert!(begun.elapsed() < PATIENCE, "node {node}: {applied} of {committed}\n{}", cluster.log(node));
+    while let Err(lacks) = has_caught_up(client, cluster, node, shard).await {
+        assert!(begun.elapsed() < PATIENCE, "node {node}: {lacks}\n{}", cluster.log(node));
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }

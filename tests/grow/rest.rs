@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pontoon::client::admin::answers::Verdict;
+use pontoon::client::admin::answers::{RebalancePlan, Verdict};
 use pontoon::client::{Client, ScanOptions, Versioned};
 use pontoon::ids::{METADATA_SHARD, NodeId, ReplicaId, ShardId};
 use pontoon::machine::command::PolicyChange;
@@ -319,6 +319,38 @@ pub async fn until(
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+}
+
+/// Does it again while it fails: on a busy machine a node that is asked late looks gone, and what is ordered by what was so a
+/// moment ago is stale.
+pub async fn patiently<T>(what: &str, mut order: impl AsyncFnMut() -> Result<T, String>) -> T {
+    let begun = Instant::now();
+    loop {
+        match order().await {
+            Ok(done) => return done,
+            Err(error) => assert!(begun.elapsed() < PATIENCE, "{what}: {error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+/// Plans a rebalancing that moves something, and begins it.
+pub async fn rebalance(client: &Client) -> RebalancePlan {
+    patiently("a rebalancing", async || {
+        let plan = client.plan_rebalance(false, PATIENCE).await.map_err(|error| error.to_string())?;
+        if plan.total.moves == 0 {
+            return Err(format!("nothing to move: {plan:?}"));
+        }
+        client.start_rebalance(plan.id, PATIENCE).await.map_err(|error| error.to_string())?;
+        Ok(plan)
+    })
+    .await
+}
+
+/// Begins the way back.
+pub async fn take_back(client: &Client, plan: u64) -> u64 {
+    let undo = async || client.undo_rebalance(plan, PATIENCE).await.map_err(|error| error.to_string());
+    patiently("the way back", undo).await
 }
 
 /// Has a node give away all that it holds, and be no member any more; waits for both.

@@ -23,13 +23,17 @@ pub fn run(args: &[&str]) -> Output {
 }
 
 /// Ports that the processes of these tests share out among themselves: below those that the system gives to whoever asks
-/// for any, such as a connection of a node.
-const PORTS: Range<u16> = 10_240..32_640;
+/// for any, such as a connection of a node, and those that `pontoon setup` takes by chance, such as one of a node that is
+/// to start again.
+const PORTS: Range<u16> = 10_240..19_968;
 /// Ports that a process takes at a time.
 const BLOCK: u16 = 64;
 
 /// For a node to become ready.
 const READY: Duration = Duration::from_secs(60);
+
+/// For a node to end that was told to, or has to: three times what is promised.
+pub const STOPPED: Duration = Duration::from_millis(3 * pontoon::limits::STOP_MS_MAX);
 
 /// Some ports, for one process.
 struct Block {
@@ -70,7 +74,7 @@ pub fn free_ports(count: usize) -> Vec<u16> {
 /// Asks an HTTP port of 127.0.0.1: the status and the body.
 pub fn http_get(port: u16, path: &str) -> std::io::Result<(u16, String)> {
     let mut stream = std::net::TcpStream::connect(("127.0.0.1", port))?;
-    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    stream.set_read_timeout(Some(Duration::from_secs(30)))?;
     write!(stream, "GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
