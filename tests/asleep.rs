@@ -108,7 +108,9 @@ async fn idle_shards_sleep_and_wake_for_a_request_and_for_the_end_of_their_leade
     until("asleep without a node that stands still", &cluster, || asleep(&http[1..]) == others);
     cluster.signal(0, rustix::process::Signal::CONT);
     // It leads shards that others lead by now, until these wake for it: it is told so, and nobody asks for anything.
-    until("led by one node each", &cluster, || leaders(&http) == all_led);
+    until("led by one node each", &cluster, || {
+        http_get(http[0], "/metrics").is_ok() && leaders(&http) == all_led
+    });
     until("asleep with the node that goes on", &cluster, || asleep(&http) == all);
 
     // While one is down and the others sleep, the node of a leader ends. When the first is back there is a majority, which

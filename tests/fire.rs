@@ -26,7 +26,7 @@ use pontoon::limits;
 use pontoon::node::handle::{ReplicaHealth, ReplicaReport};
 use pontoon::refusal::Refusal;
 use registers::Registers;
-use replicas::{assert_equal_replicas, caught_up, content, has_caught_up, leads, report};
+use replicas::{assert_equal_replicas, caught_up, content, leads, report};
 
 /// For a node to come to a point, too, to which it comes with some megabytes that are written: on a busy machine, minutes.
 const PATIENCE: Duration = Duration::from_secs(180);
@@ -410,25 +410,46 @@ async fn leader_of(client: &Client, cluster: &Cluster, shard: ShardId) -> usize 
     }
 }
 
-/// Waits until one of these nodes has ended; or none, and the one that was away has caught up.
-async fn ended_or_caught_up(
+/// Kills a node, and writes until the others' logs don't hold any more what it lacks: it needs a snapshot then.
+async fn leave_behind(
     client: &Client,
     cluster: &mut Cluster,
-    ends: &[usize],
+    database: &Database,
     away: usize,
     shard: ShardId,
-) -> Option<(usize, ExitStatus)> {
+) {
+    let group = async |cluster: &Cluster, node| {
+        let replicas = report(client, cluster, node).await.replicas;
+        replicas.into_iter().find(|replica| replica.shard == shard)?.group
+    };
+    let leader = leader_of(client, cluster, shard).await;
+    let has = group(cluster, leader).await.expect("the leader's log").last;
+    cluster.kill(away);
     let begun = Instant::now();
     loop {
-        // Before its end is looked for: who ends has not caught up.
-        let caught_up = has_caught_up(client, cluster, away, shard).await.is_ok();
-        if let Some(ended) = ends.iter().find_map(|node| Some((*node, cluster.ended(*node)?))) {
-            return Some(ended);
+        let filler = Filler::start(database, 8, Duration::from_millis(2));
+        filler.progress(200).await;
+        filler.stop().await;
+        let mut truncated = Vec::new();
+        for node in (0..3).filter(|node| *node != away) {
+            truncated.push(group(cluster, node).await.map_or(0, |group| group.truncated));
         }
-        if caught_up {
-            return None;
+        if truncated.iter().all(|index| *index > has) {
+            return;
         }
-        assert!(begun.elapsed() < PATIENCE, "node {away}: {}", cluster.log(away));
+        assert!(begun.elapsed() < PATIENCE, "never: logs without {has}; they begin behind {truncated:?}");
+    }
+}
+
+/// Waits until one of these nodes has ended.
+async fn first_to_end(cluster: &mut Cluster, nodes: &[usize]) -> (usize, ExitStatus) {
+    let begun = Instant::now();
+    loop {
+        if let Some(ended) = nodes.iter().find_map(|node| Some((*node, cluster.ended(*node)?))) {
+            return ended;
+        }
+        let logs = || nodes.iter().map(|node| cluster.log(*node)).collect::<Vec<_>>().join("\n---\n");
+        assert!(begun.elapsed() < PATIENCE, "none of {nodes:?} ends:\n{}", logs());
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
@@ -456,43 +477,35 @@ async fn a_thread_that_panics_over_a_snapshot_ends_its_node_and_the_snapshot_com
         let leader = leader_of(&client, &cluster, shard).await;
         let away = (leader + 1) % 3;
         let others: Vec<usize> = (0..3).filter(|node| *node != away).collect();
+        leave_behind(&client, &mut cluster, &database, away, shard).await;
         let rules = format!("panic:{point}");
-        let begun = Instant::now();
-        let (ended, status) = loop {
-            cluster.kill(away);
-            // Until its place in the log is gone: if it hasn't quite caught up behind the last snapshot, twice `log_bytes` are
-            // held, and flushes may come late. Then it needs none, and more has to be written.
-            let filler = Filler::start(&database, 8, Duration::from_millis(2));
-            filler.progress(600).await;
-            filler.stop().await;
-            let ends = if makers.contains(&point) {
-                // One that was armed before may have come there meanwhile, for the third.
-                let ended = others.iter().find_map(|node| Some((*node, cluster.ended(*node)?)));
-                if let Some(ended) = ended {
-                    cluster.spawn(away);
-                    break ended;
-                }
-                for node in &others {
-                    arm(&client, &cluster, *node, &rules).await;
-                }
-                cluster.spawn(away);
-                &others[..]
-            } else {
-                cluster.spawn_armed(away, &rules);
-                &[away]
-            };
-            match ended_or_caught_up(&client, &mut cluster, ends, away, shard).await {
-                Some(ended) => break ended,
-                None => assert!(begun.elapsed() < 3 * PATIENCE, "{point}: it needs no snapshot"),
+        let ends = if makers.contains(&point) {
+            for node in &others {
+                arm(&client, &cluster, *node, &rules).await;
             }
+            cluster.spawn(away);
+            &others[..]
+        } else {
+            cluster.spawn_armed(away, &rules);
+            &[away]
         };
+        let (ended, status) = first_to_end(&mut cluster, ends).await;
         assert_ended_at(&cluster, ended, status, point);
         cluster.spawn(ended);
         for node in others.into_iter().filter(|node| makers.contains(&point) && *node != ended) {
             // It may have been elected, and have come there as well.
-            let disarm = async || client.inject(&cluster.nodes[node].client, METADATA_SHARD, "arm=").await;
-            if disarm().await.is_err() {
-                ends_at(&mut cluster, node, point);
+            let begun = Instant::now();
+            let status = loop {
+                let address = &cluster.nodes[node].client;
+                let disarmed = client.inject(address, METADATA_SHARD, "arm=").await.is_ok();
+                match cluster.ended(node) {
+                    None if !disarmed => assert!(begun.elapsed() < PATIENCE, "{}", cluster.log(node)),
+                    status => break status,
+                }
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            };
+            if let Some(status) = status {
+                assert_ended_at(&cluster, node, status, point);
                 cluster.spawn(node);
                 cluster.wait_ready(node);
             }
@@ -518,37 +531,21 @@ async fn a_replica_that_is_behind_is_not_made_leader_and_the_operator_hears_why(
     let away = (leader + 1) % 3;
     let id = report(&client, &cluster, away).await.node.0.to_string();
     let to_lead = ["admin", "transfer-leader", "behind", "1", &id, "--timeout", "30s"];
+    leave_behind(&client, &mut cluster, &database, away, shard).await;
+    // For as long as it takes to ask, on a busy machine.
+    cluster.spawn_armed(away, "delay:snapshot/load:ms=5000");
+    cluster.wait_ready(away);
     let begun = Instant::now();
     let told = loop {
-        let leader = leader_of(&client, &cluster, shard).await;
-        if leader == away {
-            // It needed no snapshot.
-            let other = report(&client, &cluster, (away + 1) % 3).await.node;
-            client.transfer_leader(shard, other, PATIENCE).await.expect("handed over");
-            continue;
+        let asked = Instant::now();
+        let told = cluster.run(&to_lead);
+        let says = String::from_utf8_lossy(&told.stderr).into_owned();
+        // Until it is heard of again.
+        if !says.contains("doesn't answer") {
+            assert!(asked.elapsed() < Duration::from_secs(10), "after {:?}", asked.elapsed());
+            break (told.status.code(), says);
         }
-        cluster.kill(away);
-        // Until its place in the log is gone.
-        let filler = Filler::start(&database, 8, Duration::from_millis(2));
-        filler.progress(600).await;
-        filler.stop().await;
-        // For as long as it takes to ask, on a busy machine.
-        cluster.spawn_armed(away, "delay:snapshot/load:ms=5000");
-        cluster.wait_ready(away);
-        let (told, took) = loop {
-            let asked = Instant::now();
-            let told = cluster.run(&to_lead);
-            let says = String::from_utf8_lossy(&told.stderr).into_owned();
-            // Until it is heard of again.
-            if !says.contains("doesn't answer") {
-                break ((told.status.code(), says), asked.elapsed());
-            }
-        };
-        if told.0 != Some(0) {
-            assert!(took < Duration::from_secs(10), "after {took:?}");
-            break told;
-        }
-        assert!(begun.elapsed() < 3 * PATIENCE, "it is never behind");
+        assert!(begun.elapsed() < PATIENCE, "{says}\n{}", cluster.log(away));
     };
     assert_eq!(told.0, Some(1), "{told:?}");
     assert!(told.1.contains("entries of its log") && told.1.contains("caught up"), "{told:?}");

@@ -132,9 +132,13 @@ async fn a_plan_moves_what_it_says_and_can_be_taken_back() {
     let status = client.rebalance_status(PATIENCE).await.expect("its status");
     assert_eq!((status.plan, status.done, status.total), (plan.id, plan.total.moves, plan.total.moves));
     // There is nothing left to do.
-    patiently("a plan that moves nothing", async || {
+    patiently("a plan made with all nodes", async || {
         let next = client.plan_rebalance(false, PATIENCE).await.map_err(|error| error.to_string())?;
-        if (next.total.moves, next.minimum) == (0, 0) { Ok(()) } else { Err(format!("{next:?}")) }
+        if !next.silent.is_empty() {
+            return Err(format!("{next:?}"));
+        }
+        assert_eq!((next.total.moves, next.minimum), (0, 0), "{next:?}");
+        Ok(())
     })
     .await;
     take_back(&client, plan.id).await;
@@ -250,7 +254,7 @@ async fn a_client_follows_a_cluster_whose_every_original_address_was_replaced() 
     assert!(newcomer.await.is_err(), "somebody answers at {originals:?}");
     let asked = Instant::now();
     reads(&database, "old").await;
-    assert!(asked.elapsed() < Duration::from_secs(3), "{:?}", asked.elapsed());
+    assert!(asked.elapsed() < Duration::from_secs(6), "{:?}", asked.elapsed());
     client.database("db").put("k", "new").await.expect("a write");
     reads(&database, "new").await;
     set(&idle, PolicyChange::Automatic(true)).await;

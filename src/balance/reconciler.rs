@@ -95,7 +95,8 @@ impl Reconciler {
         self.memory.refusals.insert(shard, (self.memory.now_ms, why));
     }
 
-    /// A step for this shard was taken: it doesn't stand still, whatever was refused before.
+    /// A step for this shard was taken: it goes on. What was refused before, of another kind too, is told again when it is
+    /// refused again.
     pub fn done(&mut self, shard: ShardId) {
         self.memory.refusals.remove(&shard);
     }

@@ -83,7 +83,7 @@ async fn lead(client: &Client, cluster: &Cluster, node: usize, id: NodeId, shard
 }
 
 /// Whether a node's replica has applied nearly all that is committed, as the leader tells too; if not, how much.
-pub async fn has_caught_up(
+async fn has_caught_up(
     client: &Client,
     cluster: &Cluster,
     node: usize,

@@ -18,8 +18,6 @@ use crate::wire::dial;
 
 /// What a call gives the node.
 pub const DEADLINE: Duration = Duration::from_secs(5);
-/// How a call failed that got no answer at all, long after that.
-pub const NO_ANSWER: &str = "no answer";
 /// Operations of a call.
 const BATCH: u32 = 64;
 /// Connections to each node.
@@ -163,7 +161,7 @@ impl Connected {
                 let ends = match answer {
                     Ok(Ok(ends)) => ends,
                     Ok(Err(error)) => return tally.failures.push(error.to_string()),
-                    Err(_) => return tally.failures.push(NO_ANSWER.into()),
+                    Err(_) => return tally.failures.push("no answer".into()),
                 };
                 if ends.iter().any(Option::is_none) {
                     tally.accepted += 1;

@@ -168,7 +168,8 @@ Examples:
   pontoon admin rebalance plan
   pontoon admin rebalance plan --leaders-only --json
 
-Beside the total stands the least number of replicas that any plan would have to move.")]
+Beside the total stands the least number of replicas that any plan would have to move. Nodes
+that didn't answer are named: nothing moves there.")]
 pub struct PlanArgs {
     /// Move leadership alone, no data
     #[arg(long)]

@@ -184,7 +184,8 @@ fn start(context: &Context, args: &StartArgs) -> Result<Exit, Failure> {
         Err(silent) => silent,
     };
     if context.json() {
-        output::json(&json!({"plan_id": null, "started": false}))?;
+        let silent: Value = silent.iter().map(|node| node.0).collect();
+        output::json(&json!({"plan_id": null, "started": false, "silent": silent}))?;
     } else {
         output::line(format!("{NOTHING}{}", silent_text(&silent)))?;
     }

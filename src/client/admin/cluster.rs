@@ -167,7 +167,7 @@ impl Client {
         self.ask(Kind::Read, timeout, question).await
     }
 
-    /// Pauses, resumes or cancels the rebalancing of this plan.
+    /// Pauses, resumes or cancels the rebalancing of this plan. Refused for 0, by which none was ever begun.
     pub async fn control_rebalance(
         &self,
         plan: u64,
