@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use cluster::{Cluster, Options, STOPPED, free_ports};
 use counters::{Load, Tally, assert_exact};
 use filler::Filler;
-use pontoon::client::{Client, ClientError, NotApplied};
+use pontoon::client::{Client, ClientError, Database, NotApplied};
 use pontoon::failpoints::{POINTS, can_fail};
 use pontoon::ids::{METADATA_SHARD, ShardId};
 use pontoon::limits;
